@@ -1,0 +1,81 @@
+"""Builds the embedded pair from nothing, with our own fine-tuning objective.
+
+    ./launch/local.sh --config=configs/household_pair.py:who=teacher --workdir=runs/teacher
+    ./launch/local.sh --config=configs/household_pair.py:who=student --workdir=runs/student
+    python -m opd_jax.export --workdir=runs/teacher --out=opd_jax/pair/teacher
+
+The teacher imitates the household's expert, whose turns carry the "Thought:" line, on episodes
+that other players disturb: their turns stay in the history without loss, so it learns to go on from
+anybody's mistakes. Between them it answers the judge's question about turns of those episodes,
+labelled from the exact distance to the goal, so that at distillation it judges through the very
+prompt a large model would see.
+
+The student imitates a careless player: one who reads as well as the expert but forgets steps,
+passes by closed receptacles and walks in circles. It has the skills and a poor policy, which is
+what distillation is for.
+
+Arguments: who=teacher|student, runlocal.
+"""
+
+from ml_collections import ConfigDict
+from quickstart import get_config as quickstart
+
+from opd_jax.config import parse_arg
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The config that trains one of the two."""
+    arg = parse_arg(arg, runlocal=False, who="teacher")
+    config = quickstart("runlocal" if arg.runlocal else "")
+    is_teacher = {"teacher": True, "student": False}.get(arg.who)
+    if is_teacher is None:
+        raise ValueError(f"config argument `who`: expected teacher or student, got {arg.who!r}")
+
+    config.student = "new"
+    config.teacher = ""
+    config.new_model = dict(
+        d_model=96 if is_teacher else 64,
+        num_layers=3 if is_teacher else 2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=24 if is_teacher else 16,
+        d_ff=256 if is_teacher else 160,
+        norm_eps=1e-6,
+        rope_theta=10_000.0,
+        max_positions=2048,
+        qk_norm=True,
+        qkv_bias=False,
+        tied=True,
+    )
+    config.data = dict(
+        source="players",
+        split="train",
+        player="expert" if is_teacher else "careless",
+        # Share of turns that a distractor plays, at most; one of them is drawn for each episode.
+        distraction=0.6 if is_teacher else 0.0,
+        distractors=("careless", "careless", "random"),
+        careless=dict(skip_step=0.6, list_order=0.8, ignore_closed=0.3, idle=0.15, forget=0.6),
+        window=128,  # episodes generated together
+        judge_examples=128 if is_teacher else 0,  # a window
+        tokens_per_batch=4096,
+    )
+    config.objective.update(
+        ConfigDict(
+            dict(divergence="cross_entropy", intervention=False, confidence=False, normalize="none")
+        )
+    )
+    config.optimizer.update(
+        ConfigDict(
+            dict(learning_rate=2e-3, schedule="cosine", warmup_updates=50, weight_decay=0.01)
+        )
+    )
+    config.train.updates = 4000 if is_teacher else 1500
+    config.eval.who = ("expert", "random")
+    config.checkpoint = dict(every=250, keep=2)
+    if arg.runlocal:
+        config.train.updates = 4
+        config.data.window = 8
+        config.data.judge_examples = 8
+        config.data.tokens_per_batch = 1024
+        config.checkpoint.every = 2
+    return config

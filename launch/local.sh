@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Make .venv if absent, install the package, and train:
+#   ./launch/local.sh --config=configs/quickstart.py [--workdir=DIR] [--config.x.y=v]
+# Without --workdir the run goes to runs/NAME of the config. PYTHON chooses the interpreter (3.11 or
+# newer), EXTRAS the extras, for example EXTRAS=cuda.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+source launch/venv.sh
+ensure_venv "${EXTRAS:-}"
+
+workdir=()
+if [[ " $* " != *" --workdir"* && " $* " != *" --help"* ]]; then
+  config=""
+  for word in "$@"; do [[ $word == --config=* ]] && config=${word#--config=}; done
+  name=$(basename "$config" | sed -e 's/\.py//' -e 's/[^A-Za-z0-9_.=-]/-/g')
+  workdir=(--workdir="runs/${name:-run}")
+fi
+exec .venv/bin/python -m opd_jax.train "$@" "${workdir[@]}"

@@ -1,0 +1,148 @@
+"""Tokens of the messages appended to a conversation; nothing is ever rendered again.
+
+A rollout is token in, token out: what the student sampled stays as it was sampled, and a new user
+message only adds tokens behind it. Rendering the whole conversation anew would not do. Some
+templates rewrite earlier turns (Qwen3 strips their think blocks), and decoded text need not encode
+to the tokens it came from; the kept cache and log-probabilities would then belong to other tokens.
+So the template is rendered a few times with sentinels for contents and cut around them.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+_ROLES = {"s": "system", "u": "user", "a": "assistant"}
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """A chat template cut into the texts around message contents, thinking switched off.
+
+    Contents are taken as they are, also where the template would trim them. The text of a special
+    token inside a content is encoded as ordinary text, so an observation cannot end a turn; added
+    tokens that the tokenizer does not declare special (Qwen3's `<think>`) stay single tokens.
+
+    Attributes:
+      tokenizer: the `transformers` tokenizer that the texts came from.
+      special_ids: its special tokens.
+      opening: text before and after the user content of the first turn, without a system message;
+        a template's default system message is part of it.
+      system_opening: text before the system content, between it and the user content, and after;
+        None where the template has no system role.
+      following: text between an assistant content and the next user content, and after the latter.
+      stop_ids: tokens that end a response: the one that follows an assistant content in the
+        template, then the tokenizer's end-of-sequence token if it is another.
+    """
+
+    tokenizer: Any
+    special_ids: frozenset[int]
+    opening: tuple[str, ...]
+    system_opening: tuple[str, ...] | None
+    following: tuple[str, ...]
+    stop_ids: tuple[int, ...]
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Any) -> "ChatFormat":
+        """Derives the format from the chat template of a `transformers` tokenizer.
+
+        Raises:
+          ValueError: the template is missing, fails, drops or repeats a content, renders a turn
+            differently later in a conversation, or closes no response with a special token.
+        """
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError(
+                "`tokenizer` must have a chat template, got none; set `tokenizer.chat_template` "
+                "or use the tokenizer of an instruction-tuned model"
+            )
+        following = _around(tokenizer, "uau")[-2:]
+        longer = [_around(tokenizer, "uauau")]
+        try:
+            system_opening = _around(tokenizer, "su")
+        except ValueError:  # Some templates refuse the role (Gemma) or leave it out.
+            system_opening = None
+        else:
+            longer.append(_around(tokenizer, "suauau"))
+        for texts in longer:
+            if texts[-2:] != following or texts[-4] != following[0]:
+                raise ValueError(
+                    "the chat template of `tokenizer` must render every turn after the first "
+                    f"alike, got {following} in two turns and {texts[-4:]} in three; "
+                    "use a template that does not depend on the number of turns"
+                )
+        special = frozenset(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)
+        ids = tokenizer.encode(following[0], add_special_tokens=False)
+        cut = next((n for n, i in enumerate(ids) if i in special), None)
+        if cut is None or tokenizer.decode(ids[:cut]).strip():
+            raise ValueError(
+                "the chat template of `tokenizer` must close a response with a special token, "
+                f"got {following[0]!r}; declare its end-of-turn token special"
+            )
+        eos = tokenizer.eos_token_id
+        stop_ids = (ids[cut],) if eos in (None, ids[cut]) else (ids[cut], eos)
+        opening = _around(tokenizer, "u")
+        return cls(tokenizer, special, opening, system_opening, following, stop_ids)
+
+    def first(self, system: str, user: str) -> list[int]:
+        """Token ids of the opening prompt, up to where the first response starts.
+
+        Args:
+          system: system message; "" for none (a template's own default then stays).
+          user: first user message.
+
+        Raises:
+          ValueError: `system` is given and the template has no system role.
+        """
+        if not system:
+            return self._join(self.opening, (user,))
+        if self.system_opening is None:
+            raise ValueError(
+                '`system` must be "" because the chat template has no system role, '
+                f"got {system!r}; put the text at the start of the user message"
+            )
+        return self._join(self.system_opening, (system, user))
+
+    def follow(self, user: str, *, ended: bool) -> list[int]:
+        """Token ids appended after a response, up to where the next response starts.
+
+        Args:
+          user: the next user message.
+          ended: the response's last token is one of `stop_ids`, so the end of the turn is not
+            repeated; False if the response was cut by its budget, and the end is added.
+        """
+        ids = self._join(self.following, (user,))
+        # Dropped as a token and not as text: a special token may swallow the space behind it.
+        return ids[ids.index(self.stop_ids[0]) + 1 :] if ended else ids
+
+    def _join(self, texts: tuple[str, ...], contents: tuple[str, ...]) -> list[int]:
+        """Token ids of texts and contents in turn; special tokens are read in `texts` only."""
+        parts = [texts[0]]
+        for content, text in zip(contents, texts[1:], strict=True):
+            parts += [content, text]
+        encode = self.tokenizer.encode
+        if all(self.special_ids.isdisjoint(encode(c, add_special_tokens=False)) for c in contents):
+            # In one go, so that merges over an edge are those of the template's own rendering.
+            return encode("".join(parts), add_special_tokens=False)
+        split = [
+            encode(part, add_special_tokens=False, split_special_tokens=n % 2 == 1)
+            for n, part in enumerate(parts)
+        ]
+        return [i for ids in split for i in ids]
+
+
+def _around(tokenizer: Any, roles: str) -> tuple[str, ...]:
+    """Renders one sentinel for each letter of `roles` and returns the texts around them."""
+    marks = [f"Sentinel{n}Content" for n in range(len(roles))]  # nothing a template would edit
+    messages = [{"role": _ROLES[r], "content": m} for r, m in zip(roles, marks, strict=True)]
+    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+    error = None
+    try:
+        text = tokenizer.apply_chat_template(messages, **options)
+    except Exception as caught:  # whatever a template raises, in jinja or through it
+        text, error = f"{type(caught).__name__}: {caught}", caught
+    texts = re.split("|".join(marks), text)
+    if error or re.findall("|".join(marks), text) != marks:
+        raise ValueError(
+            f"the chat template of `tokenizer` must show {messages} once each and in order, "
+            f"got {text!r}; use a template that takes these roles and keeps all messages"
+        ) from error
+    return tuple(texts)

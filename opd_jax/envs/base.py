@@ -1,0 +1,79 @@
+"""What every environment looks like to the agent loop.
+
+An environment owns its prompts, its action parser and its failure test: it receives the raw text
+that the model wrote and returns the next user message. The loop knows nothing of action grammars.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: what the judge is told about it (paper Table 9), and its name in records.
+
+    Attributes:
+      id: unique and stable name, for example `household/train/17`.
+      type: the task's type, for example `pick_heat_then_place`.
+      goal: the instruction in words.
+      scene: the first observation, which describes the scene.
+    """
+
+    id: str
+    type: str
+    goal: str
+    scene: str
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one step of an environment returns.
+
+    Attributes:
+      text: the environment's own words.
+      message: the user message shown to the agent; contains `text`.
+      admissible: commands that would succeed now, most specific first.
+      done: the episode is over.
+      success: the goal is reached.
+      score: the environment's score so far.
+      action: the action parsed from the response that led here; "" if there was none.
+      failure: why the turn that led here failed deterministically, in the environment's own
+        terms; "" if it did not. Such a turn is never sent to the judge (paper section 3.3).
+      oracle: "SKIP", "WEAK" or "STRONG" for the turn that led here, computed with hidden
+        knowledge where the environment can; "" otherwise. For measuring the judge, and for
+        labelling training data of the embedded teacher; never shown to a model.
+    """
+
+    text: str
+    message: str
+    admissible: tuple[str, ...]
+    done: bool = False
+    success: bool = False
+    score: float = 0.0
+    action: str = ""
+    failure: str = ""
+    oracle: str = ""
+
+
+class Env(Protocol):
+    """An environment that plays one episode at a time.
+
+    Attributes:
+      system: the system message of the conversation; "" for none.
+      task: the task of the current episode; set by `reset`.
+    """
+
+    system: str
+    task: Task
+
+    def size(self, split: str) -> int:
+        """Number of tasks in `split`; ValueError naming the known splits otherwise."""
+        ...
+
+    def reset(self, split: str, index: int) -> Observation:
+        """Start task `index` of `split`, a pure function of the two."""
+        ...
+
+    def step(self, response: str) -> Observation:
+        """Act on the model's whole response text."""
+        ...

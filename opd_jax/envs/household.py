@@ -1,0 +1,476 @@
+"""A household that lives in text: ALFWorld's task types, commands and observation forms.
+
+`World` is the engine (state and commands), `Household` is the environment around it. The player
+sees a receptacle's content only when it stands there and the receptacle is open; everything else
+has to be found. Where it differs from ALFWorld (Shridhar et al., 2021, arXiv:2010.03768): rooms
+and placements are drawn from this project's tables, lists are sorted by name and number, `look`
+repeats the content of the place, and a lamp counts at the moment at which it is used.
+"""
+
+from opd_jax.envs.base import Observation, Task
+from opd_jax.envs.household_oracle import Learnt, distance, label
+from opd_jax.envs.household_scenes import (
+    LAMPS,
+    LOOK,
+    OBJECT_TABLE,
+    OPENABLE,
+    TREATMENTS,
+    TWO,
+    TaskSpec,
+    check_size,
+    split_size,
+    task,
+)
+
+SYSTEM = (
+    "You are in a household. Reply in two lines. "
+    "Thought: what you see and plan. Action: one command."
+)
+TASK_LINE = "\nYour task is to: "
+ADMISSIBLE_LINE = "\nAdmissible: "
+MORE = " (+%d more)"
+
+START = "You are in the middle of a room. Looking quickly around you, you see %s."
+ARRIVE = "You arrive at %s. "
+FACING = "You are facing the %s. "
+CLOSED = "The %s is closed."
+OPEN = "The %s is open. In it, you see %s."
+ON = "On the %s, you see %s."
+NOTHING_SEEN = "nothing"
+OPENED = "You open the %s. "
+SHUT = "You close the %s."
+TOOK = "You pick up the %s from the %s."
+MOVED = "You move the %s to the %s."
+TREATED = "You %s the %s using the %s."
+SWITCHED_ON = "You turn on the %s."
+CARRYING = "You are carrying: a %s."
+EMPTY_HANDED = "You are not carrying anything."
+ORDINARY = "There's nothing special about %s."
+STATE = "This is a %s %s."
+NOTHING = "Nothing happens."
+# Every fixed text of the environment, for whoever builds a vocabulary.
+PHRASES = (
+    SYSTEM, TASK_LINE, ADMISSIBLE_LINE, MORE, START, ARRIVE, FACING, CLOSED, OPEN, ON,
+    NOTHING_SEEN, OPENED, SHUT, TOOK, MOVED, TREATED, SWITCHED_ON, CARRYING, EMPTY_HANDED,
+    ORDINARY, STATE, NOTHING, ", and a", "hot and clean", "cool and clean",
+)  # fmt: skip
+COMMANDS = (
+    "go to %s", "take %s from %s", "move %s to %s", "put %s in/on %s", "put %s in %s",
+    "put %s on %s", "open %s", "close %s", "clean %s with %s", "heat %s with %s",
+    "cool %s with %s", "use %s", "examine %s", "look", "inventory",
+)  # fmt: skip
+
+# Verb -> (state it gives, receptacle type that does it).
+_TOOLS = {verb: (state, tool) for verb, state, tool in TREATMENTS.values()}
+
+
+def listing(names: list[str]) -> str:
+    """`a x 1`, `a x 1, and a y 1`, `a x 1, a y 1, and a z 1`; `nothing` for no names."""
+    if not names:
+        return NOTHING_SEEN
+    if len(names) == 1:
+        return "a " + names[0]
+    return "a " + ", a ".join(names[:-1]) + ", and a " + names[-1]
+
+
+class Room:
+    """What never changes in an episode; places and objects are numbered from 0 in listed order.
+
+    Attributes:
+      spec: the task.
+      places, place_types, openable: name, type and kind of each receptacle.
+      objects, object_types: name and type of each object.
+      wanted: objects of the goal's type.
+      targets: receptacles of the goal's type.
+      tools: receptacles that give the goal's state.
+      state: `clean`, `hot`, `cool`, or "" when the goal asks for none.
+      lamps: lamps of the goal's type.
+      go: the command that leads to each receptacle.
+    """
+
+    def __init__(self, spec: TaskSpec):
+        self.spec = spec
+        self.place_types = tuple(kind for kind, _ in spec.places)
+        self.places = tuple(f"{kind} {number}" for kind, number in spec.places)
+        self.openable = tuple(kind in OPENABLE for kind in self.place_types)
+        self.object_types = tuple(kind for kind, _, _ in spec.objects)
+        self.objects = tuple(f"{kind} {number}" for kind, number, _ in spec.objects)
+        self.is_lamp = tuple(kind in LAMPS for kind in self.object_types)
+        self.place_index = {name: i for i, name in enumerate(self.places)}
+        self.object_index = {name: i for i, name in enumerate(self.objects)}
+        _, self.state, tool = TREATMENTS.get(spec.type, ("", "", ""))
+        self.wanted = _of_type(self.object_types, spec.object)
+        self.lamps = _of_type(self.object_types, spec.lamp)
+        self.targets = _of_type(self.place_types, spec.target)
+        self.tools = _of_type(self.place_types, tool)
+        self.go = tuple("go to " + name for name in self.places)
+        self.start = START % listing(list(self.places))
+
+
+def _of_type(types: tuple[str, ...], wanted: str) -> tuple[int, ...]:
+    return tuple(i for i, kind in enumerate(types) if kind == wanted)
+
+
+class World:
+    """The state of one episode, and the commands that change it.
+
+    Attributes:
+      room: the fixed part.
+      at: the receptacle at which the player stands; -1 in the middle of the room.
+      hand: the object in hand; -1 for none.
+      where: per object, the receptacle that holds it; -1 in hand.
+      content: per receptacle, its objects in order.
+      is_open: per receptacle; True for those that cannot be closed.
+      heat: per object, "", `hot` or `cool`.
+      clean: per object.
+      solved: the goal has been reached.
+    """
+
+    __slots__ = (
+        "_content_texts", "at", "clean", "content", "hand", "heat", "is_open", "room", "solved",
+        "where",
+    )  # fmt: skip
+
+    def __init__(self, spec: TaskSpec):
+        self.room = Room(spec)
+        self.at = self.hand = -1
+        self.where = [place for _, _, place in spec.objects]
+        self.content: list[list[int]] = [[] for _ in spec.places]
+        for item, place in enumerate(self.where):
+            self.content[place].append(item)
+        self.is_open = [not openable for openable in self.room.openable]
+        self.heat = [""] * len(self.where)
+        self.clean = [False] * len(self.where)
+        self.solved = False
+        self._content_texts: list[str] = [""] * len(spec.places)
+
+    def copy(self) -> "World":
+        """A state that can be changed without changing this one."""
+        other = World.__new__(World)
+        other.room, other.at, other.hand = self.room, self.at, self.hand
+        other.where = self.where.copy()
+        other.content = [items.copy() for items in self.content]
+        other.is_open = self.is_open.copy()
+        other.heat, other.clean = self.heat.copy(), self.clean.copy()
+        other.solved = self.solved
+        other._content_texts = self._content_texts.copy()
+        return other
+
+    def has_state(self, item: int, state: str) -> bool:
+        """Whether `item` is `clean`, `hot` or `cool`."""
+        return self.clean[item] if state == "clean" else self.heat[item] == state
+
+    def act(self, command: str) -> str:
+        """Carry out a command and return the text; `Nothing happens.` if it is not possible."""
+        words = command.lower().rstrip(" .\t").split()
+        handler = _HANDLERS.get(words[0]) if words else None
+        return handler(self, words) if handler else NOTHING
+
+    def admissible(self) -> tuple[str, ...]:
+        """Commands that are possible now: at hand first, then going, then looking."""
+        room, at, hand = self.room, self.at, self.hand
+        held = room.objects[hand] if hand >= 0 else ""
+        if at < 0:
+            looking = ["look", "inventory"]
+            if held:
+                looking.insert(0, "examine " + held)
+            return (*room.go, *looking)
+        place = room.places[at]
+        commands: list[str] = []
+        visible = [room.objects[item] for item in self.content[at]] if self.is_open[at] else []
+        if self.is_open[at]:
+            commands += self._moves(place, held, visible)
+        if room.openable[at]:
+            commands.append(("close " if self.is_open[at] else "open ") + place)
+        if held:
+            abilities = OBJECT_TABLE[room.object_types[hand]].abilities
+            for verb, (_, tool) in _TOOLS.items():
+                if tool == room.place_types[at] and verb in abilities:
+                    commands.append(f"{verb} {held} with {place}")
+        if self.is_open[at]:
+            for item in self.content[at]:
+                if room.is_lamp[item]:
+                    commands.append("use " + room.objects[item])
+        commands += room.go[:at]
+        commands += room.go[at + 1 :]
+        commands.append("examine " + place)
+        commands += ["examine " + name for name in visible]
+        if held:
+            commands.append("examine " + held)
+        commands += ("look", "inventory")
+        return tuple(commands)
+
+    def _moves(self, place: str, held: str, visible: list[str]) -> list[str]:
+        if held:
+            return [f"move {held} to {place}"]
+        lamp = self.room.is_lamp
+        return [
+            f"take {name} from {place}"
+            for item, name in zip(self.content[self.at], visible, strict=True)
+            if not lamp[item]
+        ]
+
+    def _content_text(self, place: int) -> str:
+        text = self._content_texts[place]
+        if not text:
+            room, name = self.room, self.room.places[place]
+            if not self.is_open[place]:
+                text = CLOSED % name
+            else:
+                seen = listing([room.objects[item] for item in self.content[place]])
+                text = (OPEN if room.openable[place] else ON) % (name, seen)
+            self._content_texts[place] = text
+        return text
+
+    def _place_named(self, first: str, second: str) -> int:
+        return self.room.place_index.get(f"{first} {second}", -1)
+
+    def _object_named(self, first: str, second: str) -> int:
+        return self.room.object_index.get(f"{first} {second}", -1)
+
+    def _here(self, item: int) -> bool:
+        """Whether `item` lies in plain sight at the current place."""
+        return self.at >= 0 and self.where[item] == self.at and self.is_open[self.at]
+
+    def _go(self, words: list[str]) -> str:
+        if len(words) != 4 or words[1] != "to":
+            return NOTHING
+        place = self._place_named(words[2], words[3])
+        if place < 0 or place == self.at:
+            return NOTHING
+        self.at = place
+        return ARRIVE % self.room.places[place] + self._content_text(place)
+
+    def _take(self, words: list[str]) -> str:
+        if len(words) != 6 or words[3] != "from" or self.hand >= 0:
+            return NOTHING
+        item, place = self._object_named(*words[1:3]), self._place_named(*words[4:6])
+        if item < 0 or place != self.at or not self._here(item) or self.room.is_lamp[item]:
+            return NOTHING
+        self.hand = item
+        self.where[item] = -1
+        self.content[place].remove(item)
+        self._content_texts[place] = ""
+        return TOOK % (self.room.objects[item], self.room.places[place])
+
+    def _move(self, words: list[str]) -> str:
+        links = ("to",) if words[0] == "move" else ("in/on", "in", "on")
+        if len(words) != 6 or words[3] not in links or self.hand < 0 or self.at < 0:
+            return NOTHING
+        item, place = self._object_named(*words[1:3]), self._place_named(*words[4:6])
+        if item != self.hand or place != self.at or not self.is_open[place]:
+            return NOTHING
+        self.hand = -1
+        self.where[item] = place
+        self.content[place].append(item)
+        self.content[place].sort()
+        self._content_texts[place] = ""
+        self._check_placed(item, place)
+        return MOVED % (self.room.objects[item], self.room.places[place])
+
+    def _check_placed(self, item: int, place: int) -> None:
+        """The goals that end by placing; only the object just placed can have fulfilled one."""
+        room = self.room
+        if item not in room.wanted or place not in room.targets:
+            return
+        if room.spec.type == TWO:
+            self.solved = sum(self.where[other] == place for other in room.wanted) >= 2
+        else:
+            self.solved = not room.state or self.has_state(item, room.state)
+
+    def _open(self, words: list[str]) -> str:
+        place = self._openable_here(words)
+        if place < 0 or self.is_open[place]:
+            return NOTHING
+        self.is_open[place] = True
+        self._content_texts[place] = ""
+        return OPENED % self.room.places[place] + self._content_text(place)
+
+    def _close(self, words: list[str]) -> str:
+        place = self._openable_here(words)
+        if place < 0 or not self.is_open[place]:
+            return NOTHING
+        self.is_open[place] = False
+        self._content_texts[place] = ""
+        return SHUT % self.room.places[place]
+
+    def _openable_here(self, words: list[str]) -> int:
+        place = self._place_named(*words[1:]) if len(words) == 3 else -1
+        return place if place >= 0 and place == self.at and self.room.openable[place] else -1
+
+    def _treat(self, words: list[str]) -> str:
+        if len(words) != 6 or words[3] != "with" or self.hand < 0 or self.at < 0:
+            return NOTHING
+        room, verb = self.room, words[0]
+        item, place = self._object_named(*words[1:3]), self._place_named(*words[4:6])
+        state, tool = _TOOLS[verb]
+        if item != self.hand or place != self.at or room.place_types[place] != tool:
+            return NOTHING
+        if verb not in OBJECT_TABLE[room.object_types[item]].abilities:
+            return NOTHING
+        if state == "clean":
+            self.clean[item] = True
+        else:
+            self.heat[item] = state  # heating undoes cooling and the other way round
+        return TREATED % (verb, room.objects[item], room.places[place])
+
+    def _use(self, words: list[str]) -> str:
+        item = self._object_named(*words[1:]) if len(words) == 3 else -1
+        if item < 0 or not self.room.is_lamp[item] or not self._here(item):
+            return NOTHING
+        room = self.room
+        if room.spec.type == LOOK and item in room.lamps and self.hand in room.wanted:
+            self.solved = True
+        return SWITCHED_ON % room.objects[item]
+
+    def _examine(self, words: list[str]) -> str:
+        if len(words) != 3:
+            return NOTHING
+        place = self._place_named(*words[1:])
+        if place >= 0:
+            return self._content_text(place) if place == self.at else NOTHING
+        item = self._object_named(*words[1:])
+        if item < 0 or not (item == self.hand or self._here(item)):
+            return NOTHING
+        states = [self.heat[item]] if self.heat[item] else []
+        if self.clean[item]:
+            states.append("clean")
+        if not states:
+            return ORDINARY % self.room.objects[item]
+        return STATE % (" and ".join(states), self.room.object_types[item])
+
+    def _look(self, words: list[str]) -> str:
+        if len(words) != 1:
+            return NOTHING
+        if self.at < 0:
+            return self.room.start
+        return FACING % self.room.places[self.at] + self._content_text(self.at)
+
+    def _inventory(self, words: list[str]) -> str:
+        if len(words) != 1:
+            return NOTHING
+        return CARRYING % self.room.objects[self.hand] if self.hand >= 0 else EMPTY_HANDED
+
+
+_HANDLERS = {
+    "go": World._go,
+    "take": World._take,
+    "move": World._move,
+    "put": World._move,
+    "open": World._open,
+    "close": World._close,
+    "clean": World._treat,
+    "heat": World._treat,
+    "cool": World._treat,
+    "use": World._use,
+    "examine": World._examine,
+    "look": World._look,
+    "inventory": World._inventory,
+}
+
+
+def parse_response(response: str) -> tuple[str, str]:
+    """Find the command in a response.
+
+    Args:
+      response: the model's whole text; the last line that starts with `Action:` (in any case)
+        holds the command, everything else is free.
+
+    Returns:
+      The command and "", or "" and why there is none: `empty` or `no_action`.
+    """
+    if not response.strip():
+        return "", "empty"
+    for line in reversed(response.splitlines()):
+        line = line.strip()
+        if line[:7].lower() == "action:":
+            command = line[7:].strip()
+            return (command, "") if command else ("", "no_action")
+    return "", "no_action"
+
+
+class Household:
+    """The household as an `Env`: one task at a time, a pure function of split and index.
+
+    Args:
+      size: `small`, `medium` or `large`; `large` is about as big as ALFWorld's rooms.
+      max_turns: an episode ends after this many responses.
+      show_admissible: how many admissible commands to list in each message; 0 shows none.
+
+    Raises:
+      ValueError: if the size is unknown, `max_turns` is below 1 or `show_admissible` below 0.
+    """
+
+    system = SYSTEM
+
+    def __init__(self, *, size: str, max_turns: int, show_admissible: int):
+        check_size(size)
+        if max_turns < 1:
+            raise ValueError(f"`max_turns` must be at least 1; got {max_turns}.")
+        if show_admissible < 0:
+            raise ValueError(
+                f"`show_admissible` must be 0 (show none) or more; got {show_admissible}."
+            )
+        self._size = size
+        self._max_turns = max_turns
+        self._show_admissible = show_admissible
+        self._over = True
+
+    def size(self, split: str) -> int:
+        """Number of tasks in `split`; ValueError naming the known splits otherwise."""
+        return split_size(split)
+
+    def reset(self, split: str, index: int) -> Observation:
+        """Start task `index` of `split`; ValueError if there is no such task."""
+        spec = task(split, index, self._size)
+        self._world = World(spec)
+        self._learnt = Learnt(self._world)
+        self._distance = distance(self._world)
+        self._turns = 0
+        self._over = False
+        start = self._world.room.start
+        self.task = Task(id=spec.id, type=spec.type, goal=spec.goal, scene=start)
+        commands = self._world.admissible()
+        return Observation(start, self._message(start + TASK_LINE + spec.goal, commands), commands)
+
+    def step(self, response: str) -> Observation:
+        """Act on the model's whole response text.
+
+        A response without a command (`empty`, `no_action`) or with an impossible one
+        (`rejected`) changes nothing and is answered with `Nothing happens.`.
+
+        Raises:
+          ValueError: if there is no running episode.
+        """
+        if self._over:
+            raise ValueError("`step` needs a running episode; call `reset` first.")
+        command, failure = parse_response(response)
+        text, oracle = NOTHING, ""
+        if not failure:
+            searching = self._learnt.searching(self._world)
+            text = self._world.act(command)
+            if text == NOTHING:
+                failure = "rejected"
+            else:
+                oracle = self._label(searching)
+        self._turns += 1
+        success = self._world.solved
+        self._over = success or self._turns >= self._max_turns
+        commands = self._world.admissible()
+        message = self._message(text, commands)
+        score = 1.0 if success else 0.0
+        return Observation(
+            text, message, commands, self._over, success, score, command, failure, oracle
+        )
+
+    def _label(self, searching: bool) -> str:
+        before, self._distance = self._distance, distance(self._world)
+        novel = self._learnt.update(self._world)
+        return label(before, self._distance, novel=novel, searching=searching)
+
+    def _message(self, text: str, commands: tuple[str, ...]) -> str:
+        shown = self._show_admissible
+        if not shown:
+            return text
+        text += ADMISSIBLE_LINE + ", ".join(commands[:shown])
+        return text + MORE % (len(commands) - shown) if len(commands) > shown else text

@@ -1,0 +1,424 @@
+"""Players of the household world: an expert, a careless one and a random one.
+
+A player reads what an agent reads: the task, and the text, command and failure of each
+observation. It never touches the world. Its memory follows the texts, so it stays right when
+somebody else has acted in between, and when an action failed.
+
+Each response states in its thought what was tested and how the test came out (seen, absent, in
+hand, state, count), then the plan, so that the command is easy to predict from the text so far.
+"""
+
+import random
+import re
+
+from opd_jax.envs.base import Observation, Task
+from opd_jax.envs.household_scenes import (
+    LAMPS,
+    LOOK,
+    OBJECTS,
+    OPENABLE,
+    RECEPTACLES,
+    TREATMENTS,
+    TWO,
+    search_order,
+)
+
+RESPONSE = "Thought: %s\nAction: %s"
+
+# Thoughts; %s is a type or a name with its number.
+NONE_HERE = "no %s here. search."
+ONE_PLACED = "one placed. no %s here. search."
+NO_LAMP = "i have %s. no %s here. search."
+IS_CLOSED = "%s is closed. open it."
+TAKE = "%s is here. take it."
+FETCH = "%s is in %s. get it."
+TO_TOOL = "%s is not %s. go to %s."
+AT_TOOL = "i am at %s. %s %s."
+GO_ON = "i have %s. go to %s."
+TREATED_GO_ON = "%s is %s. go to %s."
+AT_TARGET = "i am at %s. place %s."
+TREATED_AT_TARGET = "i am at %s. place %s %s."
+USE_LAMP = "%s is here. use it."
+PUT_DOWN = "i have %s. put it down."
+NOTHING_LEFT = "nothing to do. look."
+PASS_CLOSED = "%s is closed. skip it."
+DONE_TAKE = "%s is placed. take it."
+DONE_GO = "%s is placed. go to %s."
+IDLE_LOOK = "look."
+IDLE_INVENTORY = "check my hand."
+IDLE_EXAMINE = "check %s."
+IDLE_REVISIT = "go back to %s."
+TRY = "try this."
+# Every thought, for whoever builds a vocabulary; `RESPONSE` comes around it.
+THOUGHTS = (
+    NONE_HERE, ONE_PLACED, NO_LAMP, IS_CLOSED, TAKE, FETCH, TO_TOOL, AT_TOOL, GO_ON,
+    TREATED_GO_ON, AT_TARGET, TREATED_AT_TARGET, USE_LAMP, PUT_DOWN, NOTHING_LEFT, PASS_CLOSED,
+    DONE_TAKE, DONE_GO, IDLE_LOOK, IDLE_INVENTORY, IDLE_EXAMINE, IDLE_REVISIT, TRY,
+)  # fmt: skip
+
+_NAMED = re.compile(r"([a-z]+) (\d+)")
+_ARRIVE = re.compile(r"You arrive at (\w+ \d+)\.")
+_FACING = re.compile(r"You are facing the (\w+ \d+)\.")
+_CONTENT = re.compile(r"(?:On the (\w+ \d+)|The (\w+ \d+) is open\. In it), you see (.*)\.$")
+_CLOSED = re.compile(r"The (\w+ \d+) is closed\.")
+_SHUT = re.compile(r"You close the (\w+ \d+)\.")
+_TOOK = re.compile(r"You pick up the (\w+ \d+) from the (\w+ \d+)\.")
+_MOVED = re.compile(r"You move the (\w+ \d+) to the (\w+ \d+)\.")
+_TREATED = re.compile(r"You (clean|heat|cool) the (\w+ \d+) using")
+_CARRYING = re.compile(r"You are carrying: a (\w+ \d+)\.")
+_EXAMINED = re.compile(r"This is a (.*) \w+\.$")
+_STATES = {verb: state for verb, state, _ in TREATMENTS.values()}
+
+
+def kind_of(name: str) -> str:
+    """The type in a name such as `cabinet 3`."""
+    return name.partition(" ")[0]
+
+
+class Memory:
+    """What the texts of an episode have told so far.
+
+    Attributes:
+      places: receptacles in listed order.
+      at: where the player stands; "" in the middle of the room.
+      hand: the object in hand; "" for none.
+      content: per receptacle seen inside, its objects in listed order.
+      shut: receptacles known to be closed, or believed to be (openable and never seen open).
+      states: per object, the states known to hold.
+    """
+
+    def __init__(self, scene: str):
+        self.places = [f"{kind} {number}" for kind, number in _NAMED.findall(scene)]
+        self.at = self.hand = ""
+        self.content: dict[str, list[str]] = {}
+        self.shut = {place for place in self.places if kind_of(place) in OPENABLE}
+        self.states: dict[str, set[str]] = {}
+
+    def update(self, observation: Observation) -> None:
+        """Take in one observation, whoever acted."""
+        text = observation.text
+        if match := _ARRIVE.match(text) or _FACING.match(text):
+            self.at = match[1]
+        if match := _TOOK.match(text):
+            self.hand = match[1]
+            if match[1] in self.content.get(match[2], ()):
+                self.content[match[2]].remove(match[1])
+        elif match := _MOVED.match(text):
+            self.hand = ""
+            self.content.setdefault(match[2], []).append(match[1])
+        elif match := _TREATED.match(text):
+            self._treated(match[2], _STATES[match[1]])
+        elif match := _CARRYING.match(text):
+            self.hand = match[1]
+        elif match := _EXAMINED.match(text):
+            # The text names the type only; the number is in the command that led to it.
+            name = " ".join(observation.action.lower().rstrip(" .\t").split()[1:])
+            self.states[name] = set(match[1].split(" and "))
+        else:
+            self._saw(text)
+
+    def _saw(self, text: str) -> None:
+        if match := _SHUT.match(text) or _CLOSED.search(text):
+            self.shut.add(match[1])
+        elif match := _CONTENT.search(text):
+            place = match[1] or match[2]
+            self.shut.discard(place)
+            self.content[place] = [f"{k} {n}" for k, n in _NAMED.findall(match[3])]
+
+    def _treated(self, name: str, state: str) -> None:
+        states = self.states.setdefault(name, set())
+        if state != "clean":
+            states -= {"hot", "cool"}
+        states.add(state)
+
+
+class Expert:
+    """Solves every task by searching likely places first.
+
+    Receptacle types are searched in the public order of `search_order`, numbers ascending, then
+    everything else in listed order. Closed receptacles are opened. The expert explores only while
+    it knows no object that serves the goal.
+
+    Args:
+      task: the task; its type and goal are read, nothing else.
+      first: the observation that `reset` returned.
+      rng: source of randomness; the expert itself draws nothing from it.
+    """
+
+    def __init__(self, task: Task, first: Observation, *, rng: random.Random):
+        self.rng = rng
+        self.memory = Memory(first.text)
+        self.type = task.type
+        words = re.findall(r"[a-z]+", task.goal)
+        self.wanted = next(w for w in words if w in OBJECTS and w not in LAMPS)
+        self.lamp = next((w for w in words if w in LAMPS), "")
+        self.target = next((w for w in words if w in RECEPTACLES), "")
+        self.verb, self.state, self.tool = TREATMENTS.get(task.type, ("", "", ""))
+        self.goal_count = 2 if task.type == TWO else 1
+
+    def respond(self, observation: Observation) -> str:
+        """Read an observation and return `Thought: ...`, newline, `Action: ...`."""
+        self.memory.update(observation)
+        return RESPONSE % self.decide()
+
+    def decide(self) -> tuple[str, str]:
+        """The next thought and command."""
+        hand = self.memory.hand
+        if hand and kind_of(hand) != self.wanted:
+            return self.put_down(hand)
+        if not hand:
+            return self.find_object()
+        if self.type == LOOK:
+            return self.use_lamp(hand)
+        if self.state and self.state not in self.memory.states.get(hand, ()):
+            return self.treat(hand)
+        return self.place(hand)
+
+    def put_down(self, hand: str) -> tuple[str, str]:
+        """Get rid of something useless: here if that is possible, else where the way leads."""
+        memory, best = self.memory, self.best_object()
+        if memory.at and memory.at not in memory.shut:
+            return PUT_DOWN % hand, f"move {hand} to {memory.at}"
+        if not best:
+            return self.search(NONE_HERE % self.wanted, self.wanted)
+        if best[1] == memory.at:
+            return IS_CLOSED % memory.at, f"open {memory.at}"
+        return FETCH % best, f"go to {best[1]}"
+
+    def find_object(self) -> tuple[str, str]:
+        """Take an object that serves the goal, fetch a known one, or search for one."""
+        memory = self.memory
+        best = self.best_object()
+        if not best:
+            placed = self.goal_count == 2 and self.fullest_target()
+            return self.search((ONE_PLACED if placed else NONE_HERE) % self.wanted, self.wanted)
+        name, place = best
+        if place != memory.at:
+            return FETCH % best, f"go to {place}"
+        if place in memory.shut:
+            return IS_CLOSED % place, f"open {place}"
+        return TAKE % name, f"take {name} from {place}"
+
+    def treat(self, hand: str) -> tuple[str, str]:
+        """Clean, heat or cool what is in hand."""
+        memory = self.memory
+        if kind_of(memory.at) == self.tool:
+            thought = AT_TOOL % (self.tool, self.verb, hand)
+            return thought, f"{self.verb} {hand} with {memory.at}"
+        thought = TO_TOOL % (hand, self.state, self.tool)
+        return thought, f"go to {self.of_type(self.tool)[0]}"
+
+    def place(self, hand: str) -> tuple[str, str]:
+        """Put what is in hand where the goal wants it."""
+        memory, target = self.memory, self.best_target()
+        if target != memory.at:
+            thought = GO_ON % (hand, self.target)
+            if self.state:
+                thought = TREATED_GO_ON % (hand, self.state, self.target)
+            return thought, f"go to {target}"
+        if target in memory.shut:
+            return IS_CLOSED % target, f"open {target}"
+        thought = AT_TARGET % (self.target, hand)
+        if self.state:
+            thought = TREATED_AT_TARGET % (self.target, self.state, hand)
+        return thought, f"move {hand} to {target}"
+
+    def use_lamp(self, hand: str) -> tuple[str, str]:
+        """Bring what is in hand to the lamp, searching for the lamp if need be."""
+        lamps = self.known(self.lamp)
+        if not lamps:
+            return self.search(NO_LAMP % (hand, self.lamp), self.lamp)
+        lamp, place = next((pair for pair in lamps if pair[1] == self.memory.at), lamps[0])
+        if place == self.memory.at:
+            return USE_LAMP % lamp, f"use {lamp}"
+        return GO_ON % (hand, self.lamp), f"go to {place}"
+
+    def search(self, thought: str, wanted: str) -> tuple[str, str]:
+        """Open the closed receptacle at hand, or go to the next one."""
+        memory = self.memory
+        if memory.at in memory.shut and memory.at not in memory.content:
+            return IS_CLOSED % memory.at, f"open {memory.at}"
+        place = self.next_place(wanted)
+        return (thought, f"go to {place}") if place else (NOTHING_LEFT, "look")
+
+    def next_place(self, wanted: str) -> str:
+        """The next receptacle to search; "" when all have been seen."""
+        for place in self.order(wanted):
+            if place not in self.memory.content and place != self.memory.at:
+                return place
+        return ""
+
+    def order(self, wanted: str) -> list[str]:
+        """All receptacles in the order in which `wanted` is searched for."""
+        likely = [place for kind in search_order(wanted) for place in self.of_type(kind)]
+        return likely + [place for place in self.memory.places if place not in likely]
+
+    def of_type(self, kind: str) -> list[str]:
+        """Receptacles of a type in listed order."""
+        return [place for place in self.memory.places if kind_of(place) == kind]
+
+    def known(self, kind: str) -> list[tuple[str, str]]:
+        """Objects of a type that have been seen lying somewhere, each with its place."""
+        return [
+            (name, place)
+            for place, names in self.memory.content.items()
+            for name in names
+            if kind_of(name) == kind
+        ]
+
+    def fullest_target(self) -> str:
+        """The target with most of the wanted objects known to be in it; "" if all have none."""
+        counts = dict.fromkeys(self.of_type(self.target), 0)
+        for _, place in self.known(self.wanted):
+            if place in counts:
+                counts[place] += 1
+        fullest = max(counts, key=lambda place: counts[place], default="")
+        return fullest if fullest and counts[fullest] else ""
+
+    def best_object(self) -> tuple[str, str] | None:
+        """The known object, with its place, that takes the fewest actions to bring to the goal."""
+        candidates = self.known(self.wanted)
+        if self.goal_count == 2:
+            fullest = self.fullest_target()
+            candidates = [pair for pair in candidates if pair[1] != fullest]
+        return min(candidates, key=self.effort, default=None)
+
+    def effort(self, candidate: tuple[str, str]) -> int:
+        """Actions that a known object needs before it can be placed, up to a constant."""
+        name, place = candidate
+        effort = (place != self.memory.at) + (place in self.memory.shut)
+        if self.state and self.state not in self.memory.states.get(name, ()):
+            effort += 1 + (kind_of(place) != self.tool)
+        return effort
+
+    def best_target(self) -> str:
+        """The target that takes the fewest actions to place something in."""
+        if self.goal_count == 2 and (fullest := self.fullest_target()):
+            return fullest
+        memory = self.memory
+        return min(
+            self.of_type(self.target),
+            key=lambda place: (place != memory.at) + (place in memory.shut),
+        )
+
+
+class Careless(Expert):
+    """An expert with bad habits: it reads and acts as well, but its policy is poor.
+
+    Its thoughts say honestly what it is going to do. When it wrongly believes that the task is
+    done it takes the object out and puts it back, or walks about.
+
+    Args:
+      task, first: as for `Expert`.
+      rng: source of all randomness.
+      skip_step: probability that for the whole episode it forgets to clean, heat or cool.
+      list_order: probability that for the whole episode it searches in listed order.
+      ignore_closed: probability, for each closed receptacle met while searching, of never opening
+        it, unless it is the only one left; with several left it walks between them.
+      idle: probability, for each turn, of a pointless action.
+      forget: probability that for the whole episode it takes one of two objects to be enough.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        first: Observation,
+        *,
+        rng: random.Random,
+        skip_step: float,
+        list_order: float,
+        ignore_closed: float,
+        idle: float,
+        forget: float,
+    ):
+        super().__init__(task, first, rng=rng)
+        # All four are drawn always, so that one habit does not change the draws of another.
+        skips, lists, forgets = (rng.random() < p for p in (skip_step, list_order, forget))
+        if skips:
+            self.verb = self.state = self.tool = ""
+        if forgets:
+            self.goal_count = 1
+        self.by_list = lists
+        self.ignore_closed = ignore_closed
+        self.idle = idle
+        self.weighed: set[str] = set()  # closed receptacles it has decided about
+        self.passed: set[str] = set()  # those that it has decided not to open
+
+    def decide(self) -> tuple[str, str]:
+        """The next thought and command."""
+        if self.rng.random() < self.idle:
+            return self.idle_action()
+        if not self.memory.hand and (done := self.believed_done()):
+            return self.fidget(done)
+        return super().decide()
+
+    def order(self, wanted: str) -> list[str]:
+        """Listed order for the whole episode with probability `list_order`."""
+        return list(self.memory.places) if self.by_list else super().order(wanted)
+
+    def search(self, thought: str, wanted: str) -> tuple[str, str]:
+        """As the expert, except that closed receptacles may be passed by."""
+        at = self.memory.at
+        if at in self.memory.shut and at not in self.memory.content:
+            if at not in self.weighed:
+                self.weighed.add(at)
+                if self.rng.random() < self.ignore_closed:
+                    self.passed.add(at)
+            if at in self.passed and (place := self.next_place(wanted)):
+                return PASS_CLOSED % at, f"go to {place}"
+        return super().search(thought, wanted)
+
+    def next_place(self, wanted: str) -> str:
+        """As the expert; those passed by come again when everything else is searched."""
+        fresh = (p for p in self.order(wanted) if p not in self.memory.content)
+        unseen = [place for place in fresh if place != self.memory.at]
+        return next((p for p in unseen if p not in self.passed), unseen[0] if unseen else "")
+
+    def believed_done(self) -> tuple[str, str] | None:
+        """An object in a target that, to this player, means that the task is done."""
+        if self.goal_count == 2 or self.state or self.type == LOOK:
+            return None
+        placed = [pair for pair in self.known(self.wanted) if kind_of(pair[1]) == self.target]
+        return placed[0] if placed else None
+
+    def fidget(self, done: tuple[str, str]) -> tuple[str, str]:
+        """Take the placed object out again, or walk about."""
+        memory, (name, place) = self.memory, done
+        if self.rng.random() < 0.5:
+            if place != memory.at:
+                return FETCH % done, f"go to {place}"
+            if place not in memory.shut:
+                return DONE_TAKE % name, f"take {name} from {place}"
+        elsewhere = self.random_item([p for p in memory.places if p != memory.at])
+        return DONE_GO % (name, elsewhere), f"go to {elsewhere}"
+
+    def idle_action(self) -> tuple[str, str]:
+        """Something possible that cannot help: looking again, or going back."""
+        memory = self.memory
+        choices = [(IDLE_LOOK, "look"), (IDLE_INVENTORY, "inventory")]
+        if memory.at:
+            choices.append((IDLE_EXAMINE % memory.at, f"examine {memory.at}"))
+        if back := [place for place in memory.content if place != memory.at]:
+            place = self.random_item(back)
+            choices.append((IDLE_REVISIT % place, f"go to {place}"))
+        return self.random_item(choices)
+
+    def random_item(self, items: list):
+        """A uniform item."""
+        return items[int(self.rng.random() * len(items))]
+
+
+class Random:
+    """Picks a uniformly random admissible command.
+
+    Args:
+      rng: source of randomness.
+    """
+
+    def __init__(self, rng: random.Random):
+        self.rng = rng
+
+    def respond(self, observation: Observation) -> str:
+        """Return a response with a random admissible command."""
+        commands = observation.admissible
+        return RESPONSE % (TRY, commands[int(self.rng.random() * len(commands))])

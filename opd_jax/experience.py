@@ -1,0 +1,260 @@
+"""Where the tokens of an update come from: the student itself, the teacher, or players.
+
+A source's `draw` is a function of the training state and its cursor, so a resumed run draws what
+the interrupted one would have drawn.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from ml_collections import FrozenConfigDict
+
+from opd_jax import experiment, teacher
+from opd_jax.experiment import LoadedModel
+from opd_jax.losses import Verdict
+from opd_jax.model import Params
+from opd_jax.report import Stopwatch
+from opd_jax.rollout import rollout
+from opd_jax.stream import Stream, judge_example
+from opd_jax.train_step import Batch, TrainState, make_batch
+from opd_jax.trajectory import Conversation, Trajectory, check, pack
+
+VERDICT_NAMES = {verdict: verdict.name.lower() for verdict in Verdict}
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What one update learns from.
+
+    Attributes:
+      batch: arrays on the host.
+      metrics: name to (sum, count) or scalar, as `report.Metrics` takes them.
+    """
+
+    batch: Batch
+    metrics: dict[str, Any]
+
+
+class Source(Protocol):
+    """Draws the experience of one update after another.
+
+    Attributes:
+      cursor: JSON-able; where the next draw starts.
+    """
+
+    cursor: list[int]
+
+    def draw(self, state: TrainState, clock: Stopwatch) -> Experience:
+        """The next update's experience; the parts of the time it takes are put on `clock`."""
+        ...
+
+    def close(self) -> None:
+        """Ends what runs in the background."""
+        ...
+
+
+def make_source(
+    config: FrozenConfigDict,
+    *,
+    student: LoadedModel,
+    teacher: LoadedModel | None,
+    cursor: Sequence[int],
+) -> Source:
+    """The source named by `data.source`: on_policy, teacher or players."""
+    if config.data.source == "players":
+        return Players(config, student, cursor=list(cursor))
+    return Rollouts(config, student, teacher, cursor=list(cursor))
+
+
+class Rollouts:
+    """Episodes of the student (on-policy) or of the teacher (off-policy), judged if asked for."""
+
+    def __init__(
+        self,
+        config: FrozenConfigDict,
+        student: LoadedModel,
+        teacher_model: LoadedModel | None,
+        *,
+        cursor: list[int],
+    ):
+        self._config, self.cursor = config, cursor
+        self._teacher = teacher_model
+        actor = student if config.data.source == "on_policy" else teacher_model
+        self._agent = experiment.make_agent(actor, config.rollout)
+        self._envs = [experiment.make_env(config.env) for _ in range(config.rollout.batch)]
+        self._judge = None
+        if config.objective.intervention:
+            self._judge = experiment.make_judge(teacher_model, config.judge)
+
+    def draw(self, state: TrainState, clock: Stopwatch) -> Experience:
+        """One episode of each of the next `rollout.batch` training tasks."""
+        config = self._config
+        start, count = self.cursor[0], config.rollout.batch
+        split = config.data.split
+        size = self._envs[0].size(split)
+        numbers = experiment.train_tasks(size, seed=config.seed, start=start, count=count)
+        on_policy = config.data.source == "on_policy"
+        params = state.params if on_policy else self._teacher.params
+        with clock.measure("rollout"):
+            conversations = rollout(
+                params,
+                jax.random.fold_in(state.rng, state.step),
+                agent=self._agent,
+                envs=self._envs,
+                tasks=[(split, number) for number in numbers],
+            )
+        self.cursor = [start + count, 0]
+        trajectory = pack(
+            conversations,
+            max_turns=config.env.max_turns,
+            length_multiple=config.train.length_multiple,
+        )
+        check(trajectory, vocab_size=self._agent.model.vocab_size)
+        metrics = episode_metrics(conversations, trajectory)
+        verdict = np.full(trajectory.failed.shape, Verdict.STRONG, np.int32)
+        if self._judge is not None:
+            with clock.measure("judge"):
+                verdict, judged = self._ask(conversations, step=int(state.step))
+            metrics |= judged
+        batch = make_batch(trajectory, verdict, response_multiple=config.train.response_multiple)
+        return Experience(batch, metrics)
+
+    def _ask(
+        self, conversations: Sequence[Conversation], *, step: int
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        settings, max_turns = self._config.judge, self._config.env.max_turns
+
+        def judge(decode: str, params: Params) -> teacher.Judgement:
+            return teacher.judge(
+                params, conversations, judge=self._judge, max_turns=max_turns, decode=decode
+            )
+
+        judgement = judge(settings.decode, self._teacher.params)
+        metrics = judge_metrics(judgement, conversations)
+        if settings.agreement_every and step % settings.agreement_every == 0:
+            other = "generate" if settings.decode == "constrained" else "constrained"
+            second = judge(other, self._teacher.params)
+            same = (second.verdict == judgement.verdict) & judgement.asked
+            metrics["judge/decodings_agree"] = (same.sum(), judgement.asked.sum())
+            metrics[f"judge/unparsable_{other}"] = (second.unparsable.sum(), second.asked.sum())
+        return judgement.verdict, metrics
+
+    def close(self) -> None:
+        """Nothing runs in the background."""
+
+
+class Players:
+    """Demonstrations by players, and judge examples: supervised data that builds a model."""
+
+    def __init__(self, config: FrozenConfigDict, student: LoadedModel, *, cursor: list[int]):
+        data = config.data
+        asker = experiment.make_judge(student, config.judge)
+
+        def make_example(task, turn) -> Conversation:
+            answer = student.tokenizer.encode(turn.oracle, add_special_tokens=False)
+            prompt = asker.prompt_tokens(task, turn)
+            return judge_example(prompt, [*answer, student.chat.stop_ids[0]], task)
+
+        self._stream = Stream(
+            make_episode=experiment.make_demonstrator(
+                config,
+                tokenizer=student.tokenizer,
+                chat=student.chat,
+                env=experiment.make_env(config.env),
+            ),
+            make_example=make_example if data.judge_examples else None,
+            seed=config.seed,
+            window=data.window,
+            judge_examples=data.judge_examples,
+            tokens_per_batch=data.tokens_per_batch,
+            length_multiple=config.train.length_multiple,
+            max_turns=config.env.max_turns,
+            cursor=(cursor[0], cursor[1]),
+        )
+        self._response_multiple = config.train.response_multiple
+
+    @property
+    def cursor(self) -> list[int]:
+        """(window, batch) of the stream."""
+        return list(self._stream.cursor)
+
+    def draw(self, state: TrainState, clock: Stopwatch) -> Experience:
+        """The stream's next batch."""
+        trajectory = next(self._stream)
+        verdict = np.full(trajectory.failed.shape, Verdict.STRONG, np.int32)
+        batch = make_batch(trajectory, verdict, response_multiple=self._response_multiple)
+        return Experience(batch, {"tokens/sequence": (trajectory.lengths.sum(), 1)})
+
+    def close(self) -> None:
+        """Ends the generating thread."""
+        self._stream.close()
+
+
+def episode_metrics(
+    conversations: Sequence[Conversation], trajectory: Trajectory
+) -> dict[str, Any]:
+    """How the batch's episodes went, as (sum, count)."""
+    n = len(conversations)
+    turns = [turn for c in conversations for turn in c.turns]
+    ends = Counter(c.end for c in conversations)
+    stops = Counter(turn.stop for turn in turns)
+    return {
+        "batch/success": (sum(c.success for c in conversations), n),
+        "batch/score": (sum(c.score for c in conversations), n),
+        "batch/turns": (len(turns), n),
+        "batch/repeated": (sum(c.repeated_actions for c in conversations), len(turns)),
+        "batch/failed": (sum(bool(turn.failure) for turn in turns), len(turns)),
+        **{f"end/{end}": (ends[end], n) for end in ("success", "environment", "context")},
+        **{
+            f"stop/{stop}": (stops[stop], len(turns))
+            for stop in ("stop_token", "turn_budget", "context")
+        },
+        "tokens/sampled": ((trajectory.turn_id >= 0).sum(), 1),
+        "tokens/sequence": (trajectory.lengths.sum(), 1),
+    }
+
+
+def judge_metrics(
+    judgement: teacher.Judgement, conversations: Sequence[Conversation]
+) -> dict[str, Any]:
+    """Shares of verdicts, over all turns and by turn index, and agreement with the oracle.
+
+    `judge/precision` is the share of turns that the judge wants corrected (WEAK or STRONG) which
+    the environment's oracle does not call fine, and `judge/recall` the share of those the oracle
+    does not call fine that the judge wants corrected.
+    """
+    K = judgement.verdict.shape[1]
+    exists = np.arange(K) < np.array([len(c.turns) for c in conversations])[:, None]
+    metrics: dict[str, Any] = {
+        "judge/asked": (judgement.asked.sum(), exists.sum()),
+        "judge/unparsable": (judgement.unparsable.sum(), judgement.asked.sum()),
+    }
+    for verdict, name in VERDICT_NAMES.items():
+        given = (judgement.verdict == verdict) & exists
+        metrics[f"verdict/{name}"] = (given.sum(), exists.sum())
+        metrics[f"by_turn/{name}"] = (given.sum(axis=0), exists.sum(axis=0))
+    confusion = confusion_with_oracle(judgement, conversations)
+    if confusion.sum():
+        corrected, wrong = confusion[:, 1:].sum(), confusion[1:].sum()
+        metrics["judge/precision"] = (confusion[1:, 1:].sum(), corrected)
+        metrics["judge/recall"] = (confusion[1:, 1:].sum(), wrong)
+        for row, label in enumerate(teacher.LABELS):
+            recall = (confusion[row, row], confusion[row].sum())
+            metrics[f"judge/recall_{label.lower()}"] = recall
+    return metrics
+
+
+def confusion_with_oracle(
+    judgement: teacher.Judgement, conversations: Sequence[Conversation]
+) -> np.ndarray:
+    """Counts [oracle's label, judge's label] over turns that both have labelled; int [3, 3]."""
+    counts = np.zeros((3, 3), np.int64)
+    for row, conversation in enumerate(conversations):
+        for index, turn in enumerate(conversation.turns):
+            if turn.oracle and judgement.asked[row, index]:
+                counts[Verdict[turn.oracle], judgement.verdict[row, index]] += 1
+    return counts

@@ -1,0 +1,262 @@
+"""From a config to live objects: models, environments, agents, judges.
+
+The only file that reads configs and builds things from them; everything it calls takes keyword
+arguments.
+"""
+
+import dataclasses
+import random
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import FrozenConfigDict
+
+from opd_jax import hf, teacher, train_step
+from opd_jax.chat import ChatFormat
+from opd_jax.demonstrations import MakePlayer, demonstrate
+from opd_jax.envs.base import Env, Observation, Task
+from opd_jax.generate import Sampling
+from opd_jax.mesh import param_shardings
+from opd_jax.model import ModelConfig, Params, init_params, param_specs
+from opd_jax.rollout import Agent
+from opd_jax.teacher import Judge
+from opd_jax.train_step import Objective
+from opd_jax.trajectory import Conversation
+
+EMBEDDED = Path(__file__).parent / "pair"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model folder in memory.
+
+    Attributes:
+      folder: where it came from.
+      config: its sizes.
+      params: its parameters.
+      tokenizer: a `transformers` tokenizer.
+      chat: its chat format.
+    """
+
+    folder: Path
+    config: ModelConfig
+    params: Params
+    tokenizer: object
+    chat: ChatFormat
+
+
+def model_folder(name: str) -> Path:
+    """The folder a config's model name stands for: `embedded:NAME` ships with the package."""
+    return EMBEDDED / name.removeprefix("embedded:") if name.startswith("embedded:") else Path(name)
+
+
+def load_model(name: str, *, dtype: str, mesh: jax.sharding.Mesh) -> LoadedModel:
+    """Read a model folder; errors as in `hf`."""
+    folder = model_folder(name)
+    config = hf.read_config(folder)
+    tokenizer = hf.load_tokenizer(folder)
+    return LoadedModel(
+        folder=folder,
+        config=config,
+        params=hf.load_params(folder, config, dtype=jnp.dtype(dtype), mesh=mesh),
+        tokenizer=tokenizer,
+        chat=ChatFormat.from_tokenizer(tokenizer),
+    )
+
+
+def load_pair(
+    config: FrozenConfigDict, mesh: jax.sharding.Mesh
+) -> tuple[LoadedModel, LoadedModel | None]:
+    """Student and teacher as the config names them; no teacher where its name is empty.
+
+    Raises:
+      ValueError: their tokenizers differ, before any weight is read; else as in `hf`.
+    """
+    if config.student == "new":
+        return new_model(config, mesh), None
+    if config.teacher:
+        hf.check_same_tokenizer(model_folder(config.student), model_folder(config.teacher))
+    student = load_model(config.student, dtype=config.dtype, mesh=mesh)
+    if not config.teacher:
+        return student, None
+    frozen = load_model(config.teacher, dtype=config.teacher_dtype, mesh=mesh)
+    return _one_vocabulary(student, frozen)
+
+
+def _one_vocabulary(student: LoadedModel, frozen: LoadedModel) -> tuple[LoadedModel, LoadedModel]:
+    """Cuts the rows that pad one model's vocabulary beyond the other's."""
+    size = min(student.config.vocab_size, frozen.config.vocab_size)
+
+    def cut(model: LoadedModel) -> LoadedModel:
+        if model.config.vocab_size == size:
+            return model
+        params = {**model.params, "embed": model.params["embed"][:size]}
+        if "head" in params:
+            params["head"] = params["head"][:, :size]
+        config = dataclasses.replace(model.config, vocab_size=size)
+        return dataclasses.replace(model, config=config, params=params)
+
+    return cut(student), cut(frozen)
+
+
+def new_model(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> LoadedModel:
+    """A random model of `config.new_model` with the household's tokenizer."""
+    from opd_jax.envs.household_tokenizer import build
+
+    tokenizer = build(phrases=teacher.PHRASES)
+    sizes = ModelConfig(vocab_size=len(tokenizer), rope_scaling=None, **config.new_model)
+    init = jax.jit(
+        partial(init_params, sizes, dtype=jnp.dtype(config.dtype)),
+        out_shardings=param_shardings(param_specs(sizes), mesh),
+    )
+    return LoadedModel(
+        folder=EMBEDDED,
+        config=sizes,
+        params=init(jax.random.key(config.seed)),
+        tokenizer=tokenizer,
+        chat=ChatFormat.from_tokenizer(tokenizer),
+    )
+
+
+def make_optimizer(config: FrozenConfigDict) -> optax.GradientTransformation:
+    """AdamW from `config.optimizer`, over `train.updates` updates."""
+    return train_step.make_optimizer(total_updates=config.train.updates, **config.optimizer)
+
+
+def make_env(settings: FrozenConfigDict) -> Env:
+    """A new environment from `config.env`."""
+    if settings.name != "household":
+        raise ValueError(f"`env.name`: expected household, got {settings.name!r}")
+    from opd_jax.envs.household import Household
+
+    return Household(
+        size=settings.size,
+        max_turns=settings.max_turns,
+        show_admissible=settings.show_admissible,
+    )
+
+
+def make_player(name: str, settings: FrozenConfigDict) -> MakePlayer:
+    """A player of the household by name: expert, careless or random."""
+    from opd_jax.envs import household_players as players
+
+    def expert(task: Task, first: Observation, rng: random.Random):
+        return players.Expert(task, first, rng=rng)
+
+    def careless(task: Task, first: Observation, rng: random.Random):
+        return players.Careless(task, first, rng=rng, **settings.careless.to_dict())
+
+    def at_random(task: Task, first: Observation, rng: random.Random):
+        return players.Random(rng=rng)
+
+    known = {"expert": expert, "careless": careless, "random": at_random}
+    if name not in known:
+        raise ValueError(f"`data.player`: expected one of {', '.join(known)}, got {name!r}")
+    return known[name]
+
+
+def make_agent(
+    model: LoadedModel, rollout: FrozenConfigDict, *, temperature: float | None = None
+) -> Agent:
+    """An agent from `config.rollout`; `temperature` replaces the one for training."""
+    return Agent(
+        model=model.config,
+        tokenizer=model.tokenizer,
+        chat=model.chat,
+        sampling=Sampling(
+            temperature=rollout.temperature if temperature is None else temperature,
+            top_k=rollout.top_k,
+            top_p=rollout.top_p,
+        ),
+        turn_tokens=rollout.turn_tokens,
+        context_tokens=rollout.context_tokens,
+        extend_widths=tuple(rollout.extend_widths),
+        chunk=rollout.chunk,
+    )
+
+
+def make_judge(model: LoadedModel, settings: FrozenConfigDict) -> Judge:
+    """A judge from `config.judge`."""
+    return Judge(
+        model=model.config,
+        tokenizer=model.tokenizer,
+        chat=model.chat,
+        context=settings.context,
+        admissible_shown=settings.admissible_shown,
+        batch=settings.batch,
+        length_multiple=settings.length_multiple,
+        max_new_tokens=settings.max_new_tokens,
+    )
+
+
+def make_objective(settings: FrozenConfigDict) -> Objective:
+    """The objective from `config.objective`."""
+    return Objective(
+        divergence=settings.divergence,
+        beta=settings.beta,
+        intervention=settings.intervention,
+        confidence=settings.confidence,
+        confidence_temperature=settings.confidence_temperature,
+        weak_weight=settings.weak_weight,
+        normalize=settings.normalize,
+        scope=settings.scope,
+        eps=settings.eps,
+        max_z=settings.max_z or None,
+    )
+
+
+def train_tasks(size: int, *, seed: int, start: int, count: int) -> list[int]:
+    """Tasks number `start` to `start + count` of an endless series of shuffled epochs."""
+    tasks = []
+    for number in range(start, start + count):
+        epoch, place = divmod(number, size)
+        tasks.append(int(_permutation(size, seed, epoch)[place]))
+    return tasks
+
+
+_permutations: dict[tuple[int, int, int], np.ndarray] = {}
+
+
+def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    key = (size, seed, epoch)
+    if key not in _permutations:
+        _permutations.clear()  # epochs come in order: one is enough
+        _permutations[key] = np.random.default_rng([seed, epoch]).permutation(size)
+    return _permutations[key]
+
+
+def make_demonstrator(config: FrozenConfigDict, *, tokenizer: object, chat: ChatFormat, env: Env):
+    """`demonstrate` bound to `config.data`: episode number n, a pure function of n.
+
+    The share of strayed turns is drawn anew for each episode, between none and
+    `data.distraction`, so that the player is seen going on from every degree of disorder.
+    """
+    data = config.data
+    bound = partial(
+        demonstrate,
+        env,
+        data.split,
+        tokenizer=tokenizer,
+        chat=chat,
+        context_tokens=config.rollout.context_tokens,
+    )
+    size = env.size(data.split)
+
+    def episode(number: int) -> Conversation:
+        rng = random.Random(f"{config.seed}/episode/{number}")
+        distraction = data.distraction * rng.random()
+        distractor = rng.choice(data.distractors) if distraction else None
+        return bound(
+            number % size,
+            player=make_player(data.player, data),
+            distractor=make_player(distractor, data) if distractor else None,
+            distraction=distraction,
+            rng=rng,
+        )
+
+    return episode

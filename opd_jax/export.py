@@ -1,0 +1,58 @@
+"""Write the newest checkpoint of a workdir as a Hugging Face folder.
+
+    python -m opd_jax.export --workdir=DIR --out=DIR
+
+`transformers` opens the result, and so do `student` and `teacher` of a config.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from opd_jax import config as cfg
+from opd_jax import experiment, hf
+from opd_jax.checkpoint import Checkpoints
+from opd_jax.mesh import make_mesh
+from opd_jax.train_step import abstract_state
+
+
+def export(workdir: Path, out: Path) -> int:
+    """Export the student of `workdir` to `out`; returns the update it comes from.
+
+    Raises:
+      ValueError: no run or no checkpoint in `workdir`, or `out` is in use.
+    """
+    stored = workdir / "config.json"
+    if not stored.is_file():
+        raise ValueError(f"`--workdir`: `{workdir}` has no config.json; give a run's workdir")
+    config = cfg.from_json(stored.read_text())
+    student, _ = experiment.load_pair(config, make_mesh(**config.mesh))
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+    abstract = abstract_state(student.params, experiment.make_optimizer(config))
+    restored = checkpoints.restore_latest(abstract)
+    if restored is None:
+        raise ValueError(f"`--workdir`: `{workdir}` has no checkpoint yet; let the run save one")
+    step, state, _ = restored
+    new = config.student == "new"
+    hf.save_model(
+        out,
+        state.params,
+        student.config,
+        dtype=config.dtype,
+        tokenizer_from=student.tokenizer if new else student.folder,
+    )
+    return step
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command `python -m opd_jax.export`."""
+    try:
+        _, workdir, flags = cfg.parse_command_line(argv, usage=__doc__, needs_config=False, out=str)
+        step = export(workdir, Path(flags["out"]))
+        print(f"update {step} of {workdir} written to {flags['out']}")
+    except ValueError as error:
+        cfg.fail(error)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

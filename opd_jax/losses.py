@@ -1,0 +1,566 @@
+"""The objective of SAGE-OPD (arXiv 2606.19659) and of its baselines, as pure functions on arrays.
+
+The loss is one line: an unreduced divergence per token, times a weight that says why the token
+counts as it does, summed and divided by the number of student tokens N:
+
+    loss = (1/N) Σ_token weight · divergence,    weight = z · i_turn · c_turn
+
+`i` is the turn's intervention (verdict), `c` the teacher's confidence over the turn, and `z` keeps
+the mean weight at one, the scale of plain OPD (weight = 1 everywhere). Every ablation sets one
+factor to one. All weights are constants to the gradient; so is everything of the teacher.
+
+Which tokens belong to the student is `turn_id`: k for a token that the student sampled in its k-th
+turn, `NO_TURN` for prompts, observations, forced tokens and padding. Such positions may hold
+anything, NaN included.
+
+This file imports JAX only. Inputs may be any float dtype; arithmetic is float32, logs are natural.
+"""
+
+from enum import IntEnum
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+NO_TURN = -1
+
+
+class Verdict(IntEnum):
+    """What became of a turn: the judge's label, or a failure that the environment reported."""
+
+    SKIP = 0
+    WEAK = 1
+    STRONG = 2
+    DET_FAIL = 3
+
+
+# --- Divergences: [..., V] -> [...] -----------------------------------------------------------
+
+
+def reverse_kl(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
+    """KL(student ‖ teacher) = Σ_v p_S(v) [log p_S(v) − log p_T(v)], the divergence of OPD.
+
+    Mode seeking: it punishes the student for what the teacher would not say.
+
+    Args:
+      student_logits: float [..., V], unnormalized.
+      teacher_logits: float [..., V]; gets no gradient.
+
+    Returns:
+      float32 [...], nats, ≥ 0 up to rounding. Differentiable in the student's logits.
+
+    Raises:
+      ValueError: the shapes differ.
+    """
+    return jsd(student_logits, teacher_logits, beta=1.0)
+
+
+def forward_kl(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
+    """KL(teacher ‖ student) = Σ_v p_T(v) [log p_T(v) − log p_S(v)]: mass covering.
+
+    Shapes, dtypes and errors as in `reverse_kl`.
+    """
+    return jsd(student_logits, teacher_logits, beta=0.0)
+
+
+def jsd(student_logits: jax.Array, teacher_logits: jax.Array, *, beta: float) -> jax.Array:
+    """Generalized Jensen-Shannon divergence of GKD, between the two KL divergences.
+
+    With the mixture m = β p_T + (1−β) p_S:
+
+        jsd_β = β KL(p_T ‖ m) + (1−β) KL(p_S ‖ m)
+
+    As β → 0 this tends to β · KL(teacher ‖ student), and as β → 1 to (1−β) · KL(student ‖ teacher):
+    both vanish. So, as in GKD's code, the ends are defined as the divergences themselves:
+    β = 0 is exactly the forward KL and β = 1 exactly the reverse KL.
+
+    Args:
+      student_logits: float [..., V], unnormalized.
+      teacher_logits: float [..., V]; gets no gradient.
+      beta: 0..1, the teacher's share in the mixture. Other libraries count from the other end.
+
+    Returns:
+      float32 [...], nats.
+
+    Raises:
+      ValueError: the shapes differ, or `beta` is outside 0..1.
+
+    Source: Agarwal et al., arXiv 2306.13649, section 3.1 and equation 1.
+    """
+    _check_same_shape("student_logits", student_logits, "teacher_logits", teacher_logits)
+    _check_beta(beta)
+    log_s = jax.nn.log_softmax(student_logits.astype(jnp.float32))
+    log_t = jax.lax.stop_gradient(jax.nn.log_softmax(teacher_logits.astype(jnp.float32)))
+    return _divergence(log_s, log_t, beta)
+
+
+def _divergence(log_s: jax.Array, log_t: jax.Array, beta: float) -> jax.Array:
+    """The divergence of normalized log-probabilities over the last axis."""
+    if beta == 1.0:
+        return _kl(log_s, log_t)
+    if beta == 0.0:
+        return _kl(log_t, log_s)
+    log_m = jnp.logaddexp(log_t + jnp.log(beta), log_s + jnp.log1p(-beta))
+    return beta * _kl(log_t, log_m) + (1 - beta) * _kl(log_s, log_m)
+
+
+def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    # A banned token (logit −inf) has p = 0 and contributes nothing, where 0 · (−inf) would be NaN.
+    # The inner `where` keeps that NaN out of the gradient too.
+    possible = log_p > -jnp.inf
+    log_ratio = jnp.where(possible, log_p, 0.0) - jnp.where(possible, log_q, 0.0)
+    return jnp.sum(jnp.where(possible, jnp.exp(log_p) * log_ratio, 0.0), axis=-1)
+
+
+def sampled_reverse_kl(student_logprob: jax.Array, teacher_logprob: jax.Array) -> jax.Array:
+    """The one-sample estimate of the reverse KL: its value, with the policy gradient.
+
+    At a token a sampled from the student, log p_S(a) − log p_T(a) is unbiased for the KL at that
+    position, but its own gradient is unbiased for zero. The gradient of the expectation is
+    E[(log p_S(a) − log p_T(a)) ∇ log p_S(a)], which is what this returns as its gradient. It
+    ignores the effect of a token on later positions, as the full divergence does.
+
+    Args:
+      student_logprob: float [...], log-probability of the sampled token under the student.
+      teacher_logprob: float [...], under the teacher; gets no gradient.
+
+    Returns:
+      float32 [...], nats; single values may be negative.
+
+    Source: the per-token estimator of on-policy distillation with one teacher log-probability, a
+      baseline here; the paper does not state its estimator.
+    """
+    _check_same_shape("student_logprob", student_logprob, "teacher_logprob", teacher_logprob)
+    student_logprob = student_logprob.astype(jnp.float32)
+    gap = jax.lax.stop_gradient(student_logprob - teacher_logprob.astype(jnp.float32))
+    surrogate = gap * student_logprob
+    return gap + surrogate - jax.lax.stop_gradient(surrogate)
+
+
+# --- The fused form: never a [N, V] array -------------------------------------------------------
+
+
+class TokenScores(NamedTuple):
+    """What one pass over both models says of each token; float32 [N].
+
+    Attributes:
+      divergence: nats; differentiable in the student.
+      teacher_top1_prob: max_v p_T(v) at the confidence temperature, in (0, 1].
+      student_logprob: log p_S of the target; differentiable in the student.
+      teacher_logprob: log p_T of the target.
+      student_entropy: nats.
+      teacher_entropy: nats.
+    """
+
+    divergence: jax.Array
+    teacher_top1_prob: jax.Array
+    student_logprob: jax.Array
+    teacher_logprob: jax.Array
+    student_entropy: jax.Array
+    teacher_entropy: jax.Array
+
+
+def kind_to_beta(kind: str, beta: float | None = None) -> float:
+    """The β of `jsd` that a divergence's name stands for: the one place that knows the names.
+
+    Args:
+      kind: "reverse_kl", "forward_kl" or "jsd".
+      beta: 0..1, for "jsd" only.
+
+    Raises:
+      ValueError: an unknown kind, or "jsd" without a `beta`.
+    """
+    if kind == "jsd":
+        if beta is None:
+            raise ValueError("`kind` is 'jsd', which needs `beta` in 0..1; got None")
+        _check_beta(beta)
+        return float(beta)
+    ends = {"reverse_kl": 1.0, "forward_kl": 0.0}
+    if kind not in ends:
+        raise ValueError(f"`kind`: expected reverse_kl, forward_kl or jsd, got {kind!r}")
+    return ends[kind]
+
+
+def fused_divergence(
+    student_hidden: jax.Array,
+    student_head: jax.Array,
+    teacher_hidden: jax.Array,
+    teacher_head: jax.Array,
+    *,
+    kind: str,
+    chunk_size: int,
+    beta: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Divergence and the teacher's top-1 probability from hidden states, never holding `[N, V]`.
+
+    The two heads are applied to `chunk_size` positions at a time inside a checkpointed scan: the
+    backward pass recomputes a chunk's logits instead of storing them, so memory grows with
+    `chunk_size · V` and not with `N · V`.
+
+    Args:
+      student_hidden: float [N, D].
+      student_head: float [D, V].
+      teacher_hidden: float [N, D'] of the teacher's own width.
+      teacher_head: float [D', V].
+      kind: "reverse_kl", "forward_kl" or "jsd".
+      chunk_size: positions a chunk, ≥ 1; N need not divide by it.
+      beta: the teacher's share for kind "jsd" (see `jsd`).
+
+    Returns:
+      (divergence [N] in nats, teacher_top1_prob [N]), float32. Gradients flow to `student_hidden`
+      and `student_head` only.
+
+    Raises:
+      ValueError: positions, widths or vocabularies that do not match, an unknown kind, or a
+        `chunk_size` below 1.
+    """
+    scores = fused_scores(
+        student_hidden,
+        student_head,
+        teacher_hidden,
+        teacher_head,
+        jnp.zeros(student_hidden.shape[0], jnp.int32),
+        beta=kind_to_beta(kind, beta),
+        chunk_size=chunk_size,
+        confidence_temperature=1.0,
+    )
+    return scores.divergence, scores.teacher_top1_prob
+
+
+def fused_scores(
+    student_hidden: jax.Array,
+    student_head: jax.Array,
+    teacher_hidden: jax.Array,
+    teacher_head: jax.Array,
+    targets: jax.Array,
+    *,
+    beta: float,
+    chunk_size: int,
+    confidence_temperature: float,
+) -> TokenScores:
+    """`fused_divergence` with everything else that the same logits tell.
+
+    Args:
+      student_hidden: float [N, D].
+      student_head: float [D, V].
+      teacher_hidden: float [N, D'].
+      teacher_head: float [D', V].
+      targets: int [N], the sampled tokens.
+      beta: the divergence, as in `jsd`.
+      chunk_size: positions a chunk, ≥ 1.
+      confidence_temperature: temperature of the teacher's softmax for `teacher_top1_prob` only;
+        0 makes it 1 everywhere (the paper's sensitivity table names such a setting).
+
+    Returns:
+      `TokenScores`. XLA drops what the caller does not use.
+    """
+    _check_heads("student", student_hidden, student_head)
+    _check_heads("teacher", teacher_hidden, teacher_head)
+    _check_beta(beta)
+    if student_hidden.shape[0] != teacher_hidden.shape[0]:
+        raise ValueError(
+            f"`teacher_hidden` has {teacher_hidden.shape[0]} positions, expected the "
+            f"{student_hidden.shape[0]} of `student_hidden`: both models score the same tokens"
+        )
+    if student_head.shape[1] != teacher_head.shape[1]:
+        raise ValueError(
+            f"`teacher_head` has {teacher_head.shape[1]} tokens, expected the "
+            f"{student_head.shape[1]} of `student_head`: slice padded vocabularies to equal size"
+        )
+    frozen_hidden, frozen_head = jax.lax.stop_gradient((teacher_hidden, teacher_head))
+    chunk = partial(_score_chunk, beta=beta, confidence_temperature=confidence_temperature)
+    return _scan_chunks(
+        lambda s, t, target: chunk(s, student_head, t, frozen_head, target),
+        (student_hidden, frozen_hidden, targets),
+        chunk_size=chunk_size,
+    )
+
+
+def _score_chunk(
+    student_hidden: jax.Array,
+    student_head: jax.Array,
+    teacher_hidden: jax.Array,
+    teacher_head: jax.Array,
+    targets: jax.Array,
+    *,
+    beta: float,
+    confidence_temperature: float,
+) -> TokenScores:
+    logits_t = _logits(teacher_hidden, teacher_head)
+    log_s = jax.nn.log_softmax(_logits(student_hidden, student_head))
+    log_t = jax.nn.log_softmax(logits_t)
+    log_s_frozen = jax.lax.stop_gradient(log_s)
+    return TokenScores(
+        divergence=_divergence(log_s, log_t, beta),
+        teacher_top1_prob=_top1_prob(logits_t, confidence_temperature),
+        student_logprob=_pick(log_s, targets),
+        teacher_logprob=_pick(log_t, targets),
+        student_entropy=_entropy(log_s_frozen),
+        teacher_entropy=_entropy(log_t),
+    )
+
+
+def fused_cross_entropy(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, *, chunk_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """−log p(target) and the entropy of p from hidden states, chunk by chunk: the SFT objective.
+
+    Args:
+      hidden: float [N, D].
+      head: float [D, V].
+      targets: int [N].
+      chunk_size: positions a chunk, ≥ 1.
+
+    Returns:
+      (cross-entropy [N], entropy [N]) in nats, float32; gradients flow through the first only.
+    """
+    _check_heads("student", hidden, head)
+
+    def chunk(h: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+        log_p = jax.nn.log_softmax(_logits(h, head))
+        return -_pick(log_p, target), _entropy(jax.lax.stop_gradient(log_p))
+
+    return _scan_chunks(chunk, (hidden, targets), chunk_size=chunk_size)
+
+
+def _scan_chunks(function, arrays, *, chunk_size: int):
+    """Applies `function` to chunks of the leading axis under scan and checkpoint."""
+    if chunk_size < 1:
+        raise ValueError(f"`chunk_size`: expected at least 1, got {chunk_size}")
+    size = arrays[0].shape[0]
+    chunk_size = min(chunk_size, max(size, 1))
+    count = -(-size // chunk_size)
+
+    def chunks(x: jax.Array) -> jax.Array:
+        padding = [(0, count * chunk_size - size)] + [(0, 0)] * (x.ndim - 1)
+        return jnp.pad(x, padding).reshape(count, chunk_size, *x.shape[1:])
+
+    body = jax.checkpoint(lambda _, chunk: (None, function(*chunk)))
+    _, out = jax.lax.scan(body, None, tuple(chunks(x) for x in arrays))
+    return jax.tree.map(lambda x: x.reshape(-1)[:size], out)
+
+
+def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
+    return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+
+
+def _pick(logprobs: jax.Array, targets: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(logprobs, targets[:, None], axis=-1)[:, 0]
+
+
+def _entropy(logprobs: jax.Array) -> jax.Array:
+    return -jnp.sum(jnp.where(logprobs > -jnp.inf, jnp.exp(logprobs) * logprobs, 0.0), axis=-1)
+
+
+def _top1_prob(logits: jax.Array, temperature: float) -> jax.Array:
+    if temperature == 0.0:
+        return jnp.ones(logits.shape[:-1], jnp.float32)
+    scaled = logits / temperature
+    return jnp.exp(jnp.max(scaled, axis=-1) - jax.nn.logsumexp(scaled, axis=-1))
+
+
+# --- Weights ------------------------------------------------------------------------------------
+
+
+def intervention_weight(verdict: jax.Array, *, weak_weight: float = 0.5) -> jax.Array:
+    """i = 0 for SKIP, `weak_weight` (α) for WEAK, 1 for STRONG and DET_FAIL.
+
+    Args:
+      verdict: int [...], codes of `Verdict`. A code outside them is a caller's bug that cannot
+        be raised on inside a compiled program; it weighs 1, the conservative reading.
+      weak_weight: α, 0..1.
+
+    Returns:
+      float32 [...].
+
+    Source: arXiv 2606.19659, turn intervention; an unparsable judge's answer comes as STRONG.
+    """
+    weight = jnp.where(verdict == Verdict.WEAK, weak_weight, 1.0)
+    return jnp.where(verdict == Verdict.SKIP, 0.0, weight).astype(jnp.float32)
+
+
+def turn_confidence(teacher_top1_prob: jax.Array, turn_id: jax.Array, num_turns: int) -> jax.Array:
+    """c = mean over a turn's tokens of the teacher's top-1 probability.
+
+    Args:
+      teacher_top1_prob: float [B, T]; may hold anything where `turn_id` is `NO_TURN`.
+      turn_id: int [B, T].
+      num_turns: K; turns k ≥ K would be lost, so K must cover them.
+
+    Returns:
+      float32 [B, K], in (0, 1]; 0 for a turn without tokens. No gradient.
+
+    Source: arXiv 2606.19659, teacher confidence.
+    """
+    _check_same_shape("teacher_top1_prob", teacher_top1_prob, "turn_id", turn_id)
+    in_turn = turn_id[..., None] == jnp.arange(num_turns)
+    top1 = jnp.where(turn_id == NO_TURN, 0.0, jax.lax.stop_gradient(teacher_top1_prob))
+    total = jnp.sum(jnp.where(in_turn, top1[..., None].astype(jnp.float32), 0.0), axis=1)
+    count = jnp.sum(in_turn, axis=1)
+    return total / jnp.maximum(count, 1)
+
+
+def raw_weights(
+    turn_id: jax.Array,
+    verdict: jax.Array,
+    confidence: jax.Array,
+    *,
+    weak_weight: float = 0.5,
+) -> jax.Array:
+    """s = i · c of each token's turn, before any normalizer; 0 where `turn_id` is `NO_TURN`.
+
+    Args:
+      turn_id: int [B, T].
+      verdict: int [B, K].
+      confidence: float [B, K], 0..1.
+      weak_weight: α.
+
+    Returns:
+      float32 [B, T]. No gradient.
+    """
+    if verdict.shape != confidence.shape or verdict.shape[:1] != turn_id.shape[:1]:
+        raise ValueError(
+            f"`verdict` {verdict.shape} and `confidence` {confidence.shape}: expected both [B, K] "
+            f"with B = {turn_id.shape[0]} of `turn_id` {turn_id.shape}"
+        )
+    turn_weight = intervention_weight(verdict, weak_weight=weak_weight) * confidence
+    turn_weight = jax.lax.stop_gradient(turn_weight).astype(jnp.float32)
+    token_weight = jnp.take_along_axis(turn_weight, jnp.maximum(turn_id, 0), axis=1)
+    return jnp.where(turn_id == NO_TURN, 0.0, token_weight)
+
+
+def normalizer(
+    weight_sum: jax.Array,
+    num_tokens: jax.Array,
+    num_active: jax.Array,
+    *,
+    normalize: str = "all_tokens",
+    eps: float = 1e-8,
+    max_z: float | None = None,
+) -> jax.Array:
+    """Z = N / max(Σ s, ε), which brings the mean token weight to one.
+
+    Takes sums instead of arrays so that micro-batches and devices can add theirs up first.
+
+    Args:
+      weight_sum: float [...], Σ s over tokens.
+      num_tokens: float [...], N: all student tokens, those of skipped turns included.
+      num_active: float [...], student tokens of turns with s > 0.
+      normalize: "all_tokens" (the paper's), "active_tokens" (N counts active tokens only; its
+        ablation) or "none" (Z = 1).
+      eps: ε, keeps an all-skipped batch finite: its weights are 0, whatever Z.
+      max_z: upper bound on Z, or None; ours.
+
+    Returns:
+      float32 [...].
+
+    Source: arXiv 2606.19659, normalized loss; ε is not stated there.
+    """
+    if normalize not in ("all_tokens", "active_tokens", "none"):
+        raise ValueError(
+            f"`normalize`: expected all_tokens, active_tokens or none, got {normalize!r}"
+        )
+    if normalize == "none":
+        return jnp.ones_like(weight_sum, jnp.float32)
+    count = num_tokens if normalize == "all_tokens" else num_active
+    z = count / jnp.maximum(weight_sum, eps)
+    return z if max_z is None else jnp.minimum(z, max_z)
+
+
+def sage_weights(
+    turn_id: jax.Array,
+    verdict: jax.Array,
+    confidence: jax.Array,
+    *,
+    weak_weight: float = 0.5,
+    normalize: str = "all_tokens",
+    scope: str = "batch",
+    eps: float = 1e-8,
+    max_z: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The weight of every token: z · i · c of its turn.
+
+    Args:
+      turn_id: int [B, T].
+      verdict: int [B, K], codes of `Verdict`.
+      confidence: float [B, K], from `turn_confidence`; ones switch it off.
+      weak_weight: α, the weight of WEAK.
+      normalize: "all_tokens", "active_tokens" or "none" (see `normalizer`).
+      scope: "batch": one Z over the batch; "trajectory": one for each row.
+      eps: see `normalizer`.
+      max_z: see `normalizer`.
+
+    Returns:
+      (weight float32 [B, T], 0 where `turn_id` is `NO_TURN`; z float32, [] or [B] by scope). No
+      gradient. With "all_tokens" the mean weight over student tokens is 1, unless every turn was
+      skipped: then all weights are 0.
+
+    Raises:
+      ValueError: shapes that do not match, or an unknown `normalize` or `scope`.
+
+    Source: arXiv 2606.19659: intervention, confidence and normalized loss.
+    """
+    if scope not in ("batch", "trajectory"):
+        raise ValueError(f"`scope`: expected batch or trajectory, got {scope!r}")
+    axis = None if scope == "batch" else 1
+    s = raw_weights(turn_id, verdict, confidence, weak_weight=weak_weight)
+    z = normalizer(
+        jnp.sum(s, axis=axis),
+        jnp.sum(turn_id != NO_TURN, axis=axis).astype(jnp.float32),
+        jnp.sum(s > 0, axis=axis).astype(jnp.float32),
+        normalize=normalize,
+        eps=eps,
+        max_z=max_z,
+    )
+    return s * (z if scope == "batch" else z[:, None]), z
+
+
+def weighted_sum(divergence: jax.Array, weight: jax.Array, turn_id: jax.Array) -> jax.Array:
+    """Σ weight · divergence over student tokens, float32 []; other positions may hold NaN."""
+    _check_same_shape("divergence", divergence, "weight", weight)
+    _check_same_shape("divergence", divergence, "turn_id", turn_id)
+    student = turn_id != NO_TURN
+    weight = jax.lax.stop_gradient(jnp.where(student, weight, 0.0))
+    return jnp.sum(weight * jnp.where(student, divergence, 0.0))
+
+
+def weighted_loss(divergence: jax.Array, weight: jax.Array, turn_id: jax.Array) -> jax.Array:
+    """Σ weight · divergence / N with N the number of student tokens, skipped turns included.
+
+    The denominator does not depend on the weights: halving them halves the loss. A batch without
+    student tokens has loss 0.
+
+    Args:
+      divergence: float [B, T], nats; may hold NaN where `turn_id` is `NO_TURN`.
+      weight: float [B, T]; gets no gradient.
+      turn_id: int [B, T].
+
+    Returns:
+      float32 [], nats a token.
+    """
+    num_tokens = jnp.sum(turn_id != NO_TURN)
+    return weighted_sum(divergence, weight, turn_id) / jnp.maximum(num_tokens, 1)
+
+
+# --- Checks at trace time -----------------------------------------------------------------------
+
+
+def _check_same_shape(name: str, x: jax.Array, other_name: str, other: jax.Array) -> None:
+    if x.shape != other.shape:
+        raise ValueError(
+            f"`{name}` and `{other_name}`: expected equal shapes, got {x.shape} and {other.shape}"
+        )
+
+
+def _check_beta(beta: float) -> None:
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"`beta`: expected 0..1, the teacher's share, got {beta}")
+
+
+def _check_heads(who: str, hidden: jax.Array, head: jax.Array) -> None:
+    if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[0]:
+        raise ValueError(
+            f"`{who}_hidden` {hidden.shape} and `{who}_head` {head.shape}: expected [N, D] and "
+            f"[D, V] with one D"
+        )

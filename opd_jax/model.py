@@ -1,0 +1,390 @@
+"""The decoder-only transformer as pure functions over a nested dict of arrays.
+
+One code path covers Qwen3 (RMS norm on queries and keys), Qwen2.5 (bias on the query, key and
+value projections) and Llama (neither): pre-norm blocks, grouped-query attention, rotary positions,
+SwiGLU.
+
+Axes, declared once for the package:
+  `B` trajectories · `T` tokens · `K` turns · `V` vocabulary · `D` width · `N` query heads
+  `G` key/value heads · `H` head size · `F` feed-forward width · `S` cache slots · `L` layers
+
+Parameters are stacked over layers (`[L, ...]`): training scans over them, which compiles one layer;
+decoding unrolls them over per-layer cache buffers, because a cache carried through a scan is
+copied at every step.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+Params = dict
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3 frequency scaling: wavelengths beyond the original context are stretched."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and switches of one model; static under `jit`.
+
+    Attributes:
+      qk_norm: RMS norm on each query and key head before the rotation (Qwen3).
+      qkv_bias: bias on the query, key and value projections (Qwen2.5).
+      tied: the output head is the transposed embedding.
+      max_positions: longest sequence the model was trained for.
+    """
+
+    vocab_size: int
+    d_model: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    d_ff: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    max_positions: int
+    qk_norm: bool
+    qkv_bias: bool
+    tied: bool
+
+
+class ParamSpec(NamedTuple):
+    """One parameter before it exists: its shape, its logical axes and its initial scale.
+
+    Attributes:
+      axes: a logical name for each dimension; `mesh.RULES` maps names to mesh axes.
+      scale: standard deviation of the normal initializer; 0 gives zeros, and `None` ones.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    scale: float | None
+
+
+def is_spec(leaf: object) -> bool:
+    """True for a `ParamSpec`, which is itself a tuple and would else be flattened as a tree."""
+    return isinstance(leaf, ParamSpec)
+
+
+def param_specs(config: ModelConfig) -> Params:
+    """The tree of `ParamSpec`: the one place where a parameter's shape is written down."""
+    c = config
+    L, D, N, G, H, F = c.num_layers, c.d_model, c.num_heads, c.num_kv_heads, c.head_dim, c.d_ff
+    std = 0.02 if D >= 400 else 1 / math.sqrt(D)
+    out = std / math.sqrt(2 * L)  # residual branches start small, so depth does not grow variance
+    layers = {
+        "attn_norm": ParamSpec((L, D), ("layer", "embed"), None),
+        "q": ParamSpec((L, D, N, H), ("layer", "embed", "heads", "head_dim"), std),
+        "k": ParamSpec((L, D, G, H), ("layer", "embed", "kv_heads", "head_dim"), std),
+        "v": ParamSpec((L, D, G, H), ("layer", "embed", "kv_heads", "head_dim"), std),
+        "o": ParamSpec((L, N, H, D), ("layer", "heads", "head_dim", "embed"), out),
+        "mlp_norm": ParamSpec((L, D), ("layer", "embed"), None),
+        "gate": ParamSpec((L, D, F), ("layer", "embed", "mlp"), std),
+        "up": ParamSpec((L, D, F), ("layer", "embed", "mlp"), std),
+        "down": ParamSpec((L, F, D), ("layer", "mlp", "embed"), out),
+    }
+    if c.qk_norm:
+        layers["q_norm"] = ParamSpec((L, H), ("layer", "head_dim"), None)
+        layers["k_norm"] = ParamSpec((L, H), ("layer", "head_dim"), None)
+    if c.qkv_bias:
+        layers["q_bias"] = ParamSpec((L, N, H), ("layer", "heads", "head_dim"), 0.0)
+        layers["k_bias"] = ParamSpec((L, G, H), ("layer", "kv_heads", "head_dim"), 0.0)
+        layers["v_bias"] = ParamSpec((L, G, H), ("layer", "kv_heads", "head_dim"), 0.0)
+    specs = {
+        "embed": ParamSpec((c.vocab_size, D), ("vocab", "embed"), std),
+        "layers": layers,
+        "final_norm": ParamSpec((D,), ("embed",), None),
+    }
+    if not c.tied:
+        specs["head"] = ParamSpec((D, c.vocab_size), ("embed", "vocab"), std)
+    return specs
+
+
+def abstract_params(config: ModelConfig, dtype: jnp.dtype) -> Params:
+    """The tree of `jax.ShapeDtypeStruct`, for shardings, checkpoints and ahead-of-time work."""
+    return jax.tree.map(
+        lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype), param_specs(config), is_leaf=is_spec
+    )
+
+
+def init_params(config: ModelConfig, rng: jax.Array, *, dtype: jnp.dtype) -> Params:
+    """Random parameters. Jit with `out_shardings` to make each one where it will live."""
+    specs, treedef = jax.tree.flatten(param_specs(config), is_leaf=is_spec)
+    keys = jax.random.split(rng, len(specs))
+    leaves = [_init_leaf(spec, key, dtype) for spec, key in zip(specs, keys, strict=True)]
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _init_leaf(spec: ParamSpec, key: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    if spec.scale is None:
+        return jnp.ones(spec.shape, dtype)
+    return (jax.random.normal(key, spec.shape) * spec.scale).astype(dtype)
+
+
+def count_params(config: ModelConfig) -> int:
+    """Number of parameters."""
+    return sum(math.prod(s.shape) for s in jax.tree.leaves(param_specs(config), is_leaf=is_spec))
+
+
+def head(params: Params) -> jax.Array:
+    """The output projection `[D, V]`: the transposed embedding where the two are tied."""
+    return params["head"] if "head" in params else params["embed"].T
+
+
+# --- Layers -----------------------------------------------------------------------------------
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) · weight over the last axis; the mean square is taken in float32."""
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * scale).astype(x.dtype) * weight
+
+
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
+    """Angular frequencies `[H/2]`, radians a position; Llama-3 scaling where configured.
+
+    Low frequencies (wavelength above original_max / low_freq_factor) are divided by `factor`, high
+    ones kept, and those between interpolated linearly in original_max / wavelength.
+    Source: the reference code released with Llama 3.1.
+    """
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
+    freq = config.rope_theta**-exponent
+    s = config.rope_scaling
+    if s is not None:
+        turns = s.original_max_positions * freq / (2 * np.pi)  # over the original context
+        mix = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+        mix = np.clip(mix, 0.0, 1.0)
+        freq = (1 - mix) * freq / s.factor + mix * freq
+    return freq.astype(np.float32)
+
+
+def _rotate(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:
+    """Rotates the pairs (i, i + H/2), the layout of Hugging Face checkpoints."""
+    x1, x2 = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos_BTH[:, :, None, :], sin_BTH[:, :, None, :]
+    rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+    return rotated.astype(x_BTNH.dtype)
+
+
+# Where the cache keeps its slots. Heads first reads contiguously on CPU and GPU; TPU wants slots
+# first, and copies the other layout in and out of every program.
+_SCORES = {"BGSH": "btgrh,bgsh->bgrts", "BSGH": "btgrh,bsgh->bgrts"}
+_VALUES = {"BGSH": "bgrts,bgsh->btgrh", "BSGH": "bgrts,bsgh->btgrh"}
+
+
+def attention(
+    q_BTNH: jax.Array, k: jax.Array, v: jax.Array, position_BT: jax.Array, *, layout: str
+) -> jax.Array:
+    """Causal grouped-query attention of queries at `position_BT` over slots 0..S-1.
+
+    Slot s holds the key of position s, so the mask is `s <= position`; slots never written lie
+    beyond every position and need no mask of their own.
+
+    Args:
+      q_BTNH: queries.
+      k: keys, in `layout`: "BGSH" or "BSGH".
+      v: values, in `layout`.
+      position_BT: int32 position of each query; the leading axis may be 1.
+
+    Returns:
+      [B, T, N, H] in the dtype of the queries. Scores and softmax are float32.
+    """
+    B, T, N, H = q_BTNH.shape
+    G = k.shape[layout.index("G")]
+    S = k.shape[layout.index("S")]
+    q = q_BTNH.reshape(B, T, G, N // G, H)
+    scores = jnp.einsum(_SCORES[layout], q, k, preferred_element_type=jnp.float32)
+    visible = jnp.arange(S) <= position_BT[:, :, None]
+    scores = jnp.where(visible[:, None, None], scores * H**-0.5, jnp.finfo(jnp.float32).min)
+    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum(_VALUES[layout], probs, v).reshape(B, T, N, H)
+
+
+def causal_self_attention(
+    q_BTNH: jax.Array, k_BTGH: jax.Array, v_BTGH: jax.Array, *, query_chunk: int
+) -> jax.Array:
+    """Attention of a sequence over itself, `query_chunk` queries at a time.
+
+    Each chunk sees only the keys up to its own end, which skips the masked half of the work, and is
+    rematerialized in the backward pass, so no `[T, T]` array outlives a chunk.
+    """
+    T = q_BTNH.shape[1]
+    chunk = jax.checkpoint(partial(attention, layout="BSGH"))
+    outputs = []
+    for start in range(0, T, query_chunk):
+        end = min(start + query_chunk, T)
+        position = jnp.arange(start, end)[None]
+        outputs.append(chunk(q_BTNH[:, start:end], k_BTGH[:, :end], v_BTGH[:, :end], position))
+    return jnp.concatenate(outputs, axis=1)
+
+
+def _qkv(
+    layer: Params, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array, config: ModelConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x = rms_norm(x_BTD, layer["attn_norm"], config.norm_eps)
+    q = jnp.einsum("btd,dnh->btnh", x, layer["q"])
+    k = jnp.einsum("btd,dgh->btgh", x, layer["k"])
+    v = jnp.einsum("btd,dgh->btgh", x, layer["v"])
+    if config.qkv_bias:
+        q, k, v = q + layer["q_bias"], k + layer["k_bias"], v + layer["v_bias"]
+    if config.qk_norm:
+        q = rms_norm(q, layer["q_norm"], config.norm_eps)
+        k = rms_norm(k, layer["k_norm"], config.norm_eps)
+    return _rotate(q, cos, sin), _rotate(k, cos, sin), v
+
+
+def _after_attention(
+    layer: Params, x_BTD: jax.Array, mixed_BTNH: jax.Array, config: ModelConfig
+) -> jax.Array:
+    x = x_BTD + jnp.einsum("btnh,nhd->btd", mixed_BTNH, layer["o"])
+    h = rms_norm(x, layer["mlp_norm"], config.norm_eps)
+    h = jax.nn.silu(h @ layer["gate"]) * (h @ layer["up"])
+    return x + h @ layer["down"]
+
+
+def _rotation(position_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    # Angles stay float32: bfloat16 cannot tell position 256 from 257.
+    angle = position_BT[..., None].astype(jnp.float32) * rope_frequencies(config)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+# --- A whole sequence: training and scoring -----------------------------------------------------
+
+
+def forward(
+    params: Params,
+    tokens: jax.Array,
+    *,
+    config: ModelConfig,
+    query_chunk: int,
+    remat: bool,
+) -> jax.Array:
+    """Final hidden states of whole sequences.
+
+    Sequences are padded on the right: causality keeps padding out of every real position, so there
+    is no mask, and whatever stands in the padding cannot change a real position.
+
+    Args:
+      tokens: int32 [B, T].
+      query_chunk: queries attended at a time (`causal_self_attention`).
+      remat: recompute each layer in the backward pass instead of keeping its activations.
+
+    Returns:
+      [B, T, D], normalized: `hidden @ head(params)` are the logits.
+    """
+    x = params["embed"][tokens]
+    cos, sin = _rotation(jnp.arange(tokens.shape[1])[None], config)
+
+    def block(x_BTD: jax.Array, layer: Params) -> tuple[jax.Array, None]:
+        q, k, v = _qkv(layer, x_BTD, cos, sin, config)
+        mixed = causal_self_attention(q, k, v, query_chunk=query_chunk)
+        return _after_attention(layer, x_BTD, mixed, config), None
+
+    x, _ = jax.lax.scan(jax.checkpoint(block) if remat else block, x, params["layers"])
+    return rms_norm(x, params["final_norm"], config.norm_eps)
+
+
+# --- A growing conversation: the cache ------------------------------------------------------------
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of B conversations that grow turn by turn.
+
+    The slot of a token is its position, so rows of different lengths need no padding and rolling a
+    row back is lowering its length: what lies beyond is masked, then overwritten.
+
+    Attributes:
+      keys: L buffers in `layout`, [B, G, S, H] or [B, S, G, H].
+      values: the same.
+      lengths: int32 [B], tokens held by each row.
+      layout: static; "BGSH" or "BSGH".
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    lengths: jax.Array
+    layout: str = struct.field(pytree_node=False)
+
+    @property
+    def slots(self) -> int:
+        """Slots a row, `S`."""
+        return self.keys[0].shape[self.layout.index("S")]
+
+
+def backend_cache_layout() -> str:
+    """The layout that the current backend reads without copies (see `_SCORES`)."""
+    return "BSGH" if jax.default_backend() == "tpu" else "BGSH"
+
+
+def init_cache(
+    config: ModelConfig, *, batch: int, slots: int, dtype: jnp.dtype, layout: str
+) -> KVCache:
+    """An empty cache of `batch` rows with `slots` slots each."""
+    sizes = {"B": batch, "G": config.num_kv_heads, "S": slots, "H": config.head_dim}
+    shape = tuple(sizes[axis] for axis in layout)
+    buffers = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))  # noqa: E731
+    return KVCache(buffers(), buffers(), jnp.zeros(batch, jnp.int32), layout)
+
+
+def _append(buffer: jax.Array, new_BTGH: jax.Array, slot_BT: jax.Array, layout: str) -> jax.Array:
+    row = jnp.arange(buffer.shape[0])[:, None]
+    if layout == "BSGH":
+        return buffer.at[row, slot_BT].set(new_BTGH, mode="drop")
+    group = jnp.arange(buffer.shape[1])
+    return buffer.at[row[..., None], group, slot_BT[..., None]].set(new_BTGH, mode="drop")
+
+
+def forward_cached(
+    params: Params,
+    cache: KVCache,
+    tokens: jax.Array,
+    counts: jax.Array,
+    *,
+    config: ModelConfig,
+) -> tuple[jax.Array, KVCache]:
+    """Append ragged tokens to the conversations and return their hidden states.
+
+    Row b appends its first `counts[b]` tokens; the others are dropped on write and their hidden
+    states are meaningless. The caller keeps `lengths + counts <= slots`.
+
+    Args:
+      tokens: int32 [B, T].
+      counts: int32 [B], 0..T.
+
+    Returns:
+      ([B, T, D] normalized hidden states, the grown cache).
+    """
+    step = jnp.arange(tokens.shape[1])
+    position_BT = cache.lengths[:, None] + step
+    # Out of range on purpose where nothing is to be written: the scatter drops those.
+    slot_BT = jnp.where(step < counts[:, None], position_BT, cache.slots)
+    cos, sin = _rotation(position_BT, config)
+    x = params["embed"][tokens]
+    keys, values = [], []
+    for index in range(config.num_layers):
+        layer = jax.tree.map(lambda p, i=index: p[i], params["layers"])
+        q, k, v = _qkv(layer, x, cos, sin, config)
+        keys.append(_append(cache.keys[index], k, slot_BT, cache.layout))
+        values.append(_append(cache.values[index], v, slot_BT, cache.layout))
+        mixed = attention(q, keys[-1], values[-1], position_BT, layout=cache.layout)
+        x = _after_attention(layer, x, mixed, config)
+    hidden = rms_norm(x, params["final_norm"], config.norm_eps)
+    lengths = cache.lengths + counts
+    return hidden, cache.replace(keys=tuple(keys), values=tuple(values), lengths=lengths)

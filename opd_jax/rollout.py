@@ -1,0 +1,210 @@
+"""The agent loop: a batch of conversations between a model and its environments.
+
+Per turn: append what the environments said (ragged, only the new tokens), sample a response for
+every open row, let each environment act on its own response. The key/value cache lives as long as
+the episodes. Every token is recorded with its provenance at the moment it comes into being.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from opd_jax import generate as gen
+from opd_jax import model
+from opd_jax.chat import ChatFormat
+from opd_jax.envs.base import Env, Observation
+from opd_jax.generate import Sampling
+from opd_jax.model import KVCache, ModelConfig, Params
+from opd_jax.trajectory import Conversation, record_turn
+
+
+@dataclass(frozen=True)
+class Agent:
+    """Everything but the parameters that turns a model into an agent.
+
+    Attributes:
+      model: its sizes.
+      tokenizer: a `transformers` tokenizer; used to read responses, never to re-tokenize them.
+      chat: how messages become tokens.
+      sampling: how tokens are drawn.
+      turn_tokens: most tokens sampled in one turn.
+      context_tokens: most tokens in one episode, prompts and observations included: the cache.
+      extend_widths: ascending widths in which new tokens are appended; one compiled program each.
+      chunk: tokens sampled between two looks at which rows are done.
+    """
+
+    model: ModelConfig
+    tokenizer: object
+    chat: ChatFormat
+    sampling: Sampling
+    turn_tokens: int
+    context_tokens: int
+    extend_widths: tuple[int, ...]
+    chunk: int
+
+
+def rollout(
+    params: Params,
+    rng: jax.Array,
+    *,
+    agent: Agent,
+    envs: Sequence[Env],
+    tasks: Sequence[tuple[str, int]],
+) -> list[Conversation]:
+    """Play one episode of each task.
+
+    Args:
+      params: of `agent.model`.
+      rng: one PRNG key; row r samples with the key folded with r, so its episode depends on
+        nothing but the parameters, its task and its row.
+      agent: see `Agent`.
+      envs: one environment a row; their number is the batch of every compiled program.
+      tasks: (split, index), at most one a row; rows beyond stay idle.
+
+    Returns:
+      A finished `Conversation` for each task, in order.
+
+    Raises:
+      ValueError: more tasks than environments.
+    """
+    if len(tasks) > len(envs):
+        raise ValueError(
+            f"`tasks`: expected at most one for each of {len(envs)} environments, got {len(tasks)}"
+        )
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(len(envs)))
+    conversations, observations = _open(agent, envs, tasks)
+    tape = _Tape(params, agent, len(envs), row_keys)
+    while rows := [r for r, c in enumerate(conversations) if not c.end]:
+        tape.append([conversations[r] if r in rows else None for r in range(len(envs))])
+        for row, (tokens, logprobs, stop) in tape.sample(conversations, rows).items():
+            conversation = conversations[row]
+            conversation.append_sampled(tokens, logprobs, len(conversation.turns))
+            observations[row] = _take_turn(
+                agent, envs[row], conversation, observations[row], tokens, stop
+            )
+    return conversations
+
+
+def _open(
+    agent: Agent, envs: Sequence[Env], tasks: Sequence[tuple[str, int]]
+) -> tuple[list[Conversation], list[Observation]]:
+    conversations, observations = [], []
+    for env, (split, index) in zip(envs, tasks, strict=False):
+        observation = env.reset(split, index)
+        conversation = Conversation(task=env.task)
+        conversation.append_given(agent.chat.first(env.system, observation.message))
+        if len(conversation.tokens) >= agent.context_tokens:
+            raise ValueError(
+                f"`context_tokens`: the first prompt of {env.task.id} has "
+                f"{len(conversation.tokens)} tokens, expected fewer than {agent.context_tokens}; "
+                "raise it"
+            )
+        conversations.append(conversation)
+        observations.append(observation)
+    return conversations, observations
+
+
+def _take_turn(
+    agent: Agent,
+    env: Env,
+    conversation: Conversation,
+    before: Observation,
+    tokens: Sequence[int],
+    stop: str,
+) -> Observation:
+    """Let the environment act on one response, record the turn, append what it said."""
+    ended = stop == "stop_token"
+    response = agent.tokenizer.decode(tokens[:-1] if ended else tokens)
+    after = env.step(response)
+    record_turn(conversation, before, response, stop, after)
+    if after.done:
+        return after
+    follow = agent.chat.follow(after.message, ended=ended)
+    # One slot must remain to sample into: a conversation that cannot go on ends here, whole.
+    if stop == "context" or len(conversation.tokens) + len(follow) >= agent.context_tokens:
+        conversation.end = "context"
+        return after
+    conversation.append_given(follow)
+    return after
+
+
+class _Tape:
+    """The device's side of the conversations: cache, and how much of each row it holds."""
+
+    def __init__(self, params: Params, agent: Agent, rows: int, row_keys: jax.Array):
+        self.params, self.agent, self.row_keys = params, agent, row_keys
+        self.cache: KVCache = model.init_cache(
+            agent.model,
+            batch=rows,
+            slots=agent.context_tokens,
+            dtype=params["embed"].dtype,
+            layout=model.backend_cache_layout(),
+        )
+        self.held = np.zeros(rows, np.int32)
+        self.stop_ids = jnp.asarray(agent.chat.stop_ids, jnp.int32)
+
+    def append(self, conversations: Sequence[Conversation | None]) -> None:
+        """Bring the cache up to all tokens but the last of every open row."""
+        while True:
+            new = [
+                c.tokens[held:-1] if c is not None else []
+                for c, held in zip(conversations, self.held, strict=True)
+            ]
+            longest = max(map(len, new))
+            if longest == 0:
+                return
+            widths = self.agent.extend_widths
+            width = next((w for w in widths if w >= longest), widths[-1])
+            tokens = np.zeros((len(new), width), np.int32)
+            for row, pending in enumerate(new):
+                tokens[row, : len(pending[:width])] = pending[:width]
+            counts = np.array([min(len(pending), width) for pending in new], np.int32)
+            self.cache = gen.extend(
+                self.params, self.cache, tokens, counts, config=self.agent.model
+            )
+            self.held += counts
+
+    def sample(
+        self, conversations: Sequence[Conversation], rows: Sequence[int]
+    ) -> dict[int, tuple[list[int], list[float], str]]:
+        """One response for each of `rows`: its tokens, their log-probabilities, why it ended."""
+        agent = self.agent
+        budget = np.zeros(len(self.held), np.int32)
+        last = np.zeros(len(self.held), np.int32)
+        for row in rows:
+            room = agent.context_tokens - len(conversations[row].tokens)
+            budget[row] = min(agent.turn_tokens, room)
+            last[row] = conversations[row].tokens[-1]
+        full = {row: budget[row] < agent.turn_tokens for row in rows}
+        tokens = {row: [] for row in rows}
+        logprobs = {row: [] for row in rows}
+        stopped = np.zeros(len(self.held), bool)
+        while budget.any():
+            self.cache, out = gen.generate(
+                self.params,
+                self.cache,
+                last,
+                budget,
+                self.row_keys,
+                self.stop_ids,
+                config=agent.model,
+                sampling=agent.sampling,
+                chunk=agent.chunk,
+            )
+            out = jax.device_get(out)
+            for row in rows:
+                count = int(out.counts[row])
+                tokens[row] += out.tokens[row, :count].tolist()
+                logprobs[row] += out.logprobs[row, :count].tolist()
+                if count:
+                    last[row] = tokens[row][-1]
+            self.held += out.counts
+            stopped |= out.stopped
+            budget = np.where(stopped, 0, budget - out.counts)
+        why = lambda row: (  # noqa: E731
+            "stop_token" if stopped[row] else "context" if full[row] else "turn_budget"
+        )
+        return {row: (tokens[row], logprobs[row], why(row)) for row in rows}

@@ -1,0 +1,251 @@
+"""Train a student agent: roll out, judge, update, evaluate.
+
+    python -m opd_jax.train --config=configs/NAME.py[:arg] --workdir=DIR [--config.x.y=v]
+
+A run that finds a checkpoint in its workdir resumes, and ends with the very parameters that an
+uninterrupted run ends with: whatever an update draws is a function of the seed and of the update's
+number. SIGTERM saves after the update under way and exits with status 0.
+"""
+
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from ml_collections import FrozenConfigDict
+
+from opd_jax import config as cfg
+from opd_jax import experiment
+from opd_jax.checkpoint import Checkpoints
+from opd_jax.evaluate import evaluate_model, evaluate_player, results_table
+from opd_jax.experience import VERDICT_NAMES, make_source
+from opd_jax.experiment import LoadedModel
+from opd_jax.mesh import make_mesh, shard_batch
+from opd_jax.report import (
+    EventWriter,
+    JsonlWriter,
+    Metrics,
+    Stopwatch,
+    progress_line,
+    read_summary,
+    write_summary,
+)
+from opd_jax.train_step import TrainState, abstract_state, init_state, make_train_step
+
+# May differ between a run and its continuation: they change nothing that is trained.
+_FREE_FIELDS = ("eval", "checkpoint")
+
+
+def run(config: FrozenConfigDict, workdir: Path) -> dict[str, Any]:
+    """One whole run, from the config to `summary.json`, whose `eval` part is returned."""
+    stop = _stop_on_sigterm()
+    write = jax.process_index() == 0
+    _store_config(config, workdir)
+    mesh = make_mesh(**config.mesh)
+    student, teacher = experiment.load_pair(config, mesh)
+    optimizer = experiment.make_optimizer(config)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+    state, meta = _start(config, student, optimizer, checkpoints)
+    done = int(state.step)
+    if done:
+        print(f"resuming after update {done} of {config.train.updates}", flush=True)
+
+    results = _evaluate_others(config, student, teacher, workdir, write=write)
+    source = make_source(config, student=student, teacher=teacher, cursor=meta["cursor"])
+    train_step = make_train_step(
+        student=student.config,
+        teacher=teacher.config if teacher else None,
+        objective=experiment.make_objective(config.objective),
+        optimizer=optimizer,
+        micro_batches=config.train.micro_batches,
+        query_chunk=config.train.query_chunk,
+        loss_chunk=config.train.loss_chunk,
+        remat=config.train.remat,
+    )
+    resume_step = done if done else None
+    lines = JsonlWriter(workdir / "metrics.jsonl", resume_step=resume_step, write=write)
+    events = EventWriter(workdir / "events", resume_step=resume_step, write=write)
+    while done < config.train.updates:
+        clock = Stopwatch()
+        experience = source.draw(state, clock)
+        with clock.measure("update"):
+            batch = shard_batch(experience.batch, mesh)
+            teacher_params = teacher.params if teacher else None
+            state, raw = train_step(state, teacher_params, batch)
+            raw = jax.device_get(raw)
+        done += 1
+        _check_finite(done, raw, workdir)
+        metrics = update_metrics(raw, experience.metrics, clock)
+        lines.write(done, metrics)
+        events.write(done, metrics)
+        print(_progress(done, config.train.updates, metrics), flush=True)
+        if done % config.checkpoint.every == 0 or done == config.train.updates or stop.is_set:
+            checkpoints.save(done, state, {"cursor": source.cursor})
+        if stop.is_set:
+            checkpoints.close()
+            print(f"stopped by SIGTERM; update {done} is saved in {workdir}", flush=True)
+            raise SystemExit(0)
+    source.close()
+    checkpoints.close()
+    lines.close()
+    events.close()
+
+    results["after"] = evaluate_model(config, student, state.params)
+    write_summary(workdir / "summary.json", {"eval": results}, write=write)
+    print(results_table(results), flush=True)
+    return results
+
+
+def _start(
+    config: FrozenConfigDict,
+    student: LoadedModel,
+    optimizer: optax.GradientTransformation,
+    checkpoints: Checkpoints,
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state to go on from: the newest checkpoint, or the beginning."""
+    if checkpoints.latest() is None:
+        state = init_state(student.params, optimizer, seed=config.seed)
+        return state, {"cursor": [0, 0]}
+    _, state, meta = checkpoints.restore_latest(abstract_state(student.params, optimizer))
+    return state, meta
+
+
+def _store_config(config: FrozenConfigDict, workdir: Path) -> None:
+    """Write `config.json`, or refuse to go on with a run that was started differently."""
+    path = workdir / "config.json"
+    if path.exists():
+        changed = cfg.differences(cfg.from_json(path.read_text()), config, ignore=_FREE_FIELDS)
+        if changed:
+            raise ValueError(
+                f"workdir `{workdir}` holds a run with another config ({'; '.join(changed)}); "
+                "choose another --workdir, or the config it was started with"
+            )
+    elif jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        path.write_text(cfg.to_json(config))
+
+
+def _evaluate_others(
+    config: FrozenConfigDict,
+    student: LoadedModel,
+    teacher: LoadedModel | None,
+    workdir: Path,
+    *,
+    write: bool,
+) -> dict[str, Any]:
+    """Everyone but the trained student: before, teacher, expert, random; once a workdir."""
+    results = read_summary(workdir / "summary.json").get("eval", {})
+    results.pop("after", None)  # of an earlier continuation with other `eval` settings
+    for who in config.eval.who:
+        if who in results:
+            continue
+        if who == "before":
+            results[who] = evaluate_model(config, student, student.params)
+        elif who == "teacher":
+            results[who] = evaluate_model(config, teacher, teacher.params)
+        else:
+            results[who] = evaluate_player(config, who)
+        write_summary(workdir / "summary.json", {"eval": {who: results[who]}}, write=write)
+        shares = ", ".join(f"{s} {r['success']:.1%}" for s, r in results[who].items())
+        print(f"{who}: success {shares}", flush=True)
+    return results
+
+
+def _check_finite(step: int, raw: Mapping[str, Any], workdir: Path) -> None:
+    for name in ("loss", "grad_norm"):
+        if not np.isfinite(raw[name]):
+            raise ValueError(
+                f"`{name}` is {raw[name]} at update {step}: nothing was saved from it, the last "
+                f"checkpoint in {workdir / 'checkpoints'} is good; lower "
+                "`optimizer.learning_rate`, or look at the update's line in metrics.jsonl"
+            )
+
+
+def update_metrics(
+    raw: Mapping[str, Any], drawn: Mapping[str, Any], clock: Stopwatch
+) -> dict[str, Any]:
+    """One update's line of `metrics.jsonl`.
+
+    Args:
+      raw: what the train step returned, on the host.
+      drawn: what the source returned, (sum, count) or scalars.
+      clock: where the time went.
+    """
+    sums = raw["sums"]
+    metrics = Metrics()
+    metrics.add(drawn)
+    metrics.add(
+        {
+            "divergence": (sums.divergence.sum(), sums.tokens),
+            "raw_weight": (sums.weight, sums.tokens),
+            "active_tokens": (sums.active, sums.tokens),
+            "confidence": (sums.confidence.sum(), sums.turns.sum()),
+            "student_entropy": (sums.student_entropy, sums.tokens),
+            "teacher_entropy": (sums.teacher_entropy, sums.tokens),
+            "tokens/student": sums.tokens,
+            "by_turn/divergence": (sums.divergence, sums.tokens_by_turn),
+            "by_turn/raw_weight": (sums.weight_by_turn, sums.tokens_by_turn),
+            "by_turn/confidence": (sums.confidence, sums.turns),
+            "by_turn/turns": (sums.turns, np.ones_like(sums.turns)),
+        }
+    )
+    scalars = {name: raw[name] for name in ("loss", "z", "grad_norm", "update_norm")}
+    metrics.add({**scalars, "logprob_error": sums.logprob_error})
+    metrics.add({f"seconds/{part}": seconds for part, seconds in clock.seconds.items()})
+    metrics.add({"seconds/compile": clock.compile_s})
+    means = metrics.means()
+    for part, tokens in (("rollout", "tokens/sampled"), ("update", "tokens/sequence")):
+        if clock.seconds.get(part) and tokens in means:
+            means[f"tokens_per_s/{part}"] = means[tokens] / clock.seconds[part]
+    return means
+
+
+def _progress(step: int, total: int, metrics: Mapping[str, Any]) -> str:
+    shares = {
+        name: metrics[f"verdict/{name}"]
+        for name in VERDICT_NAMES.values()
+        if f"verdict/{name}" in metrics
+    }
+    return progress_line(
+        step=step,
+        total_steps=total,
+        loss=metrics["loss"],
+        success=metrics.get("batch/success"),
+        verdicts=shares,
+        tokens_per_s=metrics["tokens_per_s/update"],
+        seconds_per_step=sum(v for k, v in metrics.items() if k.startswith("seconds/")),
+    )
+
+
+class _Stop:
+    """Whether SIGTERM came: a preempted machine gives notice before it goes."""
+
+    is_set = False
+
+
+def _stop_on_sigterm() -> _Stop:
+    stop = _Stop()
+
+    def on_signal(signum: int, frame: object) -> None:
+        stop.is_set = True
+
+    signal.signal(signal.SIGTERM, on_signal)
+    return stop
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command `python -m opd_jax.train`."""
+    try:
+        config, workdir, _ = cfg.parse_command_line(argv, usage=__doc__)
+        cfg.validate(config)
+        run(config, workdir)
+    except ValueError as error:
+        cfg.fail(error)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,437 @@
+"""One update as one compiled program: student forward, teacher forward, objective, optimizer.
+
+Micro-batches are exact. Each contributes the sums Σ s·d, Σ s and N with its gradient of Σ s·d; the
+normalizer Z and the division by N, which need the sums of the whole batch, are applied once, to
+the accumulated gradient. Any split of a batch gives the same update up to rounding.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+
+from opd_jax import losses, model
+from opd_jax.losses import NO_TURN, TokenScores, Verdict
+from opd_jax.model import ModelConfig, Params
+from opd_jax.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimized: Σ z · i · c · d / N. Static under `jit`.
+
+    Attributes:
+      divergence: d: "reverse_kl", "forward_kl", "jsd", "sampled_reverse_kl" (one-sample estimate),
+        or "cross_entropy" with the tokens themselves (fine-tuning; there is no teacher).
+      beta: for "jsd", the teacher's share in the mixture.
+      intervention: use the turns' verdicts; else i = 1.
+      confidence: use the teacher's confidence; else c = 1.
+      confidence_temperature: of the teacher's softmax in c only.
+      weak_weight: α.
+      normalize: see `losses.normalizer`.
+      scope: see `losses.sage_weights`.
+      eps: see `losses.normalizer`.
+      max_z: see `losses.normalizer`.
+    """
+
+    divergence: str
+    beta: float | None
+    intervention: bool
+    confidence: bool
+    confidence_temperature: float
+    weak_weight: float
+    normalize: str
+    scope: str
+    eps: float
+    max_z: float | None
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher's forward pass is part of the step."""
+        return self.divergence != "cross_entropy"
+
+
+@struct.dataclass
+class TrainState:
+    """Everything an update changes, and all that resuming needs on the device.
+
+    Attributes:
+      params: the student's, in the dtype they are trained in.
+      opt_state: optax state.
+      step: int32 [], updates done; the cursor into the tasks follows from it.
+      rng: the run's PRNG key; randomness of update n is this key folded with n.
+    """
+
+    params: Params
+    opt_state: optax.OptState
+    step: jax.Array
+    rng: jax.Array
+
+
+@struct.dataclass
+class Batch:
+    """What one update consumes.
+
+    Attributes:
+      tokens: int32 [B, T].
+      turn_id: int32 [B, T].
+      sampled_logprobs: float32 [B, T]; compared with the recomputed ones as a check.
+      verdict: int32 [B, K].
+      response: int32 [B, R], positions of the student's tokens, ascending; T where a row has
+        fewer. Most tokens of an agent's trajectory are observations: gathering the others before
+        the vocabulary-sized part saves most of its cost.
+    """
+
+    tokens: np.ndarray
+    turn_id: np.ndarray
+    sampled_logprobs: np.ndarray
+    verdict: np.ndarray
+    response: np.ndarray
+
+
+def make_batch(trajectory: Trajectory, verdict: np.ndarray, *, response_multiple: int) -> Batch:
+    """The compiled step's view of a `Trajectory` and its verdicts.
+
+    Args:
+      trajectory: a batch.
+      verdict: int32 [B, K].
+      response_multiple: R is rounded up to a multiple of this, which bounds recompilation.
+    """
+    student = trajectory.turn_id != NO_TURN
+    T = student.shape[1]
+    most = max(int(student.sum(axis=1).max()), 1)
+    R = min(-(-most // response_multiple) * response_multiple, T)
+    # Stable sort brings the student's positions to the front in their order.
+    order = np.argsort(~student, axis=1, kind="stable")[:, :R].astype(np.int32)
+    response = np.where(np.arange(R) < student.sum(axis=1)[:, None], order, T).astype(np.int32)
+    return Batch(
+        trajectory.tokens, trajectory.turn_id, trajectory.sampled_logprobs, verdict, response
+    )
+
+
+@struct.dataclass
+class Sums:
+    """Sums over student tokens (or turns) of a micro-batch; float32, additive over splits.
+
+    Attributes:
+      loss: Σ s·d, or Σ z·s·d where z is a trajectory's own.
+      weight: Σ s, or Σ z·s.
+      tokens: N.
+      active: tokens with s > 0.
+      divergence: Σ d by turn index [K].
+      tokens_by_turn: [K].
+      weight_by_turn: Σ s [K].
+      confidence: Σ c over turns, by turn index [K].
+      turns: number of turns, by turn index [K].
+      student_entropy: Σ, nats.
+      teacher_entropy: Σ, nats; 0 without a teacher.
+      logprob_error: largest |sampled − recomputed| log-probability of the student.
+    """
+
+    loss: jax.Array
+    weight: jax.Array
+    tokens: jax.Array
+    active: jax.Array
+    divergence: jax.Array
+    tokens_by_turn: jax.Array
+    weight_by_turn: jax.Array
+    confidence: jax.Array
+    turns: jax.Array
+    student_entropy: jax.Array
+    teacher_entropy: jax.Array
+    logprob_error: jax.Array
+
+
+def _take(x_BT: jax.Array, index_BR: jax.Array, *, fill) -> jax.Array:
+    return jnp.take_along_axis(x_BT, index_BR, axis=1, mode="fill", fill_value=fill)
+
+
+def _gather_hidden(hidden_BTD: jax.Array, response_BR: jax.Array) -> jax.Array:
+    """Hidden states that predict the response tokens, [B·R, D]: those one position earlier."""
+    before = jnp.clip(response_BR - 1, 0, hidden_BTD.shape[1] - 1)
+    gathered = jnp.take_along_axis(hidden_BTD, before[..., None], axis=1)
+    return gathered.reshape(-1, hidden_BTD.shape[-1])
+
+
+def score(
+    params: Params,
+    teacher_params: Params | None,
+    batch: Batch,
+    *,
+    student: ModelConfig,
+    teacher: ModelConfig | None,
+    objective: Objective,
+    query_chunk: int,
+    loss_chunk: int,
+    remat: bool,
+) -> TokenScores:
+    """Divergence and all other scores of the response tokens, float32 [B, R].
+
+    One forward pass of each model over the exact tokens; only `divergence` and `student_logprob`
+    carry gradients, and only to `params`.
+    """
+    shape = batch.response.shape
+    targets = _take(batch.tokens, batch.response, fill=0).reshape(-1)
+    run = partial(model.forward, tokens=batch.tokens, query_chunk=query_chunk)
+    hidden = _gather_hidden(run(params, config=student, remat=remat), batch.response)
+    if objective.needs_teacher:
+        frozen = jax.lax.stop_gradient(teacher_params)
+        teacher_hidden = _gather_hidden(run(frozen, config=teacher, remat=False), batch.response)
+        sampled = objective.divergence == "sampled_reverse_kl"
+        kind = "reverse_kl" if sampled else objective.divergence
+        scores = losses.fused_scores(
+            hidden,
+            model.head(params),
+            teacher_hidden,
+            model.head(frozen),
+            targets,
+            beta=losses.kind_to_beta(kind, objective.beta),
+            chunk_size=loss_chunk,
+            confidence_temperature=objective.confidence_temperature,
+        )
+        if sampled:
+            estimate = losses.sampled_reverse_kl(scores.student_logprob, scores.teacher_logprob)
+            scores = scores._replace(divergence=estimate)
+    else:
+        nll, entropy = losses.fused_cross_entropy(
+            hidden, model.head(params), targets, chunk_size=loss_chunk
+        )
+        zero = jnp.zeros_like(nll)
+        scores = TokenScores(nll, zero, -nll, zero, entropy, zero)
+    return jax.tree.map(lambda x: x.reshape(shape), scores)
+
+
+def objective_sums(scores: TokenScores, batch: Batch, *, objective: Objective) -> Sums:
+    """The weighted objective of a micro-batch, as sums; differentiate `loss`.
+
+    Args:
+      scores: float32 [B, R].
+      batch: the same trajectories.
+      objective: which factors the weight has.
+    """
+    turn_id = _take(batch.turn_id, batch.response, fill=NO_TURN)
+    K = batch.verdict.shape[1]
+    in_turn = turn_id[..., None] == jnp.arange(K)  # [B, R, K]
+    exists = jnp.any(in_turn, axis=1)
+    if objective.confidence:
+        confidence = losses.turn_confidence(scores.teacher_top1_prob, turn_id, K)
+    else:
+        confidence = exists.astype(jnp.float32)
+    verdict = batch.verdict
+    if not objective.intervention:
+        verdict = jnp.full_like(verdict, Verdict.STRONG)
+    if objective.scope == "trajectory":
+        weight, _ = losses.sage_weights(
+            turn_id,
+            verdict,
+            confidence,
+            weak_weight=objective.weak_weight,
+            normalize=objective.normalize,
+            scope="trajectory",
+            eps=objective.eps,
+            max_z=objective.max_z,
+        )
+    else:
+        weight = losses.raw_weights(turn_id, verdict, confidence, weak_weight=objective.weak_weight)
+    mine = turn_id != NO_TURN
+    clean = lambda x: jnp.where(mine, jax.lax.stop_gradient(x), 0.0)  # noqa: E731
+    by_turn = lambda x: jnp.sum(jnp.where(in_turn, x[..., None], 0.0), axis=(0, 1))  # noqa: E731
+    sampled = _take(batch.sampled_logprobs, batch.response, fill=0.0)
+    return Sums(
+        loss=losses.weighted_sum(scores.divergence, weight, turn_id),
+        weight=jnp.sum(weight),
+        tokens=jnp.sum(mine).astype(jnp.float32),
+        active=jnp.sum(weight > 0).astype(jnp.float32),
+        divergence=by_turn(clean(scores.divergence)),
+        tokens_by_turn=by_turn(mine.astype(jnp.float32)),
+        weight_by_turn=by_turn(weight),
+        confidence=jnp.sum(jnp.where(exists, confidence, 0.0), axis=0),
+        turns=jnp.sum(exists, axis=0).astype(jnp.float32),
+        student_entropy=jnp.sum(clean(scores.student_entropy)),
+        teacher_entropy=jnp.sum(clean(scores.teacher_entropy)),
+        logprob_error=jnp.max(clean(jnp.abs(scores.student_logprob - sampled))),
+    )
+
+
+def _add(total: Sums, part: Sums) -> Sums:
+    added = jax.tree.map(jnp.add, total, part)
+    return added.replace(logprob_error=jnp.maximum(total.logprob_error, part.logprob_error))
+
+
+def make_train_step(
+    *,
+    student: ModelConfig,
+    teacher: ModelConfig | None,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    micro_batches: int,
+    query_chunk: int,
+    loss_chunk: int,
+    remat: bool,
+) -> Callable[[TrainState, Params | None, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The jitted update `(state, teacher_params, batch) -> (state, metrics)`; donates `state`.
+
+    Args:
+      student: sizes of the trained model.
+      teacher: sizes of the frozen one; None where the objective needs none.
+      objective: what is minimized.
+      optimizer: e.g. from `make_optimizer`.
+      micro_batches: into how many equal parts the batch is split; bounds memory, changes nothing.
+      query_chunk: see `model.forward`.
+      loss_chunk: positions whose logits exist at a time (`losses.fused_scores`).
+      remat: see `model.forward`; for the student.
+
+    Raises:
+      ValueError: at trace time, when the batch does not divide into the micro-batches.
+    """
+    score_with = partial(
+        score,
+        student=student,
+        teacher=teacher,
+        objective=objective,
+        query_chunk=query_chunk,
+        loss_chunk=loss_chunk,
+        remat=remat,
+    )
+
+    def loss_and_sums(params: Params, teacher_params: Params | None, batch: Batch):
+        sums = objective_sums(score_with(params, teacher_params, batch), batch, objective=objective)
+        return sums.loss, sums
+
+    def accumulate(params: Params, teacher_params: Params | None, batch: Batch):
+        def one(carry, micro: Batch):
+            gradient, sums = jax.grad(loss_and_sums, has_aux=True)(params, teacher_params, micro)
+            gradient = jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
+            return (jax.tree.map(jnp.add, carry[0], gradient), _add(carry[1], sums)), None
+
+        parts = split(batch, micro_batches)
+        K = batch.verdict.shape[1]
+        vector = {"divergence", "tokens_by_turn", "weight_by_turn", "confidence", "turns"}
+        zero_sums = Sums(
+            **{
+                name: jnp.zeros((K,) if name in vector else (), jnp.float32)
+                for name in Sums.__dataclass_fields__
+            }
+        )
+        zero_gradient = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        return jax.lax.scan(one, (zero_gradient, zero_sums), parts)[0]
+
+    @partial(jax.jit, donate_argnums=0)
+    def train_step(state: TrainState, teacher_params: Params | None, batch: Batch):
+        gradient, sums = accumulate(state.params, teacher_params, batch)
+        z = jnp.ones(())
+        if objective.scope == "batch":
+            z = losses.normalizer(
+                sums.weight,
+                sums.tokens,
+                sums.active,
+                normalize=objective.normalize,
+                eps=objective.eps,
+                max_z=objective.max_z,
+            )
+        scale = z / jnp.maximum(sums.tokens, 1)
+        gradient = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), gradient, state.params)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": sums.loss * scale,
+            "z": z,
+            "sums": sums,
+            "grad_norm": optax.global_norm(gradient),
+            "update_norm": optax.global_norm(updates),
+        }
+        new = state.replace(params=params, opt_state=opt_state, step=state.step + 1)
+        return new, metrics
+
+    return train_step
+
+
+def split(batch: Batch, parts: int) -> Batch:
+    """A leading axis of micro-batches on every array: [B, ...] -> [parts, B/parts, ...]."""
+    rows = batch.tokens.shape[0]
+    if rows % parts:
+        raise ValueError(
+            f"`train.micro_batches`: a batch of {rows} trajectories does not divide into {parts} "
+            f"micro-batches; choose a divisor of {rows}"
+        )
+    return jax.tree.map(lambda x: x.reshape(parts, rows // parts, *x.shape[1:]), batch)
+
+
+def make_optimizer(
+    *,
+    learning_rate: float,
+    schedule: str,
+    warmup_updates: int,
+    total_updates: int,
+    weight_decay: float,
+    b1: float,
+    b2: float,
+    eps: float,
+    clip_norm: float,
+) -> optax.GradientTransformation:
+    """AdamW with a warm-up, behind a clip of the gradient's global norm.
+
+    Weight decay spares norms and biases.
+
+    Args:
+      learning_rate: peak.
+      schedule: after the warm-up: "constant", "cosine" or "linear" to 0 at `total_updates`.
+      warmup_updates: linear, reaching the peak after so many.
+      total_updates: length of the run.
+      weight_decay: AdamW's.
+      b1: decay of the first moment.
+      b2: decay of the second.
+      eps: AdamW's.
+      clip_norm: 0 switches clipping off.
+
+    Raises:
+      ValueError: an unknown schedule.
+    """
+    decay_updates = max(total_updates - warmup_updates, 1)
+    after = {
+        "constant": optax.constant_schedule(learning_rate),
+        "cosine": optax.cosine_decay_schedule(learning_rate, decay_updates),
+        "linear": optax.linear_schedule(learning_rate, 0.0, decay_updates),
+    }
+    if schedule not in after:
+        raise ValueError(
+            f"`optimizer.schedule`: expected one of {', '.join(after)}, got {schedule!r}"
+        )
+    # From the first update on the rate is above 0: an update at rate 0 would be lost.
+    first = learning_rate / (warmup_updates + 1)
+    warmup = optax.linear_schedule(first, learning_rate, max(warmup_updates, 1))
+    rate = optax.join_schedules([warmup, after[schedule]], [warmup_updates])
+    adamw = optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=_decayed)
+    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw
+
+
+def _decayed(params: Params) -> Params:
+    """True for matrices: every parameter that is neither a norm's scale nor a bias."""
+    name = lambda path: str(path[-1].key)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not name(path).endswith(("norm", "bias")), params
+    )
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation, *, seed: int) -> TrainState:
+    """The state before the first update; optimizer moments are placed like their parameters."""
+    return TrainState(
+        # Copied: the state is donated by the first update, and `params` belongs to the caller.
+        params=jax.tree.map(jnp.copy, params),
+        opt_state=optimizer.init(params),
+        step=jnp.zeros((), jnp.int32),
+        rng=jax.random.key(seed),
+    )
+
+
+def abstract_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes, dtypes and shardings of `init_state`: what a checkpoint is restored into."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        init_state(params, optimizer, seed=0),
+    )

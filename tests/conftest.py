@@ -1,0 +1,115 @@
+"""Eight CPU devices for every test, and tiny random `transformers` models to compare with."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+# Before any backend starts: afterwards both raise or do nothing.
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+# Most of a test's time is compilation; a second run takes a fifth of the first.
+CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax"
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+VOCAB = 96
+
+_SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    # Attention and logits far from uniform. At 0.2 attention is so sharp that torch itself, in
+    # float32, is 6e-6 from float64 at some positions, and 1e-5 would measure that.
+    "initializer_range": 0.15,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model of `transformers` in evaluation mode, float32, and the folder it was saved to."""
+
+    folder: Path
+    model: Any
+
+
+def _randomize_vectors(model: Any) -> None:
+    # Norms start at one and biases at zero, which would hide a missing or swapped one.
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
+            elif name.endswith("bias"):
+                parameter.copy_(0.5 * torch.randn_like(parameter))
+
+
+@pytest.fixture(scope="session")
+def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]:
+    """One tiny model for each family; Qwen3 untied and tied."""
+    import torch
+    import transformers as hf
+
+    llama3 = {
+        "rope_type": "llama3",
+        "rope_theta": 1e4,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        # Of the frequencies of 8-wide heads: one kept, one interpolated, two divided.
+        "original_max_position_embeddings": 100,
+    }
+    theta = {"rope_type": "default", "rope_theta": 1e5}
+    models = {
+        "qwen3": lambda: hf.Qwen3ForCausalLM(
+            hf.Qwen3Config(**_SIZES, head_dim=16, rope_parameters=theta)
+        ),
+        "qwen3_tied": lambda: hf.Qwen3ForCausalLM(
+            hf.Qwen3Config(**_SIZES, head_dim=16, rope_parameters=theta, tie_word_embeddings=True)
+        ),
+        "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_SIZES, rope_parameters=theta)),
+        "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_SIZES, rope_parameters=llama3)),
+    }
+    made = {}
+    for seed, (name, make) in enumerate(models.items()):
+        torch.manual_seed(seed)
+        model = make().eval()
+        _randomize_vectors(model)
+        folder = tmp_path_factory.mktemp("references") / name
+        model.save_pretrained(folder)
+        made[name] = Reference(folder, model)
+    return made
+
+
+@pytest.fixture(params=["qwen3", "qwen3_tied", "qwen2", "llama"])
+def reference(request: pytest.FixtureRequest, references: dict[str, Reference]) -> Reference:
+    """Each of `references` in turn."""
+    return references[request.param]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """A word-level tokenizer with a ChatML template and fewer tokens than `VOCAB`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<|im_start|>", "<|im_end|>", *(f"word{i}" for i in range(VOCAB - 10))]
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", eos_token="<|im_end|>", pad_token="<unk>"
+    )
+    made.chat_template = (
+        "{% for m in messages %}<|im_start|> {{ m.role }} {{ m.content }} <|im_end|> {% endfor %}"
+    )
+    return made

@@ -1,0 +1,279 @@
+"""Config files, their arguments and overrides, the stored copy, and the command line."""
+
+import json
+import textwrap
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from opd_jax.config import (
+    differences,
+    fail,
+    from_json,
+    load,
+    parse_arg,
+    parse_command_line,
+    to_json,
+)
+
+CONFIG = """
+    from ml_collections import ConfigDict, config_dict
+    from opd_jax.config import parse_arg
+
+    def get_config(arg=None):
+        arg = parse_arg(arg, runlocal=False, ablate="none")
+        config = ConfigDict()
+        config.seed = 0
+        config.name = "run"
+        config.clip = None
+        config.limit = config_dict.placeholder(float)
+        config.train = ConfigDict({
+            "learning_rate": 1e-3,
+            "updates": 2 if arg.runlocal else 100,
+            "remat": True,
+            "betas": (0.9, 0.95),
+            "splits": ["a", "b"],
+        })
+        config.train.warmup = config.train.get_ref("updates") // 2
+        config.ablate = arg.ablate
+        return config
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    file = tmp_path / "example.py"
+    file.write_text(textwrap.dedent(CONFIG))
+    return str(file)
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+# --- parse_arg
+
+
+@pytest.mark.parametrize("arg", [None, "", " , "])
+def test_no_argument_leaves_the_defaults(arg):
+    assert parse_arg(arg, runlocal=False, n=3, rate=0.5, who="x").to_dict() == {
+        "runlocal": False,
+        "n": 3,
+        "rate": 0.5,
+        "who": "x",
+    }
+
+
+def test_argument_values_have_the_types_of_their_defaults():
+    parsed = parse_arg("runlocal, n=4,rate=1,who=1.7b", runlocal=False, n=3, rate=0.5, who="x")
+    assert parsed.to_dict() == {"runlocal": True, "n": 4, "rate": 1.0, "who": "1.7b"}
+    assert isinstance(parsed.rate, float)
+    assert parse_arg("runlocal=false", runlocal=True).runlocal is False
+
+
+@pytest.mark.parametrize(
+    ("arg", "words"),
+    [
+        ("runlocl", ["`runlocl`", "`runlocal`", "`n`"]),
+        ("n", ["`n`", "needs a value", "int"]),
+        ("n=many", ["`n`", "int", "`many`"]),
+        ("n=1.5", ["`n`", "int", "`1.5`"]),
+        ("runlocal=maybe", ["`runlocal`", "bool", "`maybe`"]),
+        ("n=1,n=2", ["`n`", "twice"]),
+    ],
+)
+def test_bad_arguments_name_themselves(arg, words):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        parse_arg(arg, runlocal=False, n=3)
+    assert [word for word in words if word not in one_line(error)] == []
+
+
+# --- load
+
+
+def test_structure_comes_from_the_argument_and_scalars_from_flags(path):
+    config = load(
+        f"{path}:runlocal,ablate=confidence",
+        ["--config.seed=7", "--config.train.learning_rate", "-1e-4", "--config.name=a=b"],
+    )
+    assert (config.ablate, config.train.updates, config.seed) == ("confidence", 2, 7)
+    assert (config.train.learning_rate, config.name) == (-1e-4, "a=b")
+
+
+def test_values_take_the_type_of_their_default(path):
+    config = load(
+        path,
+        [
+            "--config.train.learning_rate=1",
+            "--config.train.remat=false",
+            "--config.train.betas=(0.5,1)",
+            "--config.train.splits=x",
+            "--config.name=12",
+            "--config.limit=3",
+            "--config.clip=0.5",
+        ],
+    )
+    values = [config.train.learning_rate, config.train.remat, *config.train.betas]
+    assert repr(values) == "[1.0, False, 0.5, 1.0]"
+    assert (config.train.splits, config.name, repr(config.limit)) == (("x",), "12", "3.0")
+    assert config.clip == 0.5
+    assert load(path, ["--config.limit=none", "--config.clip=none"]).limit is None
+
+
+def test_the_last_override_wins_and_derived_fields_follow(path):
+    config = load(path, ["--config.train.updates=10", "--config.train.updates=40"])
+    assert (config.train.updates, config.train.warmup) == (40, 20)
+
+
+def test_a_loaded_config_cannot_change(path):
+    config = load(path, [])
+    with pytest.raises(AttributeError):
+        config.train.updates = 3
+    with pytest.raises(AttributeError):
+        config.new = 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["--config.train.lerning_rate=1"], ["`train.lerning_rate`", "`train.learning_rate`"]),
+        (["--config.learning_rate=1"], ["`learning_rate`", "`train.learning_rate`"]),
+        (["--config.qqqq=1"], ["`qqqq`", "`seed`", "`train`"]),
+        (["--config.seed.x=1"], ["`seed.x`"]),
+        (["--config.train=1"], ["`train`", "group", "`train.updates`"]),
+        (["--config.seed=1.5"], ["`seed`", "int", "`1.5`"]),
+        (["--config.train.learning_rate=fast"], ["`train.learning_rate`", "float", "`fast`"]),
+        (["--config.train.learning_rate=nan"], ["`train.learning_rate`", "float", "`nan`"]),
+        (["--config.train.remat=2"], ["`train.remat`", "bool", "`2`"]),
+        (["--config.train.betas=0.9,x"], ["`train.betas`", "float", "`x`"]),
+        (["--config.limit=x"], ["`limit`", "float", "`x`"]),
+        (["--config.seed"], ["`--config.seed`", "needs a value"]),
+        (["--config.seed", "--config.name=x"], ["`--config.seed`", "needs a value"]),
+        (["--seed=1"], ["`--seed`", "--config."]),
+        (["seed=1"], ["`seed=1`", "--name=value"]),
+    ],
+)
+def test_bad_overrides_name_the_field(path, overrides, words):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        load(path, overrides)
+    assert [word for word in words if word not in one_line(error)] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("exampel.py", None, ["exampel.py", "does not exist", "`example.py`"]),
+        ("example", None, ["configs/NAME.py"]),
+        ("none.py", "x = 1", ["none.py", "get_config"]),
+        ("wrong.py", "def get_config(arg): return {}", ["wrong.py", "ConfigDict", "dict"]),
+    ],
+)
+def test_bad_config_files_are_named(path, name, text, words):
+    file = Path(path).with_name(name)
+    if text:
+        file.write_text(text)
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        load(str(file), [])
+    assert [word for word in words if word not in one_line(error)] == []
+
+
+def test_an_error_inside_the_config_keeps_its_own_message(path):
+    with pytest.raises(ValueError, match="unknown config argument `nope`"):
+        load(f"{path}:nope", [])
+
+
+# --- the stored copy
+
+
+def test_the_stored_config_is_json_and_reads_back(path):
+    config = load(path, ["--config.limit=2.5"])
+    text = to_json(config)
+    assert json.loads(text)["train"]["betas"] == [0.9, 0.95]
+    again = from_json(text)
+    assert differences(config, again, ignore=[]) == []
+    assert to_json(again) == text
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), lambda: 0])
+def test_a_value_json_cannot_hold_is_named(value):
+    with pytest.raises(ValueError, match=r"`a\.b`"):
+        to_json(ConfigDict({"a": {"b": value}}))
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", ""])
+def test_a_damaged_stored_config_is_an_error(text):
+    with pytest.raises(ValueError, match="stored config"):
+        from_json(text)
+
+
+def test_differences_list_every_changed_field_once():
+    saved = ConfigDict({"seed": 0, "train": {"lr": 0.1, "n": 1}, "log": {"every": 1}, "old": 1})
+    now = ConfigDict({"seed": 0, "train": {"lr": 0.2, "n": 1}, "log": {"every": 5}, "new": "x"})
+    assert differences(saved, now, ignore=["log"]) == [
+        "new: absent -> 'x'",
+        "old: 1 -> absent",
+        "train.lr: 0.1 -> 0.2",
+    ]
+    assert "log.every: 1 -> 5" in differences(saved, now, ignore=["lo", "train"])
+    assert differences(saved, now, ignore=["log.every", "train.lr", "old", "new"]) == []
+
+
+# --- the command line
+
+
+def test_a_command_line_gives_config_workdir_and_flags(path):
+    words = [f"--config={path}:runlocal", "--workdir", "w", "--config.seed", "3", "--policy=expert"]
+    config, workdir, flags = parse_command_line(
+        words, usage="", policy=("model", "expert"), tasks=400, verbose=False
+    )
+    assert (config.seed, config.train.updates, workdir) == (3, 2, Path("w"))
+    assert flags == {"policy": "expert", "tasks": 400, "verbose": False}
+
+
+def test_a_command_may_have_no_config_and_required_flags():
+    words = ["--workdir=w", "--out=o"]
+    config, workdir, flags = parse_command_line(words, usage="", needs_config=False, out=str)
+    assert (config, workdir, flags) == (None, Path("w"), {"out": "o"})
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], ["`--config`", "required"]),
+        (["--config=PATH"], ["`--workdir`", "required"]),
+        (["--config=PATH", "--workdir=w"], ["`--out`", "required"]),
+        (["--config=PATH", "--workdir="], ["`--workdir`", "required"]),
+        (["--wrkdir=w"], ["`--wrkdir`", "`workdir`"]),
+        (["--workdir=w", "--workdir=v"], ["`--workdir`", "twice"]),
+        (["--config=PATH", "--workdir=w", "--out=o", "--policy=x"], ["`--policy`", "model", "`x`"]),
+        (["--config=PATH", "--workdir=w", "--out=o", "--tasks=x"], ["`--tasks`", "int", "`x`"]),
+        (["--workdir"], ["`--workdir`", "needs a value"]),
+        (["train"], ["`train`"]),
+    ],
+)
+def test_bad_command_lines_name_the_flag(path, words, expected):
+    words = [word.replace("PATH", path) for word in words]
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        parse_command_line(words, usage="", policy=("model", "expert"), tasks=400, out=str)
+    assert [word for word in expected if word not in one_line(error)] == []
+
+
+def test_help_lists_flags_and_the_fields_of_the_config(path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_command_line(
+            ["--help", f"--config={path}", "--config.seed=5"], usage="Trains.", policy=("a", "b")
+        )
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    for word in ["Trains.", "--workdir", "--policy=a|b", "--config.seed=5", "train.learning_rate"]:
+        assert word in shown
+
+
+def test_fail_prints_one_line_and_exits_with_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        fail(ValueError("first\n  second"))
+    shown = capsys.readouterr()
+    assert (stop.value.code, shown.out, shown.err) == (2, "", "error: first second\n")

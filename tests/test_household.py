@@ -1,0 +1,807 @@
+"""The household world: scenes and tasks, engine, oracle and players."""
+
+import ast
+import dataclasses
+import hashlib
+import os
+import random
+import re
+import subprocess
+import sys
+from collections import Counter, deque
+from pathlib import Path
+
+import pytest
+
+import opd_jax.envs.household as household
+import opd_jax.envs.household_players as players
+import opd_jax.envs.household_scenes as scenes
+from opd_jax.envs.base import Observation, Task
+from opd_jax.envs.household import Household, World, parse_response
+from opd_jax.envs.household_oracle import Learnt, distance, label
+from opd_jax.envs.household_players import Careless, Expert, Memory, Random
+
+SPLITS = tuple(scenes.SPLIT_SIZES)
+# Texts of fixed playthroughs. Changing these means changing every task: raise `VERSION` with it.
+PLAYTHROUGH = "7c7b3d504722b421c218576220114dfc2c95be4ccdd9fa80c21316f8b2f1861b"
+NO_HABITS = {
+    "skip_step": 0.0,
+    "list_order": 0.0,
+    "ignore_closed": 0.0,
+    "idle": 0.0,
+    "forget": 0.0,
+}
+
+
+def make_env(size="large", max_turns=30, show_admissible=0):
+    return Household(size=size, max_turns=max_turns, show_admissible=show_admissible)
+
+
+def random_command(world, rng):
+    commands = world.admissible()
+    return commands[int(rng.random() * len(commands))]
+
+
+def run_episode(env, split, index, make_player):
+    """Observations and responses of one episode, the first observation first."""
+    observation = env.reset(split, index)
+    player = make_player(env.task, observation)
+    observations, responses = [observation], []
+    while not observation.done:
+        responses.append(player.respond(observation))
+        observation = env.step(responses[-1])
+        observations.append(observation)
+    return observations, responses
+
+
+def expert(task, first):
+    return Expert(task, first, rng=random.Random(0))
+
+
+def careless(seed, **habits):
+    def make(task, first):
+        return Careless(task, first, rng=random.Random(seed), **{**NO_HABITS, **habits})
+
+    return make
+
+
+def playthrough_digest():
+    """SHA-256 over the texts of an expert's, a careless and a random player's episodes."""
+    digest = hashlib.sha256()
+    habits = dict.fromkeys(NO_HABITS, 0.4)
+    for size in scenes.SIZES:
+        env = make_env(size=size, show_admissible=5)
+        for split in SPLITS:
+            for index in range(6):
+                last = env.size(split) - 1 - index
+                for number, make in (
+                    (index, expert),
+                    (last, careless(index, **habits)),
+                    (index, lambda task, first: Random(random.Random(1))),
+                ):
+                    observations, responses = run_episode(env, split, number, make)
+                    parts = [observation.message for observation in observations]
+                    parts += [observation.oracle for observation in observations]
+                    digest.update("\n".join([env.task.id, *parts, *responses]).encode())
+    return digest.hexdigest()
+
+
+def spec_of(task_type, wanted, target, places, objects, lamp=""):
+    """A hand-made task; `objects` are (name, place name) pairs in order of name."""
+    split = [(kind, int(number)) for kind, number in (place.split() for place in places)]
+    index = {place: i for i, place in enumerate(places)}
+    located = [(*name.split(), index[place]) for name, place in objects]
+    return scenes.TaskSpec(
+        id="household/test",
+        type=task_type,
+        goal="",
+        room="",
+        scene=0,
+        object=wanted,
+        target=target,
+        lamp=lamp,
+        places=tuple(split),
+        objects=tuple((kind, int(number), place) for kind, number, place in located),
+    )
+
+
+# Scenes and tasks
+
+
+@pytest.mark.parametrize("size", scenes.SIZES)
+@pytest.mark.parametrize("room", scenes.ROOM_KINDS)
+def test_unseen_scenes_differ_from_all_training_scenes(room, size):
+    numbers = range(1, scenes.TRAIN_SCENES + scenes.UNSEEN_SCENES + 1)
+    layouts = [scenes.scene(room, number, size) for number in numbers]
+    train, unseen = layouts[: scenes.TRAIN_SCENES], layouts[scenes.TRAIN_SCENES :]
+    assert not set(train) & set(unseen)
+    least, most = scenes.ROOM_SIZES[size]
+    if (room, size) == ("kitchen", "large"):
+        least, most = scenes.LARGE_KITCHEN
+    for layout in layouts:
+        assert least <= sum(count for _, count in layout) <= most
+        assert list(layout) == sorted(layout)
+
+
+@pytest.mark.parametrize("size", scenes.SIZES)
+def test_splits_use_their_own_scenes(size):
+    drawn = {split: {scenes.task(split, i, size).scene for i in range(300)} for split in SPLITS}
+    assert max(drawn["train"] | drawn["valid_seen"]) <= scenes.TRAIN_SCENES
+    assert min(drawn["valid_unseen"]) > scenes.TRAIN_SCENES
+    assert len(drawn["train"]) > 80
+    assert len(drawn["valid_unseen"]) == scenes.UNSEEN_SCENES
+
+
+@pytest.mark.parametrize("size", scenes.SIZES)
+def test_tasks_are_balanced_solvable_and_not_solved(size):
+    specs = [scenes.task("train", i, size) for i in range(600)]
+    assert set(Counter(spec.type for spec in specs).values()) == {100}
+    combos = {(kind, room) for kind, rooms in scenes.TASK_ROOMS.items() for room in rooms}
+    assert {(spec.type, spec.room) for spec in specs} == combos
+    for spec in specs:
+        world = World(spec)
+        assert not world.solved
+        assert 2 <= distance(world) < 15
+        assert len(world.room.wanted) >= (2 if spec.type == scenes.TWO else 1)
+        least, most = scenes.CLUTTER[size]
+        clutter = [k for k, _, _ in spec.objects if k not in (spec.object, *scenes.LAMPS)]
+        assert least <= len(clutter) <= most
+        start = Counter(spec.places[place][0] for k, _, place in spec.objects if k == spec.object)
+        if spec.type in (scenes.SIMPLE, scenes.TWO):
+            assert spec.target not in start
+        for kind, number, place in spec.objects:
+            assert spec.places[place][0] in scenes.search_order(kind)
+            assert number <= scenes.MAX_OBJECT_NUMBER
+        assert max(number for _, number in spec.places) <= scenes.MAX_RECEPTACLE_NUMBER
+
+
+def test_the_object_table_is_ordered_and_every_word_has_one_role():
+    for name, row in scenes.OBJECT_TABLE.items():
+        keys = [(-weight, place in scenes.OPENABLE) for place, weight in row.prior]
+        assert keys == sorted(keys), name
+        assert len(dict(row.prior)) == len(row.prior), name
+        for room in row.rooms:
+            assert any(place in scenes.ROOMS[room] for place, _ in row.prior)
+    assert not set(scenes.OBJECTS) & set(scenes.RECEPTACLES)
+    assert all(re.fullmatch("[a-z]+", name) for name in scenes.OBJECTS + scenes.RECEPTACLES)
+    fixed = re.findall("[a-z]+", " ".join((*household.PHRASES, *household.COMMANDS)).lower())
+    assert not set(fixed) & (set(scenes.OBJECTS) | set(scenes.RECEPTACLES))
+
+
+def test_tasks_are_a_pure_function_of_their_arguments():
+    assert scenes.task("train", 17, "large") == scenes.task("train", 17, "large")
+    ids = {scenes.task(split, 17, size) for split in SPLITS for size in scenes.SIZES}
+    assert len(ids) == len(SPLITS) * len(scenes.SIZES)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        scenes.task("train", 17, "large").goal = ""
+
+
+def test_playthroughs_are_pinned_and_independent_of_hash_order():
+    assert playthrough_digest() == PLAYTHROUGH
+    root = str(Path(household.__file__).parents[2])
+    env = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": root}
+    result = subprocess.run(
+        [sys.executable, __file__], env=env, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == PLAYTHROUGH
+
+
+# Engine
+
+
+def kitchen():
+    return World(
+        spec_of(
+            scenes.HEAT,
+            "apple",
+            "fridge",
+            ["cabinet 1", "countertop 1", "fridge 1", "microwave 1", "sinkbasin 1"],
+            [
+                ("apple 1", "countertop 1"),
+                ("bread 1", "countertop 1"),
+                ("egg 1", "fridge 1"),
+                ("knife 2", "countertop 1"),
+            ],
+        )
+    )
+
+
+def test_texts_have_the_documented_forms():
+    world = kitchen()
+    script = [
+        ("look", world.room.start),
+        ("inventory", "You are not carrying anything."),
+        (
+            "go to countertop 1",
+            "You arrive at countertop 1. On the countertop 1, you see a apple 1, a bread 1, "
+            "and a knife 2.",
+        ),
+        ("take apple 1 from countertop 1", "You pick up the apple 1 from the countertop 1."),
+        ("examine apple 1", "There's nothing special about apple 1."),
+        ("inventory", "You are carrying: a apple 1."),
+        ("look", "You are facing the countertop 1. On the countertop 1, you see a bread 1, "
+         "and a knife 2."),
+        ("go to cabinet 1", "You arrive at cabinet 1. The cabinet 1 is closed."),
+        ("open cabinet 1", "You open the cabinet 1. The cabinet 1 is open. In it, you see "
+         "nothing."),
+        ("close cabinet 1", "You close the cabinet 1."),
+        ("examine cabinet 1", "The cabinet 1 is closed."),
+        ("go to sinkbasin 1", "You arrive at sinkbasin 1. On the sinkbasin 1, you see nothing."),
+        ("clean apple 1 with sinkbasin 1", "You clean the apple 1 using the sinkbasin 1."),
+        ("examine apple 1", "This is a clean apple."),
+        ("go to microwave 1", "You arrive at microwave 1. The microwave 1 is closed."),
+        ("heat apple 1 with microwave 1", "You heat the apple 1 using the microwave 1."),
+        ("examine apple 1", "This is a hot and clean apple."),
+        ("go to fridge 1", "You arrive at fridge 1. The fridge 1 is closed."),
+        ("cool apple 1 with fridge 1", "You cool the apple 1 using the fridge 1."),
+        ("examine apple 1", "This is a cool and clean apple."),
+        ("open fridge 1", "You open the fridge 1. The fridge 1 is open. In it, you see a egg 1."),
+        ("move apple 1 to fridge 1", "You move the apple 1 to the fridge 1."),
+        ("look", "You are facing the fridge 1. The fridge 1 is open. In it, you see a apple 1, "
+         "and a egg 1."),
+    ]  # fmt: skip
+    for command, text in script:
+        assert world.act(command) == text, command
+    assert not world.solved  # cooling has undone the heating
+    assert world.room.start == (
+        "You are in the middle of a room. Looking quickly around you, you see a cabinet 1, "
+        "a countertop 1, a fridge 1, a microwave 1, and a sinkbasin 1."
+    )
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "move apple 1 to countertop 1",
+        "put apple 1 in/on countertop 1",
+        "put apple 1 in countertop 1",
+        "put apple 1 on countertop 1",
+        "  PUT   Apple 1  on\tcountertop 1 . ",
+    ],
+)
+def test_move_and_put_are_both_understood(command):
+    world = kitchen()
+    for step in ("go to countertop 1", "take apple 1 from countertop 1"):
+        world.act(step)
+    assert world.act(command) == "You move the apple 1 to the countertop 1."
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "", ".", "go", "go to", "go to countertop", "go to countertop 1", "go to countertop 9",
+        "go cabinet 1", "take apple 1", "take egg 1 from fridge 1", "take egg 1 from countertop 1",
+        "put bread 1 on countertop 1", "put apple 1 to countertop 1", "open countertop 1",
+        "open fridge 1", "close countertop 1", "heat apple 1 with microwave 1", "use apple 1",
+        "examine egg 1", "examine fridge 1", "look around", "inventory now", "dance",
+        "take apple 1 from countertop 1 now", "move apple 1 to fridge 1",
+    ],
+)  # fmt: skip
+def test_impossible_commands_change_nothing(command):
+    world = kitchen()
+    world.act("go to countertop 1")
+    before = state_key(world)
+    assert world.act(command) == household.NOTHING
+    assert state_key(world) == before
+
+
+def state_key(world):
+    return (
+        world.at, world.hand, tuple(world.where), tuple(world.is_open), tuple(world.heat),
+        tuple(world.clean), world.solved,
+    )  # fmt: skip
+
+
+def every_command(world):
+    """All well-formed commands over a world's names; `move` stands for `put`."""
+    places, objects = world.room.places, world.room.objects
+    for place in places:
+        yield from (f"go to {place}", f"open {place}", f"close {place}", f"examine {place}")
+        for name in objects:
+            yield from (f"take {name} from {place}", f"move {name} to {place}")
+            yield from (f"{verb} {name} with {place}" for verb in ("clean", "heat", "cool"))
+    for name in objects:
+        yield from (f"use {name}", f"examine {name}")
+    yield from ("look", "inventory")
+
+
+@pytest.mark.parametrize("size", scenes.SIZES)
+def test_a_command_is_admissible_exactly_if_something_happens(size):
+    rng = random.Random(2)
+    for index in range(6):
+        world = World(scenes.task("train", index, size))
+        for step in range(12):
+            admissible = world.admissible()
+            assert len(set(admissible)) == len(admissible)
+            if step % 3 == 2:
+                possible = {
+                    c for c in every_command(world) if world.copy().act(c) != "Nothing happens."
+                }
+                assert possible == set(admissible)
+            world.act(random_command(world, rng))
+
+
+def test_admissible_commands_come_in_the_documented_order():
+    rng = random.Random(3)
+    groups = {"go": 1, "examine": 2, "look": 2, "inventory": 2}
+    for index in range(12):
+        world = World(scenes.task("train", index, "medium"))
+        for _ in range(15):
+            commands = world.admissible()
+            order = [groups.get(command.split()[0], 0) for command in commands]
+            assert order == sorted(order)
+            going = [command for command in commands if command.startswith("go to ")]
+            assert going == [c for i, c in enumerate(world.room.go) if i != world.at]
+            world.act(random_command(world, rng))
+
+
+def test_a_copy_shares_no_state():
+    rng = random.Random(4)
+    world = World(scenes.task("train", 5, "medium"))
+    for _ in range(60):
+        before, text = state_key(world), world.act("look")
+        other = world.copy()
+        for _ in range(5):
+            other.act(random_command(other, rng))
+        assert state_key(world) == before
+        assert world.act("look") == text
+        world.act(random_command(world, rng))
+
+
+def hide(spec, seed):
+    """The same task with the content of each closed receptacle moved into another one."""
+    closed = [i for i, (kind, _) in enumerate(spec.places) if kind in scenes.OPENABLE]
+    order = closed.copy()
+    random.Random(seed).shuffle(order)
+    moved = dict(zip(closed, order, strict=True))
+    objects = tuple((kind, number, moved.get(at, at)) for kind, number, at in spec.objects)
+    return dataclasses.replace(spec, objects=objects)
+
+
+def test_nothing_shows_what_is_hidden():
+    """Two worlds that differ inside closed receptacles look the same until one is opened, to a
+    random player and to the expert, who must then also respond the same."""
+    opened = 0
+    for index in range(60):
+        spec = scenes.task("train", index, "large")
+        one, two = World(spec), World(hide(spec, index))
+        rng = random.Random(index)
+        task = Task(id=spec.id, type=spec.type, goal=spec.goal, scene=one.room.start)
+        first = Observation(one.room.start, "", one.admissible())
+        pair = [expert(task, first), expert(task, first)]
+        texts = [one.room.start, two.room.start]
+        command = ""
+        for _ in range(40):
+            assert texts[0] == texts[1]
+            assert one.admissible() == two.admissible()
+            seen = [Observation(text, "", (), action=command) for text in texts]
+            responses = [player.respond(view) for player, view in zip(pair, seen, strict=True)]
+            assert responses[0] == responses[1]
+            command = parse_response(responses[0])[0]
+            if rng.random() < 0.5:
+                command = random_command(one, rng)
+            if command.startswith("open "):
+                opened += 1
+                break
+            texts = [one.act(command), two.act(command)]
+            if one.solved:
+                break
+    assert opened > 20
+
+
+# Environment
+
+
+@pytest.mark.parametrize(
+    ("response", "parsed"),
+    [
+        ("Thought: a.\nAction: go to cabinet 1", ("go to cabinet 1", "")),
+        ("action:look\nACTION:  inventory  \nbye", ("inventory", "")),
+        ("Action: look\nAction:", ("", "no_action")),
+        ("Thought: Action: look", ("", "no_action")),
+        ("look", ("", "no_action")),
+        ("", ("", "empty")),
+        (" \n\t", ("", "empty")),
+    ],
+)
+def test_the_last_action_line_counts(response, parsed):
+    assert parse_response(response) == parsed
+
+
+def test_failed_turns_are_told_apart_and_change_nothing():
+    env = make_env()
+    start = env.reset("train", 0)
+    assert (start.action, start.failure, start.oracle, start.done) == ("", "", "", False)
+    for response, action, failure in (
+        ("", "", "empty"),
+        ("Thought: hm.", "", "no_action"),
+        ("Action: fly to moon 1", "fly to moon 1", "rejected"),
+    ):
+        observation = env.step(response)
+        assert (observation.action, observation.failure) == (action, failure)
+        assert (observation.text, observation.oracle) == ("Nothing happens.", "")
+        assert observation.admissible == start.admissible
+    assert env.step("Action: look").failure == ""
+
+
+def test_messages_hold_text_goal_and_admissible_commands():
+    plain, short, full = (make_env(show_admissible=n) for n in (0, 3, 500))
+    starts = [env.reset("valid_seen", 4) for env in (plain, short, full)]
+    goal = plain.task.goal
+    assert starts[0].message == f"{starts[0].text}\nYour task is to: {goal}"
+    assert starts[0].text == plain.task.scene
+    a, b, c, *rest = starts[1].admissible
+    listed = f"\nAdmissible: {a}, {b}, {c}"
+    assert starts[1].message == starts[0].message + listed + f" (+{len(rest)} more)"
+    assert starts[2].message.endswith("\nAdmissible: " + ", ".join(starts[2].admissible))
+    observations = [env.step(f"Action: {a}") for env in (plain, short)]
+    assert observations[0].message == observations[0].text
+    assert observations[1].message.startswith(observations[0].text + "\nAdmissible: ")
+
+
+def test_episodes_end_at_success_or_after_max_turns():
+    env = make_env(max_turns=3)
+    env.reset("train", 0)
+    done = [env.step("Action: look").done for _ in range(3)]
+    assert done == [False, False, True]
+    with pytest.raises(ValueError, match="`reset`"):
+        env.step("Action: look")
+    observations, _ = run_episode(make_env(), "train", 0, expert)
+    last = observations[-1]
+    assert (last.done, last.success, last.score) == (True, True, 1.0)
+    assert {(o.done, o.success, o.score) for o in observations[:-1]} == {(False, False, 0.0)}
+
+
+def test_errors_name_what_was_wrong():
+    with pytest.raises(ValueError, match=r"`size`.*small, medium, large.*'huge'"):
+        make_env(size="huge")
+    with pytest.raises(ValueError, match=r"`max_turns`.*0"):
+        make_env(max_turns=0)
+    with pytest.raises(ValueError, match=r"`show_admissible`.*-1"):
+        make_env(show_admissible=-1)
+    env = make_env()
+    with pytest.raises(ValueError, match="`step`"):
+        env.step("Action: look")
+    with pytest.raises(ValueError, match=r"`split`.*valid_unseen.*'test'"):
+        env.size("test")
+    with pytest.raises(ValueError, match="`split`"):
+        env.reset("test", 0)
+    for index in (-1, env.size("valid_seen")):
+        with pytest.raises(ValueError, match=f"`index`.*999.*{index}"):
+            env.reset("valid_seen", index)
+    with pytest.raises(ValueError, match=r"`room`.*'attic'"):
+        scenes.scene("attic", 1, "small")
+    with pytest.raises(ValueError, match=r"`number`.*125.*126"):
+        scenes.scene("kitchen", 126, "small")
+
+
+# Oracle
+
+
+TINY = {
+    "simple, two targets": spec_of(
+        scenes.SIMPLE, "cd", "drawer", ["bed 1", "drawer 1", "drawer 2", "safe 1"],
+        [("cd 1", "safe 1"), ("cd 2", "bed 1"), ("pen 1", "drawer 1")],
+    ),
+    "clean, already at the target": spec_of(
+        scenes.CLEAN, "cloth", "cabinet", ["cabinet 1", "sinkbasin 1", "sinkbasin 2", "toilet 1"],
+        [("cloth 1", "cabinet 1"), ("cloth 2", "sinkbasin 1"), ("candle 1", "toilet 1")],
+    ),
+    "heat, with a fridge to undo it": spec_of(
+        scenes.HEAT, "bread", "countertop", ["countertop 1", "fridge 1", "microwave 1"],
+        [("bread 1", "countertop 1"), ("bread 2", "fridge 1"), ("knife 1", "countertop 1")],
+    ),
+    "cool, the target is also a tool": spec_of(
+        scenes.COOL, "bread", "fridge", ["countertop 1", "fridge 1", "microwave 1"],
+        [("bread 1", "microwave 1"), ("bread 2", "fridge 1"), ("knife 1", "countertop 1")],
+    ),
+    "look, two lamps": spec_of(
+        scenes.LOOK, "cd", "", ["bed 1", "desk 1", "drawer 1", "shelf 1"],
+        [("cd 1", "drawer 1"), ("cd 2", "desk 1"), ("desklamp 1", "desk 1"),
+         ("desklamp 2", "shelf 1"), ("pen 1", "bed 1")],
+        lamp="desklamp",
+    ),
+    "two, two targets, three objects": spec_of(
+        scenes.TWO, "cd", "drawer", ["bed 1", "drawer 1", "drawer 2"],
+        [("cd 1", "bed 1"), ("cd 2", "bed 1"), ("cd 3", "drawer 2"), ("pen 1", "bed 1")],
+    ),
+    "two, objects in closed places": spec_of(
+        scenes.TWO, "cd", "bed", ["bed 1", "cabinet 1", "safe 1", "shelf 1"],
+        [("cd 1", "cabinet 1"), ("cd 2", "safe 1"), ("pen 1", "shelf 1")],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_distance_is_exact_in_every_reachable_state(name):
+    """Breadth-first search over the whole state space of the real engine, backwards from all
+    solved states."""
+    start = World(TINY[name])
+    worlds, parents, queue = {state_key(start): start}, {}, deque([start])
+    while queue:
+        world = queue.popleft()
+        if world.solved:
+            continue
+        key = state_key(world)
+        for command in world.admissible():
+            if command.startswith(("examine", "look", "inventory")):
+                continue
+            after = world.copy()
+            after.act(command)
+            after_key = state_key(after)
+            parents.setdefault(after_key, []).append(key)
+            if after_key not in worlds:
+                worlds[after_key] = after
+                queue.append(after)
+    exact = {key: 0 for key, world in worlds.items() if world.solved}
+    queue = deque(exact)
+    while queue:
+        key = queue.popleft()
+        for parent in parents.get(key, ()):
+            if parent not in exact:
+                exact[parent] = exact[key] + 1
+                queue.append(parent)
+    assert len(exact) == len(worlds) > 500
+    assert exact == {key: distance(world) for key, world in worlds.items()}
+
+
+@pytest.mark.parametrize("size", scenes.SIZES)
+def test_distance_is_one_more_than_the_best_next_state(size):
+    """Together with 0 at the goal alone this makes it the length of a shortest way."""
+    rng = random.Random(5)
+    for index in range(30):
+        world = World(scenes.task("train", index, size))
+        while not world.solved:
+            after = []
+            for command in world.admissible():
+                other = world.copy()
+                other.act(command)
+                assert (distance(other) == 0) == other.solved
+                after.append((distance(other), command))
+            assert distance(world) == 1 + min(after)[0]
+            # Half-way towards the goal: pure chance would hardly ever reach the late states.
+            best = rng.random() < 0.4
+            world.act(min(after)[1] if best else random_command(world, rng))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "novel", "searching", "expected"),
+    [
+        (5, 4, False, False, "SKIP"),
+        (5, 5, True, True, "SKIP"),
+        (5, 5, True, False, "WEAK"),
+        (5, 5, False, True, "STRONG"),
+        (5, 5, False, False, "STRONG"),
+        (5, 6, True, True, "STRONG"),
+    ],
+)
+def test_label_rules(before, after, novel, searching, expected):
+    assert label(before, after, novel=novel, searching=searching) == expected
+
+
+def labels_of(spec, commands):
+    world = World(spec)
+    learnt, labels = Learnt(world), []
+    for command in commands:
+        before, searching = distance(world), learnt.searching(world)
+        assert world.act(command) != household.NOTHING, command
+        novel = learnt.update(world)
+        labels.append(label(before, distance(world), novel=novel, searching=searching))
+    return labels
+
+
+def test_labels_of_a_worked_episode():
+    spec = TINY["two, objects in closed places"]
+    script = [
+        ("look", "STRONG"),
+        ("go to shelf 1", "SKIP"),  # nothing here, but it was worth a look
+        ("take pen 1 from shelf 1", "STRONG"),
+        ("move pen 1 to shelf 1", "SKIP"),
+        ("go to cabinet 1", "SKIP"),
+        ("go to safe 1", "SKIP"),  # the cabinet held one, but so does the safe
+        ("go to shelf 1", "STRONG"),
+        ("go to cabinet 1", "SKIP"),
+        ("open cabinet 1", "SKIP"),
+        ("take cd 1 from cabinet 1", "SKIP"),
+        ("inventory", "STRONG"),
+        ("go to bed 1", "SKIP"),
+        ("move cd 1 to bed 1", "SKIP"),
+        ("go to safe 1", "SKIP"),
+        ("open safe 1", "SKIP"),
+        ("go to bed 1", "STRONG"),
+        ("go to safe 1", "SKIP"),
+        ("take cd 2 from safe 1", "SKIP"),
+        ("close safe 1", "STRONG"),
+        ("go to bed 1", "SKIP"),
+        ("move cd 2 to bed 1", "SKIP"),
+    ]
+    commands, expected = zip(*script, strict=True)
+    got = labels_of(spec, commands)
+    assert got == list(expected)
+
+
+def test_a_new_place_is_worth_a_visit_only_while_searching():
+    spec = TINY["look, two lamps"]
+    take = ["go to desk 1", "take cd 2 from desk 1"]
+    # Both lamps known or one at hand: a new place is beside the point.
+    assert labels_of(spec, [*take, "go to bed 1"]) == ["SKIP", "SKIP", "STRONG"]
+    # The lamp is on the shelf: with a cd in hand it is what is searched for; with a cd seen but
+    # not taken, the next thing is to take it.
+    lone = dataclasses.replace(spec, objects=(*spec.objects[:2], ("desklamp", 1, 3)))
+    assert labels_of(lone, [*take, "go to bed 1", "go to drawer 1"])[2:] == ["SKIP"] * 2
+    assert labels_of(lone, ["go to desk 1", "go to bed 1"]) == ["SKIP", "STRONG"]
+    heat = TINY["heat, with a fridge to undo it"]
+    holding = ["go to countertop 1", "take bread 1 from countertop 1", "go to fridge 1"]
+    assert labels_of(heat, holding) == ["SKIP", "SKIP", "WEAK"]
+
+
+def test_closed_places_are_to_be_opened_not_collected():
+    spec = dataclasses.replace(
+        TINY["look, two lamps"],
+        places=(("bed", 1), ("cabinet", 1), ("cabinet", 2), ("drawer", 1), ("shelf", 1)),
+        objects=(("cd", 1, 3), ("desklamp", 1, 4)),
+    )
+    script = [
+        ("go to cabinet 1", "SKIP"),
+        ("go to cabinet 2", "SKIP"),  # not opened, but the new place is new
+        ("go to cabinet 1", "STRONG"),  # to and fro
+        ("go to cabinet 2", "STRONG"),
+        ("go to bed 1", "SKIP"),
+        ("go to cabinet 1", "SKIP"),  # comes back to open it
+        ("look", "STRONG"),
+        ("open cabinet 1", "SKIP"),
+        ("go to drawer 1", "SKIP"),
+        ("go to shelf 1", "STRONG"),  # leaves a closed drawer that held what was needed
+    ]
+    commands, expected = zip(*script, strict=True)
+    assert labels_of(spec, commands) == list(expected)
+
+
+# Players
+
+
+def test_players_know_nothing_of_the_world():
+    tree = ast.parse(Path(players.__file__).read_text())
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    modules |= {
+        a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names
+    }
+    assert {module for module in modules if module.startswith("opd_jax")} == {
+        "opd_jax.envs.base",
+        "opd_jax.envs.household_scenes",
+    }
+    names = {
+        a.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for a in node.names
+    }
+    assert not names & {"task", "scene", "TaskSpec", "Draw"}
+
+
+@pytest.mark.parametrize("size", scenes.SIZES)
+def test_memory_agrees_with_the_world_whoever_acts(size):
+    rng = random.Random(6)
+    for index in range(20):
+        world = World(scenes.task("train", index, size))
+        room = world.room
+        memory = Memory(room.start)
+        for _ in range(60):
+            command = random_command(world, rng)
+            if rng.random() < 0.2:
+                command = random_command(World(room.spec), rng)  # often impossible here
+            text = world.act(command)
+            memory.update(Observation(text, text, (), action=command))
+            assert memory.at == (room.places[world.at] if world.at >= 0 else "")
+            assert memory.hand == (room.objects[world.hand] if world.hand >= 0 else "")
+            for place, names in memory.content.items():
+                true = world.content[room.place_index[place]]
+                assert sorted(names) == sorted(room.objects[item] for item in true)
+            assert memory.shut == {
+                p for p, o in zip(room.places, world.is_open, strict=True) if not o
+            }
+            for i, name in enumerate(room.objects):
+                true = {world.heat[i]} - {""} | ({"clean"} if world.clean[i] else set())
+                assert memory.states.get(name, set()) == true
+
+
+@pytest.mark.parametrize("size", scenes.SIZES)
+def test_the_expert_solves_every_type_and_no_turn_needs_correction(size):
+    env = make_env(size=size)
+    won, turns, labels = Counter(), [], Counter()
+    for split in ("train", "valid_unseen"):
+        for index in range(150):
+            observations, responses = run_episode(env, split, index, expert)
+            won[env.task.type] += observations[-1].success
+            turns.append(len(responses))
+            labels.update(observation.oracle for observation in observations[1:])
+            for response in responses:
+                thought, action = response.split("\n")
+                assert len(thought.split()) <= 10  # nine words and the tag
+                assert thought.startswith("Thought: ")
+                assert action.startswith("Action: ")
+    assert set(won) == set(scenes.TASK_TYPES)
+    assert set(won.values()) == {50}
+    assert set(labels) == {"SKIP"}
+    assert sum(turns) / len(turns) < {"small": 8, "medium": 9.5, "large": 12.5}[size]
+
+
+@pytest.mark.parametrize("size", scenes.SIZES)
+def test_the_expert_recovers_after_somebody_else_has_acted(size):
+    env = make_env(size=size, max_turns=60)
+    rng = random.Random(7)
+    outcomes, labels = [], Counter()
+    for index in range(60):
+        observation = env.reset("valid_seen", index)
+        player = expert(env.task, observation)
+        for turn in range(60):
+            response = player.respond(observation)
+            chance = turn < 25 and rng.random() < 0.6
+            if chance:
+                response = Random(rng).respond(observation)
+            if turn < 25 and rng.random() < 0.1:
+                response = "Action: go to moon 1"
+            observation = env.step(response)
+            if not chance and not observation.failure:
+                labels[observation.oracle] += 1
+            if observation.done:
+                break
+        outcomes.append(observation.success)
+    assert all(outcomes)
+    assert labels["SKIP"] >= 0.97 * sum(labels.values())
+
+
+def test_bad_habits_cost_success_and_are_seen_by_the_oracle():
+    env = make_env()
+
+    def rate(**habits):
+        won, labels = 0, Counter()
+        for index in range(90):
+            observations, _ = run_episode(env, "valid_seen", index, careless(index, **habits))
+            won += observations[-1].success
+            assert not any(observation.failure for observation in observations)
+            labels.update(observation.oracle for observation in observations[1:])
+        return won, labels["SKIP"] / sum(labels.values())
+
+    good, skip = rate()
+    assert good == 90
+    assert skip == 1
+    for habit in ("skip_step", "ignore_closed", "forget"):
+        won, skip = rate(**{habit: 1.0})
+        assert won < 85, habit
+        assert skip < 0.9, habit
+    won, skip = rate(idle=0.3)
+    assert skip < 0.75
+    assert rate(skip_step=1.0)[0] == 45  # clean, heat and cool are half of the types
+    assert rate(forget=1.0)[0] == 75
+    assert rate(list_order=1.0)[0] < 90
+
+
+def test_without_bad_habits_the_careless_player_is_the_expert():
+    env = make_env()
+    for index in range(20):
+        assert run_episode(env, "train", index, careless(index)) == run_episode(
+            env, "train", index, expert
+        )
+
+
+def test_every_word_can_be_enumerated():
+    fixed = [*household.PHRASES, *household.COMMANDS, *players.THOUGHTS, players.RESPONSE]
+    fixed += [template for pair in scenes.GOALS.values() for template in pair]
+    fixed += [state for _, state, _ in scenes.TREATMENTS.values()]
+    known = set(re.findall("[a-z]+", " ".join(fixed).lower()))
+    known |= {*scenes.OBJECTS, *scenes.RECEPTACLES, "in", "on"}
+    words, numbers = set(), set()
+    habits = dict.fromkeys(NO_HABITS, 0.4)
+    for size in scenes.SIZES:
+        env = make_env(size=size, show_admissible=10)
+        for index in range(60):
+            for make in (careless(index, **habits), lambda task, first: Random(random.Random(8))):
+                observations, responses = run_episode(env, "train", index, make)
+                text = " ".join([env.system, *(o.message for o in observations), *responses])
+                text = re.sub(r"\(\+\d+ more\)", "more", text)
+                words |= set(re.findall("[a-z]+", text.lower()))
+                numbers |= set(re.findall(r"\d+", text))
+    assert words <= known
+    assert max(map(int, numbers)) <= max(scenes.MAX_RECEPTACLE_NUMBER, scenes.MAX_OBJECT_NUMBER)
+
+
+if __name__ == "__main__":
+    print(playthrough_digest())

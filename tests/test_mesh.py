@@ -1,0 +1,101 @@
+"""The mesh, the rules and the arrays placed by them."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from opd_jax import mesh as mesh_lib
+from opd_jax.mesh import batch_sharding, make_mesh, param_shardings, replicated, shard_batch
+from opd_jax.model import ModelConfig, ParamSpec, is_spec, param_specs
+
+CONFIG = ModelConfig(
+    vocab_size=64,
+    d_model=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    d_ff=48,
+    norm_eps=1e-6,
+    rope_theta=1e4,
+    rope_scaling=None,
+    max_positions=64,
+    qk_norm=True,
+    qkv_bias=True,
+    tied=False,
+)
+
+
+def test_mesh_has_three_automatic_axes() -> None:
+    mesh = make_mesh(data=1, fsdp=4, tensor=2)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    assert set(mesh.devices.flat) == set(jax.devices())
+
+
+def test_mesh_over_chosen_devices() -> None:
+    mesh = make_mesh(data=2, fsdp=1, tensor=1, devices=jax.devices()[2:4])
+    assert set(mesh.devices.flat) == set(jax.devices()[2:4])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "text"),
+    [((1, 2, 3), "1 × 2 × 3 = 6"), ((-2, -4, 1), "-2 × -4 × 1 = 8"), ((0, 8, 1), "0 × 8 × 1 = 0")],
+)
+def test_mesh_must_use_every_device(sizes: tuple[int, int, int], text: str) -> None:
+    with pytest.raises(ValueError, match=f"8 devices, got {text}"):
+        make_mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
+
+
+def test_every_logical_axis_of_the_model_has_a_rule() -> None:
+    axes = {a for spec in jax.tree.leaves(param_specs(CONFIG), is_leaf=is_spec) for a in spec.axes}
+    assert axes | {"batch"} == set(mesh_lib.RULES)
+
+
+def test_parameters_follow_the_rules() -> None:
+    mesh = make_mesh(data=1, fsdp=4, tensor=2)
+    shardings = param_shardings(param_specs(CONFIG), mesh)
+    assert shardings["embed"].spec == PartitionSpec("tensor", "fsdp")
+    assert shardings["layers"]["q"].spec == PartitionSpec(None, "fsdp", "tensor", None)
+    assert shardings["layers"]["q"].shard_shape((2, 32, 4, 16)) == (2, 8, 2, 16)
+    assert shardings["layers"]["down"].shard_shape((2, 48, 32)) == (2, 24, 8)
+    assert shardings["head"].shard_shape((32, 64)) == (8, 32)
+
+
+def test_indivisible_parameter_is_named() -> None:
+    mesh = make_mesh(data=1, fsdp=1, tensor=8)
+    with pytest.raises(
+        ValueError, match=r"`layers/k` \(2, 32, 2, 16\).*`kv_heads` = 2.*tensor` = 8"
+    ):
+        param_shardings(
+            {
+                "layers": {
+                    "k": ParamSpec((2, 32, 2, 16), ("layer", "embed", "kv_heads", "head_dim"), 1)
+                }
+            },
+            mesh,
+        )
+
+
+def test_batch_is_split_over_data_and_fsdp() -> None:
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    host = {"tokens": np.arange(24).reshape(8, 3), "reward": np.arange(8.0, dtype=np.float32)}
+    batch = shard_batch(host, mesh)
+    assert batch["tokens"].sharding.is_equivalent_to(batch_sharding(mesh), 2)
+    assert {s.data.shape for s in batch["tokens"].addressable_shards} == {(2, 3)}
+    for name, array in host.items():
+        np.testing.assert_array_equal(batch[name], array)
+
+
+@pytest.mark.parametrize("array", [np.zeros((6, 3)), np.float32(1)])
+def test_indivisible_batch_is_named(array: np.ndarray) -> None:
+    mesh = make_mesh(data=2, fsdp=4, tensor=1)
+    with pytest.raises(ValueError, match=r"`episode/tokens`.*2 × 4 = 8"):
+        shard_batch({"episode": {"tokens": array}}, mesh)
+
+
+def test_replicated_puts_a_whole_copy_on_each_device() -> None:
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    array = jax.device_put(np.arange(6), replicated(mesh))
+    assert [s.data.shape for s in array.addressable_shards] == [(6,)] * 8
