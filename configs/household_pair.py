@@ -50,13 +50,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data = dict(
         source="players",
         split="train",
+        sizes=("small", "medium", "large"),
         player="expert" if is_teacher else "careless",
         # Share of turns that a distractor plays, at most; one of them is drawn for each episode.
         distraction=0.6 if is_teacher else 0.0,
-        distractors=("careless", "careless", "random"),
-        careless=dict(skip_step=0.6, list_order=0.8, ignore_closed=0.3, idle=0.15, forget=0.6),
+        distractors=("careless", "careless", "clumsy", "random"),
+        careless=dict(skip_step=0.7, list_order=0.8, ignore_closed=0.4, idle=0.15, forget=0.7),
         window=128,  # episodes generated together
-        judge_examples=128 if is_teacher else 0,  # a window
+        judge_examples=64 if is_teacher else 0,  # a window
         tokens_per_batch=4096,
     )
     config.objective.update(
@@ -69,7 +70,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             dict(learning_rate=2e-3, schedule="cosine", warmup_updates=50, weight_decay=0.01)
         )
     )
-    config.train.updates = 4000 if is_teacher else 1500
+    config.train.updates = 5000 if is_teacher else 2000
     config.eval.who = ("expert", "random")
     config.checkpoint = dict(every=250, keep=2)
     if arg.runlocal:

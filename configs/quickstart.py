@@ -28,7 +28,7 @@ VARIANTS = {
         data=dict(source="teacher"),
     ),
     "opd": dict(objective=dict(intervention=False, confidence=False, normalize="none")),
-    "sage": dict(),
+    "sage": {},
     "sage_without_intervention": dict(objective=dict(intervention=False)),
     "sage_without_confidence": dict(objective=dict(confidence=False)),
     "sage_without_normalizer": dict(objective=dict(normalize="none")),

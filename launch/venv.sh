@@ -4,9 +4,14 @@ ensure_venv() {
   local extras=$1 target="."
   [[ -n $extras ]] && target=".[$extras]"
   if [[ ! -x .venv/bin/python ]]; then
-    local python=${PYTHON:-$(command -v python3.12 || command -v python3.11 || echo python3)}
-    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-      echo "error: $python is older than Python 3.11; set PYTHON to a newer interpreter" >&2
+    local python
+    for python in ${PYTHON:-python3.12 python3.11 python3}; do
+      # Asked to run, not looked up: a version manager's shim may exist for a Python that does not.
+      "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
+      python=""
+    done
+    if [[ -z $python ]]; then
+      echo "error: found no Python 3.11 or newer; set PYTHON to its path" >&2
       exit 2
     fi
     "$python" -m venv .venv

@@ -161,10 +161,7 @@ class Players:
 
         self._stream = Stream(
             make_episode=experiment.make_demonstrator(
-                config,
-                tokenizer=student.tokenizer,
-                chat=student.chat,
-                env=experiment.make_env(config.env),
+                config, tokenizer=student.tokenizer, chat=student.chat
             ),
             make_example=make_example if data.judge_examples else None,
             seed=config.seed,

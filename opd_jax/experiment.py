@@ -142,7 +142,7 @@ def make_env(settings: FrozenConfigDict) -> Env:
 
 
 def make_player(name: str, settings: FrozenConfigDict) -> MakePlayer:
-    """A player of the household by name: expert, careless or random."""
+    """A player of the household by name: expert, careless, clumsy or random."""
     from opd_jax.envs import household_players as players
 
     def expert(task: Task, first: Observation, rng: random.Random):
@@ -151,10 +151,13 @@ def make_player(name: str, settings: FrozenConfigDict) -> MakePlayer:
     def careless(task: Task, first: Observation, rng: random.Random):
         return players.Careless(task, first, rng=rng, **settings.careless.to_dict())
 
+    def clumsy(task: Task, first: Observation, rng: random.Random):
+        return players.Clumsy(task, first, rng=rng)
+
     def at_random(task: Task, first: Observation, rng: random.Random):
         return players.Random(rng=rng)
 
-    known = {"expert": expert, "careless": careless, "random": at_random}
+    known = {"expert": expert, "careless": careless, "clumsy": clumsy, "random": at_random}
     if name not in known:
         raise ValueError(f"`data.player`: expected one of {', '.join(known)}, got {name!r}")
     return known[name]
@@ -230,33 +233,32 @@ def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
     return _permutations[key]
 
 
-def make_demonstrator(config: FrozenConfigDict, *, tokenizer: object, chat: ChatFormat, env: Env):
+def make_demonstrator(config: FrozenConfigDict, *, tokenizer: object, chat: ChatFormat):
     """`demonstrate` bound to `config.data`: episode number n, a pure function of n.
 
-    The share of strayed turns is drawn anew for each episode, between none and
-    `data.distraction`, so that the player is seen going on from every degree of disorder.
+    Sizes of rooms are drawn evenly from `data.sizes`. The share of strayed turns is drawn anew for
+    each episode, between none and `data.distraction`, so that the player is seen going on from
+    every degree of disorder.
     """
     data = config.data
-    bound = partial(
-        demonstrate,
-        env,
-        data.split,
-        tokenizer=tokenizer,
-        chat=chat,
-        context_tokens=config.rollout.context_tokens,
-    )
-    size = env.size(data.split)
+    envs = [make_env(FrozenConfigDict({**config.env, "size": size})) for size in data.sizes]
 
     def episode(number: int) -> Conversation:
         rng = random.Random(f"{config.seed}/episode/{number}")
+        env = rng.choice(envs)
         distraction = data.distraction * rng.random()
         distractor = rng.choice(data.distractors) if distraction else None
-        return bound(
-            number % size,
+        return demonstrate(
+            env,
+            data.split,
+            number % env.size(data.split),
             player=make_player(data.player, data),
             distractor=make_player(distractor, data) if distractor else None,
             distraction=distraction,
             rng=rng,
+            tokenizer=tokenizer,
+            chat=chat,
+            context_tokens=config.rollout.context_tokens,
         )
 
     return episode

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +119,7 @@ def _number(folder: Path, raw: dict, key: str, kind: type) -> Any:
     return kind(value)
 
 
-def _refuse(folder: Path, key: str, got: object, supported: str) -> None:
+def _refuse(folder: Path, key: str, got: object, supported: str) -> NoReturn:
     raise ValueError(
         f"model folder `{folder}`: unsupported `{key}` = {got!r} in config.json; "
         f"supported: {supported}"
@@ -132,6 +132,8 @@ def _read_rope(folder: Path, raw: dict) -> tuple[float, RopeScaling | None]:
     rope |= raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if any(isinstance(value, dict) for value in rope.values()):
+        _refuse(folder, "rope_parameters", rope, "one rope for all layers")
     if kind not in ("default", "llama3"):
         _refuse(folder, "rope_type", kind, "default, llama3")
     if partial not in (None, 1.0):
@@ -549,6 +551,10 @@ def save_model(
 def load_tokenizer(folder: str | Path) -> Any:
     """The `transformers` tokenizer of a folder; nothing is downloaded.
 
+    A `tokenizer.json` is taken as it stands. `AutoTokenizer` goes by the architecture instead: in
+    the folder of a Qwen2 model it rebuilds a byte-level BPE from the vocabulary, whatever
+    the file says, without a warning.
+
     Raises:
       ValueError: the folder has none, or it cannot be read.
     """
@@ -560,10 +566,13 @@ def load_tokenizer(folder: str | Path) -> Any:
             f"model folder `{folder}` has no tokenizer, expected one of {', '.join(_TOKENIZERS)}; "
             "copy the tokenizer files of the model there"
         )
-    from transformers import AutoTokenizer  # takes seconds where torch is installed
+    # Takes seconds where torch is installed.
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    whole = (folder / "tokenizer.json").is_file()
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        loader = PreTrainedTokenizerFast if whole else AutoTokenizer
+        return loader.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception on a broken file
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"the tokenizer in `{folder}` cannot be read: {reason}") from error

@@ -21,6 +21,7 @@ from ml_collections import FrozenConfigDict
 from opd_jax import config as cfg
 from opd_jax import experiment
 from opd_jax.checkpoint import Checkpoints
+from opd_jax.compare import compare
 from opd_jax.evaluate import evaluate_model, evaluate_player, results_table
 from opd_jax.experience import VERDICT_NAMES, make_source
 from opd_jax.experiment import LoadedModel
@@ -217,7 +218,11 @@ def _progress(step: int, total: int, metrics: Mapping[str, Any]) -> str:
         success=metrics.get("batch/success"),
         verdicts=shares,
         tokens_per_s=metrics["tokens_per_s/update"],
-        seconds_per_step=sum(v for k, v in metrics.items() if k.startswith("seconds/")),
+        seconds_per_step=sum(
+            seconds
+            for name, seconds in metrics.items()
+            if name.startswith("seconds/") and name != "seconds/compile"
+        ),
     )
 
 
@@ -242,7 +247,10 @@ def main(argv: Sequence[str]) -> None:
     try:
         config, workdir, _ = cfg.parse_command_line(argv, usage=__doc__)
         cfg.validate(config)
-        run(config, workdir)
+        if config.compare.methods:
+            print(compare(config, workdir, run=run))
+        else:
+            run(config, workdir)
     except ValueError as error:
         cfg.fail(error)
 

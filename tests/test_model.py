@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from opd_jax import hf, model
+from opd_jax.mesh import make_mesh, shard_batch
 
 LENGTHS = [19, 11, 4]  # right-padded rows
 T = max(LENGTHS)
@@ -46,6 +47,16 @@ def test_logits_match_transformers(reference: Any, loaded: tuple, tokens: np.nda
     assert np.abs(expected).max() > 1  # else 1e-5 would say little
     real = mask.numpy()
     np.testing.assert_allclose(logits[real], expected[real], rtol=0, atol=1e-5)
+
+
+def test_forward_on_a_mesh_equals_one_device(references: dict, tokens: np.ndarray) -> None:
+    config, params = load(references["qwen3"])
+    expected = hidden_states(config, params, tokens)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    sharded = hf.load_params(references["qwen3"].folder, config, dtype=jnp.float32, mesh=mesh)
+    rows = shard_batch({"tokens": np.concatenate([tokens, tokens[:1]])}, mesh)["tokens"]
+    hidden = hidden_states(config, sharded, rows)
+    np.testing.assert_allclose(hidden[:3], expected, rtol=0, atol=1e-5)
 
 
 def test_rope_frequencies_match_transformers(reference: Any) -> None:

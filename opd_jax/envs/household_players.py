@@ -1,4 +1,4 @@
-"""Players of the household world: an expert, a careless one and a random one.
+"""Players of the household world: an expert, a careless, a clumsy and a random one.
 
 A player reads what an agent reads: the task, and the text, command and failure of each
 observation. It never touches the world. Its memory follows the texts, so it stays right when
@@ -26,9 +26,9 @@ from opd_jax.envs.household_scenes import (
 RESPONSE = "Thought: %s\nAction: %s"
 
 # Thoughts; %s is a type or a name with its number.
-NONE_HERE = "no %s here. search."
-ONE_PLACED = "one placed. no %s here. search."
-NO_LAMP = "i have %s. no %s here. search."
+NONE_HERE = "no %s here. search %s."
+ONE_PLACED = "one placed. no %s here. search %s."
+NO_LAMP = "i have %s. no %s here. search %s."
 IS_CLOSED = "%s is closed. open it."
 TAKE = "%s is here. take it."
 FETCH = "%s is in %s. get it."
@@ -180,7 +180,7 @@ class Expert:
         if memory.at and memory.at not in memory.shut:
             return PUT_DOWN % hand, f"move {hand} to {memory.at}"
         if not best:
-            return self.search(NONE_HERE % self.wanted, self.wanted)
+            return self.search(NONE_HERE, self.wanted)
         if best[1] == memory.at:
             return IS_CLOSED % memory.at, f"open {memory.at}"
         return FETCH % best, f"go to {best[1]}"
@@ -191,7 +191,7 @@ class Expert:
         best = self.best_object()
         if not best:
             placed = self.goal_count == 2 and self.fullest_target()
-            return self.search((ONE_PLACED if placed else NONE_HERE) % self.wanted, self.wanted)
+            return self.search(ONE_PLACED if placed else NONE_HERE, self.wanted)
         name, place = best
         if place != memory.at:
             return FETCH % best, f"go to {place}"
@@ -227,19 +227,27 @@ class Expert:
         """Bring what is in hand to the lamp, searching for the lamp if need be."""
         lamps = self.known(self.lamp)
         if not lamps:
-            return self.search(NO_LAMP % (hand, self.lamp), self.lamp)
+            return self.search(NO_LAMP, hand, self.lamp)
         lamp, place = next((pair for pair in lamps if pair[1] == self.memory.at), lamps[0])
         if place == self.memory.at:
             return USE_LAMP % lamp, f"use {lamp}"
         return GO_ON % (hand, self.lamp), f"go to {place}"
 
-    def search(self, thought: str, wanted: str) -> tuple[str, str]:
-        """Open the closed receptacle at hand, or go to the next one."""
-        memory = self.memory
+    def search(self, thought: str, *names: str) -> tuple[str, str]:
+        """Open the closed receptacle at hand, or go to the next one.
+
+        Args:
+          thought: what has been tested, with a place for each name and one for the type of
+            receptacle that comes next: which type, and which of that type, are two decisions.
+          names: the last one is searched for.
+        """
+        memory, wanted = self.memory, names[-1]
         if memory.at in memory.shut and memory.at not in memory.content:
             return IS_CLOSED % memory.at, f"open {memory.at}"
         place = self.next_place(wanted)
-        return (thought, f"go to {place}") if place else (NOTHING_LEFT, "look")
+        if not place:
+            return NOTHING_LEFT, "look"
+        return thought % (*names, kind_of(place)), f"go to {place}"
 
     def next_place(self, wanted: str) -> str:
         """The next receptacle to search; "" when all have been seen."""
@@ -356,7 +364,7 @@ class Careless(Expert):
         """Listed order for the whole episode with probability `list_order`."""
         return list(self.memory.places) if self.by_list else super().order(wanted)
 
-    def search(self, thought: str, wanted: str) -> tuple[str, str]:
+    def search(self, thought: str, *names: str) -> tuple[str, str]:
         """As the expert, except that closed receptacles may be passed by."""
         at = self.memory.at
         if at in self.memory.shut and at not in self.memory.content:
@@ -364,9 +372,9 @@ class Careless(Expert):
                 self.weighed.add(at)
                 if self.rng.random() < self.ignore_closed:
                     self.passed.add(at)
-            if at in self.passed and (place := self.next_place(wanted)):
+            if at in self.passed and (place := self.next_place(names[-1])):
                 return PASS_CLOSED % at, f"go to {place}"
-        return super().search(thought, wanted)
+        return super().search(thought, *names)
 
     def next_place(self, wanted: str) -> str:
         """As the expert; those passed by come again when everything else is searched."""
@@ -406,6 +414,26 @@ class Careless(Expert):
     def random_item(self, items: list):
         """A uniform item."""
         return items[int(self.rng.random() * len(items))]
+
+
+class Clumsy(Expert):
+    """Knows the grammar and the words but not what is there: most of its commands fail.
+
+    It goes to places that the room lacks, takes what it does not see and puts down what it does
+    not hold, as a weak model does; a demonstration that goes on from it shows how to recover.
+    """
+
+    def decide(self) -> tuple[str, str]:
+        """A thought and a command that would suit another situation."""
+        memory, choice = self.memory, self.rng.random()
+        name = f"{self.wanted} {1 + int(self.rng.random() * 2)}"
+        if choice < 0.5 or not memory.at:
+            kind = RECEPTACLES[int(self.rng.random() * len(RECEPTACLES))]
+            number = 1 + int(self.rng.random() * 3)
+            return NONE_HERE % (self.wanted, kind), f"go to {kind} {number}"
+        if choice < 0.75:
+            return TAKE % name, f"take {name} from {memory.at}"
+        return AT_TARGET % (kind_of(memory.at), name), f"move {name} to {memory.at}"
 
 
 class Random:

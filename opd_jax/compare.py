@@ -1,0 +1,118 @@
+"""Several methods over several seeds from one config, and one table of what came out."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from opd_jax.report import mean_interval, table, wilson_interval, write_summary
+
+Run = Callable[[FrozenConfigDict, Path], dict[str, Any]]
+
+
+def variant(config: FrozenConfigDict, method: str, seed: int) -> FrozenConfigDict:
+    """The config of one run of the comparison."""
+    if method not in config.compare.variants:
+        raise ValueError(
+            f"`compare.methods`: expected of {', '.join(config.compare.variants)}, got {method!r}"
+        )
+    changed = ConfigDict(config.to_dict())
+    changed.update(ConfigDict(config.compare.variants[method].to_dict()))
+    changed.seed = seed
+    changed.compare.methods, changed.compare.seeds = (), ()
+    return FrozenConfigDict(changed)
+
+
+def compare(config: FrozenConfigDict, workdir: Path, *, run: Run) -> str:
+    """Run every method with every seed, then write and return the table.
+
+    Runs are ordered seed by seed, so that an interrupted comparison is balanced; each has its own
+    workdir `METHOD/seed-N` and resumes there. Untrained models and players are evaluated once.
+
+    Args:
+      config: with `compare.methods`, `compare.seeds` and `compare.variants`.
+      workdir: of the whole comparison.
+      run: trains and evaluates one config in one workdir; returns `{who: {split: figures}}`.
+    """
+    references: dict[str, Any] = {}
+    results: dict[str, list[dict]] = {method: [] for method in config.compare.methods}
+    for seed in config.compare.seeds:
+        for method in config.compare.methods:
+            one = ConfigDict(variant(config, method, seed).to_dict())
+            if references:
+                one.eval.who = ()
+            print(f"--- {method}, seed {seed}", flush=True)
+            found = run(FrozenConfigDict(one), workdir / method / f"seed-{seed}")
+            references = references or {w: r for w, r in found.items() if w != "after"}
+            results[method].append(found["after"])
+    write_summary(workdir / "summary.json", {"eval": references, "compare": results}, write=True)
+    text = comparison_table(references, results, judge=judge_figures(config, workdir))
+    (workdir / "comparison.md").write_text(text + "\n")
+    return text
+
+
+def comparison_table(
+    references: Mapping[str, Any], results: Mapping[str, Sequence[dict]], *, judge: Mapping
+) -> str:
+    """Markdown: a row for each reference and each method.
+
+    The interval of a method is Student's over its seeds; with few seeds it is wide, and honest.
+    Beside it the Wilson interval over all episodes, which takes them as independent although the
+    seeds share their tasks.
+    """
+    splits = list(next(iter(references.values())))
+    rows = []
+    for who, result in references.items():
+        rows.append({"method": who} | {s: _episodes(result[s]) for s in splits})
+    for method, runs in results.items():
+        row = {"method": method}
+        for split in splits:
+            shares = [run[split]["success"] for run in runs]
+            n = sum(run[split]["n"] for run in runs)
+            low, high = wilson_interval(round(sum(s * n / len(runs) for s in shares)), n)
+            cell = f"{np.mean(shares):.1%} [{low:.1%}, {high:.1%}]"
+            if len(shares) > 1:
+                low, high = mean_interval(shares)
+                cell += f"; seeds [{max(low, 0):.1%}, {min(high, 1):.1%}]"
+            row[split] = cell
+        row["turns"] = f"{np.mean([run[splits[-1]]['turns'] for run in runs]):.1f}"
+        row["repeated"] = f"{np.mean([run[splits[-1]]['repeated'] for run in runs]):.1%}"
+        row |= judge.get(method, {})
+        rows.append(row)
+    columns = ["method", *splits, "turns", "repeated", "skipped", "judge precision", "judge recall"]
+    return table([{c: row.get(c, "") for c in columns} for row in rows], columns)
+
+
+def _episodes(result: Mapping[str, Any]) -> str:
+    low, high = result["ci95"]
+    return f"{result['success']:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def judge_figures(config: FrozenConfigDict, workdir: Path) -> dict[str, dict[str, str]]:
+    """Share of skipped turns, and the judge's precision and recall against the oracle, by method.
+
+    Means over updates and seeds; methods that ask no judge are left out.
+    """
+    names = {
+        "skipped": "verdict/skip",
+        "judge precision": "judge/precision",
+        "judge recall": "judge/recall",
+    }
+    figures = {}
+    for method in config.compare.methods:
+        lines = [
+            json.loads(line)
+            for seed in config.compare.seeds
+            for line in (workdir / method / f"seed-{seed}" / "metrics.jsonl").open()
+        ]
+        means = {
+            column: np.mean([line[name] for line in lines if name in line])
+            for column, name in names.items()
+            if any(name in line for line in lines)
+        }
+        if means:
+            figures[method] = {column: f"{mean:.1%}" for column, mean in means.items()}
+    return figures
