@@ -59,7 +59,8 @@ def play_player(config: FrozenConfigDict, who: str, split: str) -> list[Conversa
 
 def panel_size(config: FrozenConfigDict, split: str) -> int:
     """How many tasks of a split are played: `eval.tasks`, or all where there are fewer."""
-    return min(config.eval.tasks, experiment.make_env(config.env).size(split))
+    env = experiment.make_env(config.env)
+    return min(config.eval.tasks, experiment.split_size(env, "eval.splits", split))
 
 
 def summarize(conversations: Sequence[Conversation]) -> dict[str, object]:

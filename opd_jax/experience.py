@@ -95,7 +95,7 @@ class Rollouts:
         config = self._config
         start, count = self.cursor[0], config.rollout.batch
         split = config.data.split
-        size = self._envs[0].size(split)
+        size = experiment.split_size(self._envs[0], "data.split", split)
         numbers = experiment.train_tasks(size, seed=config.seed, start=start, count=count)
         on_policy = config.data.source == "on_policy"
         params = state.params if on_policy else self._teacher.params

@@ -141,6 +141,21 @@ def make_env(settings: FrozenConfigDict) -> Env:
     )
 
 
+def split_size(env: Env, field: str, split: str) -> int:
+    """Number of tasks in a split that a config names.
+
+    Raises:
+      ValueError: the split is unknown or empty; names the config's `field`.
+    """
+    try:
+        size = env.size(split)
+    except ValueError as error:
+        raise ValueError(f"`{field}`: {error}") from None
+    if size < 1:
+        raise ValueError(f"`{field}`: split {split!r} has no tasks; choose another or fill it")
+    return size
+
+
 def make_player(name: str, settings: FrozenConfigDict) -> MakePlayer:
     """A player of the household by name: expert, careless, clumsy or random."""
     from opd_jax.envs import household_players as players
@@ -251,7 +266,7 @@ def make_demonstrator(config: FrozenConfigDict, *, tokenizer: object, chat: Chat
         return demonstrate(
             env,
             data.split,
-            number % env.size(data.split),
+            number % split_size(env, "data.split", data.split),
             player=make_player(data.player, data),
             distractor=make_player(distractor, data) if distractor else None,
             distraction=distraction,

@@ -101,7 +101,13 @@ def _divergence(log_s: jax.Array, log_t: jax.Array, beta: float) -> jax.Array:
         return _kl(log_s, log_t)
     if beta == 0.0:
         return _kl(log_t, log_s)
-    log_m = jnp.logaddexp(log_t + jnp.log(beta), log_s + jnp.log1p(-beta))
+    # A token banned by both has log m = −inf, where the gradient of logaddexp is NaN: the inner
+    # `where` gives it a harmless argument, and `_kl` drops the token.
+    possible = (log_s > -jnp.inf) | (log_t > -jnp.inf)
+    log_m = jnp.logaddexp(
+        jnp.where(possible, log_t, 0.0) + jnp.log(beta),
+        jnp.where(possible, log_s, 0.0) + jnp.log1p(-beta),
+    )
     return beta * _kl(log_t, log_m) + (1 - beta) * _kl(log_s, log_m)
 
 
@@ -135,7 +141,8 @@ def sampled_reverse_kl(student_logprob: jax.Array, teacher_logprob: jax.Array) -
     student_logprob = student_logprob.astype(jnp.float32)
     gap = jax.lax.stop_gradient(student_logprob - teacher_logprob.astype(jnp.float32))
     surrogate = gap * student_logprob
-    return gap + surrogate - jax.lax.stop_gradient(surrogate)
+    # In this order the two cancel to an exact 0; added to the gap first, they would round it.
+    return gap + (surrogate - jax.lax.stop_gradient(surrogate))
 
 
 # --- The fused form: never a [N, V] array -------------------------------------------------------

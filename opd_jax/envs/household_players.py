@@ -265,6 +265,10 @@ class Expert:
         """Receptacles of a type in listed order."""
         return [place for place in self.memory.places if kind_of(place) == kind]
 
+    def random_item(self, items: list):
+        """A uniform item."""
+        return items[int(self.rng.random() * len(items))]
+
     def known(self, kind: str) -> list[tuple[str, str]]:
         """Objects of a type that have been seen lying somewhere, each with its place."""
         return [
@@ -411,27 +415,25 @@ class Careless(Expert):
             choices.append((IDLE_REVISIT % place, f"go to {place}"))
         return self.random_item(choices)
 
-    def random_item(self, items: list):
-        """A uniform item."""
-        return items[int(self.rng.random() * len(items))]
-
 
 class Clumsy(Expert):
     """Knows the grammar and the words but not what is there: most of its commands fail.
 
     It goes to places that the room lacks, takes what it does not see and puts down what it does
-    not hold, as a weak model does; a demonstration that goes on from it shows how to recover.
+    not hold, as a weak model does; a demonstration that goes on from it shows how to recover. The
+    places are near misses, since those are a weak model's mistakes: a likely type that the room
+    lacks, or the number after a type's last.
     """
 
     def decide(self) -> tuple[str, str]:
         """A thought and a command that would suit another situation."""
         memory, choice = self.memory, self.rng.random()
+        if choice < 0.6 or not memory.at:
+            here = [kind_of(memory.at)] * 2 if memory.at else []
+            kind = self.random_item([*search_order(self.wanted), *here])
+            return NONE_HERE % (self.wanted, kind), f"go to {kind} {len(self.of_type(kind)) + 1}"
         name = f"{self.wanted} {1 + int(self.rng.random() * 2)}"
-        if choice < 0.5 or not memory.at:
-            kind = RECEPTACLES[int(self.rng.random() * len(RECEPTACLES))]
-            number = 1 + int(self.rng.random() * 3)
-            return NONE_HERE % (self.wanted, kind), f"go to {kind} {number}"
-        if choice < 0.75:
+        if choice < 0.8:
             return TAKE % name, f"take {name} from {memory.at}"
         return AT_TARGET % (kind_of(memory.at), name), f"move {name} to {memory.at}"
 
