@@ -35,11 +35,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.teacher = ""
     config.new_model = dict(
         d_model=96 if is_teacher else 64,
-        num_layers=3 if is_teacher else 2,
+        num_layers=3,
         num_heads=4,
         num_kv_heads=2,
         head_dim=24 if is_teacher else 16,
-        d_ff=256 if is_teacher else 160,
+        d_ff=256 if is_teacher else 192,
         norm_eps=1e-6,
         rope_theta=10_000.0,
         max_positions=2048,
@@ -50,15 +50,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data = dict(
         source="players",
         split="train",
-        sizes=("small", "medium", "large"),
+        sizes=("small", "medium", "medium", "large"),  # one is drawn for each episode
         player="expert" if is_teacher else "careless",
         # Share of turns that a distractor plays, at most; one of them is drawn for each episode.
-        distraction=0.6 if is_teacher else 0.0,
-        distractors=("careless", "careless", "clumsy", "random"),
+        distraction=0.6 if is_teacher else 0.3,
+        distractors=("careless", "clumsy", "clumsy", "random") if is_teacher else ("clumsy",),
         careless=dict(skip_step=0.7, list_order=0.8, ignore_closed=0.4, idle=0.15, forget=0.7),
         window=128,  # episodes generated together
         judge_examples=64 if is_teacher else 0,  # a window
-        tokens_per_batch=4096,
+        tokens_per_batch=4096 if is_teacher else 2048,
     )
     config.objective.update(
         ConfigDict(
@@ -67,10 +67,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     config.optimizer.update(
         ConfigDict(
-            dict(learning_rate=2e-3, schedule="cosine", warmup_updates=50, weight_decay=0.01)
+            dict(
+                learning_rate=2e-3 if is_teacher else 3e-3,
+                schedule="cosine",
+                warmup_updates=100,
+                weight_decay=0.01,
+            )
         )
     )
-    config.train.updates = 5000 if is_teacher else 2000
+    config.train.updates = 8000
     config.eval.who = ("expert", "random")
     config.checkpoint = dict(every=250, keep=2)
     if arg.runlocal:

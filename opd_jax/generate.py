@@ -164,11 +164,14 @@ def sample(
     else:
         probs = _filter(jax.nn.softmax(logits / sampling.temperature), sampling)
         cumulative = jnp.cumsum(probs, axis=-1)
-        # Scaled by the total as it came out in float32, so that a draw never falls past the end;
-        # `<=` counts tokens of probability 0 as passed, so one is never drawn.
-        uniform = jax.vmap(jax.random.uniform)(row_keys)
-        threshold = uniform * cumulative[:, -1]
-        token = jnp.sum(cumulative <= threshold[:, None], axis=-1)
+        # A parallel sum is neither flat over zeros nor monotone to the last bit, so tokens of
+        # probability 0 are left out by name: of the end that a draw is scaled to, and of the choice.
+        kept = probs > 0
+        end = jnp.max(jnp.where(kept, cumulative, 0.0), axis=-1)
+        threshold = jax.vmap(jax.random.uniform)(row_keys) * end
+        vocab = probs.shape[-1]
+        beyond = kept & (cumulative > threshold[:, None])
+        token = jnp.min(jnp.where(beyond, jnp.arange(vocab), vocab), axis=-1)
     logprob = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
     return token.astype(jnp.int32), logprob
 

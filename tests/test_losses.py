@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -232,7 +233,7 @@ HEADS = (logits(2, N, D), logits(3, D, V) / 2, logits(4, N, D_TEACHER), logits(5
 TARGETS = np.arange(N) % V
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3, 5, N, 64])
+@pytest.mark.parametrize("chunk_size", [1, 3, 5, 64])
 @pytest.mark.parametrize(("kind", "beta"), KINDS)
 def test_fused_equals_unfused(kind: str, beta: float | None, chunk_size: int) -> None:
     weight = np.linspace(0.5, 2, N)  # different tokens, different cotangents
@@ -244,8 +245,8 @@ def test_fused_equals_unfused(kind: str, beta: float | None, chunk_size: int) ->
         return weight @ jsd(h_s @ w_s, h_t @ w_t, beta=kind_to_beta(kind, beta))
 
     with jax.default_matmul_precision("highest"):
-        got, gradients = jax.value_and_grad(fused, argnums=(0, 1, 2, 3))(*HEADS)
-        want, want_gradients = jax.value_and_grad(unfused, argnums=(0, 1))(*HEADS)
+        got, gradients = jax.jit(jax.value_and_grad(fused, argnums=(0, 1, 2, 3)))(*HEADS)
+        want, want_gradients = jax.jit(jax.value_and_grad(unfused, argnums=(0, 1)))(*HEADS)
     np.testing.assert_allclose(got, want, rtol=1e-5)
     for gradient, expected in zip(gradients[:2], want_gradients, strict=True):
         np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5)
@@ -321,14 +322,16 @@ def test_fused_ignores_dropped_positions_even_nan() -> None:
     for hidden in (dirty[0], dirty[2]):
         hidden[np.setdiff1d(np.arange(N), kept)] = np.nan
 
+    @jax.jit
+    @partial(jax.value_and_grad, argnums=(0, 1))
     def loss(h_s: jax.Array, w_s: jax.Array, h_t: jax.Array, w_t: jax.Array) -> jax.Array:
         # Chunks of 3 over 4 tokens: the last one is filled up with positions of no one.
         return fused_divergence(h_s[kept], w_s, h_t[kept], w_t, kind="reverse_kl", chunk_size=3)[
             0
         ].sum()
 
-    got, (hidden, head) = jax.value_and_grad(loss, argnums=(0, 1))(*map(jnp.asarray, dirty))
-    want, (_, want_head) = jax.value_and_grad(loss, argnums=(0, 1))(*map(jnp.asarray, HEADS))
+    got, (hidden, head) = loss(*dirty)
+    want, (_, want_head) = loss(*HEADS)
     assert got == want
     np.testing.assert_array_equal(head, want_head)
     assert not np.any(np.delete(hidden, kept, axis=0))
