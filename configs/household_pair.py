@@ -75,10 +75,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
             )
         )
     )
-    config.train.updates = 8000
+    config.env.update(ConfigDict(dict(size="large", max_turns=30)))
+    config.rollout.context_tokens = 896
+    config.train.updates = 6000
+    config.train.response_multiple = 256  # lengths vary much here: fewer shapes to compile
     config.eval.who = ("expert", "random")
     config.checkpoint = dict(every=250, keep=2)
     if arg.runlocal:
+        config.env.update(ConfigDict(dict(size="small", max_turns=10)))
+        config.rollout.context_tokens = 384
+        config.data.sizes = ("small",)
         config.train.updates = 4
         config.data.window = 8
         config.data.judge_examples = 8

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from opd_jax.config import validate
 from opd_jax.report import mean_interval, table, wilson_interval, write_summary
 
 Run = Callable[[FrozenConfigDict, Path], dict[str, Any]]
@@ -37,6 +38,8 @@ def compare(config: FrozenConfigDict, workdir: Path, *, run: Run) -> str:
       workdir: of the whole comparison.
       run: trains and evaluates one config in one workdir; returns `{who: {split: figures}}`.
     """
+    for method in config.compare.methods:
+        validate(variant(config, method, config.compare.seeds[0]))
     references: dict[str, Any] = {}
     results: dict[str, list[dict]] = {method: [] for method in config.compare.methods}
     for seed in config.compare.seeds:
@@ -63,7 +66,7 @@ def comparison_table(
     Beside it the Wilson interval over all episodes, which takes them as independent although the
     seeds share their tasks.
     """
-    splits = list(next(iter(references.values())))
+    splits = list(next(iter(results.values()))[0])
     rows = []
     for who, result in references.items():
         rows.append({"method": who} | {s: _episodes(result[s]) for s in splits})

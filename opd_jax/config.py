@@ -108,6 +108,18 @@ def from_json(text: str) -> FrozenConfigDict:
     return FrozenConfigDict(fields)
 
 
+def read_stored(path: Path) -> FrozenConfigDict:
+    """The config in the ``config.json`` of a workdir.
+
+    Raises:
+      ValueError: the file does not hold one; names it.
+    """
+    try:
+        return from_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"`{path}`: {error}; choose another --workdir") from None
+
+
 def differences(saved: ConfigDict, now: ConfigDict, *, ignore: Sequence[str]) -> list[str]:
     """Lists the fields in which two configs differ, each as ``"field: saved -> now"``.
 
@@ -191,9 +203,9 @@ def validate(config: ConfigDict) -> None:
     Raises:
       ValueError: naming the fields, what was expected and what came.
     """
-    rollout, train, objective, data = config.rollout, config.train, config.objective, config.data
-    _check_choice("data.source", data.source, ("on_policy", "teacher", "players"))
-    _check_choice("objective.scope", objective.scope, ("batch", "trajectory"))
+    rollout, train, data = config.rollout, config.train, config.data
+    for field, known in _CHOICES.items():
+        _check_choice(field, _field(config, field), known)
     for field in (
         "train.updates",
         "rollout.batch",
@@ -203,6 +215,7 @@ def validate(config: ConfigDict) -> None:
         "eval.batch",
         "judge.batch",
         "checkpoint.every",
+        "checkpoint.keep",
         "rollout.chunk",
         "train.length_multiple",
         "train.response_multiple",
@@ -210,10 +223,13 @@ def validate(config: ConfigDict) -> None:
         "train.query_chunk",
         "train.loss_chunk",
         "judge.length_multiple",
+        "judge.max_new_tokens",
+        "mesh.data",
+        "mesh.fsdp",
+        "mesh.tensor",
     ):
-        group, name = field.split(".")
-        if config[group][name] < 1:
-            raise ValueError(f"`{field}`: expected at least 1, got {config[group][name]}")
+        if _field(config, field) < 1:
+            raise ValueError(f"`{field}`: expected at least 1, got {_field(config, field)}")
     if data.source != "players" and rollout.batch % train.micro_batches:
         raise ValueError(
             f"`rollout.batch` = {rollout.batch} does not divide into `train.micro_batches` = "
@@ -233,10 +249,48 @@ def validate(config: ConfigDict) -> None:
             raise ValueError(
                 f"`{field}` = {size} does not divide over `mesh.data` × `mesh.fsdp` = {ways}"
             )
+    _check_objective(config)
+    if not config.eval.splits:
+        raise ValueError("`eval.splits`: expected at least one split, got none")
+    if config.compare.methods and not config.compare.seeds:
+        raise ValueError("`compare.seeds`: expected at least one seed, got none")
+
+
+# What a field may hold, where the code that reads it would find out only after compiling.
+_CHOICES = {
+    "dtype": ("float32", "bfloat16"),
+    "teacher_dtype": ("float32", "bfloat16"),
+    "data.source": ("on_policy", "teacher", "players"),
+    "objective.divergence": (
+        "reverse_kl",
+        "forward_kl",
+        "jsd",
+        "sampled_reverse_kl",
+        "cross_entropy",
+    ),
+    "objective.normalize": ("all_tokens", "active_tokens", "none"),
+    "objective.scope": ("batch", "trajectory"),
+    "judge.decode": ("constrained", "generate"),
+    "judge.context": ("table9", "+feedback"),
+}
+
+
+def _field(config: ConfigDict, name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = value[part]
+    return value
+
+
+def _check_objective(config: ConfigDict) -> None:
+    """Objective, source of the tokens and models have to fit together."""
+    objective, data = config.objective, config.data
     distils = objective.divergence != "cross_entropy"
     uses_teacher = distils or data.source == "teacher" or objective.intervention
-    if uses_teacher and not config.teacher:
-        raise ValueError("`teacher` is empty, but the objective or `data.source` needs one")
+    has_teacher = config.teacher and config.student != "new"
+    why = "`student` = 'new' has none" if config.student == "new" else "`teacher` is empty"
+    if uses_teacher and not has_teacher:
+        raise ValueError(f"the objective or `data.source` needs a teacher, but {why}")
     if not distils and (objective.intervention or objective.confidence):
         raise ValueError(
             "`objective.divergence` = 'cross_entropy' has no verdicts or confidence: set "
@@ -249,8 +303,12 @@ def validate(config: ConfigDict) -> None:
         )
     if data.source == "players" and distils:
         raise ValueError("`data.source` = 'players' needs `objective.divergence` = cross_entropy")
+    if not 0 <= objective.beta <= 1:
+        raise ValueError(f"`objective.beta`: expected 0..1, got {objective.beta}")
     for who in config.eval.who:
         _check_choice("eval.who", who, ("before", "teacher", "expert", "random"))
+    if "teacher" in config.eval.who and not has_teacher:
+        raise ValueError(f"`eval.who` names the teacher, but {why}")
 
 
 def _check_choice(field: str, value: str, known: Sequence[str]) -> None:

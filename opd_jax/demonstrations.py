@@ -6,7 +6,7 @@ A player reads observations and answers in text. Its responses become the sample
 
 import random
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from opd_jax.chat import ChatFormat
 from opd_jax.envs.base import Env, Observation, Task
@@ -77,7 +77,7 @@ def demonstrate(
     distractor: MakePlayer | None,
     distraction: float,
     rng: random.Random,
-    tokenizer: object,
+    tokenizer: Any,
     chat: ChatFormat,
     context_tokens: int,
 ) -> Conversation:

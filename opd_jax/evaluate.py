@@ -134,12 +134,14 @@ def results_table(results: dict[str, dict]) -> str:
 
 def run(config: FrozenConfigDict, workdir: Path, policy: str) -> dict[str, dict]:
     """Evaluate one policy, print its table and merge it into `summary.json`."""
+    experiment.check_splits(config)
     if policy == "model":
         from opd_jax.checkpoint import Checkpoints
         from opd_jax.train_step import abstract_state
 
         mesh = make_mesh(**config.mesh)
-        student = experiment.load_model(config.student, dtype=config.dtype, mesh=mesh)
+        # With the teacher, as in training: which rows pad the vocabulary depends on both.
+        student, _ = experiment.load_pair(config, mesh)
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
         params, who = student.params, "before"
         if checkpoints.latest() is not None:

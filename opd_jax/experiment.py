@@ -9,6 +9,7 @@ import random
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ class LoadedModel:
     folder: Path
     config: ModelConfig
     params: Params
-    tokenizer: object
+    tokenizer: Any
     chat: ChatFormat
 
 
@@ -156,6 +157,14 @@ def split_size(env: Env, field: str, split: str) -> int:
     return size
 
 
+def check_splits(config: FrozenConfigDict) -> None:
+    """Finds every split that the config names, or raises as `split_size` does."""
+    env = make_env(config.env)
+    split_size(env, "data.split", config.data.split)
+    for split in config.eval.splits:
+        split_size(env, "eval.splits", split)
+
+
 def make_player(name: str, settings: FrozenConfigDict) -> MakePlayer:
     """A player of the household by name: expert, careless, clumsy or random."""
     from opd_jax.envs import household_players as players
@@ -248,7 +257,7 @@ def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
     return _permutations[key]
 
 
-def make_demonstrator(config: FrozenConfigDict, *, tokenizer: object, chat: ChatFormat):
+def make_demonstrator(config: FrozenConfigDict, *, tokenizer: Any, chat: ChatFormat):
     """`demonstrate` bound to `config.data`: episode number n, a pure function of n.
 
     Sizes of rooms are drawn evenly from `data.sizes`. The share of strayed turns is drawn anew for

@@ -25,7 +25,7 @@ def export(workdir: Path, out: Path) -> int:
     stored = workdir / "config.json"
     if not stored.is_file():
         raise ValueError(f"`--workdir`: `{workdir}` has no config.json; give a run's workdir")
-    config = cfg.from_json(stored.read_text())
+    config = cfg.read_stored(stored)
     student, _ = experiment.load_pair(config, make_mesh(**config.mesh))
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     abstract = abstract_state(student.params, experiment.make_optimizer(config))

@@ -165,7 +165,7 @@ def sample(
         probs = _filter(jax.nn.softmax(logits / sampling.temperature), sampling)
         cumulative = jnp.cumsum(probs, axis=-1)
         # A parallel sum is neither flat over zeros nor monotone to the last bit, so tokens of
-        # probability 0 are left out by name: of the end that a draw is scaled to, and of the choice.
+        # probability 0 are left out by name, of the choice and of the end that a draw is scaled to.
         kept = probs > 0
         end = jnp.max(jnp.where(kept, cumulative, 0.0), axis=-1)
         threshold = jax.vmap(jax.random.uniform)(row_keys) * end

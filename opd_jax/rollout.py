@@ -7,6 +7,7 @@ the episodes. Every token is recorded with its provenance at the moment it comes
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ class Agent:
     """
 
     model: ModelConfig
-    tokenizer: object
+    tokenizer: Any
     chat: ChatFormat
     sampling: Sampling
     turn_tokens: int

@@ -47,20 +47,21 @@ def group_by_length(
     conversations run out, so the number of compiled shapes is the number of lengths.
 
     Raises:
-      ValueError: a conversation alone exceeds `tokens_per_batch`.
+      ValueError: a conversation alone, padded, exceeds `tokens_per_batch`.
     """
     waiting = sorted(conversations, key=lambda c: len(c.tokens))
-    if waiting and len(waiting[-1].tokens) > tokens_per_batch:
+    longest = -(-len(waiting[-1].tokens) // length_multiple) * length_multiple if waiting else 0
+    if longest > tokens_per_batch:
         raise ValueError(
-            f"`data.tokens_per_batch`: expected at least {len(waiting[-1].tokens)}, the longest "
-            f"example, got {tokens_per_batch}"
+            f"`data.tokens_per_batch`: expected at least {longest}, the longest example of "
+            f"{len(waiting[-1].tokens)} tokens padded, got {tokens_per_batch}"
         )
     batches = []
     while waiting:
         padded = length_multiple
         while True:
             fitting = sum(len(c.tokens) <= padded for c in waiting)
-            rows = max(tokens_per_batch // padded, 1)
+            rows = tokens_per_batch // padded
             if fitting >= rows or fitting == len(waiting):
                 break
             padded += length_multiple

@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +107,7 @@ class Judge:
     """
 
     model: ModelConfig
-    tokenizer: object
+    tokenizer: Any
     chat: ChatFormat
     context: str
     admissible_shown: int

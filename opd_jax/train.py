@@ -10,6 +10,7 @@ number. SIGTERM saves after the update under way and exits with status 0.
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from opd_jax import experiment
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.compare import compare
 from opd_jax.evaluate import evaluate_model, evaluate_player, results_table
-from opd_jax.experience import VERDICT_NAMES, make_source
+from opd_jax.experience import VERDICT_NAMES, Experience, Source, make_source
 from opd_jax.experiment import LoadedModel
 from opd_jax.mesh import make_mesh, shard_batch
 from opd_jax.report import (
@@ -45,12 +46,16 @@ def run(config: FrozenConfigDict, workdir: Path) -> dict[str, Any]:
     """One whole run, from the config to `summary.json`, whose `eval` part is returned."""
     stop = _stop_on_sigterm()
     write = jax.process_index() == 0
-    _store_config(config, workdir)
+    _refuse_another_config(config, workdir)
+    experiment.check_splits(config)
     mesh = make_mesh(**config.mesh)
     student, teacher = experiment.load_pair(config, mesh)
     optimizer = experiment.make_optimizer(config)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     state, meta = _start(config, student, optimizer, checkpoints)
+    # Not before everything it names was found good: a run may be started again with its mistakes
+    # corrected.
+    _store_config(config, workdir)
     done = int(state.step)
     if done:
         print(f"resuming after update {done} of {config.train.updates}", flush=True)
@@ -70,30 +75,27 @@ def run(config: FrozenConfigDict, workdir: Path) -> dict[str, Any]:
     resume_step = done if done else None
     lines = JsonlWriter(workdir / "metrics.jsonl", resume_step=resume_step, write=write)
     events = EventWriter(workdir / "events", resume_step=resume_step, write=write)
-    while done < config.train.updates:
-        clock = Stopwatch()
-        experience = source.draw(state, clock)
-        with clock.measure("update"):
-            batch = shard_batch(experience.batch, mesh)
-            teacher_params = teacher.params if teacher else None
-            state, raw = train_step(state, teacher_params, batch)
-            raw = jax.device_get(raw)
-        done += 1
-        _check_finite(done, raw, workdir)
-        metrics = update_metrics(raw, experience.metrics, clock)
-        lines.write(done, metrics)
-        events.write(done, metrics)
-        print(_progress(done, config.train.updates, metrics), flush=True)
-        if done % config.checkpoint.every == 0 or done == config.train.updates or stop.is_set:
-            checkpoints.save(done, state, {"cursor": source.cursor})
-        if stop.is_set:
-            checkpoints.close()
-            print(f"stopped by SIGTERM; update {done} is saved in {workdir}", flush=True)
-            raise SystemExit(0)
-    source.close()
-    checkpoints.close()
-    lines.close()
-    events.close()
+    with closing(source), closing(checkpoints), closing(lines), closing(events):
+        while done < config.train.updates:
+            clock = Stopwatch()
+            experience = _draw(source, state, clock)
+            with clock.measure("update"):
+                batch = shard_batch(experience.batch, mesh)
+                teacher_params = teacher.params if teacher else None
+                state, raw = train_step(state, teacher_params, batch)
+                raw = jax.device_get(raw)
+            done += 1
+            metrics = update_metrics(raw, experience.metrics, clock)
+            lines.write(done, metrics)
+            events.write(done, metrics)
+            _check_finite(done, raw, workdir)
+            print(_progress(done, config.train.updates, metrics), flush=True)
+            if done % config.checkpoint.every == 0 or done == config.train.updates or stop.is_set:
+                checkpoints.save(done, state, {"cursor": source.cursor})
+            if stop.is_set:
+                checkpoints.wait()
+                print(f"stopped by SIGTERM; update {done} is saved in {workdir}", flush=True)
+                raise SystemExit(0)
 
     results["after"] = evaluate_model(config, student, state.params)
     write_summary(workdir / "summary.json", {"eval": results}, write=write)
@@ -115,19 +117,26 @@ def _start(
     return state, meta
 
 
-def _store_config(config: FrozenConfigDict, workdir: Path) -> None:
-    """Write `config.json`, or refuse to go on with a run that was started differently."""
+def _refuse_another_config(config: FrozenConfigDict, workdir: Path) -> None:
+    """A run is continued as it was started, or its two parts belong to different experiments."""
     path = workdir / "config.json"
     if path.exists():
-        changed = cfg.differences(cfg.from_json(path.read_text()), config, ignore=_FREE_FIELDS)
+        changed = cfg.differences(cfg.read_stored(path), config, ignore=_FREE_FIELDS)
         if changed:
             raise ValueError(
                 f"workdir `{workdir}` holds a run with another config ({'; '.join(changed)}); "
                 "choose another --workdir, or the config it was started with"
             )
-    elif jax.process_index() == 0:
+
+
+def _store_config(config: FrozenConfigDict, workdir: Path) -> None:
+    path = workdir / "config.json"
+    if not path.exists() and jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(cfg.to_json(config))
+        # Renamed when whole: half a file left by a kill would refuse every continuation.
+        partial = path.with_name("config.json.tmp")
+        partial.write_text(cfg.to_json(config), encoding="utf-8")
+        partial.replace(path)
 
 
 def _evaluate_others(
@@ -156,8 +165,15 @@ def _evaluate_others(
     return results
 
 
+def _draw(source: Source, state: TrainState, clock: Stopwatch) -> Experience:
+    try:
+        return source.draw(state, clock)
+    except ValueError as error:
+        raise ValueError(f"update {int(state.step) + 1}: {error}") from error
+
+
 def _check_finite(step: int, raw: Mapping[str, Any], workdir: Path) -> None:
-    for name in ("loss", "grad_norm"):
+    for name in ("loss", "grad_norm", "update_norm"):
         if not np.isfinite(raw[name]):
             raise ValueError(
                 f"`{name}` is {raw[name]} at update {step}: nothing was saved from it, the last "

@@ -125,7 +125,7 @@ class Sums:
       active: tokens with s > 0.
       divergence: Σ d by turn index [K].
       tokens_by_turn: [K].
-      weight_by_turn: Σ s [K].
+      weight_by_turn: `weight` by turn index [K].
       confidence: Σ c over turns, by turn index [K].
       turns: number of turns, by turn index [K].
       student_entropy: Σ, nats.
@@ -152,9 +152,14 @@ def _take(x_BT: jax.Array, index_BR: jax.Array, *, fill) -> jax.Array:
 
 
 def _gather_hidden(hidden_BTD: jax.Array, response_BR: jax.Array) -> jax.Array:
-    """Hidden states that predict the response tokens, [B·R, D]: those one position earlier."""
-    before = jnp.clip(response_BR - 1, 0, hidden_BTD.shape[1] - 1)
-    gathered = jnp.take_along_axis(hidden_BTD, before[..., None], axis=1)
+    """Hidden states that predict the response tokens, [B·R, D]: those one position earlier.
+
+    Zeros for slots that hold no response: what stands at the last position, which may be padding,
+    would reach the gradient as 0 · NaN where it is not finite.
+    """
+    T = hidden_BTD.shape[1]
+    before = jnp.where(response_BR < T, jnp.maximum(response_BR - 1, 0), T)
+    gathered = jnp.take_along_axis(hidden_BTD, before[..., None], axis=1, mode="fill", fill_value=0)
     return gathered.reshape(-1, hidden_BTD.shape[-1])
 
 

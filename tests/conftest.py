@@ -1,5 +1,9 @@
-"""Eight CPU devices for every test, and tiny random `transformers` models to compare with."""
+"""Eight CPU devices for every test, tiny random `transformers` models, and runs to look at."""
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,8 @@ import pytest
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 # Most of a test's time is compilation; a second run takes a fifth of the first.
-CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax"
+ROOT = Path(__file__).parents[1]
+CACHE = ROOT / ".pytest_cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
@@ -113,3 +118,90 @@ def tokenizer() -> Any:
         "{% for m in messages %}<|im_start|> {{ m.role }} {{ m.content }} <|im_end|> {% endfor %}"
     )
     return made
+
+
+# --- Commands, each in a process of its own with one device
+
+Start = Callable[..., subprocess.Popen]
+Command = Callable[..., subprocess.CompletedProcess]
+
+
+def _settings() -> dict[str, Any]:
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    pipe = subprocess.PIPE
+    return {"cwd": ROOT, "env": environment, "text": True, "stdout": pipe, "stderr": pipe}
+
+
+@pytest.fixture(scope="session")
+def start() -> Start:
+    """Starts `python WORDS...` in the repository."""
+    return lambda *words: subprocess.Popen([sys.executable, *map(str, words)], **_settings())
+
+
+@pytest.fixture(scope="session")
+def command() -> Command:
+    """Runs `python -m opd_jax.NAME FLAGS...` to its end, whatever that is."""
+
+    def run(name: str, *flags: object) -> subprocess.CompletedProcess:
+        words = [sys.executable, "-m", f"opd_jax.{name}", *map(str, flags)]
+        return subprocess.run(words, **_settings())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def small() -> tuple[str, ...]:
+    """Overrides that make a run of `configs/quickstart.py:runlocal` as small as a run can be."""
+    return (
+        "--config.env.max_turns=3",
+        "--config.rollout.batch=4",
+        "--config.rollout.turn_tokens=24",
+        "--config.rollout.context_tokens=192",
+        "--config.rollout.chunk=24",
+        "--config.eval.tasks=4",
+        "--config.eval.batch=4",
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: the flags it was started with, what it printed, and its workdir."""
+
+    flags: tuple[str, ...]
+    stdout: str
+    workdir: Path
+
+
+def _run(command: Command, workdir: Path, *flags: str) -> Run:
+    done = command("train", *flags, f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    return Run(flags, done.stdout, workdir)
+
+
+@pytest.fixture(scope="session")
+def trained(command: Command, small: tuple, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """An uninterrupted run of the quickstart, for tests to read or to copy."""
+    workdir = tmp_path_factory.mktemp("runs") / "quickstart"
+    return _run(command, workdir, "--config=configs/quickstart.py:runlocal", *small)
+
+
+@pytest.fixture(scope="session")
+def built(command: Command, small: tuple, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """An uninterrupted run of the config that builds a teacher, with a smaller one."""
+    flags = (
+        "--config=configs/household_pair.py:runlocal,who=teacher",
+        *small,
+        # An episode of demonstrations is kept up to the length that fits.
+        "--config.data.sizes=small",
+        "--config.data.window=4",
+        "--config.new_model.d_model=32",
+        "--config.new_model.num_layers=1",
+        "--config.new_model.d_ff=64",
+        "--config.eval.who=expert",
+    )
+    return _run(command, tmp_path_factory.mktemp("runs") / "teacher", *flags)

@@ -188,7 +188,7 @@ def test_divergence_rejects_other_shapes() -> None:
 
 @pytest.mark.parametrize("beta", [-0.1, 1.1])
 def test_beta_outside_its_range_is_rejected(beta: float) -> None:
-    with pytest.raises(ValueError, match="`beta`: expected 0..1"):
+    with pytest.raises(ValueError, match=r"`beta`: expected 0\.\.1"):
         jsd(S, T, beta=beta)
 
 
@@ -642,7 +642,7 @@ def test_unknown_settings_are_rejected(settings: dict[str, str], message: str) -
 
 
 def test_weights_of_other_shapes_are_rejected() -> None:
-    with pytest.raises(ValueError, match="`verdict` .* and `confidence`"):
+    with pytest.raises(ValueError, match=r"`verdict` .* and `confidence`"):
         sage_weights(TURN_ID, VERDICT, CONFIDENCE[:, :2])
     with pytest.raises(ValueError, match="with B = 2 of `turn_id`"):
         sage_weights(TURN_ID, VERDICT[:1], CONFIDENCE[:1])

@@ -419,10 +419,10 @@ class Careless(Expert):
 class Clumsy(Expert):
     """Knows the grammar and the words but not what is there: most of its commands fail.
 
-    It goes to places that the room lacks, takes what it does not see and puts down what it does
-    not hold, as a weak model does; a demonstration that goes on from it shows how to recover. The
-    places are near misses, since those are a weak model's mistakes: a likely type that the room
-    lacks, or the number after a type's last.
+    It goes to places that the room lacks, back to where it imagines what it wants, takes what it
+    does not see and puts down what it does not hold, as a weak model does; a demonstration that
+    goes on from it shows how to recover. The places are near misses, since those are a weak
+    model's mistakes: a likely type that the room lacks, or the number after a type's last.
     """
 
     def decide(self) -> tuple[str, str]:
@@ -433,7 +433,11 @@ class Clumsy(Expert):
             kind = self.random_item([*search_order(self.wanted), *here])
             return NONE_HERE % (self.wanted, kind), f"go to {kind} {len(self.of_type(kind)) + 1}"
         name = f"{self.wanted} {1 + int(self.rng.random() * 2)}"
-        if choice < 0.8:
+        seen = [place for place in memory.content if place != memory.at]
+        if choice < 0.75 and seen:
+            place = self.random_item(seen)
+            return FETCH % (name, place), f"go to {place}"
+        if choice < 0.9:
             return TAKE % name, f"take {name} from {memory.at}"
         return AT_TARGET % (kind_of(memory.at), name), f"move {name} to {memory.at}"
 

@@ -1,0 +1,234 @@
+"""How the code hangs together: who imports whom, style, what is shipped, what is not said."""
+
+import ast
+import fnmatch
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "opd_jax"
+PAIR_LIMIT_BYTES = 8 * 10**6
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+PATHS = {module_name(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def statements(tree: ast.AST, *, lazy: bool) -> Iterator[ast.stmt]:
+    """Import statements; those inside functions only if `lazy`, those for type checkers never."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield node
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        elif lazy or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield from statements(node, lazy=lazy)
+
+
+@cache
+def imports(module: str, *, lazy: bool) -> frozenset[str]:
+    """Full names a module imports, `from a import b` as `a.b` where that is a module of ours."""
+    names = set()
+    for node in statements(ast.parse(PATHS[module].read_text("utf-8")), lazy=lazy):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        else:
+            assert node.level == 0, f"{module} imports relatively"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                names.add(full if full in PATHS else node.module)
+    return frozenset(names)
+
+
+def reach(module: str) -> set[str]:
+    """Everything that importing and using `module` may import: packages, and modules of ours."""
+    found, waiting = set(), [module]
+    while waiting:
+        for name in imports(waiting.pop(), lazy=True):
+            if name not in found:
+                found.add(name)
+                if name in PATHS:
+                    waiting.append(name)
+    return found
+
+
+def packages(names: set[str] | frozenset[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+def test_the_parser_sees_every_kind_of_import() -> None:
+    # The other tests pass for nothing if this one does not hold.
+    assert "opd_jax.losses" in imports("opd_jax.train_step", lazy=False)
+    assert "optax" in imports("opd_jax.train_step", lazy=False)
+    assert "opd_jax.checkpoint" in imports("opd_jax.train", lazy=False)
+    assert "orbax" in packages(imports("opd_jax.checkpoint", lazy=True))
+    assert "orbax" not in packages(imports("opd_jax.checkpoint", lazy=False))
+    assert "opd_jax.model" in reach("opd_jax.evaluate")
+
+
+def test_the_objective_imports_jax_and_nothing_else() -> None:
+    assert packages(imports("opd_jax.losses", lazy=True)) - sys.stdlib_module_names == {"jax"}
+
+
+def test_layers_import_downwards_only() -> None:
+    order = [f"opd_jax.{name}" for name in ("mesh", "model", "generate", "rollout", "evaluate")]
+    for place, module in enumerate(order):
+        assert reach(module).isdisjoint(order[place:]), module
+
+
+def test_environments_know_neither_arrays_nor_models() -> None:
+    envs = [module for module in PATHS if module.startswith("opd_jax.envs.")]
+    assert len(envs) >= 5
+    for module in envs:
+        found = reach(module)
+        assert packages(found).isdisjoint({"jax", "jaxlib", "flax", "optax", "torch"}), module
+        ours = {name for name in found if name.startswith("opd_jax") and name != "opd_jax.envs"}
+        assert all(name.startswith("opd_jax.envs.") for name in ours), module
+
+
+def test_nothing_imports_the_training_command() -> None:
+    assert [module for module in PATHS if "opd_jax.train" in imports(module, lazy=True)] == []
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_no_two_modules_import_each_other(lazy: bool) -> None:
+    for module in PATHS:
+        found, waiting = set(), [module]
+        while waiting:
+            for name in imports(waiting.pop(), lazy=lazy) & PATHS.keys():
+                assert name != module, f"{module} imports itself by way of others"
+                if name not in found:
+                    found.add(name)
+                    waiting.append(name)
+
+
+def test_slow_packages_are_imported_when_used() -> None:
+    slow = {"transformers", "torch", "orbax", "tensorboardX", "tokenizers", "scipy"}
+    for module in PATHS:
+        assert packages(imports(module, lazy=False)).isdisjoint(slow), module
+
+
+def test_torch_and_nnx_are_imported_nowhere() -> None:
+    for module in PATHS:
+        found = imports(module, lazy=True)
+        assert "torch" not in packages(found), module
+        assert not any("nnx" in name or "linen" in name for name in found), module
+        assert "flax.nnx" not in PATHS[module].read_text("utf-8"), module
+
+
+def test_every_package_imported_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {name.split(">")[0].split("=")[0].lower() for name in project["dependencies"]}
+    distribution = {"ml_collections": "ml-collections", "orbax": "orbax-checkpoint"}
+    comes_with_jax = {"jaxlib", "scipy"}
+    for module in PATHS:
+        used = packages(imports(module, lazy=True)) - sys.stdlib_module_names - {"opd_jax"}
+        names = {distribution.get(name, name).lower() for name in used}
+        assert names - comes_with_jax <= declared, module
+
+
+# --- Style
+
+
+@pytest.mark.parametrize("command", [("check",), ("format", "--check")])
+def test_ruff_has_nothing_to_say(command: tuple[str, ...]) -> None:
+    words = [sys.executable, "-m", "ruff", *command, "--quiet", "."]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_docstrings_are_asked_of_the_package() -> None:
+    lint = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]["lint"]
+    assert "D1" in lint["select"]
+    assert lint["per-file-ignores"].keys() == {"tests/*"}
+
+
+@pytest.mark.parametrize(
+    "script", ["launch/local.sh", "launch/test.sh", "launch/venv.sh", ".ci/run"]
+)
+def test_shell_scripts_parse(script: str) -> None:
+    done = subprocess.run(["bash", "-n", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if script != "launch/venv.sh":  # the one that is sourced
+        assert (ROOT / script).stat().st_mode & 0o111, f"{script} is not executable"
+
+
+# --- What is in the repository
+
+# In pieces, so that this file does not hold what it looks for.
+FORBIDDEN = tuple(
+    "".join(pieces)
+    for pieces in (
+        ("/wor", "k/"),
+        ("/roo", "t/"),
+        ("/hom", "e/"),
+        ("/tm", "p/"),
+        ("py", "env"),
+        ("index", "-url"),
+        ("find", "-links"),
+        ("../", "shared"),
+        ("file:", "//"),
+    )
+)
+
+
+@cache
+def repository() -> list[Path]:
+    words = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    paths = [ROOT / name for name in done.stdout.split("\0") if name]
+    return [path for path in paths if path.is_file()]
+
+
+def test_no_file_speaks_of_the_machine_it_was_written_on() -> None:
+    assert PACKAGE / "train.py" in repository()
+    for path in repository():
+        text = path.read_bytes()
+        found = [word for word in FORBIDDEN if word.encode() in text]
+        assert not found, f"{path.relative_to(ROOT)} holds {found}"
+
+
+def test_addresses_are_those_of_the_licence() -> None:
+    for path in repository():
+        for line in path.read_bytes().splitlines():
+            if b"http://" in line or b"https://" in line:
+                assert b"apache.org" in line or b"arxiv.org" in line, path
+
+
+# --- The pair and the wheel
+
+
+def test_the_wheel_takes_the_pair_and_every_module() -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    patterns = setuptools["package-data"]["opd_jax"]
+    shipped = {path for pattern in patterns for path in PACKAGE.glob(pattern) if path.is_file()}
+    pair = {path for path in (PACKAGE / "pair").rglob("*") if path.is_file()}
+    assert pair
+    assert pair <= shipped
+    include = setuptools["packages"]["find"]["include"]
+    for path in PACKAGE.rglob("*.py"):
+        assert (path.parent / "__init__.py").is_file(), f"{path.parent} is not a package"
+        package = module_name(path.parent / "__init__.py")
+        assert any(fnmatch.fnmatch(package, pattern) for pattern in include)
+
+
+def test_the_pair_is_small_and_complete() -> None:
+    total = 0
+    for who in ("student", "teacher"):
+        folder = PACKAGE / "pair" / who
+        names = {path.name for path in folder.iterdir()}
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+        assert {path for path in folder.iterdir()} <= set(repository())
+        total += sum(path.stat().st_size for path in folder.iterdir())
+    assert total <= PAIR_LIMIT_BYTES

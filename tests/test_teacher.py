@@ -1,0 +1,388 @@
+"""The judge: what it is shown, what it is spared, and its two decodings against whole forwards."""
+
+import dataclasses
+import re
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opd_jax import model, teacher
+from opd_jax.chat import ChatFormat
+from opd_jax.envs.base import Task
+from opd_jax.losses import Verdict
+from opd_jax.teacher import FIELDS, LABELS, ROLE, RUBRIC, UNPARSABLE, Judge
+from opd_jax.trajectory import Conversation, Turn
+
+END = "<|im_end|>"
+# Labels of one, two and three tokens; everything else of the prompt's values is characters.
+PIECES = {"SKIP": ["SKIP"], "WEAK": ["WE", "AK"], "STRONG": ["ST", "RO", "NG"]}
+TASK = Task(id="t/0", type="heat", goal="a hot egg", scene="You see a fridge.")
+TURN = Turn(
+    observation="The fridge is closed.",
+    admissible=("open fridge", "look", "inventory"),
+    response="Thought: no egg.\nAction: look",
+    stop="stop_token",
+    action="look",
+    failure="",
+    feedback="You see nothing new.",
+    oracle="",
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    whole = [ROLE, RUBRIC, *FIELDS, *(piece for label in LABELS for piece in PIECES[label])]
+    characters = [chr(code) for code in range(32, 127)] + ["\n"]
+    vocab = ["<|unk|>", "<|im_start|>", END, *whole, *characters]
+    backend = Tokenizer(models.WordLevel({t: i for i, t in enumerate(vocab)}, unk_token="<|unk|>"))
+    pattern = "|".join([*map(re.escape, whole), r"[\s\S]"])
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    backend.decoder = decoders.Fuse()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<|unk|>",
+        eos_token=END,
+        extra_special_tokens=["<|im_start|>"],
+        clean_up_tokenization_spaces=False,
+    )
+    made.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    assert [made.tokenize(label) for label in LABELS] == [PIECES[label] for label in LABELS]
+    return made
+
+
+def sizes(vocab: int, width: int, head_dim: int) -> model.ModelConfig:
+    return model.ModelConfig(
+        vocab_size=vocab,
+        d_model=width,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=head_dim,
+        d_ff=16,
+        norm_eps=1e-6,
+        rope_theta=1e3,
+        rope_scaling=None,
+        max_positions=256,
+        qk_norm=True,
+        qkv_bias=False,
+        tied=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def random_judge(tokenizer: Any) -> Judge:
+    return Judge(
+        model=sizes(len(tokenizer), 16, 8),
+        tokenizer=tokenizer,
+        chat=ChatFormat.from_tokenizer(tokenizer),
+        context="table9",
+        admissible_shown=30,
+        batch=4,
+        length_multiple=8,
+        max_new_tokens=5,
+    )
+
+
+@pytest.fixture(scope="module")
+def params(random_judge: Judge) -> model.Params:
+    """Random, except that it likes to start a label and to finish a label it has started."""
+    rng = np.random.default_rng(0)
+    made = jax.tree.map(
+        lambda spec: rng.normal(spec.scale is None, 0.5, spec.shape).astype(np.float32),
+        model.param_specs(random_judge.model),
+        is_leaf=model.is_spec,
+    )
+    ids = random_judge.tokenizer.convert_tokens_to_ids
+    made["embed"][:, 0], made["final_norm"][0] = 2, 1
+    made["head"][0, ids(["SKIP", "WE", "ST"])] = 2.5
+    for start, following in (("WE", "AK"), ("ST", "RO"), ("RO", "NG"), ("SKIP", END), ("AK", END)):
+        made["head"][1:, ids(following)] = 1.5 * made["embed"][ids(start), 1:]
+    return jax.tree.map(jnp.asarray, made)
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer: Any) -> list[list[int]]:
+    rng = np.random.default_rng(1)
+    return [rng.integers(0, len(tokenizer), n).tolist() for n in rng.integers(1, 24, 30)]
+
+
+@partial(jax.jit, static_argnames="config")
+def _logits(params: model.Params, tokens: jax.Array, *, config: model.ModelConfig) -> jax.Array:
+    hidden = model.forward(params, tokens, config=config, query_chunk=32, remat=False)
+    return hidden @ model.head(params)
+
+
+def full_logprobs(params: model.Params, judge: Judge, rows: list[list[int]]) -> np.ndarray:
+    """Log-probabilities [rows, 32, V] of whole forwards, float64 from float32 logits."""
+    padded = np.zeros((len(rows), 32), np.int32)
+    for n, row in enumerate(rows):
+        padded[n, : len(row)] = row
+    logits = np.asarray(_logits(params, padded, config=judge.model), np.float64)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+@pytest.fixture(scope="module")
+def likelihoods(params: model.Params, random_judge: Judge, prompts: list[list[int]]) -> np.ndarray:
+    """log p(label | prompt) [prompts, labels]."""
+    scores = np.zeros((len(prompts), len(LABELS)))
+    for column, label in enumerate(LABELS):
+        word = random_judge.tokenizer.convert_tokens_to_ids(PIECES[label])
+        logprobs = full_logprobs(params, random_judge, [prompt + word for prompt in prompts])
+        for row, prompt in enumerate(prompts):
+            steps = [logprobs[row, len(prompt) - 1 + n, token] for n, token in enumerate(word)]
+            scores[row, column] = sum(steps)
+    return scores
+
+
+# --- The prompt -----------------------------------------------------------------------------------
+
+
+def test_prompt_holds_the_fields_of_table_9_and_not_the_feedback() -> None:
+    prompt = teacher.judge_prompt(TASK, TURN, admissible_shown=30, context="table9")
+    assert prompt == (
+        f"{ROLE}\n{RUBRIC}\n"
+        "Task type: heat\n"
+        "Goal: a hot egg\n"
+        "Scene: You see a fridge.\n"
+        "Observation: The fridge is closed.\n"
+        "Admissible actions: open fridge, look, inventory\n"
+        "Agent's response: Thought: no egg.\nAction: look"
+    )
+
+
+def test_feedback_is_the_last_field_where_the_context_asks_for_it() -> None:
+    table9, more = (
+        teacher.judge_prompt(TASK, TURN, admissible_shown=30, context=context)
+        for context in ("table9", "+feedback")
+    )
+    assert more == f"{table9}\nFeedback: You see nothing new."
+
+
+@pytest.mark.parametrize(
+    ("shown", "line"),
+    [(1, "open fridge (+2 more)"), (2, "open fridge, look (+1 more)"), (3, "open fridge, look")],
+)
+def test_admissible_actions_beyond_the_first_are_counted(shown: int, line: str) -> None:
+    prompt = teacher.judge_prompt(TASK, TURN, admissible_shown=shown, context="table9")
+    assert f"Admissible actions: {line}" in prompt
+    assert ("more)" in prompt) == (shown < 3)
+
+
+def test_an_unknown_context_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`judge.context`.*'history'"):
+        teacher.judge_prompt(TASK, TURN, admissible_shown=3, context="history")
+
+
+def test_the_question_is_the_chat_templates_only_message(random_judge: Judge) -> None:
+    text = teacher.judge_prompt(TASK, TURN, admissible_shown=30, context="table9")
+    rendered = random_judge.tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+    )
+    tokens = random_judge.prompt_tokens(TASK, TURN)
+    assert tokens == random_judge.tokenizer.encode(rendered, add_special_tokens=False)
+    assert random_judge.tokenizer.unk_token_id not in tokens
+
+
+@pytest.mark.parametrize(
+    ("answer", "label"),
+    [
+        ("SKIP", Verdict.SKIP),
+        ("weak.", Verdict.WEAK),
+        ("My verdict: **Strong**", Verdict.STRONG),
+        ("STRONG, not SKIP", Verdict.STRONG),
+        ("skipping", UNPARSABLE),
+        ("WEAKSTRONG", UNPARSABLE),
+        ("DET_FAIL", UNPARSABLE),
+        ("", UNPARSABLE),
+    ],
+)
+def test_the_first_whole_word_is_the_label(answer: str, label: int) -> None:
+    assert teacher.parse_label(answer) == label
+
+
+# --- The two decodings ----------------------------------------------------------------------------
+
+
+def test_constrained_picks_the_likeliest_label(
+    params: model.Params, random_judge: Judge, prompts: list[list[int]], likelihoods: np.ndarray
+) -> None:
+    best_two = np.sort(likelihoods, axis=1)[:, -2:]
+    assert (np.diff(best_two) > 1e-3).all()  # no tie that rounding could turn
+    labels = teacher.score_labels(params, prompts, judge=random_judge)
+    assert labels == likelihoods.argmax(axis=1).tolist()
+    assert set(labels) == {Verdict.SKIP, Verdict.WEAK, Verdict.STRONG}
+
+
+def test_constrained_scores_are_the_log_likelihoods_of_the_labels(
+    params: model.Params, random_judge: Judge, prompts: list[list[int]], likelihoods: np.ndarray
+) -> None:
+    padded = np.zeros((len(prompts), 24), np.int32)
+    for row, prompt in enumerate(prompts):
+        padded[row, : len(prompt)] = prompt
+    ids = random_judge.tokenizer.convert_tokens_to_ids
+    scores = teacher._label_scores(
+        params,
+        padded,
+        np.array([len(p) for p in prompts], np.int32),
+        np.array([ids((PIECES[label] + ["SKIP"] * 2)[:3]) for label in LABELS], np.int32),
+        np.array([1, 2, 3], np.int32),
+        config=random_judge.model,
+    )
+    np.testing.assert_allclose(scores, likelihoods, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("decode", [teacher.score_labels, teacher.generate_labels])
+def test_batch_padding_and_order_change_no_label(
+    params: model.Params, random_judge: Judge, prompts: list[list[int]], decode: Any
+) -> None:
+    labels = decode(params, prompts, judge=random_judge)
+    other = dataclasses.replace(random_judge, batch=7, length_multiple=32)
+    assert decode(params, prompts, judge=other) == labels
+    order = np.random.default_rng(2).permutation(len(prompts))
+    shuffled = decode(params, [prompts[n] for n in order], judge=random_judge)
+    assert shuffled == [labels[n] for n in order]
+    assert decode(params, [], judge=random_judge) == []
+
+
+def test_generate_reads_the_greedy_answer(
+    params: model.Params, random_judge: Judge, prompts: list[list[int]]
+) -> None:
+    judge = random_judge
+    (end,) = judge.chat.stop_ids
+    answers: list[list[int]] = [[] for _ in prompts]
+    for _ in range(judge.max_new_tokens):
+        rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+        logprobs = full_logprobs(params, judge, rows)
+        for row, answer in enumerate(answers):
+            if not answer or answer[-1] != end:
+                answer.append(int(logprobs[row, len(rows[row]) - 1].argmax()))
+    texts = [judge.tokenizer.decode(answer) for answer in answers]
+    labels = teacher.generate_labels(params, prompts, judge=judge)
+    assert labels == [teacher.parse_label(text) for text in texts]
+    assert set(labels) == {UNPARSABLE, Verdict.SKIP, Verdict.WEAK, Verdict.STRONG}
+
+
+def chain(judge: Judge, words: list[str]) -> tuple[Judge, model.Params]:
+    """A judge that answers every question with `words`, whatever was asked.
+
+    One-hot embeddings, silent layers and a head that maps each token to its successor; a question
+    ends with a line end.
+    """
+    V = judge.model.vocab_size
+    config = sizes(V, V, 2)
+    params = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), model.abstract_params(config, jnp.float32)
+    )
+    ids = judge.tokenizer.convert_tokens_to_ids(["\n", *words])
+    head = np.zeros((V, V), np.float32)
+    head[ids[:-1], ids[1:]] = 20 / np.sqrt(V)
+    params |= {"embed": jnp.eye(V), "final_norm": jnp.ones(V), "head": jnp.asarray(head)}
+    return dataclasses.replace(judge, model=config, length_multiple=64), params
+
+
+def conversation(*failures: str) -> Conversation:
+    """One turn for each of `failures`; "" for a turn that did not fail."""
+    turns = [dataclasses.replace(TURN, failure=failure) for failure in failures]
+    return Conversation(task=TASK, turns=turns, end="environment")
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_both_decodings_give_the_label_that_has_all_the_mass(
+    random_judge: Judge, label: str
+) -> None:
+    judge, params = chain(random_judge, [*PIECES[label], END])
+    for decode in ("constrained", "generate"):
+        verdicts = teacher.judge(
+            params, [conversation("", "")], judge=judge, max_turns=3, decode=decode
+        )
+        assert verdicts.verdict.tolist() == [[Verdict[label], Verdict[label], Verdict.SKIP]]
+        assert verdicts.asked.tolist() == [[True, True, False]]
+        assert not verdicts.unparsable.any()
+
+
+@pytest.mark.parametrize("words", [["x", END], ["x", "x"], ["x", "SKIP", END]])
+def test_an_unparsable_answer_is_strong_and_counted(random_judge: Judge, words: list[str]) -> None:
+    judge, params = chain(random_judge, words)
+    verdicts = teacher.judge(
+        params, [conversation("", "rejected")], judge=judge, max_turns=3, decode="generate"
+    )
+    assert verdicts.verdict.tolist() == [[Verdict.STRONG, Verdict.DET_FAIL, Verdict.SKIP]]
+    assert verdicts.unparsable.tolist() == [[True, False, False]]
+
+
+# --- Which turns are asked about ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decode", ["constrained", "generate"])
+def test_a_turn_that_failed_never_reaches_the_judge(random_judge: Judge, decode: str) -> None:
+    judge, params = chain(random_judge, ["WE", "AK", END])
+    # A question about one of these turns would not fit into the teacher and raise.
+    long = dataclasses.replace(TURN, response="x" * 300, failure="no_action")
+    played = [conversation("", "empty", ""), conversation("rejected"), conversation("")]
+    for c in played:
+        c.turns = [long if turn.failure else turn for turn in c.turns]
+    verdicts = teacher.judge(params, played, judge=judge, max_turns=4, decode=decode)
+    assert verdicts.asked.tolist() == [
+        [True, False, True, False],
+        [False] * 4,
+        [True, False, False, False],
+    ]
+    weak, failed, skip = Verdict.WEAK, Verdict.DET_FAIL, Verdict.SKIP
+    assert verdicts.verdict.tolist() == [
+        [weak, failed, weak, skip],
+        [failed, skip, skip, skip],
+        [weak, skip, skip, skip],
+    ]
+    played[1].turns = [dataclasses.replace(long, failure="")]
+    with pytest.raises(ValueError, match=r"`judge`.*256 positions; lower `judge.admissible_shown`"):
+        teacher.judge(params, played, judge=judge, max_turns=4, decode=decode)
+
+
+def test_nobody_is_asked_where_every_turn_failed(random_judge: Judge) -> None:
+    judge, params = chain(random_judge, ["SKIP", END])
+    verdicts = teacher.judge(
+        params, [conversation("empty")], judge=judge, max_turns=1, decode="constrained"
+    )
+    assert verdicts.verdict.tolist() == [[Verdict.DET_FAIL]]
+    assert not verdicts.asked.any()
+
+
+def test_verdicts_stay_with_their_turns(
+    params: model.Params, random_judge: Judge, tokenizer: Any
+) -> None:
+    """Questions are scored in order of length; each answer has to find its way back."""
+    judge = dataclasses.replace(random_judge, length_multiple=64)
+    rng = np.random.default_rng(4)
+
+    def turn() -> Turn:
+        letters = rng.integers(97, 123, rng.integers(1, 60)).tolist()
+        return dataclasses.replace(TURN, response="".join(map(chr, letters)))
+
+    played = [Conversation(task=TASK, turns=[turn() for _ in range(n)]) for n in (3, 1, 4, 2)]
+    played[2].turns[1] = dataclasses.replace(TURN, failure="rejected")
+    together = teacher.judge(params, played, judge=judge, max_turns=4, decode="constrained")
+    asked = set()
+    for row, c in enumerate(played):
+        for index, one in enumerate(c.turns):
+            single = Conversation(task=TASK, turns=[one])
+            verdict = teacher.judge(
+                params, [single], judge=judge, max_turns=1, decode="constrained"
+            ).verdict[0, 0]
+            assert together.verdict[row, index] == verdict
+            asked.add(int(verdict))
+    assert len(asked - {Verdict.DET_FAIL}) > 1  # else any order would do
+
+
+def test_an_unknown_decoding_is_refused(params: model.Params, random_judge: Judge) -> None:
+    with pytest.raises(ValueError, match=r"`judge.decode`.*'sampled'"):
+        teacher.judge(params, [], judge=random_judge, max_turns=1, decode="sampled")
