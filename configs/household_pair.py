@@ -10,9 +10,10 @@ anybody's mistakes. Between them it answers the judge's question about turns of 
 labelled from the exact distance to the goal, so that at distillation it judges through the very
 prompt a large model would see.
 
-The student imitates a careless player: one who reads as well as the expert but forgets steps,
-passes by closed receptacles and walks in circles. It has the skills and a poor policy, which is
-what distillation is for.
+The student imitates a forgetful player: one that reads, searches and acts as the expert does, but
+most times forgets to clean, heat or cool, or that there was a second object, and then takes things
+out and puts them back. So it has the skills, knows every word of the world, and lacks a part of the
+policy, which is what distillation is for.
 
 Arguments: who=teacher|student, runlocal.
 """
@@ -51,11 +52,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
         source="players",
         split="train",
         sizes=("small", "medium", "medium", "large"),  # one is drawn for each episode
-        player="expert" if is_teacher else "careless",
+        player="expert" if is_teacher else "forgetful",
         # Share of turns that a distractor plays, at most; one of them is drawn for each episode.
         distraction=0.6 if is_teacher else 0.3,
         distractors=("careless", "clumsy", "clumsy", "random") if is_teacher else ("clumsy",),
         careless=dict(skip_step=0.7, list_order=0.8, ignore_closed=0.4, idle=0.15, forget=0.7),
+        forgetful=dict(skip_step=0.8, forget=0.8),
         window=128,  # episodes generated together
         judge_examples=64 if is_teacher else 0,  # a window
         tokens_per_batch=4096 if is_teacher else 2048,
@@ -75,8 +77,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
             )
         )
     )
-    config.env.update(ConfigDict(dict(size="large", max_turns=30)))
-    config.rollout.context_tokens = 896
+    if is_teacher:
+        config.env.update(ConfigDict(dict(size="large", max_turns=30)))
+        config.rollout.context_tokens = 896
     config.train.updates = 6000
     config.train.response_multiple = 256  # lengths vary much here: fewer shapes to compile
     config.eval.who = ("expert", "random")
@@ -87,7 +90,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.data.sizes = ("small",)
         config.train.updates = 4
         config.data.window = 8
-        config.data.judge_examples = 8
+        config.data.judge_examples = 8 if is_teacher else 0
         config.data.tokens_per_batch = 1024
         config.checkpoint.every = 2
     return config

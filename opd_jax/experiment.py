@@ -166,7 +166,7 @@ def check_splits(config: FrozenConfigDict) -> None:
 
 
 def make_player(name: str, settings: FrozenConfigDict) -> MakePlayer:
-    """A player of the household by name: expert, careless, clumsy or random."""
+    """A player of the household by name: expert, careless, forgetful, clumsy or random."""
     from opd_jax.envs import household_players as players
 
     def expert(task: Task, first: Observation, rng: random.Random):
@@ -175,13 +175,22 @@ def make_player(name: str, settings: FrozenConfigDict) -> MakePlayer:
     def careless(task: Task, first: Observation, rng: random.Random):
         return players.Careless(task, first, rng=rng, **settings.careless.to_dict())
 
+    def forgetful(task: Task, first: Observation, rng: random.Random):
+        return players.Forgetful(task, first, rng=rng, **settings.forgetful.to_dict())
+
     def clumsy(task: Task, first: Observation, rng: random.Random):
         return players.Clumsy(task, first, rng=rng)
 
     def at_random(task: Task, first: Observation, rng: random.Random):
         return players.Random(rng=rng)
 
-    known = {"expert": expert, "careless": careless, "clumsy": clumsy, "random": at_random}
+    known = {
+        "expert": expert,
+        "careless": careless,
+        "forgetful": forgetful,
+        "clumsy": clumsy,
+        "random": at_random,
+    }
     if name not in known:
         raise ValueError(f"`data.player`: expected one of {', '.join(known)}, got {name!r}")
     return known[name]

@@ -1,6 +1,8 @@
 """The judge: what it is shown, what it is spared, and its two decodings against whole forwards."""
 
+import copy
 import dataclasses
+import random
 import re
 from functools import partial
 from typing import Any
@@ -95,18 +97,28 @@ def random_judge(tokenizer: Any) -> Judge:
 
 @pytest.fixture(scope="module")
 def params(random_judge: Judge) -> model.Params:
-    """Random, except that it likes to start a label and to finish a label it has started."""
-    rng = np.random.default_rng(0)
+    """Random, except that it likes to start a label and to finish one that it has started.
+
+    The seed and the scales are chosen for answers that differ from prompt to prompt.
+    """
+    rng = np.random.default_rng(2)
     made = jax.tree.map(
         lambda spec: rng.normal(spec.scale is None, 0.5, spec.shape).astype(np.float32),
         model.param_specs(random_judge.model),
         is_leaf=model.is_spec,
     )
     ids = random_judge.tokenizer.convert_tokens_to_ids
-    made["embed"][:, 0], made["final_norm"][0] = 2, 1
-    made["head"][0, ids(["SKIP", "WE", "ST"])] = 2.5
-    for start, following in (("WE", "AK"), ("ST", "RO"), ("RO", "NG"), ("SKIP", END), ("AK", END)):
-        made["head"][1:, ids(following)] = 1.5 * made["embed"][ids(start), 1:]
+    starts = ids(["SKIP", "WE", "ST"])
+    others = [n for n in range(random_judge.model.vocab_size) if n not in starts]
+    embed, head = made["embed"], made["head"]
+    made["layers"]["o"] *= 0.3
+    made["layers"]["down"] *= 0.3
+    embed[:, 0], made["final_norm"][:] = 2, 1  # a direction that every token has
+    head[0, starts] = 4
+    head[:, others] *= 0.3
+    for start, following in (("WE", "AK"), ("ST", "RO"), ("RO", "NG")):
+        head[1:, ids(following)] = 5 * embed[ids(start), 1:]
+    head[1:, ids(END)] = 3 * embed[ids(["SKIP", "AK", "NG"]), 1:].sum(axis=0)
     return jax.tree.map(jnp.asarray, made)
 
 
@@ -269,25 +281,58 @@ def test_generate_reads_the_greedy_answer(
     texts = [judge.tokenizer.decode(answer) for answer in answers]
     labels = teacher.generate_labels(params, prompts, judge=judge)
     assert labels == [teacher.parse_label(text) for text in texts]
-    assert set(labels) == {UNPARSABLE, Verdict.SKIP, Verdict.WEAK, Verdict.STRONG}
+    assert len(set(labels)) > 1
 
 
-def chain(judge: Judge, words: list[str]) -> tuple[Judge, model.Params]:
-    """A judge that answers every question with `words`, whatever was asked.
+def chain(judge: Judge, *sequences: list[str]) -> tuple[Judge, model.Params]:
+    """A judge whose next token depends on the last one only, as in `sequences`.
 
-    One-hot embeddings, silent layers and a head that maps each token to its successor; a question
-    ends with a line end.
+    One-hot embeddings, silent layers and a head that maps each token to its successor.
     """
     V = judge.model.vocab_size
     config = sizes(V, V, 2)
     params = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), model.abstract_params(config, jnp.float32)
     )
-    ids = judge.tokenizer.convert_tokens_to_ids(["\n", *words])
     head = np.zeros((V, V), np.float32)
-    head[ids[:-1], ids[1:]] = 20 / np.sqrt(V)
+    for words in sequences:
+        ids = judge.tokenizer.convert_tokens_to_ids(words)
+        head[ids[:-1], ids[1:]] = 20 / np.sqrt(V)
     params |= {"embed": jnp.eye(V), "final_norm": jnp.ones(V), "head": jnp.asarray(head)}
     return dataclasses.replace(judge, model=config, length_multiple=64), params
+
+
+def always(judge: Judge, *words: str) -> tuple[Judge, model.Params]:
+    """A judge that answers every question with `words`; a question ends with a line end."""
+    return chain(judge, ["\n", *words])
+
+
+def test_generate_reads_answers_of_different_lengths_side_by_side(random_judge: Judge) -> None:
+    judge, params = chain(
+        random_judge,
+        ["a", *PIECES["SKIP"], END],
+        ["b", *PIECES["WEAK"], END],
+        ["c", *PIECES["STRONG"], END],
+        ["d", "x", END],
+        ["e", "y", "y"],  # never ends
+        ["f", END],
+        ["g", ".", "SKIP", END],
+    )
+    last = ["c", "a", "e", "b", "g", "f", "d", "c", "a"]
+    prompts = [
+        judge.tokenizer.convert_tokens_to_ids(["z"] * n + [token]) for n, token in enumerate(last)
+    ]
+    assert teacher.generate_labels(params, prompts[::-1], judge=judge)[::-1] == [
+        Verdict.STRONG,
+        Verdict.SKIP,
+        UNPARSABLE,
+        Verdict.WEAK,
+        Verdict.SKIP,
+        UNPARSABLE,
+        UNPARSABLE,
+        Verdict.STRONG,
+        Verdict.SKIP,
+    ]
 
 
 def conversation(*failures: str) -> Conversation:
@@ -300,7 +345,7 @@ def conversation(*failures: str) -> Conversation:
 def test_both_decodings_give_the_label_that_has_all_the_mass(
     random_judge: Judge, label: str
 ) -> None:
-    judge, params = chain(random_judge, [*PIECES[label], END])
+    judge, params = always(random_judge, *PIECES[label], END)
     for decode in ("constrained", "generate"):
         verdicts = teacher.judge(
             params, [conversation("", "")], judge=judge, max_turns=3, decode=decode
@@ -312,7 +357,7 @@ def test_both_decodings_give_the_label_that_has_all_the_mass(
 
 @pytest.mark.parametrize("words", [["x", END], ["x", "x"], ["x", "SKIP", END]])
 def test_an_unparsable_answer_is_strong_and_counted(random_judge: Judge, words: list[str]) -> None:
-    judge, params = chain(random_judge, words)
+    judge, params = always(random_judge, *words)
     verdicts = teacher.judge(
         params, [conversation("", "rejected")], judge=judge, max_turns=3, decode="generate"
     )
@@ -325,7 +370,7 @@ def test_an_unparsable_answer_is_strong_and_counted(random_judge: Judge, words: 
 
 @pytest.mark.parametrize("decode", ["constrained", "generate"])
 def test_a_turn_that_failed_never_reaches_the_judge(random_judge: Judge, decode: str) -> None:
-    judge, params = chain(random_judge, ["WE", "AK", END])
+    judge, params = always(random_judge, "WE", "AK", END)
     # A question about one of these turns would not fit into the teacher and raise.
     long = dataclasses.replace(TURN, response="x" * 300, failure="no_action")
     played = [conversation("", "empty", ""), conversation("rejected"), conversation("")]
@@ -349,7 +394,7 @@ def test_a_turn_that_failed_never_reaches_the_judge(random_judge: Judge, decode:
 
 
 def test_nobody_is_asked_where_every_turn_failed(random_judge: Judge) -> None:
-    judge, params = chain(random_judge, ["SKIP", END])
+    judge, params = always(random_judge, "SKIP", END)
     verdicts = teacher.judge(
         params, [conversation("empty")], judge=judge, max_turns=1, decode="constrained"
     )
@@ -357,30 +402,32 @@ def test_nobody_is_asked_where_every_turn_failed(random_judge: Judge) -> None:
     assert not verdicts.asked.any()
 
 
-def test_verdicts_stay_with_their_turns(
-    params: model.Params, random_judge: Judge, tokenizer: Any
-) -> None:
+@pytest.mark.parametrize("decode", ["constrained", "generate"])
+def test_verdicts_stay_with_their_turns(random_judge: Judge, decode: str) -> None:
     """Questions are scored in order of length; each answer has to find its way back."""
-    judge = dataclasses.replace(random_judge, length_multiple=64)
-    rng = np.random.default_rng(4)
-
-    def turn() -> Turn:
-        letters = rng.integers(97, 123, rng.integers(1, 60)).tolist()
-        return dataclasses.replace(TURN, response="".join(map(chr, letters)))
-
-    played = [Conversation(task=TASK, turns=[turn() for _ in range(n)]) for n in (3, 1, 4, 2)]
-    played[2].turns[1] = dataclasses.replace(TURN, failure="rejected")
-    together = teacher.judge(params, played, judge=judge, max_turns=4, decode="constrained")
-    asked = set()
+    tokenizer = copy.copy(random_judge.tokenizer)
+    # Nothing follows a question, so that its last letter can decide the answer.
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}<|im_end|>"
+        "{% else %}<|im_start|>{{ m.content }}{% endif %}{% endfor %}"
+    )
+    answers = dict(zip("abc", LABELS, strict=True))
+    judge, params = chain(random_judge, *([a, *PIECES[answers[a]], END] for a in answers))
+    judge = dataclasses.replace(judge, chat=ChatFormat.from_tokenizer(tokenizer), batch=3)
+    rng = random.Random(0)
+    played = [conversation(*[""] * turns) for turns in (3, 1, 4, 2)]
+    expected = np.full((4, 4), Verdict.SKIP)
     for row, c in enumerate(played):
-        for index, one in enumerate(c.turns):
-            single = Conversation(task=TASK, turns=[one])
-            verdict = teacher.judge(
-                params, [single], judge=judge, max_turns=1, decode="constrained"
-            ).verdict[0, 0]
-            assert together.verdict[row, index] == verdict
-            asked.add(int(verdict))
-    assert len(asked - {Verdict.DET_FAIL}) > 1  # else any order would do
+        for index in range(len(c.turns)):
+            letter = rng.choice("abc")
+            response = "z" * rng.randint(0, 40) + letter
+            c.turns[index] = dataclasses.replace(TURN, response=response)
+            expected[row, index] = Verdict[answers[letter]]
+    played[2].turns[1] = dataclasses.replace(TURN, failure="rejected")
+    expected[2, 1] = Verdict.DET_FAIL
+    assert len(set(expected.flatten())) == 4
+    verdicts = teacher.judge(params, played, judge=judge, max_turns=4, decode=decode)
+    assert verdicts.verdict.tolist() == expected.tolist()
 
 
 def test_an_unknown_decoding_is_refused(params: model.Params, random_judge: Judge) -> None:

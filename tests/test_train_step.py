@@ -151,7 +151,6 @@ ADAMW = make_optimizer(
 def step_function(
     objective: Objective,
     *,
-    optimizer: optax.GradientTransformation = GRADIENT_KEEPER,
     micro_batches: int = 1,
     remat: bool = False,
 ):
@@ -160,7 +159,7 @@ def step_function(
         student=CONFIG,
         teacher=CONFIG if objective.needs_teacher else None,
         objective=objective,
-        optimizer=optimizer,
+        optimizer=GRADIENT_KEEPER,
         micro_batches=micro_batches,
         query_chunk=16,
         loss_chunk=8,
@@ -178,13 +177,12 @@ class Updated:
 
 
 def update(objective: Objective, batch: Batch | None = None, **settings: Any) -> Updated:
-    state = init_state(STUDENT(), settings.get("optimizer", GRADIENT_KEEPER), seed=0)
+    state = init_state(STUDENT(), GRADIENT_KEEPER, seed=0)
     teacher = TEACHER() if objective.needs_teacher else None
     batch = standard_batch() if batch is None else batch
     state, metrics = step_function(objective, **settings)(state, teacher, batch)
     state, metrics = jax.device_get((state, metrics))
-    gradient = state.opt_state[0].trace if "optimizer" not in settings else {}
-    return Updated(state.params, gradient, metrics)
+    return Updated(state.params, state.opt_state[0].trace, metrics)
 
 
 def assert_same_tree(got: Params, want: Params, *, rounding: float = ROUNDING) -> None:
@@ -507,7 +505,7 @@ def test_neutral_factors_are_bit_for_bit_plain_opd() -> None:
     batch = standard_batch()
     batch = batch.replace(verdict=np.maximum(batch.verdict, WEAK))
     neutral = replace(SAGE, weak_weight=1.0, confidence_temperature=0.0)
-    got, want = (update(o, batch, optimizer=ADAMW) for o in (neutral, OPD))
+    got, want = (update(o, batch) for o in (neutral, OPD))
     assert got.metrics["loss"] == want.metrics["loss"]
     for x, y in zip(jax.tree.leaves(got.params), jax.tree.leaves(want.params), strict=True):
         np.testing.assert_array_equal(x, y)

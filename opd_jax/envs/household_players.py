@@ -1,4 +1,4 @@
-"""Players of the household world: an expert, a careless, a clumsy and a random one.
+"""Players of the household world: an expert, and some with habits.
 
 A player reads what an agent reads: the task, and the text, command and failure of each
 observation. It never touches the world. Its memory follows the texts, so it stays right when
@@ -414,6 +414,49 @@ class Careless(Expert):
             place = self.random_item(back)
             choices.append((IDLE_REVISIT % place, f"go to {place}"))
         return self.random_item(choices)
+
+
+class Forgetful(Careless):
+    """An expert but for one habit: it forgets a step of the task, then loops.
+
+    Where `Careless` is disorderly, this one is as orderly as the expert: a model that has learnt
+    from it can read and act, and lacks only the part of the policy that was forgotten. Believing
+    the task done, it takes the object out and puts it back, again and again.
+
+    Args:
+      task, first, rng: as for `Expert`.
+      skip_step: probability that for the whole episode it forgets to clean, heat or cool.
+      forget: probability that for the whole episode it takes one of two objects to be enough.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        first: Observation,
+        *,
+        rng: random.Random,
+        skip_step: float,
+        forget: float,
+    ):
+        super().__init__(
+            task,
+            first,
+            rng=rng,
+            skip_step=skip_step,
+            list_order=0.0,
+            ignore_closed=0.0,
+            idle=0.0,
+            forget=forget,
+        )
+
+    def fidget(self, done: tuple[str, str]) -> tuple[str, str]:
+        """Take the placed object out again."""
+        memory, (name, place) = self.memory, done
+        if place != memory.at:
+            return DONE_GO % done, f"go to {place}"
+        if place in memory.shut:
+            return IS_CLOSED % place, f"open {place}"
+        return DONE_TAKE % name, f"take {name} from {place}"
 
 
 class Clumsy(Expert):
