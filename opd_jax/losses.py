@@ -101,13 +101,11 @@ def _divergence(log_s: jax.Array, log_t: jax.Array, beta: float) -> jax.Array:
         return _kl(log_s, log_t)
     if beta == 0.0:
         return _kl(log_t, log_s)
-    # A token banned by both has log m = −inf, where the gradient of logaddexp is NaN: the inner
-    # `where` gives it a harmless argument, and `_kl` drops the token.
+    # A token banned by both has log m = −inf, where the gradient of logaddexp is NaN. One finite
+    # argument prevents that, and changes nothing: `_kl` drops the token, whatever its log m.
     possible = (log_s > -jnp.inf) | (log_t > -jnp.inf)
-    log_m = jnp.logaddexp(
-        jnp.where(possible, log_t, 0.0) + jnp.log(beta),
-        jnp.where(possible, log_s, 0.0) + jnp.log1p(-beta),
-    )
+    log_s_finite = jnp.where(possible, log_s, 0.0)
+    log_m = jnp.logaddexp(log_t + jnp.log(beta), log_s_finite + jnp.log1p(-beta))
     return beta * _kl(log_t, log_m) + (1 - beta) * _kl(log_s, log_m)
 
 
@@ -537,6 +535,10 @@ def weighted_loss(divergence: jax.Array, weight: jax.Array, turn_id: jax.Array) 
 
     The denominator does not depend on the weights: halving them halves the loss. A batch without
     student tokens has loss 0.
+
+    Where `turn_id` is `NO_TURN` a NaN harms neither the loss nor the gradient to `divergence`, but
+    a gradient of 0 becomes NaN again on its way through logits that are NaN. If logits may be,
+    gather the student's positions first, or replace the others' logits before the divergence.
 
     Args:
       divergence: float [B, T], nats; may hold NaN where `turn_id` is `NO_TURN`.

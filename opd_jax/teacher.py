@@ -286,13 +286,14 @@ def _batches(prompts: Sequence[list[int]], judge: Judge, *, room: int):
     order = _order(prompts)
     for start in range(0, len(order), judge.batch):
         rows = [prompts[i] for i in order[start : start + judge.batch]]
-        longest = -(-max(map(len, rows)) // judge.length_multiple) * judge.length_multiple
+        longest = max(map(len, rows))
         if longest + room > judge.model.max_positions:
             raise ValueError(
                 f"`judge`: a prompt of {longest} tokens and {room} more exceed the teacher's "
                 f"{judge.model.max_positions} positions; lower `judge.admissible_shown`"
             )
-        tokens = np.zeros((judge.batch, longest), np.int32)
+        padded = -(-longest // judge.length_multiple) * judge.length_multiple
+        tokens = np.zeros((judge.batch, padded), np.int32)
         lengths = np.ones(judge.batch, np.int32)
         for row, prompt in enumerate(rows):
             tokens[row, : len(prompt)] = prompt

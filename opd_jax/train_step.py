@@ -87,11 +87,11 @@ class Batch:
         the vocabulary-sized part saves most of its cost.
     """
 
-    tokens: np.ndarray
-    turn_id: np.ndarray
-    sampled_logprobs: np.ndarray
-    verdict: np.ndarray
-    response: np.ndarray
+    tokens: jax.Array
+    turn_id: jax.Array
+    sampled_logprobs: jax.Array
+    verdict: jax.Array
+    response: jax.Array
 
 
 def make_batch(trajectory: Trajectory, verdict: np.ndarray, *, response_multiple: int) -> Batch:

@@ -124,7 +124,10 @@ def chain_params(config: model.ModelConfig) -> model.Params:
     }
 
 
-def golden_agent(context_tokens: int) -> tuple[Agent, model.Params]:
+CONTEXT, ENVS = 13, 6
+
+
+def golden_agent() -> tuple[Agent, model.Params]:
     tokenizer = word_tokenizer()
     config = sizes(len(WORDS), len(WORDS), 2, 32)
     agent = Agent(
@@ -133,14 +136,27 @@ def golden_agent(context_tokens: int) -> tuple[Agent, model.Params]:
         chat=ChatFormat.from_tokenizer(tokenizer),
         sampling=GREEDY,
         turn_tokens=3,
-        context_tokens=context_tokens,
+        context_tokens=CONTEXT,
         extend_widths=(2, 8),
         chunk=2,
     )
     return agent, chain_params(config)
 
 
-CONTEXT = 13
+def play_script(
+    openings: list[str], replies: Mapping[str, str], *, tasks: int
+) -> list[Conversation]:
+    """The first `tasks` openings, in a batch of fixed size for one compiled program."""
+    agent, params = golden_agent()
+    return rollout(
+        params,
+        jax.random.key(0),
+        agent=agent,
+        envs=[Scripted(openings, replies) for _ in range(ENVS)],
+        tasks=[("any", n) for n in range(tasks)],
+    )
+
+
 # Opening, whole conversation, turn of each token, stop of each turn, end. Written from the
 # template by hand.
 GOLDEN = [
@@ -188,9 +204,9 @@ def provenance(conversation: Conversation) -> str:
 
 @pytest.fixture(scope="module")
 def golden() -> list[Conversation]:
-    agent, params = golden_agent(CONTEXT)
+    agent, params = golden_agent()
     openings = [opening for opening, *_ in GOLDEN]
-    envs = [Scripted(openings, REPLIES | {"spin spin": "call bell"}) for _ in range(6)]
+    envs = [Scripted(openings, REPLIES | {"spin spin": "call bell"}) for _ in range(ENVS)]
     played = rollout(
         params,
         jax.random.key(0),
@@ -240,32 +256,21 @@ def test_golden_turns_hold_what_was_seen_said_and_answered(golden: list[Conversa
 
 
 def test_an_environment_that_ends_outranks_a_full_context() -> None:
-    agent, params = golden_agent(13)
-    env = Scripted([GOLDEN[3][0]], {"spin spin": "fine"})
-    (played,) = rollout(params, jax.random.key(0), agent=agent, envs=[env], tasks=[("any", 0)])
-    assert (played.turns[0].stop, played.end) == ("context", "success")
+    (played,) = play_script([GOLDEN[3][0]], {"spin spin": "fine"}, tasks=1)
+    assert (played.turns[0].stop, played.end, played.score) == ("context", "success", 1)
 
 
 def test_a_first_prompt_must_leave_room_for_an_answer() -> None:
-    openings = ["long bell", "long long bell"]  # 5 and 6 tokens with the system message
-    agent, params = golden_agent(6)
-    envs = [Scripted(openings, REPLIES)]
-    (played,) = rollout(params, jax.random.key(0), agent=agent, envs=envs, tasks=[("any", 0)])
-    assert [WORDS[i] for i in played.tokens[-1:]] == ["ring"]
-    with pytest.raises(ValueError, match=r"`context_tokens`.*any/1 has 6 tokens.*fewer than 6"):
-        rollout(params, jax.random.key(0), agent=agent, envs=envs, tasks=[("any", 1)])
+    openings = ["long " * words + "bell" for words in (8, 9)]  # and three tokens of the system
+    (played,) = play_script(openings, REPLIES, tasks=1)
+    assert [WORDS[i] for i in played.tokens[12:]] == ["ring"]
+    with pytest.raises(ValueError, match=r"`context_tokens`.*any/1 has 13 tokens.*fewer than 13"):
+        play_script(openings, REPLIES, tasks=2)
 
 
 def test_more_tasks_than_environments_are_refused() -> None:
-    agent, params = golden_agent(CONTEXT)
-    with pytest.raises(ValueError, match=r"`tasks`.*1 environments, got 2"):
-        rollout(
-            params,
-            jax.random.key(0),
-            agent=agent,
-            envs=[Scripted(["call bell"], REPLIES)],
-            tasks=[("any", 0), ("any", 0)],
-        )
+    with pytest.raises(ValueError, match=r"`tasks`.*6 environments, got 7"):
+        play_script(["call bell"] * 7, REPLIES, tasks=7)
 
 
 # --- A random model in a household ---------------------------------------------------------------
@@ -320,10 +325,26 @@ def play(
     )
 
 
+def programs() -> tuple[int, int]:
+    return gen.extend._cache_size(), gen.generate._cache_size()
+
+
 @pytest.fixture(scope="module")
-def played(agent: Agent, params: model.Params) -> list[Conversation]:
-    """Two batches of episodes."""
-    return play(agent, params, TASKS) + play(agent, params, TASKS, seed=1)
+def counted(agent: Agent, params: model.Params) -> tuple[list[Conversation], list]:
+    """Two batches of episodes, and the numbers of compiled programs before, between and after.
+
+    The first in this process to run a model of these sizes.
+    """
+    counts = [programs()]
+    first = play(agent, params, TASKS)
+    counts.append(programs())
+    second = play(agent, params, TASKS, seed=1)
+    return first + second, [*counts, programs()]
+
+
+@pytest.fixture(scope="module")
+def played(counted: tuple[list[Conversation], list]) -> list[Conversation]:
+    return counted[0]
 
 
 def segments(conversation: Conversation) -> list[tuple[int, list[int]]]:
@@ -455,18 +476,17 @@ def test_an_episode_depends_on_its_own_row_and_task_only(
 
 
 def test_a_few_compiled_programs_serve_any_number_of_turns(
-    agent: Agent, params: model.Params
+    agent: Agent, params: model.Params, counted: tuple[list[Conversation], list]
 ) -> None:
-    # A model of its own, so that no other test has compiled for it.
-    config = dataclasses.replace(agent.model, norm_eps=2e-6)
-    agent = dataclasses.replace(agent, model=config)
-    before = gen.extend._cache_size(), gen.generate._cache_size()
-    first = play(agent, params, TASKS)
-    once = gen.extend._cache_size(), gen.generate._cache_size()
-    assert once[0] - before[0] <= len(agent.extend_widths)
-    assert once[1] - before[1] == 1
-    longest = max(len(c.tokens) for c in first)
-    second = play(agent, params, [("train", n) for n in (50, 51)], seed=7)
-    assert {len(c.turns) for c in first + second} > {MAX_TURNS}
-    assert longest > 3 * max(agent.extend_widths)
-    assert (gen.extend._cache_size(), gen.generate._cache_size()) == once
+    conversations, (before, once, twice) = counted
+    assert before[0] < once[0] <= before[0] + len(agent.extend_widths)
+    assert once[1] == before[1] + 1
+    assert twice == once
+    # Prompts that take several steps of the widest program, and turns in plenty.
+    prompts = {c.turn_id.index(0) for c in conversations}
+    assert len(prompts) > 1
+    assert max(prompts) > max(agent.extend_widths)
+    assert max(len(c.turns) for c in conversations) == MAX_TURNS
+    # Other tasks, fewer of them.
+    play(agent, params, [("train", 50), ("train", 51)], seed=7)
+    assert programs() == once

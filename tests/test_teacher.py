@@ -90,7 +90,7 @@ def random_judge(tokenizer: Any) -> Judge:
         context="table9",
         admissible_shown=30,
         batch=4,
-        length_multiple=8,
+        length_multiple=32,
         max_new_tokens=5,
     )
 
@@ -258,7 +258,7 @@ def test_batch_padding_and_order_change_no_label(
     params: model.Params, random_judge: Judge, prompts: list[list[int]], decode: Any
 ) -> None:
     labels = decode(params, prompts, judge=random_judge)
-    other = dataclasses.replace(random_judge, batch=7, length_multiple=32)
+    other = dataclasses.replace(random_judge, batch=7, length_multiple=48)
     assert decode(params, prompts, judge=other) == labels
     order = np.random.default_rng(2).permutation(len(prompts))
     shuffled = decode(params, [prompts[n] for n in order], judge=random_judge)
@@ -299,7 +299,7 @@ def chain(judge: Judge, *sequences: list[str]) -> tuple[Judge, model.Params]:
         ids = judge.tokenizer.convert_tokens_to_ids(words)
         head[ids[:-1], ids[1:]] = 20 / np.sqrt(V)
     params |= {"embed": jnp.eye(V), "final_norm": jnp.ones(V), "head": jnp.asarray(head)}
-    return dataclasses.replace(judge, model=config, length_multiple=64), params
+    return dataclasses.replace(judge, model=config, length_multiple=128), params
 
 
 def always(judge: Judge, *words: str) -> tuple[Judge, model.Params]:
@@ -393,6 +393,23 @@ def test_a_turn_that_failed_never_reaches_the_judge(random_judge: Judge, decode:
         teacher.judge(params, played, judge=judge, max_turns=4, decode=decode)
 
 
+@pytest.mark.parametrize("decode", ["constrained", "generate"])
+def test_a_question_may_fill_the_teachers_positions(random_judge: Judge, decode: str) -> None:
+    judge, params = always(random_judge, "SKIP", END)
+    room = {"constrained": 3, "generate": judge.max_new_tokens}[decode]  # the longest answer
+    used = len(judge.prompt_tokens(TASK, dataclasses.replace(TURN, response="")))
+    fits = judge.model.max_positions - room - used
+    for size in (fits, fits + 1):
+        long = dataclasses.replace(TURN, response="x" * size)
+        played = [Conversation(task=TASK, turns=[long])]
+        ask = partial(teacher.judge, params, played, judge=judge, max_turns=1, decode=decode)
+        if size == fits:
+            assert ask().verdict.tolist() == [[Verdict.SKIP]]
+        else:
+            with pytest.raises(ValueError, match=f"`judge`: a prompt of {used + size} tokens"):
+                ask()
+
+
 def test_nobody_is_asked_where_every_turn_failed(random_judge: Judge) -> None:
     judge, params = always(random_judge, "SKIP", END)
     verdicts = teacher.judge(
@@ -413,7 +430,7 @@ def test_verdicts_stay_with_their_turns(random_judge: Judge, decode: str) -> Non
     )
     answers = dict(zip("abc", LABELS, strict=True))
     judge, params = chain(random_judge, *([a, *PIECES[answers[a]], END] for a in answers))
-    judge = dataclasses.replace(judge, chat=ChatFormat.from_tokenizer(tokenizer), batch=3)
+    judge = dataclasses.replace(judge, chat=ChatFormat.from_tokenizer(tokenizer))
     rng = random.Random(0)
     played = [conversation(*[""] * turns) for turns in (3, 1, 4, 2)]
     expected = np.full((4, 4), Verdict.SKIP)
