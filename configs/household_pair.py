@@ -81,7 +81,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.env.update(ConfigDict(dict(size="large", max_turns=30)))
         config.rollout.context_tokens = 896
     config.train.updates = 6000
-    config.train.response_multiple = 256  # lengths vary much here: fewer shapes to compile
+    config.train.length_multiple = 128
+    config.train.response_multiple = 256
     config.eval.who = ("expert", "random")
     config.checkpoint = dict(every=250, keep=2)
     if arg.runlocal:

@@ -132,6 +132,8 @@ def _settings() -> dict[str, Any]:
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(CACHE),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        # These programs run for a second and would compile for ten.
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
     }
     pipe = subprocess.PIPE
     return {"cwd": ROOT, "env": environment, "text": True, "stdout": pipe, "stderr": pipe}

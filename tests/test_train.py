@@ -418,7 +418,6 @@ OBJECTIVES = {
     "forward_kl": ("--config.objective.divergence=forward_kl",),
     "jsd": ("--config.objective.divergence=jsd",),
     "trajectory": ("--config.objective.scope=trajectory",),
-    "micro_batches": ("--config.train.micro_batches=2",),
 }
 
 

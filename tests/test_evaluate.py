@@ -1,0 +1,354 @@
+"""Figures of episodes, the commands that measure a policy, and the export of a trained student."""
+
+import json
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import FrozenConfigDict
+from scipy.stats import binomtest, sem, t
+
+from opd_jax import evaluate, experiment, export, model
+from opd_jax.checkpoint import Checkpoints
+from opd_jax.config import load, read_stored, to_json
+from opd_jax.mesh import make_mesh
+from opd_jax.train_step import abstract_state
+from opd_jax.trajectory import Conversation, Turn
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def one_device() -> jax.sharding.Mesh:
+    return make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
+
+
+# --- Figures
+
+
+def episode(actions: Sequence[str], *, end: str, score: float, failed: int = 0) -> Conversation:
+    """One turn for each action; the last `failed` of them failed."""
+    made = Conversation(task=None, end=end, score=score)
+    for index, action in enumerate(actions):
+        failure = "rejected" if index >= len(actions) - failed else ""
+        made.turns.append(Turn("", (), "", "stop_token", action, failure, "", ""))
+    return made
+
+
+EPISODES = [
+    episode(["go", "take", "go", "go"], end="success", score=1.0),  # two repeated
+    episode(["look"], end="environment", score=0.5, failed=1),
+    episode(["go", "look", "", ""], end="environment", score=0.0, failed=2),  # nothing is no action
+    episode(["look", "look"], end="context", score=0.25),  # one repeated
+    episode(["go"], end="success", score=1.0),
+]
+
+
+def test_figures_by_hand() -> None:
+    figures = evaluate.summarize(EPISODES)
+    low, high = binomtest(2, 5).proportion_ci(0.95, method="wilson")
+    scores = [1.0, 0.5, 0.0, 0.25, 1.0]
+    half = t.ppf(0.975, 4) * sem(scores)
+    assert figures == {
+        "success": 2 / 5,
+        "ci95": pytest.approx([low, high]),
+        "score": pytest.approx(2.75 / 5),
+        "score_ci95": pytest.approx([0.55 - half, 0.55 + half]),
+        "turns": 12 / 5,
+        "repeated": 3 / 12,
+        "failed": 3 / 12,
+        "n": 5,
+    }
+    json.dumps(figures)
+
+
+def test_episodes_without_a_turn_have_figures() -> None:
+    silent = [Conversation(task=None, end="context") for _ in range(3)]
+    figures = evaluate.summarize(silent)
+    assert (figures["success"], figures["turns"], figures["repeated"], figures["failed"]) == (
+        *(0, 0, 0, 0),
+    )
+    assert figures["ci95"][0] == 0
+    assert 0 < figures["ci95"][1] < 1
+
+
+def test_the_table_has_a_row_for_everybody_and_split() -> None:
+    figures = evaluate.summarize(EPISODES)
+    text = evaluate.results_table(
+        {"before": {"a": figures, "b": figures}, "expert": {"a": figures}}
+    )
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines()]
+    assert [row[:2] for row in rows[2:]] == [["before", "a"], ["before", "b"], ["expert", "a"]]
+    assert rows[2][2:] == ["40.0%", "11.8% to 76.9%", "2.4", "25.0%", "25.0%", "5"]
+
+
+# --- Players
+
+
+def quickstart(*overrides: str) -> FrozenConfigDict:
+    return load(f"{CONFIGS / 'quickstart.py'}:runlocal", overrides)
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_the_expert_succeeds_and_chance_does_not(size: str) -> None:
+    config = quickstart("--config.eval.tasks=40", f"--config.env.size={size}")
+    config = FrozenConfigDict({**config.to_dict(), "env": {**config.env, "max_turns": 40}})
+    expert = evaluate.evaluate_player(config, "expert")
+    chance = evaluate.evaluate_player(config, "random")
+    assert expert.keys() == chance.keys() == {"valid_seen", "valid_unseen"}
+    for split in expert:
+        assert expert[split]["n"] == chance[split]["n"] == 40
+        assert expert[split]["success"] >= 0.95
+        assert chance[split]["success"] <= 0.6
+        assert expert[split]["turns"] < chance[split]["turns"]
+        assert expert[split]["failed"] == 0
+
+
+def test_a_player_plays_the_first_tasks_of_a_split_and_always_alike() -> None:
+    config = quickstart("--config.eval.tasks=6")
+    played = evaluate.play_player(config, "random", "valid_seen")
+    assert [c.task.id for c in played] == [f"household/valid_seen/{i}" for i in range(6)]
+    assert played == evaluate.play_player(config, "random", "valid_seen")
+    fewer = evaluate.play_player(quickstart("--config.eval.tasks=3"), "random", "valid_seen")
+    assert fewer == played[:3]
+
+
+def test_a_panel_is_no_larger_than_its_split() -> None:
+    env = experiment.make_env(quickstart().env)
+    size = env.size("valid_seen")
+    assert evaluate.panel_size(quickstart("--config.eval.tasks=7"), "valid_seen") == 7
+    many = quickstart(f"--config.eval.tasks={size + 5}")
+    assert evaluate.panel_size(many, "valid_seen") == size
+
+
+# --- A model
+
+
+@pytest.fixture(scope="module")
+def student() -> experiment.LoadedModel:
+    return experiment.load_model("embedded:student", dtype="float32", mesh=one_device())
+
+
+@pytest.fixture(scope="module")
+def play(student: experiment.LoadedModel, small: tuple) -> Callable[..., list[Conversation]]:
+    config = quickstart(*small)
+    agent = experiment.make_agent(student, config.rollout, temperature=0.0)
+
+    def run(tasks: int, batch: int = 2, seed: int = 0, temperature: float = 0.0):
+        chosen = agent
+        if temperature:
+            chosen = experiment.make_agent(student, config.rollout, temperature=temperature)
+        return evaluate.play_model(
+            student.params,
+            jax.random.key(seed),
+            agent=chosen,
+            env=config.env,
+            split="valid_seen",
+            tasks=tasks,
+            batch=batch,
+        )
+
+    return run
+
+
+def test_a_model_plays_the_first_tasks_in_order(play: Callable) -> None:
+    # The last batch is not full.
+    assert [c.task.id for c in play(5)] == [f"household/valid_seen/{i}" for i in range(5)]
+
+
+def test_at_temperature_zero_neither_batch_nor_seed_matters(play: Callable) -> None:
+    played = [c.tokens for c in play(4)]
+    assert [c.tokens for c in play(4, batch=4)] == played
+    assert [c.tokens for c in play(4, seed=1)] == played
+
+
+def test_a_sampled_evaluation_is_a_function_of_its_seed(play: Callable) -> None:
+    played = [c.tokens for c in play(4, temperature=1.0)]
+    assert [c.tokens for c in play(4, temperature=1.0)] == played
+    # More tasks behind them change nothing about the first.
+    assert [c.tokens for c in play(5, temperature=1.0)][:4] == played
+    assert [c.tokens for c in play(4, temperature=1.0, seed=1)] != played
+    # Batches draw with keys of their own: task 0 and task 2 sit in the same row.
+    assert played[0] != played[2]
+
+
+# --- The command
+
+
+@pytest.fixture
+def in_process(capsys: pytest.CaptureFixture) -> Iterator[Callable[..., str]]:
+    """Runs a command's `main` here; returns what it printed."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(main: Callable, *words: object) -> str:
+        main([str(word) for word in words])
+        return capsys.readouterr().out
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.mark.parametrize("policy", ["expert", "random"])
+def test_a_player_is_evaluated_into_the_summary(
+    policy: str, in_process: Callable, tmp_path: Path, small: tuple
+) -> None:
+    others = {"eval": {"before": {"valid_seen": {"success": 0.5}}}, "note": 1}
+    (tmp_path / "summary.json").write_text(json.dumps(others))
+    words = (f"--config={CONFIGS / 'quickstart.py'}:runlocal", *small, f"--workdir={tmp_path}")
+    printed = in_process(evaluate.main, *words, f"--policy={policy}")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["note"] == 1
+    assert summary["eval"].keys() == {"before", policy}
+    assert summary["eval"]["before"] == others["eval"]["before"]
+    config = quickstart(*small)
+    assert summary["eval"][policy] == evaluate.evaluate_player(config, policy)
+    assert printed == evaluate.results_table({policy: summary["eval"][policy]}) + "\n"
+
+
+def test_the_student_of_the_newest_checkpoint_is_evaluated_as_at_the_end_of_training(
+    trained: Any, command: Callable, tmp_path: Path
+) -> None:
+    workdir = Path(shutil.copytree(trained.workdir, tmp_path / "copy"))
+    expected = json.loads((workdir / "summary.json").read_text())
+    (workdir / "summary.json").unlink()
+    done = command("evaluate", *trained.flags, f"--workdir={workdir}", "--policy=model")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((workdir / "summary.json").read_text())
+    assert found["eval"] == {"after": expected["eval"]["after"]}
+
+
+def test_without_a_checkpoint_the_untrained_student_is_evaluated(
+    command: Callable, tmp_path: Path, built: Any
+) -> None:
+    done = command("evaluate", *built.flags, f"--workdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "summary.json").read_text())["eval"]
+    assert found.keys() == {"before"}
+    assert found["before"]["valid_unseen"]["n"] == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--policy=teacher"], ["`--policy`", "model", "expert", "random", "teacher"]),
+        (["--config.eval.splits=train,dev"], ["`eval.splits`", "valid_unseen", "'dev'"]),
+        (["--config.eval.task=3"], ["`eval.task`", "`eval.tasks`"]),
+        (["--config.student=no/where", "--config.mesh.data=8"], ["`no/where`"]),
+    ],
+)
+def test_mistakes_are_one_line(
+    words: list[str], expected: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = f"--config={CONFIGS / 'quickstart.py'}:runlocal"
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([config, f"--workdir={tmp_path}", *words])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    assert all(word in message for word in expected), message
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- Export
+
+
+def newest_params(workdir: Path) -> tuple[model.ModelConfig, model.Params]:
+    config = read_stored(workdir / "config.json")
+    loaded, _ = experiment.load_pair(config, one_device())
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=2)
+    abstract = abstract_state(loaded.params, experiment.make_optimizer(config))
+    _, state, _ = checkpoints.restore_latest(abstract)
+    checkpoints.close()
+    return loaded.config, state.params
+
+
+def greedy(
+    sizes: model.ModelConfig, params: model.Params, prompt: list[int], new: int
+) -> list[int]:
+    """Greedy continuation by whole forward passes over a padded row."""
+    tokens = np.zeros((1, len(prompt) + new), np.int32)
+    tokens[0, : len(prompt)] = prompt
+
+    @jax.jit
+    def following(row: jax.Array, last: jax.Array) -> jax.Array:
+        hidden = model.forward(params, row, config=sizes, query_chunk=row.shape[1], remat=False)
+        return (hidden[0, last] @ model.head(params)).argmax()
+
+    for place in range(len(prompt), len(prompt) + new):
+        tokens[0, place] = following(tokens, place - 1)
+    return tokens[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("run", ["trained", "built"])
+def test_transformers_opens_an_export_and_decodes_the_same_tokens(
+    run: str, request: pytest.FixtureRequest, command: Callable, tmp_path: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    workdir, out = request.getfixturevalue(run).workdir, tmp_path / "exported"
+    done = command("export", f"--workdir={workdir}", f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"update 4 of {workdir} written to {out}\n"
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
+    question = [{"role": "user", "content": "You are in a kitchen. Your task is to: heat."}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True)["input_ids"]
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    sizes, params = newest_params(workdir)
+    with torch.no_grad():
+        tokens = theirs.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=24,
+            min_new_tokens=24,
+            do_sample=False,
+        )
+    # `min_new_tokens` bans the end of a turn until then, so it is compared up to our first one.
+    expected = greedy(sizes, params, prompt, new=24)
+    stops = experiment.ChatFormat.from_tokenizer(tokenizer).stop_ids
+    length = next((i for i, token in enumerate(expected) if token in stops), 24)
+    assert length > 0
+    assert tokens[0, len(prompt) :].tolist()[:length] == expected[:length]
+
+    # And so do our own configs.
+    ours = experiment.load_model(str(out), dtype="float32", mesh=one_device())
+    assert ours.config == sizes
+    for mine, exported in zip(jax.tree.leaves(params), jax.tree.leaves(ours.params), strict=True):
+        np.testing.assert_array_equal(mine, exported)
+
+
+def test_an_export_needs_a_run_with_a_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture, small: tuple
+) -> None:
+    def error(workdir: Path) -> str:
+        with pytest.raises(SystemExit) as stop:
+            export.main([f"--workdir={workdir}", f"--out={tmp_path / 'out'}"])
+        message = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert message.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+        return message
+
+    assert "`--workdir`" in error(tmp_path / "nowhere")
+    assert "config.json" in error(tmp_path)
+    eight = ("--config.mesh.data=8", "--config.rollout.batch=8", "--config.eval.batch=8")
+    (tmp_path / "config.json").write_text(to_json(quickstart(*eight)))
+    assert "no checkpoint" in error(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    assert str(tmp_path / "config.json") in error(tmp_path)
+
+
+def test_an_export_overwrites_nothing(trained: Any, command: Callable, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("all of it")
+    done = command("export", f"--workdir={trained.workdir}", f"--out={tmp_path}")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert str(tmp_path) in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
