@@ -1,0 +1,239 @@
+"""The comparison of methods: its arithmetic, and a small one from end to end."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict, FrozenConfigDict
+from scipy.stats import binomtest, sem, t
+
+from opd_jax import compare
+from opd_jax.config import load
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def comparison(*overrides: str) -> FrozenConfigDict:
+    return load(f"{CONFIGS / 'quickstart.py'}:compare,runlocal", overrides)
+
+
+def cells(text: str) -> list[list[str]]:
+    """A Markdown table as rows of cells, without its rule."""
+    rows = [[c.strip() for c in line.strip().strip("|").split("|")] for line in text.splitlines()]
+    assert set("".join(rows[1])) <= set("-:")
+    return [rows[0], *rows[2:]]
+
+
+def percent(*values: float) -> list[str]:
+    return [f"{value:.1%}" for value in values]
+
+
+def figures(wins: int, n: int, *, turns: float = 5.0, repeated: float = 0.0) -> dict[str, Any]:
+    interval = binomtest(wins, n).proportion_ci(0.95, method="wilson")
+    return {
+        "success": wins / n,
+        "n": n,
+        "ci95": list(interval),
+        "turns": turns,
+        "repeated": repeated,
+    }
+
+
+# --- One run of many
+
+
+def test_a_variant_is_its_own_changes_and_its_seed() -> None:
+    config = comparison()
+    one = compare.variant(config, "opd", 5)
+    assert (one.seed, one.compare.methods, one.compare.seeds) == (5, (), ())
+    expected = ConfigDict(config.to_dict())
+    expected.seed = 5
+    expected.compare.methods, expected.compare.seeds = (), ()
+    expected.objective.update(config.compare.variants.opd.objective.to_dict())
+    assert one == FrozenConfigDict(expected)
+    assert config == comparison(), "the config that it came from should be as it was"
+
+
+def test_a_method_without_a_variant_is_named() -> None:
+    with pytest.raises(ValueError, match=r"`compare.methods`.*sft.*'ppo'"):
+        compare.variant(comparison(), "ppo", 0)
+
+
+def scripted(calls: list, wins: dict[str, list[int]]) -> compare.Run:
+    """In place of training: notes what it was asked for and leaves what a run leaves."""
+
+    def run(config: FrozenConfigDict, workdir: Path) -> dict[str, Any]:
+        method, seed = workdir.parent.name, config.seed
+        calls.append((seed, method, config.eval.who))
+        workdir.mkdir(parents=True)
+        (workdir / "metrics.jsonl").write_text("")
+        others = {who: {"valid_seen": figures(1, 10)} for who in config.eval.who}
+        return others | {"after": {"valid_seen": figures(wins[method][seed], 10)}}
+
+    return run
+
+
+def test_seeds_come_round_by_round_and_references_are_evaluated_once(tmp_path: Path) -> None:
+    config = comparison("--config.compare.methods=opd,sage", "--config.compare.seeds=0,1")
+    calls: list = []
+    wins = {"opd": [1, 2], "sage": [3, 4]}
+    text = compare.compare(config, tmp_path, run=scripted(calls, wins))
+    who = config.eval.who
+    assert calls == [(0, "opd", who), (0, "sage", ()), (1, "opd", ()), (1, "sage", ())]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["eval"].keys() == set(who)
+    assert {
+        method: [run["valid_seen"]["success"] for run in runs]
+        for method, runs in summary["compare"].items()
+    } == {"opd": [0.1, 0.2], "sage": [0.3, 0.4]}
+    assert (tmp_path / "comparison.md").read_text() == text + "\n"
+    assert [row[0] for row in cells(text)[1:]] == [*who, "opd", "sage"]
+
+
+@pytest.mark.parametrize("who", ["", "expert"])
+def test_a_comparison_with_few_references_or_none_has_its_table(who: str, tmp_path: Path) -> None:
+    config = comparison(
+        "--config.compare.methods=opd", "--config.compare.seeds=0", f"--config.eval.who={who}"
+    )
+    text = compare.compare(config, tmp_path, run=scripted([], {"opd": [5]}))
+    assert [row[0] for row in cells(text)[1:]] == [*filter(None, [who]), "opd"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["--config.compare.methods=opd,ppo"],
+        # SFT brings its own source; OPD cannot learn from players.
+        ["--config.compare.methods=sft,opd", "--config.data.source=players"],
+    ],
+)
+def test_a_method_that_cannot_run_is_found_before_the_first_runs(
+    overrides: list[str], tmp_path: Path
+) -> None:
+    calls: list = []
+    config = comparison("--config.compare.seeds=0", *overrides)
+    with pytest.raises(ValueError, match=r"`compare.methods`|`data.source`"):
+        compare.compare(config, tmp_path, run=scripted(calls, {"opd": [1], "sft": [1]}))
+    assert calls == []
+
+
+# --- The table
+
+
+def test_cells_by_hand() -> None:
+    references = {"before": {"seen": figures(3, 10), "unseen": figures(1, 10)}}
+    runs = [
+        {"seen": figures(6, 10), "unseen": figures(5, 10, turns=4.0, repeated=0.1)},
+        {"seen": figures(8, 10), "unseen": figures(6, 10, turns=5.0, repeated=0.3)},
+        {"seen": figures(7, 10), "unseen": figures(9, 10, turns=6.0, repeated=0.2)},
+    ]
+    judge = {"sage": {"skipped": "41.0%", "judge precision": "80.0%", "judge recall": "60.0%"}}
+    header, before, sage = cells(compare.comparison_table(references, {"sage": runs}, judge=judge))
+    assert header == [
+        *("method", "seen", "unseen", "turns", "repeated"),
+        *("skipped", "judge precision", "judge recall"),
+    ]
+
+    low, high = binomtest(3, 10).proportion_ci(0.95, method="wilson")
+    assert before[:2] == ["before", "30.0% [{}, {}]".format(*percent(low, high))]
+    assert before[3:] == [""] * 5
+
+    # 21 of 30 episodes; over seeds 0.6, 0.8, 0.7: mean 0.7, deviation 0.1.
+    low, high = binomtest(21, 30).proportion_ci(0.95, method="wilson")
+    half = t.ppf(0.975, 2) * 0.1 / np.sqrt(3)
+    over_seeds = percent(0.7 - half, 0.7 + half)
+    assert sage[1] == "70.0% [{}, {}]; seeds [{}, {}]".format(*percent(low, high), *over_seeds)
+
+    # 20 of 30; over seeds 0.5, 0.6, 0.9: the interval leaves [0, 1] and is cut.
+    low, high = binomtest(20, 30).proportion_ci(0.95, method="wilson")
+    half = t.ppf(0.975, 2) * sem([0.5, 0.6, 0.9])
+    mean = 2 / 3
+    assert mean + half > 1
+    assert sage[2] == "66.7% [{}, {}]; seeds [{}, 100.0%]".format(*percent(low, high, mean - half))
+    # Turns and repetition are those of the last split.
+    assert sage[3:] == ["5.0", "20.0%", "41.0%", "80.0%", "60.0%"]
+
+
+def test_one_seed_has_no_interval_over_seeds() -> None:
+    runs = [{"seen": figures(6, 10)}]
+    _, row = cells(compare.comparison_table({}, {"opd": runs}, judge={}))
+    low, high = binomtest(6, 10).proportion_ci(0.95, method="wilson")
+    assert row == ["opd", "60.0% [{}, {}]".format(*percent(low, high)), "5.0", "0.0%", "", "", ""]
+
+
+def test_figures_of_the_judge_are_means_over_updates_and_seeds(tmp_path: Path) -> None:
+    lines = {
+        ("sage", 0): [
+            {"verdict/skip": 0.2, "judge/precision": 0.5, "judge/recall": 0.1},
+            {"verdict/skip": 0.4, "judge/recall": 0.2},  # nothing was wanted corrected
+        ],
+        ("sage", 1): [{"verdict/skip": 0.9, "judge/precision": 1.0, "judge/recall": 0.6}],
+        ("opd", 0): [{"loss": 1.0}],
+        ("opd", 1): [{"loss": 1.0}],
+    }
+    for (method, seed), content in lines.items():
+        folder = tmp_path / method / f"seed-{seed}"
+        folder.mkdir(parents=True)
+        text = "".join(json.dumps(line) + "\n" for line in content)
+        (folder / "metrics.jsonl").write_text(text)
+    config = comparison("--config.compare.methods=opd,sage", "--config.compare.seeds=0,1")
+    assert compare.judge_figures(config, tmp_path) == {
+        "sage": {"skipped": "50.0%", "judge precision": "75.0%", "judge recall": "30.0%"}
+    }
+
+
+# --- End to end
+
+
+def test_a_small_comparison_from_end_to_end_and_again(
+    command: Callable, small: tuple, tmp_path: Path
+) -> None:
+    flags = (
+        f"--config={CONFIGS / 'quickstart.py'}:compare,runlocal",
+        *small,
+        "--config.compare.methods=sft,sage",
+        "--config.compare.seeds=0,1",
+        "--config.train.updates=1",
+        "--config.eval.tasks=4",
+        "--config.eval.who=before,expert",
+        f"--workdir={tmp_path}",
+    )
+    done = command("train", *flags)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "comparison.md").read_text()
+    assert done.stdout.endswith(text)
+    assert [row[0] for row in cells(text)[1:]] == ["before", "expert", "sft", "sage"]
+
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["eval"].keys() == {"before", "expert"}
+    assert {method: len(runs) for method, runs in summary["compare"].items()} == {
+        "sft": 2,
+        "sage": 2,
+    }
+    pairs = [(method, seed) for method in ("sft", "sage") for seed in (0, 1)]
+    runs = [tmp_path / method / f"seed-{seed}" for method, seed in pairs]
+    losses = [json.loads((run / "metrics.jsonl").read_text())["loss"] for run in runs]
+    assert len(set(losses)) == 4, "methods and seeds should differ"
+    for run, (method, seed) in zip(runs, pairs, strict=True):
+        after = json.loads((run / "summary.json").read_text())["eval"]["after"]
+        assert summary["compare"][method][seed] == after
+        assert json.loads((run / "config.json").read_text())["seed"] == seed
+
+    def kept() -> dict[str, bytes]:
+        return {
+            str(path): path.read_bytes()
+            for run in runs
+            for path in [run / "metrics.jsonl", *(run / "checkpoints").rglob("*")]
+            if path.is_file()
+        }
+
+    before = kept()
+    again = command("train", *flags)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("resuming after update 1 of 1") == 4
+    assert "tok/s" not in again.stdout
+    assert kept() == before
+    assert (tmp_path / "comparison.md").read_text() == text
