@@ -2,7 +2,9 @@
 
     ./launch/local.sh --config=configs/household_pair.py:who=teacher --workdir=runs/teacher
     ./launch/local.sh --config=configs/household_pair.py:who=student --workdir=runs/student
-    python -m opd_jax.export --workdir=runs/teacher --out=opd_jax/pair/teacher
+    .venv/bin/python -m opd_jax.export --workdir=runs/teacher --out=runs/teacher/model
+
+The folders `runs/*/model` then take the places of those in `opd_jax/pair`.
 
 The teacher imitates the household's expert, whose turns carry the "Thought:" line, on episodes
 that other players disturb: their turns stay in the history without loss, so it learns to go on from

@@ -16,4 +16,4 @@ if [[ " $* " != *" --workdir"* && " $* " != *" --help"* ]]; then
   name=$(basename "$config" | sed -e 's/\.py//' -e 's/[^A-Za-z0-9_.=-]/-/g')
   workdir=(--workdir="runs/${name:-run}")
 fi
-exec .venv/bin/python -m opd_jax.train "$@" "${workdir[@]}"
+exec .venv/bin/python -m opd_jax.train "$@" ${workdir[@]+"${workdir[@]}"}

@@ -230,6 +230,9 @@ def validate(config: ConfigDict) -> None:
     ):
         if _field(config, field) < 1:
             raise ValueError(f"`{field}`: expected at least 1, got {_field(config, field)}")
+    for field, (low, high) in _RANGES.items():
+        if not low <= _field(config, field) <= high:
+            raise ValueError(f"`{field}`: expected {low} to {high}, got {_field(config, field)}")
     if data.source != "players" and rollout.batch % train.micro_batches:
         raise ValueError(
             f"`rollout.batch` = {rollout.batch} does not divide into `train.micro_batches` = "
@@ -270,8 +273,29 @@ _CHOICES = {
     ),
     "objective.normalize": ("all_tokens", "active_tokens", "none"),
     "objective.scope": ("batch", "trajectory"),
+    "optimizer.schedule": ("constant", "cosine", "linear"),
     "judge.decode": ("constrained", "generate"),
     "judge.context": ("table9", "+feedback"),
+}
+
+
+# Inclusive bounds; outside them an update would climb instead of descend, or divide by zero.
+_RANGES = {
+    "seed": (0, 2**31 - 1),
+    "objective.weak_weight": (0.0, 1.0),
+    "objective.confidence_temperature": (0.0, math.inf),
+    "objective.eps": (1e-30, 1.0),
+    "objective.max_z": (0.0, math.inf),
+    "rollout.temperature": (0.0, math.inf),
+    "rollout.top_k": (0, math.inf),
+    "rollout.top_p": (1e-9, 1.0),
+    "eval.temperature": (0.0, math.inf),
+    "judge.admissible_shown": (0, math.inf),
+    "judge.agreement_every": (0, math.inf),
+    "optimizer.learning_rate": (0.0, math.inf),
+    "optimizer.weight_decay": (0.0, math.inf),
+    "optimizer.clip_norm": (0.0, math.inf),
+    "optimizer.warmup_updates": (0, math.inf),
 }
 
 
@@ -295,6 +319,11 @@ def _check_objective(config: ConfigDict) -> None:
         raise ValueError(
             "`objective.divergence` = 'cross_entropy' has no verdicts or confidence: set "
             "`objective.intervention` and `objective.confidence` to False"
+        )
+    if objective.divergence == "sampled_reverse_kl" and data.source != "on_policy":
+        raise ValueError(
+            "`objective.divergence` = 'sampled_reverse_kl' is an estimate from the student's own "
+            "samples: set `data.source` to on_policy"
         )
     if not distils and data.source == "on_policy":
         raise ValueError(

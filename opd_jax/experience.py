@@ -138,8 +138,9 @@ class Rollouts:
         if settings.agreement_every and step % settings.agreement_every == 0:
             other = "generate" if settings.decode == "constrained" else "constrained"
             second = judge(other, self._teacher.params)
-            same = (second.verdict == judgement.verdict) & judgement.asked
-            metrics["judge/decodings_agree"] = (same.sum(), judgement.asked.sum())
+            answered = judgement.asked & ~judgement.unparsable & ~second.unparsable
+            same = (second.verdict == judgement.verdict) & answered
+            metrics["judge/decodings_agree"] = (same.sum(), answered.sum())
             metrics[f"judge/unparsable_{other}"] = (second.unparsable.sum(), second.asked.sum())
         return judgement.verdict, metrics
 

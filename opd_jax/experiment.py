@@ -199,7 +199,16 @@ def make_player(name: str, settings: FrozenConfigDict) -> MakePlayer:
 def make_agent(
     model: LoadedModel, rollout: FrozenConfigDict, *, temperature: float | None = None
 ) -> Agent:
-    """An agent from `config.rollout`; `temperature` replaces the one for training."""
+    """An agent from `config.rollout`; `temperature` replaces the one for training.
+
+    Raises:
+      ValueError: the cache is longer than what the model was made for.
+    """
+    if rollout.context_tokens > model.config.max_positions:
+        raise ValueError(
+            f"`rollout.context_tokens` = {rollout.context_tokens} exceeds the "
+            f"{model.config.max_positions} positions of `{model.folder}`; lower it"
+        )
     return Agent(
         model=model.config,
         tokenizer=model.tokenizer,

@@ -274,9 +274,11 @@ def fused_scores(
             f"{student_head.shape[1]} of `student_head`: slice padded vocabularies to equal size"
         )
     frozen_hidden, frozen_head = jax.lax.stop_gradient((teacher_hidden, teacher_head))
+    # The head's gradient is summed over the chunks in the dtype it has outside the scan.
+    master_head = student_head.astype(jnp.float32)
     chunk = partial(_score_chunk, beta=beta, confidence_temperature=confidence_temperature)
     return _scan_chunks(
-        lambda s, t, target: chunk(s, student_head, t, frozen_head, target),
+        lambda s, t, target: chunk(s, master_head.astype(s.dtype), t, frozen_head, target),
         (student_hidden, frozen_hidden, targets),
         chunk_size=chunk_size,
     )
@@ -322,8 +324,10 @@ def fused_cross_entropy(
     """
     _check_heads("student", hidden, head)
 
+    master_head = head.astype(jnp.float32)  # see `fused_scores`
+
     def chunk(h: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-        log_p = jax.nn.log_softmax(_logits(h, head))
+        log_p = jax.nn.log_softmax(_logits(h, master_head.astype(h.dtype)))
         return -_pick(log_p, target), _entropy(jax.lax.stop_gradient(log_p))
 
     return _scan_chunks(chunk, (hidden, targets), chunk_size=chunk_size)

@@ -86,9 +86,12 @@ def judge_prompt(task: Task, turn: Turn, *, admissible_shown: int, context: str)
 
 
 def parse_label(answer: str) -> int:
-    """The first of the three words in an answer, in any case, or `UNPARSABLE`."""
-    found = re.search(r"\b(SKIP|WEAK|STRONG)\b", answer, re.IGNORECASE)
-    return Verdict[found.group(1).upper()] if found else UNPARSABLE
+    """The one of the three words that an answer holds, in any case, or `UNPARSABLE`.
+
+    An answer that weighs two of them against each other has not chosen.
+    """
+    found = {word.upper() for word in re.findall(r"\b(SKIP|WEAK|STRONG)\b", answer, re.IGNORECASE)}
+    return Verdict[found.pop()] if len(found) == 1 else UNPARSABLE
 
 
 @dataclass(frozen=True)
@@ -257,7 +260,7 @@ def generate_labels(params: Params, prompts: Sequence[list[int]], *, judge: Judg
             params,
             cache,
             tokens[np.arange(rows), lengths - 1],
-            np.full(rows, judge.max_new_tokens, np.int32),
+            np.where(np.arange(rows) < count, judge.max_new_tokens, 0).astype(np.int32),
             jax.random.split(jax.random.key(0), rows),  # greedy: never drawn from
             jnp.asarray(judge.chat.stop_ids, jnp.int32),
             config=judge.model,

@@ -23,7 +23,7 @@ from opd_jax import config as cfg
 from opd_jax import experiment
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.compare import compare
-from opd_jax.evaluate import evaluate_model, evaluate_player, results_table
+from opd_jax.evaluate import evaluate_model, evaluate_player, panel_size, results_table
 from opd_jax.experience import VERDICT_NAMES, Experience, Source, make_source
 from opd_jax.experiment import LoadedModel
 from opd_jax.mesh import make_mesh, shard_batch
@@ -60,7 +60,7 @@ def run(config: FrozenConfigDict, workdir: Path) -> dict[str, Any]:
     if done:
         print(f"resuming after update {done} of {config.train.updates}", flush=True)
 
-    results = _evaluate_others(config, student, teacher, workdir, write=write)
+    results = _evaluate_others(config, student, teacher, workdir, stop, write=write)
     source = make_source(config, student=student, teacher=teacher, cursor=meta["cursor"])
     train_step = make_train_step(
         student=student.config,
@@ -75,6 +75,7 @@ def run(config: FrozenConfigDict, workdir: Path) -> dict[str, Any]:
     resume_step = done if done else None
     lines = JsonlWriter(workdir / "metrics.jsonl", resume_step=resume_step, write=write)
     events = EventWriter(workdir / "events", resume_step=resume_step, write=write)
+    unmeasured = _unmeasured(config)
     with closing(source), closing(checkpoints), closing(lines), closing(events):
         while done < config.train.updates:
             clock = Stopwatch()
@@ -86,13 +87,15 @@ def run(config: FrozenConfigDict, workdir: Path) -> dict[str, Any]:
                 raw = jax.device_get(raw)
             done += 1
             metrics = update_metrics(raw, experience.metrics, clock)
+            metrics = {name: value for name, value in metrics.items() if name not in unmeasured}
             lines.write(done, metrics)
             events.write(done, metrics)
             _check_finite(done, raw, workdir)
             print(_progress(done, config.train.updates, metrics), flush=True)
-            if done % config.checkpoint.every == 0 or done == config.train.updates or stop.is_set:
+            stopping = stop.is_set  # read once: the signal may come at any moment
+            if done % config.checkpoint.every == 0 or done == config.train.updates or stopping:
                 checkpoints.save(done, state, {"cursor": source.cursor})
-            if stop.is_set:
+            if stopping:
                 checkpoints.wait()
                 print(f"stopped by SIGTERM; update {done} is saved in {workdir}", flush=True)
                 raise SystemExit(0)
@@ -100,6 +103,8 @@ def run(config: FrozenConfigDict, workdir: Path) -> dict[str, Any]:
     results["after"] = evaluate_model(config, student, state.params)
     write_summary(workdir / "summary.json", {"eval": results}, write=write)
     print(results_table(results), flush=True)
+    if stop.is_set:
+        raise SystemExit(0)
     return results
 
 
@@ -118,9 +123,12 @@ def _start(
 
 
 def _refuse_another_config(config: FrozenConfigDict, workdir: Path) -> None:
-    """A run is continued as it was started, or its two parts belong to different experiments."""
+    """A run is continued as it was started, or its two parts belong to different experiments.
+
+    Until it has saved something there is nothing to continue, and a mistake may be corrected.
+    """
     path = workdir / "config.json"
-    if path.exists():
+    if path.exists() and any((workdir / "checkpoints").glob("[0-9]*")):
         changed = cfg.differences(cfg.read_stored(path), config, ignore=_FREE_FIELDS)
         if changed:
             raise ValueError(
@@ -131,7 +139,7 @@ def _refuse_another_config(config: FrozenConfigDict, workdir: Path) -> None:
 
 def _store_config(config: FrozenConfigDict, workdir: Path) -> None:
     path = workdir / "config.json"
-    if not path.exists() and jax.process_index() == 0:
+    if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         # Renamed when whole: half a file left by a kill would refuse every continuation.
         partial = path.with_name("config.json.tmp")
@@ -144,6 +152,7 @@ def _evaluate_others(
     student: LoadedModel,
     teacher: LoadedModel | None,
     workdir: Path,
+    stop: "_Stop",
     *,
     write: bool,
 ) -> dict[str, Any]:
@@ -151,7 +160,7 @@ def _evaluate_others(
     results = read_summary(workdir / "summary.json").get("eval", {})
     results.pop("after", None)  # of an earlier continuation with other `eval` settings
     for who in config.eval.who:
-        if who in results:
+        if _same_panel(results.get(who), config):
             continue
         if who == "before":
             results[who] = evaluate_model(config, student, student.params)
@@ -162,7 +171,30 @@ def _evaluate_others(
         write_summary(workdir / "summary.json", {"eval": {who: results[who]}}, write=write)
         shares = ", ".join(f"{s} {r['success']:.1%}" for s, r in results[who].items())
         print(f"{who}: success {shares}", flush=True)
+        if stop.is_set:
+            print(f"stopped by SIGTERM; what is evaluated is in {workdir}", flush=True)
+            raise SystemExit(0)
     return results
+
+
+def _unmeasured(config: FrozenConfigDict) -> set[str]:
+    """Metrics that this config's updates do not compute: left out, since they are not zero."""
+    objective, names = config.objective, set()
+    if not objective.confidence:
+        names |= {"confidence", "by_turn/confidence"}
+    if objective.divergence == "cross_entropy":
+        names |= {"teacher_entropy"}
+    if objective.scope == "trajectory":  # each trajectory has a Z of its own
+        names |= {"z", "raw_weight", "by_turn/raw_weight"}
+    if config.data.source != "on_policy":  # the tokens are not the student's samples
+        names |= {"logprob_error"}
+    return names
+
+
+def _same_panel(result: dict[str, Any] | None, config: FrozenConfigDict) -> bool:
+    """Whether stored figures are of the splits and sizes that this config asks for."""
+    sizes = {split: panel_size(config, split) for split in config.eval.splits}
+    return result is not None and {split: r["n"] for split, r in result.items()} == sizes
 
 
 def _draw(source: Source, state: TrainState, clock: Stopwatch) -> Experience:
@@ -249,6 +281,7 @@ class _Stop:
 
 
 def _stop_on_sigterm() -> _Stop:
+    # A new flag each run is safe: a run that saw the signal ends the process.
     stop = _Stop()
 
     def on_signal(signum: int, frame: object) -> None:

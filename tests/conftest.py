@@ -167,6 +167,12 @@ def small() -> tuple[str, ...]:
         "--config.rollout.chunk=24",
         "--config.eval.tasks=4",
         "--config.eval.batch=4",
+        # One length of everything, and so one program of each kind to compile.
+        "--config.rollout.extend_widths=48",
+        "--config.train.length_multiple=192",
+        "--config.train.response_multiple=72",
+        "--config.judge.length_multiple=256",
+        "--config.judge.batch=16",
     )
 
 

@@ -181,7 +181,7 @@ def test_a_run_of_the_comparison_is_the_run_of_its_argument(method: str, arg: st
 def test_teacher_and_student_of_the_pair_differ_in_size_and_in_whom_they_imitate() -> None:
     teacher = load(str(CONFIGS / "household_pair.py:who=teacher"), [])
     student = load(str(CONFIGS / "household_pair.py:who=student"), [])
-    assert (teacher.data.player, student.data.player) == ("expert", "careless")
+    assert (teacher.data.player, student.data.player) == ("expert", "forgetful")
     assert teacher.data.judge_examples > 0
     assert student.data.judge_examples == 0
     assert student.new_model.d_model < teacher.new_model.d_model
