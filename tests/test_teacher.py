@@ -211,14 +211,16 @@ def test_the_question_is_the_chat_templates_only_message(random_judge: Judge) ->
         ("SKIP", Verdict.SKIP),
         ("weak.", Verdict.WEAK),
         ("My verdict: **Strong**", Verdict.STRONG),
-        ("STRONG, not SKIP", Verdict.STRONG),
+        ("skip. Skip", Verdict.SKIP),
+        ("STRONG, not SKIP", UNPARSABLE),
+        ("I would not SKIP this: STRONG", UNPARSABLE),
         ("skipping", UNPARSABLE),
         ("WEAKSTRONG", UNPARSABLE),
         ("DET_FAIL", UNPARSABLE),
         ("", UNPARSABLE),
     ],
 )
-def test_the_first_whole_word_is_the_label(answer: str, label: int) -> None:
+def test_the_one_whole_word_is_the_label(answer: str, label: int) -> None:
     assert teacher.parse_label(answer) == label
 
 
