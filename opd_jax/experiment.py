@@ -1,7 +1,6 @@
 """From a config to live objects: models, environments, agents, judges.
 
-The only file that reads configs and builds things from them; everything it calls takes keyword
-arguments.
+Everything it calls takes keyword arguments: below this file nothing knows of configs.
 """
 
 import dataclasses
