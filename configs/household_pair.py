@@ -58,7 +58,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         player="expert" if is_teacher else "forgetful",
         # Share of turns that a distractor plays, at most; one of them is drawn for each episode.
         distraction=0.3,
-        distractors=("careless", "clumsy", "random") if is_teacher else ("clumsy",),
+        distractors=(
+            ("careless", "clumsy", "mistaken", "random") if is_teacher else ("clumsy", "mistaken")
+        ),
         careless=dict(skip_step=0.7, list_order=0.8, ignore_closed=0.4, idle=0.15, forget=0.7),
         forgetful=dict(skip_step=0.8, forget=0.8),
         window=128,  # episodes generated together
@@ -83,7 +85,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if is_teacher:
         config.env.update(ConfigDict(dict(size="large", max_turns=30)))
         config.rollout.context_tokens = 896
-    config.train.updates = 8000 if is_teacher else 6000
+    config.train.updates = 8000 if is_teacher else 9000
     config.train.length_multiple = 128
     config.train.response_multiple = 256
     config.eval.who = ("expert", "random")

@@ -39,6 +39,7 @@ def _household(config: FrozenConfigDict) -> dict[str, MakePlayer]:
         "careless": of(players.Careless, "careless"),
         "forgetful": of(players.Forgetful, "forgetful"),
         "clumsy": of(players.Clumsy),
+        "mistaken": of(players.Mistaken),
         "random": lambda task, first, rng: players.Random(rng=rng),
     }
 

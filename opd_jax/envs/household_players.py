@@ -9,9 +9,12 @@ about before saying how it came out: what is in hand or looked for, its state, w
 whether the likely place is in the room. So each word is easy to predict from the text so far.
 """
 
+import copy
 import itertools
 import random
 import re
+from collections.abc import Callable
+from functools import partial
 
 from opd_jax.envs.base import Observation, Task
 from opd_jax.envs.household_scenes import (
@@ -507,6 +510,60 @@ class Clumsy(Expert):
         if choice < 0.9:
             return f"take {name} from {memory.at}"
         return f"move {name} to {memory.at}"
+
+
+class Mistaken(Expert):
+    """Thinks as the expert does, from a picture of the world in which one thing is wrong.
+
+    Each turn another thing: it sees what is not there, believes its hand full or empty, an untreated
+    object treated, a place of the room where there is none, has forgotten where it searched, or
+    mixes up what the goal asks for. So its thoughts claim something false in the expert's own
+    words, as a model's mistakes do.
+    """
+
+    def decide(self) -> tuple[str, str]:
+        """What the expert would do if the world were as this player believes."""
+        mind = copy.copy(self)
+        mind.memory = copy.deepcopy(self.memory)
+        mistakes = self.holding(mind) if mind.memory.hand else self.searching(mind)
+        self.random_item(mistakes)()
+        return Expert.decide(mind)
+
+    def holding(self, mind: Expert) -> list[Callable[[], object]]:
+        """Mistakes with something in hand; calling one puts it into `mind`."""
+        memory = mind.memory
+        elsewhere = self.random_item(sorted({kind_of(place) for place in memory.places}))
+        mistakes = [partial(setattr, memory, "hand", "")]
+        if mind.target:
+            mistakes.append(partial(setattr, mind, "target", elsewhere))
+        if mind.state:
+            known = mind.state in memory.states.get(memory.hand, ())
+            states = set() if known else {mind.state}
+            mistakes.append(partial(memory.states.update, {memory.hand: states}))
+            mistakes.append(partial(setattr, mind, "tool", elsewhere))
+        return mistakes
+
+    def searching(self, mind: Expert) -> list[Callable[[], object]]:
+        """Mistakes with an empty hand; calling one puts it into `mind`."""
+        memory, at = mind.memory, mind.memory.at
+        imagined = f"{mind.wanted} {1 + int(self.rng.random() * 2)}"
+        searched = mind.of_type(mind.likely_types(mind.wanted)[0])
+        one_more = f"{mind.likely_types(mind.wanted)[0]} {len(searched) + 1}"
+
+        def miscount() -> None:
+            memory.places.append(one_more)
+            memory.content = {place: [] for place in searched} | memory.content
+
+        mistakes = [partial(setattr, memory, "hand", imagined), miscount]
+        if at:
+            inside = memory.content.get(at, [])
+            mistakes.append(partial(memory.content.update, {at: [*inside, imagined]}))
+            mistakes.append(memory.content.clear)
+            others = {kind_of(name) for name in inside} - {mind.wanted}
+            mistakes += [partial(setattr, mind, "wanted", kind) for kind in sorted(others)[:1]]
+        if at in memory.shut:
+            mistakes.append(partial(memory.content.update, {at: []}))
+        return mistakes
 
 
 class Random:
