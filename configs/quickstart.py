@@ -70,6 +70,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
         context_tokens=640,
         extend_widths=(16,),
         chunk=32,
+        history_turns=0,  # earlier turns in a context, at most; 0: all
+        per_task=1,  # episodes of each task; a batch then has fewer tasks
+        depth_start=0,  # turns that episodes are cut to in the first update; 0: never cut
+        depth_every=1,  # updates until they may have one more
     )
 
     config.objective = dict(
@@ -79,6 +83,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         confidence=True,
         confidence_temperature=1.0,
         weak_weight=0.5,
+        entropy_bonus=0.0,  # more weight for tokens at which the teacher is uncertain; 0: none
+        entropy_threshold=0.8,  # nats
         normalize="all_tokens",  # active_tokens, none
         scope="batch",  # trajectory
         eps=1e-8,

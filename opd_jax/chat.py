@@ -18,6 +18,9 @@ _ROLES = {"s": "system", "u": "user", "a": "assistant"}
 # prompts. This is the date that those templates fall back to where there is no clock.
 DATE_STRING = "26 Jul 2024"
 
+# The response that stands for earlier ones where a context shows the last few turns only.
+LEFT_OUT = "(Earlier turns are left out.)"
+
 
 @dataclass(frozen=True)
 class ChatFormat:
@@ -119,6 +122,10 @@ class ChatFormat:
         ids = self._join(self.following, (user,))
         # Dropped as a token and not as text: a special token may swallow the space behind it.
         return ids[ids.index(self.stop_ids[0]) + 1 :] if ended else ids
+
+    def left_out(self) -> list[int]:
+        """Token ids of the content `LEFT_OUT`, as of a response without its end."""
+        return self.tokenizer.encode(LEFT_OUT, add_special_tokens=False)
 
     def _join(self, texts: tuple[str, ...], contents: tuple[str, ...]) -> list[int]:
         """Token ids of texts and contents in turn; special tokens are read in `texts` only."""

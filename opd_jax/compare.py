@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from opd_jax.config import validate
+from opd_jax.evaluate import split_label
 from opd_jax.intervals import mean_interval, wilson_interval
 from opd_jax.report import table, write_summary
 
@@ -67,15 +68,17 @@ def comparison_table(
     Beside it the Wilson interval over all episodes, which takes them as independent although the
     seeds share their tasks.
     """
-    splits = list(next(iter(results.values()))[0])
-    last = splits[-1]
-    turns, repeated = f"turns, {last}", f"repeated, {last}"
+    figures = next(iter(results.values()))[0]
+    labels = {split: split_label(split, figures[split]) for split in figures}
+    last = list(labels)[-1]
+    score, turns, repeated = (f"{name}, {labels[last]}" for name in ("score", "turns", "repeated"))
     rows = []
     for who, result in references.items():
-        rows.append({"method": who} | {s: _episodes(result[s]) for s in splits})
+        row = {"method": who} | {label: _episodes(result[s]) for s, label in labels.items()}
+        rows.append(row | {score: f"{result[last]['score']:.2f}"})
     for method, runs in results.items():
         row = {"method": method}
-        for split in splits:
+        for split, label in labels.items():
             shares = [run[split]["success"] for run in runs]
             n = sum(run[split]["n"] for run in runs)
             low, high = wilson_interval(round(sum(s * n / len(runs) for s in shares)), n)
@@ -83,12 +86,17 @@ def comparison_table(
             if len(shares) > 1:
                 low, high = mean_interval(shares)
                 cell += f"; seeds [{max(low, 0):.1%}, {min(high, 1):.1%}]"
-            row[split] = cell
+            row[label] = cell
+        row[score] = f"{np.mean([run[last]['score'] for run in runs]):.2f}"
         row[turns] = f"{np.mean([run[last]['turns'] for run in runs]):.1f}"
         row[repeated] = f"{np.mean([run[last]['repeated'] for run in runs]):.1%}"
         row |= judge.get(method, {})
         rows.append(row)
-    columns = ["method", *splits, turns, repeated, "skipped", "judge precision", "judge recall"]
+    every = [run for runs in results.values() for run in runs]
+    # Shown where they say more than success.
+    scored = [score] if any(run[last]["score"] != run[last]["success"] for run in every) else []
+    columns = ["method", *labels.values(), *scored, turns, repeated]
+    columns += ["skipped", "judge precision", "judge recall"]
     return table([{c: row.get(c, "") for c in columns} for row in rows], columns)
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from opd_jax.chat import ChatFormat
 from opd_jax.envs.base import Env, Observation, Task
+from opd_jax.losses import NO_TURN
 from opd_jax.trajectory import Conversation, open_conversation, record_turn
 
 
@@ -106,10 +107,8 @@ def demonstrate(
         if len(conversation.tokens) + len(tokens) > context_tokens:
             conversation.end = "context"
             break
-        if step.strayed:
-            conversation.append_given(tokens)
-        else:
-            conversation.append_sampled(tokens, [0.0] * len(tokens), len(conversation.turns))
+        turn = NO_TURN if step.strayed else len(conversation.turns)
+        conversation.append_response(tokens, [0.0] * len(tokens), turn)
         record_turn(conversation, step.before, step.response, "stop_token", step.after)
         if step.after.done:
             break

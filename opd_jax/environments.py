@@ -11,11 +11,11 @@ from opd_jax.envs.workers import Worker
 # `env.name` to a module and what makes the environment there, from the other fields of `env`.
 # Imported when asked for: all but the household need an extra.
 _ENVS = {
-    "household": ("household", "Household"),
-    "alfworld": ("alfworld", "AlfWorld"),
-    "scienceworld": ("scienceworld", "ScienceWorld"),
-    "searchqa": ("searchqa", "open_searchqa"),
-    "factbookqa": ("factbook", "FactbookQA"),
+    "household": ("household.env", "Household"),
+    "alfworld": ("alfworld.env", "AlfWorld"),
+    "scienceworld": ("scienceworld.env", "ScienceWorld"),
+    "searchqa": ("search.searchqa", "open_searchqa"),
+    "factbookqa": ("search.factbook", "FactbookQA"),
 }
 # Fields of `env` that are not the environment's own.
 _AROUND = ("name", "workers", "start_timeout_s", "step_timeout_s")
@@ -52,6 +52,15 @@ def split_size(env: Env, field: str, split: str) -> int:
     if size < 1:
         raise ValueError(f"`{field}`: split {split!r} has no tasks; choose another or fill it")
     return size
+
+
+def benchmark_splits(settings: FrozenConfigDict) -> tuple[str, ...]:
+    """The splits whose mean is a benchmark's figure; () where each split stands for itself."""
+    if settings.name != "searchqa":
+        return ()
+    from opd_jax.envs.search.searchqa_data import SETS
+
+    return tuple(SETS)
 
 
 def check_splits(config: FrozenConfigDict) -> None:

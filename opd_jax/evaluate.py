@@ -9,10 +9,10 @@ judgement of the turns agrees with the environment's own labels.
 
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ from opd_jax import agreement, environments, experiment
 from opd_jax.config import check_same_run, fail, parse_command_line, validate
 from opd_jax.demonstrations import play_out
 from opd_jax.experiment import LoadedModel
-from opd_jax.intervals import mean_interval, wilson_interval
+from opd_jax.intervals import average_interval, mean_interval, wilson_interval
 from opd_jax.mesh import make_mesh
 from opd_jax.model import Params
 from opd_jax.players import make_player
@@ -32,6 +32,8 @@ from opd_jax.teacher import judge
 from opd_jax.trajectory import Conversation
 
 POLICIES = ("model", "expert", "random")
+# Beside the splits, where all those of a benchmark are evaluated (`environments.benchmark_splits`).
+MACRO_AVERAGE = "macro_average"
 # What may differ from the config of the run in the workdir: it changes nobody's episodes, or stands
 # beside the figures.
 _FREE_FIELDS = ("eval", "checkpoint", "compare", "train", "judge", "mesh")
@@ -57,7 +59,7 @@ def play_model(
     for start in range(0, tasks, batch):
         panel = [(split, index) for index in range(start, min(start + batch, tasks))]
         keys = row_keys(rng, range(start, start + batch))
-        conversations += rollout(params, keys, agent=agent, envs=envs, tasks=panel)
+        conversations += rollout(params, keys, agent=agent, envs=envs, tasks=panel, depth=0)
     return conversations
 
 
@@ -73,12 +75,20 @@ def play_player(config: FrozenConfigDict, who: str, split: str) -> list[Conversa
 
 def panel_size(config: FrozenConfigDict, split: str) -> int:
     """How many tasks of a split are played: `eval.tasks`, or all where there are fewer."""
-    return min(config.eval.tasks, _tasks_in(config.env, split))
+    return min(config.eval.tasks, _panel(config.env, split).size)
+
+
+class _Panel(NamedTuple):
+    """How many tasks a split has, and which, as its environment says."""
+
+    size: int
+    digest: str
 
 
 @cache  # asked for again and again, and some environments take seconds to make
-def _tasks_in(settings: FrozenConfigDict, split: str) -> int:
-    return environments.split_size(environments.make_env(settings), "eval.splits", split)
+def _panel(settings: FrozenConfigDict, split: str) -> _Panel:
+    env = environments.make_env(settings)
+    return _Panel(environments.split_size(env, "eval.splits", split), env.digest(split))
 
 
 def summarize(conversations: Sequence[Conversation]) -> dict[str, object]:
@@ -90,7 +100,7 @@ def summarize(conversations: Sequence[Conversation]) -> dict[str, object]:
       `success` (share), `ci95` (Wilson interval of it), `score` and `score_ci95` (mean), `turns`
       (mean), `repeated` (share of turns that repeat an earlier action of their episode), `failed`
       (share of turns that failed deterministically), `n`, the number of those `broken`, which
-      `n` leaves out, and the mean of each of the environment's `measures`, 0 for an episode
+      `n` leaves out, and `measures`, the mean of each of the environment's, 0 for an episode
       without it.
 
     Raises:
@@ -117,7 +127,40 @@ def summarize(conversations: Sequence[Conversation]) -> dict[str, object]:
         "failed": sum(bool(t.failure) for c in played for t in c.turns) / max(turns, 1),
         "n": n,
         "broken": len(conversations) - n,
-        **{m: sum(c.measures.get(m, 0.0) for c in played) / n for m in sorted(measures)},
+        "measures": {m: sum(c.measures.get(m, 0.0) for c in played) / n for m in sorted(measures)},
+    }
+
+
+def macro_average(parts: Sequence[Mapping[str, Any]]) -> dict[str, object]:
+    """The means of figures over splits, each counting the same whatever its size.
+
+    Args:
+      parts: as from `summarize`.
+
+    Returns:
+      The same figures, with intervals from those of the parts (`intervals.average_interval`); `n`
+      and `broken` are sums.
+    """
+
+    def mean(values: Iterable[float]) -> float:
+        return float(np.mean(list(values)))
+
+    def interval(of: str, ends: str) -> list[float]:
+        return list(average_interval([(part[of], *part[ends]) for part in parts]))
+
+    return {
+        "success": mean(part["success"] for part in parts),
+        "ci95": interval("success", "ci95"),
+        "score": mean(part["score"] for part in parts),
+        "score_ci95": interval("score", "score_ci95"),
+        "turns": mean(part["turns"] for part in parts),
+        "repeated": mean(part["repeated"] for part in parts),
+        "failed": mean(part["failed"] for part in parts),
+        "n": sum(part["n"] for part in parts),
+        "broken": sum(part["broken"] for part in parts),
+        "measures": {
+            name: mean(part["measures"][name] for part in parts) for name in parts[0]["measures"]
+        },
     }
 
 
@@ -129,11 +172,11 @@ def evaluate_model(
     update: int,
     judging: LoadedModel | None,
 ) -> dict[str, dict]:
-    """`summarize` of a model on every split of `eval.splits`.
+    """`summarize` of a model on every split of `eval.splits`, and of all (`MACRO_AVERAGE`).
 
-    Beside the figures stands what they depend on: `update`, `temperature` and `seed`. With
-    `eval.judge` the model `judging` also judges every turn played, and how it agrees with the
-    environment's own labels is put under `judge` (`agreement.figures`).
+    Beside the figures stands what they depend on: the `digest` of the split's tasks, `update`,
+    `temperature` and `seed`. With `eval.judge` the model `judging` also judges every turn played,
+    and how it agrees with the environment's own labels is put under `judge` (`agreement.figures`).
 
     Args:
       config: of the run.
@@ -155,10 +198,23 @@ def evaluate_model(
             batch=config.eval.batch,
         )
         played_with = {name: config.eval[name] for name in ("temperature", "seed")}
-        results[split] = summarize(conversations) | {"update": update, **played_with}
+        results[split] = _figures(config, split, conversations) | {"update": update, **played_with}
         if config.eval.judge and judging is not None:
             results[split]["judge"] = measure_judge(config, judging, conversations)
-    return results
+    return _with_average(config, results)
+
+
+def _figures(
+    config: FrozenConfigDict, split: str, conversations: Sequence[Conversation]
+) -> dict[str, Any]:
+    return summarize(conversations) | {"digest": _panel(config.env, split).digest}
+
+
+def _with_average(config: FrozenConfigDict, results: dict[str, dict]) -> dict[str, dict]:
+    splits = environments.benchmark_splits(config.env)
+    if not splits or not results.keys() >= set(splits):
+        return results
+    return results | {MACRO_AVERAGE: macro_average([results[split] for split in splits])}
 
 
 def is_evaluated(
@@ -173,8 +229,10 @@ def is_evaluated(
     """
 
     def good(figures: Mapping[str, Any] | None, split: str) -> bool:
+        if figures is None or figures.get("digest") != _panel(config.env, split).digest:
+            return False
         # Figures that episodes are missing from are made again.
-        if figures is None or figures["n"] != panel_size(config, split):
+        if figures["n"] != panel_size(config, split):
             return False
         if "update" not in figures:  # a player
             return True
@@ -209,18 +267,37 @@ def measure_judge(
 
 
 def evaluate_player(config: FrozenConfigDict, who: str) -> dict[str, dict]:
-    """`summarize` of a player on every split of `eval.splits`."""
-    return {split: summarize(play_player(config, who, split)) for split in config.eval.splits}
+    """`summarize` of a player on every split of `eval.splits`, with `digest`, and of all."""
+    results = {
+        split: _figures(config, split, play_player(config, who, split))
+        for split in config.eval.splits
+    }
+    return _with_average(config, results)
+
+
+def split_label(split: str, figures: Mapping[str, Any]) -> str:
+    """A split's name in tables, with the label of its digest: `valid_seen (generated)`."""
+    label = figures.get("digest", "").rpartition("-")[0]
+    return f"{split} ({label})" if label else split
 
 
 def results_table(results: dict[str, dict]) -> str:
-    """A markdown table of `{who: {split: figures}}`."""
+    """A markdown table of `{who: {split: figures}}`.
+
+    Scores are shown where they say more than success, and the environment's measures where it has
+    any.
+    """
+    every = [r for splits in results.values() for r in splits.values()]
+    scored = ["score"] if any(r["score"] != r["success"] for r in every) else []
+    measured = sorted({name for r in every for name in r["measures"]})
     rows = [
         {
             "who": who,
-            "split": split,
+            "split": split_label(split, r),
             "success": f"{r['success']:.1%}",
             "95 % interval": f"{r['ci95'][0]:.1%} to {r['ci95'][1]:.1%}",
+            "score": f"{r['score']:.2f}",
+            **{name: f"{value:.3f}" for name, value in r["measures"].items()},
             "turns": f"{r['turns']:.1f}",
             "repeated": f"{r['repeated']:.1%}",
             "failed": f"{r['failed']:.1%}",
@@ -230,7 +307,8 @@ def results_table(results: dict[str, dict]) -> str:
         for who, splits in results.items()
         for split, r in splits.items()
     ]
-    columns = ["who", "split", "success", "95 % interval", "turns", "repeated", "failed", "n"]
+    columns = ["who", "split", "success", "95 % interval", *scored, *measured]
+    columns += ["turns", "repeated", "failed", "n"]
     if any(row["broken"] for row in rows):
         columns.append("broken")
     return table(rows, columns)
@@ -241,7 +319,7 @@ def judge_table(results: dict[str, dict]) -> str:
     rows = [
         {
             "turns of": who,
-            "split": split,
+            "split": split_label(split, r),
             "balanced accuracy": f"{j['balanced_accuracy']:.2f}",
             "95 % interval": f"{j['ci95'][0]:.2f} to {j['ci95'][1]:.2f}",
             "always SKIP": f"{j['always_skip']:.2f}",
@@ -264,7 +342,8 @@ def run(config: FrozenConfigDict, workdir: Path, policy: str) -> dict[str, dict]
         of the two would stand side by side as if they were of one.
     """
     check_same_run(config, workdir, ignore=_FREE_FIELDS)
-    environments.check_splits(config)
+    for split in config.eval.splits:
+        panel_size(config, split)  # one that does not exist is named before anything is played
     if policy == "model":
         results = _evaluate_student(config, workdir)
     else:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-from opd_jax import agreement, environments, experiment
+from opd_jax import agreement, environments, experiment, history
 from opd_jax.envs.base import Task
 from opd_jax.experiment import LoadedModel
 from opd_jax.losses import Verdict
@@ -123,33 +123,55 @@ class Episodes:
     def draw(self, state: TrainState, clock: Stopwatch) -> Experience:
         """One episode of each of the next `rollout.batch` training tasks."""
         config = self._config
-        start, count = self.cursor[0], config.rollout.batch
-        split = config.data.split
-        size = environments.split_size(self._envs[0], "data.split", split)
-        numbers = experiment.train_tasks(size, seed=config.seed, start=start, count=count)
         with clock.measure("rollout"):
-            conversations = self._play(state, [(split, number) for number in numbers])
+            conversations = self._play(state, self._next_tasks())
         if all(c.broken for c in conversations):
             raise ValueError(
-                f"`env`: the environments of all {count} episodes broke; the warnings above say how"
+                f"`env`: the environments of all {len(conversations)} episodes broke; the warnings "
+                "above say how"
             )
-        self.cursor = [start + count, 0]
-        trajectory = pack(
-            conversations,
-            max_turns=config.env.max_turns,
-            length_multiple=config.train.length_multiple,
-        )
-        check(trajectory, vocab_size=self._agent.model.vocab_size)
-        metrics = episode_metrics(conversations, trajectory)
-        verdict = np.full(trajectory.failed.shape, Verdict.STRONG, np.int32)
+        verdict = np.full((len(conversations), config.env.max_turns), Verdict.STRONG, np.int32)
+        judged: dict[str, Any] = {}
         if self._judge is not None:
             with clock.measure("judge"):
                 verdict, judged = _ask(
                     self._judge, conversations, settings=config.judge, step=int(state.step)
                 )
-            metrics |= judged
-        batch = make_batch(trajectory, verdict, response_multiple=config.train.response_multiple)
-        return Experience(batch, metrics)
+        trajectory, episodes = self._pack(conversations)
+        batch = make_batch(
+            trajectory, verdict[episodes], response_multiple=config.train.response_multiple
+        )
+        return Experience(batch, episode_metrics(conversations, trajectory) | judged)
+
+    def _next_tasks(self) -> list[tuple[str, int]]:
+        """The next training tasks, each `rollout.per_task` times; moves the cursor."""
+        config, start = self._config, self.cursor[0]
+        split, times = config.data.split, config.rollout.per_task
+        count = config.rollout.batch // times
+        size = environments.split_size(self._envs[0], "data.split", split)
+        numbers = experiment.train_tasks(size, seed=config.seed, start=start, count=count)
+        self.cursor = [start + count, 0]
+        return [(split, number) for number in numbers for _ in range(times)]
+
+    def _pack(self, conversations: list[Conversation]) -> tuple[Trajectory, list[int]]:
+        """The episodes as arrays, and which of them each row is of.
+
+        With part of the history an episode has several rows: their number is filled up to a
+        multiple of the batch, which bounds the number of compiled programs.
+        """
+        config, agent = self._config, self._agent
+        rows, episodes = history.rows(
+            conversations,
+            history_turns=agent.history_turns,
+            left_out=agent.chat.left_out(),
+        )
+        missing = -len(rows) % config.rollout.batch
+        rows += [Conversation(task=None)] * missing
+        trajectory = pack(
+            rows, max_turns=config.env.max_turns, length_multiple=config.train.length_multiple
+        )
+        check(trajectory, vocab_size=agent.model.vocab_size)
+        return trajectory, episodes + [0] * missing
 
     def _play(self, state: TrainState, tasks: list[tuple[str, int]]) -> list[Conversation]:
         source = self._config.data.source
@@ -162,10 +184,23 @@ class Episodes:
             agent=self._agent,
             envs=self._envs,
             tasks=tasks,
+            depth=depth_at(int(state.step), self._config.rollout),
         )
 
     def close(self) -> None:
         """Nothing runs in the background."""
+
+
+def depth_at(update: int, settings: FrozenConfigDict) -> int:
+    """How many turns episodes may have: k(n) = start + ⌊n / every⌋ in update n; 0 for no limit.
+
+    Long episodes of an untrained student are mostly histories that a trained one never sees.
+
+    Source: TCOD-F2B (arXiv 2604.24005), a baseline of arXiv 2606.19659, where every = 1.
+    """
+    if not settings.depth_start:
+        return 0
+    return settings.depth_start + update // settings.depth_every
 
 
 def _ask(

@@ -121,7 +121,7 @@ def _cut(model: LoadedModel, vocab_size: int) -> LoadedModel:
 
 def new_model(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> LoadedModel:
     """A random model of `config.new_model` with the household's tokenizer."""
-    from opd_jax.envs.household_tokenizer import build
+    from opd_jax.envs.household.tokenizer import build
 
     tokenizer = build(phrases=teacher.PHRASES)
     sizes = ModelConfig(vocab_size=len(tokenizer), rope_scaling=None, **config.new_model)
@@ -169,6 +169,7 @@ def make_agent(
         context_tokens=rollout.context_tokens,
         extend_widths=tuple(rollout.extend_widths),
         chunk=rollout.chunk,
+        history_turns=rollout.history_turns,
     )
 
 
@@ -195,6 +196,8 @@ def make_objective(settings: FrozenConfigDict) -> Objective:
         confidence=settings.confidence,
         confidence_temperature=settings.confidence_temperature,
         weak_weight=settings.weak_weight,
+        entropy_bonus=settings.entropy_bonus,
+        entropy_threshold=settings.entropy_threshold,
         normalize=settings.normalize,
         scope=settings.scope,
         eps=settings.eps,

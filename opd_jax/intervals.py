@@ -71,3 +71,27 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     quantile = float(stdtrit(len(numbers) - 1, 0.975))
     half = quantile * float(numbers.std(ddof=1)) / math.sqrt(len(numbers))
     return float(numbers.mean()) - half, float(numbers.mean()) + half
+
+
+def average_interval(estimates: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+    """95 % interval of the mean of independent estimates that have an interval each.
+
+    With k estimates m_i in (l_i, h_i) and their mean m:
+
+        (m − sqrt(Σ (m_i − l_i)²) / k, m + sqrt(Σ (h_i − m_i)²) / k)
+
+    It keeps the lopsidedness of its parts, and so is not empty where all of them are 0 or 1.
+
+    Args:
+      estimates: (m_i, l_i, h_i), at least one.
+
+    Returns:
+      (low, high); nan where that end of a part is.
+
+    Source: G. Y. Zou and A. Donner, Construction of confidence limits about effect measures: a
+    general approach, Statistics in Medicine 27 (2008), 1693-1702.
+    """
+    mean, low, high = np.asarray(estimates, np.float64).T
+    centre, k = float(mean.mean()), len(mean)
+    below, above = np.linalg.norm(mean - low), np.linalg.norm(high - mean)
+    return centre - float(below) / k, centre + float(above) / k

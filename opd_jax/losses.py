@@ -7,7 +7,8 @@ counts as it does, summed and divided by the number of student tokens N:
 
 `i` is the turn's intervention (verdict), `c` the teacher's confidence over the turn, and `z` keeps
 the mean weight at one, the scale of plain OPD (weight = 1 everywhere). Every ablation sets one
-factor to one. All weights are constants to the gradient; so is everything of the teacher.
+factor to one; methods that weigh single tokens bring one factor more (`entropy_factor`). All
+weights are constants to the gradient; so is everything of the teacher.
 
 Which tokens belong to the student is `turn_id`: k for a token that the student sampled in its k-th
 turn, `NO_TURN` for prompts, observations, forced tokens and padding. Such positions may hold
@@ -410,12 +411,33 @@ def turn_confidence(teacher_top1_prob: jax.Array, turn_id: jax.Array, num_turns:
     return total / jnp.maximum(count, 1)
 
 
+def entropy_factor(teacher_entropy: jax.Array, *, bonus: float, threshold: float) -> jax.Array:
+    """e = 1 + bonus · 1[H_T > threshold]: tokens at which the teacher sees many ways on.
+
+    A bonus of 0 is plain OPD.
+
+    Args:
+      teacher_entropy: float [...], nats.
+      bonus: > −1; the paper's baseline has 1.
+      threshold: nats; the paper's baseline has 0.8.
+
+    Returns:
+      float32 [...]. No gradient.
+
+    Source: Entropy-Aware OPD as in arXiv 2606.19659, baselines. There H_T is of the teacher's top-K
+      tokens; here of its whole distribution, which is at hand.
+    """
+    uncertain = jax.lax.stop_gradient(teacher_entropy) > threshold
+    return 1.0 + bonus * uncertain.astype(jnp.float32)
+
+
 def raw_weights(
     turn_id: jax.Array,
     verdict: jax.Array,
     confidence: jax.Array,
     *,
     weak_weight: float = 0.5,
+    token_factor: jax.Array | None = None,
 ) -> jax.Array:
     """s = i · c of each token's turn, before any normalizer; 0 where `turn_id` is `NO_TURN`.
 
@@ -424,6 +446,8 @@ def raw_weights(
       verdict: int [B, K].
       confidence: float [B, K], 0..1.
       weak_weight: α.
+      token_factor: float [B, T], multiplies s; None for 1. May hold anything where `turn_id` is
+        `NO_TURN`.
 
     Returns:
       float32 [B, T]. No gradient.
@@ -436,6 +460,9 @@ def raw_weights(
     turn_weight = intervention_weight(verdict, weak_weight=weak_weight) * confidence
     turn_weight = jax.lax.stop_gradient(turn_weight).astype(jnp.float32)
     token_weight = jnp.take_along_axis(turn_weight, jnp.maximum(turn_id, 0), axis=1)
+    if token_factor is not None:
+        _check_same_shape("token_factor", token_factor, "turn_id", turn_id)
+        token_weight *= jax.lax.stop_gradient(token_factor)
     return jnp.where(turn_id == NO_TURN, 0.0, token_weight)
 
 
@@ -487,6 +514,7 @@ def sage_weights(
     scope: str = "batch",
     eps: float = 1e-8,
     max_z: float | None = None,
+    token_factor: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The weight of every token: z · i · c of its turn.
 
@@ -499,6 +527,7 @@ def sage_weights(
       scope: "batch": one Z over the batch; "trajectory": one for each row.
       eps: see `normalizer`.
       max_z: see `normalizer`.
+      token_factor: see `raw_weights`; z then keeps the mean of the product at one.
 
     Returns:
       (weight float32 [B, T], 0 where `turn_id` is `NO_TURN`; z float32, [] or [B] by scope). No
@@ -513,7 +542,9 @@ def sage_weights(
     if scope not in ("batch", "trajectory"):
         raise ValueError(f"`scope`: expected batch or trajectory, got {scope!r}")
     axis = None if scope == "batch" else 1
-    s = raw_weights(turn_id, verdict, confidence, weak_weight=weak_weight)
+    s = raw_weights(
+        turn_id, verdict, confidence, weak_weight=weak_weight, token_factor=token_factor
+    )
     z = normalizer(
         jnp.sum(s, axis=axis),
         jnp.sum(turn_id != NO_TURN, axis=axis).astype(jnp.float32),

@@ -7,6 +7,7 @@ from ml_collections import FrozenConfigDict
 
 from opd_jax.demonstrations import MakePlayer, Player
 from opd_jax.envs.base import Observation, Task
+from opd_jax.envs.react import Random
 
 
 def make_player(name: str, config: FrozenConfigDict) -> MakePlayer:
@@ -24,8 +25,12 @@ def make_player(name: str, config: FrozenConfigDict) -> MakePlayer:
     return known[name]
 
 
+def _random(task: Task, first: Observation, rng: random.Random) -> Player:
+    return Random(rng)
+
+
 def _household(config: FrozenConfigDict) -> dict[str, MakePlayer]:
-    from opd_jax.envs import household_players as players
+    from opd_jax.envs.household import expert, habits
 
     def of(kind: Callable[..., Player], habits: str = "") -> MakePlayer:
         def make(task: Task, first: Observation, rng: random.Random) -> Player:
@@ -35,47 +40,47 @@ def _household(config: FrozenConfigDict) -> dict[str, MakePlayer]:
         return make
 
     return {
-        "expert": of(players.Expert),
-        "careless": of(players.Careless, "careless"),
-        "forgetful": of(players.Forgetful, "forgetful"),
-        "clumsy": of(players.Clumsy),
-        "mistaken": of(players.Mistaken),
-        "random": lambda task, first, rng: players.Random(rng=rng),
+        "expert": of(expert.Expert),
+        "careless": of(habits.Careless, "careless"),
+        "forgetful": of(habits.Forgetful, "forgetful"),
+        "clumsy": of(habits.Clumsy),
+        "mistaken": of(habits.Mistaken),
+        "random": _random,
     }
 
 
 def _alfworld(config: FrozenConfigDict) -> dict[str, MakePlayer]:
-    from opd_jax.envs import alfworld_expert as players
+    from opd_jax.envs.alfworld.expert import Expert
 
     return {
-        "expert": lambda task, first, rng: players.Expert(task, first, rng=rng),
-        "random": lambda task, first, rng: players.Random(rng),
+        "expert": lambda task, first, rng: Expert(task, first, rng=rng),
+        "random": _random,
     }
 
 
 def _scienceworld(config: FrozenConfigDict) -> dict[str, MakePlayer]:
-    from opd_jax.envs import scienceworld_players as players
+    from opd_jax.envs.scienceworld import players
 
     env = config.env
-    paths = players.GoldPaths(
+    paths = players.gold_paths(
         simplifications=env.simplifications, heap_mb=env.heap_mb, timeout_s=env.timeout_s
     )
     return {
         "expert": lambda task, first, rng: players.Expert(paths(task.id)),
-        "random": lambda task, first, rng: players.Random(rng),
+        "random": _random,
     }
 
 
 def _searchqa(config: FrozenConfigDict) -> dict[str, MakePlayer]:
-    from opd_jax.envs import search_players as players
+    from opd_jax.envs.search import players
 
     return {"random": lambda task, first, rng: players.Random(task.goal, rng=rng)}
 
 
 def _factbookqa(config: FrozenConfigDict) -> dict[str, MakePlayer]:
-    from opd_jax.envs import factbook_players as players
+    from opd_jax.envs.search.factbook_players import Expert
 
-    return {"expert": lambda task, first, rng: players.Expert(task)} | _searchqa(config)
+    return {"expert": lambda task, first, rng: Expert(task)} | _searchqa(config)
 
 
 _PLAYERS = {

@@ -6,9 +6,9 @@ the episodes. Every token is recorded with its provenance at the moment it comes
 environment that breaks ends its own episode, which is recorded as it is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax import generate as gen
-from opd_jax import model
+from opd_jax import history, model
 from opd_jax.chat import ChatFormat
 from opd_jax.envs.base import Env, Observation
 from opd_jax.envs.workers import Worker
@@ -38,6 +38,8 @@ class Agent:
       context_tokens: most tokens in one episode, prompts and observations included: the cache.
       extend_widths: ascending widths in which new tokens are appended; one compiled program each.
       chunk: tokens sampled between two looks at which rows are done.
+      history_turns: earlier turns that a response is sampled from, at most; 0: all of them. Fewer
+        than all cost a prefill of the context anew in each turn (`history`).
     """
 
     model: ModelConfig
@@ -48,6 +50,16 @@ class Agent:
     context_tokens: int
     extend_widths: tuple[int, ...]
     chunk: int
+    history_turns: int
+
+    def context(self, conversation: Conversation) -> list[int]:
+        """The tokens that the conversation's next response is sampled from."""
+        return history.context(
+            conversation,
+            turns=len(conversation.spans),
+            history_turns=self.history_turns,
+            left_out=self.chat.left_out() if self.history_turns else (),
+        )
 
 
 def rollout(
@@ -57,16 +69,18 @@ def rollout(
     agent: Agent,
     envs: Sequence[Env],
     tasks: Sequence[tuple[str, int]],
+    depth: int,
 ) -> list[Conversation]:
     """Play one episode of each task.
 
     Args:
       params: of `agent.model`.
       keys: PRNG keys, one for each environment (see `row_keys`). An episode depends on nothing but
-        the parameters, its task and its key.
+        the parameters, its task and its key, which is folded with the turn and then the position.
       agent: see `Agent`.
       envs: one environment a row; their number is the batch of every compiled program.
       tasks: (split, index), at most one a row; rows beyond stay idle.
+      depth: turns after which an episode ends with "depth"; 0: as many as the environment gives.
 
     Returns:
       A finished `Conversation` for each task, in order; `Conversation.broken` where its environment
@@ -84,26 +98,37 @@ def rollout(
             f"`keys`: expected one for each of {len(envs)} environments, got shape {keys.shape}"
         )
     conversations, observations = _open(agent, envs, tasks)
-    tape = _Tape(params, agent, len(envs), keys)
+    tape = _Tape(params, agent, len(envs))
+    turn = 0
     while rows := [r for r, c in enumerate(conversations) if not c.end]:
-        tape.append([conversations[r] if r in rows else None for r in range(len(envs))])
-        sampled = tape.sample(conversations, rows)
+        tape.extend({row: agent.context(conversations[row]) for row in rows})
+        sampled = tape.sample(rows, _turn_keys(keys, turn))
         responses = [_response(agent, *sampled[row]) for row in rows]
         answers = _side_by_side(
             lambda env, response: env.step(response), [envs[row] for row in rows], responses
         )
         for row, response, after in zip(rows, responses, answers, strict=True):
             conversation, (tokens, logprobs, stop) = conversations[row], sampled[row]
-            conversation.append_sampled(tokens, logprobs, len(conversation.turns))
+            conversation.append_response(tokens, logprobs, turn)
             record_turn(conversation, observations[row], response, stop, after)
-            _go_on(agent, conversation, stop, after)
+            if not conversation.end and turn + 1 == depth:
+                conversation.end = "depth"
+            if not conversation.end:
+                _go_on(agent, conversation, stop, after)
             observations[row] = after
+        turn += 1
     return conversations
 
 
 def row_keys(rng: jax.Array, numbers: Sequence[int]) -> jax.Array:
     """A PRNG key for each number: `rng` folded with it."""
     return jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.asarray(numbers, jnp.uint32))
+
+
+@jax.jit
+def _turn_keys(keys: jax.Array, turn: int) -> jax.Array:
+    """The rows' keys for one turn: positions alone may come again where turns are left out."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, turn)
 
 
 def _open(
@@ -142,12 +167,10 @@ def _response(agent: Agent, tokens: Sequence[int], logprobs: Sequence[float], st
 
 
 def _go_on(agent: Agent, conversation: Conversation, stop: str, after: Observation) -> None:
-    """Append what the environment said, if the episode goes on."""
-    if after.done:
-        return
+    """Append what the environment said, unless the context is full."""
     follow = agent.chat.follow(after.message, ended=stop == "stop_token")
     # One slot must remain to sample into: a conversation that cannot go on ends here, whole.
-    if stop == "context" or len(conversation.tokens) + len(follow) >= agent.context_tokens:
+    if stop == "context" or len(agent.context(conversation)) + len(follow) >= agent.context_tokens:
         conversation.end = "context"
     else:
         conversation.append_given(follow)
@@ -156,8 +179,8 @@ def _go_on(agent: Agent, conversation: Conversation, stop: str, after: Observati
 class _Tape:
     """The device's side of the conversations: cache, and how much of each row it holds."""
 
-    def __init__(self, params: Params, agent: Agent, rows: int, row_keys: jax.Array):
-        self.params, self.agent, self.row_keys = params, agent, row_keys
+    def __init__(self, params: Params, agent: Agent, rows: int):
+        self.params, self.agent = params, agent
         self.cache: KVCache = model.init_cache(
             agent.model,
             batch=rows,
@@ -165,15 +188,17 @@ class _Tape:
             dtype=params["embed"].dtype,
             layout=model.backend_cache_layout(),
         )
+        self.contexts: list[list[int]] = [[] for _ in range(rows)]
         self.held = np.zeros(rows, np.int32)
         self.stop_ids = jnp.asarray(agent.chat.stop_ids, jnp.int32)
 
-    def append(self, conversations: Sequence[Conversation | None]) -> None:
-        """Bring the cache up to all tokens but the last of every open row."""
+    def extend(self, contexts: Mapping[int, list[int]]) -> None:
+        """Bring the cache up to all tokens but the last of every row's context."""
+        self._roll_back(contexts)
         while True:
             new = [
-                c.tokens[held:-1] if c is not None else []
-                for c, held in zip(conversations, self.held, strict=True)
+                context[held:-1] if row in contexts else []
+                for row, (context, held) in enumerate(zip(self.contexts, self.held, strict=True))
             ]
             longest = max(map(len, new))
             if longest == 0:
@@ -189,12 +214,22 @@ class _Tape:
             )
             self.held += counts
 
+    def _roll_back(self, contexts: Mapping[int, list[int]]) -> None:
+        """Give rows new contexts; of what they hold, what the two have in common stays."""
+        held = self.held.copy()
+        for row, context in contexts.items():
+            held[row] = _common(self.contexts[row][: held[row]], context[:-1])
+            self.contexts[row] = context
+        if (held < self.held).any():
+            self.held = held
+            self.cache = replace(self.cache, lengths=jnp.asarray(held))
+
     def sample(
-        self, conversations: Sequence[Conversation], rows: Sequence[int]
+        self, rows: Sequence[int], keys: jax.Array
     ) -> dict[int, tuple[list[int], list[float], str]]:
         """One response for each of `rows`: its tokens, their log-probabilities, why it ended."""
         agent = self.agent
-        budget, last = self._start_turn(conversations, rows)
+        budget, last = self._start_turn(rows)
         full = budget < agent.turn_tokens
         stopped = np.zeros(len(self.held), bool)
         tokens: dict[int, list[int]] = {row: [] for row in rows}
@@ -205,7 +240,7 @@ class _Tape:
                 self.cache,
                 last,
                 budget,
-                self.row_keys,
+                keys,
                 self.stop_ids,
                 config=agent.model,
                 sampling=agent.sampling,
@@ -222,19 +257,28 @@ class _Tape:
             stopped |= out.stopped
             budget = np.where(stopped, 0, budget - out.counts)
 
+        for row in rows:
+            self.contexts[row] = [*self.contexts[row], *tokens[row]]
+
         def why(row: int) -> str:
             return "stop_token" if stopped[row] else "context" if full[row] else "turn_budget"
 
         return {row: (tokens[row], logprobs[row], why(row)) for row in rows}
 
-    def _start_turn(
-        self, conversations: Sequence[Conversation], rows: Sequence[int]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _start_turn(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Of every row: how many tokens it may sample, 0 if not in `rows`, and its last token."""
         budget = np.zeros(len(self.held), np.int32)
         last = np.zeros(len(self.held), np.int32)
         for row in rows:
-            room = self.agent.context_tokens - len(conversations[row].tokens)
+            room = self.agent.context_tokens - len(self.contexts[row])
             budget[row] = min(self.agent.turn_tokens, room)
-            last[row] = conversations[row].tokens[-1]
+            last[row] = self.contexts[row][-1]
         return budget, last
+
+
+def _common(held: list[int], context: list[int]) -> int:
+    """How many tokens at their start the two have in common."""
+    if held == context[: len(held)]:
+        return len(held)
+    pairs = enumerate(zip(held, context, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(held), len(context)))

@@ -17,7 +17,7 @@ def judge_example(prompt: Sequence[int], answer: Sequence[int], task: Task) -> C
     """A judge's question with its answer as the only supervised tokens."""
     example = Conversation(task=task, end="answered")
     example.append_given(prompt)
-    example.append_sampled(answer, [0.0] * len(answer), 0)
+    example.append_response(answer, [0.0] * len(answer), 0)
     return example
 
 

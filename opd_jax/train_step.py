@@ -30,7 +30,7 @@ Array = jax.Array | np.ndarray
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimized: Σ z · i · c · d / N. Static under `jit`.
+    """What is minimized: Σ z · i · c · e · d / N. Static under `jit`.
 
     Attributes:
       divergence: d: "reverse_kl", "forward_kl", "jsd", "sampled_reverse_kl" (one-sample estimate),
@@ -40,6 +40,8 @@ class Objective:
       confidence: use the teacher's confidence; else c = 1.
       confidence_temperature: of the teacher's softmax in c only.
       weak_weight: α.
+      entropy_bonus: of e, for tokens at which the teacher is uncertain; 0: e = 1.
+      entropy_threshold: of e, nats (`losses.entropy_factor`).
       normalize: see `losses.normalizer`.
       scope: see `losses.sage_weights`.
       eps: see `losses.normalizer`.
@@ -52,6 +54,8 @@ class Objective:
     confidence: bool
     confidence_temperature: float
     weak_weight: float
+    entropy_bonus: float
+    entropy_threshold: float
     normalize: str
     scope: str
     eps: float
@@ -269,7 +273,10 @@ def objective_sums(scores: TokenScores, batch: Batch, *, objective: Objective) -
         confidence = losses.turn_confidence(scores.teacher_top1_prob, turn_id, K)
     else:
         confidence = exists.astype(jnp.float32)
-    weight = _token_weights(turn_id, jnp.asarray(batch.verdict), confidence, objective=objective)
+    verdict = jnp.asarray(batch.verdict)
+    weight = _token_weights(
+        turn_id, verdict, confidence, scores.teacher_entropy, objective=objective
+    )
     mine = turn_id != NO_TURN
 
     def clean(x: jax.Array) -> jax.Array:
@@ -296,19 +303,28 @@ def objective_sums(scores: TokenScores, batch: Batch, *, objective: Objective) -
 
 
 def _token_weights(
-    turn_id: jax.Array, verdict: jax.Array, confidence: jax.Array, *, objective: Objective
+    turn_id: jax.Array,
+    verdict: jax.Array,
+    confidence: jax.Array,
+    teacher_entropy: jax.Array,
+    *,
+    objective: Objective,
 ) -> jax.Array:
-    """i · c of every token, [B, R]; z · i · c where each trajectory has a Z of its own."""
+    """i · c · e of every token, [B, R]; with z where each trajectory has a Z of its own."""
     if not objective.intervention:
         verdict = jnp.full_like(verdict, Verdict.STRONG)
-    weak_weight = objective.weak_weight
+    factor = None
+    if objective.entropy_bonus:
+        bonus, threshold = objective.entropy_bonus, objective.entropy_threshold
+        factor = losses.entropy_factor(teacher_entropy, bonus=bonus, threshold=threshold)
+    factors: dict[str, Any] = dict(weak_weight=objective.weak_weight, token_factor=factor)
     if objective.scope != "trajectory":
-        return losses.raw_weights(turn_id, verdict, confidence, weak_weight=weak_weight)
+        return losses.raw_weights(turn_id, verdict, confidence, **factors)
     weight, _ = losses.sage_weights(
         turn_id,
         verdict,
         confidence,
-        weak_weight=weak_weight,
+        **factors,
         normalize=objective.normalize,
         scope="trajectory",
         eps=objective.eps,

@@ -48,6 +48,7 @@ class Conversation:
       tokens: every token so far.
       turn_id: the turn each token was sampled in, or `NO_TURN`.
       logprobs: of sampled tokens as sampled; 0 for others.
+      spans: of each response, whoever wrote it, the positions where it starts and ends.
       turns: finished turns.
       end: why the episode ended: as the environment said (`Observation.end`), `BROKEN` included,
         or "context" where the agent's context was full; "" while it runs.
@@ -59,6 +60,7 @@ class Conversation:
     tokens: list[int] = field(default_factory=list)
     turn_id: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     end: str = ""
     score: float = 0.0
@@ -86,8 +88,9 @@ class Conversation:
         self.turn_id.extend([NO_TURN] * len(tokens))
         self.logprobs.extend([0.0] * len(tokens))
 
-    def append_sampled(self, tokens: Sequence[int], logprobs: Sequence[float], turn: int) -> None:
-        """Tokens sampled in turn `turn`, exactly as sampled."""
+    def append_response(self, tokens: Sequence[int], logprobs: Sequence[float], turn: int) -> None:
+        """Tokens sampled in turn `turn`, exactly as sampled; `NO_TURN` if the student did not."""
+        self.spans.append((len(self.tokens), len(self.tokens) + len(tokens)))
         self.tokens.extend(tokens)
         self.turn_id.extend([turn] * len(tokens))
         self.logprobs.extend(logprobs)

@@ -14,15 +14,18 @@ from pathlib import Path
 
 import pytest
 
-from opd_jax.envs import alfworld, alfworld_games, alfworld_panel
-from opd_jax.envs.alfworld import AlfWorld
-from opd_jax.envs.alfworld_engine import Engine, alfworld_module
-from opd_jax.envs.alfworld_expert import Expert, Random, parameters
-from opd_jax.envs.alfworld_panel import GAME_FILE, SPLITS, TASK_FILE, TASK_TYPES, data_folder, panel
-from opd_jax.envs.alfworld_problem import Goal, Receptacle, Thing, names, problem, write_game
+from opd_jax.envs.alfworld import env as alfworld
+from opd_jax.envs.alfworld import games as alfworld_games
+from opd_jax.envs.alfworld import panel as alfworld_panel
+from opd_jax.envs.alfworld.engine import Engine, alfworld_module
+from opd_jax.envs.alfworld.env import AlfWorld
+from opd_jax.envs.alfworld.expert import Expert, parameters
+from opd_jax.envs.alfworld.panel import GAME_FILE, SPLITS, TASK_FILE, TASK_TYPES, data_folder, panel
+from opd_jax.envs.alfworld.problem import Goal, Receptacle, Thing, names, problem, write_game
 from opd_jax.envs.base import Task
-from opd_jax.envs.household import NOTHING, parse_response
-from opd_jax.envs.household_scenes import LOOK, SIMPLE, TWO
+from opd_jax.envs.household.tables import LOOK, SIMPLE, TWO
+from opd_jax.envs.household.world import NOTHING
+from opd_jax.envs.react import RESPONSE, Random, parse_response
 
 ROOT = Path(__file__).parents[1]
 needs_engine = pytest.mark.skipif(
@@ -141,9 +144,9 @@ def test_a_game_that_cannot_be_read_is_named(broken, tmp_path):
 
 
 def test_the_packages_are_imported_when_an_engine_is_made_and_not_before():
-    modules = [path.stem for path in (ROOT / "opd_jax/envs").glob("alfworld*.py")]
+    modules = [path.stem for path in (ROOT / "opd_jax/envs/alfworld").glob("[a-z]*.py")]
     assert len(modules) == 6
-    lines = [f"import opd_jax.envs.{name}" for name in modules]
+    lines = [f"import opd_jax.envs.alfworld.{name}" for name in modules]
     lines.append("import sys; print({n.partition('.')[0] for n in sys.modules})")
     loaded = run_python("\n".join(lines))
     for name in ("alfworld", "textworld", "fast_downward", "jericho", "jax"):
@@ -165,7 +168,7 @@ def test_a_missing_package_is_one_line_that_names_the_extra(missing, tmp_path, m
 def test_importing_leaves_home_and_environment_alone(tmp_path):
     code = (
         "import os; os.environ.pop('ALFWORLD_DATA', None); "
-        "from opd_jax.envs.alfworld_engine import Engine; Engine(); "
+        "from opd_jax.envs.alfworld.engine import Engine; Engine(); "
         "print(os.environ.get('ALFWORLD_DATA'), os.listdir(os.environ['HOME']))"
     )
     assert run_python(code, HOME=str(tmp_path)) == "None []"
@@ -226,7 +229,7 @@ def files_of(folder):
 
 @needs_engine
 def test_games_depend_on_the_seed_and_on_nothing_else(folder, tmp_path):
-    code = "import sys; from opd_jax.envs.alfworld_games import main; main(sys.argv[1:])"
+    code = "import sys; from opd_jax.envs.alfworld.games import main; main(sys.argv[1:])"
     flags = [f"--out={tmp_path / 'again'}", f"--games={GAMES}"]
     printed = run_python(code, *flags, "--seed=0", PYTHONHASHSEED="7")
     assert len(files_of(folder)) == GAMES * len(SPLITS)
@@ -531,7 +534,7 @@ def test_the_demonstration_of_the_prompt_is_what_the_engine_says(tmp_path):
     assert (env.task.goal, env.task.scene) == (alfworld.EXAMPLE_TASK, alfworld.EXAMPLE_SCENE)
     assert observation.message in env.system
     for thought, command, expected in alfworld.EXAMPLE_TURNS:
-        response = alfworld.RESPONSE % (thought, command)
+        response = RESPONSE % (thought, command)
         assert response in env.system
         assert parse_response(response) == (command, "")
         observation = env.step(response)

@@ -11,13 +11,14 @@ from importlib.util import find_spec
 
 import pytest
 
-from opd_jax.envs.alfworld_engine import Engine
-from opd_jax.envs.alfworld_panel import GAME_FILE
-from opd_jax.envs.alfworld_problem import Goal, Receptacle, Thing, problem, write_game
+from opd_jax.envs.alfworld.engine import Engine
+from opd_jax.envs.alfworld.panel import GAME_FILE
+from opd_jax.envs.alfworld.problem import Goal, Receptacle, Thing, problem, write_game
 from opd_jax.envs.base import Observation, Task
-from opd_jax.envs.household import NOTHING, World
-from opd_jax.envs.household_players import Expert
-from opd_jax.envs.household_scenes import LAMPS, LOOK, OBJECT_TABLE, OPENABLE, TaskSpec, task
+from opd_jax.envs.household.expert import Expert
+from opd_jax.envs.household.scenes import TaskSpec, task
+from opd_jax.envs.household.tables import LAMPS, LOOK, OBJECT_TABLE, OPENABLE
+from opd_jax.envs.household.world import NOTHING, World
 
 if find_spec("alfworld") is None or find_spec("fast_downward") is None:
     pytest.skip("needs the extra alfworld", allow_module_level=True)

@@ -9,10 +9,11 @@ import pytest
 
 from opd_jax.chat import ChatFormat
 from opd_jax.demonstrations import demonstrate, play, play_out
-from opd_jax.envs import household_tokenizer
 from opd_jax.envs.base import Observation, Task
-from opd_jax.envs.household import Household
-from opd_jax.envs.household_players import Expert, Random
+from opd_jax.envs.household import tokenizer as household_tokenizer
+from opd_jax.envs.household.env import Household
+from opd_jax.envs.household.expert import Expert
+from opd_jax.envs.react import Random
 from opd_jax.losses import NO_TURN
 from opd_jax.trajectory import Conversation
 

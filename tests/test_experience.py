@@ -12,10 +12,11 @@ from ml_collections import FrozenConfigDict
 from opd_jax import environments, experiment
 from opd_jax.config import load
 from opd_jax.envs.base import Task
-from opd_jax.envs.household_players import Expert
+from opd_jax.envs.household.expert import Expert
 from opd_jax.experience import (
     Experience,
     Source,
+    depth_at,
     episode_metrics,
     judge_metrics,
     make_source,
@@ -39,7 +40,7 @@ def conversation(turns: Sequence[Turn], *, end: str, score: float, tokens: int) 
     """The first token is given, the rest belong to turn 0."""
     made = Conversation(task=Task("id", "type", "goal", "scene"), end=end, score=score)
     made.append_given([1])
-    made.append_sampled([2] * (tokens - 1), [-1.0] * (tokens - 1), 0)
+    made.append_response([2] * (tokens - 1), [-1.0] * (tokens - 1), 0)
     made.turns.extend(turns)
     return made
 
@@ -221,6 +222,84 @@ def test_a_draw_is_a_function_of_state_and_cursor(base: FrozenConfigDict, pair: 
     # The same tasks with the next update's key: other episodes.
     assert_same(source(base, pair).draw(later, Stopwatch()), drawn, same=False)
     first.close()
+
+
+# What neither cuts, nor repeats, nor leaves out anything: plain OPD.
+NEUTRAL = [
+    {"depth_start": 3, "depth_every": 3},  # as many turns as the environment gives
+    {"depth_start": 99, "depth_every": 1},
+    {"history_turns": 3},
+    {"per_task": 1},
+]
+
+
+@pytest.mark.parametrize("settings", NEUTRAL, ids=str)
+def test_baselines_at_neutral_settings_draw_what_opd_draws(
+    base: FrozenConfigDict, pair: tuple, settings: dict
+) -> None:
+    opd = changed(base, objective={"intervention": False})
+    assert opd.env.max_turns == 3
+    start = state(base, pair[0])
+    drawn = source(opd, pair).draw(start, Stopwatch())
+    ours = source(changed(opd, rollout=settings), pair).draw(start, Stopwatch())
+    assert_same(ours, drawn)
+    assert ours.metrics == drawn.metrics
+
+
+def test_episodes_deepen_from_update_to_update(base: FrozenConfigDict, pair: tuple) -> None:
+    opd = changed(base, objective={"intervention": False})
+    deepening = changed(opd, rollout={"depth_start": 1, "depth_every": 2})
+    for step, depth in ((0, 1), (1, 1), (2, 2), (5, 3)):
+        assert depth_at(step, deepening.rollout) == depth
+        now = state(base, pair[0], step)
+        drawn = source(deepening, pair).draw(now, Stopwatch())
+        whole = source(opd, pair).draw(now, Stopwatch())
+        kept = whole.batch.turn_id < depth
+        want = np.where(kept & (whole.batch.turn_id >= 0), whole.batch.tokens, 0)
+        student = drawn.batch.turn_id >= 0
+        width = student.shape[1]
+        assert not want[:, width:].any()
+        np.testing.assert_array_equal(np.where(student, drawn.batch.tokens, 0), want[:, :width])
+        cut, episodes = drawn.metrics.get("end/depth", (0, 4))
+        assert (cut > 0) == (depth < opd.env.max_turns)
+        assert episodes == 4
+
+
+def test_several_episodes_of_a_task_are_different_and_move_the_cursor_less(
+    base: FrozenConfigDict, pair: tuple
+) -> None:
+    hot = {"per_task": 2, "temperature": 4.0}  # the student is sure of most of its tokens
+    twice = changed(base, rollout=hot, objective={"intervention": False})
+    drawing = source(twice, pair, [8, 0])
+    drawn = drawing.draw(state(base, pair[0]), Stopwatch())
+    assert drawing.cursor == [10, 0]
+    env = environments.make_env(base.env)
+    tasks = experiment.train_tasks(env.size("train"), seed=base.seed, start=8, count=2)
+    for row, task in enumerate([tasks[0], tasks[0], tasks[1], tasks[1]]):
+        prompt = pair[0].chat.first(env.system, env.reset("train", task).message)
+        assert drawn.batch.tokens[row, : len(prompt)].tolist() == list(prompt)
+    for first in (0, 2):
+        assert (drawn.batch.tokens[first] != drawn.batch.tokens[first + 1]).any()
+
+
+def test_with_part_of_the_history_verdicts_follow_their_turns_into_rows(
+    base: FrozenConfigDict, pair: tuple
+) -> None:
+    short = changed(base, rollout={"history_turns": 1})
+    drawn = source(short, pair).draw(state(base, pair[0]), Stopwatch())
+    batch = drawn.batch
+    assert len(batch.tokens) % 4 == 0
+    assert len(batch.tokens) > 4
+    turns = [set(row[row >= 0].tolist()) for row in batch.turn_id]
+    assert sum(map(len, turns)) == drawn.metrics["batch/turns"][0]
+    failed = sum(
+        int(batch.verdict[row, turn] == DET_FAIL) for row, own in enumerate(turns) for turn in own
+    )
+    assert failed == drawn.metrics["batch/failed"][0]
+    skipped = sum(
+        int(batch.verdict[row, turn] == SKIP) for row, own in enumerate(turns) for turn in own
+    )
+    assert skipped == drawn.metrics["verdict/skip"][0]
 
 
 def test_prompts_are_those_of_the_tasks_in_their_shuffled_order(

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from opd_jax.envs import factbook, factbook_data
-from opd_jax.envs.answers import normalize
 from opd_jax.envs.base import Task
-from opd_jax.envs.factbook import FactbookQA, Facts, assign_splits, questions
-from opd_jax.envs.factbook_data import (
+from opd_jax.envs.search import factbook, factbook_data
+from opd_jax.envs.search.answers import normalize
+from opd_jax.envs.search.env import SearchEnv, parse_response
+from opd_jax.envs.search.factbook import FactbookQA, Facts, assign_splits, questions
+from opd_jax.envs.search.factbook_data import (
     PASSAGE_WORDS,
     PROPERTIES,
     borders,
@@ -21,10 +22,9 @@ from opd_jax.envs.factbook_data import (
     longest_border,
     passages,
 )
-from opd_jax.envs.factbook_players import GIVE_UP, Expert
-from opd_jax.envs.retrieval import BM25
-from opd_jax.envs.search_env import SearchEnv, parse_response
-from opd_jax.envs.search_players import Random
+from opd_jax.envs.search.factbook_players import GIVE_UP, Expert
+from opd_jax.envs.search.players import Random
+from opd_jax.envs.search.retrieval import BM25
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {

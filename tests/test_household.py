@@ -13,15 +13,19 @@ from pathlib import Path
 
 import pytest
 
-import opd_jax.envs.household as household
-import opd_jax.envs.household_players as players
-import opd_jax.envs.household_scenes as scenes
 from opd_jax.envs.base import Observation, Task
-from opd_jax.envs.household import Household, World, parse_response
-from opd_jax.envs.household_oracle import Learnt, distance, label
-from opd_jax.envs.household_players import Careless, Expert, Memory, Random
+from opd_jax.envs.household import env as household
+from opd_jax.envs.household import expert as experts
+from opd_jax.envs.household import scenes, tables, thoughts
+from opd_jax.envs.household import world as worlds
+from opd_jax.envs.household.env import Household
+from opd_jax.envs.household.expert import Expert, Memory
+from opd_jax.envs.household.habits import Careless, Clumsy, Mistaken
+from opd_jax.envs.household.oracle import Learnt, distance, label
+from opd_jax.envs.household.world import World
+from opd_jax.envs.react import RESPONSE, Random, parse_response
 
-SPLITS = tuple(scenes.SPLIT_SIZES)
+SPLITS = tuple(tables.SPLIT_SIZES)
 # Texts of fixed playthroughs. Changing these means changing every task: raise `VERSION` with it.
 PLAYTHROUGH = "848483effc8ef38a81afaaa3252e8710dca591260d037b356a781b86b0993468"
 NO_HABITS = {
@@ -69,7 +73,7 @@ def playthrough_digest():
     """SHA-256 over the texts of an expert's, a careless and a random player's episodes."""
     digest = hashlib.sha256()
     habits = dict.fromkeys(NO_HABITS, 0.4)
-    for size in scenes.SIZES:
+    for size in tables.SIZES:
         env = make_env(size=size, show_admissible=5)
         for split in SPLITS:
             for index in range(6):
@@ -108,77 +112,79 @@ def spec_of(task_type, wanted, target, places, objects, lamp=""):
 # Scenes and tasks
 
 
-@pytest.mark.parametrize("size", scenes.SIZES)
-@pytest.mark.parametrize("room", scenes.ROOM_KINDS)
+@pytest.mark.parametrize("size", tables.SIZES)
+@pytest.mark.parametrize("room", tables.ROOM_KINDS)
 def test_unseen_scenes_differ_from_all_training_scenes(room, size):
-    numbers = range(1, scenes.TRAIN_SCENES + scenes.UNSEEN_SCENES + 1)
+    numbers = range(1, tables.TRAIN_SCENES + tables.UNSEEN_SCENES + 1)
     layouts = [scenes.scene(room, number, size) for number in numbers]
-    train, unseen = layouts[: scenes.TRAIN_SCENES], layouts[scenes.TRAIN_SCENES :]
+    train, unseen = layouts[: tables.TRAIN_SCENES], layouts[tables.TRAIN_SCENES :]
     assert not set(train) & set(unseen)
-    least, most = scenes.ROOM_SIZES[size]
+    least, most = tables.ROOM_SIZES[size]
     if (room, size) == ("kitchen", "large"):
-        least, most = scenes.LARGE_KITCHEN
+        least, most = tables.LARGE_KITCHEN
     for layout in layouts:
         assert least <= sum(count for _, count in layout) <= most
         assert list(layout) == sorted(layout)
 
 
-@pytest.mark.parametrize("size", scenes.SIZES)
+@pytest.mark.parametrize("size", tables.SIZES)
 def test_splits_use_their_own_scenes(size):
     drawn = {split: {scenes.task(split, i, size).scene for i in range(300)} for split in SPLITS}
-    assert max(drawn["train"] | drawn["valid_seen"]) <= scenes.TRAIN_SCENES
-    assert min(drawn["valid_unseen"]) > scenes.TRAIN_SCENES
+    assert max(drawn["train"] | drawn["valid_seen"]) <= tables.TRAIN_SCENES
+    assert min(drawn["valid_unseen"]) > tables.TRAIN_SCENES
     assert len(drawn["train"]) > 80
-    assert len(drawn["valid_unseen"]) == scenes.UNSEEN_SCENES
+    assert len(drawn["valid_unseen"]) == tables.UNSEEN_SCENES
 
 
-@pytest.mark.parametrize("size", scenes.SIZES)
+@pytest.mark.parametrize("size", tables.SIZES)
 def test_tasks_are_balanced_solvable_and_not_solved(size):
     specs = [scenes.task("train", i, size) for i in range(600)]
     assert set(Counter(spec.type for spec in specs).values()) == {100}
-    combos = {(kind, room) for kind, rooms in scenes.TASK_ROOMS.items() for room in rooms}
+    combos = {(kind, room) for kind, rooms in tables.TASK_ROOMS.items() for room in rooms}
     assert {(spec.type, spec.room) for spec in specs} == combos
     for spec in specs:
         world = World(spec)
         assert not world.solved
         assert 2 <= distance(world) < 15
-        assert len(world.room.wanted) >= (2 if spec.type == scenes.TWO else 1)
-        least, most = scenes.CLUTTER[size]
-        clutter = [k for k, _, _ in spec.objects if k not in (spec.object, *scenes.LAMPS)]
+        assert len(world.room.wanted) >= (2 if spec.type == tables.TWO else 1)
+        least, most = tables.CLUTTER[size]
+        clutter = [k for k, _, _ in spec.objects if k not in (spec.object, *tables.LAMPS)]
         assert least <= len(clutter) <= most
         start = Counter(spec.places[place][0] for k, _, place in spec.objects if k == spec.object)
-        if spec.type in (scenes.SIMPLE, scenes.TWO):
+        if spec.type in (tables.SIMPLE, tables.TWO):
             assert spec.target not in start
         for kind, number, place in spec.objects:
-            assert spec.places[place][0] in scenes.search_order(kind)
-            assert number <= scenes.MAX_OBJECT_NUMBER
-        assert max(number for _, number in spec.places) <= scenes.MAX_RECEPTACLE_NUMBER
+            assert spec.places[place][0] in tables.search_order(kind)
+            assert number <= tables.MAX_OBJECT_NUMBER
+        assert max(number for _, number in spec.places) <= tables.MAX_RECEPTACLE_NUMBER
 
 
 def test_the_object_table_is_ordered_and_every_word_has_one_role():
-    for name, row in scenes.OBJECT_TABLE.items():
-        keys = [(-weight, place in scenes.OPENABLE) for place, weight in row.prior]
+    for name, row in tables.OBJECT_TABLE.items():
+        keys = [(-weight, place in tables.OPENABLE) for place, weight in row.prior]
         assert keys == sorted(keys), name
         assert len(dict(row.prior)) == len(row.prior), name
         for room in row.rooms:
-            assert any(place in scenes.ROOMS[room] for place, _ in row.prior)
-    assert not set(scenes.OBJECTS) & set(scenes.RECEPTACLES)
-    assert all(re.fullmatch("[a-z]+", name) for name in scenes.OBJECTS + scenes.RECEPTACLES)
-    fixed = re.findall("[a-z]+", " ".join((*household.PHRASES, *household.COMMANDS)).lower())
-    assert not set(fixed) & (set(scenes.OBJECTS) | set(scenes.RECEPTACLES))
+            assert any(place in tables.ROOMS[room] for place, _ in row.prior)
+    assert not set(tables.OBJECTS) & set(tables.RECEPTACLES)
+    assert all(re.fullmatch("[a-z]+", name) for name in tables.OBJECTS + tables.RECEPTACLES)
+    fixed = re.findall(
+        "[a-z]+", " ".join((*household.PHRASES, *worlds.PHRASES, *worlds.COMMANDS)).lower()
+    )
+    assert not set(fixed) & (set(tables.OBJECTS) | set(tables.RECEPTACLES))
 
 
 def test_tasks_are_a_pure_function_of_their_arguments():
     assert scenes.task("train", 17, "large") == scenes.task("train", 17, "large")
-    ids = {scenes.task(split, 17, size) for split in SPLITS for size in scenes.SIZES}
-    assert len(ids) == len(SPLITS) * len(scenes.SIZES)
+    ids = {scenes.task(split, 17, size) for split in SPLITS for size in tables.SIZES}
+    assert len(ids) == len(SPLITS) * len(tables.SIZES)
     with pytest.raises(dataclasses.FrozenInstanceError):
         scenes.task("train", 17, "large").goal = ""
 
 
 def test_playthroughs_are_pinned_and_independent_of_hash_order():
     assert playthrough_digest() == PLAYTHROUGH
-    root = str(Path(household.__file__).parents[2])
+    root = str(Path(household.__file__).parents[3])
     env = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": root}
     result = subprocess.run(
         [sys.executable, __file__], env=env, capture_output=True, text=True, check=True
@@ -192,7 +198,7 @@ def test_playthroughs_are_pinned_and_independent_of_hash_order():
 def kitchen():
     return World(
         spec_of(
-            scenes.HEAT,
+            tables.HEAT,
             "apple",
             "fridge",
             ["cabinet 1", "countertop 1", "fridge 1", "microwave 1", "sinkbasin 1"],
@@ -281,7 +287,7 @@ def test_impossible_commands_change_nothing(command):
     world = kitchen()
     world.act("go to countertop 1")
     before = state_key(world)
-    assert world.act(command) == household.NOTHING
+    assert world.act(command) == worlds.NOTHING
     assert state_key(world) == before
 
 
@@ -305,7 +311,7 @@ def every_command(world):
     yield from ("look", "inventory")
 
 
-@pytest.mark.parametrize("size", scenes.SIZES)
+@pytest.mark.parametrize("size", tables.SIZES)
 def test_a_command_is_admissible_exactly_if_something_happens(size):
     rng = random.Random(2)
     for index in range(6):
@@ -350,7 +356,7 @@ def test_a_copy_shares_no_state():
 
 def hide(spec, seed):
     """The same task with the content of each closed receptacle moved into another one."""
-    closed = [i for i, (kind, _) in enumerate(spec.places) if kind in scenes.OPENABLE]
+    closed = [i for i, (kind, _) in enumerate(spec.places) if kind in tables.OPENABLE]
     order = closed.copy()
     random.Random(seed).shuffle(order)
     moved = dict(zip(closed, order, strict=True))
@@ -481,33 +487,33 @@ def test_errors_name_what_was_wrong():
 
 TINY = {
     "simple, two targets": spec_of(
-        scenes.SIMPLE, "cd", "drawer", ["bed 1", "drawer 1", "drawer 2", "safe 1"],
+        tables.SIMPLE, "cd", "drawer", ["bed 1", "drawer 1", "drawer 2", "safe 1"],
         [("cd 1", "safe 1"), ("cd 2", "bed 1"), ("pen 1", "drawer 1")],
     ),
     "clean, already at the target": spec_of(
-        scenes.CLEAN, "cloth", "cabinet", ["cabinet 1", "sinkbasin 1", "sinkbasin 2", "toilet 1"],
+        tables.CLEAN, "cloth", "cabinet", ["cabinet 1", "sinkbasin 1", "sinkbasin 2", "toilet 1"],
         [("cloth 1", "cabinet 1"), ("cloth 2", "sinkbasin 1"), ("candle 1", "toilet 1")],
     ),
     "heat, with a fridge to undo it": spec_of(
-        scenes.HEAT, "bread", "countertop", ["countertop 1", "fridge 1", "microwave 1"],
+        tables.HEAT, "bread", "countertop", ["countertop 1", "fridge 1", "microwave 1"],
         [("bread 1", "countertop 1"), ("bread 2", "fridge 1"), ("knife 1", "countertop 1")],
     ),
     "cool, the target is also a tool": spec_of(
-        scenes.COOL, "bread", "fridge", ["countertop 1", "fridge 1", "microwave 1"],
+        tables.COOL, "bread", "fridge", ["countertop 1", "fridge 1", "microwave 1"],
         [("bread 1", "microwave 1"), ("bread 2", "fridge 1"), ("knife 1", "countertop 1")],
     ),
     "look, two lamps": spec_of(
-        scenes.LOOK, "cd", "", ["bed 1", "desk 1", "drawer 1", "shelf 1"],
+        tables.LOOK, "cd", "", ["bed 1", "desk 1", "drawer 1", "shelf 1"],
         [("cd 1", "drawer 1"), ("cd 2", "desk 1"), ("desklamp 1", "desk 1"),
          ("desklamp 2", "shelf 1"), ("pen 1", "bed 1")],
         lamp="desklamp",
     ),
     "two, two targets, three objects": spec_of(
-        scenes.TWO, "cd", "drawer", ["bed 1", "drawer 1", "drawer 2"],
+        tables.TWO, "cd", "drawer", ["bed 1", "drawer 1", "drawer 2"],
         [("cd 1", "bed 1"), ("cd 2", "bed 1"), ("cd 3", "drawer 2"), ("pen 1", "bed 1")],
     ),
     "two, objects in closed places": spec_of(
-        scenes.TWO, "cd", "bed", ["bed 1", "cabinet 1", "safe 1", "shelf 1"],
+        tables.TWO, "cd", "bed", ["bed 1", "cabinet 1", "safe 1", "shelf 1"],
         [("cd 1", "cabinet 1"), ("cd 2", "safe 1"), ("pen 1", "shelf 1")],
     ),
 }  # fmt: skip
@@ -546,7 +552,7 @@ def test_distance_is_exact_in_every_reachable_state(name):
     assert exact == {key: distance(world) for key, world in worlds.items()}
 
 
-@pytest.mark.parametrize("size", scenes.SIZES)
+@pytest.mark.parametrize("size", tables.SIZES)
 def test_distance_is_one_more_than_the_best_next_state(size):
     """Together with 0 at the goal alone this makes it the length of a shortest way."""
     rng = random.Random(5)
@@ -585,7 +591,7 @@ def labels_of(spec, commands):
     learnt, labels = Learnt(world), []
     for command in commands:
         before, searching = distance(world), learnt.searching(world)
-        assert world.act(command) != household.NOTHING, command
+        assert world.act(command) != worlds.NOTHING, command
         novel = learnt.update(world)
         labels.append(label(before, distance(world), novel=novel, searching=searching))
     return labels
@@ -662,14 +668,16 @@ def test_closed_places_are_to_be_opened_not_collected():
 
 
 def test_players_know_nothing_of_the_world():
-    tree = ast.parse(Path(players.__file__).read_text())
+    tree = ast.parse(Path(experts.__file__).read_text())
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     modules |= {
         a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names
     }
     assert {module for module in modules if module.startswith("opd_jax")} == {
         "opd_jax.envs.base",
-        "opd_jax.envs.household_scenes",
+        "opd_jax.envs.household.tables",
+        "opd_jax.envs.household.thoughts",
+        "opd_jax.envs.react",
     }
     names = {
         a.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for a in node.names
@@ -677,7 +685,7 @@ def test_players_know_nothing_of_the_world():
     assert not names & {"task", "scene", "TaskSpec", "Draw"}
 
 
-@pytest.mark.parametrize("size", scenes.SIZES)
+@pytest.mark.parametrize("size", tables.SIZES)
 def test_memory_agrees_with_the_world_whoever_acts(size):
     rng = random.Random(6)
     for index in range(20):
@@ -703,7 +711,7 @@ def test_memory_agrees_with_the_world_whoever_acts(size):
                 assert memory.states.get(name, set()) == true
 
 
-@pytest.mark.parametrize("size", scenes.SIZES)
+@pytest.mark.parametrize("size", tables.SIZES)
 def test_the_expert_solves_every_type_and_no_turn_needs_correction(size):
     env = make_env(size=size)
     won, turns, labels = Counter(), [], Counter()
@@ -717,7 +725,7 @@ def test_the_expert_solves_every_type_and_no_turn_needs_correction(size):
                 thought, action = response.split("\n")
                 assert thought.startswith("Thought: ")
                 assert action.startswith("Action: ")
-    assert set(won) == set(scenes.TASK_TYPES)
+    assert set(won) == set(tables.TASK_TYPES)
     assert set(won.values()) == {50}
     assert set(labels) == {"SKIP"}
     assert sum(turns) / len(turns) < {"small": 8, "medium": 9.5, "large": 12.5}[size]
@@ -754,7 +762,7 @@ def claims_of(thought: str, memory: Memory) -> list[bool]:
     ]
 
 
-@pytest.mark.parametrize("size", scenes.SIZES)
+@pytest.mark.parametrize("size", tables.SIZES)
 def test_what_the_expert_thinks_is_true_and_says_what_it_does(size):
     env, rng, checked = make_env(size=size, max_turns=40), random.Random(11), 0
     for index in range(60):
@@ -776,7 +784,7 @@ def test_what_the_expert_thinks_is_true_and_says_what_it_does(size):
     assert checked > 1000
 
 
-@pytest.mark.parametrize("size", scenes.SIZES)
+@pytest.mark.parametrize("size", tables.SIZES)
 def test_the_expert_recovers_after_somebody_else_has_acted(size):
     env = make_env(size=size, max_turns=60)
     rng = random.Random(7)
@@ -835,18 +843,62 @@ def test_without_bad_habits_the_careless_player_is_the_expert():
         )
 
 
+@pytest.mark.parametrize("kind", [Clumsy, Mistaken])
+def test_most_of_what_others_try_fails_or_does_not_help(kind):
+    env, labels = make_env(max_turns=60), Counter()
+    for index in range(60):
+        observation = env.reset("train", index)
+        player, other = expert(env.task, observation), random.Random(index)
+        strayed = kind(env.task, observation, rng=random.Random(index))
+        while not observation.done:
+            good, bad = player.respond(observation), strayed.respond(observation)
+            strays = other.random() < 0.3
+            observation = env.step(bad if strays else good)
+            if strays:
+                labels[observation.oracle or "failed"] += 1
+            # A mistake is forgotten with its turn.
+            assert vars(strayed.memory) == vars(player.memory)
+        assert observation.success
+    assert labels.keys() >= {"failed", "STRONG"}
+    assert labels["SKIP"] < 0.5 * sum(labels.values())
+
+
+def test_a_mistaken_player_speaks_as_the_expert_does():
+    aims = [aim.partition("%s")[0] for aim in (thoughts.FIND, thoughts.FIND_ANOTHER, thoughts.HAVE)]
+    env, said = make_env(), set()
+    for index in range(60):
+        observation = env.reset("train", index)
+        player, strayed = (
+            kind(env.task, observation, rng=random.Random(index)) for kind in (Expert, Mistaken)
+        )
+        while not observation.done:
+            response = strayed.respond(observation)
+            assert any(response.startswith(f"Thought: {aim}") for aim in aims)
+            good = player.respond(observation)
+            said.add(response == good)
+            observation = env.step(good)
+    assert said == {False, True}  # some mistakes change nothing
+
+
 def test_every_word_can_be_enumerated():
-    fixed = [*household.PHRASES, *household.COMMANDS, *players.THOUGHTS, players.RESPONSE]
-    fixed += [template for pair in scenes.GOALS.values() for template in pair]
-    fixed += [state for _, state, _ in scenes.TREATMENTS.values()]
+    fixed = [*household.PHRASES, *worlds.PHRASES, *worlds.COMMANDS, *thoughts.THOUGHTS, RESPONSE]
+    fixed += [template for pair in tables.GOALS.values() for template in pair]
+    fixed += [state for _, state, _ in tables.TREATMENTS.values()]
     known = set(re.findall("[a-z]+", " ".join(fixed).lower()))
-    known |= {*scenes.OBJECTS, *scenes.RECEPTACLES, "in", "on"}
+    known |= {*tables.OBJECTS, *tables.RECEPTACLES, "in", "on"}
     words, numbers = set(), set()
     habits = dict.fromkeys(NO_HABITS, 0.4)
-    for size in scenes.SIZES:
+
+    def chance(task, first):
+        return Random(random.Random(8))
+
+    def mistaken(task, first):
+        return Mistaken(task, first, rng=random.Random(8))
+
+    for size in tables.SIZES:
         env = make_env(size=size, show_admissible=10)
         for index in range(60):
-            for make in (careless(index, **habits), lambda task, first: Random(random.Random(8))):
+            for make in (careless(index, **habits), chance, mistaken):
                 observations, responses = run_episode(env, "train", index, make)
                 text = " ".join([env.system, *(o.message for o in observations), *responses])
                 text = re.sub(r"\(\+\d+ more\)", "more", text)
@@ -854,7 +906,7 @@ def test_every_word_can_be_enumerated():
                 numbers |= set(re.findall(r"\d+", text))
     assert words <= known
     # A search may ask for the number after a type's last.
-    assert max(map(int, numbers)) <= 1 + max(scenes.MAX_RECEPTACLE_NUMBER, scenes.MAX_OBJECT_NUMBER)
+    assert max(map(int, numbers)) <= 1 + max(tables.MAX_RECEPTACLE_NUMBER, tables.MAX_OBJECT_NUMBER)
 
 
 if __name__ == "__main__":

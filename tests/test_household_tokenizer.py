@@ -10,10 +10,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from opd_jax.chat import ChatFormat
-from opd_jax.envs import household_tokenizer
-from opd_jax.envs.household import Household
-from opd_jax.envs.household_players import Careless, Expert, Random
-from opd_jax.envs.household_scenes import OBJECTS, RECEPTACLES, SIZES, SPLIT_SIZES, TASK_TYPES
+from opd_jax.envs.household import tokenizer as household_tokenizer
+from opd_jax.envs.household.env import Household
+from opd_jax.envs.household.expert import Expert
+from opd_jax.envs.household.habits import Careless
+from opd_jax.envs.household.tables import OBJECTS, RECEPTACLES, SIZES, SPLIT_SIZES, TASK_TYPES
+from opd_jax.envs.react import Random
 from opd_jax.teacher import FIELDS, LABELS, ROLE, RUBRIC, judge_prompt
 from opd_jax.trajectory import Turn
 
@@ -155,7 +157,7 @@ def test_saved_files_load_alike_and_do_not_depend_on_hash_order(tokenizer, tmp_p
         assert loaded.decode(ids) == text
 
     code = (
-        "import sys; from opd_jax.envs import household_tokenizer as h; "
+        "import sys; from opd_jax.envs.household import tokenizer as h; "
         "h.build(phrases=sys.argv[2:]).save_pretrained(sys.argv[1])"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "there"), *PHRASES]

@@ -17,6 +17,7 @@ from scipy.stats import entropy
 from opd_jax.losses import (
     NO_TURN,
     Verdict,
+    entropy_factor,
     forward_kl,
     fused_cross_entropy,
     fused_divergence,
@@ -531,6 +532,36 @@ def test_weights_by_hand(settings: dict[str, Any], z: float | list[float]) -> No
     np.testing.assert_allclose(got_z, z, rtol=1e-6)
     assert got_z.shape == np.shape(z)
     np.testing.assert_allclose(weight, RAW * np.reshape(z, (-1, 1)), rtol=1e-6)
+
+
+def test_the_entropy_factor_by_hand() -> None:
+    got = entropy_factor(jnp.array([0.0, 0.8, 0.81, 3.0]), bonus=1.0, threshold=0.8)
+    np.testing.assert_array_equal(got, [1, 1, 2, 2])
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(entropy_factor(got, bonus=0.0, threshold=0.0), np.ones(4))
+
+
+@pytest.mark.parametrize("scope", ["batch", "trajectory"])
+def test_a_factor_of_tokens_enters_the_mean_that_z_keeps(scope: str) -> None:
+    rng = np.random.default_rng(8)
+    factor = np.where(TURN_ID == NO_TURN, np.nan, 1 + rng.random(TURN_ID.shape)).astype(np.float32)
+    s = RAW * np.where(TURN_ID == NO_TURN, 0, factor)
+    student = TURN_ID != NO_TURN
+    z = student.sum() / s.sum() if scope == "batch" else student.sum(1) / s.sum(1)
+    weight, got_z = weights(scope=scope, token_factor=jnp.asarray(factor))
+    np.testing.assert_allclose(got_z, z, rtol=1e-6)
+    np.testing.assert_allclose(weight, s * np.reshape(z, (-1, 1)), rtol=1e-6)
+
+
+def test_a_factor_of_ones_is_bit_for_bit_none() -> None:
+    ones = jnp.ones(TURN_ID.shape)
+    for got, want in zip(weights(token_factor=ones), weights(), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_a_factor_of_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match="`token_factor` and `turn_id`"):
+        weights(token_factor=jnp.ones(3))
 
 
 def test_weak_weight_scales_weak_turns_only() -> None:

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from opd_jax.envs import retrieval_server
-from opd_jax.envs.retrieval import BM25, Passage, RetrievalError, load_bm25, read_corpus
-from opd_jax.envs.retrieval_client import HttpRetriever
-from opd_jax.envs.searchqa import open_retriever
+from opd_jax.envs.search import retrieval_server
+from opd_jax.envs.search.retrieval import BM25, Passage, RetrievalError, load_bm25, read_corpus
+from opd_jax.envs.search.retrieval_client import HttpRetriever
+from opd_jax.envs.search.searchqa import open_retriever
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["ode", "tern", "alder", "mill", "market", "clock", "river", "town", "the", "is", "of"]
@@ -198,7 +198,7 @@ def test_searching_leaves_jax_alone():
     pytest.importorskip("bm25s")
     script = """
 import sys
-from opd_jax.envs.retrieval import BM25, Passage
+from opd_jax.envs.search.retrieval import BM25, Passage
 def search():
     return BM25([Passage("0", "Ode", "river"), Passage("1", "T", "x")]).search(["ode"], top=1)
 if "before" in sys.argv:
@@ -284,7 +284,7 @@ def test_the_command_serves_a_corpus(index, tmp_path):
     corpus = tmp_path / "corpus.jsonl"
     lines = [json.dumps({"id": p.id, "contents": p.contents}) for p in index.passages]
     corpus.write_text("\n".join(lines))
-    words = [sys.executable, "-m", "opd_jax.envs.retrieval_server", f"--corpus={corpus}"]
+    words = [sys.executable, "-m", "opd_jax.envs.search.retrieval_server", f"--corpus={corpus}"]
     running = subprocess.Popen([*words, "--port=0"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         line = running.stdout.readline()
@@ -304,7 +304,7 @@ def test_the_command_serves_a_corpus(index, tmp_path):
     [(["--port=0"], "no file"), (["--port=70000"], "no file"), ([], "--port")],
 )
 def test_the_command_says_in_a_line_what_is_wrong(flags, said):
-    words = [sys.executable, "-m", "opd_jax.envs.retrieval_server", "--corpus=absent.jsonl"]
+    words = [sys.executable, "-m", "opd_jax.envs.search.retrieval_server", "--corpus=absent.jsonl"]
     done = subprocess.run([*words, *flags], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert said in done.stderr

@@ -12,9 +12,9 @@ import pytest
 from opd_jax import generate as gen
 from opd_jax import model
 from opd_jax.chat import ChatFormat
-from opd_jax.envs import household_tokenizer
 from opd_jax.envs.base import Observation, Task
-from opd_jax.envs.household import Household
+from opd_jax.envs.household import tokenizer as household_tokenizer
+from opd_jax.envs.household.env import Household
 from opd_jax.generate import Sampling
 from opd_jax.losses import NO_TURN
 from opd_jax.rollout import Agent, rollout, row_keys
@@ -137,6 +137,7 @@ def golden_agent() -> tuple[Agent, model.Params]:
         context_tokens=CONTEXT,
         extend_widths=(2, 8),
         chunk=2,
+        history_turns=0,
     )
     return agent, chain_params(config)
 
@@ -152,6 +153,7 @@ def play_script(
         agent=agent,
         envs=[Scripted(openings, replies) for _ in range(ENVS)],
         tasks=[("any", n) for n in range(tasks)],
+        depth=0,
     )
 
 
@@ -211,6 +213,7 @@ def golden() -> list[Conversation]:
         agent=agent,
         envs=envs,
         tasks=[("any", n) for n in range(len(GOLDEN))],
+        depth=0,
     )
     # The environments heard the sampled words, without the token that ended the turn.
     assert [env.heard for env in envs] == [
@@ -270,7 +273,14 @@ def test_more_tasks_than_environments_are_refused() -> None:
     agent, params = golden_agent()
     envs = [Scripted(["call bell"], REPLIES)] * 2
     with pytest.raises(ValueError, match=r"`keys`.*2 environments, got shape \(3,\)"):
-        rollout(params, jax.random.split(jax.random.key(0), 3), agent=agent, envs=envs, tasks=[])
+        rollout(
+            params,
+            jax.random.split(jax.random.key(0), 3),
+            agent=agent,
+            envs=envs,
+            tasks=[],
+            depth=0,
+        )
     with pytest.raises(ValueError, match=r"`tasks`.*6 environments, got 7"):
         play_script(["call bell"] * 7, REPLIES, tasks=7)
 
@@ -293,6 +303,7 @@ def agent() -> Agent:
         context_tokens=118,
         extend_widths=(16, 32),
         chunk=5,
+        history_turns=0,
     )
 
 
@@ -324,6 +335,7 @@ def play(
         agent=agent,
         envs=[household() for _ in range(ROWS)],
         tasks=tasks,
+        depth=0,
     )
 
 

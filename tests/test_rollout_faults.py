@@ -20,10 +20,10 @@ import pytest
 from opd_jax import model, teacher
 from opd_jax.chat import ChatFormat
 from opd_jax.demonstrations import demonstrate, play_out
-from opd_jax.envs import household_tokenizer
 from opd_jax.envs.base import BROKEN, Env, Observation, Task
-from opd_jax.envs.household import Household
-from opd_jax.envs.household_players import Expert
+from opd_jax.envs.household import tokenizer as household_tokenizer
+from opd_jax.envs.household.env import Household
+from opd_jax.envs.household.expert import Expert
 from opd_jax.envs.workers import DIED, TIMEOUT, Worker
 from opd_jax.experience import episode_metrics, judge_metrics
 from opd_jax.generate import Sampling
@@ -111,6 +111,7 @@ def agent() -> Agent:
         context_tokens=256,
         extend_widths=(32,),
         chunk=12,
+        history_turns=0,
     )
 
 
@@ -142,7 +143,7 @@ def workers() -> Iterator[list[Sabotaged]]:
 
 def play(agent: Agent, params: model.Params, envs: list[Any]) -> list[Conversation]:
     keys = row_keys(jax.random.key(0), range(len(ROWS)))
-    return rollout(params, keys, agent=agent, envs=envs, tasks=TASKS)
+    return rollout(params, keys, agent=agent, envs=envs, tasks=TASKS, depth=0)
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +242,8 @@ OBJECTIVE = Objective(
     confidence=True,
     confidence_temperature=1.0,
     weak_weight=0.5,
+    entropy_bonus=0.0,
+    entropy_threshold=0.8,
     normalize="all_tokens",
     scope="batch",
     eps=1e-8,

@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 
 from opd_jax.demonstrations import play_out
-from opd_jax.envs import scienceworld_prompts as prompts
-from opd_jax.envs import scienceworld_tasks as sets
 from opd_jax.envs.base import BROKEN
-from opd_jax.envs.scienceworld import FAILURES, NO_ACTION, ScienceWorld, failure, spread
-from opd_jax.envs.scienceworld_players import Expert, GoldPaths, Random, thought
+from opd_jax.envs.react import RESPONSE, Random
+from opd_jax.envs.scienceworld import prompts
+from opd_jax.envs.scienceworld import tasks as sets
+from opd_jax.envs.scienceworld.env import FAILURES, NO_ACTION, ScienceWorld, failure, spread
+from opd_jax.envs.scienceworld.players import Expert, GoldPaths, thought
 
 HAVE_ENGINE = bool(importlib.util.find_spec("scienceworld") and shutil.which("java"))
 needs_engine = pytest.mark.skipif(not HAVE_ENGINE, reason="needs scienceworld and java")
@@ -184,7 +185,7 @@ def test_unknown_tasks_are_named(env):
 
 def test_the_package_is_imported_when_it_is_used():
     code = (
-        "import sys, opd_jax.envs.scienceworld_players\n"
+        "import sys, opd_jax.envs.scienceworld.players\n"
         "print(sorted({'py4j', 'scienceworld', 'jax'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -204,8 +205,8 @@ def test_the_demonstration_is_a_real_episode_of_training(plain_env):
     for text, inventory, thinking, command in prompts.DEMONSTRATION:
         assert observation.text == text
         assert observation.message.endswith(prompts.TURN % (text, inventory))
-        assert prompts.RESPONSE % (thinking, command) in env.system
-        observation = env.step(prompts.RESPONSE % (thinking, command))
+        assert RESPONSE % (thinking, command) in env.system
+        observation = env.step(RESPONSE % (thinking, command))
         assert not observation.failure
     # Reached with the last turn allowed.
     assert (observation.end, observation.score) == ("success", 100.0)
@@ -545,7 +546,7 @@ def test_memory_is_bounded(env):
 def test_the_process_does_not_outlive_a_killed_python():
     code = (
         "import os, signal\n"
-        "from opd_jax.envs.scienceworld import ScienceWorld\n"
+        "from opd_jax.envs.scienceworld.env import ScienceWorld\n"
         f"env = ScienceWorld(**{SETTINGS!r})\n"
         "env.reset('train', 0)\n"
         "print(env._engine.pid, flush=True)\n"
@@ -602,7 +603,7 @@ def test_the_random_player_plays_what_is_listed(env, listing_env):
         listed = observation.admissible
         observation = listing_env.step(player.respond(observation))
         assert observation.action in listed
-    with pytest.raises(ValueError, match="`list_admissible` above 0"):
+    with pytest.raises(ValueError, match=r"`env\.list_admissible` above 0"):
         player.respond(start(env, "boil", 0))
 
 

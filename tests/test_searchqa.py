@@ -9,15 +9,15 @@ from collections import Counter
 
 import pytest
 
-from opd_jax.envs import search_env
-from opd_jax.envs.answers import exact_match, f1, normalize
 from opd_jax.envs.base import Observation
-from opd_jax.envs.questions import Question, digest, panel
-from opd_jax.envs.retrieval import Passage, RetrievalError
-from opd_jax.envs.search_env import FAILURES, SearchEnv, parse_response, shorten
-from opd_jax.envs.search_players import Random, documents, searches_left
-from opd_jax.envs.searchqa import SearchQA, open_retriever
-from opd_jax.envs.searchqa_data import SETS, macro_average, questions
+from opd_jax.envs.search import env as search_env
+from opd_jax.envs.search.answers import exact_match, f1, normalize
+from opd_jax.envs.search.env import FAILURES, SearchEnv, parse_response, shorten
+from opd_jax.envs.search.players import Random, documents, searches_left
+from opd_jax.envs.search.questions import Question, digest, panel
+from opd_jax.envs.search.retrieval import Passage, RetrievalError
+from opd_jax.envs.search.searchqa import SearchQA, open_retriever
+from opd_jax.envs.search.searchqa_data import SETS, macro_average, questions
 
 PASSAGES = (
     Passage("brandt", "Ilse Brandt", "Ilse Brandt was a clockmaker born in Marnfeld."),

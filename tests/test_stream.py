@@ -34,7 +34,7 @@ def of_length(length: int, first: int = 0) -> Conversation:
     """A conversation of `length` tokens whose second half is its only turn."""
     made = Conversation(task=TASK, end="turn_limit", turns=[TURN])
     made.append_given([first, *range(1, length // 2)])
-    made.append_sampled(range(100, 100 + length - len(made.tokens)), [0.0] * (length // 2), 0)
+    made.append_response(range(100, 100 + length - len(made.tokens)), [0.0] * (length // 2), 0)
     made.logprobs = [0.0] * length
     return made
 

@@ -58,6 +58,8 @@ SAGE = Objective(
     confidence=True,
     confidence_temperature=1.0,
     weak_weight=0.5,
+    entropy_bonus=0.0,
+    entropy_threshold=0.8,
     normalize="all_tokens",
     scope="batch",
     eps=1e-8,
@@ -66,6 +68,7 @@ SAGE = Objective(
 OPD = replace(SAGE, intervention=False, confidence=False, normalize="none")  # the token mean
 SFT = replace(OPD, divergence="cross_entropy")
 BY_TRAJECTORY = replace(SAGE, scope="trajectory")
+THRESHOLD = 2.88  # nats; about half of the tokens' entropies lie above
 
 # A character a token: a digit for the turn that sampled it, a dot for a given token, an underscore
 # for padding. Rows differ in length and in weight, so a normalizer over a part shows.
@@ -244,6 +247,9 @@ def reference_weights(objective: Objective) -> tuple[np.ndarray, float | None]:
             s[row, t] = (i[int(VERDICT[row, k])] if objective.intervention else 1.0) * (
                 confidence[row, k] if objective.confidence else 1.0
             )
+    p_t = reference_logprobs(2)
+    uncertain = entropy(np.exp(p_t), axis=-1) > objective.entropy_threshold
+    s *= 1 + objective.entropy_bonus * uncertain
     count = s > 0 if objective.normalize == "active_tokens" else student
     if objective.normalize == "none":
         return s, 1.0
@@ -263,6 +269,11 @@ OBJECTIVES = {
     "active_tokens": replace(SAGE, normalize="active_tokens"),
     "max_z": replace(SAGE, max_z=1.25),
     "by_trajectory": BY_TRAJECTORY,
+    "entropy_aware": replace(OPD, entropy_bonus=1.0, entropy_threshold=THRESHOLD),
+    "sage_entropy_aware": replace(SAGE, entropy_bonus=0.5, entropy_threshold=THRESHOLD),
+    "entropy_aware_by_trajectory": replace(
+        BY_TRAJECTORY, entropy_bonus=0.5, entropy_threshold=THRESHOLD
+    ),
 }
 
 
@@ -291,6 +302,24 @@ def test_weighted_sum_of_each_objective_equals_float64(name: str) -> None:
     np.testing.assert_allclose(sums.loss * z, (weight * kl).sum(), rtol=1e-5)
     np.testing.assert_allclose(sums.weight * z, weight.sum(), rtol=1e-5)
     np.testing.assert_allclose(sums.active, np.sum(weight > 0))
+
+
+def test_the_threshold_of_the_teacher_s_entropy_splits_the_tokens() -> None:
+    uncertain = entropy(np.exp(reference_logprobs(2)), axis=-1) > THRESHOLD
+    share = np.mean([uncertain[row, t] for row in range(len(ROWS)) for t, _ in student_tokens(row)])
+    assert 0.2 < share < 0.8
+
+
+@pytest.mark.parametrize("objective", [OPD, SAGE, BY_TRAJECTORY])
+def test_a_factor_that_no_token_reaches_is_bit_for_bit_none(objective: Objective) -> None:
+    above_all = replace(objective, entropy_bonus=1.0, entropy_threshold=np.log(32) + 1)
+    batch = standard_batch()
+    for got, want in zip(
+        jax.tree.leaves(objective_sums(scores_of(), batch, objective=above_all)),
+        jax.tree.leaves(objective_sums(scores_of(), batch, objective=objective)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("objective", [SAGE, BY_TRAJECTORY], ids=["batch", "trajectory"])

@@ -25,10 +25,10 @@ def two_turns() -> Conversation:
     """Three given tokens, two sampled, one given, one sampled."""
     c = Conversation(TASK)
     c.append_given([5, 6, 7])
-    c.append_sampled([8, 9], [-0.5, -0.25], 0)
+    c.append_response([8, 9], [-0.5, -0.25], 0)
     c.turns.append(turn())
     c.append_given([4])
-    c.append_sampled([3], [-1.0], 1)
+    c.append_response([3], [-1.0], 1)
     c.turns.append(turn(failure="Nothing happens."))
     c.end, c.score = "success", 1.0
     return c
@@ -37,7 +37,7 @@ def two_turns() -> Conversation:
 def one_turn() -> Conversation:
     c = Conversation(TASK)
     c.append_given([1])
-    c.append_sampled([2], [-2.0], 0)
+    c.append_response([2], [-2.0], 0)
     c.turns.append(turn())
     c.end, c.score = "turn_limit", 0.25
     return c

@@ -26,8 +26,8 @@ from types import MappingProxyType
 import pytest
 
 from opd_jax.envs.base import Env, Observation, Task
-from opd_jax.envs.household import Household
-from opd_jax.envs.household_players import Random
+from opd_jax.envs.household.env import Household
+from opd_jax.envs.react import Random
 from opd_jax.envs.workers import BROKEN, DIED, EXCEPTION, GARBAGE, TIMEOUT, Worker
 
 LONG_S = 60.0  # more than a busy machine needs

@@ -32,6 +32,8 @@ _COUNTS = (
     "mesh.tensor",
     "env.max_turns",
     "rollout.batch",
+    "rollout.per_task",
+    "rollout.depth_every",
     "rollout.turn_tokens",
     "rollout.chunk",
     "judge.batch",
@@ -55,11 +57,15 @@ _RANGES = {
     "objective.beta": (0, 1),
     "objective.weak_weight": (0, 1),
     "objective.confidence_temperature": (0, math.inf),
+    "objective.entropy_bonus": (0, math.inf),
+    "objective.entropy_threshold": (0, math.inf),
     "objective.eps": (1e-30, 1),
     "objective.max_z": (0, math.inf),
     "rollout.temperature": (0, math.inf),
     "rollout.top_k": (0, math.inf),
     "rollout.top_p": (1e-9, 1),
+    "rollout.history_turns": (0, math.inf),
+    "rollout.depth_start": (0, math.inf),
     "eval.temperature": (0, math.inf),
     "judge.admissible_shown": (0, math.inf),
     "judge.agreement_every": (0, math.inf),
@@ -114,6 +120,11 @@ def _check_batches(config: ConfigDict) -> None:
             f"`rollout.batch` = {rollout.batch} does not divide into `train.micro_batches` = "
             f"{train.micro_batches}; choose a divisor"
         )
+    if rollout.batch % rollout.per_task:
+        raise ValueError(
+            f"`rollout.batch` = {rollout.batch} does not divide by `rollout.per_task` = "
+            f"{rollout.per_task}; choose a divisor"
+        )
     ways = config.mesh.data * config.mesh.fsdp
     for name in ("rollout.batch", "eval.batch"):
         if _field(config, name) % ways:
@@ -142,10 +153,21 @@ def _check_objective(config: ConfigDict) -> None:
     distils = objective.divergence != "cross_entropy"
     if distils or source == "teacher" or objective.intervention:
         _check_teacher(config, "the objective or `data.source` needs a teacher")
-    if not distils and (objective.intervention or objective.confidence):
+    if not distils and (objective.intervention or objective.confidence or objective.entropy_bonus):
         raise ValueError(
-            "`objective.divergence` = 'cross_entropy' has no verdicts or confidence: set "
-            "`objective.intervention` and `objective.confidence` to False"
+            "`objective.divergence` = 'cross_entropy' has no verdicts, confidence or teacher's "
+            "entropy: set `objective.intervention` and `objective.confidence` to False, and "
+            "`objective.entropy_bonus` to 0"
+        )
+    if config.rollout.history_turns and objective.scope == "trajectory":
+        raise ValueError(
+            "`objective.scope` = 'trajectory' needs each episode in one row, which it is not with "
+            "`rollout.history_turns`: set the one to batch, or the other to 0"
+        )
+    if config.rollout.depth_start and source != "on_policy":
+        raise ValueError(
+            "`rollout.depth_start` cuts the student's episodes: set it to 0, or `data.source` to "
+            "on_policy"
         )
     if objective.divergence == "sampled_reverse_kl" and source != "on_policy":
         raise ValueError(

@@ -87,6 +87,14 @@ class Env(Protocol):
         """Number of tasks in `split`; ValueError naming the known splits otherwise."""
         ...
 
+    def digest(self, split: str) -> str:
+        """Identifies the tasks of `split`: equal digests, equal tasks.
+
+        A hash; behind `LABEL-` where every table has to say what the tasks are, since figures of
+        them could be taken for others'.
+        """
+        ...
+
     def reset(self, split: str, index: int) -> Observation:
         """Start task `index` of `split`, a pure function of the two."""
         ...

@@ -6,11 +6,11 @@ Nothing is downloaded here.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from opd_jax.envs.questions import Question, panel
+from opd_jax.envs.search.questions import Question, panel
 
 # Set -> its evaluation file: `dev` where the published test questions have no answers.
 SETS = {
@@ -73,19 +73,3 @@ def questions(folder: Path, split: str, count: int) -> tuple[Question, ...]:
     files = TRAIN_SETS if split == TRAIN else {split: SETS[split]}
     found = [q for name, file in files.items() for q in read_questions(folder, name, file)]
     return panel(found, count)
-
-
-def macro_average(figures: Mapping[str, float]) -> float:
-    """The mean of a figure over the seven sets, each set counting the same.
-
-    Args:
-      figures: set to figure, for example its exact match.
-
-    Raises:
-      ValueError: a set is missing, or is none of `SETS`.
-    """
-    if figures.keys() != SETS.keys():
-        raise ValueError(
-            f"the macro-average is over {', '.join(SETS)}; got {', '.join(figures) or 'none'}"
-        )
-    return sum(figures.values()) / len(figures)

@@ -8,8 +8,8 @@ checked one by one.
 from collections.abc import Callable
 from typing import TypeVar
 
-from opd_jax.envs.scienceworld_jvm import EngineLost, EpisodeLost, Jvm, Reply
-from opd_jax.envs.scienceworld_tasks import task_id
+from opd_jax.envs.scienceworld.jvm import EngineLost, EpisodeLost, Jvm, Reply
+from opd_jax.envs.scienceworld.tasks import task_id
 
 T = TypeVar("T")
 

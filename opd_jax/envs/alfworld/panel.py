@@ -31,7 +31,7 @@ TASK_FILE = "traj_data.json"
 # A key of generated game files; ALFWorld's own do not have it, and TextWorld ignores it.
 GENERATED = "generated"
 _REMEDY = (
-    "run `alfworld-download` or `python -m opd_jax.envs.alfworld_games`, and name the folder in "
+    "run `alfworld-download` or `python -m opd_jax.envs.alfworld.games`, and name the folder in "
     f"`data` or in the environment variable {VARIABLE}"
 )
 

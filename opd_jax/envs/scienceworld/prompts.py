@@ -5,7 +5,8 @@ demonstration are the paper's. The demonstration is a real episode of a training
 plays it: thoughts and commands are written by hand, the rest is the engine's.
 """
 
-from opd_jax.envs.scienceworld_jvm import INVENTORY
+from opd_jax.envs.react import RESPONSE
+from opd_jax.envs.scienceworld.jvm import INVENTORY
 
 TELEPORT = "teleportAction"
 
@@ -28,7 +29,6 @@ TELEPORT_COMMAND = "; teleport to X (any room)"
 EXAMPLE = "Here is an example of a whole episode.\n\n%s\n\nNow your own task begins."
 TASK = "Task: %s\n"
 TURN = "Observation: %s\nInventory: %s"
-RESPONSE = "Thought: %s\nAction: %s"
 EMPTY_HANDED = "nothing"
 
 DEMONSTRATION_TASK = ("find-living-thing", 0)

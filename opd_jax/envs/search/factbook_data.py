@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from opd_jax.envs.retrieval import Passage
+from opd_jax.envs.search.retrieval import Passage
 
 PASSAGE_WORDS = 100  # as in the Wikipedia passages of the benchmark
 

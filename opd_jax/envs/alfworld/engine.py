@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from opd_jax.envs.alfworld_panel import VARIABLE
+from opd_jax.envs.alfworld.panel import VARIABLE
 
 # Parsers, translator, its settings and the environment variable are global: one thread at a time.
 _LOCK = threading.Lock()

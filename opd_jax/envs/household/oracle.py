@@ -20,15 +20,11 @@ receptacles are all listed at the start, so they are never searched for. Leaving
 receptacle unopened is judged by the place gone to, unless the distance grows by it.
 """
 
-from typing import TYPE_CHECKING
-
-from opd_jax.envs.household_scenes import LOOK, TWO
-
-if TYPE_CHECKING:
-    from opd_jax.envs.household import World
+from opd_jax.envs.household.tables import LOOK, TWO
+from opd_jax.envs.household.world import World
 
 
-def distance(world: "World") -> int:
+def distance(world: World) -> int:
     """Least number of actions that reach the goal, for a player who knows everything.
 
     Closed form: the only costs are going, opening, taking, one treatment, moving and using the
@@ -48,7 +44,7 @@ def distance(world: "World") -> int:
     return min(_distance_one(world, item) for item in world.room.wanted)
 
 
-def _distance_one(world: "World", item: int) -> int:
+def _distance_one(world: World, item: int) -> int:
     """Actions until `item` has fulfilled the goal."""
     cost, at = _fetch(world, item)
     if world.room.spec.type == LOOK:
@@ -56,7 +52,7 @@ def _distance_one(world: "World", item: int) -> int:
     return cost + _treat_and_place(world, item, at)
 
 
-def _fetch(world: "World", item: int) -> tuple[int, int]:
+def _fetch(world: World, item: int) -> tuple[int, int]:
     """Actions until `item` is in hand, and the place where that happens."""
     place = world.where[item]
     if place < 0:
@@ -67,12 +63,12 @@ def _fetch(world: "World", item: int) -> tuple[int, int]:
     )
 
 
-def _light(world: "World", at: int) -> int:
+def _light(world: World, at: int) -> int:
     """Actions to the lamp and to switch it on, starting at `at` with the object in hand."""
     return 1 if any(world.where[lamp] == at for lamp in world.room.lamps) else 2
 
 
-def _treat_and_place(world: "World", item: int, at: int) -> int:
+def _treat_and_place(world: World, item: int, at: int) -> int:
     """Actions from taking `item` at `at` to having it treated and placed."""
     room = world.room
     opened = -1 if world.where[item] < 0 else at
@@ -81,7 +77,7 @@ def _treat_and_place(world: "World", item: int, at: int) -> int:
     return min((tool != at) + 1 + _put(world, tool, opened) for tool in room.tools)
 
 
-def _put(world: "World", at: int, opened: int) -> int:
+def _put(world: World, at: int, opened: int) -> int:
     """Actions to put what is in hand into a target, from `at`; `opened` was opened on the way."""
     is_open, targets = world.is_open, world.room.targets
     best = 3
@@ -94,13 +90,13 @@ def _put(world: "World", at: int, opened: int) -> int:
     return best
 
 
-def _distance_two(world: "World") -> int:
+def _distance_two(world: World) -> int:
     """Two objects must end in the same target; objects that are there already count."""
     spots = [world.where[item] for item in world.room.wanted if world.where[item] >= 0]
     return min(_fill(world, target, spots) for target in world.room.targets)
 
 
-def _fill(world: "World", target: int, spots: list[int]) -> int:
+def _fill(world: World, target: int, spots: list[int]) -> int:
     """Actions until `target` holds two; `spots` are the places of the wanted objects at rest."""
     is_open = world.is_open
     # Opening the target, and moving the first object; the ways and the takes come on top.
@@ -116,12 +112,12 @@ def _fill(world: "World", target: int, spots: list[int]) -> int:
     return _take_both(world, spots) + 1 + arrive + 4
 
 
-def _take_first(world: "World", spots: list[int]) -> int:
+def _take_first(world: World, spots: list[int]) -> int:
     """Actions to have one of the objects at `spots` in hand."""
     return min((world.at != s) + (not world.is_open[s]) for s in spots) + (world.hand >= 0) + 1
 
 
-def _take_both(world: "World", spots: list[int]) -> int:
+def _take_both(world: World, spots: list[int]) -> int:
     """As `_take_first`, plus opening the place of a second object, at best."""
     at, is_open = world.at, world.is_open
     best = 3
@@ -143,13 +139,13 @@ class Learnt:
       at: where the player was at the last update; -1 in the middle of the room.
     """
 
-    def __init__(self, world: "World"):
+    def __init__(self, world: World):
         self.content = bytearray(len(world.room.places))
         self.reached = bytearray(len(world.room.places))
         self.objects = bytearray(len(world.room.objects))
         self.at = world.at
 
-    def update(self, world: "World") -> bool:
+    def update(self, world: World) -> bool:
         """Take in the state after an action; True if something new was revealed."""
         before, at = self.at, world.at
         if at < 0 or self.content[at]:
@@ -167,7 +163,7 @@ class Learnt:
         self.at = at
         return first or (before != at and bool(self.content[before]))
 
-    def searching(self, world: "World") -> bool:
+    def searching(self, world: World) -> bool:
         """Whether the next thing that the goal needs has not been found yet."""
         room, known = world.room, self.objects
         if world.hand in room.wanted:

@@ -15,12 +15,12 @@ from collections import defaultdict
 from collections.abc import Iterable
 from itertools import chain, zip_longest
 
-from opd_jax.envs import scienceworld_tasks
 from opd_jax.envs.base import BROKEN, Observation, Task
-from opd_jax.envs.household import parse_response
-from opd_jax.envs.scienceworld_engine import Engine
-from opd_jax.envs.scienceworld_jvm import EpisodeLost, Reply, check_installed
-from opd_jax.envs.scienceworld_prompts import TASK, TELEPORT, system_message, turn_message
+from opd_jax.envs.react import parse_response
+from opd_jax.envs.scienceworld import tasks
+from opd_jax.envs.scienceworld.engine import Engine
+from opd_jax.envs.scienceworld.jvm import EpisodeLost, Reply, check_installed
+from opd_jax.envs.scienceworld.prompts import TASK, TELEPORT, system_message, turn_message
 
 PREAMBLE = "Your task is to "
 ELECTRICITY = "noElectricalAction"
@@ -198,11 +198,11 @@ class ScienceWorld:
 
     def size(self, split: str) -> int:
         """Number of tasks in `split`; ValueError naming the known splits otherwise."""
-        return len(scienceworld_tasks.tasks(split))
+        return len(tasks.tasks(split))
 
     def digest(self, split: str) -> str:
-        """What identifies the tasks of `split`; see `scienceworld_tasks.digest`."""
-        return scienceworld_tasks.digest(split)
+        """What identifies the tasks of `split`; see `tasks.digest`."""
+        return tasks.digest(split)
 
     def reset(self, split: str, index: int) -> Observation:
         """Start task `index` of `split`.
@@ -212,13 +212,13 @@ class ScienceWorld:
         Raises:
           ValueError: there is no such task, or the package or Java is missing.
         """
-        tasks = scienceworld_tasks.tasks(split)
-        if not 0 <= index < len(tasks):
+        listed = tasks.tasks(split)
+        if not 0 <= index < len(listed):
             raise ValueError(
-                f"`index`: expected 0..{len(tasks) - 1} in split {split!r}, got {index}"
+                f"`index`: expected 0..{len(listed) - 1} in split {split!r}, got {index}"
             )
-        kind, variation = tasks[index]
-        name = scienceworld_tasks.task_id(kind, variation)
+        kind, variation = listed[index]
+        name = tasks.task_id(kind, variation)
         self._turns = 0
         self._admissible: tuple[str, ...] = ()
         try:

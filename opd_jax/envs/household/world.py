@@ -1,34 +1,23 @@
-"""A household that lives in text: ALFWorld's task types, commands and observation forms.
+"""The engine of the household: its state, its commands, and what they answer.
 
-`World` is the engine (state and commands), `Household` is the environment around it. The player
-sees a receptacle's content only when it stands there and the receptacle is open; everything else
-has to be found. Where it differs from ALFWorld (Shridhar et al., 2021, arXiv:2010.03768): rooms
-and placements are drawn from this project's tables, lists are sorted by name and number, `look`
-repeats the content of the place, and a lamp counts at the moment at which it is used.
+The player sees a receptacle's content only when it stands there and the receptacle is open;
+everything else has to be found. Where it differs from ALFWorld (Shridhar et al., 2021,
+arXiv:2010.03768): rooms and placements are drawn from this project's tables, lists are sorted by
+name and number, `look` repeats the content of the place, and a lamp counts at the moment at which
+it is used.
 """
 
-from opd_jax.envs.base import Observation, Task
-from opd_jax.envs.household_oracle import Learnt, distance, label
-from opd_jax.envs.household_scenes import (
+from opd_jax.envs.household.scenes import (
+    TaskSpec,
+)
+from opd_jax.envs.household.tables import (
     LAMPS,
     LOOK,
     OBJECT_TABLE,
     OPENABLE,
     TREATMENTS,
     TWO,
-    TaskSpec,
-    check_size,
-    split_size,
-    task,
 )
-
-SYSTEM = (
-    "You are in a household. Reply in two lines. "
-    "Thought: what you see and plan. Action: one command."
-)
-TASK_LINE = "\nYour task is to: "
-ADMISSIBLE_LINE = "\nAdmissible: "
-MORE = " (+%d more)"
 
 START = "You are in the middle of a room. Looking quickly around you, you see %s."
 ARRIVE = "You arrive at %s. "
@@ -48,9 +37,9 @@ EMPTY_HANDED = "You are not carrying anything."
 ORDINARY = "There's nothing special about %s."
 STATE = "This is a %s %s."
 NOTHING = "Nothing happens."
-# Every fixed text of the environment, for whoever builds a vocabulary.
+# Every fixed text of the world, for whoever builds a vocabulary.
 PHRASES = (
-    SYSTEM, TASK_LINE, ADMISSIBLE_LINE, MORE, START, ARRIVE, FACING, CLOSED, OPEN, ON,
+    START, ARRIVE, FACING, CLOSED, OPEN, ON,
     NOTHING_SEEN, OPENED, SHUT, TOOK, MOVED, TREATED, SWITCHED_ON, CARRYING, EMPTY_HANDED,
     ORDINARY, STATE, NOTHING, ", and a", "hot and clean", "cool and clean",
 )  # fmt: skip
@@ -367,110 +356,3 @@ _HANDLERS = {
     "look": World._look,
     "inventory": World._inventory,
 }
-
-
-def parse_response(response: str) -> tuple[str, str]:
-    """Find the command in a response.
-
-    Args:
-      response: the model's whole text; the last line that starts with `Action:` (in any case)
-        holds the command, everything else is free.
-
-    Returns:
-      The command and "", or "" and why there is none: `empty` or `no_action`.
-    """
-    if not response.strip():
-        return "", "empty"
-    for line in reversed(response.splitlines()):
-        line = line.strip()
-        if line[:7].lower() == "action:":
-            command = line[7:].strip()
-            return (command, "") if command else ("", "no_action")
-    return "", "no_action"
-
-
-class Household:
-    """The household as an `Env`: one task at a time, a pure function of split and index.
-
-    Args:
-      size: `small`, `medium` or `large`; `large` is about as big as ALFWorld's rooms.
-      max_turns: an episode ends after this many responses.
-      show_admissible: how many admissible commands to list in each message; 0 shows none.
-
-    Raises:
-      ValueError: if the size is unknown, `max_turns` is below 1 or `show_admissible` below 0.
-    """
-
-    system = SYSTEM
-
-    def __init__(self, *, size: str, max_turns: int, show_admissible: int):
-        check_size(size)
-        if max_turns < 1:
-            raise ValueError(f"`max_turns` must be at least 1; got {max_turns}.")
-        if show_admissible < 0:
-            raise ValueError(
-                f"`show_admissible` must be 0 (show none) or more; got {show_admissible}."
-            )
-        self._size = size
-        self._max_turns = max_turns
-        self._show_admissible = show_admissible
-        self._over = True
-
-    def size(self, split: str) -> int:
-        """Number of tasks in `split`; ValueError naming the known splits otherwise."""
-        return split_size(split)
-
-    def reset(self, split: str, index: int) -> Observation:
-        """Start task `index` of `split`; ValueError if there is no such task."""
-        spec = task(split, index, self._size)
-        self._world = World(spec)
-        self._learnt = Learnt(self._world)
-        self._distance = distance(self._world)
-        self._turns = 0
-        self._over = False
-        start = self._world.room.start
-        self.task = Task(id=spec.id, type=spec.type, goal=spec.goal, scene=start)
-        commands = self._world.admissible()
-        return Observation(start, self._message(start + TASK_LINE + spec.goal, commands), commands)
-
-    def step(self, response: str) -> Observation:
-        """Act on the model's whole response text.
-
-        A response without a command (`empty`, `no_action`) or with an impossible one
-        (`rejected`) changes nothing and is answered with `Nothing happens.`.
-
-        Raises:
-          ValueError: if there is no running episode.
-        """
-        if self._over:
-            raise ValueError("`step` needs a running episode; call `reset` first.")
-        command, failure = parse_response(response)
-        text, oracle = NOTHING, ""
-        if not failure:
-            searching = self._learnt.searching(self._world)
-            text = self._world.act(command)
-            if text == NOTHING:
-                failure = "rejected"
-            else:
-                oracle = self._label(searching)
-        self._turns += 1
-        end = "turn_limit" if self._turns >= self._max_turns else ""
-        if self._world.solved:
-            end = "success"
-        self._over = bool(end)
-        commands = self._world.admissible()
-        message = self._message(text, commands)
-        score = 1.0 if end == "success" else 0.0
-        return Observation(text, message, commands, end, score, command, failure, oracle)
-
-    def _label(self, searching: bool) -> str:
-        before, self._distance = self._distance, distance(self._world)
-        novel = self._learnt.update(self._world)
-        return label(before, self._distance, novel=novel, searching=searching)
-
-    def _message(self, text: str, commands: tuple[str, ...]) -> str:
-        shown = self._show_admissible
-        if not shown:
-            return text
-        text += ADMISSIBLE_LINE + ", ".join(commands[:shown])
-        return text + MORE % (len(commands) - shown) if len(commands) > shown else text

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from opd_jax.envs.scienceworld_tasks import VARIATIONS
+from opd_jax.envs.scienceworld.tasks import VARIATIONS
 
 T = TypeVar("T")
 

@@ -12,10 +12,10 @@ is bounded apart from the number of turns.
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from opd_jax.envs.answers import exact_match, f1
 from opd_jax.envs.base import Observation, Task
-from opd_jax.envs.questions import Question, digest
-from opd_jax.envs.retrieval import Passage, RetrievalError, Retriever
+from opd_jax.envs.search.answers import exact_match, f1
+from opd_jax.envs.search.questions import Question, digest
+from opd_jax.envs.search.retrieval import Passage, RetrievalError, Retriever
 
 SYSTEM = """\
 You answer questions by searching a collection of passages. Reply with two blocks:

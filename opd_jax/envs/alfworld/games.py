@@ -1,6 +1,6 @@
 """Generates games in ALFWorld's format, for work without its download.
 
-    python -m opd_jax.envs.alfworld_games --out=DIR --games=N --seed=0
+    python -m opd_jax.envs.alfworld.games --out=DIR --games=N --seed=0
 
 Domain, grammar, goals, rooms with their receptacles, the kinds of objects found in them and what
 fits where come from the installed `alfworld` package. Which objects there are and where they lie is
@@ -20,9 +20,9 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from opd_jax.envs.alfworld_engine import alfworld_module
-from opd_jax.envs.alfworld_panel import SPLITS, TASK_TYPES, digest, panel
-from opd_jax.envs.alfworld_problem import (
+from opd_jax.envs.alfworld.engine import alfworld_module
+from opd_jax.envs.alfworld.panel import SPLITS, TASK_TYPES, digest, panel
+from opd_jax.envs.alfworld.problem import (
     Goal,
     Receptacle,
     Thing,
@@ -30,7 +30,8 @@ from opd_jax.envs.alfworld_problem import (
     problem,
     write_game,
 )
-from opd_jax.envs.household_scenes import CLEAN, COOL, HEAT, LOOK, SIMPLE, TREATMENTS, TWO, Draw
+from opd_jax.envs.household.scenes import Draw
+from opd_jax.envs.household.tables import CLEAN, COOL, HEAT, LOOK, SIMPLE, TREATMENTS, TWO
 
 SUMMARY = "Generates games in ALFWorld's format; they are not ALFWorld's games."
 # Raised with every change of what is drawn.
@@ -258,7 +259,7 @@ def write(out: Path, split: str, index: int, *, seed: int) -> Path:
     folder = out / split
     folder /= f"{goal.type}-{goal.object}-None-{goal.target or goal.lamp}-{scene.number}"
     folder /= f"trial_{seed}_{index:05d}_{mark}"
-    source = {"generator": "opd_jax.envs.alfworld_games", "version": VERSION, "seed": seed}
+    source = {"generator": "opd_jax.envs.alfworld.games", "version": VERSION, "seed": seed}
     write_game(folder, goal, instruction, text, walkthrough=walkthrough(room), source=source)
     return folder
 

@@ -1,6 +1,6 @@
 """A retrieval server over a JSONL corpus, in the form of Search-R1's.
 
-    python -m opd_jax.envs.retrieval_server --corpus=wiki-18.jsonl --port=8000
+    python -m opd_jax.envs.search.retrieval_server --corpus=wiki-18.jsonl --port=8000
 
 It ranks with BM25 and needs no accelerator; a dense server of the same form can take its place.
 POST `/retrieve` with `{"queries": ["..."], "topk": 3, "return_scores": true}` is answered with
@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from opd_jax.envs.retrieval import BM25, load_bm25
+from opd_jax.envs.search.retrieval import BM25, load_bm25
 
 PATH = "/retrieve"
 _MOST_BYTES = 1 << 24
@@ -94,8 +94,8 @@ def make_server(index: BM25, *, host: str, port: int, top: int) -> ThreadingHTTP
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command `python -m opd_jax.envs.retrieval_server`."""
-    usage = argparse.ArgumentParser(prog="python -m opd_jax.envs.retrieval_server")
+    """The command `python -m opd_jax.envs.search.retrieval_server`."""
+    usage = argparse.ArgumentParser(prog="python -m opd_jax.envs.search.retrieval_server")
     usage.add_argument("--corpus", type=Path, required=True, help="JSONL, one passage a line")
     usage.add_argument("--port", type=int, required=True, help="0 takes a free one")
     usage.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines too")

@@ -1,18 +1,18 @@
-"""Players of ScienceWorld: one that follows the engine's own path to the goal, and one at random.
+"""ScienceWorld's expert: it follows the engine's own path to the goal.
 
 The expert is no explorer: it is told the path ("gold path") that the engine computes with full
 knowledge of the task. What it shows is what success looks like and how long it takes, not how one
 finds out.
 """
 
-import random
 from collections.abc import Sequence
+from functools import cache
 
 from opd_jax.envs.base import Observation
-from opd_jax.envs.scienceworld import failure
-from opd_jax.envs.scienceworld_engine import Engine
-from opd_jax.envs.scienceworld_prompts import RESPONSE
-from opd_jax.envs.scienceworld_tasks import parse_id
+from opd_jax.envs.react import RESPONSE
+from opd_jax.envs.scienceworld.engine import Engine
+from opd_jax.envs.scienceworld.env import failure
+from opd_jax.envs.scienceworld.tasks import parse_id
 
 # First word of a command -> the thought that goes with it; %s is the rest of the command.
 THOUGHTS = {
@@ -44,7 +44,6 @@ THOUGHTS = {
 }
 CHOOSE = "Any of the things listed will do."
 NOTHING_LEFT = "I have done all that I know of."
-TRY = "I try something."
 
 
 def thought(command: str) -> str:
@@ -103,6 +102,12 @@ class GoldPaths:
         self._engine.close()
 
 
+@cache  # shared by all who ask: a Java process each, and seconds for each path
+def gold_paths(*, simplifications: str, heap_mb: int, timeout_s: float) -> GoldPaths:
+    """The `GoldPaths` of these settings; its process ends with this one."""
+    return GoldPaths(simplifications=simplifications, heap_mb=heap_mb, timeout_s=timeout_s)
+
+
 class Expert:
     """Follows a path, whatever it sees; looks around when the path is at its end.
 
@@ -119,28 +124,3 @@ class Expert:
         if command is None:
             return RESPONSE % (NOTHING_LEFT, "look around")
         return RESPONSE % (thought(command), command)
-
-
-class Random:
-    """Picks a uniformly random command of those listed as admissible.
-
-    Args:
-      rng: source of randomness.
-    """
-
-    def __init__(self, rng: random.Random):
-        self.rng = rng
-
-    def respond(self, observation: Observation) -> str:
-        """Return a response with a random admissible command.
-
-        Raises:
-          ValueError: the environment lists none.
-        """
-        commands = observation.admissible
-        if not commands:
-            raise ValueError(
-                "the random player picks among admissible commands: expected `list_admissible` "
-                "above 0"
-            )
-        return RESPONSE % (TRY, commands[int(self.rng.random() * len(commands))])

@@ -15,10 +15,10 @@ game knows.
 import re
 from collections.abc import Sequence
 
-from opd_jax.envs.alfworld_engine import Engine
-from opd_jax.envs.alfworld_panel import Game, data_folder, digest, panel
+from opd_jax.envs.alfworld.engine import Engine
+from opd_jax.envs.alfworld.panel import Game, data_folder, digest, panel
 from opd_jax.envs.base import Observation, Task
-from opd_jax.envs.household import parse_response
+from opd_jax.envs.react import RESPONSE, parse_response
 
 RULES = (
     "You act in a house that is described in text. Every turn you are told the task, what you "
@@ -76,7 +76,6 @@ EXAMPLE_TURNS = (
         "You move the tomato 1 to the sidetable 1.",
     ),
 )
-RESPONSE = "Thought: %s\nAction: %s"
 MESSAGE = "Task: %s\nObservation: %s"
 ADMISSIBLE_LINE = "\nAdmissible actions: "
 MORE = " (+%d more)"

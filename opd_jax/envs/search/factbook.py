@@ -12,18 +12,19 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
-from opd_jax.envs.answers import normalize
-from opd_jax.envs.factbook_data import (
+from opd_jax.envs.search.answers import normalize
+from opd_jax.envs.search.env import SearchEnv
+from opd_jax.envs.search.factbook_data import (
     BORDERS,
     PROPERTIES,
     longest_border,
     passages,
     read_package,
 )
-from opd_jax.envs.questions import Question, panel
-from opd_jax.envs.retrieval import BM25, Passage
-from opd_jax.envs.search_env import SearchEnv
+from opd_jax.envs.search.questions import Question, panel
+from opd_jax.envs.search.retrieval import BM25, Passage
 
 ASKED = "What is the %s of the country %s?"
 BY_FACT = "whose %s is %s"
@@ -173,28 +174,17 @@ class FactbookQA(SearchEnv):
     """FactbookQA as an `Env`, with the splits `train`, `dev` and `test`.
 
     Args:
-      max_turns, max_searches, passages, passage_words, retry_wrong: see `SearchEnv`.
+      **settings: those of `SearchEnv` but its questions and its search engine.
 
     Raises:
       ValueError: a package of the extra `searchqa` is missing, or as `SearchEnv`.
     """
 
-    def __init__(
-        self,
-        *,
-        max_turns: int,
-        max_searches: int,
-        passages: int,
-        passage_words: int,
-        retry_wrong: bool,
-    ):
+    def __init__(self, **settings: Any):
         index, by_split = _load()
-        super().__init__(
-            panels={split: partial(by_split.__getitem__, split) for split in SPLITS},
-            retriever=index,
-            max_turns=max_turns,
-            max_searches=max_searches,
-            passages=passages,
-            passage_words=passage_words,
-            retry_wrong=retry_wrong,
-        )
+        panels = {split: partial(by_split.__getitem__, split) for split in SPLITS}
+        super().__init__(panels=panels, retriever=index, **settings)
+
+    def digest(self, split: str) -> str:
+        """As of `SearchEnv`, with the label that tells these tasks from SearchQA's."""
+        return f"FactbookQA-{super().digest(split)}"

@@ -1,4 +1,4 @@
-"""Players of ALFWorld: the hand-coded expert of the `alfworld` package, and a random one.
+"""The hand-coded expert of the `alfworld` package, as a player.
 
 The package's expert reads the engine's facts, hidden ones included. Here it is shown only what a
 player may know, what the texts of the episode have told so far, in the form of facts.
@@ -22,9 +22,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from opd_jax.envs.alfworld import RESPONSE, canonical
-from opd_jax.envs.alfworld_engine import alfworld_module
+from opd_jax.envs.alfworld.engine import alfworld_module
+from opd_jax.envs.alfworld.env import canonical
 from opd_jax.envs.base import Observation, Task
+from opd_jax.envs.react import RESPONSE
 
 # The package's expert counts its steps and gives up; the environment has a limit of its own.
 _ENDLESS = 10**9
@@ -54,7 +55,6 @@ PLANS = {
     "examine": "I check %s.",
 }
 LOST = "I look around again."
-TRY = "I try this."
 
 _TOOK = re.compile(r"You pick up the (\w+ \d+) from the (\w+ \d+)\.")
 _MOVED = re.compile(r"You (?:move|put) the (\w+ \d+) (?:to|in/on) the (\w+ \d+)\.")
@@ -232,18 +232,3 @@ def _drawing_from(rng: random.Random) -> Iterator[None]:
         yield
     finally:
         expert.random = before
-
-
-class Random:
-    """Picks a uniformly random admissible command.
-
-    Args:
-      rng: source of randomness.
-    """
-
-    def __init__(self, rng: random.Random):
-        self._rng = rng
-
-    def respond(self, observation: Observation) -> str:
-        """Return a response with a random admissible command."""
-        return RESPONSE % (TRY, self._rng.choice(observation.admissible))

@@ -4,7 +4,7 @@ import random
 import re
 
 from opd_jax.envs.base import Observation
-from opd_jax.envs.search_env import ANSWER, SEARCH
+from opd_jax.envs.search.env import ANSWER, SEARCH
 
 RESPONSE = "<thought>%s</thought>\n<action>%s[%s]</action>"
 

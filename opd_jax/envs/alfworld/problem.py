@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opd_jax.envs.alfworld_engine import alfworld_module
-from opd_jax.envs.alfworld_panel import GAME_FILE, GENERATED, TASK_FILE
+from opd_jax.envs.alfworld.engine import alfworld_module
+from opd_jax.envs.alfworld.panel import GAME_FILE, GENERATED, TASK_FILE
 
 # What Fast Downward's parser does not take in a name.
 _ESCAPES = {"|": "_bar_", "-": "_minus_", "+": "_plus_", ".": "_dot_", ",": "_comma_"}

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from http.client import HTTPException
 
-from opd_jax.envs.retrieval import Passage, RetrievalError, passage_from
+from opd_jax.envs.search.retrieval import Passage, RetrievalError, passage_from
 
 _BLOCK_BYTES = 1 << 16
 _SHOWN_BYTES = 200  # of what a server says about an error
@@ -69,7 +69,7 @@ class HttpRetriever:
         except RetrievalError as error:
             raise ValueError(
                 f"`retriever`: {error}; start a server there (python -m "
-                "opd_jax.envs.retrieval_server) or correct the address"
+                "opd_jax.envs.search.retrieval_server) or correct the address"
             ) from None
 
     def search(self, queries: Sequence[str], *, top: int) -> list[list[Passage]]:

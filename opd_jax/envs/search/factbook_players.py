@@ -6,18 +6,18 @@ brings along is how the Factbook words its entries (`factbook_data`).
 
 import re
 
-from opd_jax.envs.answers import normalize
 from opd_jax.envs.base import Observation, Task
-from opd_jax.envs.factbook import ASKED, BY_BORDER, BY_FACT, CLUES
-from opd_jax.envs.factbook_data import (
+from opd_jax.envs.search.answers import normalize
+from opd_jax.envs.search.env import ANSWER, SEARCH
+from opd_jax.envs.search.factbook import ASKED, BY_BORDER, BY_FACT, CLUES
+from opd_jax.envs.search.factbook_data import (
     BORDERS,
     PROPERTIES,
     Property,
     borders,
     longest_border,
 )
-from opd_jax.envs.search_env import ANSWER, SEARCH
-from opd_jax.envs.search_players import RESPONSE, documents, searches_left
+from opd_jax.envs.search.players import RESPONSE, documents, searches_left
 
 FIND = "I need the country whose %s is %s."
 FIND_NEIGHBOUR = "I need the country with the longest border to %s."

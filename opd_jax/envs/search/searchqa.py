@@ -10,10 +10,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from opd_jax.envs.retrieval import Retriever, load_bm25
-from opd_jax.envs.retrieval_client import HttpRetriever
-from opd_jax.envs.search_env import SearchEnv
-from opd_jax.envs.searchqa_data import SETS, TRAIN, questions
+from opd_jax.envs.search.env import SearchEnv
+from opd_jax.envs.search.retrieval import Retriever, load_bm25
+from opd_jax.envs.search.retrieval_client import HttpRetriever
+from opd_jax.envs.search.searchqa_data import SETS, TRAIN, questions
 
 
 @cache  # the environments of a process share an index, or a client that gathers their queries
@@ -47,25 +47,13 @@ class SearchQA(SearchEnv):
       data: folder of the question files; read when a split is first used.
       train_questions: most questions in `train`.
       test_questions: most questions in each other split.
-      retriever, max_turns, max_searches, passages, passage_words, retry_wrong: see `SearchEnv`.
+      **settings: those of `SearchEnv` but its questions.
 
     Raises:
       ValueError: `data` is no folder, or as `SearchEnv`.
     """
 
-    def __init__(
-        self,
-        *,
-        data: str,
-        train_questions: int,
-        test_questions: int,
-        retriever: Retriever,
-        max_turns: int,
-        max_searches: int,
-        passages: int,
-        passage_words: int,
-        retry_wrong: bool,
-    ):
+    def __init__(self, *, data: str, train_questions: int, test_questions: int, **settings: Any):
         folder = Path(data)
         if not data or not folder.is_dir():
             raise ValueError(
@@ -73,15 +61,8 @@ class SearchQA(SearchEnv):
                 "download FlashRAG's datasets and give their folder"
             )
         counts = {TRAIN: train_questions, **dict.fromkeys(SETS, test_questions)}
-        super().__init__(
-            panels={split: partial(questions, folder, split, n) for split, n in counts.items()},
-            retriever=retriever,
-            max_turns=max_turns,
-            max_searches=max_searches,
-            passages=passages,
-            passage_words=passage_words,
-            retry_wrong=retry_wrong,
-        )
+        panels = {split: partial(questions, folder, split, n) for split, n in counts.items()}
+        super().__init__(panels=panels, **settings)
 
 
 def open_searchqa(
@@ -97,7 +78,7 @@ def open_searchqa(
 
     Args:
       retriever, timeout_s, retries, wait_s, batch: see `open_retriever`.
-      **settings: see `SearchQA`.
+      **settings: those of `SearchQA` but its search engine.
     """
     engine = open_retriever(
         retriever, timeout_s=timeout_s, retries=retries, wait_s=wait_s, batch=batch

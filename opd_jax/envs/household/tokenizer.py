@@ -16,8 +16,9 @@ import string
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from opd_jax.envs import household, household_players
-from opd_jax.envs.household_scenes import GOALS, OBJECTS, ROOMS, TASK_TYPES, TREATMENTS
+from opd_jax.envs.household import env, thoughts, world
+from opd_jax.envs.household.tables import GOALS, OBJECTS, ROOMS, TASK_TYPES, TREATMENTS
+from opd_jax.envs.react import RESPONSE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -74,19 +75,25 @@ def build(*, phrases: Sequence[str]) -> "PreTrainedTokenizerFast":
 
 def _texts() -> list[str]:
     """Templates of everything that the environment and its players say, as it is spaced there."""
-    seen = ("a %s", household.NOTHING_SEEN)
-    content = [household.CLOSED]
-    for template in (household.OPEN, household.ON):
+    seen = ("a %s", world.NOTHING_SEEN)
+    content = [world.CLOSED]
+    for template in (world.OPEN, world.ON):
         content += [template.replace("see %s", f"see {what}") for what in seen]
-    leads = (household.ARRIVE, household.FACING, household.OPENED)
+    leads = (world.ARRIVE, world.FACING, world.OPENED)
     texts = [lead + text for lead in leads for text in content]
-    texts += [*content, household.START.replace("see %s", "see a %s"), ", a", *household.PHRASES]
+    texts += [
+        *content,
+        world.START.replace("see %s", "see a %s"),
+        ", a",
+        *env.PHRASES,
+        *world.PHRASES,
+    ]
     for verb, state, _ in TREATMENTS.values():
-        texts += [household.TREATED.replace("%s", verb, 1), f" {state}"]
+        texts += [world.TREATED.replace("%s", verb, 1), f" {state}"]
     texts += [f"{role}\n" for role in ("system", "user", "assistant")]
-    texts.append(household_players.RESPONSE)
-    texts += [f" {thought}" for thought in household_players.THOUGHTS]
-    for command in household.COMMANDS:
+    texts.append(RESPONSE)
+    texts += [f" {thought}" for thought in thoughts.THOUGHTS]
+    for command in world.COMMANDS:
         texts += [command, f", {command}"]
     texts += [goal for goals in GOALS.values() for goal in goals]
     texts += [*TASK_TYPES, *OBJECTS]

@@ -1,0 +1,1 @@
+"""ALFWorld on its own engine; needs the extra `alfworld`."""

@@ -1,0 +1,119 @@
+"""A household that lives in text: ALFWorld's task types, commands and observation forms."""
+
+import hashlib
+
+from opd_jax.envs.base import Observation, Task
+from opd_jax.envs.household.oracle import Learnt, distance, label
+from opd_jax.envs.household.scenes import (
+    check_size,
+    split_size,
+    task,
+)
+from opd_jax.envs.household.tables import VERSION
+from opd_jax.envs.household.world import (
+    NOTHING,
+    World,
+)
+from opd_jax.envs.react import parse_response
+
+SYSTEM = (
+    "You are in a household. Reply in two lines. "
+    "Thought: what you see and plan. Action: one command."
+)
+TASK_LINE = "\nYour task is to: "
+ADMISSIBLE_LINE = "\nAdmissible: "
+MORE = " (+%d more)"
+# Its fixed texts, beside the world's own.
+PHRASES = (SYSTEM, TASK_LINE, ADMISSIBLE_LINE, MORE)
+
+
+class Household:
+    """The household as an `Env`: one task at a time, a pure function of split and index.
+
+    Args:
+      size: `small`, `medium` or `large`; `large` is about as big as ALFWorld's rooms.
+      max_turns: an episode ends after this many responses.
+      show_admissible: how many admissible commands to list in each message; 0 shows none.
+
+    Raises:
+      ValueError: if the size is unknown, `max_turns` is below 1 or `show_admissible` below 0.
+    """
+
+    system = SYSTEM
+
+    def __init__(self, *, size: str, max_turns: int, show_admissible: int):
+        check_size(size)
+        if max_turns < 1:
+            raise ValueError(f"`max_turns` must be at least 1; got {max_turns}.")
+        if show_admissible < 0:
+            raise ValueError(
+                f"`show_admissible` must be 0 (show none) or more; got {show_admissible}."
+            )
+        self._size = size
+        self._max_turns = max_turns
+        self._show_admissible = show_admissible
+        self._over = True
+
+    def size(self, split: str) -> int:
+        """Number of tasks in `split`; ValueError naming the known splits otherwise."""
+        return split_size(split)
+
+    def digest(self, split: str) -> str:
+        """SHA-256 over what the tasks of `split` are drawn from."""
+        drawn_from = f"household/{VERSION}/{self._size}/{split}/{split_size(split)}"
+        return hashlib.sha256(drawn_from.encode()).hexdigest()
+
+    def reset(self, split: str, index: int) -> Observation:
+        """Start task `index` of `split`; ValueError if there is no such task."""
+        spec = task(split, index, self._size)
+        self._world = World(spec)
+        self._learnt = Learnt(self._world)
+        self._distance = distance(self._world)
+        self._turns = 0
+        self._over = False
+        start = self._world.room.start
+        self.task = Task(id=spec.id, type=spec.type, goal=spec.goal, scene=start)
+        commands = self._world.admissible()
+        return Observation(start, self._message(start + TASK_LINE + spec.goal, commands), commands)
+
+    def step(self, response: str) -> Observation:
+        """Act on the model's whole response text.
+
+        A response without a command (`empty`, `no_action`) or with an impossible one
+        (`rejected`) changes nothing and is answered with `Nothing happens.`.
+
+        Raises:
+          ValueError: if there is no running episode.
+        """
+        if self._over:
+            raise ValueError("`step` needs a running episode; call `reset` first.")
+        command, failure = parse_response(response)
+        text, oracle = NOTHING, ""
+        if not failure:
+            searching = self._learnt.searching(self._world)
+            text = self._world.act(command)
+            if text == NOTHING:
+                failure = "rejected"
+            else:
+                oracle = self._label(searching)
+        self._turns += 1
+        end = "turn_limit" if self._turns >= self._max_turns else ""
+        if self._world.solved:
+            end = "success"
+        self._over = bool(end)
+        commands = self._world.admissible()
+        message = self._message(text, commands)
+        score = 1.0 if end == "success" else 0.0
+        return Observation(text, message, commands, end, score, command, failure, oracle)
+
+    def _label(self, searching: bool) -> str:
+        before, self._distance = self._distance, distance(self._world)
+        novel = self._learnt.update(self._world)
+        return label(before, self._distance, novel=novel, searching=searching)
+
+    def _message(self, text: str, commands: tuple[str, ...]) -> str:
+        shown = self._show_admissible
+        if not shown:
+            return text
+        text += ADMISSIBLE_LINE + ", ".join(commands[:shown])
+        return text + MORE % (len(commands) - shown) if len(commands) > shown else text

@@ -1,0 +1,57 @@
+"""Turns in two lines, a thought and an action (ReAct: Yao et al., 2023, arXiv:2210.03629).
+
+The text worlds speak this protocol; here are its form, its parser, and the one player that needs to
+know nothing else.
+"""
+
+import random
+
+from opd_jax.envs.base import Observation
+
+RESPONSE = "Thought: %s\nAction: %s"
+TRY = "try this."
+
+
+def parse_response(response: str) -> tuple[str, str]:
+    """Find the command in a response.
+
+    Args:
+      response: the model's whole text; the last line that starts with `Action:` (in any case)
+        holds the command, everything else is free.
+
+    Returns:
+      The command and "", or "" and why there is none: `empty` or `no_action`.
+    """
+    if not response.strip():
+        return "", "empty"
+    for line in reversed(response.splitlines()):
+        line = line.strip()
+        if line[:7].lower() == "action:":
+            command = line[7:].strip()
+            return (command, "") if command else ("", "no_action")
+    return "", "no_action"
+
+
+class Random:
+    """Picks a uniformly random admissible command.
+
+    Args:
+      rng: source of randomness.
+    """
+
+    def __init__(self, rng: random.Random):
+        self.rng = rng
+
+    def respond(self, observation: Observation) -> str:
+        """Return a response with a random admissible command.
+
+        Raises:
+          ValueError: the environment lists none.
+        """
+        commands = observation.admissible
+        if not commands:
+            raise ValueError(
+                "the random player picks among admissible commands, but the environment lists "
+                "none; let it list them (`env.list_admissible` above 0)"
+            )
+        return RESPONSE % (TRY, commands[int(self.rng.random() * len(commands))])

@@ -1,0 +1,1 @@
+"""ScienceWorld on its own engine; needs the extra `scienceworld` and Java."""

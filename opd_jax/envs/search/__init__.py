@@ -1,0 +1,1 @@
+"""Question answering with a search tool: SearchQA, and FactbookQA without downloads."""
