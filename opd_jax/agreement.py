@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from opd_jax.labels import LABELS
 from opd_jax.losses import Verdict
-from opd_jax.teacher import LABELS, Judgement
+from opd_jax.teacher import Judgement
 from opd_jax.trajectory import Conversation
 
 _RESAMPLES = 1000

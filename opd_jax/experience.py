@@ -4,6 +4,7 @@ A source's `draw` is a function of the training state and its cursor, so a resum
 the interrupted one would have drawn.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,15 +16,15 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from opd_jax import agreement, environments, experiment, history
-from opd_jax.envs.base import Task
 from opd_jax.experiment import LoadedModel
+from opd_jax.labels import LABELS
 from opd_jax.losses import Verdict
 from opd_jax.metrics import Stopwatch
 from opd_jax.rollout import rollout, row_keys
 from opd_jax.stream import Stream, judge_example
-from opd_jax.teacher import LABELS, Judgement, judge
+from opd_jax.teacher import Judgement, judge
 from opd_jax.train_step import Batch, TrainState, make_batch
-from opd_jax.trajectory import Conversation, Trajectory, Turn, check, pack
+from opd_jax.trajectory import Conversation, Trajectory, check, pack
 
 VERDICT_NAMES = {verdict: verdict.name.lower() for verdict in Verdict}
 
@@ -229,11 +230,14 @@ class Players:
     def __init__(self, config: FrozenConfigDict, student: LoadedModel, *, cursor: list[int]):
         data = config.data
         asker = experiment.make_judge(student, config.judge)
+        asking = [dataclasses.replace(asker, context=c) for c in data.judge_contexts]
 
-        def make_example(task: Task, turn: Turn) -> Conversation:
-            answer = student.tokenizer.encode(turn.oracle, add_special_tokens=False)
-            prompt = asker.prompt_tokens(task, turn)
-            return judge_example(prompt, [*answer, student.chat.stop_ids[0]], task)
+        def make_example(number: int, conversation: Conversation, index: int) -> Conversation:
+            by = asking[number % len(asking)]
+            prompt = [*by.prefix(conversation, index), *by.question(conversation, index)]
+            label = conversation.turns[index].oracle
+            answer = student.tokenizer.encode(label, add_special_tokens=False)
+            return judge_example(prompt, [*answer, student.chat.stop_ids[0]])
 
         self._stream = Stream(
             make_episode=experiment.make_demonstrator(

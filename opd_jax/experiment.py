@@ -17,17 +17,17 @@ import numpy as np
 import optax
 from ml_collections import FrozenConfigDict
 
-from opd_jax import hf, teacher, train_step
+from opd_jax import hf, train_step
 from opd_jax.chat import ChatFormat
 from opd_jax.demonstrations import demonstrate
 from opd_jax.environments import make_env, split_size
 from opd_jax.envs.base import Env
+from opd_jax.gatekeeper import PHRASES, Judge
 from opd_jax.generate import Sampling
 from opd_jax.mesh import param_shardings
 from opd_jax.model import ModelConfig, Params, init_params, param_specs
 from opd_jax.players import make_player
 from opd_jax.rollout import Agent
-from opd_jax.teacher import Judge
 from opd_jax.train_step import Objective
 from opd_jax.trajectory import Conversation
 
@@ -123,7 +123,7 @@ def new_model(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> LoadedModel:
     """A random model of `config.new_model` with the household's tokenizer."""
     from opd_jax.envs.household.tokenizer import build
 
-    tokenizer = build(phrases=teacher.PHRASES)
+    tokenizer = build(phrases=PHRASES)
     sizes = ModelConfig(vocab_size=len(tokenizer), rope_scaling=None, **config.new_model)
     init = jax.jit(
         partial(init_params, sizes, dtype=jnp.dtype(config.dtype)),

@@ -5,9 +5,13 @@
 `transformers` opens the result, and so do `student` and `teacher` of a config.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import jax
+from ml_collections import FrozenConfigDict
 
 from opd_jax import config as cfg
 from opd_jax import experiment, hf
@@ -26,7 +30,7 @@ def export(workdir: Path, out: Path) -> int:
     if not stored.is_file():
         raise ValueError(f"`--workdir`: `{workdir}` has no config.json; give a run's workdir")
     config = cfg.read_stored(stored)
-    student = experiment.load_student(config, make_mesh(**config.mesh))
+    student = experiment.load_student(config, _mesh(config))
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     abstract = abstract_state(student.params, experiment.make_optimizer(config))
     restored = checkpoints.restore_latest(abstract)
@@ -42,6 +46,13 @@ def export(workdir: Path, out: Path) -> int:
         tokenizer_from=student.tokenizer if new else student.folder,
     )
     return step
+
+
+def _mesh(config: FrozenConfigDict) -> jax.sharding.Mesh:
+    """The run's mesh, or one device where there are fewer than the run had."""
+    if math.prod(config.mesh.values()) <= jax.device_count():
+        return make_mesh(**config.mesh)
+    return make_mesh(data=1, fsdp=1, tensor=1)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -9,13 +9,12 @@ import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from opd_jax.envs.base import Task
-from opd_jax.trajectory import Conversation, Trajectory, Turn, pack
+from opd_jax.trajectory import Conversation, Trajectory, pack
 
 
-def judge_example(prompt: Sequence[int], answer: Sequence[int], task: Task) -> Conversation:
+def judge_example(prompt: Sequence[int], answer: Sequence[int]) -> Conversation:
     """A judge's question with its answer as the only supervised tokens."""
-    example = Conversation(task=task, end="answered")
+    example = Conversation(task=None, end="answered")
     example.append_given(prompt)
     example.append_response(answer, [0.0] * len(answer), 0)
     return example
@@ -23,19 +22,21 @@ def judge_example(prompt: Sequence[int], answer: Sequence[int], task: Task) -> C
 
 def balanced_turns(
     conversations: Sequence[Conversation], count: int, rng: random.Random
-) -> list[tuple[Task, Turn]]:
+) -> list[tuple[Conversation, int]]:
     """`count` turns that carry an oracle's label, drawn with equal shares of the three labels.
+
+    Each is its conversation and its index.
 
     Unbalanced, a judge that has learnt little answers SKIP to everything and is right most times.
     Labels that no turn has are left out.
     """
-    by_label: dict[str, list[tuple[Task, Turn]]] = {}
+    by_label: dict[str, list[tuple[Conversation, int]]] = {}
     for conversation in conversations:
         if conversation.task is None:  # a row that only fills a batch has no turns
             continue
-        for turn in conversation.turns:
+        for index, turn in enumerate(conversation.turns):
             if turn.oracle and not turn.failure:
-                by_label.setdefault(turn.oracle, []).append((conversation.task, turn))
+                by_label.setdefault(turn.oracle, []).append((conversation, index))
     pools = [by_label[label] for label in sorted(by_label)]
     return [rng.choice(pools[i % len(pools)]) for i in range(count)] if pools else []
 
@@ -84,7 +85,8 @@ class Stream:
 
     Args:
       make_episode: the demonstration number n, a pure function of n.
-      make_example: a judge example from a turn; None for no judge examples.
+      make_example: the window's judge example number n, from a conversation and the index of its
+        turn; None for no judge examples.
       seed: of the order of batches and the choice of turns.
       window: episodes generated together.
       judge_examples: judge examples for each window.
@@ -99,7 +101,7 @@ class Stream:
         self,
         *,
         make_episode: Callable[[int], Conversation],
-        make_example: Callable[[Task, Turn], Conversation] | None,
+        make_example: Callable[[int, Conversation, int], Conversation] | None,
         seed: int,
         window: int,
         judge_examples: int,
@@ -143,7 +145,7 @@ class Stream:
         examples = []
         if self._make_example is not None:
             turns = balanced_turns(episodes, self._judge_examples, rng)
-            examples = [self._make_example(task, turn) for task, turn in turns]
+            examples = [self._make_example(n, *turn) for n, turn in enumerate(turns)]
         batches = group_by_length(
             [c for c in episodes + examples if c.tokens],
             tokens_per_batch=self._tokens_per_batch,

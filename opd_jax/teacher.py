@@ -1,129 +1,24 @@
-"""The teacher as a judge of turns: a prompt, and one of three words.
+"""The teacher as a judge: a verdict for every turn of a batch of conversations.
 
-A turn that failed deterministically is never asked about (`Verdict.DET_FAIL`). For the others the
-teacher is shown what the paper's Table 9 lists and answers SKIP, WEAK or STRONG. Two decodings:
-`constrained` scores the three words after one batched prefill; `generate` is the paper's literal
-procedure, greedy text that is searched for a label.
+A turn that failed deterministically is never asked about (`Verdict.DET_FAIL`). What the teacher is
+shown of the others is in `gatekeeper`, and how it answers in `labels`.
 
 Scoring the student's tokens is not here: it is part of the compiled train step.
 """
 
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from opd_jax import generate as gen
 from opd_jax import model
-from opd_jax.chat import ChatFormat
-from opd_jax.envs.base import Task
+from opd_jax.gatekeeper import Judge
+from opd_jax.labels import UNPARSABLE, generate_labels, label_tokens, score_labels
 from opd_jax.losses import Verdict
-from opd_jax.model import ModelConfig, Params
-from opd_jax.trajectory import Conversation, Turn
-
-LABELS = ("SKIP", "WEAK", "STRONG")
-UNPARSABLE = -1
-
-# The fixed lines of the prompt. The wording is ours; the fields and the rubric's meaning are the
-# paper's (Table 9).
-ROLE = (
-    "You are a gatekeeper. Decide whether the agent's proposed action needs correction by its "
-    "teacher."
-)
-RUBRIC = (
-    "Answer with one word. SKIP: the action is reasonable, as good as what you would prefer, or "
-    "too ambiguous to correct. WEAK: it may be suboptimal, but that is uncertain or of low impact. "
-    "STRONG: it is clearly wrong, off task, redundant or likely to fail."
-)
-FIELDS = (
-    "Task type: ",
-    "Goal: ",
-    "Scene: ",
-    "Observation: ",
-    "Admissible actions: ",
-    "Agent's response: ",
-    "Feedback: ",
-)
-
-# Everything above that is always the same text, for a tokenizer that is built around it.
-PHRASES = ("\n".join([ROLE, RUBRIC, *FIELDS]), *LABELS)
-
-
-def judge_prompt(task: Task, turn: Turn, *, admissible_shown: int, context: str) -> str:
-    """The question about one turn.
-
-    Args:
-      task: of the episode.
-      turn: the turn to judge.
-      admissible_shown: how many admissible actions are listed; the rest are counted.
-      context: "table9": what the student saw and wrote; "+feedback": also what the environment
-        answered (the paper's section 3.3 mentions it, its Table 9 does not).
-
-    Raises:
-      ValueError: an unknown `context`.
-    """
-    if context not in ("table9", "+feedback"):
-        raise ValueError(f"`judge.context`: expected table9 or +feedback, got {context!r}")
-    shown = ", ".join(turn.admissible[:admissible_shown])
-    rest = len(turn.admissible) - admissible_shown
-    values = [
-        task.type,
-        task.goal,
-        task.scene,
-        turn.observation,
-        shown + (f" (+{rest} more)" if rest > 0 else ""),
-        turn.response,
-    ]
-    if context == "+feedback":
-        values.append(turn.feedback)
-    fields = [name + value for name, value in zip(FIELDS, values, strict=False)]
-    return "\n".join([ROLE, RUBRIC, *fields])
-
-
-def parse_label(answer: str) -> int:
-    """The one of the three words that an answer holds, in any case, or `UNPARSABLE`.
-
-    An answer that weighs two of them against each other has not chosen.
-    """
-    found = {word.upper() for word in re.findall(r"\b(SKIP|WEAK|STRONG)\b", answer, re.IGNORECASE)}
-    return Verdict[found.pop()] if len(found) == 1 else UNPARSABLE
-
-
-@dataclass(frozen=True)
-class Judge:
-    """Everything but the parameters that turns the teacher into a judge.
-
-    Attributes:
-      model: the teacher's sizes.
-      tokenizer: the teacher's.
-      chat: its chat format.
-      context: see `judge_prompt`.
-      admissible_shown: see `judge_prompt`.
-      batch: prompts scored at a time; the batch of the compiled programs.
-      length_multiple: prompts are padded to a multiple of this.
-      max_new_tokens: longest answer of the `generate` decoding.
-    """
-
-    model: ModelConfig
-    tokenizer: Any
-    chat: ChatFormat
-    context: str
-    admissible_shown: int
-    batch: int
-    length_multiple: int
-    max_new_tokens: int
-
-    def prompt_tokens(self, task: Task, turn: Turn) -> list[int]:
-        """The question about one turn, up to where the answer starts."""
-        text = judge_prompt(
-            task, turn, admissible_shown=self.admissible_shown, context=self.context
-        )
-        return self.chat.first("", text)
+from opd_jax.model import KVCache, Params
+from opd_jax.trajectory import Conversation
 
 
 @dataclass(frozen=True)
@@ -164,14 +59,12 @@ def judge(
 
     Source: arXiv 2606.19659, section 3.3. Constrained decoding is ours.
     """
-    decoders = {"constrained": score_labels, "generate": generate_labels}
-    if decode not in decoders:
+    if decode not in ("constrained", "generate"):
         raise ValueError(f"`judge.decode`: expected constrained or generate, got {decode!r}")
     shape = (len(conversations), max_turns)
     verdict = np.full(shape, Verdict.SKIP, np.int32)
     asked = np.zeros(shape, bool)
     unparsable = np.zeros(shape, bool)
-    where, prompts = [], []
     for row, conversation in enumerate(conversations):
         if conversation.task is None or conversation.broken:  # a row that carries no loss
             continue
@@ -180,127 +73,159 @@ def judge(
                 verdict[row, index] = Verdict.DET_FAIL
             else:
                 asked[row, index] = True
-                where.append((row, index))
-                prompts.append(by.prompt_tokens(conversation.task, turn))
-    for place, label in zip(where, decoders[decode](params, prompts, by=by), strict=True):
+    ask = _behind_conversations if by.context == "history" else _one_by_one
+    for place, label in ask(params, conversations, asked, by=by, decode=decode):
         unparsable[place] = label == UNPARSABLE
         verdict[place] = Verdict.STRONG if label == UNPARSABLE else label
     return Judgement(verdict, asked, unparsable)
 
 
-def score_labels(params: Params, prompts: Sequence[list[int]], *, by: Judge) -> list[int]:
-    """The label whose tokens the teacher finds most likely after each prompt.
-
-    The score of a label is the sum of the log-probabilities of its own tokens; the end of the
-    answer is not scored.
-    """
-    words = [by.tokenizer.encode(label, add_special_tokens=False) for label in LABELS]
-    width = max(map(len, words))
-    word_tokens = np.array([w + [0] * (width - len(w)) for w in words], np.int32)
-    word_lengths = np.array([len(w) for w in words], np.int32)
-    labels = []
-    for tokens, lengths, count in _batches(prompts, by, room=width):
-        scores = _label_scores(params, tokens, lengths, word_tokens, word_lengths, config=by.model)
-        labels += np.asarray(jnp.argmax(scores, axis=-1))[:count].tolist()
-    return _in_order(labels, prompts)
+Place = tuple[int, int]  # (row of the batch, turn)
 
 
-@partial(jax.jit, static_argnames="config")
-def _label_scores(
+def _one_by_one(
     params: Params,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    word_tokens: jax.Array,
-    word_lengths: jax.Array,
+    conversations: Sequence[Conversation],
+    asked: np.ndarray,
     *,
-    config: ModelConfig,
-) -> jax.Array:
-    """log p(label | prompt), float32 [B, labels], from one prefill of the prompts."""
-    rows, width = tokens.shape[0], word_tokens.shape[1]
-    cache = model.init_cache(
-        config,
+    by: Judge,
+    decode: str,
+) -> Iterator[tuple[Place, int]]:
+    """A label for each turn asked about; questions of like length go together."""
+    questions = {
+        (int(row), int(index)): by.question(conversations[row], int(index))
+        for row, index in np.argwhere(asked)
+    }
+    order = sorted(questions, key=lambda place: len(questions[place]))
+    for start in range(0, len(order), by.batch):
+        places = order[start : start + by.batch]
+        rows: list[list[int]] = [[] for _ in range(by.batch)]
+        rows[: len(places)] = [questions[place] for place in places]
+        tokens, counts = _padded(rows, by)
+        _check_room(int(counts.max()), by, decode)
+        slots = tokens.shape[1] + _answer_tokens(by, decode)
+        cache = _empty_cache(params, by, rows=by.batch, slots=slots)
+        labels, _ = _answer(params, cache, tokens, counts, by=by, decode=decode)
+        yield from zip(places, labels, strict=False)
+
+
+def _behind_conversations(
+    params: Params,
+    conversations: Sequence[Conversation],
+    asked: np.ndarray,
+    *,
+    by: Judge,
+    decode: str,
+) -> Iterator[tuple[Place, int]]:
+    """A label for each turn asked about, from one reading of each conversation.
+
+    From the last turn to the first: the cache is rolled back to the end of the turn and the
+    question written over what followed, so however many turns are asked about, nothing of the
+    conversation is read twice.
+    """
+    rows = [row for row in range(len(conversations)) if asked[row].any()]
+    size = min(by.batch, len(conversations))
+    for start in range(0, len(rows), size):
+        slots = {row: slot for slot, row in enumerate(rows[start : start + size])}
+        turns = {row: np.flatnonzero(asked[row]).tolist() for row in slots}
+        questions = {(r, n): by.question(conversations[r], n) for r in slots for n in turns[r]}
+        prefixes = [by.prefix(conversations[row], turns[row][-1]) for row in slots]
+        width = _padded(list(questions.values()), by)[0].shape[1]
+        for (row, index), question in questions.items():
+            _check_room(len(by.prefix(conversations[row], index)) + len(question), by, decode)
+        room = max(map(len, prefixes)) + width + _answer_tokens(by, decode)
+        cache = _read(params, prefixes, rows=size, room=room, by=by)
+        while places := [(row, turns[row].pop()) for row in slots if turns[row]]:
+            lengths = np.zeros(size, np.int32)
+            asking: list[list[int]] = [[] for _ in range(size)]
+            for row, index in places:
+                lengths[slots[row]] = conversations[row].spans[index][1]
+                asking[slots[row]] = questions[row, index]
+            tokens, counts = _padded(asking, by, width=width)
+            cache = replace(cache, lengths=jnp.asarray(lengths))
+            labels, cache = _answer(params, cache, tokens, counts, by=by, decode=decode)
+            yield from ((place, labels[slots[place[0]]]) for place in places)
+
+
+def _read(
+    params: Params, prefixes: Sequence[Sequence[int]], *, rows: int, room: int, by: Judge
+) -> KVCache:
+    """A cache of at least `room` slots a row, with a prefix in each of its first rows."""
+    width = by.length_multiple
+    coarse = 4 * width  # few shapes, since each is a program to compile
+    cache = _empty_cache(params, by, rows=rows, slots=-(-room // coarse) * coarse)
+    for start in range(0, max(map(len, prefixes)), width):
+        tokens = np.zeros((rows, width), np.int32)
+        counts = np.zeros(rows, np.int32)
+        for row, prefix in enumerate(prefixes):
+            piece = prefix[start : start + width]
+            tokens[row, : len(piece)], counts[row] = piece, len(piece)
+        cache = gen.extend(params, cache, tokens, counts, config=by.model)
+    return cache
+
+
+def _answer(
+    params: Params,
+    cache: KVCache,
+    tokens: np.ndarray,
+    counts: np.ndarray,
+    *,
+    by: Judge,
+    decode: str,
+) -> tuple[list[int], KVCache]:
+    """A label for each row's question; the cache is donated."""
+    if decode == "constrained":
+        return score_labels(params, cache, tokens, counts, config=by.model, tokenizer=by.tokenizer)
+    return generate_labels(
+        params,
+        cache,
+        tokens,
+        counts,
+        config=by.model,
+        tokenizer=by.tokenizer,
+        stop_ids=by.chat.stop_ids,
+        max_new_tokens=by.max_new_tokens,
+    )
+
+
+def _answer_tokens(by: Judge, decode: str) -> int:
+    """Slots that an answer takes."""
+    if decode == "generate":
+        return by.max_new_tokens
+    return label_tokens(by.tokenizer)[0].shape[1]
+
+
+def _check_room(longest: int, by: Judge, decode: str) -> None:
+    """Raises where the teacher has no positions for a question and its answer.
+
+    Args:
+      longest: tokens of the longest question, what stands before it included.
+    """
+    room = _answer_tokens(by, decode)
+    if longest + room > by.model.max_positions:
+        raise ValueError(
+            f"`judge`: a prompt of {longest} tokens and {room} more exceed the teacher's "
+            f"{by.model.max_positions} positions; lower `judge.admissible_shown`"
+        )
+
+
+def _padded(
+    questions: Sequence[Sequence[int]], by: Judge, *, width: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Questions as int32 [rows, width], by default wide enough for all, and their lengths."""
+    counts = np.array([len(question) for question in questions], np.int32)
+    width = width or -(-int(counts.max()) // by.length_multiple) * by.length_multiple
+    tokens = np.zeros((len(questions), width), np.int32)
+    for row, question in enumerate(questions):
+        tokens[row, : len(question)] = question
+    return tokens, counts
+
+
+def _empty_cache(params: Params, by: Judge, *, rows: int, slots: int) -> KVCache:
+    return model.init_cache(
+        by.model,
         batch=rows,
-        slots=tokens.shape[1] + width,
+        slots=slots,
         dtype=params["embed"].dtype,
         layout=model.backend_cache_layout(),
     )
-    hidden, cache = model.forward_cached(params, cache, tokens, lengths, config=config)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-
-    def logprobs(hidden: jax.Array) -> jax.Array:
-        logits = jnp.matmul(hidden, model.head(params), preferred_element_type=jnp.float32)
-        return jax.nn.log_softmax(logits)
-
-    def score(word: jax.Array, length: jax.Array) -> jax.Array:
-        # The prompt's cache is shared by the labels: each one is appended to a copy and dropped.
-        fed = jnp.broadcast_to(word[: width - 1], (rows, width - 1))
-        counts = jnp.full(rows, width - 1, jnp.int32)
-        after, _ = model.forward_cached(params, cache, fed, counts, config=config)
-        each = logprobs(jnp.concatenate([last, after], axis=1))[:, jnp.arange(width), word]
-        return jnp.sum(jnp.where(jnp.arange(width) < length, each, 0.0), axis=1)
-
-    return jnp.stack([score(w, n) for w, n in zip(word_tokens, word_lengths, strict=True)], axis=1)
-
-
-def generate_labels(params: Params, prompts: Sequence[list[int]], *, by: Judge) -> list[int]:
-    """The label in the teacher's greedy answer to each prompt, or `UNPARSABLE`."""
-    greedy = gen.Sampling(temperature=0.0, top_k=0, top_p=1.0)
-    labels = []
-    for tokens, lengths, count in _batches(prompts, by, room=by.max_new_tokens):
-        rows = len(lengths)
-        cache = model.init_cache(
-            by.model,
-            batch=rows,
-            slots=tokens.shape[1] + by.max_new_tokens,
-            dtype=params["embed"].dtype,
-            layout=model.backend_cache_layout(),
-        )
-        cache = gen.extend(params, cache, tokens, lengths - 1, config=by.model)
-        _, out = gen.generate(
-            params,
-            cache,
-            tokens[np.arange(rows), lengths - 1],
-            np.where(np.arange(rows) < count, by.max_new_tokens, 0).astype(np.int32),
-            jax.random.split(jax.random.key(0), rows),  # greedy: never drawn from
-            jnp.asarray(by.chat.stop_ids, jnp.int32),
-            config=by.model,
-            sampling=greedy,
-            chunk=by.max_new_tokens,
-        )
-        out = jax.device_get(out)
-        for row in range(count):
-            answer = by.tokenizer.decode(out.tokens[row, : out.counts[row]])
-            labels.append(parse_label(answer))
-    return _in_order(labels, prompts)
-
-
-def _order(prompts: Sequence[list[int]]) -> np.ndarray:
-    return np.argsort([len(p) for p in prompts], kind="stable")
-
-
-def _in_order(labels: list[int], prompts: Sequence[list[int]]) -> list[int]:
-    restored = np.empty(len(prompts), np.int64)
-    restored[_order(prompts)] = labels
-    return restored.tolist()
-
-
-def _batches(
-    prompts: Sequence[list[int]], by: Judge, *, room: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Prompts of like length together, padded: (tokens [batch, P], lengths, how many are real)."""
-    order = _order(prompts)
-    for start in range(0, len(order), by.batch):
-        rows = [prompts[i] for i in order[start : start + by.batch]]
-        longest = max(map(len, rows))
-        if longest + room > by.model.max_positions:
-            raise ValueError(
-                f"`judge`: a prompt of {longest} tokens and {room} more exceed the teacher's "
-                f"{by.model.max_positions} positions; lower `judge.admissible_shown`"
-            )
-        padded = -(-longest // by.length_multiple) * by.length_multiple
-        tokens = np.zeros((by.batch, padded), np.int32)
-        lengths = np.ones(by.batch, np.int32)
-        for row, prompt in enumerate(rows):
-            tokens[row, : len(prompt)] = prompt
-            lengths[row] = len(prompt)
-        yield tokens, lengths, len(rows)

@@ -16,7 +16,8 @@ from opd_jax.envs.household.expert import Expert
 from opd_jax.envs.household.habits import Careless
 from opd_jax.envs.household.tables import OBJECTS, RECEPTACLES, SIZES, SPLIT_SIZES, TASK_TYPES
 from opd_jax.envs.react import Random
-from opd_jax.teacher import FIELDS, LABELS, ROLE, RUBRIC, judge_prompt
+from opd_jax.gatekeeper import FIELDS, ROLE, RUBRIC, judge_prompt
+from opd_jax.labels import LABELS
 from opd_jax.trajectory import Turn
 
 PHRASES = ["\n".join([ROLE, RUBRIC, *FIELDS]), *LABELS]

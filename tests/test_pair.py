@@ -4,7 +4,9 @@ Bounds lie far below what was measured when the pair was built, so that another 
 passes and a pair of random or swapped weights does not.
 """
 
+import dataclasses
 import json
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +16,12 @@ import numpy as np
 import pytest
 from ml_collections import FrozenConfigDict
 
-from opd_jax import agreement, evaluate, experiment, teacher
+from opd_jax import agreement, evaluate, experiment
 from opd_jax.config import load
 from opd_jax.mesh import make_mesh
 from opd_jax.stream import balanced_turns
+from opd_jax.teacher import Judgement
+from opd_jax.teacher import judge as judge_all
 from opd_jax.trajectory import Conversation
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -113,28 +117,27 @@ def others(models: dict) -> list[Conversation]:
 
 @pytest.fixture(scope="module")
 def asked(others: list[Conversation]) -> list[Conversation]:
-    """The same number of turns of each label, each in a conversation of its own."""
-    import random
-
+    """The same number of turns of each label, each the only one of its conversation to judge."""
     made = []
-    for task, turn in balanced_turns(others, 120, random.Random(0)):
-        one = Conversation(task=task)
-        one.turns.append(turn)
-        made.append(one)
-    assert {c.turns[0].oracle for c in made} == set(teacher.LABELS)
+    for conversation, index in balanced_turns(others, 120, random.Random(0)):
+        turns = [dataclasses.replace(turn, failure="not asked") for turn in conversation.turns]
+        turns[index] = conversation.turns[index]
+        made.append(dataclasses.replace(conversation, turns=turns))
     return made
 
 
-def judgement(models: dict, asked: list[Conversation], decode: str) -> teacher.Judgement:
+def judgement(models: dict, asked: list[Conversation], decode: str, context: str) -> Judgement:
     judge = experiment.make_judge(models["teacher"], settings("large").judge)
-    params = models["teacher"].params
-    return teacher.judge(params, asked, by=judge, max_turns=1, decode=decode)
+    by = dataclasses.replace(judge, context=context)
+    return judge_all(models["teacher"].params, asked, by=by, max_turns=30, decode=decode)
 
 
-def test_the_judge_tells_good_turns_from_bad_ones(models: dict, asked: list) -> None:
-    judged = judgement(models, asked, "constrained")
+@pytest.mark.parametrize("context", ["table9", "history"])
+def test_the_judge_tells_good_turns_from_bad_ones(models: dict, asked: list, context: str) -> None:
+    judged = judgement(models, asked, "constrained", context)
+    assert judged.asked.sum() == len(asked)
     confusion = agreement.confusion(judged, asked).sum(axis=0)
-    assert confusion.sum() == len(asked)
+    assert confusion.sum(axis=1).tolist() == [len(asked) / 3] * 3
     # One label for everything, whichever, would have 1/3.
     assert agreement.balanced_accuracy(confusion) >= 0.5, confusion
     # And in the distinction that weighs most: is a turn to be corrected at all?
@@ -143,11 +146,14 @@ def test_the_judge_tells_good_turns_from_bad_ones(models: dict, asked: list) -> 
     assert (fine + found) / 2 >= 0.65, confusion
 
 
-def test_the_judge_answers_in_words_as_it_scores_them(models: dict, asked: list) -> None:
-    scored = judgement(models, asked, "constrained")
-    said = judgement(models, asked, "generate")
-    assert said.unparsable.mean() <= 0.02
-    assert (said.verdict == scored.verdict).mean() >= 0.95
+@pytest.mark.parametrize("context", ["table9", "history"])
+def test_the_judge_answers_in_words_as_it_scores_them(
+    models: dict, asked: list, context: str
+) -> None:
+    scored = judgement(models, asked, "constrained", context)
+    said = judgement(models, asked, "generate", context)
+    assert said.unparsable.sum() <= 0.02 * len(asked)
+    assert (said.verdict == scored.verdict)[said.asked].mean() >= 0.95
 
 
 # --- Building it

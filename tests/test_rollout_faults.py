@@ -17,7 +17,7 @@ import numpy as np
 import optax
 import pytest
 
-from opd_jax import model, teacher
+from opd_jax import model
 from opd_jax.chat import ChatFormat
 from opd_jax.demonstrations import demonstrate, play_out
 from opd_jax.envs.base import BROKEN, Env, Observation, Task
@@ -26,10 +26,11 @@ from opd_jax.envs.household.env import Household
 from opd_jax.envs.household.expert import Expert
 from opd_jax.envs.workers import DIED, TIMEOUT, Worker
 from opd_jax.experience import episode_metrics, judge_metrics
+from opd_jax.gatekeeper import PHRASES, Judge
 from opd_jax.generate import Sampling
 from opd_jax.losses import NO_TURN, Verdict
 from opd_jax.rollout import Agent, rollout, row_keys
-from opd_jax.teacher import Judge, judge
+from opd_jax.teacher import judge
 from opd_jax.train_step import Objective, init_state, make_batch, make_train_step
 from opd_jax.trajectory import Conversation, Trajectory, check, pack
 
@@ -86,7 +87,7 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 @pytest.fixture(scope="module")
 def agent() -> Agent:
-    tokenizer = household_tokenizer.build(phrases=teacher.PHRASES)
+    tokenizer = household_tokenizer.build(phrases=PHRASES)
     return Agent(
         model=model.ModelConfig(
             vocab_size=len(tokenizer),

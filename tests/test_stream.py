@@ -97,22 +97,22 @@ def test_labels_are_balanced_and_unlabelled_or_failed_turns_left_out() -> None:
     other = dataclasses.replace(TASK, id="t/1")
     played = [Conversation(TASK, turns=turns[:half]), Conversation(other, turns=turns[half:])]
     drawn = balanced_turns(played, 90, random.Random(0))
-    assert Counter(t.oracle for _, t in drawn) == {"SKIP": 30, "WEAK": 30, "STRONG": 30}
-    assert not any(t.failure for _, t in drawn)
-    for task, t in drawn:  # each turn with the task it was played in
-        assert task.id == ("t/0" if turns.index(t) < half else "t/1")
-    assert len({t.response for _, t in drawn if t.oracle == "SKIP"}) > 10
+    assert {c.task.id for c, _ in drawn} == {"t/0", "t/1"}
+    chosen = [c.turns[index] for c, index in drawn]
+    assert Counter(t.oracle for t in chosen) == {"SKIP": 30, "WEAK": 30, "STRONG": 30}
+    assert not any(t.failure for t in chosen)
+    assert len({t.response for t in chosen if t.oracle == "SKIP"}) > 10
 
 
 def test_labels_that_no_turn_has_are_left_out() -> None:
     played = [Conversation(TASK, turns=[turn(oracle="WEAK"), turn(oracle="SKIP"), turn()])]
     drawn = balanced_turns(played, 10, random.Random(0))
-    assert Counter(t.oracle for _, t in drawn) == {"SKIP": 5, "WEAK": 5}
+    assert Counter(c.turns[index].oracle for c, index in drawn) == {"SKIP": 5, "WEAK": 5}
     assert balanced_turns([Conversation(TASK, turns=[turn()])], 10, random.Random(0)) == []
 
 
 def test_a_judge_example_supervises_its_answer_only() -> None:
-    example = judge_example([7, 8, 9], [3, 2], TASK)
+    example = judge_example([7, 8, 9], [3, 2])
     assert example.tokens == [7, 8, 9, 3, 2]
     assert example.turn_id == [NO_TURN, NO_TURN, NO_TURN, 0, 0]
 
@@ -130,8 +130,9 @@ def episode(number: int) -> Conversation:
     return made
 
 
-def example(task: Task, judged: Turn) -> Conversation:
-    return judge_example([900, 900, int(judged.response)], [len(judged.oracle)], task)
+def example(number: int, conversation: Conversation, index: int) -> Conversation:
+    judged = conversation.turns[index]
+    return judge_example([900 + number, 900, int(judged.response)], [len(judged.oracle)])
 
 
 @pytest.fixture
@@ -202,8 +203,8 @@ def test_a_window_holds_its_episodes_once_and_its_examples(make_stream) -> None:
         numbers = range(window * WINDOW, (window + 1) * WINDOW)
         episodes = {n: episode(n) for n in numbers}
         expected = [(c.tokens, c.turn_id) for c in episodes.values()]
-        questions = [row for row in rows[window] if row[0][0] == 900]
-        assert sorted(row for row in rows[window] if row[0][0] != 900) == sorted(expected)
+        questions = [row for row in rows[window] if row[0][0] >= 900]
+        assert sorted(row for row in rows[window] if row[0][0] < 900) == sorted(expected)
         assert len(questions) == 5
         for tokens, turn_id in questions:
             assert turn_id == [NO_TURN] * 3 + [0]

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax import model, teacher
+from opd_jax import labels, model, teacher
 from opd_jax.chat import ChatFormat
 from opd_jax.envs.base import Task
+from opd_jax.gatekeeper import FIELDS, ROLE, RUBRIC, Judge, judge_prompt
+from opd_jax.labels import LABELS, UNPARSABLE, parse_label
 from opd_jax.losses import Verdict
-from opd_jax.teacher import FIELDS, LABELS, ROLE, RUBRIC, UNPARSABLE, Judge
 from opd_jax.trajectory import Conversation, Turn
 
 END = "<|im_end|>"
@@ -160,7 +161,7 @@ def likelihoods(params: model.Params, random_judge: Judge, prompts: list[list[in
 
 
 def test_prompt_holds_the_fields_of_table_9_and_not_the_feedback() -> None:
-    prompt = teacher.judge_prompt(TASK, TURN, admissible_shown=30, context="table9")
+    prompt = judge_prompt(TASK, TURN, admissible_shown=30, context="table9")
     assert prompt == (
         f"{ROLE}\n{RUBRIC}\n"
         "Task type: heat\n"
@@ -174,7 +175,7 @@ def test_prompt_holds_the_fields_of_table_9_and_not_the_feedback() -> None:
 
 def test_feedback_is_the_last_field_where_the_context_asks_for_it() -> None:
     table9, more = (
-        teacher.judge_prompt(TASK, TURN, admissible_shown=30, context=context)
+        judge_prompt(TASK, TURN, admissible_shown=30, context=context)
         for context in ("table9", "+feedback")
     )
     assert more == f"{table9}\nFeedback: You see nothing new."
@@ -185,22 +186,28 @@ def test_feedback_is_the_last_field_where_the_context_asks_for_it() -> None:
     [(1, "open fridge (+2 more)"), (2, "open fridge, look (+1 more)"), (3, "open fridge, look")],
 )
 def test_admissible_actions_beyond_the_first_are_counted(shown: int, line: str) -> None:
-    prompt = teacher.judge_prompt(TASK, TURN, admissible_shown=shown, context="table9")
+    prompt = judge_prompt(TASK, TURN, admissible_shown=shown, context="table9")
     assert f"Admissible actions: {line}" in prompt
     assert ("more)" in prompt) == (shown < 3)
 
 
+def test_behind_the_conversation_only_what_it_does_not_hold_is_shown() -> None:
+    prompt = judge_prompt(TASK, TURN, admissible_shown=2, context="history")
+    assert prompt == f"{ROLE}\n{RUBRIC}\nAdmissible actions: open fridge, look (+1 more)"
+
+
 def test_an_unknown_context_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"`judge.context`.*'history'"):
-        teacher.judge_prompt(TASK, TURN, admissible_shown=3, context="history")
+    with pytest.raises(ValueError, match=r"`judge.context`.*'table10'"):
+        judge_prompt(TASK, TURN, admissible_shown=3, context="table10")
 
 
 def test_the_question_is_the_chat_templates_only_message(random_judge: Judge) -> None:
-    text = teacher.judge_prompt(TASK, TURN, admissible_shown=30, context="table9")
+    text = judge_prompt(TASK, TURN, admissible_shown=30, context="table9")
     rendered = random_judge.tokenizer.apply_chat_template(
         [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
     )
-    tokens = random_judge.prompt_tokens(TASK, TURN)
+    tokens = random_judge.question(conversation(""), 0)
+    assert random_judge.prefix(conversation(""), 0) == []
     assert tokens == random_judge.tokenizer.encode(rendered, add_special_tokens=False)
     assert random_judge.tokenizer.unk_token_id not in tokens
 
@@ -221,10 +228,34 @@ def test_the_question_is_the_chat_templates_only_message(random_judge: Judge) ->
     ],
 )
 def test_the_one_whole_word_is_the_label(answer: str, label: int) -> None:
-    assert teacher.parse_label(answer) == label
+    assert parse_label(answer) == label
 
 
 # --- The two decodings ----------------------------------------------------------------------------
+
+
+def cache_of(judge: Judge, rows: int, slots: int) -> model.KVCache:
+    return model.init_cache(
+        judge.model, batch=rows, slots=slots, dtype=jnp.float32, layout=model.backend_cache_layout()
+    )
+
+
+def padded(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for n, row in enumerate(rows):
+        tokens[n, : len(row)] = row
+    return tokens, np.array([len(row) for row in rows], np.int32)
+
+
+def answers(params: model.Params, judge: Judge, prompts: list[list[int]], decode: str) -> list[int]:
+    """Labels of prompts as they are, all in one batch."""
+    tokens, counts = padded(prompts)
+    cache = cache_of(judge, len(prompts), tokens.shape[1] + 8)
+    settings: dict[str, Any] = {"config": judge.model, "tokenizer": judge.tokenizer}
+    if decode == "constrained":
+        return labels.score_labels(params, cache, tokens, counts, **settings)[0]
+    settings |= {"stop_ids": judge.chat.stop_ids, "max_new_tokens": judge.max_new_tokens}
+    return labels.generate_labels(params, cache, tokens, counts, **settings)[0]
 
 
 def test_constrained_picks_the_likeliest_label(
@@ -232,40 +263,34 @@ def test_constrained_picks_the_likeliest_label(
 ) -> None:
     best_two = np.sort(likelihoods, axis=1)[:, -2:]
     assert (np.diff(best_two) > 1e-3).all()  # no tie that rounding could turn
-    labels = teacher.score_labels(params, prompts, by=random_judge)
-    assert labels == likelihoods.argmax(axis=1).tolist()
-    assert set(labels) == {Verdict.SKIP, Verdict.WEAK, Verdict.STRONG}
+    got = answers(params, random_judge, prompts, "constrained")
+    assert got == likelihoods.argmax(axis=1).tolist()
+    assert set(got) == {Verdict.SKIP, Verdict.WEAK, Verdict.STRONG}
 
 
 def test_constrained_scores_are_the_log_likelihoods_of_the_labels(
     params: model.Params, random_judge: Judge, prompts: list[list[int]], likelihoods: np.ndarray
 ) -> None:
-    padded = np.zeros((len(prompts), 24), np.int32)
-    for row, prompt in enumerate(prompts):
-        padded[row, : len(prompt)] = prompt
-    ids = random_judge.tokenizer.convert_tokens_to_ids
-    scores = teacher._label_scores(
+    tokens, counts = padded(prompts)
+    scores, cache = labels._label_scores(
         params,
-        padded,
-        np.array([len(p) for p in prompts], np.int32),
-        np.array([ids((PIECES[label] + ["SKIP"] * 2)[:3]) for label in LABELS], np.int32),
-        np.array([1, 2, 3], np.int32),
+        cache_of(random_judge, len(prompts), 32),
+        tokens,
+        counts,
+        *labels.label_tokens(random_judge.tokenizer),
         config=random_judge.model,
     )
     np.testing.assert_allclose(scores, likelihoods, rtol=0, atol=2e-5)
+    np.testing.assert_array_equal(cache.lengths, counts)  # the labels themselves are dropped
 
 
-@pytest.mark.parametrize("decode", [teacher.score_labels, teacher.generate_labels])
-def test_batch_padding_and_order_change_no_label(
-    params: model.Params, random_judge: Judge, prompts: list[list[int]], decode: Any
-) -> None:
-    labels = decode(params, prompts, by=random_judge)
-    other = dataclasses.replace(random_judge, batch=7, length_multiple=48)
-    assert decode(params, prompts, by=other) == labels
-    order = np.random.default_rng(2).permutation(len(prompts))
-    shuffled = decode(params, [prompts[n] for n in order], by=random_judge)
-    assert shuffled == [labels[n] for n in order]
-    assert decode(params, [], by=random_judge) == []
+def test_the_labels_are_cut_into_their_tokens(random_judge: Judge) -> None:
+    tokens, counts = labels.label_tokens(random_judge.tokenizer)
+    ids = random_judge.tokenizer.convert_tokens_to_ids
+    assert counts.tolist() == [1, 2, 3]
+    for row, count, label in zip(tokens, counts, LABELS, strict=True):
+        assert row[:count].tolist() == ids(PIECES[label])
+        assert not row[count:].any()
 
 
 def test_generate_reads_the_greedy_answer(
@@ -273,17 +298,17 @@ def test_generate_reads_the_greedy_answer(
 ) -> None:
     judge = random_judge
     (end,) = judge.chat.stop_ids
-    answers: list[list[int]] = [[] for _ in prompts]
+    greedy: list[list[int]] = [[] for _ in prompts]
     for _ in range(judge.max_new_tokens):
-        rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+        rows = [prompt + answer for prompt, answer in zip(prompts, greedy, strict=True)]
         logprobs = full_logprobs(params, judge, rows)
-        for row, answer in enumerate(answers):
+        for row, answer in enumerate(greedy):
             if not answer or answer[-1] != end:
                 answer.append(int(logprobs[row, len(rows[row]) - 1].argmax()))
-    texts = [judge.tokenizer.decode(answer) for answer in answers]
-    labels = teacher.generate_labels(params, prompts, by=judge)
-    assert labels == [teacher.parse_label(text) for text in texts]
-    assert len(set(labels)) > 1
+    texts = [judge.tokenizer.decode(answer) for answer in greedy]
+    got = answers(params, judge, prompts, "generate")
+    assert got == [parse_label(text) for text in texts]
+    assert len(set(got)) > 1
 
 
 def chain(judge: Judge, *sequences: list[str]) -> tuple[Judge, model.Params]:
@@ -324,7 +349,7 @@ def test_generate_reads_answers_of_different_lengths_side_by_side(random_judge: 
     prompts = [
         judge.tokenizer.convert_tokens_to_ids(["z"] * n + [token]) for n, token in enumerate(last)
     ]
-    assert teacher.generate_labels(params, prompts[::-1], by=judge)[::-1] == [
+    assert answers(params, judge, prompts, "generate") == [
         Verdict.STRONG,
         Verdict.SKIP,
         UNPARSABLE,
@@ -399,7 +424,8 @@ def test_a_turn_that_failed_never_reaches_the_judge(random_judge: Judge, decode:
 def test_a_question_may_fill_the_teachers_positions(random_judge: Judge, decode: str) -> None:
     judge, params = always(random_judge, "SKIP", END)
     room = {"constrained": 3, "generate": judge.max_new_tokens}[decode]  # the longest answer
-    used = len(judge.prompt_tokens(TASK, dataclasses.replace(TURN, response="")))
+    empty = Conversation(task=TASK, turns=[dataclasses.replace(TURN, response="")])
+    used = len(judge.question(empty, 0))
     fits = judge.model.max_positions - room - used
     for size in (fits, fits + 1):
         long = dataclasses.replace(TURN, response="x" * size)
@@ -430,8 +456,8 @@ def test_verdicts_stay_with_their_turns(random_judge: Judge, decode: str) -> Non
         "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}<|im_end|>"
         "{% else %}<|im_start|>{{ m.content }}{% endif %}{% endfor %}"
     )
-    answers = dict(zip("abc", LABELS, strict=True))
-    judge, params = chain(random_judge, *([a, *PIECES[answers[a]], END] for a in answers))
+    follows = dict(zip("abc", LABELS, strict=True))
+    judge, params = chain(random_judge, *([a, *PIECES[follows[a]], END] for a in follows))
     judge = dataclasses.replace(judge, chat=ChatFormat.from_tokenizer(tokenizer))
     rng = random.Random(0)
     played = [conversation(*[""] * turns) for turns in (3, 1, 4, 2)]
@@ -441,12 +467,112 @@ def test_verdicts_stay_with_their_turns(random_judge: Judge, decode: str) -> Non
             letter = rng.choice("abc")
             response = "z" * rng.randint(0, 40) + letter
             c.turns[index] = dataclasses.replace(TURN, response=response)
-            expected[row, index] = Verdict[answers[letter]]
+            expected[row, index] = Verdict[follows[letter]]
     played[2].turns[1] = dataclasses.replace(TURN, failure="rejected")
     expected[2, 1] = Verdict.DET_FAIL
     assert len(set(expected.flatten())) == 4
-    verdicts = teacher.judge(params, played, by=judge, max_turns=4, decode=decode)
-    assert verdicts.verdict.tolist() == expected.tolist()
+    for batch, multiple in ((4, 128), (3, 96), (16, 200)):
+        by = dataclasses.replace(judge, batch=batch, length_multiple=multiple)
+        verdicts = teacher.judge(params, played, by=by, max_turns=4, decode=decode)
+        assert verdicts.verdict.tolist() == expected.tolist()
+
+
+# --- Behind the conversation ----------------------------------------------------------------------
+
+
+def talk(judge: Judge, seed: int, stops: str) -> Conversation:
+    """Random words; a turn for each of `stops`: ended by itself (.), cut (!), or failed (x)."""
+    rng = np.random.default_rng(seed)
+
+    def words() -> str:
+        return "".join(rng.choice(list("abcdefgh "), rng.integers(3, 9)))
+
+    made = Conversation(task=TASK, end="turn_limit")
+    made.append_given(judge.chat.first("", words()))
+    for index, stop in enumerate(stops):
+        response = words()
+        tokens = judge.tokenizer.encode(response, add_special_tokens=False)
+        ended = stop != "!"
+        made.append_response(
+            [*tokens, *judge.chat.stop_ids[:ended]], [-1.0] * (len(tokens) + ended), index
+        )
+        made.turns.append(
+            dataclasses.replace(
+                TURN,
+                response=response,
+                stop="stop_token" if ended else "turn_budget",
+                failure="rejected" if stop == "x" else "",
+            )
+        )
+        made.append_given(judge.chat.follow(words(), ended=ended))
+    return made
+
+
+@pytest.fixture(scope="module")
+def behind(random_judge: Judge) -> Judge:
+    return dataclasses.replace(random_judge, context="history", admissible_shown=0)
+
+
+def test_the_question_goes_on_from_the_conversation(behind: Judge) -> None:
+    played = talk(behind, 0, ".!.")
+    question = behind.chat.follow(
+        judge_prompt(TASK, TURN, admissible_shown=0, context="history"), ended=True
+    )
+    for index, (start, end) in enumerate(played.spans):
+        prefix = behind.prefix(played, index)
+        assert prefix == played.tokens[:end]
+        asked = behind.question(played, index)
+        if index == 1:  # the end of a turn that was cut has to be given
+            assert prefix[-1] != behind.chat.stop_ids[0]
+            assert asked == [behind.chat.stop_ids[0], *question]
+        else:
+            assert prefix[-1] == behind.chat.stop_ids[0]
+            assert asked == question
+        assert end > start
+
+
+CONVERSATIONS = ["..!.", ".", "x", "!x..", "x!"]
+
+
+@pytest.mark.parametrize(("batch", "multiple"), [(2, 16), (5, 24)])
+def test_verdicts_behind_conversations_are_those_of_whole_prompts(
+    params: model.Params, behind: Judge, batch: int, multiple: int
+) -> None:
+    # What was read before decides, and not the words at the end, which are always the same.
+    sharper = {name: factor * params["layers"][name] for name, factor in (("o", 12), ("q_norm", 6))}
+    params = params | {"layers": params["layers"] | sharper}
+    played = [talk(behind, n, stops) for n, stops in enumerate(CONVERSATIONS)]
+    played.insert(2, Conversation(task=None))
+    by = dataclasses.replace(behind, batch=batch, length_multiple=multiple)
+    got = teacher.judge(params, played, by=by, max_turns=5, decode="constrained")
+    places = np.argwhere(got.asked)
+    whole = [[*by.prefix(played[r], n), *by.question(played[r], n)] for r, n in places]
+    expected = answers(params, by, whole, "constrained")
+    assert len(set(expected)) > 1
+    assert got.verdict[got.asked].tolist() == expected
+    for row, c in enumerate(played):
+        for index, turn in enumerate(c.turns):
+            assert got.asked[row, index] == (not turn.failure)
+            assert (got.verdict[row, index] == Verdict.DET_FAIL) == bool(turn.failure)
+
+
+@pytest.mark.parametrize("decode", ["constrained", "generate"])
+def test_both_decodings_answer_behind_conversations(behind: Judge, decode: str) -> None:
+    judge, params = always(behind, *PIECES["WEAK"], END)
+    played = [talk(judge, n, stops) for n, stops in enumerate(CONVERSATIONS)]
+    got = teacher.judge(params, played, by=judge, max_turns=4, decode=decode)
+    assert got.asked.sum() == 9
+    assert (got.verdict[got.asked] == Verdict.WEAK).all()
+    assert not got.unparsable.any()
+
+
+def test_a_conversation_longer_than_the_teachers_positions_is_refused(
+    params: model.Params, behind: Judge
+) -> None:
+    played = talk(behind, 0, "." * 12)
+    assert len(played.tokens) > behind.model.max_positions
+    with pytest.raises(ValueError, match=r"`judge`: a prompt of \d+ tokens.*256 positions"):
+        teacher.judge(params, [played], by=behind, max_turns=12, decode="constrained")
 
 
 def test_an_unknown_decoding_is_refused(params: model.Params, random_judge: Judge) -> None:

@@ -377,11 +377,10 @@ def test_the_config_of_the_pair_trains_a_student(
 # --- Many devices
 
 
-def test_on_many_devices_a_continued_run_ends_with_the_same_bits(
-    tmp_path: Path, small: tuple[str, ...]
-) -> None:
-    handler = signal.getsignal(signal.SIGTERM)
-    config = load(
+@pytest.fixture(scope="module")
+def on_eight(small: tuple[str, ...]) -> FrozenConfigDict:
+    """A run on a mesh of 4 × 2 devices."""
+    return load(
         str(CONFIGS / "household_pair.py:runlocal,who=student"),
         [
             *(*small, *NO_EVALUATION, "--config.eval.splits=valid_seen"),
@@ -392,16 +391,46 @@ def test_on_many_devices_a_continued_run_ends_with_the_same_bits(
             *("--config.train.updates=3", "--config.checkpoint.every=1"),
         ],
     )
-    train.run(config, tmp_path / "whole")
-    shutil.copytree(tmp_path / "whole", tmp_path / "continued")
-    shutil.rmtree(tmp_path / "continued" / "checkpoints" / "3")
-    train.run(config, tmp_path / "continued")
+
+
+@pytest.fixture(scope="module")
+def whole(on_eight: FrozenConfigDict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its workdir."""
+    workdir = tmp_path_factory.mktemp("many") / "whole"
+    handler = signal.getsignal(signal.SIGTERM)
+    train.run(on_eight, workdir)
     signal.signal(signal.SIGTERM, handler)
-    assert_ended_alike(tmp_path / "continued", tmp_path / "whole")
+    return workdir
+
+
+def test_on_many_devices_a_continued_run_ends_with_the_same_bits(
+    on_eight: FrozenConfigDict, whole: Path, tmp_path: Path
+) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    shutil.copytree(whole, tmp_path / "continued")
+    shutil.rmtree(tmp_path / "continued" / "checkpoints" / "3")
+    train.run(on_eight, tmp_path / "continued")
+    signal.signal(signal.SIGTERM, handler)
+    assert_ended_alike(tmp_path / "continued", whole)
     # One shape of batch, one program: what an update returns is placed as what it was given.
-    lines = lines_of(tmp_path / "whole")
+    lines = lines_of(whole)
     assert lines[0]["seconds/compile"] > 0
     assert [line["seconds/compile"] for line in lines[1:]] == [0, 0]
+
+
+def test_a_machine_with_one_device_exports_what_many_have_trained(
+    on_eight: FrozenConfigDict, whole: Path, command: Callable, tmp_path: Path
+) -> None:
+    done = command("export", f"--workdir={whole}", f"--out={tmp_path / 'model'}")
+    assert done.returncode == 0, done.stderr
+    here = experiment.load_student(on_eight, make_mesh(**on_eight.mesh))
+    abstract = abstract_state(here.params, experiment.make_optimizer(on_eight))
+    _, state, _ = Checkpoints(whole / "checkpoints", keep=2).restore_latest(abstract)
+    exported = experiment.load_model(str(tmp_path / "model"), dtype="float32", mesh=one_device())
+    for mine, theirs in zip(
+        jax.tree.leaves(state.params), jax.tree.leaves(exported.params), strict=True
+    ):
+        np.testing.assert_array_equal(mine, theirs)
 
 
 # --- Not finite

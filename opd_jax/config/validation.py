@@ -22,7 +22,7 @@ _CHOICES = {
     "objective.scope": ("batch", "trajectory"),
     "optimizer.schedule": ("constant", "cosine", "linear"),
     "judge.decode": ("constrained", "generate"),
-    "judge.context": ("table9", "+feedback"),
+    "judge.context": ("table9", "+feedback", "history"),
 }
 
 # At least 1.
@@ -163,6 +163,11 @@ def _check_objective(config: ConfigDict) -> None:
         raise ValueError(
             "`objective.scope` = 'trajectory' needs each episode in one row, which it is not with "
             "`rollout.history_turns`: set the one to batch, or the other to 0"
+        )
+    if config.rollout.history_turns and config.judge.context == "history":
+        raise ValueError(
+            "`judge.context` = 'history' asks behind the whole conversation, of which "
+            "`rollout.history_turns` lets the student see a part: change one of them"
         )
     if config.rollout.depth_start and source != "on_policy":
         raise ValueError(

@@ -105,6 +105,8 @@ def _write_weights(
         waiting[name] = tensor
         if following is None or files[following] != files[name]:
             save_file(waiting, folder / files[name], metadata={"format": "pt"})
+            # Written for the owner alone; the folder's other files are as the user wants them.
+            shutil.copymode(folder / "config.json", folder / files[name])
             waiting = {}
     if len(set(files.values())) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": files}

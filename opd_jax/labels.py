@@ -1,0 +1,138 @@
+"""How a teacher answers a question with one of three words: two decodings over a kept cache.
+
+`score_labels` compares the likelihoods of the words, which is never unparsable and needs no loop
+over tokens; `generate_labels` is the paper's literal procedure, greedy text that is searched for a
+word. Both append the questions to whatever the cache holds, nothing or a conversation.
+"""
+
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from opd_jax import generate as gen
+from opd_jax import model
+from opd_jax.losses import Verdict
+from opd_jax.model import KVCache, ModelConfig, Params
+
+LABELS = ("SKIP", "WEAK", "STRONG")
+UNPARSABLE = -1
+
+
+def parse_label(answer: str) -> int:
+    """The one of the three words that an answer holds, in any case, or `UNPARSABLE`.
+
+    An answer that weighs two of them against each other has not chosen.
+    """
+    found = {word.upper() for word in re.findall(r"\b(SKIP|WEAK|STRONG)\b", answer, re.IGNORECASE)}
+    return Verdict[found.pop()] if len(found) == 1 else UNPARSABLE
+
+
+def label_tokens(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of the three words, int32 [labels, W] padded with 0, and how many each has."""
+    words = [tokenizer.encode(label, add_special_tokens=False) for label in LABELS]
+    width = max(map(len, words))
+    tokens = np.array([word + [0] * (width - len(word)) for word in words], np.int32)
+    return tokens, np.array([len(word) for word in words], np.int32)
+
+
+def score_labels(
+    params: Params,
+    cache: KVCache,
+    tokens: np.ndarray,
+    counts: np.ndarray,
+    *,
+    config: ModelConfig,
+    tokenizer: Any,
+) -> tuple[list[int], KVCache]:
+    """The label whose tokens the teacher finds most likely after each question.
+
+    The score of a label is the sum of the log-probabilities of its own tokens; the end of the
+    answer is not scored.
+
+    Args:
+      cache: what stands before the questions; donated. It needs room for the longest label.
+      tokens: int32 [B, Q], the questions.
+      counts: int32 [B], their lengths; a row with 0 asks nothing, and its label is meaningless.
+      config: the teacher's sizes.
+      tokenizer: the teacher's.
+
+    Returns:
+      A label for each row, and the cache with the questions appended.
+    """
+    scores, cache = _label_scores(
+        params, cache, tokens, counts, *label_tokens(tokenizer), config=config
+    )
+    return np.asarray(jnp.argmax(scores, axis=-1)).tolist(), cache
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def _label_scores(
+    params: Params,
+    cache: KVCache,
+    tokens: jax.Array,
+    counts: jax.Array,
+    word_tokens: jax.Array,
+    word_lengths: jax.Array,
+    *,
+    config: ModelConfig,
+) -> tuple[jax.Array, KVCache]:
+    """log p(label | cache, question), float32 [B, labels], and the cache with the questions."""
+    rows, width = tokens.shape[0], word_tokens.shape[1]
+    hidden, cache = model.forward_cached(params, cache, tokens, counts, config=config)
+    last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
+
+    def logprobs(hidden: jax.Array) -> jax.Array:
+        logits = jnp.matmul(hidden, model.head(params), preferred_element_type=jnp.float32)
+        return jax.nn.log_softmax(logits)
+
+    def score(word: jax.Array, length: jax.Array) -> jax.Array:
+        # The cache is shared by the labels: each one is appended to a copy and dropped.
+        fed = jnp.broadcast_to(word[: width - 1], (rows, width - 1))
+        all_of_it = jnp.full(rows, width - 1, jnp.int32)
+        after, _ = model.forward_cached(params, cache, fed, all_of_it, config=config)
+        each = logprobs(jnp.concatenate([last, after], axis=1))[:, jnp.arange(width), word]
+        return jnp.sum(jnp.where(jnp.arange(width) < length, each, 0.0), axis=1)
+
+    scores = [score(w, n) for w, n in zip(word_tokens, word_lengths, strict=True)]
+    return jnp.stack(scores, axis=1), cache
+
+
+def generate_labels(
+    params: Params,
+    cache: KVCache,
+    tokens: np.ndarray,
+    counts: np.ndarray,
+    *,
+    config: ModelConfig,
+    tokenizer: Any,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+) -> tuple[list[int], KVCache]:
+    """The label in the teacher's greedy answer to each question, or `UNPARSABLE`.
+
+    Args:
+      cache, tokens, counts, config, tokenizer: as in `score_labels`, with room for the answers.
+      stop_ids: tokens that end an answer.
+      max_new_tokens: longest answer.
+    """
+    rows = len(counts)
+    cache = gen.extend(params, cache, tokens, np.maximum(counts - 1, 0), config=config)
+    cache, out = gen.generate(
+        params,
+        cache,
+        tokens[np.arange(rows), counts - 1],
+        np.where(counts > 0, max_new_tokens, 0).astype(np.int32),
+        jax.random.split(jax.random.key(0), rows),  # greedy: never drawn from
+        jnp.asarray(stop_ids, jnp.int32),
+        config=config,
+        sampling=gen.Sampling(temperature=0.0, top_k=0, top_p=1.0),
+        chunk=max_new_tokens,
+    )
+    out = jax.device_get(out)
+    answers = [tokenizer.decode(row[:n]) for row, n in zip(out.tokens, out.counts, strict=True)]
+    return [parse_label(answer) for answer in answers], cache
