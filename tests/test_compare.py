@@ -35,6 +35,7 @@ def figures(wins: int, n: int, *, turns: float = 5.0, repeated: float = 0.0) -> 
     interval = binomtest(wins, n).proportion_ci(0.95, method="wilson")
     return {
         "success": wins / n,
+        "score": wins / n,
         "n": n,
         "ci95": list(interval),
         "turns": turns,
@@ -162,6 +163,15 @@ def test_one_seed_has_no_interval_over_seeds() -> None:
     _, row = cells(compare.comparison_table({}, {"opd": runs}, judge={}))
     low, high = binomtest(6, 10).proportion_ci(0.95, method="wilson")
     assert row == ["opd", "60.0% [{}, {}]".format(*percent(low, high)), "5.0", "0.0%", "", "", ""]
+
+
+def test_scores_stand_where_they_say_more_than_success_and_splits_have_their_labels() -> None:
+    generated = figures(6, 10) | {"digest": "generated-01"}
+    runs = [{"seen": generated, "unseen": figures(6, 10) | {"score": s}} for s in (-4.0, 9.0)]
+    before = {"before": {"seen": generated, "unseen": figures(1, 10) | {"score": -2.0}}}
+    rows = cells(compare.comparison_table(before, {"opd": runs}, judge={}))
+    assert rows[0][:4] == ["method", "seen (generated)", "unseen", "score, unseen"]
+    assert [row[3] for row in rows[1:]] == ["-2.00", "2.50"]
 
 
 def line(skip: float, turns: float, *, right: int, corrected: int, wrong: int) -> dict[str, float]:

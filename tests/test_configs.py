@@ -1,15 +1,29 @@
 """The config files that ship: every one loads, holds together, and says what its arguments say."""
 
+import inspect
+import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from opd_jax.compare import variant
 from opd_jax.config import differences, from_json, load, to_json, validate
+from opd_jax.envs.alfworld.env import AlfWorld
+from opd_jax.envs.alfworld.panel import OFFICIAL_SIZES
+from opd_jax.envs.base import Env
+from opd_jax.envs.scienceworld import tasks as scienceworld_tasks
+from opd_jax.envs.scienceworld.env import ScienceWorld
+from opd_jax.envs.search.searchqa_data import SETS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
+SHARED = {"paper.py"}  # what configs build on, and no experiment
+PAPER = ["alfworld_qwen3.py", "scienceworld_qwen3.py", "searchqa_qwen3.py"]
+METHODS = ["sage", "opd", "sft", "opd_two_rollouts", "entropy_aware", "tcod_f2b"]
+ABLATIONS = ["intervention", "confidence", "normalizer"]
 ARGUMENTS = {
     "quickstart.py": [
         "",
@@ -22,6 +36,14 @@ ARGUMENTS = {
         "compare",
     ],
     "household_pair.py": ["", "who=teacher", "who=student"],
+    **{
+        file: [
+            *("", "student=0.6b", "teacher=32b"),
+            *(f"method={method}" for method in METHODS),
+            *(f"ablate={factor}" for factor in ABLATIONS),
+        ]
+        for file in PAPER
+    },
 }
 CASES = [(file, arg) for file, args in ARGUMENTS.items() for arg in args]
 
@@ -35,7 +57,7 @@ def changed(before: ConfigDict, after: ConfigDict) -> set[str]:
 
 
 def test_every_config_file_is_looked_at_here() -> None:
-    assert set(ARGUMENTS) == {path.name for path in CONFIGS.glob("*.py")}
+    assert set(ARGUMENTS) | SHARED == {path.name for path in CONFIGS.glob("*.py")}
 
 
 @pytest.mark.parametrize(("file", "arg"), CASES)
@@ -96,6 +118,11 @@ def test_a_mistake_is_named(file: str, arg: str, overrides: list, words: list) -
         ("quickstart.py:compare,method=opd", ["`compare`", "`method`"]),
         ("quickstart.py:compare,ablate=confidence", ["`compare`", "`ablate`"]),
         ("household_pair.py:who=judge", ["`who`", "teacher", "student", "judge"]),
+        ("alfworld_qwen3.py:student=4b", ["`student`", "0.6b", "1.7b", "4b"]),
+        ("scienceworld_qwen3.py:teacher=14b", ["`teacher`", "8b", "32b", "14b"]),
+        ("searchqa_qwen3.py:method=ppo", ["`method`", "tcod_f2b", "ppo"]),
+        ("alfworld_qwen3.py:method=opd,ablate=confidence", ["`ablate`", "opd_without_confidence"]),
+        ("alfworld_qwen3.py:ablate=nothing", ["`ablate`", "sage_without_normalizer", "nothing"]),
     ],
 )
 def test_a_choice_that_does_not_exist_is_named(path: str, words: list[str]) -> None:
@@ -188,3 +215,145 @@ def test_teacher_and_student_of_the_pair_differ_in_size_and_in_whom_they_imitate
     for config in (teacher, student):
         assert (config.student, config.teacher) == ("new", "")
         assert config.objective.divergence == "cross_entropy"
+
+
+# --- The paper's experiments
+
+
+def paper(file: str, arg: str = "", *overrides: str) -> FrozenConfigDict:
+    return load(f"{CONFIGS / file}:{arg}", overrides)
+
+
+# Of its table of hyper-parameters; the rest is the environment's.
+STATED = {
+    "optimizer.learning_rate": 1e-6,
+    "optimizer.weight_decay": 0.1,
+    "rollout.batch": 64,
+    "rollout.per_task": 1,
+    "rollout.temperature": 0.4,
+    "rollout.top_p": 1.0,
+    "rollout.top_k": 0,
+    "rollout.turn_tokens": 4096,
+    "rollout.history_turns": 0,
+    "eval.temperature": 0.4,
+    "judge.max_new_tokens": 1028,
+    "objective.weak_weight": 0.5,
+    "objective.divergence": "reverse_kl",
+}
+
+
+@pytest.mark.parametrize("file", PAPER)
+def test_the_papers_numbers(file: str) -> None:
+    config = paper(file)
+    assert {name: field(config, name) for name in STATED} == STATED
+
+
+def test_the_papers_protocols() -> None:
+    alfworld, scienceworld, searchqa = map(paper, PAPER)
+    assert (alfworld.env.max_turns, alfworld.env.show_admissible) == (30, 30)
+    assert set(alfworld.eval.splits) == OFFICIAL_SIZES.keys()
+    assert alfworld.eval.tasks == max(OFFICIAL_SIZES.values())
+    assert scienceworld.env.max_turns == 30
+    (split,) = scienceworld.eval.splits
+    assert scienceworld.eval.tasks == len(scienceworld_tasks.tasks(split)) == 150
+    # A step may start the engine anew and play the episode again.
+    assert scienceworld.env.step_timeout_s >= 3 * scienceworld.env.timeout_s
+    assert searchqa.eval.splits == tuple(SETS)
+    assert (searchqa.env.max_turns, searchqa.env.max_searches, searchqa.env.passages) == (16, 8, 3)
+    assert (searchqa.env.train_questions, searchqa.env.test_questions) == (10_000, 500)
+    assert searchqa.eval.tasks == 500
+    assert not searchqa.env.retry_wrong
+
+
+@pytest.mark.parametrize("file", PAPER)
+def test_an_epoch_is_as_long_as_its_tasks(file: str) -> None:
+    tasks = {
+        "alfworld_qwen3.py": 3553,  # games in ALFWorld's download
+        "scienceworld_qwen3.py": len(scienceworld_tasks.tasks("train")),
+        "searchqa_qwen3.py": 10_000,
+    }
+    config = paper(file)
+    assert config.train.updates == tasks[file] // config.rollout.batch
+
+
+@pytest.mark.parametrize(("file", "env"), [(PAPER[0], AlfWorld), (PAPER[1], ScienceWorld)])
+def test_an_environments_fields_are_its_arguments(file: str, env: type[Env]) -> None:
+    # Those of search are tried out where they are played.
+    around = {"name", "workers", "start_timeout_s", "step_timeout_s"}
+    assert set(paper(file).env) - around == set(inspect.signature(env).parameters)
+
+
+@pytest.mark.parametrize("file", PAPER)
+def test_sizes_name_folders_and_change_nothing_else(file: str) -> None:
+    small = paper(file, "student=0.6b,teacher=32b")
+    assert (small.student, small.teacher) == ("models/Qwen3-0.6B", "models/Qwen3-32B")
+    assert changed(paper(file, "student=1.7b,teacher=8b"), small) == {"student", "teacher"}
+
+
+@pytest.mark.parametrize("file", PAPER)
+@pytest.mark.parametrize(
+    ("method", "field_name", "value"),
+    [
+        ("opd_two_rollouts", "rollout.per_task", 2),
+        ("entropy_aware", "objective.entropy_bonus", 1.0),
+        ("tcod_f2b", "rollout.depth_start", 1),
+    ],
+)
+@pytest.mark.parametrize("runlocal", ["", ",runlocal"])
+def test_a_baseline_is_plain_distillation_but_for_one_field(
+    file: str, method: str, field_name: str, value: float, runlocal: str
+) -> None:
+    baseline = paper(file, f"method={method}{runlocal}")
+    assert changed(paper(file, f"method=opd{runlocal}"), baseline) == {field_name}
+    assert field(baseline, field_name) == value
+    assert baseline.rollout.depth_every == 1
+    assert baseline.rollout.batch % baseline.rollout.per_task == 0
+
+
+@pytest.mark.parametrize("file", PAPER)
+def test_methods_differ_as_they_do_in_the_quickstart(file: str) -> None:
+    for arg in ("method=opd", "method=sft", *(f"ablate={factor}" for factor in ABLATIONS)):
+        assert changed(paper(file), paper(file, arg)) == changed(quickstart(), quickstart(arg))
+
+
+@pytest.mark.parametrize("file", PAPER)
+def test_a_sweep_over_the_methods_is_a_run_for_each(file: str) -> None:
+    flags = (f"--config.compare.methods={','.join(METHODS)}", "--config.compare.seeds=0")
+    config = paper(file, "", *flags)
+    validate(config)
+    for method in METHODS:
+        assert changed(variant(config, method, 0), paper(file, f"method={method}")) == set()
+    ablated = [f"sage_without_{factor}" for factor in ABLATIONS]
+    assert set(config.compare.variants) == {*METHODS, *ablated}
+
+
+def test_what_a_search_is_called_without_searchqas_data() -> None:
+    local = paper("searchqa_qwen3.py", "runlocal")
+    assert local.env.name == "factbookqa"
+    assert not set(local.eval.splits) & SETS.keys()
+
+
+def test_runlocal_of_a_benchmark_trains_and_evaluates_in_the_real_environment(
+    benchmark: tuple[str, ...], command: Callable, tmp_path: Path
+) -> None:
+    done = command("train", *benchmark, f"--workdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [line["step"] for line in lines] == [1, 2]
+    for line in lines:
+        assert line["update_norm"] > 0
+        assert np.isfinite(line["loss"])
+        assert "end/broken" not in line
+        # What was sampled through the cache is what is trained on.
+        assert line["logprob_error"] < 1e-3
+    config = load(benchmark[0].removeprefix("--config="), list(benchmark[1:]))
+    results = json.loads((tmp_path / "summary.json").read_text())["eval"]
+    assert results.keys() == {"before", "after"}
+    for splits in results.values():
+        assert splits.keys() == set(config.eval.splits)
+        for figures in splits.values():
+            assert (figures["n"], figures["broken"]) == (2, 0)
+            assert figures["turns"] <= config.env.max_turns == 3
+    labels = {"alfworld": "(generated)", "factbookqa": "(FactbookQA)"}
+    assert labels.get(config.env.name, "panel") in done.stdout
+    assert "SearchQA" not in done.stdout

@@ -16,6 +16,7 @@ from scipy.stats import binomtest, sem, t
 from opd_jax import environments, evaluate, experiment, export, model
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.config import load, read_stored, to_json
+from opd_jax.envs.search.searchqa_data import SETS
 from opd_jax.mesh import make_mesh
 from opd_jax.train_step import abstract_state
 from opd_jax.trajectory import Conversation, Turn
@@ -63,8 +64,41 @@ def test_figures_by_hand() -> None:
         "failed": 3 / 12,
         "n": 5,
         "broken": 0,
+        "measures": {},
     }
     json.dumps(figures)
+
+
+def test_measures_are_means_over_all_episodes() -> None:
+    episodes = [episode(["go"], end="success", score=1.0) for _ in range(4)]
+    episodes[0].measures = {"f1": 0.5}
+    episodes[3].measures = {"f1": 1.0, "em": 1.0}
+    episodes.append(episode(["go"], end="broken", score=0.0))
+    episodes[4].measures = {"f1": 1.0}
+    assert evaluate.summarize(episodes)["measures"] == {"em": 0.25, "f1": 0.375}
+
+
+def test_a_macro_average_counts_every_split_the_same() -> None:
+    few, many = (
+        [episode(["a", "a"], end="success", score=1.0, failed=1)] * 2,
+        [episode(["a"], end="turn_limit", score=0.5)] * 8,
+    )
+    for one in (*few, *many):
+        one.measures = {"f1": 0.3 if one.success else 0.1}
+    parts = [evaluate.summarize(played) for played in (few, many)]
+    parts[1]["broken"] = 3
+    average = evaluate.macro_average(parts)
+    expected = {"success": 0.5, "score": 0.75, "turns": 1.5, "repeated": 0.25, "failed": 0.25}
+    assert {name: average[name] for name in expected} == expected
+    assert (average["n"], average["broken"]) == (10, 3)
+    assert average["measures"] == {"f1": pytest.approx(0.2)}
+    assert average.keys() == parts[0].keys()
+    # 2 of 2 and 0 of 8: what could be less is in the first, what could be more in the second.
+    first = binomtest(2, 2).proportion_ci(0.95, method="wilson")
+    second = binomtest(0, 8).proportion_ci(0.95, method="wilson")
+    ends = [0.5 - (1 - first.low) / 2, 0.5 + second.high / 2]
+    assert average["ci95"] == pytest.approx(ends)
+    assert average["score_ci95"] == [0.75, 0.75]  # no score differs from the others of its split
 
 
 def test_broken_episodes_are_counted_and_left_out() -> None:
@@ -96,7 +130,40 @@ def test_the_table_has_a_row_for_everybody_and_split() -> None:
     )
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines()]
     assert [row[:2] for row in rows[2:]] == [["before", "a"], ["before", "b"], ["expert", "a"]]
-    assert rows[2][2:] == ["40.0%", "11.8% to 76.9%", "2.4", "25.0%", "25.0%", "5"]
+    assert rows[0][2:] == [
+        *("success", "95 % interval", "score", "turns", "repeated", "failed", "n"),
+    ]
+    assert rows[2][2:] == ["40.0%", "11.8% to 76.9%", "0.55", "2.4", "25.0%", "25.0%", "5"]
+
+
+def columns(results: dict[str, dict]) -> list[str]:
+    header = evaluate.results_table(results).splitlines()[0]
+    return [cell.strip() for cell in header.strip("|").split("|")]
+
+
+def test_the_table_shows_scores_and_measures_where_they_say_something() -> None:
+    won = [episode(["go"], end="success", score=1.0), episode(["go"], end="lost", score=0.0)]
+    assert "score" not in columns({"expert": {"s": evaluate.summarize(won)}})
+    partly = evaluate.summarize([*won, episode(["go"], end="lost", score=-0.5)])
+    assert "score" in columns({"expert": {"s": partly}})
+    won[0].measures = {"f1": 0.25}
+    measured = {"a": {"s": evaluate.summarize(won)}, "b": {"s": evaluate.summarize(EPISODES)}}
+    assert columns(measured)[3:6] == ["95 % interval", "score", "f1"]
+    rows = evaluate.results_table(measured).splitlines()[2:]
+    assert [row.split("|")[6].strip() for row in rows] == ["0.125", "-"]
+
+
+@pytest.mark.parametrize(
+    ("digest", "shown"),
+    [("0123", "s"), ("generated-0123", "s (generated)"), ("FactbookQA-0123", "s (FactbookQA)")],
+)
+def test_tables_say_what_the_tasks_are(digest: str, shown: str) -> None:
+    figures = evaluate.summarize(EPISODES) | {"digest": digest}
+    judged = {"balanced_accuracy": 0.5, "ci95": [0.4, 0.6], "always_skip": 0.3, "n": 9}
+    figures["judge"] = judged | {"precision": None, "recall": None}
+    results = {"before": {"s": figures}}
+    for text in (evaluate.results_table(results), evaluate.judge_table(results)):
+        assert text.splitlines()[2].split("|")[2].strip() == shown
 
 
 # --- Players
@@ -194,6 +261,15 @@ def test_a_sampled_evaluation_is_a_function_of_its_seed(play: Callable) -> None:
 FIGURES = {"n": 4, "update": 80, "temperature": 0.4, "seed": 0}
 
 
+def digests() -> dict[str, str]:
+    env = environments.make_env(quickstart().env)
+    return {split: env.digest(split) for split in quickstart().eval.splits}
+
+
+def of_both_splits(figures: dict | None) -> dict[str, dict | None]:
+    return {s: figures and {"digest": digest, **figures} for s, digest in digests().items()}
+
+
 @pytest.mark.parametrize(
     ("figures", "override", "same"),
     [
@@ -207,6 +283,8 @@ FIGURES = {"n": 4, "update": 80, "temperature": 0.4, "seed": 0}
         (FIGURES | {"judge": {"n": 9}}, "", True),
         (FIGURES | {"update": 40}, "", False),
         ({"n": 4}, "--config.eval.temperature=1.0", True),  # a player has no temperature
+        (FIGURES | {"digest": "of other tasks"}, "", False),
+        ({"n": 4, "digest": "of other tasks"}, "", False),
         (None, "", False),
     ],
 )
@@ -214,10 +292,18 @@ def test_figures_hold_for_the_settings_they_were_made_with(
     figures: dict | None, override: str, same: bool
 ) -> None:
     config = quickstart("--config.eval.tasks=4", *filter(None, [override]))
-    both = {"valid_seen": figures, "valid_unseen": figures}
+    both = of_both_splits(figures)
     assert evaluate.is_evaluated(both, config, update=80) == same
-    assert not evaluate.is_evaluated({"valid_seen": figures}, config, update=80)
+    assert not evaluate.is_evaluated({"valid_seen": both["valid_seen"]}, config, update=80)
     assert not evaluate.is_evaluated(None, config, update=80)
+
+
+def test_figures_without_a_digest_are_made_again() -> None:
+    config = quickstart("--config.eval.tasks=4")
+    assert evaluate.is_evaluated(of_both_splits(FIGURES), config, update=80)
+    for split in digests():
+        older = of_both_splits(FIGURES) | {split: FIGURES}
+        assert not evaluate.is_evaluated(older, config, update=80)
 
 
 # --- The command
@@ -250,7 +336,60 @@ def test_a_player_is_evaluated_into_the_summary(
     assert summary["eval"]["before"] == others["eval"]["before"]
     config = quickstart(*small)
     assert summary["eval"][policy] == evaluate.evaluate_player(config, policy)
+    assert {s: r["digest"] for s, r in summary["eval"][policy].items()} == digests()
     assert printed == evaluate.results_table({policy: summary["eval"][policy]}) + "\n"
+
+
+@pytest.mark.parametrize("policy", ["expert", "random"])
+def test_players_play_the_papers_benchmarks(
+    policy: str, benchmark: tuple[str, ...], in_process: Callable, tmp_path: Path
+) -> None:
+    printed = in_process(evaluate.main, *benchmark, f"--workdir={tmp_path}", f"--policy={policy}")
+    config = load(benchmark[0].removeprefix("--config="), list(benchmark[1:]))
+    splits = json.loads((tmp_path / "summary.json").read_text())["eval"][policy]
+    assert splits.keys() == set(config.eval.splits)
+    env = environments.make_env(config.env)
+    for split, figures in splits.items():
+        assert (figures["n"], figures["broken"]) == (2, 0)
+        assert figures["digest"] == env.digest(split)
+        if policy == "expert":
+            assert figures["failed"] == 0
+        assert f"| {policy}" in printed
+    assert evaluate.is_evaluated(splits, config, update=0)
+
+
+def test_searchqa_has_a_macro_average(in_process: Callable, tmp_path: Path) -> None:
+    pytest.importorskip("bm25s")
+    data = tmp_path / "data"
+    for name, file in SETS.items():
+        path = data / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        row = {"question": f"Which word is it in {name}?", "golden_answers": ["word"]}
+        path.write_text("".join(json.dumps(row | {"id": n}) + "\n" for n in range(2)))
+    corpus = data / "corpus.jsonl"
+    corpus.write_text(json.dumps({"id": "1", "contents": '"Words"\nIt is a word.'}) + "\n")
+    flags = (
+        f"--config={CONFIGS / 'searchqa_qwen3.py'}",
+        f"--config.env.data={data}",
+        f"--config.env.retriever={corpus}",
+        "--policy=random",
+    )
+    printed = in_process(evaluate.main, *flags, f"--workdir={tmp_path / 'all'}")
+    found = json.loads((tmp_path / "all/summary.json").read_text())["eval"]["random"]
+    assert found.keys() == {*SETS, "macro_average"}
+    sets = [found[name] for name in SETS]
+    average = found["macro_average"]
+    assert average["n"] == sum(figures["n"] for figures in sets) == 14
+    assert average["success"] == pytest.approx(np.mean([f["success"] for f in sets]))
+    assert average["measures"]["f1"] == pytest.approx(np.mean([f["measures"]["f1"] for f in sets]))
+    last = [cell.strip() for cell in printed.splitlines()[-1].strip("|").split("|")]
+    assert last[:3] == ["random", "macro_average", f"{average['success']:.1%}"]
+
+    # Of some of the sets there is none: it would be another figure under the same name.
+    some = in_process(
+        evaluate.main, *flags, f"--workdir={tmp_path / 'some'}", "--config.eval.splits=nq,popqa"
+    )
+    assert "macro_average" not in some
 
 
 def test_the_student_of_the_newest_checkpoint_is_evaluated_as_at_the_end_of_training(

@@ -136,6 +136,20 @@ def test_splits_use_their_own_scenes(size):
     assert len(drawn["valid_unseen"]) == tables.UNSEEN_SCENES
 
 
+def test_a_digest_names_version_size_and_split(monkeypatch):
+    def digests():
+        sizes = [Household(size=s, max_turns=9, show_admissible=0) for s in tables.SIZES]
+        return {env.digest(split) for env in sizes for split in SPLITS}
+
+    before = digests()
+    assert len(before) == len(tables.SIZES) * len(SPLITS)
+    assert digests() == before
+    monkeypatch.setattr(household, "VERSION", tables.VERSION + 1)
+    assert not digests() & before
+    with pytest.raises(ValueError, match="valid_unseen"):
+        Household(size="small", max_turns=9, show_admissible=0).digest("test")
+
+
 @pytest.mark.parametrize("size", tables.SIZES)
 def test_tasks_are_balanced_solvable_and_not_solved(size):
     specs = [scenes.task("train", i, size) for i in range(600)]

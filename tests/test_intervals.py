@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from opd_jax.intervals import mean_interval, wilson_interval
+from opd_jax.intervals import average_interval, mean_interval, wilson_interval
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 5), (5, 5), (1, 3), (37, 100), (399, 400)])
@@ -39,3 +39,20 @@ def test_mean_interval_of_too_few_values():
     assert all(math.isnan(bound) for bound in mean_interval([0.5]))
     with pytest.raises(ValueError, match="`values`"):
         mean_interval([])
+
+
+def test_average_interval_of_normal_estimates_is_that_of_their_mean():
+    rng = np.random.default_rng(2)
+    means, errors = rng.normal(size=7), rng.uniform(0.1, 2, size=7)
+    estimates = [(m, m - 1.96 * e, m + 1.96 * e) for m, e in zip(means, errors, strict=True)]
+    half = 1.96 * np.sqrt(np.mean(errors**2) / 7)
+    expected = (means.mean() - half, means.mean() + half)
+    assert average_interval(estimates) == pytest.approx(expected)
+
+
+def test_average_interval_is_as_lopsided_as_its_parts():
+    assert average_interval([(0.3, 0.1, 0.9)]) == pytest.approx((0.1, 0.9))
+    none = (0.0, *wilson_interval(0, 25))
+    low, high = average_interval([none] * 4)
+    assert low == 0.0
+    assert high == pytest.approx(none[2] / 2)

@@ -21,7 +21,7 @@ from opd_jax.envs.react import RESPONSE, Random
 from opd_jax.envs.scienceworld import prompts
 from opd_jax.envs.scienceworld import tasks as sets
 from opd_jax.envs.scienceworld.env import FAILURES, NO_ACTION, ScienceWorld, failure, spread
-from opd_jax.envs.scienceworld.players import Expert, GoldPaths, thought
+from opd_jax.envs.scienceworld.players import Expert, GoldPaths, gold_paths, thought
 
 HAVE_ENGINE = bool(importlib.util.find_spec("scienceworld") and shutil.which("java"))
 needs_engine = pytest.mark.skipif(not HAVE_ENGINE, reason="needs scienceworld and java")
@@ -581,6 +581,12 @@ def test_the_expert_reaches_the_goal_without_a_failed_turn(env):
             assert re.fullmatch(r"Thought: [^\n]+\nAction: [^\n]+", turn.response)
             assert turn.failure in ("", "ambiguous")
     paths.close()
+
+
+def test_paths_of_the_same_settings_are_found_once():
+    settings = {"simplifications": "easy", "heap_mb": 256, "timeout_s": 60.0}
+    assert gold_paths(**settings) is gold_paths(**settings)
+    assert gold_paths(**settings) is not gold_paths(**{**settings, "simplifications": ""})
 
 
 @needs_engine

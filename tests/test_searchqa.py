@@ -17,7 +17,7 @@ from opd_jax.envs.search.players import Random, documents, searches_left
 from opd_jax.envs.search.questions import Question, digest, panel
 from opd_jax.envs.search.retrieval import Passage, RetrievalError
 from opd_jax.envs.search.searchqa import SearchQA, open_retriever
-from opd_jax.envs.search.searchqa_data import SETS, macro_average, questions
+from opd_jax.envs.search.searchqa_data import SETS, questions
 
 PASSAGES = (
     Passage("brandt", "Ilse Brandt", "Ilse Brandt was a clockmaker born in Marnfeld."),
@@ -494,15 +494,6 @@ def test_a_line_that_is_not_json_is_named(published):
     (published / "nq/test.jsonl").write_text('\n{"id": 1,\n')
     with pytest.raises(ValueError, match=r"nq/test\.jsonl`, line 2: Expecting"):
         questions(published, "nq", 500)
-
-
-def test_the_macro_average_counts_every_set_the_same():
-    figures = {name: float(n) for n, name in enumerate(SETS)}
-    assert macro_average(figures) == 3.0
-    with pytest.raises(ValueError, match="the macro-average is over nq, triviaqa"):
-        macro_average({"nq": 1.0})
-    with pytest.raises(ValueError, match="got none"):
-        macro_average({})
 
 
 def test_a_retriever_must_be_named_and_exist(tmp_path):

@@ -1,0 +1,155 @@
+"""What the experiments of the SAGE-OPD paper share: models, hyper-parameters, methods.
+
+No experiment itself: `alfworld_qwen3.py`, `scienceworld_qwen3.py` and `searchqa_qwen3.py` add an
+environment each. Their arguments, after a colon, separated by commas:
+
+  student=1.7b|0.6b   a Qwen3 model, untuned, in the folder models/Qwen3-1.7B or models/Qwen3-0.6B
+  teacher=8b|32b      the same, models/Qwen3-8B or models/Qwen3-32B
+  method=NAME         sage, opd or sft; or one of the paper's other baselines: opd_two_rollouts,
+                      entropy_aware, tcod_f2b
+  ablate=NAME         sage with one factor off: intervention, confidence or normalizer
+  runlocal            the embedded pair in the real environment, shrunk to about a minute
+
+Folders come from `hf download Qwen/Qwen3-1.7B --local-dir models/Qwen3-1.7B`, and so on.
+
+The paper's tables (1 to 5) are sweeps of one of these files over `student`, `teacher` and:
+
+  the methods         --config.compare.methods=sft,opd,opd_two_rollouts,entropy_aware,tcod_f2b,sage
+                      --config.compare.seeds=0, for one table; or a run for each method
+  the ablation        ablate=normalizer leaves i·c; ablate=confidence with
+                      --config.objective.normalize=none leaves i alone; ablate=confidence leaves
+                      i·Z, which the paper did not run
+  the sensitivity     --config.objective.weak_weight=0.3, 0.7 or 1;
+                      --config.objective.normalize=active_tokens;
+                      --config.objective.confidence_temperature=0, 0.3, 0.7 or 1.5
+
+Source: arXiv 2606.19659, its experimental setup and appendices.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+from quickstart import VARIANTS as SHARED
+from quickstart import get_config as quickstart
+
+from opd_jax.config import parse_arg
+
+STUDENTS = {"0.6b": "models/Qwen3-0.6B", "1.7b": "models/Qwen3-1.7B"}
+TEACHERS = {"8b": "models/Qwen3-8B", "32b": "models/Qwen3-32B"}
+
+# The quickstart's, and the paper's other baselines: plain OPD with one thing added.
+VARIANTS: dict[str, Any] = dict(SHARED)
+VARIANTS |= {
+    # Half as many tasks an update: the teacher scores as many episodes as otherwise.
+    "opd_two_rollouts": VARIANTS["opd"] | dict(rollout=dict(per_task=2)),
+    # The paper takes the entropy of the teacher's top K and does not say how many they are; here it
+    # is that of the whole vocabulary.
+    "entropy_aware": dict(objective=VARIANTS["opd"]["objective"] | dict(entropy_bonus=1.0)),
+    "tcod_f2b": VARIANTS["opd"] | dict(rollout=dict(depth_start=1, depth_every=1)),
+}
+
+
+def paper_config(
+    arg: str | None,
+    *,
+    env: dict[str, Any],
+    splits: tuple[str, ...],
+    tasks: int,
+    updates: int,
+    local_env: dict[str, Any],
+    local_splits: tuple[str, ...],
+) -> ConfigDict:
+    """The config of one run, or of a comparison.
+
+    Args:
+      arg: the arguments above.
+      env: the environment.
+      splits: that are evaluated.
+      tasks: most tasks of each of them.
+      updates: one epoch over the training tasks, in batches of 64.
+      local_env: the environment with `runlocal`.
+      local_splits: that are evaluated with it.
+    """
+    args = parse_arg(
+        arg, runlocal=False, student="1.7b", teacher="8b", method="sage", ablate="none"
+    )
+    method = args.method if args.ablate == "none" else f"{args.method}_without_{args.ablate}"
+    config = quickstart()
+    config.student = _choice("student", args.student, STUDENTS)
+    config.teacher = _choice("teacher", args.teacher, TEACHERS)
+    config.env = ConfigDict(env)
+    config.compare.variants = ConfigDict(VARIANTS)
+
+    # What the paper states.
+    config.rollout.batch = 64
+    config.rollout.temperature = 0.4
+    config.rollout.turn_tokens = 4096
+    config.judge.max_new_tokens = 1028
+    config.optimizer.learning_rate = 1e-6
+    config.optimizer.weight_decay = 0.1
+    config.train.updates = updates
+    config.eval.splits = splits
+    config.eval.tasks = tasks
+
+    # Where it states nothing. The history is whole, as there, but has a bound.
+    config.rollout.context_tokens = 16_384
+    config.judge.admissible_shown = 30
+    config.optimizer.schedule = "constant"
+    config.optimizer.warmup_updates = 0
+    config.optimizer.b2 = 0.999
+    config.eval.who = ("before", "teacher")
+
+    # How it is computed. The student is not in bfloat16, in which an update of 1e-6 would be
+    # rounded away in 98 of 100 weights.
+    config.dtype = "float32"
+    config.teacher_dtype = "bfloat16"
+    config.mesh.fsdp = 8
+    config.rollout.extend_widths = (128, 512)
+    config.rollout.chunk = 64
+    config.judge.batch = 64
+    config.judge.length_multiple = 256
+    config.train.micro_batches = 8
+    config.train.query_chunk = 512
+    config.train.remat = True
+    config.train.length_multiple = 2048
+    config.train.response_multiple = 1024
+    config.eval.batch = 64
+    config.checkpoint.every = 5
+
+    config.update(ConfigDict(_choice("method` or `ablate", method, VARIANTS)))
+    if args.runlocal:
+        _shrink(config, local_env, local_splits)
+    return config
+
+
+def _choice(name: str, value: str, known: dict[str, Any]) -> Any:
+    if value not in known:
+        expected = ", ".join(known)
+        raise ValueError(f"config argument `{name}`: expected one of {expected}, got {value}")
+    return known[value]
+
+
+def _shrink(config: ConfigDict, env: dict[str, Any], splits: tuple[str, ...]) -> None:
+    """Two updates of the embedded pair, whose context holds a few turns of any environment."""
+    config.student, config.teacher = "embedded:student", "embedded:teacher"
+    config.teacher_dtype = "float32"
+    config.mesh.fsdp = 1
+    config.env = ConfigDict(env)
+    config.rollout.batch = 2
+    config.rollout.turn_tokens = 24
+    config.rollout.context_tokens = 1536
+    config.rollout.extend_widths = (128,)
+    config.rollout.chunk = 24
+    config.judge.batch = 8
+    config.judge.length_multiple = 512
+    config.judge.max_new_tokens = 8
+    config.train.updates = 2
+    config.train.micro_batches = 1
+    config.train.remat = False
+    config.train.length_multiple = 1536
+    config.train.response_multiple = 72
+    config.eval.who = ("before",)
+    config.eval.splits = splits
+    config.eval.tasks = 2
+    config.eval.batch = 2
+    config.checkpoint.every = 2

@@ -1,0 +1,52 @@
+"""The paper's second experiment: ScienceWorld, Qwen3 students from larger Qwen3 teachers.
+
+    python -m opd_jax.train --config=configs/scienceworld_qwen3.py --workdir=runs/scienceworld
+    python -m opd_jax.evaluate --config=configs/scienceworld_qwen3.py --workdir=... --policy=expert
+
+Arguments, and the sweeps that give the paper's tables: see `paper.py`. Models are local folders:
+`hf download Qwen/Qwen3-1.7B --local-dir models/Qwen3-1.7B`, and so on for Qwen/Qwen3-8B.
+
+Needs the extra `scienceworld` and a Java runtime; there is nothing to download. Evaluated is
+`panel`: five test variations of each of the 30 task types. `score` is the engine's, from -100 to
+100; success is a score of 100. The expert follows the engine's own path, which in many tasks is
+longer than 30 turns.
+
+Hardware: meant for eight accelerators of 80 GB (`mesh.fsdp`), and on the host 64 environments of
+about 450 MB, each with a Java process. It has not been run at this size by us; there is no wall
+time to give.
+
+Expected are the paper's figures (single runs), the mean score of opd and of sage: 0.6B from 8B
+-12.88 and 3.89, 1.7B from 8B -2.78 and 0.24, 0.6B from 32B -28.46 and -26.10, 1.7B from 32B -29.89
+and -16.01. The paper does not say which variations it evaluates, nor which simplifications it uses.
+"""
+
+from ml_collections import ConfigDict
+from paper import paper_config
+
+ENV = dict(
+    name="scienceworld",
+    simplifications="easy",
+    max_turns=30,
+    # For the judge and the random player. What the engine draws by chance depends on whether they
+    # are listed, so they are for every method.
+    list_admissible=30,
+    heap_mb=256,
+    timeout_s=60.0,
+    workers=True,
+    start_timeout_s=300.0,
+    # A lost engine is replaced and the episode played again, within one step.
+    step_timeout_s=240.0,
+)
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The config of one run, or of a comparison."""
+    return paper_config(
+        arg,
+        env=ENV,
+        splits=("panel",),
+        tasks=150,
+        updates=56,
+        local_env=ENV | dict(max_turns=3),
+        local_splits=("panel",),
+    )
