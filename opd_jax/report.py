@@ -111,8 +111,8 @@ def write_summary(path: str | Path, results: Mapping[str, Any], *, write: bool) 
     Args:
       path: usually ``summary.json`` in the workdir.
       results: nested mappings, such as ``{"eval": {who: {split: {"success": ..., ...}}}}``.
-        Mappings merge key by key; anything else replaces what was there. Non-finite numbers become
-        null.
+        Those of the first three levels merge key by key; what lies deeper, the figures of one
+        evaluation, replaces what was there as a whole. Non-finite numbers become null.
       write: false on all processes but one; then nothing happens.
 
     Raises:
@@ -122,7 +122,7 @@ def write_summary(path: str | Path, results: Mapping[str, Any], *, write: bool) 
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    merged = _merge(read_summary(path), _jsonable(results))
+    merged = _merge(read_summary(path), _jsonable(results), levels=3)
     _replace_text(path, json.dumps(merged, indent=2, allow_nan=False) + "\n")
 
 
@@ -246,11 +246,11 @@ def _jsonable(value: Any) -> Any:
     return value
 
 
-def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+def _merge(old: dict[str, Any], new: dict[str, Any], levels: int) -> dict[str, Any]:
     merged = dict(old)
     for name, value in new.items():
-        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
-        merged[name] = _merge(merged[name], value) if both else value
+        both = levels > 1 and isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _merge(merged[name], value, levels - 1) if both else value
     return merged
 
 

@@ -19,7 +19,6 @@ from opd_jax import generate as gen
 from opd_jax import history, model
 from opd_jax.chat import ChatFormat
 from opd_jax.envs.base import Env, Observation
-from opd_jax.envs.workers import Worker
 from opd_jax.generate import Sampling
 from opd_jax.model import KVCache, ModelConfig, Params
 from opd_jax.trajectory import Conversation, open_conversation, record_turn
@@ -151,11 +150,11 @@ def _open(
 def _side_by_side(
     act: Callable[[Env, Any], Observation], envs: Sequence[Env], arguments: Sequence[Any]
 ) -> list[Observation]:
-    """`act` of each environment: at the same time where all have processes of their own.
+    """`act` of each environment: at the same time where all wait for somebody else.
 
     Others take turns: an engine need not bear threads, and most would gain nothing by them.
     """
-    if not envs or not all(isinstance(env, Worker) for env in envs):
+    if not envs or not all(env.waits for env in envs):
         return list(map(act, envs, arguments))
     with ThreadPoolExecutor(len(envs)) as pool:
         return list(pool.map(act, envs, arguments))

@@ -123,6 +123,7 @@ class Corridor:
     """An environment of `length` turns that counts its steps."""
 
     system = ""
+    waits = False
 
     def __init__(self, length: int):
         self.length = length

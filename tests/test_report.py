@@ -191,9 +191,10 @@ def test_time_left_is_shown_in_its_unit(seconds_per_step, left):
 # --- summary
 
 
-def test_summaries_merge_key_by_key(tmp_path):
+def test_summaries_merge_key_by_key_and_figures_replace_figures(tmp_path):
     path = tmp_path / "run" / "summary.json"
-    write_summary(path, {"eval": {"before": {"train": {"success": 0.1, "n": 9}}}}, write=True)
+    old = {"train": {"success": 0.1, "judge": {"n": 9}}, "valid": {"success": 0.3}}
+    write_summary(path, {"eval": {"before": old}}, write=True)
     write_summary(
         path,
         {"eval": {"before": {"train": {"success": 0.2, "ci95": (0.1, np.nan)}}, "after": {}}},
@@ -201,7 +202,10 @@ def test_summaries_merge_key_by_key(tmp_path):
     )
     assert json.loads(path.read_text()) == {
         "eval": {
-            "before": {"train": {"success": 0.2, "n": 9, "ci95": [0.1, None]}},
+            "before": {
+                "train": {"success": 0.2, "ci95": [0.1, None]},
+                "valid": {"success": 0.3},
+            },
             "after": {},
         }
     }

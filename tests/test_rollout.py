@@ -1,6 +1,7 @@
 """The agent loop: a written-out golden conversation, and the laws for any model."""
 
 import dataclasses
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,6 +59,7 @@ class Scripted:
     """An environment that answers by `REPLIES`; task n starts with the n-th opening."""
 
     system = "act"
+    waits = False
 
     def __init__(self, openings: list[str], replies: Mapping[str, str]):
         self.openings, self.replies = openings, replies
@@ -267,6 +269,34 @@ def test_a_first_prompt_must_leave_room_for_an_answer() -> None:
     assert [WORDS[i] for i in played.tokens[12:]] == ["ring"]
     with pytest.raises(ValueError, match=r"`context_tokens`.*any/1 has 13 tokens.*fewer than 13"):
         play_script(openings, REPLIES, tasks=2)
+
+
+def test_environments_that_wait_are_waited_for_together() -> None:
+    everybody = threading.Barrier(2)
+
+    class Meeting(Scripted):
+        """Answers when the others have been asked as well."""
+
+        waits = True
+
+        def step(self, response: str) -> Observation:
+            everybody.wait(timeout=60)
+            return super().step(response)
+
+    agent, params = golden_agent()
+    openings = [GOLDEN[0][0]] * 2
+    together, alone = (
+        rollout(
+            params,
+            row_keys(jax.random.key(0), range(2)),
+            agent=agent,
+            envs=[kind(openings, REPLIES) for _ in range(2)],
+            tasks=[("any", 0), ("any", 1)],
+            depth=0,
+        )
+        for kind in (Meeting, Scripted)
+    )
+    assert together == alone
 
 
 def test_more_tasks_than_environments_are_refused() -> None:

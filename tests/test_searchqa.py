@@ -39,6 +39,8 @@ OPEN = dataclasses.replace(TWO_HOPS, id="test/2", supporting=())
 class Words:
     """Finds the passages that share most words with a query."""
 
+    waits = False
+
     def search(self, queries, *, top):
         return [self._best(set(re.findall(r"\w+", query.lower())), top) for query in queries]
 
@@ -51,6 +53,8 @@ class Words:
 
 class Dead:
     """A search engine that is down."""
+
+    waits = False
 
     def search(self, queries, *, top):
         raise RetrievalError("no answer from nowhere")

@@ -178,6 +178,7 @@ class Telling:
     """An environment that carries out a Python function of this file, and tells what it returns."""
 
     system = "Tell."
+    waits = False
 
     def size(self, split: str) -> int:
         return int(self._carry_out(split))

@@ -78,10 +78,13 @@ class Env(Protocol):
     Attributes:
       system: the system message of the conversation; "" for none.
       task: the task of the current episode; set by `reset`.
+      waits: its answers come from elsewhere, a process or a server: many environments may be waited
+        for at once, each in a thread.
     """
 
     system: str
     task: Task
+    waits: bool
 
     def size(self, split: str) -> int:
         """Number of tasks in `split`; ValueError naming the known splits otherwise."""

@@ -67,6 +67,7 @@ class Worker:
             if not 0 < seconds < math.inf:
                 raise ValueError(f"`{name}`: expected seconds above 0, got {seconds}")
         self.system = ""
+        self.waits = True
         self.task = Task(id="", type="", goal="", scene="")
         self.breaks: Counter[str] = Counter()
         self.restarts = 0

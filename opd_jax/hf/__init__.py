@@ -4,6 +4,7 @@
 - `layout`: names and shapes of tensors, and how a parameter is cut into them.
 - `load`: safetensors files to arrays, each device's part read on its own.
 - `save`: a folder that `transformers` opens.
+- `gguf`: a Llama model in a GGUF file as such a folder.
 - `tokenizer`: the folder's tokenizer, and whether it fits a model or another tokenizer.
 """
 

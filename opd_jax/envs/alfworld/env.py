@@ -137,6 +137,7 @@ class AlfWorld:
     """
 
     system = system_message()
+    waits = False
 
     def __init__(self, *, data: str, max_turns: int, show_admissible: int):
         if max_turns < 1:

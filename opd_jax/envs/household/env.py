@@ -40,6 +40,7 @@ class Household:
     """
 
     system = SYSTEM
+    waits = False
 
     def __init__(self, *, size: str, max_turns: int, show_admissible: int):
         check_size(size)

@@ -186,6 +186,7 @@ class ScienceWorld:
                 raise ValueError(f"`{name}`: expected at least {least}, got {value}")
         check_installed()
         self.system = system_message(simplifications)
+        self.waits = False
         self._max_turns = max_turns
         self._list_admissible = list_admissible
         self._engine = Engine(simplifications=simplifications, heap_mb=heap_mb, timeout_s=timeout_s)

@@ -143,6 +143,7 @@ class SearchEnv:
         self.system = SYSTEM % (passages, max_searches, MORE_ANSWERS if retry_wrong else ONE_ANSWER)
         self._panels = panels
         self._retriever = retriever
+        self.waits = retriever.waits
         self._max_turns, self._max_searches = max_turns, max_searches
         self._passages, self._passage_words = passages, passage_words
         self._retry_wrong = retry_wrong

@@ -40,7 +40,13 @@ class RetrievalError(Exception):
 
 
 class Retriever(Protocol):
-    """Finds passages; may be called by several threads at once."""
+    """Finds passages; may be called by several threads at once.
+
+    Attributes:
+      waits: it waits for somebody else's answers, so that it should be.
+    """
+
+    waits: bool
 
     def search(self, queries: Sequence[str], *, top: int) -> list[list[Passage]]:
         """For each query at most `top` passages, best first.
@@ -104,6 +110,8 @@ class BM25:
 
     Source: Lù, 2024, "BM25S", arXiv:2407.03618.
     """
+
+    waits = False
 
     def __init__(self, passages: Sequence[Passage]):
         if not passages:

@@ -50,6 +50,8 @@ class HttpRetriever:
       ValueError: a setting is out of range, or the server does not answer a first query.
     """
 
+    waits = True
+
     def __init__(self, url: str, *, timeout_s: float, retries: int, wait_s: float, batch: int):
         for name, value, least in (("retries", retries, 0), ("batch", batch, 1)):
             if value < least:
