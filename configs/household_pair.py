@@ -64,8 +64,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         careless=dict(skip_step=0.7, list_order=0.8, ignore_closed=0.4, idle=0.15, forget=0.7),
         forgetful=dict(skip_step=0.8, forget=0.8),
         window=128,  # episodes generated together
-        judge_examples=96 if is_teacher else 0,  # a window
-        judge_contexts=("table9", "history"),  # of these in turn
+        judge_examples=64 if is_teacher else 0,  # a window
+        judge_contexts=("table9",),  # of these in turn (`judge.context`)
         tokens_per_batch=4096 if is_teacher else 2048,
     )
     config.objective.update(
@@ -86,7 +86,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if is_teacher:
         config.env.update(ConfigDict(dict(size="large", max_turns=30)))
         config.rollout.context_tokens = 896
-    config.train.updates = 9000
+    config.train.updates = 8000 if is_teacher else 9000
     config.train.length_multiple = 128
     config.train.response_multiple = 256
     config.eval.who = ("expert", "random")

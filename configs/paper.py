@@ -29,6 +29,7 @@ Source: arXiv 2606.19659, its experimental setup and appendices.
 from typing import Any
 
 from ml_collections import ConfigDict
+from quickstart import OPD, variant
 from quickstart import VARIANTS as SHARED
 from quickstart import get_config as quickstart
 
@@ -38,14 +39,13 @@ STUDENTS = {"0.6b": "models/Qwen3-0.6B", "1.7b": "models/Qwen3-1.7B"}
 TEACHERS = {"8b": "models/Qwen3-8B", "32b": "models/Qwen3-32B"}
 
 # The quickstart's, and the paper's other baselines: plain OPD with one thing added.
-VARIANTS: dict[str, Any] = dict(SHARED)
-VARIANTS |= {
+VARIANTS: dict[str, Any] = SHARED | {
     # Half as many tasks an update: the teacher scores as many episodes as otherwise.
-    "opd_two_rollouts": VARIANTS["opd"] | dict(rollout=dict(per_task=2)),
+    "opd_two_rollouts": variant(objective=OPD, rollout=dict(per_task=2)),
     # The paper takes the entropy of the teacher's top K and does not say how many they are; here it
     # is that of the whole vocabulary.
-    "entropy_aware": dict(objective=VARIANTS["opd"]["objective"] | dict(entropy_bonus=1.0)),
-    "tcod_f2b": VARIANTS["opd"] | dict(rollout=dict(depth_start=1, depth_every=1)),
+    "entropy_aware": variant(objective=OPD | dict(entropy_bonus=1.0)),
+    "tcod_f2b": variant(objective=OPD, rollout=dict(depth_start=1, depth_every=1)),
 }
 
 

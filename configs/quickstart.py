@@ -19,20 +19,34 @@ from ml_collections import ConfigDict
 
 from opd_jax.config import parse_arg
 
-# What each method changes in the config below. Plain OPD is weight 1 everywhere; an ablation sets
-# one factor of z · i · c to one.
-VARIANTS = {
-    "sft": dict(
-        objective=dict(
-            divergence="cross_entropy", intervention=False, confidence=False, normalize="none"
-        ),
-        data=dict(source="teacher"),
+# Every field in which methods differ, as in SAGE-OPD.
+_SAGE: dict[str, dict] = dict(
+    objective=dict(
+        divergence="reverse_kl",
+        intervention=True,
+        confidence=True,
+        normalize="all_tokens",
+        entropy_bonus=0.0,
     ),
-    "opd": dict(objective=dict(intervention=False, confidence=False, normalize="none")),
-    "sage": {},
-    "sage_without_intervention": dict(objective=dict(intervention=False)),
-    "sage_without_confidence": dict(objective=dict(confidence=False)),
-    "sage_without_normalizer": dict(objective=dict(normalize="none")),
+    data=dict(source="on_policy"),
+    rollout=dict(per_task=1, depth_start=0),
+)
+
+
+def variant(**changes: dict) -> dict:
+    """A method: complete, so that it is the same whatever it is laid over."""
+    return {group: _SAGE[group] | changes.get(group, {}) for group in _SAGE}
+
+
+# Plain OPD is weight 1 everywhere; an ablation sets one factor of z · i · c to one.
+OPD = dict(intervention=False, confidence=False, normalize="none")
+VARIANTS = {
+    "sft": variant(objective=OPD | dict(divergence="cross_entropy"), data=dict(source="teacher")),
+    "opd": variant(objective=OPD),
+    "sage": variant(),
+    "sage_without_intervention": variant(objective=dict(intervention=False)),
+    "sage_without_confidence": variant(objective=dict(confidence=False)),
+    "sage_without_normalizer": variant(objective=dict(normalize="none")),
 }
 
 
@@ -93,7 +107,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.judge = dict(
         decode="constrained",  # generate
-        context="table9",  # +feedback
+        context="table9",  # +feedback, history
         admissible_shown=12,
         batch=128,
         length_multiple=64,

@@ -1,6 +1,8 @@
 """From a config's `env` to environments."""
 
 import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 from ml_collections import FrozenConfigDict
@@ -37,6 +39,23 @@ def make_env(settings: FrozenConfigDict) -> Env:
     return Worker(
         make, start_timeout_s=settings.start_timeout_s, step_timeout_s=settings.step_timeout_s
     )
+
+
+@contextmanager
+def open_envs(settings: FrozenConfigDict, count: int) -> Iterator[list[Env]]:
+    """So many new environments; those with processes of their own end them at last."""
+    envs = [make_env(settings) for _ in range(count)]
+    try:
+        yield envs
+    finally:
+        close(envs)
+
+
+def close(envs: Sequence[Env]) -> None:
+    """Ends the processes of those that have some."""
+    for env in envs:
+        if isinstance(env, Worker):
+            env.close()
 
 
 def split_size(env: Env, field: str, split: str) -> int:

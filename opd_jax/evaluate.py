@@ -54,12 +54,12 @@ def play_model(
     Each is sampled with `rng` folded with its task's index, so that what is played does not depend
     on how many are played, or on how many at a time.
     """
-    envs = [environments.make_env(env) for _ in range(batch)]
     conversations = []
-    for start in range(0, tasks, batch):
-        panel = [(split, index) for index in range(start, min(start + batch, tasks))]
-        keys = row_keys(rng, range(start, start + batch))
-        conversations += rollout(params, keys, agent=agent, envs=envs, tasks=panel, depth=0)
+    with environments.open_envs(env, batch) as envs:
+        for start in range(0, tasks, batch):
+            panel = [(split, index) for index in range(start, min(start + batch, tasks))]
+            keys = row_keys(rng, range(start, start + batch))
+            conversations += rollout(params, keys, agent=agent, envs=envs, tasks=panel, depth=0)
     return conversations
 
 
@@ -171,7 +171,7 @@ def evaluate_model(
     *,
     update: int,
     judging: LoadedModel | None,
-) -> dict[str, dict]:
+) -> dict[str, Any]:
     """`summarize` of a model on every split of `eval.splits`, and of all (`MACRO_AVERAGE`).
 
     Beside the figures stands what they depend on: the `digest` of the split's tasks, `update`,
@@ -210,11 +210,14 @@ def _figures(
     return summarize(conversations) | {"digest": _panel(config.env, split).digest}
 
 
-def _with_average(config: FrozenConfigDict, results: dict[str, dict]) -> dict[str, dict]:
+def _with_average(config: FrozenConfigDict, results: dict[str, Any]) -> dict[str, Any]:
+    """With the average of a benchmark's splits, or None in its place where some are missing."""
     splits = environments.benchmark_splits(config.env)
-    if not splits or not results.keys() >= set(splits):
+    if not splits:
         return results
-    return results | {MACRO_AVERAGE: macro_average([results[split] for split in splits])}
+    complete = results.keys() >= set(splits)
+    average = macro_average([results[split] for split in splits]) if complete else None
+    return results | {MACRO_AVERAGE: average}
 
 
 def is_evaluated(
@@ -237,7 +240,9 @@ def is_evaluated(
         if "update" not in figures:  # a player
             return True
         played_with = {"update": update, **{n: config.eval[n] for n in ("temperature", "seed")}}
-        judged = "judge" in figures or not config.eval.judge
+        judged = not config.eval.judge or _judged_by(config) == {
+            name: figures.get("judge", {}).get(name) for name in _judged_by(config)
+        }
         return judged and all(figures[name] == value for name, value in played_with.items())
 
     return result is not None and all(
@@ -248,7 +253,7 @@ def is_evaluated(
 def measure_judge(
     config: FrozenConfigDict, judging: LoadedModel, conversations: Sequence[Conversation]
 ) -> dict[str, object]:
-    """`agreement.figures` of a judge over the turns of a panel of episodes.
+    """`agreement.figures` of a judge over the turns of a panel of episodes, and how it was asked.
 
     Raises:
       ValueError: the environment has no oracle.
@@ -261,12 +266,18 @@ def measure_judge(
         decode=config.judge.decode,
     )
     try:
-        return agreement.figures(agreement.confusion(judgement, conversations))
+        figures = agreement.figures(agreement.confusion(judgement, conversations))
     except ValueError as error:
         raise ValueError(f"`eval.judge`: {error}") from None
+    return figures | _judged_by(config)
 
 
-def evaluate_player(config: FrozenConfigDict, who: str) -> dict[str, dict]:
+def _judged_by(config: FrozenConfigDict) -> dict[str, object]:
+    """What a judge's figures depend on, besides the teacher and the turns."""
+    return {name: config.judge[name] for name in ("context", "decode", "admissible_shown")}
+
+
+def evaluate_player(config: FrozenConfigDict, who: str) -> dict[str, Any]:
     """`summarize` of a player on every split of `eval.splits`, with `digest`, and of all."""
     results = {
         split: _figures(config, split, play_player(config, who, split))
@@ -287,6 +298,7 @@ def results_table(results: dict[str, dict]) -> str:
     Scores are shown where they say more than success, and the environment's measures where it has
     any.
     """
+    results = {who: _present(splits) for who, splits in results.items()}
     every = [r for splits in results.values() for r in splits.values()]
     scored = ["score"] if any(r["score"] != r["success"] for r in every) else []
     measured = sorted({name for r in every for name in r["measures"]})
@@ -328,10 +340,14 @@ def judge_table(results: dict[str, dict]) -> str:
             "n": j["n"],
         }
         for who, splits in results.items()
-        for split, r in splits.items()
+        for split, r in _present(splits).items()
         if (j := r.get("judge"))
     ]
     return table(rows, list(rows[0])) if rows else ""
+
+
+def _present(splits: Mapping[str, Any]) -> dict[str, Any]:
+    return {split: figures for split, figures in splits.items() if figures is not None}
 
 
 def run(config: FrozenConfigDict, workdir: Path, policy: str) -> dict[str, dict]:

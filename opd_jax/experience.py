@@ -189,7 +189,8 @@ class Episodes:
         )
 
     def close(self) -> None:
-        """Nothing runs in the background."""
+        """Ends the environments' processes."""
+        environments.close(self._envs)
 
 
 def depth_at(update: int, settings: FrozenConfigDict) -> int:
@@ -233,7 +234,8 @@ class Players:
         asking = [dataclasses.replace(asker, context=c) for c in data.judge_contexts]
 
         def make_example(number: int, conversation: Conversation, index: int) -> Conversation:
-            by = asking[number % len(asking)]
+            # The labels take turns too: so each context gets every label.
+            by = asking[number // len(LABELS) % len(asking)]
             prompt = [*by.prefix(conversation, index), *by.question(conversation, index)]
             label = conversation.turns[index].oracle
             answer = student.tokenizer.encode(label, add_special_tokens=False)

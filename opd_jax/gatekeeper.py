@@ -25,21 +25,24 @@ RUBRIC = (
     "too ambiguous to correct. WEAK: it may be suboptimal, but that is uncertain or of low impact. "
     "STRONG: it is clearly wrong, off task, redundant or likely to fail."
 )
-FIELDS = (
+ADMISSIBLE, FEEDBACK = "Admissible actions: ", "Feedback: "
+TABLE_9 = (
     "Task type: ",
     "Goal: ",
     "Scene: ",
     "Observation: ",
-    "Admissible actions: ",
+    ADMISSIBLE,
     "Agent's response: ",
-    "Feedback: ",
 )
+# Which fields each context has.
+FIELDS = {
+    "table9": TABLE_9,
+    "+feedback": (*TABLE_9, FEEDBACK),
+    "history": (ADMISSIBLE,),
+}
 
 # Everything above that is always the same text, for a tokenizer that is built around it.
-PHRASES = ("\n".join([ROLE, RUBRIC, *FIELDS]), *LABELS)
-
-
-CONTEXTS = ("table9", "+feedback", "history")
+PHRASES = ("\n".join([ROLE, RUBRIC, *FIELDS["+feedback"]]), *LABELS)
 
 
 def judge_prompt(task: Task, turn: Turn, *, admissible_shown: int, context: str) -> str:
@@ -56,8 +59,8 @@ def judge_prompt(task: Task, turn: Turn, *, admissible_shown: int, context: str)
     Raises:
       ValueError: an unknown `context`.
     """
-    if context not in CONTEXTS:
-        raise ValueError(f"`judge.context`: expected {', '.join(CONTEXTS)}, got {context!r}")
+    if context not in FIELDS:
+        raise ValueError(f"`judge.context`: expected {', '.join(FIELDS)}, got {context!r}")
     shown = ", ".join(turn.admissible[:admissible_shown])
     rest = len(turn.admissible) - admissible_shown
     values = {
@@ -65,12 +68,11 @@ def judge_prompt(task: Task, turn: Turn, *, admissible_shown: int, context: str)
         "Goal: ": task.goal,
         "Scene: ": task.scene,
         "Observation: ": turn.observation,
-        "Admissible actions: ": shown + (f" (+{rest} more)" if rest > 0 else ""),
+        ADMISSIBLE: shown + (f" (+{rest} more)" if rest > 0 else ""),
         "Agent's response: ": turn.response,
-        "Feedback: ": turn.feedback,
+        FEEDBACK: turn.feedback,
     }
-    names = {"table9": FIELDS[:-1], "+feedback": FIELDS, "history": FIELDS[4:5]}[context]
-    return "\n".join([ROLE, RUBRIC, *(name + values[name] for name in names)])
+    return "\n".join([ROLE, RUBRIC, *(name + values[name] for name in FIELDS[context])])
 
 
 @dataclass(frozen=True)

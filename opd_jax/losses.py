@@ -3,7 +3,7 @@
 The loss is one line: an unreduced divergence per token, times a weight that says why the token
 counts as it does, summed and divided by the number of student tokens N:
 
-    loss = (1/N) Σ_token weight · divergence,    weight = z · i_turn · c_turn
+    loss = (1/N) Σ_token weight · divergence,    weight = z · i_turn · c_turn [· e_token]
 
 `i` is the turn's intervention (verdict), `c` the teacher's confidence over the turn, and `z` keeps
 the mean weight at one, the scale of plain OPD (weight = 1 everywhere). Every ablation sets one
@@ -439,7 +439,7 @@ def raw_weights(
     weak_weight: float = 0.5,
     token_factor: jax.Array | None = None,
 ) -> jax.Array:
-    """s = i · c of each token's turn, before any normalizer; 0 where `turn_id` is `NO_TURN`.
+    """s = i · c of each token's turn, times its own factor; 0 where `turn_id` is `NO_TURN`.
 
     Args:
       turn_id: int [B, T].

@@ -32,9 +32,9 @@ def _random(task: Task, first: Observation, rng: random.Random) -> Player:
 def _household(config: FrozenConfigDict) -> dict[str, MakePlayer]:
     from opd_jax.envs.household import expert, habits
 
-    def of(kind: Callable[..., Player], habits: str = "") -> MakePlayer:
+    def of(kind: Callable[..., Player], group: str = "") -> MakePlayer:
         def make(task: Task, first: Observation, rng: random.Random) -> Player:
-            settings = config.data[habits].to_dict() if habits else {}
+            settings = config.data[group].to_dict() if group else {}
             return kind(task, first, rng=rng, **settings)
 
         return make

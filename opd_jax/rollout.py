@@ -34,7 +34,7 @@ class Agent:
       chat: how messages become tokens.
       sampling: how tokens are drawn.
       turn_tokens: most tokens sampled in one turn.
-      context_tokens: most tokens in one episode, prompts and observations included: the cache.
+      context_tokens: most tokens in a context, prompts and observations included: the cache.
       extend_widths: ascending widths in which new tokens are appended; one compiled program each.
       chunk: tokens sampled between two looks at which rows are done.
       history_turns: earlier turns that a response is sampled from, at most; 0: all of them. Fewer

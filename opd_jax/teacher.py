@@ -131,15 +131,15 @@ def _behind_conversations(
         questions = {(r, n): by.question(conversations[r], n) for r in slots for n in turns[r]}
         prefixes = [by.prefix(conversations[row], turns[row][-1]) for row in slots]
         width = _padded(list(questions.values()), by)[0].shape[1]
-        for (row, index), question in questions.items():
-            _check_room(len(by.prefix(conversations[row], index)) + len(question), by, decode)
+        ends = {(r, n): len(by.prefix(conversations[r], n)) for r, n in questions}
+        _check_room(max(ends[place] + len(q) for place, q in questions.items()), by, decode)
         room = max(map(len, prefixes)) + width + _answer_tokens(by, decode)
         cache = _read(params, prefixes, rows=size, room=room, by=by)
         while places := [(row, turns[row].pop()) for row in slots if turns[row]]:
             lengths = np.zeros(size, np.int32)
             asking: list[list[int]] = [[] for _ in range(size)]
             for row, index in places:
-                lengths[slots[row]] = conversations[row].spans[index][1]
+                lengths[slots[row]] = ends[row, index]
                 asking[slots[row]] = questions[row, index]
             tokens, counts = _padded(asking, by, width=width)
             cache = replace(cache, lengths=jnp.asarray(lengths))
@@ -205,7 +205,8 @@ def _check_room(longest: int, by: Judge, decode: str) -> None:
     if longest + room > by.model.max_positions:
         raise ValueError(
             f"`judge`: a prompt of {longest} tokens and {room} more exceed the teacher's "
-            f"{by.model.max_positions} positions; lower `judge.admissible_shown`"
+            f"{by.model.max_positions} positions; lower `judge.admissible_shown`, or "
+            "`rollout.context_tokens` with `judge.context` = history"
         )
 
 

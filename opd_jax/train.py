@@ -90,6 +90,7 @@ def _make_update(
     mesh: jax.sharding.Mesh,
 ) -> _Update:
     """The compiled step, from a batch on the host to metrics on the host; donates its state."""
+    players = config.data.source == "players"  # batches of however many rows fit
     train_step = make_train_step(
         student=student.config,
         teacher=teacher.config if teacher else None,
@@ -97,6 +98,7 @@ def _make_update(
         optimizer=optimizer,
         placement=placement_of(state),
         micro_batches=config.train.micro_batches,
+        batch_rows=None if players else config.rollout.batch,
         query_chunk=config.train.query_chunk,
         loss_chunk=config.train.loss_chunk,
         remat=config.train.remat,

@@ -375,6 +375,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     placement: Any,
     micro_batches: int,
+    batch_rows: int | None,
     query_chunk: int,
     loss_chunk: int,
     remat: bool,
@@ -389,7 +390,9 @@ def make_train_step(
       placement: the sharding of every array of the new state: that of the old one, as from
         `placement_of`. None leaves it to the compiler, which on several devices may gather the
         parameters and compile a second time for what came out.
-      micro_batches: into how many equal parts the batch is split; bounds memory, changes nothing.
+      micro_batches: into how many equal parts a batch is split; bounds memory, changes nothing.
+      batch_rows: rows of a batch of whole episodes; one with a multiple of them, where episodes
+        have several rows, is split into as many times more parts. None: no batch is.
       query_chunk: see `model.forward`.
       loss_chunk: positions whose logits exist at a time (`losses.fused_scores`).
       remat: see `model.forward`; for the student.
@@ -415,7 +418,8 @@ def make_train_step(
             sums = objective_sums(scores, part, objective=objective)
             return sums.loss, sums
 
-        gradient, sums = _accumulate(loss_and_sums, state.params, split(batch, micro_batches))
+        parts = micro_batches * (len(batch.tokens) // batch_rows if batch_rows else 1)
+        gradient, sums = _accumulate(loss_and_sums, state.params, split(batch, parts))
         z = _batch_normalizer(sums, objective)
         scale = z / jnp.maximum(sums.tokens, 1)
         gradient = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), gradient, state.params)

@@ -20,7 +20,7 @@ from opd_jax.gatekeeper import FIELDS, ROLE, RUBRIC, judge_prompt
 from opd_jax.labels import LABELS
 from opd_jax.trajectory import Turn
 
-PHRASES = ["\n".join([ROLE, RUBRIC, *FIELDS]), *LABELS]
+PHRASES = ["\n".join([ROLE, RUBRIC, *FIELDS["+feedback"]]), *LABELS]
 HABITS = {"skip_step": 0.4, "list_order": 0.4, "ignore_closed": 0.4, "idle": 0.2, "forget": 0.4}
 
 
@@ -124,7 +124,7 @@ def test_fixed_lines_of_the_judge_prompt_are_single_tokens(tokenizer):
     text = judge_prompt(env.task, turn, admissible_shown=3, context="+feedback")
     tokens = cut(tokenizer, text)
     assert tokens[:2] == [ROLE, "\n" + RUBRIC]
-    assert {"\n" + field.rstrip() for field in FIELDS} < set(tokens)
+    assert {"\n" + field.rstrip() for field in FIELDS["+feedback"]} < set(tokens)
 
 
 def test_conversations_use_one_token_a_role(tokenizer):

@@ -278,6 +278,7 @@ def test_broken_rows_carry_no_loss(
         optimizer=GRADIENT_KEEPER,
         placement=None,
         micro_batches=1,
+        batch_rows=None,
         query_chunk=64,
         loss_chunk=64,
         remat=False,

@@ -41,7 +41,12 @@ def tokenizer() -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    whole = [ROLE, RUBRIC, *FIELDS, *(piece for label in LABELS for piece in PIECES[label])]
+    whole = [
+        ROLE,
+        RUBRIC,
+        *FIELDS["+feedback"],
+        *(piece for label in LABELS for piece in PIECES[label]),
+    ]
     characters = [chr(code) for code in range(32, 127)] + ["\n"]
     vocab = ["<|unk|>", "<|im_start|>", END, *whole, *characters]
     backend = Tokenizer(models.WordLevel({t: i for i, t in enumerate(vocab)}, unk_token="<|unk|>"))

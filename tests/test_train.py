@@ -517,6 +517,7 @@ def first_update(config: FrozenConfigDict) -> dict[str, Any]:
         optimizer=optimizer,
         placement=None,
         micro_batches=config.train.micro_batches,
+        batch_rows=None,
         query_chunk=config.train.query_chunk,
         loss_chunk=config.train.loss_chunk,
         remat=config.train.remat,

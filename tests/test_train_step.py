@@ -150,6 +150,7 @@ def step_function(
     objective: Objective,
     *,
     micro_batches: int = 1,
+    batch_rows: int | None = None,
     remat: bool = False,
     placement: TrainState | None = None,
 ):
@@ -161,6 +162,7 @@ def step_function(
         optimizer=GRADIENT_KEEPER,
         placement=placement,
         micro_batches=micro_batches,
+        batch_rows=batch_rows,
         query_chunk=16,
         loss_chunk=8,
         remat=remat,
@@ -520,11 +522,19 @@ def test_other_divergences_equal_float64(kind: str) -> None:
         (SAGE, {"micro_batches": 2}),
         (SAGE, {"micro_batches": 4, "remat": True}),  # both save memory and change nothing
         (BY_TRAJECTORY, {"micro_batches": 4}),
+        (SAGE, {"batch_rows": 2}),
     ],
-    ids=["two", "four_remat", "four_by_trajectory"],
+    ids=["two", "four_remat", "four_by_trajectory", "more_rows"],
 )
 def test_any_split_gives_the_same_update(objective: Objective, settings: dict[str, Any]) -> None:
     assert_same_update(update(objective, **settings), update(objective))
+
+
+def test_a_batch_of_more_rows_is_split_into_more_parts_of_the_same_size() -> None:
+    # The same parts, so the same sums in the same order.
+    got, want = update(SAGE, batch_rows=2), update(SAGE, micro_batches=2)
+    for x, y in zip(jax.tree.leaves(got.gradient), jax.tree.leaves(want.gradient), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 def test_neutral_factors_are_bit_for_bit_plain_opd() -> None:

@@ -12,7 +12,10 @@ QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        ("judge.context=all", "`judge.context`: expected one of table9, .feedback, got 'all'"),
+        (
+            "judge.context=all",
+            "`judge.context`: .* table9, .feedback, history, got 'all'",
+        ),
         ("mesh.fsdp=0", "`mesh.fsdp`: expected at least 1, got 0"),
         ("seed=-1", r"`seed`: expected 0\.\.2147483647, got -1"),
         ("objective.weak_weight=1.5", r"`objective.weak_weight`: expected 0\.\.1, got 1.5"),
@@ -26,7 +29,25 @@ QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
         ("rollout.extend_widths=8,8", r"`rollout.extend_widths`: .* ascending .* got \[8, 8\]"),
         ("teacher=", "the objective .* needs a teacher, but `teacher` is empty"),
         ("student=new", "the objective .* needs a teacher, but `student` = 'new' has none"),
-        ("objective.divergence=cross_entropy", "'cross_entropy' has no verdicts or confidence"),
+        ("objective.divergence=cross_entropy", "'cross_entropy' has no verdicts, confidence"),
+        ("rollout.per_task=3", "`rollout.batch` = 16 .* `rollout.per_task` = 3; .* divisor"),
+        ("rollout.per_task=0", "`rollout.per_task`: expected at least 1, got 0"),
+        ("rollout.depth_every=0", "`rollout.depth_every`: expected at least 1, got 0"),
+        ("objective.entropy_bonus=-1", "`objective.entropy_bonus`: expected at least 0, got -1.0"),
+        (
+            "train.micro_batches=16 mesh.data=2",
+            "`rollout.batch` / `train.micro_batches` = 1 .*`mesh.data` × `mesh.fsdp` = 2",
+        ),
+        (
+            "rollout.history_turns=2 objective.scope=trajectory",
+            "`objective.scope` = 'trajectory' .*`rollout.history_turns`",
+        ),
+        (
+            "rollout.history_turns=2 judge.context=history",
+            "`judge.context` = 'history' .*`rollout.history_turns`",
+        ),
+        ("rollout.depth_start=1 data.source=teacher", "`rollout.depth_start` .*`data.source`"),
+        ("rollout.per_task=2 data.source=expert", "`rollout.per_task` .*`data.source`"),
         (
             "objective.divergence=sampled_reverse_kl data.source=teacher",
             "'sampled_reverse_kl' .* set `data.source` to on_policy",

@@ -126,11 +126,15 @@ def _check_batches(config: ConfigDict) -> None:
             f"{rollout.per_task}; choose a divisor"
         )
     ways = config.mesh.data * config.mesh.fsdp
-    for name in ("rollout.batch", "eval.batch"):
-        if _field(config, name) % ways:
+    parts = {
+        "rollout.batch": rollout.batch,
+        "eval.batch": config.eval.batch,
+        "rollout.batch` / `train.micro_batches": rollout.batch // train.micro_batches,
+    }
+    for name, size in parts.items():
+        if size % ways:
             raise ValueError(
-                f"`{name}` = {_field(config, name)} does not divide over `mesh.data` × "
-                f"`mesh.fsdp` = {ways}"
+                f"`{name}` = {size} does not divide over `mesh.data` × `mesh.fsdp` = {ways}"
             )
 
 
@@ -159,6 +163,15 @@ def _check_objective(config: ConfigDict) -> None:
             "entropy: set `objective.intervention` and `objective.confidence` to False, and "
             "`objective.entropy_bonus` to 0"
         )
+    if config.rollout.per_task > 1 and source == "expert":
+        raise ValueError(
+            "`rollout.per_task` above 1 would repeat the expert's episode of a task: set it to 1, "
+            "or `data.source` to on_policy or teacher"
+        )
+    if config.rollout.history_turns and source == "players":
+        raise ValueError(
+            "`data.source` = 'players' trains on whole histories: set `rollout.history_turns` to 0"
+        )
     if config.rollout.history_turns and objective.scope == "trajectory":
         raise ValueError(
             "`objective.scope` = 'trajectory' needs each episode in one row, which it is not with "
@@ -185,6 +198,8 @@ def _check_objective(config: ConfigDict) -> None:
             "nothing: set `data.source` to teacher, expert or players"
         )
     if source == "players":
+        for context in config.data.get("judge_contexts", ()):
+            _check_choice("data.judge_contexts", context, _CHOICES["judge.context"])
         if distils:
             raise ValueError(
                 "`data.source` = 'players' needs `objective.divergence` = cross_entropy"

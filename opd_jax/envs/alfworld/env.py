@@ -2,7 +2,7 @@
 
 The adapter sits on TextWorld's PDDL environment and `alfworld`'s demangler, which gives things
 their readable names. Games come from a folder, ALFWorld's own or generated ones (see
-`alfworld_panel`); scores on generated games are not ALFWorld scores, and their ids say so.
+`panel`); scores on generated games are not ALFWorld scores, and their ids say so.
 
 Turns follow the SAGE-OPD paper (arXiv 2606.19659): task, observation and the first admissible
 commands in, "Thought:" and "Action:" out. Where the paper is silent: admissible commands are listed
@@ -153,7 +153,7 @@ class AlfWorld:
         self._over = True
 
     def games(self, split: str) -> tuple[Game, ...]:
-        """The games of `split` in the order of their index; errors as in `alfworld_panel.panel`."""
+        """The games of `split` in the order of their index; errors as in `panel`."""
         return panel(self._folder, split)
 
     def size(self, split: str) -> int:

@@ -266,7 +266,7 @@ def write(out: Path, split: str, index: int, *, seed: int) -> Path:
 
 def main(arguments: Sequence[str]) -> None:
     """The command; see above."""
-    parser = argparse.ArgumentParser(prog="alfworld_games", description=SUMMARY)
+    parser = argparse.ArgumentParser(prog="opd_jax.envs.alfworld.games", description=SUMMARY)
     parser.add_argument("--out", type=Path, required=True, help="a new or empty folder")
     parser.add_argument("--games", type=int, required=True, help="games in each split")
     parser.add_argument("--seed", type=int, required=True)

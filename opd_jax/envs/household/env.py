@@ -4,16 +4,9 @@ import hashlib
 
 from opd_jax.envs.base import Observation, Task
 from opd_jax.envs.household.oracle import Learnt, distance, label
-from opd_jax.envs.household.scenes import (
-    check_size,
-    split_size,
-    task,
-)
+from opd_jax.envs.household.scenes import check_size, split_size, task
 from opd_jax.envs.household.tables import VERSION
-from opd_jax.envs.household.world import (
-    NOTHING,
-    World,
-)
+from opd_jax.envs.household.world import NOTHING, World
 from opd_jax.envs.react import parse_response
 
 SYSTEM = (

@@ -11,10 +11,7 @@ from functools import partial
 
 from opd_jax.envs.base import Observation, Task
 from opd_jax.envs.household.expert import Expert, kind_of
-from opd_jax.envs.household.tables import (
-    LOOK,
-    search_order,
-)
+from opd_jax.envs.household.tables import LOOK, search_order
 from opd_jax.envs.household.thoughts import (
     DONE_GO,
     DONE_TAKE,

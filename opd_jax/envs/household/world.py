@@ -7,17 +7,8 @@ name and number, `look` repeats the content of the place, and a lamp counts at t
 it is used.
 """
 
-from opd_jax.envs.household.scenes import (
-    TaskSpec,
-)
-from opd_jax.envs.household.tables import (
-    LAMPS,
-    LOOK,
-    OBJECT_TABLE,
-    OPENABLE,
-    TREATMENTS,
-    TWO,
-)
+from opd_jax.envs.household.scenes import TaskSpec
+from opd_jax.envs.household.tables import LAMPS, LOOK, OBJECT_TABLE, OPENABLE, TREATMENTS, TWO
 
 START = "You are in the middle of a room. Looking quickly around you, you see %s."
 ARRIVE = "You arrive at %s. "

@@ -1,7 +1,7 @@
 """ScienceWorld's episodes, which outlive the Java process that they are played in.
 
 A process that dies or hangs is replaced, and the new one plays the episode again up to where it
-was: the simulator gives the same replies to the same commands (see `scienceworld_jvm`), which is
+was: the simulator gives the same replies to the same commands (see `jvm`), which is
 checked one by one.
 """
 

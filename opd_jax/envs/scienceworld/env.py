@@ -1,6 +1,6 @@
 """ScienceWorld as an `Env`: experiments of elementary science in a simulated house, in text.
 
-The engine is the original (Wang et al., 2022, arXiv:2203.07540; see `scienceworld_jvm`), and so
+The engine is the original (Wang et al., 2022, arXiv:2203.07540; see `jvm`), and so
 are tasks, texts and scores. This file reads responses, tells commands that failed, and says when
 an episode ends. Where it differs from the package's own loop:
 
