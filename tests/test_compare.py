@@ -107,8 +107,7 @@ def test_a_comparison_with_few_references_or_none_has_its_table(who: str, tmp_pa
     "overrides",
     [
         ["--config.compare.methods=opd,ppo"],
-        # SFT brings its own source; OPD cannot learn from players.
-        ["--config.compare.methods=sft,opd", "--config.data.source=players"],
+        ["--config.compare.methods=sft,opd", "--config.teacher=", "--config.eval.who="],
     ],
 )
 def test_a_method_that_cannot_run_is_found_before_the_first_runs(
@@ -116,7 +115,7 @@ def test_a_method_that_cannot_run_is_found_before_the_first_runs(
 ) -> None:
     calls: list = []
     config = comparison("--config.compare.seeds=0", *overrides)
-    with pytest.raises(ValueError, match=r"`compare.methods`|`data.source`"):
+    with pytest.raises(ValueError, match=r"`compare.methods`|needs a teacher"):
         compare.compare(config, tmp_path, run=scripted(calls, {"opd": [1], "sft": [1]}))
     assert calls == []
 

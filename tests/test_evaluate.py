@@ -259,6 +259,7 @@ def test_a_sampled_evaluation_is_a_function_of_its_seed(play: Callable) -> None:
 
 
 FIGURES = {"n": 4, "update": 80, "temperature": 0.4, "seed": 0}
+JUDGE = {"n": 9, "context": "table9", "decode": "constrained", "admissible_shown": 12}
 
 
 def digests() -> dict[str, str]:
@@ -279,8 +280,10 @@ def of_both_splits(figures: dict | None) -> dict[str, dict | None]:
         (FIGURES, "--config.eval.seed=1", False),
         (FIGURES, "--config.eval.temperature=1.0", False),
         (FIGURES, "--config.eval.judge=true", False),
-        (FIGURES | {"judge": {"n": 9}}, "--config.eval.judge=true", True),
-        (FIGURES | {"judge": {"n": 9}}, "", True),
+        (FIGURES | {"judge": JUDGE}, "--config.eval.judge=true", True),
+        (FIGURES | {"judge": JUDGE | {"context": "history"}}, "--config.eval.judge=true", False),
+        (FIGURES | {"judge": JUDGE | {"decode": "generate"}}, "--config.eval.judge=true", False),
+        (FIGURES | {"judge": JUDGE | {"context": "history"}}, "", True),
         (FIGURES | {"update": 40}, "", False),
         ({"n": 4}, "--config.eval.temperature=1.0", True),  # a player has no temperature
         (FIGURES | {"digest": "of other tasks"}, "", False),

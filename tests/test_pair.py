@@ -126,15 +126,13 @@ def asked(others: list[Conversation]) -> list[Conversation]:
     return made
 
 
-def judgement(models: dict, asked: list[Conversation], decode: str, context: str) -> Judgement:
+def judgement(models: dict, asked: list[Conversation], decode: str) -> Judgement:
     judge = experiment.make_judge(models["teacher"], settings("large").judge)
-    by = dataclasses.replace(judge, context=context)
-    return judge_all(models["teacher"].params, asked, by=by, max_turns=30, decode=decode)
+    return judge_all(models["teacher"].params, asked, by=judge, max_turns=30, decode=decode)
 
 
-@pytest.mark.parametrize("context", ["table9", "history"])
-def test_the_judge_tells_good_turns_from_bad_ones(models: dict, asked: list, context: str) -> None:
-    judged = judgement(models, asked, "constrained", context)
+def test_the_judge_tells_good_turns_from_bad_ones(models: dict, asked: list) -> None:
+    judged = judgement(models, asked, "constrained")
     assert judged.asked.sum() == len(asked)
     confusion = agreement.confusion(judged, asked).sum(axis=0)
     assert confusion.sum(axis=1).tolist() == [len(asked) / 3] * 3
@@ -146,12 +144,9 @@ def test_the_judge_tells_good_turns_from_bad_ones(models: dict, asked: list, con
     assert (fine + found) / 2 >= 0.65, confusion
 
 
-@pytest.mark.parametrize("context", ["table9", "history"])
-def test_the_judge_answers_in_words_as_it_scores_them(
-    models: dict, asked: list, context: str
-) -> None:
-    scored = judgement(models, asked, "constrained", context)
-    said = judgement(models, asked, "generate", context)
+def test_the_judge_answers_in_words_as_it_scores_them(models: dict, asked: list) -> None:
+    scored = judgement(models, asked, "constrained")
+    said = judgement(models, asked, "generate")
     assert said.unparsable.sum() <= 0.02 * len(asked)
     assert (said.verdict == scored.verdict)[said.asked].mean() >= 0.95
 
