@@ -29,7 +29,7 @@ Source: arXiv 2606.19659, its experimental setup and appendices.
 from typing import Any
 
 from ml_collections import ConfigDict
-from quickstart import OPD, variant
+from quickstart import OPD, variant, variant_name
 from quickstart import VARIANTS as SHARED
 from quickstart import get_config as quickstart
 
@@ -73,10 +73,10 @@ def paper_config(
     args = parse_arg(
         arg, runlocal=False, student="1.7b", teacher="8b", method="sage", ablate="none"
     )
-    method = args.method if args.ablate == "none" else f"{args.method}_without_{args.ablate}"
+    method = variant_name(args.method, args.ablate)
     config = quickstart()
-    config.student = _choice("student", args.student, STUDENTS)
-    config.teacher = _choice("teacher", args.teacher, TEACHERS)
+    config.student = _choice("`student`", args.student, STUDENTS)
+    config.teacher = _choice("`teacher`", args.teacher, TEACHERS)
     config.env = ConfigDict(env)
     config.compare.variants = ConfigDict(VARIANTS)
 
@@ -116,7 +116,7 @@ def paper_config(
     config.eval.batch = 64
     config.checkpoint.every = 5
 
-    config.update(ConfigDict(_choice("method` or `ablate", method, VARIANTS)))
+    config.update(ConfigDict(_choice("`method` or `ablate`", method, VARIANTS)))
     if args.runlocal:
         _shrink(config, local_env, local_splits)
     return config
@@ -125,7 +125,7 @@ def paper_config(
 def _choice(name: str, value: str, known: dict[str, Any]) -> Any:
     if value not in known:
         expected = ", ".join(known)
-        raise ValueError(f"config argument `{name}`: expected one of {expected}, got {value}")
+        raise ValueError(f"config argument {name}: expected one of {expected}, got {value}")
     return known[value]
 
 

@@ -50,6 +50,11 @@ VARIANTS = {
 }
 
 
+def variant_name(method: str, ablate: str) -> str:
+    """The variant that the arguments of a config name."""
+    return method if ablate == "none" else f"{method}_without_{ablate}"
+
+
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of one run, or of the comparison."""
     args = parse_arg(arg, runlocal=False, compare=False, method="sage", ablate="none")
@@ -148,7 +153,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.checkpoint = dict(every=20, keep=2)
     config.compare = dict(methods=(), seeds=(), variants=VARIANTS)
 
-    method = args.method if args.ablate == "none" else f"{args.method}_without_{args.ablate}"
+    method = variant_name(args.method, args.ablate)
     if method not in VARIANTS:
         raise ValueError(
             f"config argument `method={args.method},ablate={args.ablate}`: expected method sage, "

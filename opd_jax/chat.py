@@ -40,6 +40,7 @@ class ChatFormat:
       following: text between an assistant content and the next user content, and after the latter.
       stop_ids: tokens that end a response: the one that follows an assistant content in the
         template, then the tokenizer's end-of-sequence token if it is another.
+      left_out: tokens of the content `LEFT_OUT`, as of a response without its end.
     """
 
     tokenizer: Any
@@ -48,6 +49,7 @@ class ChatFormat:
     system_opening: tuple[str, ...] | None
     following: tuple[str, ...]
     stop_ids: tuple[int, ...]
+    left_out: tuple[int, ...]
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> "ChatFormat":
@@ -90,7 +92,8 @@ class ChatFormat:
         eos = tokenizer.eos_token_id
         stop_ids = (ids[cut],) if eos in (None, ids[cut]) else (ids[cut], eos)
         opening = _around(tokenizer, "u")
-        return cls(tokenizer, special, opening, system_opening, following, stop_ids)
+        left_out = tuple(tokenizer.encode(LEFT_OUT, add_special_tokens=False))
+        return cls(tokenizer, special, opening, system_opening, following, stop_ids, left_out)
 
     def first(self, system: str, user: str) -> list[int]:
         """Token ids of the opening prompt, up to where the first response starts.
@@ -122,10 +125,6 @@ class ChatFormat:
         ids = self._join(self.following, (user,))
         # Dropped as a token and not as text: a special token may swallow the space behind it.
         return ids[ids.index(self.stop_ids[0]) + 1 :] if ended else ids
-
-    def left_out(self) -> list[int]:
-        """Token ids of the content `LEFT_OUT`, as of a response without its end."""
-        return self.tokenizer.encode(LEFT_OUT, add_special_tokens=False)
 
     def _join(self, texts: tuple[str, ...], contents: tuple[str, ...]) -> list[int]:
         """Token ids of texts and contents in turn; special tokens are read in `texts` only."""

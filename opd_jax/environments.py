@@ -1,8 +1,7 @@
 """From a config's `env` to environments."""
 
 import importlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 
 from ml_collections import FrozenConfigDict
@@ -41,18 +40,8 @@ def make_env(settings: FrozenConfigDict) -> Env:
     )
 
 
-@contextmanager
-def open_envs(settings: FrozenConfigDict, count: int) -> Iterator[list[Env]]:
-    """So many new environments; those with processes of their own end them at last."""
-    envs = [make_env(settings) for _ in range(count)]
-    try:
-        yield envs
-    finally:
-        close(envs)
-
-
 def close(envs: Sequence[Env]) -> None:
-    """Ends the processes of those that have some."""
+    """Ends the processes of those that have some, sooner than when nobody holds them any more."""
     for env in envs:
         if isinstance(env, Worker):
             env.close()

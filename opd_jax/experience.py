@@ -164,7 +164,7 @@ class Episodes:
         rows, episodes = history.rows(
             conversations,
             history_turns=agent.history_turns,
-            left_out=agent.chat.left_out(),
+            left_out=agent.chat.left_out,
         )
         missing = -len(rows) % config.rollout.batch
         rows += [Conversation(task=None)] * missing

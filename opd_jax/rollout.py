@@ -57,7 +57,7 @@ class Agent:
             conversation,
             turns=len(conversation.spans),
             history_turns=self.history_turns,
-            left_out=self.chat.left_out() if self.history_turns else (),
+            left_out=self.chat.left_out,
         )
 
 

@@ -131,7 +131,7 @@ def _behind_conversations(
         questions = {(r, n): by.question(conversations[r], n) for r in slots for n in turns[r]}
         prefixes = [by.prefix(conversations[row], turns[row][-1]) for row in slots]
         width = _padded(list(questions.values()), by)[0].shape[1]
-        ends = {(r, n): len(by.prefix(conversations[r], n)) for r, n in questions}
+        ends = {(r, n): conversations[r].spans[n][1] for r, n in questions}
         _check_room(max(ends[place] + len(q) for place, q in questions.items()), by, decode)
         room = max(map(len, prefixes)) + width + _answer_tokens(by, decode)
         cache = _read(params, prefixes, rows=size, room=room, by=by)

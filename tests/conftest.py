@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 # Before any backend starts: afterwards both raise or do nothing.
@@ -244,6 +245,22 @@ def benchmark(
     folder = tmp_path_factory.mktemp("games") / "generated"
     games.main([f"--out={folder}", "--games=3", "--seed=0"])
     return (*flags, f"--config.env.data={folder}")
+
+
+@pytest.fixture(scope="session")
+def random_params() -> Callable[..., Any]:
+    """Makes numpy parameters of a `ModelConfig`: normal about zero, those of norms about one."""
+    from opd_jax import model
+
+    def make(config: model.ModelConfig, *, seed: int, scale: float = 0.4) -> model.Params:
+        rng = np.random.default_rng(seed)
+        return jax.tree.map(
+            lambda spec: rng.normal(spec.scale is None, scale, spec.shape).astype(np.float32),
+            model.param_specs(config),
+            is_leaf=model.is_spec,
+        )
+
+    return make
 
 
 @pytest.fixture(scope="module")

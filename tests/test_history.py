@@ -1,6 +1,7 @@
 """Contexts of the last few turns: what is shown, what is kept, and that it is what is scored."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -145,14 +146,8 @@ def agent() -> Agent:
 
 
 @pytest.fixture(scope="module")
-def params(agent: Agent) -> model.Params:
-    rng = np.random.default_rng(4)
-    made = jax.tree.map(
-        lambda spec: rng.normal(spec.scale is None, 0.4, spec.shape).astype(np.float32),
-        model.param_specs(agent.model),
-        is_leaf=model.is_spec,
-    )
-    return jax.tree.map(jnp.asarray, made)
+def params(agent: Agent, random_params: Callable) -> model.Params:
+    return jax.tree.map(jnp.asarray, random_params(agent.model, seed=4))
 
 
 def play(agent: Agent, params: model.Params, **settings: Any) -> list[Conversation]:
@@ -172,7 +167,7 @@ def test_sampled_log_probabilities_are_those_of_the_rows(
     agent: Agent, params: model.Params, history_turns: int
 ) -> None:
     played = play(agent, params, history_turns=history_turns)
-    rows, _ = history.rows(played, history_turns=history_turns, left_out=agent.chat.left_out())
+    rows, _ = history.rows(played, history_turns=history_turns, left_out=agent.chat.left_out)
     assert len(rows) == len(TASKS) * (MAX_TURNS - history_turns)
     packed = pack(rows, max_turns=MAX_TURNS, length_multiple=64)
     hidden = model.forward(params, packed.tokens, config=agent.model, query_chunk=64, remat=False)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -338,13 +338,8 @@ def agent() -> Agent:
 
 
 @pytest.fixture(scope="module")
-def params(agent: Agent) -> model.Params:
-    rng = np.random.default_rng(4)
-    made = jax.tree.map(
-        lambda spec: rng.normal(spec.scale is None, 0.4, spec.shape).astype(np.float32),
-        model.param_specs(agent.model),
-        is_leaf=model.is_spec,
-    )
+def params(agent: Agent, random_params: Callable) -> model.Params:
+    made = random_params(agent.model, seed=4)
     # A direction that every token has and the end of a turn likes: some turns end by themselves.
     made["embed"][:, 0] = 2
     made["final_norm"][0] = 1

@@ -116,19 +116,9 @@ def agent() -> Agent:
     )
 
 
-def random_params(agent: Agent, seed: int) -> model.Params:
-    rng = np.random.default_rng(seed)
-    made = jax.tree.map(
-        lambda spec: rng.normal(spec.scale is None, 0.4, spec.shape).astype(np.float32),
-        model.param_specs(agent.model),
-        is_leaf=model.is_spec,
-    )
-    return jax.tree.map(jnp.asarray, made)
-
-
 @pytest.fixture(scope="module")
-def params(agent: Agent) -> model.Params:
-    return random_params(agent, 4)
+def params(agent: Agent, random_params: Callable) -> model.Params:
+    return jax.tree.map(jnp.asarray, random_params(agent.model, seed=4))
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +249,11 @@ def packed(conversations: list[Conversation]) -> Trajectory:
 
 @pytest.mark.parametrize("scope", ["batch", "trajectory"])
 def test_broken_rows_carry_no_loss(
-    agent: Agent, params: model.Params, played: list[Conversation], scope: str
+    agent: Agent,
+    params: model.Params,
+    played: list[Conversation],
+    scope: str,
+    random_params: Callable,
 ) -> None:
     trajectory = packed(played)
     check(trajectory, vocab_size=agent.model.vocab_size)
@@ -288,7 +282,7 @@ def test_broken_rows_carry_no_loss(
     def update(trajectory: Trajectory) -> tuple[Any, Any]:
         state = init_state(params, GRADIENT_KEEPER, seed=0)
         batch = make_batch(trajectory, verdict, response_multiple=16)
-        state, metrics = step(state, random_params(agent, 5), batch)
+        state, metrics = step(state, random_params(agent.model, seed=5), batch)
         return jax.device_get(state.opt_state[0].trace), jax.device_get(metrics)
 
     gradient, metrics = update(trajectory)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import random
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -102,17 +103,12 @@ def random_judge(tokenizer: Any) -> Judge:
 
 
 @pytest.fixture(scope="module")
-def params(random_judge: Judge) -> model.Params:
+def params(random_judge: Judge, random_params: Callable) -> model.Params:
     """Random, except that it likes to start a label and to finish one that it has started.
 
     The seed and the scales are chosen for answers that differ from prompt to prompt.
     """
-    rng = np.random.default_rng(2)
-    made = jax.tree.map(
-        lambda spec: rng.normal(spec.scale is None, 0.5, spec.shape).astype(np.float32),
-        model.param_specs(random_judge.model),
-        is_leaf=model.is_spec,
-    )
+    made = random_params(random_judge.model, seed=2, scale=0.5)
     ids = random_judge.tokenizer.convert_tokens_to_ids
     starts = ids(["SKIP", "WE", "ST"])
     others = [n for n in range(random_judge.model.vocab_size) if n not in starts]
