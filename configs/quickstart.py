@@ -60,7 +60,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     args = parse_arg(arg, runlocal=False, compare=False, method="sage", ablate="none")
     config = ConfigDict()
     config.seed = 0
-    config.dtype = "float32"
+    config.dtype = "float32"  # of the student's parameters, and of its optimizer
+    config.compute_dtype = "float32"  # that the student computes in
     config.teacher_dtype = "float32"
     config.mesh = dict(data=1, fsdp=1, tensor=1)
     config.student = "embedded:student"
@@ -89,6 +90,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         context_tokens=640,
         extend_widths=(16,),
         chunk=32,
+        gather_weights=True,  # sample with weights whole along mesh.fsdp: faster, more memory
         history_turns=0,  # earlier turns in a context, at most; 0: all
         per_task=1,  # episodes of each task; a batch then has fewer tasks
         depth_start=0,  # turns that episodes are cut to in the first update; 0: never cut

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from opd_jax import processes
 from opd_jax.config import validate
 from opd_jax.evaluate import split_label
 from opd_jax.intervals import mean_interval, wilson_interval
@@ -49,13 +50,15 @@ def compare(config: FrozenConfigDict, workdir: Path, *, run: Run) -> str:
             one = ConfigDict(variant(config, method, seed).to_dict())
             if references:
                 one.eval.who = ()
-            print(f"--- {method}, seed {seed}", flush=True)
+            processes.say(f"--- {method}, seed {seed}")
             found = run(FrozenConfigDict(one), workdir / method / f"seed-{seed}")
             references = references or {w: r for w, r in found.items() if w != "after"}
             results[method].append(found["after"])
-    write_summary(workdir / "summary.json", {"eval": references, "compare": results}, write=True)
+    write = processes.is_first()
+    write_summary(workdir / "summary.json", {"eval": references, "compare": results}, write=write)
     text = comparison_table(references, results, judge=judge_figures(config, workdir))
-    (workdir / "comparison.md").write_text(text + "\n")
+    if write:
+        (workdir / "comparison.md").write_text(text + "\n")
     return text
 
 

@@ -2,10 +2,12 @@
 
 import importlib
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
+from typing import NamedTuple
 
 from ml_collections import FrozenConfigDict
 
+from opd_jax import processes
 from opd_jax.envs.base import Env
 from opd_jax.envs.workers import Worker
 
@@ -40,7 +42,12 @@ def make_env(settings: FrozenConfigDict) -> Env:
     )
 
 
-def close(envs: Sequence[Env]) -> None:
+def make_envs(settings: FrozenConfigDict, count: int) -> list[Env | None]:
+    """An environment for each row of a batch; None for those that other processes have."""
+    return [make_env(settings) if processes.owns(row, count) else None for row in range(count)]
+
+
+def close(envs: Sequence[Env | None]) -> None:
     """Ends the processes of those that have some, sooner than when nobody holds them any more."""
     for env in envs:
         if isinstance(env, Worker):
@@ -62,6 +69,20 @@ def split_size(env: Env, field: str, split: str) -> int:
     return size
 
 
+class Panel(NamedTuple):
+    """How many tasks a split has, and which, as its environment says."""
+
+    size: int
+    digest: str
+
+
+@cache  # asked for again and again, and some environments take seconds to make
+def panel(settings: FrozenConfigDict, field: str, split: str) -> Panel:
+    """The tasks of a split that a config names in `field`; errors as in `split_size`."""
+    env = make_env(settings)
+    return Panel(split_size(env, field, split), env.digest(split))
+
+
 def benchmark_splits(settings: FrozenConfigDict) -> tuple[str, ...]:
     """The splits whose mean is a benchmark's figure; () where each split stands for itself."""
     if settings.name != "searchqa":
@@ -73,7 +94,6 @@ def benchmark_splits(settings: FrozenConfigDict) -> tuple[str, ...]:
 
 def check_splits(config: FrozenConfigDict) -> None:
     """Finds every split that the config names, or raises as `split_size` does."""
-    env = make_env(config.env)
-    split_size(env, "data.split", config.data.split)
+    panel(config.env, "data.split", config.data.split)
     for split in config.eval.splits:
-        split_size(env, "eval.splits", split)
+        panel(config.env, "eval.splits", split)

@@ -10,15 +10,14 @@ judgement of the turns agrees with the environment's own labels.
 import random
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-from opd_jax import agreement, environments, experiment
+from opd_jax import agreement, environments, experiment, processes
 from opd_jax.config import check_same_run, fail, parse_command_line, validate
 from opd_jax.demonstrations import play_out
 from opd_jax.experiment import LoadedModel
@@ -54,8 +53,8 @@ def play_model(
     Each is sampled with `rng` folded with its task's index, so that what is played does not depend
     on how many are played, or on how many at a time.
     """
-    envs = [environments.make_env(env) for _ in range(batch)]
-    conversations = []
+    envs = environments.make_envs(env, batch)
+    conversations: list[Conversation] = []
     for start in range(0, tasks, batch):
         panel = [(split, index) for index in range(start, min(start + batch, tasks))]
         keys = row_keys(rng, range(start, start + batch))
@@ -67,28 +66,24 @@ def play_player(config: FrozenConfigDict, who: str, split: str) -> list[Conversa
     """The same tasks played by the expert or the random player."""
     env = environments.make_env(config.env)
     player = make_player(who, config)
-    return [
-        play_out(env, split, index, player=player, rng=random.Random(f"{who}/{split}/{index}"))
-        for index in range(panel_size(config, split))
-    ]
+    tasks = panel_size(config, split)
+    played = {
+        index: play_out(
+            env, split, index, player=player, rng=random.Random(f"{who}/{split}/{index}")
+        )
+        for index in range(tasks)
+        if processes.owns(index, tasks)
+    }
+    return processes.share(played, tasks)
 
 
 def panel_size(config: FrozenConfigDict, split: str) -> int:
     """How many tasks of a split are played: `eval.tasks`, or all where there are fewer."""
-    return min(config.eval.tasks, _panel(config.env, split).size)
+    return min(config.eval.tasks, _panel(config, split).size)
 
 
-class _Panel(NamedTuple):
-    """How many tasks a split has, and which, as its environment says."""
-
-    size: int
-    digest: str
-
-
-@cache  # asked for again and again, and some environments take seconds to make
-def _panel(settings: FrozenConfigDict, split: str) -> _Panel:
-    env = environments.make_env(settings)
-    return _Panel(environments.split_size(env, "eval.splits", split), env.digest(split))
+def _panel(config: FrozenConfigDict, split: str) -> environments.Panel:
+    return environments.panel(config.env, "eval.splits", split)
 
 
 def summarize(conversations: Sequence[Conversation]) -> dict[str, object]:
@@ -203,7 +198,7 @@ def evaluate_model(
 def _figures(
     config: FrozenConfigDict, split: str, conversations: Sequence[Conversation]
 ) -> dict[str, Any]:
-    return summarize(conversations) | {"digest": _panel(config.env, split).digest}
+    return summarize(conversations) | {"digest": _panel(config, split).digest}
 
 
 def _with_average(config: FrozenConfigDict, results: dict[str, Any]) -> dict[str, Any]:
@@ -228,7 +223,7 @@ def is_evaluated(
     """
 
     def good(figures: Mapping[str, Any] | None, split: str) -> bool:
-        if figures is None or figures.get("digest") != _panel(config.env, split).digest:
+        if figures is None or figures.get("digest") != _panel(config, split).digest:
             return False
         # Figures that episodes are missing from are made again.
         if figures["n"] != panel_size(config, split):
@@ -357,19 +352,22 @@ def run(config: FrozenConfigDict, workdir: Path, policy: str) -> dict[str, dict]
     for split in config.eval.splits:
         panel_size(config, split)  # one that does not exist is named before anything is played
     if policy == "model":
-        results = _evaluate_student(config, workdir)
+        mesh = make_mesh(**config.mesh)
+        with jax.set_mesh(mesh):
+            results = _evaluate_student(config, workdir, mesh)
     else:
         results = {policy: evaluate_player(config, policy)}
-    write_summary(workdir / "summary.json", {"eval": results}, write=jax.process_index() == 0)
+    write_summary(workdir / "summary.json", {"eval": results}, write=processes.is_first())
     return results
 
 
-def _evaluate_student(config: FrozenConfigDict, workdir: Path) -> dict[str, dict]:
+def _evaluate_student(
+    config: FrozenConfigDict, workdir: Path, mesh: jax.sharding.Mesh
+) -> dict[str, dict]:
     """The student `after` the workdir's newest checkpoint, or `before` any update."""
     from opd_jax.checkpoint import Checkpoints
     from opd_jax.train_step import abstract_state
 
-    mesh = make_mesh(**config.mesh)
     student = experiment.load_student(config, mesh)
     judging = experiment.load_teacher(config, mesh) if config.eval.judge else None
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
@@ -380,7 +378,8 @@ def _evaluate_student(config: FrozenConfigDict, workdir: Path) -> dict[str, dict
     else:
         update, state, _ = restored
         params, who = state.params, "after"
-    return {who: evaluate_model(config, student, params, update=update, judging=judging)}
+    sampling = experiment.make_sampling_params(params, student.config, config)
+    return {who: evaluate_model(config, student, sampling, update=update, judging=judging)}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -388,8 +387,10 @@ def main(argv: Sequence[str]) -> None:
     try:
         config, workdir, flags = parse_command_line(argv, usage=__doc__, policy=POLICIES)
         validate(config)
-        results = run(config, workdir, flags["policy"])
-        print("\n\n".join(filter(None, (results_table(results), judge_table(results)))))
+        processes.start()
+        with processes.ending_together():
+            results = run(config, workdir, flags["policy"])
+        processes.say("\n\n".join(filter(None, (results_table(results), judge_table(results)))))
     except ValueError as error:
         fail(error)
 

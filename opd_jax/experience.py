@@ -20,7 +20,7 @@ from opd_jax.experiment import LoadedModel
 from opd_jax.labels import LABELS
 from opd_jax.losses import Verdict
 from opd_jax.metrics import Stopwatch
-from opd_jax.rollout import rollout, row_keys
+from opd_jax.rollout import everywhere, rollout, row_keys
 from opd_jax.stream import Stream, judge_example
 from opd_jax.teacher import Judgement, judge
 from opd_jax.train_step import Batch, TrainState, make_batch
@@ -111,7 +111,7 @@ class Episodes:
         self._config, self.cursor = config, cursor
         self._player = player
         self._agent = experiment.make_agent(player, config.rollout)
-        self._envs = [environments.make_env(config.env) for _ in range(config.rollout.batch)]
+        self._envs = environments.make_envs(config.env, config.rollout.batch)
         self._judge: Callable[..., Judgement] | None = None
         if judging is not None:
             self._judge = partial(
@@ -149,7 +149,7 @@ class Episodes:
         config, start = self._config, self.cursor[0]
         split, times = config.data.split, config.rollout.per_task
         count = config.rollout.batch // times
-        size = environments.split_size(self._envs[0], "data.split", split)
+        size = environments.panel(config.env, "data.split", split).size
         numbers = experiment.train_tasks(size, seed=config.seed, start=start, count=count)
         self.cursor = [start + count, 0]
         return [(split, number) for number in numbers for _ in range(times)]
@@ -175,17 +175,20 @@ class Episodes:
         return trajectory, episodes + [0] * missing
 
     def _play(self, state: TrainState, tasks: list[tuple[str, int]]) -> list[Conversation]:
-        source = self._config.data.source
+        config, source = self._config, self._config.data.source
         if source == "expert":
-            demonstrate = experiment.make_expert(self._config, self._agent)
-            return [demonstrate(env, *task) for env, task in zip(self._envs, tasks, strict=True)]
+            demonstrate = experiment.make_expert(config, self._agent)
+            return everywhere(lambda env, task: demonstrate(env, *task), self._envs, tasks)
+        params = self._player.params
+        if source == "on_policy":
+            params = experiment.make_sampling_params(state.params, self._player.config, config)
         return rollout(
-            state.params if source == "on_policy" else self._player.params,
+            params,
             row_keys(jax.random.fold_in(state.rng, state.step), range(len(tasks))),
             agent=self._agent,
             envs=self._envs,
             tasks=tasks,
-            depth=depth_at(int(state.step), self._config.rollout),
+            depth=depth_at(int(state.step), config.rollout),
         )
 
     def close(self) -> None:

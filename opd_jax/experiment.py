@@ -23,7 +23,7 @@ from opd_jax.demonstrations import demonstrate
 from opd_jax.environments import make_env, split_size
 from opd_jax.envs.base import Env
 from opd_jax.gatekeeper import PHRASES, Judge
-from opd_jax.generate import Sampling
+from opd_jax.generate import Sampling, sampling_params
 from opd_jax.mesh import param_shardings
 from opd_jax.model import ModelConfig, Params, init_params, param_specs
 from opd_jax.players import make_player
@@ -170,6 +170,16 @@ def make_agent(
         extend_widths=tuple(rollout.extend_widths),
         chunk=rollout.chunk,
         history_turns=rollout.history_turns,
+    )
+
+
+def make_sampling_params(params: Params, model: ModelConfig, config: FrozenConfigDict) -> Params:
+    """The student's parameters as it samples with them, from those being trained."""
+    return sampling_params(
+        params,
+        config=model,
+        dtype=jnp.dtype(config.compute_dtype),
+        gather=config.rollout.gather_weights,
     )
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from opd_jax import model
+from opd_jax.mesh import SAMPLING_RULES, constrain, whole
 from opd_jax.model import KVCache, ModelConfig, Params
 
 
@@ -58,6 +59,28 @@ class Sampled:
     logprobs: jax.Array
     counts: jax.Array
     stopped: jax.Array
+
+
+@partial(jax.jit, static_argnames=("config", "dtype", "gather"))
+def sampling_params(
+    params: Params, *, config: ModelConfig, dtype: jnp.dtype, gather: bool
+) -> Params:
+    """A copy of the parameters to sample with.
+
+    Args:
+      dtype: that the model computes in.
+      gather: hold them whole along the mesh axis `fsdp`. Else every token sampled gathers them,
+        which takes less memory and, unless the model is small, far more time.
+    """
+    params = jax.tree.map(lambda p: p.astype(dtype), params)
+    if not gather:
+        return params
+    return jax.tree.map(
+        lambda spec, p: constrain(p, *spec.axes, rules=SAMPLING_RULES),
+        model.param_specs(config),
+        params,
+        is_leaf=model.is_spec,
+    )
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
@@ -140,7 +163,7 @@ def generate(
         return step + 1, cache, token, out
 
     _, cache, _, out = jax.lax.while_loop(unfinished, sample_one, (0, cache, last_token, empty))
-    return cache, out
+    return cache, whole(out)
 
 
 def sample(

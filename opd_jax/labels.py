@@ -17,6 +17,7 @@ import numpy as np
 from opd_jax import generate as gen
 from opd_jax import model
 from opd_jax.losses import Verdict
+from opd_jax.mesh import shard_rows, whole
 from opd_jax.model import KVCache, ModelConfig, Params
 
 LABELS = ("SKIP", "WEAK", "STRONG")
@@ -64,14 +65,14 @@ def score_labels(
     Returns:
       A label for each row, and the cache with the questions appended.
     """
-    scores, cache = _label_scores(
-        params, cache, tokens, counts, *label_tokens(tokenizer), config=config
+    scores, cache = label_scores(
+        params, cache, *shard_rows((tokens, counts)), *label_tokens(tokenizer), config=config
     )
     return np.asarray(jnp.argmax(scores, axis=-1)).tolist(), cache
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def _label_scores(
+def label_scores(
     params: Params,
     cache: KVCache,
     tokens: jax.Array,
@@ -99,7 +100,7 @@ def _label_scores(
         return jnp.sum(jnp.where(jnp.arange(width) < length, each, 0.0), axis=1)
 
     scores = [score(w, n) for w, n in zip(word_tokens, word_lengths, strict=True)]
-    return jnp.stack(scores, axis=1), cache
+    return whole(jnp.stack(scores, axis=1)), cache
 
 
 def generate_labels(
@@ -121,12 +122,14 @@ def generate_labels(
       max_new_tokens: longest answer.
     """
     rows = len(counts)
-    cache = gen.extend(params, cache, tokens, np.maximum(counts - 1, 0), config=config)
+    asked = shard_rows((tokens, np.maximum(counts - 1, 0)))
+    cache = gen.extend(params, cache, *asked, config=config)
+    last = tokens[np.arange(rows), counts - 1]
+    budget = np.where(counts > 0, max_new_tokens, 0).astype(np.int32)
     cache, out = gen.generate(
         params,
         cache,
-        tokens[np.arange(rows), counts - 1],
-        np.where(counts > 0, max_new_tokens, 0).astype(np.int32),
+        *shard_rows((last, budget)),
         jax.random.split(jax.random.key(0), rows),  # greedy: never drawn from
         jnp.asarray(stop_ids, jnp.int32),
         config=config,

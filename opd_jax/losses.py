@@ -335,7 +335,11 @@ def fused_cross_entropy(
 
 
 def _scan_chunks(function, arrays, *, chunk_size: int):
-    """Applies `function` to chunks of the leading axis under scan and checkpoint."""
+    """Applies `function` to chunks of the leading axis under scan and checkpoint.
+
+    A chunk takes every count-th position, not a run of them: where the positions are split over
+    devices, each device has its share of every chunk.
+    """
     if chunk_size < 1:
         raise ValueError(f"`chunk_size`: expected at least 1, got {chunk_size}")
     size = arrays[0].shape[0]
@@ -344,11 +348,12 @@ def _scan_chunks(function, arrays, *, chunk_size: int):
 
     def chunks(x: jax.Array) -> jax.Array:
         padding = [(0, count * chunk_size - size)] + [(0, 0)] * (x.ndim - 1)
-        return jnp.pad(x, padding).reshape(count, chunk_size, *x.shape[1:])
+        apart = jnp.pad(x, padding).reshape(chunk_size, count, *x.shape[1:])
+        return jnp.moveaxis(apart, 1, 0)
 
     body = jax.checkpoint(lambda _, chunk: (None, function(*chunk)))
     _, out = jax.lax.scan(body, None, tuple(chunks(x) for x in arrays))
-    return jax.tree.map(lambda x: x.reshape(-1)[:size], out)
+    return jax.tree.map(lambda x: x.T.reshape(-1)[:size], out)
 
 
 def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:

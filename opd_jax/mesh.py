@@ -2,11 +2,15 @@
 
 The mesh has three axes. `data` replicates parameters and splits the batch; `fsdp` splits both, so
 parameters are gathered as they are used; `tensor` splits heads, feed-forward width and vocabulary.
-Only this file names mesh axes: parameters carry logical axes, and `RULES` translates them.
+Only this file names mesh axes: arrays carry logical axes, and `RULES` translates them.
+
+A run sets its mesh once, with `jax.set_mesh`. Inside compiled programs `constrain` then pins the
+arrays that the compiler would otherwise be free to gather; without a mesh it does nothing, so the
+same functions serve one device.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,9 +19,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# Logical axis -> mesh axis or axes; None is replicated. A parameter's axes map to distinct mesh
-# axes, so "embed" may not share one with those it is contracted against.
-RULES: dict[str, str | tuple[str, ...] | None] = {
+# Logical axis -> mesh axis or axes; None is replicated. The axes of one array map to distinct mesh
+# axes: so "embed", of parameters, may not share one with what it is contracted against, and
+# activations, whose batch takes "fsdp", have their width whole.
+Rules = Mapping[str, str | tuple[str, ...] | None]
+RULES: Rules = {
     "batch": ("data", "fsdp"),
     "layer": None,
     "embed": "fsdp",
@@ -26,7 +32,11 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "mlp": "tensor",
     "vocab": "tensor",
+    "slots": None,
 }
+# Sampling reads every weight for every token, where gathering them each time would cost more than
+# the model: its copy of the student is whole along `fsdp`.
+SAMPLING_RULES: Rules = {**RULES, "embed": None}
 
 
 def make_mesh(
@@ -47,7 +57,7 @@ def make_mesh(
     if min(sizes) < 1 or size > most or (processes > 1 and size < most):
         expected = f"exactly the {most} devices of {processes} processes"
         raise ValueError(
-            "`data` × `fsdp` × `tensor` must be positive and multiply to "
+            "`mesh.data` × `mesh.fsdp` × `mesh.tensor` must be positive and multiply to "
             f"{expected if processes > 1 else f'at most {most} devices'}, "
             f"got {data} × {fsdp} × {tensor} = {size}; change the mesh"
         )
@@ -55,24 +65,40 @@ def make_mesh(
     return jax.make_mesh(sizes, MESH_AXES, axis_types=axis_types, devices=devices[:size])
 
 
-def _mesh_axes(logical: str) -> tuple[str, ...]:
-    rule = RULES[logical]
+def _mesh_axes(logical: str, rules: Rules = RULES) -> tuple[str, ...]:
+    rule = rules[logical]
     return () if rule is None else (rule,) if isinstance(rule, str) else rule
 
 
-def _ways(mesh: Mesh, logical: str) -> int:
-    return math.prod(mesh.shape[axis] for axis in _mesh_axes(logical))
+def _ways(mesh: Mesh, logical: str, rules: Rules = RULES) -> int:
+    return math.prod(mesh.shape[axis] for axis in _mesh_axes(logical, rules))
+
+
+def _spec(sizes: Mapping[str, int], axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
+    """What the logical axes of an array's dimensions stand for, as the compiler would write it.
+
+    Without mesh axes of size 1 and without trailing dimensions that are whole. A program that is
+    handed its own result then finds the sharding it was compiled for, and is not compiled again.
+    """
+    dimensions = [
+        tuple(axis for axis in _mesh_axes(logical, rules) if sizes[axis] > 1) if logical else ()
+        for logical in axes
+    ]
+    while dimensions and not dimensions[-1]:
+        dimensions.pop()
+    return PartitionSpec(*(d[0] if len(d) == 1 else d or None for d in dimensions))
 
 
 def _name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def param_shardings(specs: Any, mesh: Mesh) -> Any:
-    """The tree of `NamedSharding` for a tree of `model.ParamSpec`.
+def param_shardings(specs: Any, mesh: Mesh, *, rules: Rules = RULES) -> Any:
+    """The tree of `NamedSharding` for a tree of `model.ParamSpec`: of parameters, or of a cache.
 
     Args:
       specs: leaves with `.shape` and `.axes`, a logical name for each dimension.
+      rules: `RULES`, or `SAMPLING_RULES`.
 
     Raises:
       ValueError: a dimension is not divisible by the mesh axes that it is split over.
@@ -80,13 +106,14 @@ def param_shardings(specs: Any, mesh: Mesh) -> Any:
 
     def sharding(path: tuple, spec: Any) -> NamedSharding:
         for size, logical in zip(spec.shape, spec.axes, strict=True):
-            if size % _ways(mesh, logical):
-                axes = " × ".join(f"`{axis}`" for axis in _mesh_axes(logical))
+            if size % _ways(mesh, logical, rules):
+                axes = " × ".join(f"`{axis}`" for axis in _mesh_axes(logical, rules))
                 raise ValueError(
-                    f"parameter `{_name(path)}` {spec.shape}: dimension `{logical}` = {size} must "
-                    f"be divisible by mesh axis {axes} = {_ways(mesh, logical)}; change the mesh"
+                    f"`{_name(path)}` {spec.shape}: dimension `{logical}` = {size} must be "
+                    f"divisible by mesh axis {axes} = {_ways(mesh, logical, rules)}; change the "
+                    "mesh"
                 )
-        return NamedSharding(mesh, PartitionSpec(*(RULES[logical] for logical in spec.axes)))
+        return NamedSharding(mesh, _spec(mesh.shape, spec.axes, rules))
 
     # A ParamSpec is a tuple, so without `is_leaf` it would be flattened as a tree.
     return jax.tree_util.tree_map_with_path(sharding, specs, is_leaf=lambda x: hasattr(x, "axes"))
@@ -94,7 +121,7 @@ def param_shardings(specs: Any, mesh: Mesh) -> Any:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Leading axis split over `data` and `fsdp`, the others replicated."""
-    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    return NamedSharding(mesh, _spec(mesh.shape, ("batch",), RULES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -102,8 +129,41 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def current() -> Mesh | None:
+    """The mesh set by `jax.set_mesh`; None without one."""
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty else mesh
+
+
+def constrain(x: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.Array:
+    """`x` laid out over the current mesh by the logical axes of its dimensions, inside `jit`.
+
+    None, for a dimension, leaves it whole. Without a mesh, or on one device, this is `x`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, _spec(mesh.shape, axes, rules))
+
+
+def whole(tree: Any) -> Any:
+    """Every array of `tree` whole on each device of the current mesh, inside `jit`.
+
+    For results that the host reads: with several processes each of them has them then.
+    """
+    return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), tree)
+
+
+def shard_rows(tree: Any) -> Any:
+    """Host arrays `[B, ...]` split over the batch of the current mesh; as they are without one."""
+    mesh = current()
+    return tree if mesh is None else shard_batch(tree, mesh)
+
+
 def shard_batch(tree: Any, mesh: Mesh) -> Any:
     """Host arrays `[B, ...]` as global arrays split over the batch.
+
+    With several processes each has the whole array, and puts its own part on its devices.
 
     Raises:
       ValueError: B is not divisible by the devices that the batch is split over.
@@ -118,6 +178,6 @@ def shard_batch(tree: Any, mesh: Mesh) -> Any:
                 f"divisible by `data` × `fsdp` = {mesh.shape['data']} × {mesh.shape['fsdp']} "
                 f"= {ways}; change the batch size or the mesh"
             )
-        return jax.make_array_from_process_local_data(sharding, array)
+        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
     return jax.tree_util.tree_map_with_path(place, tree)

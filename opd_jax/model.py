@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from opd_jax.mesh import constrain, current, param_shardings
+
 Params = dict
 
 
@@ -64,7 +66,7 @@ class ModelConfig:
 
 
 class ParamSpec(NamedTuple):
-    """One parameter before it exists: its shape, its logical axes and its initial scale.
+    """One array before it exists: its shape, its logical axes and its initial scale.
 
     Attributes:
       axes: a logical name for each dimension; `mesh.RULES` maps names to mesh axes.
@@ -174,6 +176,7 @@ def _rotate(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Ar
 # first, and copies the other layout in and out of every program.
 _SCORES = {"BGSH": "btgrh,bgsh->bgrts", "BSGH": "btgrh,bsgh->bgrts"}
 _VALUES = {"BGSH": "bgrts,bgsh->btgrh", "BSGH": "bgrts,bsgh->btgrh"}
+_CACHE_AXES = {"B": "batch", "G": "kv_heads", "S": "slots", "H": "head_dim"}
 
 
 def attention(
@@ -234,6 +237,8 @@ def _qkv(
     if config.qk_norm:
         q = rms_norm(q, layer["q_norm"], config.norm_eps)
         k = rms_norm(k, layer["k_norm"], config.norm_eps)
+    q = constrain(q, "batch", None, "heads", None)
+    k, v = (constrain(x, "batch", None, "kv_heads", None) for x in (k, v))
     return _rotate(q, cos, sin), _rotate(k, cos, sin), v
 
 
@@ -243,7 +248,13 @@ def _after_attention(
     x = x_BTD + jnp.einsum("btnh,nhd->btd", mixed_BTNH, layer["o"])
     h = rms_norm(x, layer["mlp_norm"], config.norm_eps)
     h = jax.nn.silu(h @ layer["gate"]) * (h @ layer["up"])
-    return x + h @ layer["down"]
+    h = constrain(h, "batch", None, "mlp")
+    return constrain(x + h @ layer["down"], "batch", None, None)
+
+
+def _embed(params: Params, tokens_BT: jax.Array) -> jax.Array:
+    # Else the width would stay split as the table's is, over an axis that the batch needs.
+    return constrain(params["embed"][tokens_BT], "batch", None, None)
 
 
 def _rotation(position_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
@@ -276,7 +287,7 @@ def forward(
     Returns:
       [B, T, D], normalized: `hidden @ head(params)` are the logits.
     """
-    x = params["embed"][tokens]
+    x = _embed(params, tokens)
     cos, sin = _rotation(jnp.arange(tokens.shape[1])[None], config)
 
     def block(x_BTD: jax.Array, layer: Params) -> tuple[jax.Array, None]:
@@ -321,24 +332,42 @@ def backend_cache_layout() -> str:
     return "BSGH" if jax.default_backend() == "tpu" else "BGSH"
 
 
+def cache_specs(config: ModelConfig, *, batch: int, slots: int, layout: str) -> ParamSpec:
+    """Shape and logical axes of one layer's keys, or values."""
+    sizes = {"B": batch, "G": config.num_kv_heads, "S": slots, "H": config.head_dim}
+    shape = tuple(sizes[axis] for axis in layout)
+    return ParamSpec(shape, tuple(_CACHE_AXES[axis] for axis in layout), 0.0)
+
+
 def init_cache(
     config: ModelConfig, *, batch: int, slots: int, dtype: jnp.dtype, layout: str
 ) -> KVCache:
-    """An empty cache of `batch` rows with `slots` slots each."""
-    sizes = {"B": batch, "G": config.num_kv_heads, "S": slots, "H": config.head_dim}
-    shape = tuple(sizes[axis] for axis in layout)
-    keys, values = (
-        tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)) for _ in range(2)
-    )
-    return KVCache(keys, values, jnp.zeros(batch, jnp.int32), layout)
+    """An empty cache of `batch` rows with `slots` slots each, split over the current mesh.
+
+    Raises:
+      ValueError: the rows, or the heads, do not divide over the mesh.
+    """
+    spec = cache_specs(config, batch=batch, slots=slots, layout=layout)
+    rows = ParamSpec((batch,), ("batch",), 0.0)
+    mesh = current()
+    where, row_where = param_shardings((spec, rows), mesh) if mesh else (None, None)
+
+    def buffers() -> tuple[jax.Array, ...]:
+        return tuple(jnp.zeros(spec.shape, dtype, device=where) for _ in range(config.num_layers))
+
+    lengths = jnp.zeros(batch, jnp.int32, device=row_where)
+    return KVCache(buffers(), buffers(), lengths, layout)
 
 
 def _append(buffer: jax.Array, new_BTGH: jax.Array, slot_BT: jax.Array, layout: str) -> jax.Array:
     row = jnp.arange(buffer.shape[0])[:, None]
     if layout == "BSGH":
-        return buffer.at[row, slot_BT].set(new_BTGH, mode="drop")
-    group = jnp.arange(buffer.shape[1])
-    return buffer.at[row[..., None], group, slot_BT[..., None]].set(new_BTGH, mode="drop")
+        grown = buffer.at[row, slot_BT].set(new_BTGH, mode="drop")
+    else:
+        group = jnp.arange(buffer.shape[1])
+        grown = buffer.at[row[..., None], group, slot_BT[..., None]].set(new_BTGH, mode="drop")
+    # As the donated buffer is, so that it is written in place.
+    return constrain(grown, *(_CACHE_AXES[axis] for axis in layout))
 
 
 def forward_cached(
@@ -366,7 +395,7 @@ def forward_cached(
     # Out of range on purpose where nothing is to be written: the scatter drops those.
     slot_BT = jnp.where(step < counts[:, None], position_BT, cache.slots)
     cos, sin = _rotation(position_BT, config)
-    x = params["embed"][tokens]
+    x = _embed(params, tokens)
     keys, values = [], []
     for index in range(config.num_layers):
         layer = jax.tree.map(lambda p, i=index: p[i], params["layers"])
@@ -376,5 +405,5 @@ def forward_cached(
         mixed = attention(q, keys[-1], values[-1], position_BT, layout=cache.layout)
         x = _after_attention(layer, x, mixed, config)
     hidden = rms_norm(x, params["final_norm"], config.norm_eps)
-    lengths = cache.lengths + counts
+    lengths = constrain(cache.lengths + counts, "batch")
     return hidden, replace(cache, keys=tuple(keys), values=tuple(values), lengths=lengths)

@@ -9,19 +9,22 @@ environment that breaks ends its own episode, which is recorded as it is.
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from opd_jax import generate as gen
-from opd_jax import history, model
+from opd_jax import history, model, processes
 from opd_jax.chat import ChatFormat
-from opd_jax.envs.base import Env, Observation
+from opd_jax.envs.base import Env, Observation, Task
 from opd_jax.generate import Sampling
+from opd_jax.mesh import shard_rows
 from opd_jax.model import KVCache, ModelConfig, Params
 from opd_jax.trajectory import Conversation, open_conversation, record_turn
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def rollout(
     keys: jax.Array,
     *,
     agent: Agent,
-    envs: Sequence[Env],
+    envs: Sequence[Env | None],
     tasks: Sequence[tuple[str, int]],
     depth: int,
 ) -> list[Conversation]:
@@ -77,7 +80,8 @@ def rollout(
       keys: PRNG keys, one for each environment (see `row_keys`). An episode depends on nothing but
         the parameters, its task and its key, which is folded with the turn and then the position.
       agent: see `Agent`.
-      envs: one environment a row; their number is the batch of every compiled program.
+      envs: one environment a row; their number is the batch of every compiled program. None for a
+        row whose environment lives in another process.
       tasks: (split, index), at most one a row; rows beyond stay idle.
       depth: turns after which an episode ends with "depth"; 0: as many as the environment gives.
 
@@ -103,7 +107,7 @@ def rollout(
         tape.extend({row: agent.context(conversations[row]) for row in rows})
         sampled = tape.sample(rows, _turn_keys(keys, turn))
         responses = [_response(agent, *sampled[row]) for row in rows]
-        answers = _side_by_side(
+        answers = everywhere(
             lambda env, response: env.step(response), [envs[row] for row in rows], responses
         )
         for row, response, after in zip(rows, responses, answers, strict=True):
@@ -131,25 +135,34 @@ def _turn_keys(keys: jax.Array, turn: int) -> jax.Array:
 
 
 def _open(
-    agent: Agent, envs: Sequence[Env], tasks: Sequence[tuple[str, int]]
+    agent: Agent, envs: Sequence[Env | None], tasks: Sequence[tuple[str, int]]
 ) -> tuple[list[Conversation], list[Observation]]:
-    playing = list(envs[: len(tasks)])
-    observations = _side_by_side(lambda env, task: env.reset(*task), playing, tasks)
-    conversations = []
-    for env, observation in zip(playing, observations, strict=True):
+    def reset(env: Env, task: tuple[str, int]) -> tuple[Observation, Task, str]:
+        return env.reset(*task), env.task, env.system
+
+    conversations, observations = [], []
+    for observation, task, system in everywhere(reset, envs[: len(tasks)], tasks):
+        observations.append(observation)
         if observation.done:  # it broke: there is nothing to react to
-            conversations.append(Conversation(env.task, end=observation.end))
+            conversations.append(Conversation(task, end=observation.end))
             continue
-        prompt = agent.chat.first(env.system, observation.message)
-        conversations.append(
-            open_conversation(env.task, prompt, context_tokens=agent.context_tokens)
-        )
+        prompt = agent.chat.first(system, observation.message)
+        conversations.append(open_conversation(task, prompt, context_tokens=agent.context_tokens))
     return conversations, observations
 
 
+def everywhere(
+    act: Callable[[Env, Any], T], envs: Sequence[Env | None], arguments: Sequence[Any]
+) -> list[T]:
+    """`act` of each environment, in whichever process it lives; all processes get all answers."""
+    own = {row: env for row, env in enumerate(envs) if env is not None}
+    answers = _side_by_side(act, list(own.values()), [arguments[row] for row in own])
+    return processes.share(dict(zip(own, answers, strict=True)), len(envs))
+
+
 def _side_by_side(
-    act: Callable[[Env, Any], Observation], envs: Sequence[Env], arguments: Sequence[Any]
-) -> list[Observation]:
+    act: Callable[[Env, Any], T], envs: Sequence[Env], arguments: Sequence[Any]
+) -> list[T]:
     """`act` of each environment: at the same time where all wait for somebody else.
 
     Others take turns: an engine need not bear threads, and most would gain nothing by them.
@@ -209,7 +222,7 @@ class _Tape:
                 tokens[row, : len(pending[:width])] = pending[:width]
             counts = np.array([min(len(pending), width) for pending in new], np.int32)
             self.cache = gen.extend(
-                self.params, self.cache, tokens, counts, config=self.agent.model
+                self.params, self.cache, *shard_rows((tokens, counts)), config=self.agent.model
             )
             self.held += counts
 
@@ -221,7 +234,7 @@ class _Tape:
             self.contexts[row] = context
         if (held < self.held).any():
             self.held = held
-            self.cache = replace(self.cache, lengths=jnp.asarray(held))
+            self.cache = replace(self.cache, lengths=shard_rows(held.copy()))
 
     def sample(
         self, rows: Sequence[int], keys: jax.Array
@@ -237,8 +250,7 @@ class _Tape:
             self.cache, out = gen.generate(
                 self.params,
                 self.cache,
-                last,
-                budget,
+                *shard_rows((last, budget)),
                 keys,
                 self.stop_ids,
                 config=agent.model,

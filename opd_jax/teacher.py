@@ -9,7 +9,6 @@ Scoring the student's tokens is not here: it is part of the compiled train step.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import jax.numpy as jnp
 import numpy as np
 
 from opd_jax import generate as gen
@@ -17,6 +16,7 @@ from opd_jax import model
 from opd_jax.gatekeeper import Judge
 from opd_jax.labels import UNPARSABLE, generate_labels, label_tokens, score_labels
 from opd_jax.losses import Verdict
+from opd_jax.mesh import shard_rows
 from opd_jax.model import KVCache, Params
 from opd_jax.trajectory import Conversation
 
@@ -142,7 +142,7 @@ def _behind_conversations(
                 lengths[slots[row]] = ends[row, index]
                 asking[slots[row]] = questions[row, index]
             tokens, counts = _padded(asking, by, width=width)
-            cache = replace(cache, lengths=jnp.asarray(lengths))
+            cache = replace(cache, lengths=shard_rows(lengths))
             labels, cache = _answer(params, cache, tokens, counts, by=by, decode=decode)
             yield from ((place, labels[slots[place[0]]]) for place in places)
 
@@ -160,7 +160,7 @@ def _read(
         for row, prefix in enumerate(prefixes):
             piece = prefix[start : start + width]
             tokens[row, : len(piece)], counts[row] = piece, len(piece)
-        cache = gen.extend(params, cache, tokens, counts, config=by.model)
+        cache = gen.extend(params, cache, *shard_rows((tokens, counts)), config=by.model)
     return cache
 
 

@@ -7,6 +7,7 @@ uninterrupted run ends with: whatever an update draws is a function of the seed 
 number. SIGTERM saves after the update under way and exits with status 0.
 """
 
+import dataclasses
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import FrozenConfigDict
 
 from opd_jax import config as cfg
-from opd_jax import environments, experiment
+from opd_jax import environments, experiment, processes
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.compare import compare
 from opd_jax.evaluate import evaluate_model, evaluate_player, is_evaluated, results_table
@@ -46,13 +48,18 @@ _Update = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 
 def run(config: FrozenConfigDict, workdir: Path) -> dict[str, Any]:
     """One whole run, from the config to `summary.json`, whose `eval` part is returned."""
+    mesh = make_mesh(**config.mesh)
+    with jax.set_mesh(mesh):
+        return _run(config, workdir, mesh)
+
+
+def _run(config: FrozenConfigDict, workdir: Path, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     stop = _stop_on_sigterm()
-    write = jax.process_index() == 0
+    write = processes.is_first()
     # Until it has saved something there is nothing to continue, and a mistake may be corrected.
     if any((workdir / "checkpoints").glob("[0-9]*")):
         cfg.check_same_run(config, workdir, ignore=_FREE_FIELDS)
     environments.check_splits(config)
-    mesh = make_mesh(**config.mesh)
     student, teacher = experiment.load_pair(config, mesh)
     optimizer = experiment.make_optimizer(config)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
@@ -62,7 +69,7 @@ def run(config: FrozenConfigDict, workdir: Path) -> dict[str, Any]:
     _store_config(config, workdir)
     done = int(state.step)
     if done:
-        print(f"resuming after update {done} of {config.train.updates}", flush=True)
+        processes.say(f"resuming after update {done} of {config.train.updates}")
 
     results = _evaluate_others(config, student, teacher, workdir, stop, write=write)
     source = make_source(config, student=student, teacher=teacher, cursor=meta["cursor"])
@@ -71,11 +78,10 @@ def run(config: FrozenConfigDict, workdir: Path) -> dict[str, Any]:
 
     done = int(state.step)
     if not is_evaluated(results.get("after"), config, update=done):
-        results["after"] = evaluate_model(
-            config, student, state.params, update=done, judging=teacher
-        )
+        params = experiment.make_sampling_params(state.params, student.config, config)
+        results["after"] = evaluate_model(config, student, params, update=done, judging=teacher)
     write_summary(workdir / "summary.json", {"eval": results}, write=write)
-    print(results_table(results), flush=True)
+    processes.say(results_table(results))
     if stop.is_set:
         raise SystemExit(0)
     return results
@@ -99,6 +105,7 @@ def _make_update(
         placement=placement_of(state),
         micro_batches=config.train.micro_batches,
         batch_rows=None if players else config.rollout.batch,
+        dtype=jnp.dtype(config.compute_dtype),
         query_chunk=config.train.query_chunk,
         loss_chunk=config.train.loss_chunk,
         remat=config.train.remat,
@@ -141,13 +148,13 @@ def _train(
             lines.write(done, metrics)
             events.write(done, metrics)
             _check_finite(done, raw, workdir)
-            print(_progress(done, config.train.updates, metrics), flush=True)
-            stopping = stop.is_set  # read once: the signal may come at any moment
+            processes.say(_progress(done, config.train.updates, metrics))
+            stopping = stop.anywhere()  # read once: the signal may come at any moment
             if done % config.checkpoint.every == 0 or done == config.train.updates or stopping:
                 checkpoints.save(done, state, {"cursor": source.cursor})
             if stopping:
                 checkpoints.wait()
-                print(f"stopped by SIGTERM; update {done} is saved in {workdir}", flush=True)
+                processes.say(f"stopped by SIGTERM; update {done} is saved in {workdir}")
                 raise SystemExit(0)
     return state
 
@@ -168,7 +175,7 @@ def _start(
 
 def _store_config(config: FrozenConfigDict, workdir: Path) -> None:
     path = workdir / "config.json"
-    if jax.process_index() == 0:
+    if processes.is_first():
         workdir.mkdir(parents=True, exist_ok=True)
         if path.exists() and cfg.differences(cfg.read_stored(path), config, ignore=_FREE_FIELDS):
             # Corrected before anything was trained: what was evaluated was something else.
@@ -189,8 +196,10 @@ def _evaluate_others(
     write: bool,
 ) -> dict[str, Any]:
     """Everyone but the trained student: before, teacher, expert, random; once a workdir."""
-    results = read_summary(workdir / "summary.json").get("eval", {})
-    models = {"before": student}
+    # Read by one process: others might find what it has written meanwhile, and take another path.
+    results = processes.first(read_summary(workdir / "summary.json").get("eval", {}))
+    sampling = experiment.make_sampling_params(student.params, student.config, config)
+    models = {"before": dataclasses.replace(student, params=sampling)}
     if teacher is not None:
         models["teacher"] = teacher
     for who in config.eval.who:
@@ -202,9 +211,9 @@ def _evaluate_others(
             results[who] = evaluate_player(config, who)
         write_summary(workdir / "summary.json", {"eval": {who: results[who]}}, write=write)
         shares = ", ".join(f"{s} {r['success']:.1%}" for s, r in results[who].items())
-        print(f"{who}: success {shares}", flush=True)
-        if stop.is_set:
-            print(f"stopped by SIGTERM; what is evaluated is in {workdir}", flush=True)
+        processes.say(f"{who}: success {shares}")
+        if stop.anywhere():
+            processes.say(f"stopped by SIGTERM; what is evaluated is in {workdir}")
             raise SystemExit(0)
     return results
 
@@ -306,6 +315,10 @@ class _Stop:
 
     is_set = False
 
+    def anywhere(self) -> bool:
+        """Whether it came to any process of the run."""
+        return any(processes.gather(self.is_set))
+
 
 def _stop_on_sigterm() -> _Stop:
     # A new flag each run is safe: a run that saw the signal ends the process.
@@ -323,10 +336,12 @@ def main(argv: Sequence[str]) -> None:
     try:
         config, workdir, _ = cfg.parse_command_line(argv, usage=__doc__)
         cfg.validate(config)
-        if config.compare.methods:
-            print(compare(config, workdir, run=run))
-        else:
-            run(config, workdir)
+        processes.start()
+        with processes.ending_together():
+            if config.compare.methods:
+                processes.say(compare(config, workdir, run=run))
+            else:
+                run(config, workdir)
     except ValueError as error:
         cfg.fail(error)
 

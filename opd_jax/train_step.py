@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from opd_jax import losses, model
 from opd_jax.losses import NO_TURN, TokenScores, Verdict
-from opd_jax.mesh import replicated
+from opd_jax.mesh import constrain, replicated, whole
 from opd_jax.model import ModelConfig, Params
 from opd_jax.trajectory import Trajectory
 
@@ -171,7 +171,7 @@ def _gather_hidden(hidden_BTD: jax.Array, response_BR: Array) -> jax.Array:
     T = hidden_BTD.shape[1]
     before = jnp.where(response_BR < T, jnp.maximum(response_BR - 1, 0), T)
     gathered = jnp.take_along_axis(hidden_BTD, before[..., None], axis=1, mode="fill", fill_value=0)
-    return gathered.reshape(-1, hidden_BTD.shape[-1])
+    return constrain(gathered.reshape(-1, hidden_BTD.shape[-1]), "batch", None)
 
 
 def score(
@@ -182,6 +182,7 @@ def score(
     student: ModelConfig,
     teacher: ModelConfig | None,
     objective: Objective,
+    dtype: jnp.dtype,
     query_chunk: int,
     loss_chunk: int,
     remat: bool,
@@ -189,16 +190,19 @@ def score(
     """Divergence and all other scores of the response tokens, float32 [B, R].
 
     One forward pass of each model over the exact tokens; only `divergence` and `student_logprob`
-    carry gradients, and only to `params`.
+    carry gradients, and only to `params`. The student computes in `dtype`, whatever its parameters
+    are kept in.
 
     Raises:
       ValueError: the objective needs a teacher and there is none.
     """
     targets = _take(batch.tokens, batch.response, fill=0).reshape(-1)
     run = partial(model.forward, tokens=jnp.asarray(batch.tokens), query_chunk=query_chunk)
-    hidden = _gather_hidden(run(params, config=student, remat=remat), batch.response)
+    computing = jax.tree.map(lambda p: p.astype(dtype), params)
+    hidden = _gather_hidden(run(computing, config=student, remat=remat), batch.response)
+    head = _gathered_head(params)
     if not objective.needs_teacher:
-        scores = _fine_tuning_scores(hidden, model.head(params), targets, loss_chunk=loss_chunk)
+        scores = _fine_tuning_scores(hidden, head, targets, loss_chunk=loss_chunk)
     elif teacher is None or teacher_params is None:
         raise ValueError(
             f"`objective.divergence` = {objective.divergence!r} compares the student with a "
@@ -209,14 +213,19 @@ def score(
         frozen = jax.lax.stop_gradient(teacher_params)
         scores = _distillation_scores(
             hidden,
-            model.head(params),
+            head,
             _gather_hidden(run(frozen, config=teacher, remat=False), batch.response),
-            model.head(frozen),
+            _gathered_head(frozen),
             targets,
             objective=objective,
             loss_chunk=loss_chunk,
         )
     return jax.tree.map(lambda x: x.reshape(batch.response.shape), scores)
+
+
+def _gathered_head(params: Params) -> jax.Array:
+    """The head whole along `fsdp`, once: left alone it would be gathered for every chunk."""
+    return constrain(model.head(params), None, "vocab")
 
 
 def _distillation_scores(
@@ -376,6 +385,7 @@ def make_train_step(
     placement: Any,
     micro_batches: int,
     batch_rows: int | None,
+    dtype: jnp.dtype,
     query_chunk: int,
     loss_chunk: int,
     remat: bool,
@@ -393,6 +403,7 @@ def make_train_step(
       micro_batches: into how many equal parts a batch is split; bounds memory, changes nothing.
       batch_rows: rows of a batch of whole episodes; one with a multiple of them, where episodes
         have several rows, is split into as many times more parts. None: no batch is.
+      dtype: that the student computes in; its parameters, gradient and optimizer keep theirs.
       query_chunk: see `model.forward`.
       loss_chunk: positions whose logits exist at a time (`losses.fused_scores`).
       remat: see `model.forward`; for the student.
@@ -406,6 +417,7 @@ def make_train_step(
         student=student,
         teacher=teacher,
         objective=objective,
+        dtype=dtype,
         query_chunk=query_chunk,
         loss_chunk=loss_chunk,
         remat=remat,
@@ -437,7 +449,7 @@ def make_train_step(
             opt_state=opt_state,
             step=state.step + 1,
         )
-        return new, metrics
+        return new, whole(metrics)
 
     return train_step
 
@@ -457,14 +469,22 @@ def _batch_normalizer(sums: Sums, objective: Objective) -> jax.Array:
 
 
 def split(batch: Batch, parts: int) -> Batch:
-    """A leading axis of micro-batches on every array: [B, ...] -> [parts, B/parts, ...]."""
+    """A leading axis of micro-batches on every array: [B, ...] -> [parts, B/parts, ...].
+
+    A part takes every parts-th row: each device then has its share of every part.
+    """
     rows = batch.tokens.shape[0]
     if rows % parts:
         raise ValueError(
             f"`train.micro_batches`: a batch of {rows} trajectories does not divide into {parts} "
             f"micro-batches; choose a divisor of {rows}"
         )
-    return jax.tree.map(lambda x: x.reshape(parts, rows // parts, *x.shape[1:]), batch)
+
+    def part(x: jax.Array) -> jax.Array:
+        apart = jnp.moveaxis(jnp.reshape(x, (rows // parts, parts, *x.shape[1:])), 1, 0)
+        return constrain(apart, None, "batch", *(None,) * (x.ndim - 1))
+
+    return jax.tree.map(part, batch)
 
 
 def make_optimizer(

@@ -9,7 +9,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from opd_jax import mesh as mesh_lib
 from opd_jax.mesh import batch_sharding, make_mesh, param_shardings, replicated, shard_batch
-from opd_jax.model import ModelConfig, ParamSpec, is_spec, param_specs
+from opd_jax.model import ModelConfig, ParamSpec, cache_specs, is_spec, param_specs
 
 CONFIG = ModelConfig(
     vocab_size=64,
@@ -68,14 +68,15 @@ def test_a_mesh_that_does_not_exist_is_refused(sizes: tuple[int, int, int], text
 
 def test_every_logical_axis_of_the_model_has_a_rule() -> None:
     axes = {a for spec in jax.tree.leaves(param_specs(CONFIG), is_leaf=is_spec) for a in spec.axes}
-    assert axes | {"batch"} == set(mesh_lib.RULES)
+    axes |= set(cache_specs(CONFIG, batch=8, slots=4, layout="BGSH").axes)
+    assert axes == set(mesh_lib.RULES)
 
 
 def test_parameters_follow_the_rules() -> None:
     mesh = make_mesh(data=1, fsdp=4, tensor=2)
     shardings = param_shardings(param_specs(CONFIG), mesh)
     assert shardings["embed"].spec == PartitionSpec("tensor", "fsdp")
-    assert shardings["layers"]["q"].spec == PartitionSpec(None, "fsdp", "tensor", None)
+    assert shardings["layers"]["q"].spec == PartitionSpec(None, "fsdp", "tensor")
     assert shardings["layers"]["q"].shard_shape((2, 32, 4, 16)) == (2, 8, 2, 16)
     assert shardings["layers"]["down"].shard_shape((2, 48, 32)) == (2, 24, 8)
     assert shardings["head"].shard_shape((32, 64)) == (8, 32)

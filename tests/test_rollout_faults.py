@@ -273,6 +273,7 @@ def test_broken_rows_carry_no_loss(
         placement=None,
         micro_batches=1,
         batch_rows=None,
+        dtype=jnp.dtype("float32"),
         query_chunk=64,
         loss_chunk=64,
         remat=False,

@@ -273,7 +273,7 @@ def test_constrained_scores_are_the_log_likelihoods_of_the_labels(
     params: model.Params, random_judge: Judge, prompts: list[list[int]], likelihoods: np.ndarray
 ) -> None:
     tokens, counts = padded(prompts)
-    scores, cache = labels._label_scores(
+    scores, cache = labels.label_scores(
         params,
         cache_of(random_judge, len(prompts), 32),
         tokens,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import FrozenConfigDict
@@ -518,6 +519,7 @@ def first_update(config: FrozenConfigDict) -> dict[str, Any]:
         placement=None,
         micro_batches=config.train.micro_batches,
         batch_rows=None,
+        dtype=jnp.dtype("float32"),
         query_chunk=config.train.query_chunk,
         loss_chunk=config.train.loss_chunk,
         remat=config.train.remat,

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 # What a field may hold, where the code that reads it would find out only after compiling.
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),
+    "compute_dtype": ("float32", "bfloat16"),
     "teacher_dtype": ("float32", "bfloat16"),
     "data.source": ("on_policy", "teacher", "expert", "players"),
     "objective.divergence": (
@@ -129,6 +130,7 @@ def _check_batches(config: ConfigDict) -> None:
     parts = {
         "rollout.batch": rollout.batch,
         "eval.batch": config.eval.batch,
+        "judge.batch": config.judge.batch,
         "rollout.batch` / `train.micro_batches": rollout.batch // train.micro_batches,
     }
     for name, size in parts.items():

@@ -1,0 +1,130 @@
+"""Several processes of one run: how they find each other, what they tell each other, how they end.
+
+Every process runs the same program on the same host data. Only two things are divided: devices,
+which the arrays' shardings see to, and environments, each of which lives in one process (`owns`).
+What an environment says is told to all processes at once (`share`), so that from there on all of
+them hold the same conversations, draw the same conclusions and start the same compiled programs.
+"""
+
+import contextlib
+import os
+import pickle
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+VARIABLE = "OPD_JAX_DISTRIBUTED"
+# A process that dies takes the others with it after so long at most; usually a broken connection
+# tells them at once.
+HEARTBEAT_TIMEOUT_S = 60
+# Messages are padded to a power of two, since each size is a program to compile.
+_LEAST_BYTES = 1024
+
+T = TypeVar("T")
+
+
+def start() -> None:
+    """Joins the run's other processes, where the environment variable `OPD_JAX_DISTRIBUTED` is set.
+
+    To be called before anything touches a device.
+
+      auto                        as JAX finds its cluster: Cloud TPU, TPUs on GKE, Slurm
+      HOST:PORT,PROCESS,PROCESSES where process 0 listens, this one's number, and how many there are
+
+    Raises:
+      ValueError: the variable holds anything else, or the processes did not come together.
+    """
+    text = os.environ.get(VARIABLE, "")
+    if not text:
+        return
+    try:
+        jax.distributed.initialize(**_where(text), heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"`{VARIABLE}` = {text!r}: expected auto on a cluster that JAX knows, or "
+            f"HOST:PORT,PROCESS,PROCESSES with process 0 at HOST:PORT; {error}"
+        ) from None
+
+
+def _where(text: str) -> dict[str, Any]:
+    if text == "auto":
+        return {}
+    address, *numbers = text.split(",")
+    if ":" not in address or len(numbers) != 2 or not all(map(str.isdecimal, numbers)):
+        raise ValueError("it is neither")
+    process, processes = map(int, numbers)
+    return dict(coordinator_address=address, process_id=process, num_processes=processes)
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """Around a command: says so in one line where another process of the run has ended, and ends.
+
+    The exit does not wait for anybody: those it would wait for are gone.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        print(
+            f"error: process {jax.process_index()} of {jax.process_count()} lost the others "
+            f"({str(error).splitlines()[0][:200]}); start all of them again with the same "
+            "--workdir, and the run resumes from its last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+    """Prints a line, once for all processes."""
+    if is_first():
+        print(text, flush=True)
+
+
+def owns(row: int, rows: int) -> bool:
+    """Whether the environment of row `row` of `rows` lives in this process."""
+    return row * jax.process_count() // rows == jax.process_index()
+
+
+def share(own: Mapping[int, T], rows: int) -> list[T]:
+    """What all processes have of rows 0 to `rows`, each having its own.
+
+    Raises:
+      ValueError: nobody has a row.
+    """
+    everything: dict[int, T] = {}
+    for part in gather(dict(own)):
+        everything |= part
+    missing = [row for row in range(rows) if row not in everything]
+    if missing:
+        raise ValueError(f"`own`: expected all rows 0 to {rows - 1}, nobody has {missing}")
+    return [everything[row] for row in range(rows)]
+
+
+def first(value: T) -> T:
+    """The value of process 0."""
+    return gather(value)[0]
+
+
+def gather(value: T) -> list[T]:
+    """The value of every process, in their order. All processes have to call this."""
+    if jax.process_count() == 1:
+        return [value]
+    from jax.experimental import multihost_utils
+
+    data = np.frombuffer(pickle.dumps(value), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(data)))
+    padded = np.zeros(max(_LEAST_BYTES, 1 << (int(sizes.max()) - 1).bit_length()), np.uint8)
+    padded[: len(data)] = data
+    everyone = multihost_utils.process_allgather(padded)
+    return [pickle.loads(row[:size].tobytes()) for row, size in zip(everyone, sizes, strict=True)]

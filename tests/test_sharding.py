@@ -1,0 +1,221 @@
+"""Every compiled program on meshes of eight devices gives what it gives on one.
+
+One update, a rollout's sampling over two turns, and the judge's scores, on each shape of mesh.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh
+
+from opd_jax import generate as gen
+from opd_jax import labels, model
+from opd_jax.generate import Sampling
+from opd_jax.losses import NO_TURN, Verdict
+from opd_jax.mesh import make_mesh, param_shardings, shard_batch, shard_rows
+from opd_jax.model import ModelConfig, Params, init_params, param_specs
+from opd_jax.train_step import Batch, Objective, init_state, make_train_step, placement_of
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+STUDENT = ModelConfig(
+    vocab_size=64,
+    d_model=32,
+    num_layers=2,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=8,
+    d_ff=64,
+    norm_eps=1e-6,
+    rope_theta=1e4,
+    rope_scaling=None,
+    max_positions=64,
+    qk_norm=True,
+    qkv_bias=False,
+    tied=True,
+)
+TEACHER = replace(STUDENT, d_model=64, tied=False)
+OBJECTIVE = Objective(
+    divergence="reverse_kl",
+    beta=None,
+    intervention=True,
+    confidence=True,
+    confidence_temperature=1.0,
+    weak_weight=0.5,
+    entropy_bonus=0.0,
+    entropy_threshold=0.8,
+    normalize="all_tokens",
+    scope="batch",
+    eps=1e-8,
+    max_z=None,
+)
+ROWS, LENGTH, TURNS = 16, 16, 2
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+# Keeps the gradient itself as its state, so that it can be compared.
+KEEPER = optax.trace(decay=0.0)
+SLOTS = 32
+
+
+@pytest.fixture(params=MESHES, ids=lambda sizes: "x".join(map(str, sizes)))
+def mesh(request: pytest.FixtureRequest) -> Iterator[Mesh]:
+    data, fsdp, tensor = request.param
+    made = make_mesh(data=data, fsdp=fsdp, tensor=tensor)
+    with jax.set_mesh(made):
+        yield made
+
+
+@cache
+def params(config: ModelConfig, seed: int) -> Params:
+    with jax.set_mesh(make_mesh(data=1, fsdp=1, tensor=1)):
+        made = jax.jit(partial(init_params, config, dtype=jnp.float32))(jax.random.key(seed))
+    # Wider logits than at the start of a training, so that nothing is nearly zero.
+    return jax.tree.map(lambda x: np.asarray(x) * (2.0 if x.ndim > 1 else 1.0), made)
+
+
+def placed(config: ModelConfig, seed: int, mesh: Mesh) -> Params:
+    return jax.device_put(params(config, seed), param_shardings(param_specs(config), mesh))
+
+
+def batch() -> Batch:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 64, (ROWS, LENGTH)).astype(np.int32)
+    turn_id = np.full((ROWS, LENGTH), NO_TURN, np.int32)
+    turn_id[:, 3:7], turn_id[:, 10:14] = 0, 1
+    response = np.tile(np.r_[3:7, 10:14], (ROWS, 1)).astype(np.int32)
+    verdict = rng.integers(0, 4, (ROWS, TURNS)).astype(np.int32)
+    assert {*verdict.flat} == set(map(int, Verdict))
+    return Batch(tokens, turn_id, np.zeros((ROWS, LENGTH), np.float32), verdict, response)
+
+
+@dataclass(frozen=True)
+class Updated:
+    """The gradient of one update, what it reported, and the bytes that its program used."""
+
+    gradient: Any
+    metrics: dict[str, Any]
+
+
+def update(mesh: Mesh) -> Updated:
+    state = init_state(placed(STUDENT, 0, mesh), KEEPER, seed=0)
+    placement = placement_of(state)
+    step = make_train_step(
+        student=STUDENT,
+        teacher=TEACHER,
+        objective=OBJECTIVE,
+        optimizer=KEEPER,
+        placement=placement,
+        micro_batches=2,
+        batch_rows=ROWS,
+        dtype=jnp.dtype("float32"),
+        query_chunk=8,
+        loss_chunk=16,
+        remat=True,
+    )
+    state, metrics = step(state, placed(TEACHER, 1, mesh), shard_batch(batch(), mesh))
+    assert jax.tree.leaves(placement_of(state)) == jax.tree.leaves(placement)
+    return Updated(jax.device_get(state.opt_state.trace), jax.device_get(metrics))
+
+
+def sampled(mesh: Mesh) -> tuple[list[list[int]], np.ndarray]:
+    """Tokens and log-probabilities of two turns, behind ragged prompts and observations."""
+    rng = np.random.default_rng(1)
+    trained = placed(STUDENT, 0, mesh)
+    weights = gen.sampling_params(trained, config=STUDENT, dtype=jnp.float32, gather=True)
+    kv = model.init_cache(STUDENT, batch=ROWS, slots=SLOTS, dtype=jnp.float32, layout="BGSH")
+    keys = jax.random.split(jax.random.key(3), ROWS)
+    place = kv.keys[0].sharding
+    rows: list[list[int]] = [[] for _ in range(ROWS)]
+    logprobs = np.zeros((ROWS, 0), np.float32)
+    last = np.ones(ROWS, np.int32)
+    for turn in range(2):
+        new = rng.integers(1, 64, (ROWS, 6)).astype(np.int32)
+        new[:, 0] = last
+        counts = rng.integers(1, 7, ROWS).astype(np.int32)
+        kv = gen.extend(weights, kv, *shard_rows((new, counts)), config=STUDENT)
+        kv, out = gen.generate(
+            weights,
+            kv,
+            *shard_rows((np.full(ROWS, 5, np.int32), np.full(ROWS, 4, np.int32))),
+            jax.vmap(jax.random.fold_in, (0, None))(keys, turn),
+            jnp.array([63]),
+            config=STUDENT,
+            sampling=Sampling(temperature=0.7, top_k=0, top_p=0.95),
+            chunk=4,
+        )
+        # Where it was put, in the very words: the second turn runs the programs of the first.
+        assert {buffer.sharding for buffer in (*kv.keys, *kv.values)} == {place}
+        for row in range(ROWS):
+            rows[row] += np.asarray(out.tokens)[row, : int(out.counts[row])].tolist()
+        last = np.asarray(out.tokens)[:, 3]
+        logprobs = np.concatenate([logprobs, np.asarray(out.logprobs)], axis=1)
+    return rows, logprobs
+
+
+def judged(mesh: Mesh) -> np.ndarray:
+    """The judge's scores of three two-token labels behind ragged questions."""
+    rng = np.random.default_rng(2)
+    tokens = rng.integers(1, 64, (ROWS, 8)).astype(np.int32)
+    counts = rng.integers(1, 9, ROWS).astype(np.int32)
+    kv = model.init_cache(TEACHER, batch=ROWS, slots=10, dtype=jnp.float32, layout="BGSH")
+    words = rng.integers(1, 64, (3, 2)).astype(np.int32)
+    scores, _ = labels.label_scores(
+        placed(TEACHER, 1, mesh),
+        kv,
+        *shard_rows((tokens, counts)),
+        words,
+        np.array([2, 2, 1], np.int32),
+        config=TEACHER,
+    )
+    return np.asarray(scores)
+
+
+@cache
+def on_one_device(what: Any) -> Any:
+    single = make_mesh(data=1, fsdp=1, tensor=1)
+    with jax.set_mesh(single):
+        return what(single)
+
+
+def test_one_update(mesh: Mesh) -> None:
+    got, want = update(mesh), on_one_device(update)
+    scale = max(np.abs(x).max() for x in jax.tree.leaves(want.gradient))
+    assert scale > 1e-3
+    for g, w in zip(jax.tree.leaves(got.gradient), jax.tree.leaves(want.gradient), strict=True):
+        np.testing.assert_allclose(g, w, rtol=0, atol=1e-5 * np.abs(w).max())
+    for name in ("loss", "z", "grad_norm"):
+        np.testing.assert_allclose(got.metrics[name], want.metrics[name], rtol=1e-5)
+
+
+def test_one_generation(mesh: Mesh) -> None:
+    (tokens, logprobs), (want, want_logprobs) = sampled(mesh), on_one_device(sampled)
+    assert tokens == want
+    assert len({len(row) for row in want}) > 1  # some rows stopped sooner
+    np.testing.assert_allclose(logprobs, want_logprobs, rtol=1e-5, atol=1e-5)
+
+
+def test_one_judging(mesh: Mesh) -> None:
+    scores = judged(mesh)
+    want = on_one_device(judged)
+    np.testing.assert_allclose(scores, want, rtol=0, atol=1e-4)
+    assert (scores.argmax(axis=1) == want.argmax(axis=1)).all()
+
+
+def test_heads_that_do_not_divide_are_refused_with_all_numbers() -> None:
+    mesh = make_mesh(data=1, fsdp=1, tensor=8)
+    with pytest.raises(
+        ValueError, match=r"layers/k.*\(2, 32, 4, 8\).*`kv_heads` = 4.*`tensor` = 8"
+    ):
+        placed(STUDENT, 0, mesh)
+
+
+def test_a_cache_that_does_not_divide_is_refused(mesh: Mesh) -> None:
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    with pytest.raises(ValueError, match=rf"`batch` = 15 must be divisible.* = {ways}"):
+        model.init_cache(STUDENT, batch=15, slots=8, dtype=jnp.float32, layout="BGSH")
