@@ -9,6 +9,7 @@ them hold the same conversations, draw the same conclusions and start the same c
 import contextlib
 import os
 import pickle
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
@@ -23,13 +24,17 @@ HEARTBEAT_TIMEOUT_S = 60
 # Messages are padded to a power of two, since each size is a program to compile.
 _LEAST_BYTES = 1024
 
+_BROKEN_CONNECTION = re.compile(
+    "(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): "
+)
+
 T = TypeVar("T")
 
 
 def start() -> None:
     """Joins the run's other processes, where the environment variable `OPD_JAX_DISTRIBUTED` is set.
 
-    To be called before anything touches a device.
+    To be called by a command, before anything touches a device.
 
       auto                        as JAX finds its cluster: Cloud TPU, TPUs on GKE, Slurm
       HOST:PORT,PROCESS,PROCESSES where process 0 listens, this one's number, and how many there are
@@ -67,8 +72,9 @@ def ending_together() -> Iterator[None]:
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        # What a broken connection is raised as depends on who was waiting for whom.
+        if jax.process_count() == 1 or not _BROKEN_CONNECTION.match(str(error)):
             raise
         print(
             f"error: process {jax.process_index()} of {jax.process_count()} lost the others "

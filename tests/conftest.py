@@ -129,7 +129,7 @@ Start = Callable[..., subprocess.Popen]
 Command = Callable[..., subprocess.CompletedProcess]
 
 
-def _settings() -> dict[str, Any]:
+def _settings(**variables: str) -> dict[str, Any]:
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -137,6 +137,7 @@ def _settings() -> dict[str, Any]:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         # These programs run for a second and would compile for ten.
         "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        **variables,
     }
     pipe = subprocess.PIPE
     return {"cwd": ROOT, "env": environment, "text": True, "stdout": pipe, "stderr": pipe}
@@ -144,8 +145,12 @@ def _settings() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def start() -> Start:
-    """Starts `python WORDS...` in the repository."""
-    return lambda *words: subprocess.Popen([sys.executable, *map(str, words)], **_settings())
+    """Starts `python WORDS...` in the repository, with more environment variables."""
+
+    def run(*words: object, **variables: str) -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, *map(str, words)], **_settings(**variables))
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,141 @@
+"""Several real processes of one run: they end as one process does, and none outlives another."""
+
+import re
+import socket
+import subprocess
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import Start
+from test_train import NO_EVALUATION, assert_ended_alike, saved
+
+from opd_jax import processes
+
+# Far longer than a broken connection or a missed heartbeat takes to be noticed: reached only by a
+# process that would wait for ever.
+PATIENCE_S = 240
+
+
+@pytest.mark.parametrize("text", ["two", "host,0,2", "host:1,0", "host:1,zero,2", "host:1,0,2,3"])
+def test_a_variable_that_says_nothing_is_refused(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setenv(processes.VARIABLE, text)
+    with pytest.raises(ValueError, match=rf"`OPD_JAX_DISTRIBUTED` = '{text}': expected auto"):
+        processes.start()
+
+
+def test_without_the_variable_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(processes.VARIABLE, raising=False)
+    processes.start()
+    assert processes.gather("mine") == ["mine"]
+    assert processes.first("mine") == "mine"
+    assert processes.share({1: "b", 0: "a"}, 2) == ["a", "b"]
+    with pytest.raises(ValueError, match=r"all rows 0 to 2, nobody has \[1\]"):
+        processes.share({0: "a", 2: "c"}, 3)
+
+
+@pytest.mark.parametrize(("count", "rows"), [(1, 5), (2, 8), (3, 8), (4, 4), (4, 2)])
+def test_every_row_has_one_owner_and_nobody_many_more_than_others(
+    monkeypatch: pytest.MonkeyPatch, count: int, rows: int
+) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    owned = []
+    for index in range(count):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        owned.append([row for row in range(rows) if processes.owns(row, rows)])
+    assert sorted(row for mine in owned for row in mine) == list(range(rows))
+    assert max(map(len, owned)) - min(map(len, owned)) <= 1
+    assert 0 in owned[0]
+
+
+# --- Whole runs
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def together(start: Start, count: int, *words: object) -> list[subprocess.Popen]:
+    """The processes of one run of `train`, with a device each."""
+    port = free_port()
+    return [
+        start(
+            *("-m", "opd_jax.train", *words),
+            JAX_NUM_CPU_DEVICES="1",
+            OPD_JAX_DISTRIBUTED=f"localhost:{port},{process},{count}",
+        )
+        for process in range(count)
+    ]
+
+
+def finish(running: list[subprocess.Popen]) -> list[str]:
+    """What each printed; all of them end well."""
+    outputs = []
+    for process in running:
+        stdout, stderr = process.communicate(timeout=PATIENCE_S)
+        assert process.returncode == 0, stderr
+        # How gloo, which connects processes on CPUs, says that it has.
+        outputs.append(re.sub(r"\[Gloo\].*\n", "", stdout))
+    return outputs
+
+
+def alone(start: Start, devices: int, *words: object) -> str:
+    """The same run in one process."""
+    process = start("-m", "opd_jax.train", *words, JAX_NUM_CPU_DEVICES=str(devices))
+    return finish([process])[0]
+
+
+def settings(small: tuple[str, ...], *changed: str) -> tuple[str, ...]:
+    return ("--config=configs/quickstart.py:runlocal", *small, *changed)
+
+
+def test_killed_and_started_again_two_processes_end_with_the_bits_of_one(
+    start: Start, small: tuple, tmp_path: Path
+) -> None:
+    flags = settings(small, *NO_EVALUATION, "--config.mesh.data=2")
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone(start, 2, *flags, f"--workdir={one}")
+
+    first, second = together(start, 2, *flags, f"--workdir={two}")
+    for line in first.stdout:
+        if line.startswith("2/"):
+            break
+    second.kill()
+    _, errors = first.communicate(timeout=PATIENCE_S)
+    assert first.returncode != 0
+    assert "error: process 0 of 2 lost the others" in errors
+    assert "the run resumes from its last checkpoint" in errors
+    second.communicate()
+
+    printed, nothing = finish(together(start, 2, *flags, f"--workdir={two}"))
+    assert "4/4" in printed
+    assert nothing == ""  # the first process speaks for all
+    assert_ended_alike(two, one)
+
+
+def test_four_processes_end_as_one_with_four_devices(
+    start: Start, small: tuple, tmp_path: Path
+) -> None:
+    changed = {"mesh.data": 2, "mesh.fsdp": 2, "train.updates": 1}
+    # Plain descent, nearly: Adam's own would blow up what is left of a gradient of zero.
+    changed |= {"optimizer.eps": 1, "optimizer.learning_rate": 0.1}
+    flags = settings(small, *NO_EVALUATION, *(f"--config.{k}={v}" for k, v in changed.items()))
+    want = alone(start, 4, *flags, f"--workdir={tmp_path / 'one'}")
+    got = finish(together(start, 4, *flags, f"--workdir={tmp_path / 'four'}"))
+    assert got[1:] == ["", "", ""]
+
+    def told(text: str) -> str:
+        return re.sub(r"[\d.]+k? tok/s.*", "", text)
+
+    assert told(got[0]) == told(want)  # loss, verdicts, and the table of the evaluation
+    ours, theirs = saved(tmp_path / "four")[1], saved(tmp_path / "one")[1]
+    for (name, dtype, _, x), (other, _, _, y) in zip(ours, theirs, strict=True):
+        assert name == other
+        x, y = np.frombuffer(x, dtype), np.frombuffer(y, dtype)
+        # The sums over devices are taken in another order.
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7, err_msg=name)
