@@ -217,6 +217,23 @@ def test_a_finished_run_trains_no_more_and_says_the_same(
     assert tables[0] == tables[1]
 
 
+def is_finished(flags: tuple[str, ...], workdir: Path, start: Callable) -> bool:
+    """What the launch scripts ask of `launch/finished.py`."""
+    process = start("launch/finished.py", *flags, f"--workdir={workdir}")
+    _, errors = process.communicate()
+    assert process.returncode in (0, 75), errors
+    return process.returncode == 0
+
+
+def test_a_run_is_finished_when_it_is_evaluated_after_the_last_update(
+    trained: Any, tmp_path: Path, start: Callable
+) -> None:
+    assert is_finished(trained.flags, trained.workdir, start)
+    assert not is_finished(trained.flags, tmp_path, start)  # it never started
+    more = f"--config.train.updates={UPDATES + 1}"
+    assert not is_finished((*trained.flags, more), trained.workdir, start)
+
+
 def test_figures_of_a_finished_run_are_kept_unless_asked_for_otherwise(
     trained: Any, copy: Path, command: Callable
 ) -> None:
@@ -322,6 +339,7 @@ def test_stopped_by_sigterm_it_ends_with_the_same_bits(
     assert [int(path.name) for path in (workdir / "checkpoints").iterdir()] == [at]
     assert [line["step"] for line in lines_of(workdir)] == list(range(1, at + 1))
     assert not (workdir / "summary.json").exists()
+    assert not is_finished(flags, workdir, start)
 
     done = command("train", *flags, f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
