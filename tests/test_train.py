@@ -217,21 +217,13 @@ def test_a_finished_run_trains_no_more_and_says_the_same(
     assert tables[0] == tables[1]
 
 
-def is_finished(flags: tuple[str, ...], workdir: Path, start: Callable) -> bool:
-    """What the launch scripts ask of `launch/finished.py`."""
-    process = start("launch/finished.py", *flags, f"--workdir={workdir}")
-    _, errors = process.communicate()
-    assert process.returncode in (0, 75), errors
-    return process.returncode == 0
-
-
 def test_a_run_is_finished_when_it_is_evaluated_after_the_last_update(
-    trained: Any, tmp_path: Path, start: Callable
+    trained: Any, tmp_path: Path, is_finished: Callable
 ) -> None:
-    assert is_finished(trained.flags, trained.workdir, start)
-    assert not is_finished(trained.flags, tmp_path, start)  # it never started
-    more = f"--config.train.updates={UPDATES + 1}"
-    assert not is_finished((*trained.flags, more), trained.workdir, start)
+    flags = (*trained.flags, f"--workdir={trained.workdir}")
+    assert is_finished(*flags)
+    assert not is_finished(*flags, f"--config.train.updates={UPDATES + 1}")
+    assert not is_finished(*trained.flags, f"--workdir={tmp_path}")  # it never started
 
 
 def test_figures_of_a_finished_run_are_kept_unless_asked_for_otherwise(
@@ -329,7 +321,12 @@ def stopped(start: Callable, flags: tuple[str, ...], workdir: Path) -> str:
 
 @pytest.mark.parametrize("run", ["trained", "built"])
 def test_stopped_by_sigterm_it_ends_with_the_same_bits(
-    run: str, request: pytest.FixtureRequest, tmp_path: Path, start: Callable, command: Callable
+    run: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    start: Callable,
+    command: Callable,
+    is_finished: Callable,
 ) -> None:
     uninterrupted = request.getfixturevalue(run)
     workdir = tmp_path / "stopped"
@@ -339,7 +336,7 @@ def test_stopped_by_sigterm_it_ends_with_the_same_bits(
     assert [int(path.name) for path in (workdir / "checkpoints").iterdir()] == [at]
     assert [line["step"] for line in lines_of(workdir)] == list(range(1, at + 1))
     assert not (workdir / "summary.json").exists()
-    assert not is_finished(flags, workdir, start)
+    assert not is_finished(*flags, f"--workdir={workdir}")
 
     done = command("train", *flags, f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
