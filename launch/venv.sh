@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: `ensure_venv EXTRAS` makes .venv and installs the package with them.
 
 ensure_venv() {

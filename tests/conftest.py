@@ -165,6 +165,19 @@ def command() -> Command:
 
 
 @pytest.fixture(scope="session")
+def is_finished(start: Start) -> Callable[..., bool]:
+    """Whether `launch/finished.py FLAGS...` says so, as it does to the launch scripts."""
+
+    def ask(*flags: object) -> bool:
+        process = start("launch/finished.py", *flags)
+        _, errors = process.communicate()
+        assert process.returncode in (0, 75), errors
+        return process.returncode == 0
+
+    return ask
+
+
+@pytest.fixture(scope="session")
 def small() -> tuple[str, ...]:
     """Overrides that make a run of `configs/quickstart.py:runlocal` as small as a run can be."""
     return (

@@ -207,7 +207,7 @@ def test_figures_of_the_judge_are_pooled_over_updates_and_seeds(tmp_path: Path) 
 
 
 def test_a_small_comparison_from_end_to_end_and_again(
-    command: Callable, small: tuple, tmp_path: Path
+    command: Callable, is_finished: Callable, small: tuple, tmp_path: Path
 ) -> None:
     flags = (
         f"--config={CONFIGS / 'quickstart.py'}:compare,runlocal",
@@ -224,6 +224,8 @@ def test_a_small_comparison_from_end_to_end_and_again(
     text = (tmp_path / "comparison.md").read_text()
     assert done.stdout.endswith(text)
     assert [row[0] for row in cells(text)[1:]] == ["before", "expert", "sft", "sage"]
+    assert is_finished(*flags)
+    assert not is_finished(*(flag.replace("seeds=0,1", "seeds=0,1,2") for flag in flags))
 
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["eval"].keys() == {"before", "expert"}

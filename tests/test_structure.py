@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "opd_jax"
+PYTHON = ("opd_jax", "configs", "launch")
 PAIR_LIMIT_BYTES = 8 * 10**6
 
 
@@ -150,13 +151,13 @@ def test_every_package_imported_is_declared() -> None:
 
 @pytest.mark.parametrize("command", [("check",), ("format", "--check")])
 def test_ruff_has_nothing_to_say(command: tuple[str, ...]) -> None:
-    words = [sys.executable, "-m", "ruff", *command, "--quiet", "opd_jax", "configs", "tests"]
+    words = [sys.executable, "-m", "ruff", *command, "--quiet", *PYTHON, "tests"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_mypy_has_nothing_to_say() -> None:
-    words = [sys.executable, "-m", "mypy", "--no-error-summary", "opd_jax", "configs"]
+    words = [sys.executable, "-m", "mypy", "--no-error-summary", *PYTHON]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -165,16 +166,6 @@ def test_docstrings_are_asked_of_the_package() -> None:
     lint = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]["lint"]
     assert "D1" in lint["select"]
     assert lint["per-file-ignores"].keys() == {"tests/*"}
-
-
-@pytest.mark.parametrize(
-    "script", ["launch/local.sh", "launch/test.sh", "launch/venv.sh", ".ci/run"]
-)
-def test_shell_scripts_parse(script: str) -> None:
-    done = subprocess.run(["bash", "-n", script], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    if script != "launch/venv.sh":  # the one that is sourced
-        assert (ROOT / script).stat().st_mode & 0o111, f"{script} is not executable"
 
 
 # --- What is in the repository

@@ -218,6 +218,15 @@ def test_a_finished_run_trains_no_more_and_says_the_same(
     assert tables[0] == tables[1]
 
 
+def test_a_run_is_finished_when_it_is_evaluated_after_the_last_update(
+    trained: Any, tmp_path: Path, is_finished: Callable
+) -> None:
+    flags = (*trained.flags, f"--workdir={trained.workdir}")
+    assert is_finished(*flags)
+    assert not is_finished(*flags, f"--config.train.updates={UPDATES + 1}")
+    assert not is_finished(*trained.flags, f"--workdir={tmp_path}")  # it never started
+
+
 def test_figures_of_a_finished_run_are_kept_unless_asked_for_otherwise(
     trained: Any, copy: Path, command: Callable
 ) -> None:
@@ -313,7 +322,12 @@ def stopped(start: Callable, flags: tuple[str, ...], workdir: Path) -> str:
 
 @pytest.mark.parametrize("run", ["trained", "built"])
 def test_stopped_by_sigterm_it_ends_with_the_same_bits(
-    run: str, request: pytest.FixtureRequest, tmp_path: Path, start: Callable, command: Callable
+    run: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    start: Callable,
+    command: Callable,
+    is_finished: Callable,
 ) -> None:
     uninterrupted = request.getfixturevalue(run)
     workdir = tmp_path / "stopped"
@@ -323,6 +337,7 @@ def test_stopped_by_sigterm_it_ends_with_the_same_bits(
     assert [int(path.name) for path in (workdir / "checkpoints").iterdir()] == [at]
     assert [line["step"] for line in lines_of(workdir)] == list(range(1, at + 1))
     assert not (workdir / "summary.json").exists()
+    assert not is_finished(*flags, f"--workdir={workdir}")
 
     done = command("train", *flags, f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr

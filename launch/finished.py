@@ -1,0 +1,44 @@
+"""Whether a run is finished: the answer that a status of 0 does not give.
+
+    .venv/bin/python launch/finished.py [the arguments of opd_jax.train]
+
+Training that SIGTERM stops exits with 0 as well. This exits with 0 if the student is evaluated
+after the last update, in every run of a comparison, and with 75 (the "try again later" of
+sysexits.h) if giving the same training command again would go on with something.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from opd_jax import config as cfg
+from opd_jax.compare import variant
+from opd_jax.evaluate import is_evaluated
+from opd_jax.report import read_summary
+
+STOPPED = 75
+
+
+def main(argv: Sequence[str]) -> int:
+    """The status to exit with."""
+    config, workdir, _ = cfg.parse_command_line(argv, usage=__doc__)
+    runs = [(config, workdir)]
+    if config.compare.methods:
+        if "compare" not in read_summary(workdir / "summary.json"):
+            return STOPPED
+        runs = [
+            (variant(config, method, seed), workdir / method / f"seed-{seed}")
+            for method in config.compare.methods
+            for seed in config.compare.seeds
+        ]
+    for run, directory in runs:
+        after = read_summary(directory / "summary.json").get("eval", {}).get("after")
+        if not is_evaluated(after, run, update=run.train.updates):
+            return STOPPED
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ValueError as error:
+        cfg.fail(error)

@@ -1,0 +1,74 @@
+# shellcheck shell=bash
+# Sourced by tpu_vm.sh, gke.sh and slurm.sh, which set `verbs`: settings, and --dry-run.
+#   launch/env          its variables, exported; those already in the environment come before them
+#   --dry-run           anywhere among the arguments: taken out, and `call` prints and does not run
+#   verb                the first argument, one of `verbs`; taken out
+#   require NAME...     ends with an error when one of the variables is not set
+#   one_of NAME VALUES  ends with an error when the variable has none of the values
+#   call COMMAND...     runs a command, or prints the line that a shell would run
+#   retry COMMAND...    runs a command until it succeeds, ten times at most
+
+if [[ -f launch/env ]]; then
+  given=$(export -p)
+  set -a
+  # shellcheck source=/dev/null
+  source launch/env
+  set +a
+  eval "$given"
+fi
+
+dry_run="" words=()
+for word in "$@"; do
+  if [[ $word == --dry-run ]]; then dry_run=1; else words+=("$word"); fi
+done
+set -- ${words[@]+"${words[@]}"}
+exec 3>&1 # where `call` prints, also inside $(...)
+
+fail() {
+  echo "error: $1" >&2
+  exit 2
+}
+
+verb=${1:-}
+# shellcheck disable=SC2154 # `verbs` is the caller's
+[[ -n $verb && " ${verbs[*]} " == *" $verb "* ]] ||
+  fail "expected one of ${verbs[*]} first, got \`$verb\`"
+shift
+
+require() {
+  local name
+  for name in "$@"; do
+    [[ -n ${!name:-} ]] ||
+      fail "\`$name\` is not set; set it in launch/env, a copy of launch/env.example"
+  done
+}
+
+one_of() {
+  [[ " ${*:2} " == *" ${!1} "* ]] || fail "\`$1\` must be one of ${*:2}, got \`${!1}\`"
+}
+
+require_workdir() {
+  [[ " $*" == *" --workdir=/"* ]] ||
+    fail "\`--workdir=/DIR\` must be given, on a file system that all machines of the run mount"
+}
+
+quoted() { # the words as a shell reads them back
+  local word line=""
+  for word in "$@"; do
+    [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word=${word@Q} # plain words are easier to read
+    line+=" $word"
+  done
+  echo "${line# }"
+}
+
+call() {
+  if [[ -n $dry_run ]]; then quoted "$@" >&3; else "$@"; fi
+}
+
+retry() {
+  for _ in {1..10}; do
+    "$@" && return
+    sleep 30
+  done
+  return 1
+}
