@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -70,7 +70,7 @@ def _mesh_axes(logical: str, rules: Rules = RULES) -> tuple[str, ...]:
     return () if rule is None else (rule,) if isinstance(rule, str) else rule
 
 
-def _ways(mesh: Mesh, logical: str, rules: Rules = RULES) -> int:
+def _ways(mesh: Mesh | AbstractMesh, logical: str, rules: Rules = RULES) -> int:
     return math.prod(mesh.shape[axis] for axis in _mesh_axes(logical, rules))
 
 
@@ -93,7 +93,7 @@ def _name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def param_shardings(specs: Any, mesh: Mesh, *, rules: Rules = RULES) -> Any:
+def param_shardings(specs: Any, mesh: Mesh | AbstractMesh, *, rules: Rules = RULES) -> Any:
     """The tree of `NamedSharding` for a tree of `model.ParamSpec`: of parameters, or of a cache.
 
     Args:
@@ -133,6 +133,13 @@ def current() -> Mesh | None:
     """The mesh set by `jax.set_mesh`; None without one."""
     mesh = jax.sharding.get_mesh()
     return None if mesh.empty else mesh
+
+
+def check_divides(specs: Any) -> None:
+    """Raises as `param_shardings` does where arrays do not divide over the current mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        param_shardings(specs, mesh)
 
 
 def constrain(x: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.Array:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from opd_jax.mesh import constrain, current, param_shardings
+from opd_jax.mesh import check_divides, constrain
 
 Params = dict
 
@@ -339,6 +339,7 @@ def cache_specs(config: ModelConfig, *, batch: int, slots: int, layout: str) -> 
     return ParamSpec(shape, tuple(_CACHE_AXES[axis] for axis in layout), 0.0)
 
 
+@partial(jax.jit, static_argnames=("config", "batch", "slots", "dtype", "layout"))
 def init_cache(
     config: ModelConfig, *, batch: int, slots: int, dtype: jnp.dtype, layout: str
 ) -> KVCache:
@@ -348,14 +349,13 @@ def init_cache(
       ValueError: the rows, or the heads, do not divide over the mesh.
     """
     spec = cache_specs(config, batch=batch, slots=slots, layout=layout)
-    rows = ParamSpec((batch,), ("batch",), 0.0)
-    mesh = current()
-    where, row_where = param_shardings((spec, rows), mesh) if mesh else (None, None)
+    check_divides({"cache": spec})
 
     def buffers() -> tuple[jax.Array, ...]:
-        return tuple(jnp.zeros(spec.shape, dtype, device=where) for _ in range(config.num_layers))
+        empty = (jnp.zeros(spec.shape, dtype) for _ in range(config.num_layers))
+        return tuple(constrain(buffer, *spec.axes) for buffer in empty)
 
-    lengths = jnp.zeros(batch, jnp.int32, device=row_where)
+    lengths = constrain(jnp.zeros(batch, jnp.int32), "batch")
     return KVCache(buffers(), buffers(), lengths, layout)
 
 
@@ -368,6 +368,26 @@ def _append(buffer: jax.Array, new_BTGH: jax.Array, slot_BT: jax.Array, layout: 
         grown = buffer.at[row[..., None], group, slot_BT[..., None]].set(new_BTGH, mode="drop")
     # As the donated buffer is, so that it is written in place.
     return constrain(grown, *(_CACHE_AXES[axis] for axis in layout))
+
+
+# Queries scored against a cache at a time: the scores of a long prefill, [B, N, T, S] in float32,
+# would be larger than the cache.
+_CACHED_QUERIES = 128
+
+
+def _attention_to_cache(
+    q_BTNH: jax.Array, k: jax.Array, v: jax.Array, position_BT: jax.Array, *, layout: str
+) -> jax.Array:
+    if q_BTNH.shape[1] <= _CACHED_QUERIES:
+        return attention(q_BTNH, k, v, position_BT, layout=layout)
+
+    def one(query: tuple[jax.Array, jax.Array]) -> jax.Array:
+        q_BNH, position_B = query
+        return attention(q_BNH[:, None], k, v, position_B[:, None], layout=layout)[:, 0]
+
+    # A loop, not a list of pieces: those the compiler may compute side by side.
+    queries = (jnp.moveaxis(q_BTNH, 1, 0), position_BT.T)
+    return jnp.moveaxis(jax.lax.map(one, queries, batch_size=_CACHED_QUERIES), 0, 1)
 
 
 def forward_cached(
@@ -402,7 +422,7 @@ def forward_cached(
         q, k, v = _qkv(layer, x, cos, sin, config)
         keys.append(_append(cache.keys[index], k, slot_BT, cache.layout))
         values.append(_append(cache.values[index], v, slot_BT, cache.layout))
-        mixed = attention(q, keys[-1], values[-1], position_BT, layout=cache.layout)
+        mixed = _attention_to_cache(q, keys[-1], values[-1], position_BT, layout=cache.layout)
         x = _after_attention(layer, x, mixed, config)
     hidden = rms_norm(x, params["final_norm"], config.norm_eps)
     lengths = constrain(cache.lengths + counts, "batch")
