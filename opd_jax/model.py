@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from opd_jax.linear import project
 from opd_jax.mesh import constrain, current, param_shardings
 
 Params = dict
@@ -229,9 +230,9 @@ def _qkv(
     layer: Params, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array, config: ModelConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     x = rms_norm(x_BTD, layer["attn_norm"], config.norm_eps)
-    q = jnp.einsum("btd,dnh->btnh", x, layer["q"])
-    k = jnp.einsum("btd,dgh->btgh", x, layer["k"])
-    v = jnp.einsum("btd,dgh->btgh", x, layer["v"])
+    q = project(x, layer["q"], "btd,dnh->btnh")
+    k = project(x, layer["k"], "btd,dgh->btgh")
+    v = project(x, layer["v"], "btd,dgh->btgh")
     if config.qkv_bias:
         q, k, v = q + layer["q_bias"], k + layer["k_bias"], v + layer["v_bias"]
     if config.qk_norm:
@@ -245,11 +246,11 @@ def _qkv(
 def _after_attention(
     layer: Params, x_BTD: jax.Array, mixed_BTNH: jax.Array, config: ModelConfig
 ) -> jax.Array:
-    x = x_BTD + jnp.einsum("btnh,nhd->btd", mixed_BTNH, layer["o"])
+    x = x_BTD + project(mixed_BTNH, layer["o"], "btnh,nhd->btd")
     h = rms_norm(x, layer["mlp_norm"], config.norm_eps)
-    h = jax.nn.silu(h @ layer["gate"]) * (h @ layer["up"])
-    h = constrain(h, "batch", None, "mlp")
-    return constrain(x + h @ layer["down"], "batch", None, None)
+    gate, up = (project(h, layer[name], "btd,df->btf") for name in ("gate", "up"))
+    h = constrain(jax.nn.silu(gate) * up, "batch", None, "mlp")
+    return constrain(x + project(h, layer["down"], "btf,fd->btd"), "batch", None, None)
 
 
 def _embed(params: Params, tokens_BT: jax.Array) -> jax.Array:
