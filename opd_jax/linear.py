@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-# The logical axes that each projection contracts. They stand behind those of the stack (layers)
-# and before those of the output, in the order of `model.param_specs`.
+# The logical axes that each projection contracts. They stand behind those of the stack (layers,
+# experts) and before those of the output, in the order of `model.param_specs`.
 CONTRACTED: dict[str, tuple[str, ...]] = {
     "q": ("embed",),
     "k": ("embed",),
@@ -16,6 +16,9 @@ CONTRACTED: dict[str, tuple[str, ...]] = {
     "gate": ("embed",),
     "up": ("embed",),
     "down": ("mlp",),
+    "expert_gate": ("embed",),
+    "expert_up": ("embed",),
+    "expert_down": ("mlp",),
 }
 
 
@@ -50,3 +53,20 @@ def project(x: jax.Array, weight: jax.Array | Int8Weight, spec: str) -> jax.Arra
         return jnp.einsum(spec, x, weight)
     product = jnp.einsum(spec, x, weight.values.astype(x.dtype))
     return (product * weight.scale).astype(x.dtype)
+
+
+def project_groups(
+    x_RD: jax.Array, weight: jax.Array | Int8Weight, group_R: jax.Array, sizes_G: jax.Array
+) -> jax.Array:
+    """Each row by the matrix of its group, `x[r] @ weight[group[r]]`, [R, F] in the dtype of `x`.
+
+    Args:
+      x_RD: rows, those of a group together.
+      weight: [G, D, F], one matrix a group.
+      group_R: int32, the group of each row, ascending.
+      sizes_G: int32, rows of each group; some may have none.
+    """
+    if not isinstance(weight, Int8Weight):
+        return jax.lax.ragged_dot(x_RD, weight, sizes_G)
+    product = jax.lax.ragged_dot(x_RD, weight.values.astype(x_RD.dtype), sizes_G)
+    return (product * weight.scale[group_R]).astype(x_RD.dtype)

@@ -31,6 +31,9 @@ RULES: Rules = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    # Not split: each device has a part of every expert, so a token finds all of its experts where
+    # it is, however unevenly they are asked for. Split experts would have to be sent the tokens.
+    "expert": None,
     "vocab": "tensor",
     "slots": None,
 }

@@ -2,7 +2,7 @@
 
 One code path covers Qwen3 (RMS norm on queries and keys), Qwen2.5 (bias on the query, key and
 value projections) and Llama (neither): pre-norm blocks, grouped-query attention, rotary positions,
-SwiGLU.
+SwiGLU, or a mixture of experts of it (`moe`).
 
 Axes, declared once for the package:
   `B` trajectories · `T` tokens · `K` turns · `V` vocabulary · `D` width · `N` query heads
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from opd_jax import moe
 from opd_jax.linear import project
 from opd_jax.mesh import constrain, current, param_shardings
 
@@ -48,6 +49,7 @@ class ModelConfig:
       qkv_bias: bias on the query, key and value projections (Qwen2.5).
       tied: the output head is the transposed embedding.
       max_positions: longest sequence the model was trained for.
+      experts: of a mixture, in the place of the dense feed-forward layer of width `d_ff`.
     """
 
     vocab_size: int
@@ -64,6 +66,7 @@ class ModelConfig:
     qk_norm: bool
     qkv_bias: bool
     tied: bool
+    experts: moe.Experts | None = None
 
 
 class ParamSpec(NamedTuple):
@@ -97,10 +100,18 @@ def param_specs(config: ModelConfig) -> Params:
         "v": ParamSpec((L, D, G, H), ("layer", "embed", "kv_heads", "head_dim"), std),
         "o": ParamSpec((L, N, H, D), ("layer", "heads", "head_dim", "embed"), out),
         "mlp_norm": ParamSpec((L, D), ("layer", "embed"), None),
-        "gate": ParamSpec((L, D, F), ("layer", "embed", "mlp"), std),
-        "up": ParamSpec((L, D, F), ("layer", "embed", "mlp"), std),
-        "down": ParamSpec((L, F, D), ("layer", "mlp", "embed"), out),
     }
+    if c.experts is None:
+        layers["gate"] = ParamSpec((L, D, F), ("layer", "embed", "mlp"), std)
+        layers["up"] = ParamSpec((L, D, F), ("layer", "embed", "mlp"), std)
+        layers["down"] = ParamSpec((L, F, D), ("layer", "mlp", "embed"), out)
+    else:
+        E, F = c.experts.count, c.experts.d_ff
+        layers["router"] = ParamSpec((L, D, E), ("layer", "embed", "expert"), std)
+        in_axes, out_axes = ("embed", "mlp"), ("mlp", "embed")
+        layers["expert_gate"] = ParamSpec((L, E, D, F), ("layer", "expert", *in_axes), std)
+        layers["expert_up"] = ParamSpec((L, E, D, F), ("layer", "expert", *in_axes), std)
+        layers["expert_down"] = ParamSpec((L, E, F, D), ("layer", "expert", *out_axes), out)
     if c.qk_norm:
         layers["q_norm"] = ParamSpec((L, H), ("layer", "head_dim"), None)
         layers["k_norm"] = ParamSpec((L, H), ("layer", "head_dim"), None)
@@ -248,9 +259,17 @@ def _after_attention(
 ) -> jax.Array:
     x = x_BTD + project(mixed_BTNH, layer["o"], "btnh,nhd->btd")
     h = rms_norm(x, layer["mlp_norm"], config.norm_eps)
-    gate, up = (project(h, layer[name], "btd,df->btf") for name in ("gate", "up"))
+    if config.experts is None:
+        h = _feed_forward(layer, h)
+    else:
+        h = moe.feed_forward(layer, h, config.experts)
+    return constrain(x + h, "batch", None, None)
+
+
+def _feed_forward(layer: Params, x_BTD: jax.Array) -> jax.Array:
+    gate, up = (project(x_BTD, layer[name], "btd,df->btf") for name in ("gate", "up"))
     h = constrain(jax.nn.silu(gate) * up, "batch", None, "mlp")
-    return constrain(x + project(h, layer["down"], "btf,fd->btd"), "batch", None, None)
+    return project(h, layer["down"], "btf,fd->btd")
 
 
 def _embed(params: Params, tokens_BT: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ Reading goes slice by slice: each device's part of each parameter is cut from th
 files, so a host holds one parameter at a time.
 """
 
+import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -20,9 +21,9 @@ from opd_jax.hf.config_json import read_json
 from opd_jax.hf.layout import (
     INDEX,
     WEIGHTS,
-    is_stacked,
     leaves,
     read_slice,
+    stack_shape,
     stored_shape,
     tensor_names,
 )
@@ -168,25 +169,26 @@ def _reader(
     key: str, spec: ParamSpec, tensors: dict[str, Any], dtype: np.dtype
 ) -> Callable[[tuple[slice, ...] | None], np.ndarray]:
     """The callback that reads one device's part of a parameter."""
-    layers = [tensors[name] for name in tensor_names(key, spec)]
+    stack = stack_shape(spec)
+    named = dict(zip(np.ndindex(stack), tensor_names(key, spec), strict=True))
     parts: dict[tuple, np.ndarray] = {}  # devices along `data` hold the same part
 
-    def stack(index: tuple[slice, ...]) -> np.ndarray:
-        if not is_stacked(spec):
-            return read_slice(layers[0], key, spec, index).astype(dtype)
-        chosen = layers[index[0]]
-        first = read_slice(chosen[0], key, spec, index[1:])
-        out = np.empty((len(chosen), *first.shape), dtype)
-        out[0] = first
-        for i, tensor in enumerate(chosen[1:], 1):
-            out[i] = read_slice(tensor, key, spec, index[1:])
-        return out
+    def assemble(index: tuple[slice, ...]) -> np.ndarray:
+        depth = len(stack)
+        chosen = [range(size)[part] for size, part in zip(stack, index[:depth], strict=True)]
+        first, *others = itertools.product(*chosen)
+        part = read_slice(tensors[named[first]], key, spec, index[depth:])
+        out = np.empty((1 + len(others), *part.shape), dtype)
+        out[0] = part
+        for i, place in enumerate(others, 1):
+            out[i] = read_slice(tensors[named[place]], key, spec, index[depth:])
+        return out.reshape(*map(len, chosen), *part.shape)
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None  # JAX's type allows it, and JAX never passes it
         seen = tuple((part.start, part.stop) for part in index)
         if seen not in parts:
-            parts[seen] = stack(index)
+            parts[seen] = assemble(index)
         return parts[seen]
 
     return read
