@@ -10,12 +10,12 @@ same functions serve one device.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -73,7 +73,7 @@ def _mesh_axes(logical: str, rules: Rules = RULES) -> tuple[str, ...]:
     return () if rule is None else (rule,) if isinstance(rule, str) else rule
 
 
-def _ways(mesh: Mesh, logical: str, rules: Rules = RULES) -> int:
+def _ways(mesh: Mesh | AbstractMesh, logical: str, rules: Rules = RULES) -> int:
     return math.prod(mesh.shape[axis] for axis in _mesh_axes(logical, rules))
 
 
@@ -147,6 +147,42 @@ def constrain(x: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.Arra
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, _spec(mesh.shape, axes, rules))
+
+
+def on_each_device(function: Callable, *, in_axes: Any, out_axes: Any, summed: str) -> Callable:
+    """`function` of the parts that each device has, its results summed over devices; inside `jit`.
+
+    Where the compiler would not find this partition. Without a mesh this is `function`.
+
+    Args:
+      in_axes: a tree over its arguments; for each array a tuple with a logical axis for each
+        dimension, None where all of it is wanted on every device.
+      out_axes: the same for what it returns.
+      summed: logical axis that it contracts, of which each device has a part.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+
+    def specs(tree: Any) -> Any:
+        return jax.tree.map(lambda axes: _spec(mesh.shape, axes, RULES), tree, is_leaf=_is_axes)
+
+    return jax.shard_map(
+        lambda *parts: jax.lax.psum(function(*parts), _mesh_axes(summed)),
+        mesh=mesh,
+        in_specs=specs(in_axes),
+        out_specs=specs(out_axes),
+    )
+
+
+def _is_axes(node: Any) -> bool:
+    return isinstance(node, tuple) and all(x is None or isinstance(x, str) for x in node)
+
+
+def divides(size: int, logical: str) -> bool:
+    """Whether a dimension of `size` can be split over the current mesh, inside `jit`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or size % _ways(mesh, logical) == 0
 
 
 def whole(tree: Any) -> Any:

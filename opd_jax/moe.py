@@ -9,11 +9,14 @@ token's output does not depend on the others.
 """
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from opd_jax.linear import project_groups
+from opd_jax.linear import Int8Weight, project_groups
+from opd_jax.mesh import divides, on_each_device
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,43 @@ class Experts:
 def feed_forward(layer: dict, x_BTD: jax.Array, experts: Experts) -> jax.Array:
     """Σ over the K experts e with the highest router probability of p_e · FFN_e(x).
 
+    On a mesh each device sorts the tokens of its own rows: the compiler, left alone, would gather
+    those of all devices to sort them. Expert weights are gathered over the devices that share the
+    batch, and stay split by their width.
+
     Args:
       layer: `router` [D, E], `expert_gate` and `expert_up` [E, D, F], `expert_down` [E, F, D].
       x_BTD: normalized activations.
 
     Returns:
-      [B, T, D] in the dtype of `x_BTD`. Router probabilities and the sum are float32.
+      [B, T, D] in the dtype of `x_BTD`. Router probabilities are float32.
     """
+    weights = {name: layer[name] for name in ("router", *_WEIGHT_AXES)}
+    axes = {name: _axes(layer[name], axes) for name, axes in _WEIGHT_AXES.items()}
+    rows = ("batch" if divides(len(x_BTD), "batch") else None, None, None)
+    mix = on_each_device(
+        partial(_mix, experts=experts),
+        in_axes=(axes | {"router": (None, None)}, rows),
+        out_axes=rows,
+        summed="mlp",
+    )
+    return mix(weights, x_BTD)
+
+
+_WEIGHT_AXES = {
+    "expert_gate": (None, None, "mlp"),
+    "expert_up": (None, None, "mlp"),
+    "expert_down": (None, "mlp", None),
+}
+
+
+def _axes(weight: Any, axes: tuple) -> Any:
+    """The axes of a weight's parts: a scale has those of its expert and its output channels."""
+    return Int8Weight(axes, (axes[0], axes[2])) if isinstance(weight, Int8Weight) else axes
+
+
+def _mix(layer: dict, x_BTD: jax.Array, experts: Experts) -> jax.Array:
+    """`feed_forward` of tokens that are all here; with a part of F, a part of the sum."""
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
     weight_MK, expert_MK = route(layer["router"], x_MD, experts)
     order_R = jnp.argsort(expert_MK.ravel())  # stable: by expert, then by token

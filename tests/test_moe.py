@@ -260,9 +260,45 @@ def test_a_mesh_computes_what_one_device_does(
     part = placed["layers"]["expert_gate"]
     values = part.values if int8 else part
     assert values.addressable_shards[0].data.shape == (2, 6, 16 // sizes[1], 8 // sizes[2])
-    got = run(placed, shard_batch({"tokens": rows}, mesh)["tokens"])
+    with jax.set_mesh(mesh):
+        got = run(placed, shard_batch({"tokens": rows}, mesh)["tokens"])
     want = run(params, rows)
     assert_allclose(got, want, rtol=0, atol=3e-6 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_rows_that_do_not_divide_over_a_mesh_are_computed_on_all_of_it(
+    params: Params, rows: np.ndarray, count: int
+) -> None:
+    mesh = make_mesh(data=1, fsdp=4, tensor=2)
+    placed = jax.device_put(params, param_shardings(model.param_specs(CONFIG), mesh))
+    with jax.set_mesh(mesh):
+        got = run(placed, rows[:count])
+    want = run(params, rows[:count])
+    assert_allclose(got, want, rtol=0, atol=3e-6 * np.abs(want).max())
+
+
+def test_a_mesh_gives_the_gradient_of_one_device(params: Params, rows: np.ndarray) -> None:
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    weight = np.random.default_rng(5).normal(size=(8, 7, 32)).astype(np.float32)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params: Params, tokens: jax.Array) -> jax.Array:
+        hidden = model.forward(params, tokens, config=CONFIG, query_chunk=8, remat=True)
+        return jnp.sum(hidden @ model.head(params) * weight)
+
+    placed = jax.device_put(params, param_shardings(model.param_specs(CONFIG), mesh))
+    with jax.set_mesh(mesh):
+        got = gradient(placed, shard_batch({"tokens": rows}, mesh)["tokens"])
+    for (path, mine), whole in zip(
+        jax.tree_util.tree_leaves_with_path(got),
+        jax.tree.leaves(gradient(params, rows)),
+        strict=True,
+    ):
+        name, size = jax.tree_util.keystr(path), np.abs(whole).max()
+        assert size > 0, name
+        assert_allclose(mine, whole, rtol=0, atol=1e-5 * size, err_msg=name)
 
 
 # --- In int8 --------------------------------------------------------------------------------------
