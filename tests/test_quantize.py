@@ -316,6 +316,7 @@ def updated(student: Params, teacher: Params, mesh: Any = None) -> tuple[Params,
         placement=placement_of(state) if mesh is not None else None,
         micro_batches=1,
         batch_rows=None,
+        dtype=jnp.dtype("float32"),
         query_chunk=16,
         loss_chunk=8,
         remat=False,
@@ -344,6 +345,7 @@ def test_an_update_from_an_int8_teacher(random_params: Callable, int8: Params) -
     # On eight devices, parts of values and scales on each.
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     placed = jax.device_put(int8, param_shardings(int8_specs(CONFIG), mesh))
-    sharded, sharded_loss = updated(copy(student), placed, mesh)
+    with jax.set_mesh(mesh):
+        sharded, sharded_loss = updated(copy(student), placed, mesh)
     assert_allclose(sharded_loss, loss, rtol=1e-5)
     assert_near(sharded, gradient, 1e-5)
