@@ -49,7 +49,7 @@ class ModelConfig:
       qkv_bias: bias on the query, key and value projections (Qwen2.5).
       tied: the output head is the transposed embedding.
       max_positions: longest sequence the model was trained for.
-      experts: of a mixture, in the place of the dense feed-forward layer of width `d_ff`.
+      experts: in the place of the dense feed-forward layer of width `d_ff`; None where it is.
     """
 
     vocab_size: int

@@ -1,8 +1,9 @@
 """Weights in int8: a frozen model in half the bytes of bfloat16.
 
-Only projections inside the layers are quantized, symmetrically and by output channel, to 8 bits;
-activations are not. Embedding, head, norms and biases, which are few or looked up by row, stay as
-they are. There is nothing to calibrate: a scale is the largest magnitude of its channel / 127.
+Only projections inside the layers, those of experts too, are quantized, symmetrically and by
+output channel, to 8 bits; activations are not. Embedding, head, routers, norms and biases, which
+are few or looked up by row, stay as they are. There is nothing to calibrate: a scale is the largest
+magnitude of its channel / 127.
 """
 
 import jax
