@@ -103,7 +103,7 @@ def paper_config(
     # would be rounded away in 98 of 100 of them.
     config.dtype = "float32"
     config.compute_dtype = "bfloat16"
-    config.teacher_dtype = "bfloat16"
+    config.teacher_dtype = "bfloat16"  # int8 halves what a large teacher takes; see `quantize`
     config.mesh.fsdp = 8
     config.rollout.extend_widths = (128, 512)
     config.rollout.chunk = 64

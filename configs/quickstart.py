@@ -62,7 +62,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.seed = 0
     config.dtype = "float32"  # of the student's parameters, and of its optimizer
     config.compute_dtype = "float32"  # that the student computes in
-    config.teacher_dtype = "float32"
+    config.teacher_dtype = "float32"  # or bfloat16; or int8, its projections rounded to 8 bits
     config.mesh = dict(data=1, fsdp=1, tensor=1)
     config.student = "embedded:student"
     config.teacher = "embedded:teacher"

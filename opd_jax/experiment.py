@@ -59,7 +59,11 @@ def model_folder(name: str) -> Path:
 
 
 def load_model(name: str, *, dtype: str, mesh: jax.sharding.Mesh) -> LoadedModel:
-    """Read a model folder; errors as in `hf`."""
+    """Read a model folder; errors as in `hf`.
+
+    Args:
+      dtype: of the parameters; "int8" is `quantize` over bfloat16.
+    """
     folder = model_folder(name)
     config = hf.read_config(folder)
     tokenizer = hf.load_tokenizer(folder)
@@ -67,7 +71,13 @@ def load_model(name: str, *, dtype: str, mesh: jax.sharding.Mesh) -> LoadedModel
     return LoadedModel(
         folder=folder,
         config=config,
-        params=hf.load_params(folder, config, dtype=jnp.dtype(dtype), mesh=mesh),
+        params=hf.load_params(
+            folder,
+            config,
+            dtype=jnp.dtype("bfloat16" if dtype == "int8" else dtype),
+            int8=dtype == "int8",
+            mesh=mesh,
+        ),
         tokenizer=tokenizer,
         chat=ChatFormat.from_tokenizer(tokenizer),
     )

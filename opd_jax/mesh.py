@@ -10,7 +10,7 @@ same functions serve one device.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,9 @@ RULES: Rules = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    # Not split: each device has a part of every expert, so a token finds all of its experts where
+    # it is, however unevenly they are asked for. Split experts would have to be sent the tokens.
+    "expert": None,
     "vocab": "tensor",
     "slots": None,
 }
@@ -151,6 +154,42 @@ def constrain(x: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.Arra
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, _spec(mesh.shape, axes, rules))
+
+
+def on_each_device(function: Callable, *, in_axes: Any, out_axes: Any, summed: str) -> Callable:
+    """`function` of the parts that each device has, its results summed over devices; inside `jit`.
+
+    Where the compiler would not find this partition. Without a mesh this is `function`.
+
+    Args:
+      in_axes: a tree over its arguments; for each array a tuple with a logical axis for each
+        dimension, None where all of it is wanted on every device.
+      out_axes: the same for what it returns.
+      summed: logical axis that it contracts, of which each device has a part.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+
+    def specs(tree: Any) -> Any:
+        return jax.tree.map(lambda axes: _spec(mesh.shape, axes, RULES), tree, is_leaf=_is_axes)
+
+    return jax.shard_map(
+        lambda *parts: jax.lax.psum(function(*parts), _mesh_axes(summed)),
+        mesh=mesh,
+        in_specs=specs(in_axes),
+        out_specs=specs(out_axes),
+    )
+
+
+def _is_axes(node: Any) -> bool:
+    return isinstance(node, tuple) and all(x is None or isinstance(x, str) for x in node)
+
+
+def divides(size: int, logical: str) -> bool:
+    """Whether a dimension of `size` can be split over the current mesh, inside `jit`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or size % _ways(mesh, logical) == 0
 
 
 def whole(tree: Any) -> Any:

@@ -2,7 +2,7 @@
 
 One code path covers Qwen3 (RMS norm on queries and keys), Qwen2.5 (bias on the query, key and
 value projections) and Llama (neither): pre-norm blocks, grouped-query attention, rotary positions,
-SwiGLU.
+SwiGLU, or a mixture of experts of it (`moe`).
 
 Axes, declared once for the package:
   `B` trajectories · `T` tokens · `K` turns · `V` vocabulary · `D` width · `N` query heads
@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from opd_jax import moe
+from opd_jax.linear import project
 from opd_jax.mesh import check_divides, constrain
 
 Params = dict
@@ -47,6 +49,7 @@ class ModelConfig:
       qkv_bias: bias on the query, key and value projections (Qwen2.5).
       tied: the output head is the transposed embedding.
       max_positions: longest sequence the model was trained for.
+      experts: in the place of the dense feed-forward layer of width `d_ff`; None where it is.
     """
 
     vocab_size: int
@@ -63,6 +66,7 @@ class ModelConfig:
     qk_norm: bool
     qkv_bias: bool
     tied: bool
+    experts: moe.Experts | None = None
 
 
 class ParamSpec(NamedTuple):
@@ -96,10 +100,18 @@ def param_specs(config: ModelConfig) -> Params:
         "v": ParamSpec((L, D, G, H), ("layer", "embed", "kv_heads", "head_dim"), std),
         "o": ParamSpec((L, N, H, D), ("layer", "heads", "head_dim", "embed"), out),
         "mlp_norm": ParamSpec((L, D), ("layer", "embed"), None),
-        "gate": ParamSpec((L, D, F), ("layer", "embed", "mlp"), std),
-        "up": ParamSpec((L, D, F), ("layer", "embed", "mlp"), std),
-        "down": ParamSpec((L, F, D), ("layer", "mlp", "embed"), out),
     }
+    if c.experts is None:
+        layers["gate"] = ParamSpec((L, D, F), ("layer", "embed", "mlp"), std)
+        layers["up"] = ParamSpec((L, D, F), ("layer", "embed", "mlp"), std)
+        layers["down"] = ParamSpec((L, F, D), ("layer", "mlp", "embed"), out)
+    else:
+        E, F = c.experts.count, c.experts.d_ff
+        layers["router"] = ParamSpec((L, D, E), ("layer", "embed", "expert"), std)
+        in_axes, out_axes = ("embed", "mlp"), ("mlp", "embed")
+        layers["expert_gate"] = ParamSpec((L, E, D, F), ("layer", "expert", *in_axes), std)
+        layers["expert_up"] = ParamSpec((L, E, D, F), ("layer", "expert", *in_axes), std)
+        layers["expert_down"] = ParamSpec((L, E, F, D), ("layer", "expert", *out_axes), out)
     if c.qk_norm:
         layers["q_norm"] = ParamSpec((L, H), ("layer", "head_dim"), None)
         layers["k_norm"] = ParamSpec((L, H), ("layer", "head_dim"), None)
@@ -229,9 +241,9 @@ def _qkv(
     layer: Params, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array, config: ModelConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     x = rms_norm(x_BTD, layer["attn_norm"], config.norm_eps)
-    q = jnp.einsum("btd,dnh->btnh", x, layer["q"])
-    k = jnp.einsum("btd,dgh->btgh", x, layer["k"])
-    v = jnp.einsum("btd,dgh->btgh", x, layer["v"])
+    q = project(x, layer["q"], "btd,dnh->btnh")
+    k = project(x, layer["k"], "btd,dgh->btgh")
+    v = project(x, layer["v"], "btd,dgh->btgh")
     if config.qkv_bias:
         q, k, v = q + layer["q_bias"], k + layer["k_bias"], v + layer["v_bias"]
     if config.qk_norm:
@@ -245,11 +257,19 @@ def _qkv(
 def _after_attention(
     layer: Params, x_BTD: jax.Array, mixed_BTNH: jax.Array, config: ModelConfig
 ) -> jax.Array:
-    x = x_BTD + jnp.einsum("btnh,nhd->btd", mixed_BTNH, layer["o"])
+    x = x_BTD + project(mixed_BTNH, layer["o"], "btnh,nhd->btd")
     h = rms_norm(x, layer["mlp_norm"], config.norm_eps)
-    h = jax.nn.silu(h @ layer["gate"]) * (h @ layer["up"])
-    h = constrain(h, "batch", None, "mlp")
-    return constrain(x + h @ layer["down"], "batch", None, None)
+    if config.experts is None:
+        h = _feed_forward(layer, h)
+    else:
+        h = moe.feed_forward(layer, h, config.experts)
+    return constrain(x + h, "batch", None, None)
+
+
+def _feed_forward(layer: Params, x_BTD: jax.Array) -> jax.Array:
+    gate, up = (project(x_BTD, layer[name], "btd,df->btf") for name in ("gate", "up"))
+    h = constrain(jax.nn.silu(gate) * up, "batch", None, "mlp")
+    return project(h, layer["down"], "btf,fd->btd")
 
 
 def _embed(params: Params, tokens_BT: jax.Array) -> jax.Array:

@@ -64,7 +64,7 @@ def _randomize_vectors(model: Any) -> None:
 
 @pytest.fixture(scope="session")
 def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]:
-    """One tiny model for each family; Qwen3 untied and tied."""
+    """One tiny model for each family; Qwen3 untied and tied; mixtures of experts of both kinds."""
     import torch
     import transformers as hf
 
@@ -78,6 +78,8 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]
         "original_max_position_embeddings": 100,
     }
     theta = {"rope_type": "default", "rope_theta": 1e5}
+    experts = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+    mixture = {**_SIZES, **experts, "head_dim": 16, "rope_parameters": theta}
     models = {
         "qwen3": lambda: hf.Qwen3ForCausalLM(
             hf.Qwen3Config(**_SIZES, head_dim=16, rope_parameters=theta)
@@ -87,6 +89,12 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]
         ),
         "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_SIZES, rope_parameters=theta)),
         "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_SIZES, rope_parameters=llama3)),
+        "qwen3_moe": lambda: hf.Qwen3MoeForCausalLM(
+            hf.Qwen3MoeConfig(**mixture, norm_topk_prob=True)
+        ),
+        "qwen3_moe_shares": lambda: hf.Qwen3MoeForCausalLM(
+            hf.Qwen3MoeConfig(**mixture, norm_topk_prob=False)
+        ),
     }
     made = {}
     for seed, (name, make) in enumerate(models.items()):
@@ -101,7 +109,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]
 
 @pytest.fixture(params=["qwen3", "qwen3_tied", "qwen2", "llama"])
 def reference(request: pytest.FixtureRequest, references: dict[str, Reference]) -> Reference:
-    """Each of `references` in turn."""
+    """Each dense one of `references` in turn."""
     return references[request.param]
 
 

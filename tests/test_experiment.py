@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from opd_jax import environments, experiment, model
 from opd_jax.config import load
+from opd_jax.linear import Int8Weight
 from opd_jax.losses import NO_TURN
 from opd_jax.mesh import make_mesh
 from opd_jax.players import make_player
@@ -121,6 +122,17 @@ def test_a_model_is_loaded_in_the_dtype_asked_for(dtype: str, mesh: jax.sharding
     assert loaded.config.vocab_size == len(loaded.tokenizer)
 
 
+def test_a_teacher_in_int8_computes_in_bfloat16(mesh: jax.sharding.Mesh) -> None:
+    teacher = experiment.load_teacher(quickstart("--config.teacher_dtype=int8"), mesh)
+    assert teacher is not None
+    dtypes = {
+        key: jax.tree.map(lambda x: x.dtype, x) for key, x in teacher.params["layers"].items()
+    }
+    assert dtypes["q"] == dtypes["down"] == Int8Weight(jnp.int8, jnp.float32)
+    assert dtypes["q_norm"] == teacher.params["embed"].dtype == jnp.bfloat16
+    assert logits(teacher, np.arange(24, dtype=np.int32)[None]).dtype == jnp.bfloat16
+
+
 def with_padded_vocabulary(source: Path, target: Path, rows: int) -> Path:
     """A copy of a model folder whose embedding has `rows` more rows, as large models have."""
     shutil.copytree(source, target)
@@ -133,6 +145,19 @@ def with_padded_vocabulary(source: Path, target: Path, rows: int) -> Path:
     settings["vocab_size"] += rows
     (target / "config.json").write_text(json.dumps(settings))
     return target
+
+
+def test_rows_that_pad_a_vocabulary_are_cut_of_an_int8_teacher(
+    mesh: jax.sharding.Mesh, tmp_path: Path
+) -> None:
+    folder = with_padded_vocabulary(experiment.EMBEDDED / "teacher", tmp_path / "teacher", rows=10)
+    low = "--config.teacher_dtype=int8"
+    plain = experiment.load_teacher(quickstart(low), mesh)
+    padded = experiment.load_teacher(quickstart(low, f"--config.teacher={folder}"), mesh)
+    assert plain is not None
+    assert padded is not None
+    assert padded.config == plain.config
+    jax.tree.map(np.testing.assert_array_equal, padded.params, plain.params)
 
 
 @pytest.mark.parametrize("who", ["student", "teacher"])

@@ -32,6 +32,8 @@ def test_config_is_read(references: dict) -> None:
         "qwen3_tied": (True, False, True),
         "qwen2": (False, True, False),
         "llama": (False, False, False),
+        "qwen3_moe": (True, False, False),
+        "qwen3_moe_shares": (True, False, False),
     }
 
 

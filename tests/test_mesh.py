@@ -1,8 +1,10 @@
 """The mesh, the rules and the arrays placed by them."""
 
 import math
+from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
@@ -10,6 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 from opd_jax import mesh as mesh_lib
 from opd_jax.mesh import batch_sharding, make_mesh, param_shardings, replicated, shard_batch
 from opd_jax.model import ModelConfig, ParamSpec, cache_specs, is_spec, param_specs
+from opd_jax.moe import Experts
 
 CONFIG = ModelConfig(
     vocab_size=64,
@@ -67,8 +70,10 @@ def test_a_mesh_that_does_not_exist_is_refused(sizes: tuple[int, int, int], text
 
 
 def test_every_logical_axis_of_the_model_has_a_rule() -> None:
-    axes = {a for spec in jax.tree.leaves(param_specs(CONFIG), is_leaf=is_spec) for a in spec.axes}
-    axes |= set(cache_specs(CONFIG, batch=8, slots=4, layout="BGSH").axes)
+    mixture = replace(CONFIG, experts=Experts(count=4, per_token=2, d_ff=16, normalized=True))
+    cache = cache_specs(CONFIG, batch=8, slots=4, layout="BGSH")
+    trees = [param_specs(CONFIG), param_specs(mixture), cache]
+    axes = {a for spec in jax.tree.leaves(trees, is_leaf=is_spec) for a in spec.axes}
     assert axes == set(mesh_lib.RULES)
 
 
@@ -118,3 +123,37 @@ def test_replicated_puts_a_whole_copy_on_each_device() -> None:
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     array = jax.device_put(np.arange(6), replicated(mesh))
     assert [s.data.shape for s in array.addressable_shards] == [(6,)] * 8
+
+
+def test_a_function_of_parts_sees_those_of_its_device() -> None:
+    mesh = make_mesh(data=2, fsdp=1, tensor=4)
+    x, w = np.arange(8.0, dtype=np.float32).reshape(2, 4), np.ones((4, 8, 3), np.float32)
+    shapes = []
+
+    def matmul(x: jax.Array, w: dict[str, jax.Array]) -> jax.Array:
+        shapes.append((x.shape, w["w"].shape))
+        return x @ jnp.sum(w["w"], axis=1)
+
+    @jax.jit
+    def run(x: jax.Array, w: jax.Array) -> jax.Array:
+        assert mesh_lib.divides(6, "batch")
+        on_parts = mesh_lib.on_each_device(
+            matmul,
+            in_axes=(("batch", None), {"w": (None, "mlp", None)}),
+            out_axes=("batch", None),
+            summed="mlp",
+        )
+        return on_parts(x, {"w": w})
+
+    want = x @ w.sum(axis=1)
+    np.testing.assert_array_equal(run(x, w), want)
+    assert shapes == [((2, 4), (4, 8, 3))]
+    with jax.set_mesh(mesh):
+        np.testing.assert_array_equal(run(jax.device_put(x, batch_sharding(mesh)), w), want)
+        assert shapes[1:] == [((1, 4), (4, 2, 3))]
+
+
+def test_what_divides_over_the_current_mesh() -> None:
+    assert mesh_lib.divides(5, "batch")
+    with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
+        assert [mesh_lib.divides(rows, "batch") for rows in (1, 4, 6)] == [False, True, False]

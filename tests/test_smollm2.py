@@ -157,6 +157,57 @@ def test_logits_agree_with_transformers(student: experiment.LoadedModel, referen
     assert np.abs(logits - expected).max() <= 2e-4
 
 
+# Prose, a list of facts, code and an agent's turn.
+READING = (
+    "The old lighthouse at the end of the pier had not been lit for thirty years, but on clear "
+    "evenings people still walked out to it. Some brought a thermos of tea and sat on the steps; "
+    "others only touched the iron door, as if to make sure that it was there, and turned back. "
+    "When the council announced that it would be sold, a teacher from the village wrote a letter "
+    "to the newspaper. She did not ask for money. She asked every reader to write down what they "
+    "remembered about the light, and within a month there were four hundred pages.",
+    "Water boils at 100 degrees Celsius at sea level. The speed of light is about 300,000 "
+    "kilometres per second. Mount Everest is 8,849 metres high. Photosynthesis turns carbon "
+    "dioxide and water into sugar and oxygen. The capital of Japan is Tokyo.",
+    "def average(values):\n    total = 0\n    for value in values:\n        total += value\n"
+    "    return total / len(values)\n\n\nprint(average([1, 2, 3]))  # prints 2.0\n",
+    PASSAGE,
+)
+
+
+@needs_model
+def test_int8_weights_predict_what_bfloat16_weights_predict(
+    folder: Path, student: experiment.LoadedModel
+) -> None:
+    one = make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
+    texts = [student.tokenizer.encode(text) for text in READING]
+    tokens = np.zeros((len(texts), max(map(len, texts))), np.int32)
+    for row, text in enumerate(texts):
+        tokens[row, : len(text)] = text
+    real = np.arange(tokens.shape[1]) < np.array([len(text) for text in texts])[:, None]
+
+    def log_probs(params: model.Params) -> jax.Array:
+        hidden = model.forward(params, tokens, config=student.config, query_chunk=64, remat=False)
+        return jax.nn.log_softmax((hidden @ model.head(params)).astype(jnp.float32))
+
+    want, got = (
+        np.asarray(jax.jit(log_probs)(loaded.params), np.float64)[real]
+        for loaded in (
+            experiment.load_model(str(folder), dtype=dtype, mesh=one)
+            for dtype in ("bfloat16", "int8")
+        )
+    )
+    assert len(want) == 300
+    kl = np.sum(np.exp(want) * (want - got), axis=-1)
+    differ = want.argmax(-1) != got.argmax(-1)
+    lost = want.max(-1) - np.take_along_axis(want, got.argmax(-1)[:, None], axis=-1)[:, 0]
+    # Found: 0.0042 nats, and another first choice at 13 of 300 positions, all of them near ties,
+    # where bfloat16 prefers its own by 0.27 nats at most. From float32 to bfloat16 alone: 0.0007
+    # and 7. With a bit less it would be 0.015, 23 and 1.1; with one scale a matrix, 0.081, 49, 2.6.
+    assert kl.mean() <= 0.007
+    assert differ.sum() <= 18
+    assert lost.max() <= 0.5
+
+
 # --- The tokenizer
 
 

@@ -16,6 +16,8 @@ QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
             "judge.context=all",
             "`judge.context`: .* table9, .feedback, history, got 'all'",
         ),
+        ("dtype=int8", "`dtype`: expected one of float32, bfloat16, got 'int8'"),
+        ("teacher_dtype=int4", "`teacher_dtype`: .* float32, bfloat16, int8, got 'int4'"),
         ("mesh.fsdp=0", "`mesh.fsdp`: expected at least 1, got 0"),
         ("seed=-1", r"`seed`: expected 0\.\.2147483647, got -1"),
         ("objective.weak_weight=1.5", r"`objective.weak_weight`: expected 0\.\.1, got 1.5"),

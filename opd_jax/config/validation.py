@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "compute_dtype": ("float32", "bfloat16"),
-    "teacher_dtype": ("float32", "bfloat16"),
+    "teacher_dtype": ("float32", "bfloat16", "int8"),
     "data.source": ("on_policy", "teacher", "expert", "players"),
     "objective.divergence": (
         "reverse_kl",

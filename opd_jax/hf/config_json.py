@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from opd_jax.model import ModelConfig, RopeScaling
+from opd_jax.moe import Experts
 
 Number = TypeVar("Number", int, float)
 
@@ -18,12 +19,16 @@ class _Family:
     qk_norm: bool
     qkv_bias: bool
     head_dim: int | None  # where `config.json` has none; None is hidden_size / heads
+    experts: bool = False
 
 
 FAMILIES = {
     "Qwen3ForCausalLM": _Family("qwen3", qk_norm=True, qkv_bias=False, head_dim=128),
     "Qwen2ForCausalLM": _Family("qwen2", qk_norm=False, qkv_bias=True, head_dim=None),
     "LlamaForCausalLM": _Family("llama", qk_norm=False, qkv_bias=False, head_dim=None),
+    "Qwen3MoeForCausalLM": _Family(
+        "qwen3_moe", qk_norm=True, qkv_bias=False, head_dim=None, experts=True
+    ),
 }
 
 # Settings that would change the model and that it does not have: key -> the value it stands for.
@@ -33,6 +38,12 @@ _FIXED = {
     "mlp_bias": False,
     "use_sliding_window": False,
     "quantization_config": None,
+}
+# The same, of a mixture of experts: no dense layer among them, no expert that every token takes.
+_FIXED_EXPERTS = {
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "shared_expert_intermediate_size": 0,
 }
 
 
@@ -77,6 +88,7 @@ def read_config(folder: str | Path) -> ModelConfig:
         qk_norm=family.qk_norm,
         qkv_bias=family.qkv_bias,
         tied=bool(raw.get("tie_word_embeddings")),
+        experts=_read_experts(folder, raw) if family.experts else None,
     )
 
 
@@ -107,7 +119,8 @@ def _read_family(folder: Path, raw: dict) -> _Family:
     architecture = next(iter(raw.get("architectures") or ()), None)
     if architecture not in FAMILIES:
         _refuse(folder, "architectures", architecture, ", ".join(FAMILIES))
-    for key, value in _FIXED.items():
+    fixed = _FIXED | _FIXED_EXPERTS if FAMILIES[architecture].experts else _FIXED
+    for key, value in fixed.items():
         if raw.get(key, value) not in (None, value):
             _refuse(folder, key, raw[key], repr(value))
     if set(raw.get("layer_types") or ()) - {"full_attention"}:
@@ -139,6 +152,22 @@ def _read_rope(folder: Path, raw: dict) -> tuple[float, RopeScaling | None]:
     )
 
 
+def _read_experts(folder: Path, raw: dict) -> Experts:
+    # transformers 5 writes `num_local_experts`; before it, and on the Hub, `num_experts`.
+    if raw.get("num_experts") is None:
+        raw["num_experts"] = raw.get("num_local_experts")
+    count = _number(folder, raw, "num_experts", int)
+    per_token = _number(folder, raw, "num_experts_per_tok", int)
+    if per_token > count:
+        _refuse(folder, "num_experts_per_tok", per_token, f"at most num_experts = {count}")
+    return Experts(
+        count=count,
+        per_token=per_token,
+        d_ff=_number(folder, raw, "moe_intermediate_size", int),
+        normalized=bool(raw.get("norm_topk_prob")),
+    )
+
+
 def _number(folder: Path, raw: dict, key: str, kind: type[Number]) -> Number:
     value = raw.get(key)
     if isinstance(value, bool) or not isinstance(value, (int, kind)) or value <= 0:
@@ -163,13 +192,15 @@ def config_json(config: ModelConfig, *, dtype_name: str) -> dict:
       ValueError: no architecture of `FAMILIES` is such a model.
     """
     c = config
-    kinds = {(f.qk_norm, f.qkv_bias): name for name, f in FAMILIES.items()}
-    architecture = kinds.get((c.qk_norm, c.qkv_bias))
+    kinds = {(f.qk_norm, f.qkv_bias, f.experts): name for name, f in FAMILIES.items()}
+    architecture = kinds.get((c.qk_norm, c.qkv_bias, c.experts is not None))
     if architecture is None:
         raise ValueError(
             f"no Hugging Face architecture among {', '.join(FAMILIES)} has `qk_norm` = {c.qk_norm} "
-            f"with `qkv_bias` = {c.qkv_bias}; such a model cannot be exported"
+            f"with `qkv_bias` = {c.qkv_bias} and {'' if c.experts else 'no '}experts; such a model "
+            "cannot be exported"
         )
+    experts = {} if c.experts is None else _experts_json(c.experts)
     scaling = c.rope_scaling and {
         "rope_type": "llama3",
         "factor": c.rope_scaling.factor,
@@ -194,4 +225,15 @@ def config_json(config: ModelConfig, *, dtype_name: str) -> dict:
         "max_position_embeddings": c.max_positions,
         "tie_word_embeddings": c.tied,
         **_FIXED,
+        **experts,
+    }
+
+
+def _experts_json(experts: Experts) -> dict:
+    return {
+        "num_experts": experts.count,
+        "num_experts_per_tok": experts.per_token,
+        "moe_intermediate_size": experts.d_ff,
+        "norm_topk_prob": experts.normalized,
+        **_FIXED_EXPERTS,
     }

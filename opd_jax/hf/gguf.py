@@ -26,7 +26,7 @@ import numpy as np
 from opd_jax.config import fail
 from opd_jax.hf.gguf_file import GgufFile, find, read
 from opd_jax.hf.gguf_tokenizer import SPLITS, build_tokenizer
-from opd_jax.hf.layout import is_stacked, leaves, read_slice, stored_shape
+from opd_jax.hf.layout import leaves, read_slice, stack_shape, stored_shape
 from opd_jax.hf.save import save_model
 from opd_jax.model import ModelConfig, Params, ParamSpec, is_spec, param_specs
 
@@ -92,7 +92,7 @@ def read_params(file: GgufFile, config: ModelConfig) -> Params:
       ValueError: the file has other tensors than such a model, or in other shapes or types.
     """
     names = {
-        key: [_NAMES[key].format(i) for i in range(spec.shape[0] if is_stacked(spec) else 1)]
+        key: [_NAMES[key].format(*place) for place in np.ndindex(stack_shape(spec))]
         for key, spec in leaves(config)
     }
     expected = {name for of_key in names.values() for name in of_key}
@@ -104,14 +104,14 @@ def read_params(file: GgufFile, config: ModelConfig) -> Params:
     arrays = []
     for key, spec in leaves(config):
         layers = [_read_layer(file, name, key, spec) for name in names[key]]
-        arrays.append(np.stack(layers) if is_stacked(spec) else layers[0])
+        arrays.append(np.stack(layers).reshape(spec.shape))
     specs = param_specs(config)
     return jax.tree.unflatten(jax.tree.structure(specs, is_leaf=is_spec), arrays)
 
 
 def _read_layer(file: GgufFile, name: str, key: str, spec: ParamSpec) -> np.ndarray:
     """One layer of a parameter, in our layout."""
-    shape = spec.shape[is_stacked(spec) :]
+    shape = spec.shape[len(stack_shape(spec)) :]
     rows = file.tensor(name, stored_shape(key, spec))
     if key in ("q", "k"):
         # llama.cpp rotates neighbouring dimensions of a head together and stores them so; `model`,

@@ -2,7 +2,7 @@
 
 Only this file knows them. A projection is stored as `[out, in]`, with the heads and the head size
 merged; ours are `[in, ...]` with them apart, and stacked over layers (`model.param_specs`). An
-embedding is stored as it is.
+embedding is stored as it is. Each expert of a mixture has tensors of its own.
 """
 
 from typing import Any
@@ -31,6 +31,10 @@ _NAMES = {
     "gate": "model.layers.{}.mlp.gate_proj.weight",
     "up": "model.layers.{}.mlp.up_proj.weight",
     "down": "model.layers.{}.mlp.down_proj.weight",
+    "router": "model.layers.{}.mlp.gate.weight",
+    "expert_gate": "model.layers.{}.mlp.experts.{}.gate_proj.weight",
+    "expert_up": "model.layers.{}.mlp.experts.{}.up_proj.weight",
+    "expert_down": "model.layers.{}.mlp.experts.{}.down_proj.weight",
     "final_norm": "model.norm.weight",
     "head": "lm_head.weight",
 }
@@ -43,35 +47,36 @@ def leaves(config: ModelConfig) -> list[tuple[str, ParamSpec]]:
 
 
 def tensor_names(key: str, spec: ParamSpec) -> list[str]:
-    """The tensor that holds each layer of a parameter; a single one where it has no layers."""
-    return [_NAMES[key].format(i) for i in range(spec.shape[0] if is_stacked(spec) else 1)]
+    """The tensors of a parameter: one for each place in its stack, the last axis fastest."""
+    return [_NAMES[key].format(*place) for place in np.ndindex(stack_shape(spec))]
 
 
-def is_stacked(spec: ParamSpec) -> bool:
-    """Whether the parameter's first dimension is the layers, each of them a tensor."""
-    return spec.axes[0] == "layer"
+def stack_shape(spec: ParamSpec) -> tuple[int, ...]:
+    """Sizes of the leading axes whose every place is a tensor: layers, layers and experts, none."""
+    within = (axis for axis, name in enumerate(spec.axes) if name not in ("layer", "expert"))
+    return spec.shape[: next(within)]
 
 
 def stored_shape(key: str, spec: ParamSpec) -> tuple[int, ...]:
     """Shape of each tensor of a parameter."""
-    merged = _merge_heads(spec.shape[is_stacked(spec) :], _head_dim_axis(spec))
+    merged = _merge_heads(spec.shape[len(stack_shape(spec)) :], _head_dim_axis(spec))
     return merged if key == "embed" else merged[::-1]
 
 
 def to_stored(key: str, spec: ParamSpec, layer: np.ndarray) -> np.ndarray:
-    """One layer of a parameter as its tensor."""
+    """One place in the stack of a parameter as its tensor."""
     merged = layer.reshape(_merge_heads(layer.shape, _head_dim_axis(spec)))
     return np.ascontiguousarray(merged if key == "embed" else merged.T)
 
 
 def read_slice(tensor: Any, key: str, spec: ParamSpec, index: tuple[slice, ...]) -> np.ndarray:
-    """The part `index` of one layer of a parameter, reading little more than that part.
+    """The part `index` of one tensor of a parameter, reading little more than that part.
 
     Args:
       tensor: the safetensors slice of its tensor.
-      index: a slice for each dimension of our layout, without the layers.
+      index: a slice for each dimension of our layout, without the stack.
     """
-    shape, axis = spec.shape[is_stacked(spec) :], _head_dim_axis(spec)
+    shape, axis = spec.shape[len(stack_shape(spec)) :], _head_dim_axis(spec)
     bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
     sizes = [stop - start for start, stop in bounds]
     if axis is not None:  # Whole heads are read, then cut: they are rarely split.
@@ -85,8 +90,8 @@ def read_slice(tensor: Any, key: str, spec: ParamSpec, index: tuple[slice, ...])
 
 
 def _head_dim_axis(spec: ParamSpec) -> int | None:
-    """Axis, within one layer, of the head size that is stored merged into the heads before it."""
-    axes = spec.axes[is_stacked(spec) :]
+    """Axis, within one tensor, of the head size that is stored merged into the heads before it."""
+    axes = spec.axes[len(stack_shape(spec)) :]
     return axes.index("head_dim") if "head_dim" in axes[1:] else None
 
 

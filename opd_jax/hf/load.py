@@ -4,8 +4,10 @@ Reading goes slice by slice: each device's part of each parameter is cut from th
 files, so a host holds one parameter at a time.
 """
 
+import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +21,27 @@ from opd_jax.hf.config_json import read_json
 from opd_jax.hf.layout import (
     INDEX,
     WEIGHTS,
-    is_stacked,
     leaves,
     read_slice,
+    stack_shape,
     stored_shape,
     tensor_names,
 )
+from opd_jax.linear import Int8Weight
 from opd_jax.mesh import param_shardings
 from opd_jax.model import ModelConfig, Params, ParamSpec, is_spec, param_specs
+from opd_jax.quantize import contracted_axes, int8_specs, quantize_weight
 
 _DTYPES = ("F32", "F16", "BF16")
 
 
 def load_params(
-    folder: str | Path, config: ModelConfig, *, dtype: jnp.dtype, mesh: Mesh | None = None
+    folder: str | Path,
+    config: ModelConfig,
+    *,
+    dtype: jnp.dtype,
+    int8: bool = False,
+    mesh: Mesh | None = None,
 ) -> Params:
     """The parameters of a Hugging Face folder, each created where it will live.
 
@@ -43,30 +52,53 @@ def load_params(
     Args:
       config: what `read_config` gave for the folder.
       dtype: of the arrays; the file may hold float32, float16 or bfloat16.
+      int8: projections of the layers become `linear.Int8Weight`, each as soon as it is there, so
+        that one of them at a time exists in `dtype`.
       mesh: shardings follow `mesh.RULES`; None puts everything on the first device.
 
     Raises:
       ValueError: a file is missing or truncated, a tensor is missing or has another shape or
         type, or a parameter does not divide over the mesh. The message names it.
     """
-    folder, specs = Path(folder), param_specs(config)
+    folder, specs = Path(folder), int8_specs(config) if int8 else param_specs(config)
     if mesh is None:
         one: Sharding = SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: one, specs, is_leaf=is_spec)
     else:
         shardings = param_shardings(specs, mesh)
+    treedef = jax.tree.structure(shardings, is_leaf=_is_leaf)
     with ExitStack() as stack:
         tensors = _open_tensors(folder, stack)
         _check_tensors(folder, config, tensors)
         arrays = [
-            jax.make_array_from_callback(
-                spec.shape, sharding, _reader(key, spec, tensors, np.dtype(dtype))
-            )
+            _load_leaf(key, spec, sharding, tensors, np.dtype(dtype))
             for (key, spec), sharding in zip(
-                leaves(config), jax.tree.leaves(shardings), strict=True
+                leaves(config), jax.tree.leaves(shardings, is_leaf=_is_leaf), strict=True
             )
         ]
-    return jax.tree.unflatten(jax.tree.structure(specs, is_leaf=is_spec), arrays)
+    return jax.tree.unflatten(treedef, arrays)
+
+
+def _is_leaf(node: object) -> bool:
+    return isinstance(node, Int8Weight)
+
+
+def _load_leaf(
+    key: str,
+    spec: ParamSpec,
+    sharding: Sharding | Int8Weight,
+    tensors: dict[str, Any],
+    dtype: np.dtype,
+) -> jax.Array | Int8Weight:
+    """One parameter, where `sharding` says; quantized where it is that of an `Int8Weight`."""
+    read = _reader(key, spec, tensors, dtype)
+    if not isinstance(sharding, Int8Weight):
+        return jax.make_array_from_callback(spec.shape, sharding, read)
+    # On the devices: a channel may be spread over them, and its largest weight is that of all.
+    weight = jax.make_array_from_callback(spec.shape, sharding.values, read)
+    quantize = partial(quantize_weight, contracted=contracted_axes(key, spec))
+    # Waited for, so that the float weight is gone before the next one is read.
+    return jax.block_until_ready(jax.jit(quantize, out_shardings=sharding)(weight))
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -137,25 +169,26 @@ def _reader(
     key: str, spec: ParamSpec, tensors: dict[str, Any], dtype: np.dtype
 ) -> Callable[[tuple[slice, ...] | None], np.ndarray]:
     """The callback that reads one device's part of a parameter."""
-    layers = [tensors[name] for name in tensor_names(key, spec)]
+    stack = stack_shape(spec)
+    named = dict(zip(np.ndindex(stack), tensor_names(key, spec), strict=True))
     parts: dict[tuple, np.ndarray] = {}  # devices along `data` hold the same part
 
-    def stack(index: tuple[slice, ...]) -> np.ndarray:
-        if not is_stacked(spec):
-            return read_slice(layers[0], key, spec, index).astype(dtype)
-        chosen = layers[index[0]]
-        first = read_slice(chosen[0], key, spec, index[1:])
-        out = np.empty((len(chosen), *first.shape), dtype)
-        out[0] = first
-        for i, tensor in enumerate(chosen[1:], 1):
-            out[i] = read_slice(tensor, key, spec, index[1:])
-        return out
+    def assemble(index: tuple[slice, ...]) -> np.ndarray:
+        depth = len(stack)
+        chosen = [range(size)[part] for size, part in zip(stack, index[:depth], strict=True)]
+        first, *others = itertools.product(*chosen)
+        part = read_slice(tensors[named[first]], key, spec, index[depth:])
+        out = np.empty((1 + len(others), *part.shape), dtype)
+        out[0] = part
+        for i, place in enumerate(others, 1):
+            out[i] = read_slice(tensors[named[place]], key, spec, index[depth:])
+        return out.reshape(*map(len, chosen), *part.shape)
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None  # JAX's type allows it, and JAX never passes it
         seen = tuple((part.start, part.stop) for part in index)
         if seen not in parts:
-            parts[seen] = stack(index)
+            parts[seen] = assemble(index)
         return parts[seen]
 
     return read

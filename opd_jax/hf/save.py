@@ -16,8 +16,8 @@ from opd_jax.hf.config_json import config_json
 from opd_jax.hf.layout import (
     INDEX,
     WEIGHTS,
-    is_stacked,
     leaves,
+    stack_shape,
     stored_shape,
     tensor_names,
     to_stored,
@@ -136,6 +136,6 @@ def _tensors(
     """Each tensor to write, by name; one parameter is on the host at a time."""
     for (key, spec), leaf in zip(leaves(config), jax.tree.leaves(params), strict=True):
         array = np.asarray(leaf)
-        layers = array if is_stacked(spec) else array[None]
-        for name, layer in zip(tensor_names(key, spec), layers, strict=True):
-            yield name, to_stored(key, spec, layer.astype(dtype))
+        stack = array.reshape(-1, *spec.shape[len(stack_shape(spec)) :])
+        for name, part in zip(tensor_names(key, spec), stack, strict=True):
+            yield name, to_stored(key, spec, part.astype(dtype))

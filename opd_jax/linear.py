@@ -1,0 +1,72 @@
+"""The projections inside the layers: the one place where an activation meets a weight matrix."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+# The logical axes that each projection contracts. They stand behind those of the stack (layers,
+# experts) and before those of the output, in the order of `model.param_specs`.
+CONTRACTED: dict[str, tuple[str, ...]] = {
+    "q": ("embed",),
+    "k": ("embed",),
+    "v": ("embed",),
+    "o": ("heads", "head_dim"),
+    "gate": ("embed",),
+    "up": ("embed",),
+    "down": ("mlp",),
+    "expert_gate": ("embed",),
+    "expert_up": ("embed",),
+    "expert_down": ("mlp",),
+}
+
+
+@struct.dataclass
+class Int8Weight:
+    """A projection's weight as `values · scale`, with one scale for each output channel.
+
+    A node of the parameter tree in the place of an array: leading axes of both parts are those of
+    the stack, so a scan over layers and an index into them take each layer's part of both. In a
+    tree of specs or shardings it holds two of those.
+
+    Attributes:
+      values: int8, in the shape of the weight, within ±127.
+      scale: float32, in that shape without the contracted axes (`CONTRACTED`).
+    """
+
+    values: Any
+    scale: Any
+
+
+def project(x: jax.Array, weight: jax.Array | Int8Weight, spec: str) -> jax.Array:
+    """`einsum(spec, x, weight)` in the dtype of `x`.
+
+    A scale belongs to an output channel, so it leaves the sum: Σ x·v·s = (Σ x·v)·s. Integers up to
+    127 are exact in bfloat16, so the product is that of a float weight; the scale multiplies it in
+    float32.
+
+    Args:
+      spec: of `einsum`; its output ends with the weight's output axes, in their order.
+    """
+    if not isinstance(weight, Int8Weight):
+        return jnp.einsum(spec, x, weight)
+    product = jnp.einsum(spec, x, weight.values.astype(x.dtype))
+    return (product * weight.scale).astype(x.dtype)
+
+
+def project_groups(
+    x_RD: jax.Array, weight: jax.Array | Int8Weight, group_R: jax.Array, sizes_G: jax.Array
+) -> jax.Array:
+    """Each row by the matrix of its group, `x[r] @ weight[group[r]]`, [R, F] in the dtype of `x`.
+
+    Args:
+      x_RD: rows, those of a group together.
+      weight: [G, D, F], one matrix a group.
+      group_R: int32, the group of each row, ascending.
+      sizes_G: int32, rows of each group; some may have none.
+    """
+    if not isinstance(weight, Int8Weight):
+        return jax.lax.ragged_dot(x_RD, weight, sizes_G)
+    product = jax.lax.ragged_dot(x_RD, weight.values.astype(x_RD.dtype), sizes_G)
+    return (product * weight.scale[group_R]).astype(x_RD.dtype)

@@ -1,0 +1,103 @@
+"""Mixture of experts: a feed-forward layer in which each token takes a few of many networks.
+
+Axes, beside those of `model`: `E` experts · `K` experts a token takes · `M` tokens, rows of a batch
+merged · `R` = M · K, pairs of a token and an expert.
+
+The pairs are sorted by expert, so that the rows of an expert stand together and one ragged product
+multiplies each group by its own matrix. Nothing is padded to a capacity and no token is dropped: a
+token's output does not depend on the others.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from opd_jax.linear import Int8Weight, project_groups
+from opd_jax.mesh import divides, on_each_device
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of every layer of a model; static under `jit`.
+
+    Attributes:
+      count: experts, `E`.
+      per_token: experts that a token takes, `K`.
+      d_ff: feed-forward width of each.
+      normalized: the weights of the experts that are taken are scaled to sum to one; else they are
+        their share of the softmax over all.
+    """
+
+    count: int
+    per_token: int
+    d_ff: int
+    normalized: bool
+
+
+def feed_forward(layer: dict, x_BTD: jax.Array, experts: Experts) -> jax.Array:
+    """Σ over the K experts e with the highest router probability of p_e · FFN_e(x).
+
+    On a mesh each device sorts the tokens of its own rows: the compiler, left alone, would gather
+    those of all devices to sort them. Expert weights are gathered over the devices that share the
+    batch, and stay split by their width.
+
+    Args:
+      layer: `router` [D, E], `expert_gate` and `expert_up` [E, D, F], `expert_down` [E, F, D].
+      x_BTD: normalized activations.
+
+    Returns:
+      [B, T, D] in the dtype of `x_BTD`. Router probabilities are float32.
+    """
+    weights = {name: layer[name] for name in ("router", *_WEIGHT_AXES)}
+    axes = {name: _axes(layer[name], axes) for name, axes in _WEIGHT_AXES.items()}
+    rows = ("batch" if divides(len(x_BTD), "batch") else None, None, None)
+    mix = on_each_device(
+        partial(_mix, experts=experts),
+        in_axes=(axes | {"router": (None, None)}, rows),
+        out_axes=rows,
+        summed="mlp",
+    )
+    return mix(weights, x_BTD)
+
+
+_WEIGHT_AXES = {
+    "expert_gate": (None, None, "mlp"),
+    "expert_up": (None, None, "mlp"),
+    "expert_down": (None, "mlp", None),
+}
+
+
+def _axes(weight: Any, axes: tuple) -> Any:
+    """The axes of a weight's parts: a scale has those of its expert and its output channels."""
+    return Int8Weight(axes, (axes[0], axes[2])) if isinstance(weight, Int8Weight) else axes
+
+
+def _mix(layer: dict, x_BTD: jax.Array, experts: Experts) -> jax.Array:
+    """`feed_forward` of tokens that are all here; with a part of F, a part of the sum."""
+    x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    weight_MK, expert_MK = route(layer["router"], x_MD, experts)
+    order_R = jnp.argsort(expert_MK.ravel())  # stable: by expert, then by token
+    expert_R = expert_MK.ravel()[order_R]
+    sizes_E = jnp.bincount(expert_R, length=experts.count)
+    x_RD = x_MD[order_R // experts.per_token]
+    gate, up = (
+        project_groups(x_RD, layer[name], expert_R, sizes_E)
+        for name in ("expert_gate", "expert_up")
+    )
+    out_RD = project_groups(jax.nn.silu(gate) * up, layer["expert_down"], expert_R, sizes_E)
+    # Back into the order of tokens by reading rather than by adding: K terms in a fixed order.
+    out_MKD = out_RD[jnp.argsort(order_R)].reshape(*expert_MK.shape, -1)
+    mixed = jnp.einsum("mkd,mk->md", out_MKD, weight_MK, preferred_element_type=jnp.float32)
+    return mixed.astype(x_BTD.dtype).reshape(x_BTD.shape)
+
+
+def route(router_DE: jax.Array, x_MD: jax.Array, experts: Experts) -> tuple[jax.Array, jax.Array]:
+    """(weights float32 [M, K], experts int32 [M, K]) of each token, the most probable first."""
+    logits = jnp.einsum("md,de->me", x_MD, router_DE, preferred_element_type=jnp.float32)
+    weight_MK, expert_MK = jax.lax.top_k(jax.nn.softmax(logits), experts.per_token)
+    if experts.normalized:
+        weight_MK /= jnp.sum(weight_MK, axis=-1, keepdims=True)
+    return weight_MK, expert_MK
