@@ -40,8 +40,9 @@ from opd_jax.train_step import (
     placement_of,
 )
 
-# May differ between a run and its continuation: they change nothing that is trained.
-_FREE_FIELDS = ("eval", "checkpoint")
+# May differ between a run and its continuation: they change nothing that is trained, and another
+# mesh only the order of sums.
+_FREE_FIELDS = ("eval", "checkpoint", "mesh")
 
 _Update = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 

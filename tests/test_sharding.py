@@ -6,6 +6,7 @@ One update, a rollout's sampling over two turns, and the judge's scores, on each
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,11 +18,19 @@ from jax.sharding import Mesh
 
 from opd_jax import generate as gen
 from opd_jax import labels, model
+from opd_jax.checkpoint import Checkpoints
 from opd_jax.generate import Sampling
 from opd_jax.losses import NO_TURN, Verdict
 from opd_jax.mesh import make_mesh, param_shardings, shard_batch, shard_rows
 from opd_jax.model import ModelConfig, Params, init_params, param_specs
-from opd_jax.train_step import Batch, Objective, init_state, make_train_step, placement_of
+from opd_jax.train_step import (
+    Batch,
+    Objective,
+    abstract_state,
+    init_state,
+    make_train_step,
+    placement_of,
+)
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -96,7 +105,7 @@ def batch() -> Batch:
 
 @dataclass(frozen=True)
 class Updated:
-    """The gradient of one update, what it reported, and the bytes that its program used."""
+    """The gradient of one update, and what it reported."""
 
     gradient: Any
     metrics: dict[str, Any]
@@ -205,6 +214,29 @@ def test_one_judging(mesh: Mesh) -> None:
     want = on_one_device(judged)
     np.testing.assert_allclose(scores, want, rtol=0, atol=1e-4)
     assert (scores.argmax(axis=1) == want.argmax(axis=1)).all()
+
+
+def test_a_checkpoint_of_one_mesh_is_restored_onto_another(mesh: Mesh, tmp_path: Path) -> None:
+    optimizer = optax.adam(1e-3)
+    other = make_mesh(data=1, fsdp=4, tensor=2)
+    with jax.set_mesh(other):
+        saved = init_state(placed(STUDENT, 0, other), optimizer, seed=0)
+        # Moments that are not all zero.
+        moved = optimizer.update(saved.params, saved.opt_state, saved.params)[1]
+        saved = replace(saved, opt_state=moved)
+        checkpoints = Checkpoints(tmp_path, keep=1)
+        checkpoints.save(1, saved, {})
+        checkpoints.close()
+
+    abstract = abstract_state(placed(STUDENT, 1, mesh), optimizer)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    _, restored, _ = checkpoints.restore_latest(abstract)
+    checkpoints.close()
+    assert jax.tree.leaves(placement_of(restored)) == jax.tree.leaves(placement_of(abstract))
+    for ours, theirs in zip(jax.tree.leaves(restored), jax.tree.leaves(saved), strict=True):
+        if jax.dtypes.issubdtype(ours.dtype, jax.dtypes.prng_key):
+            ours, theirs = jax.random.key_data(ours), jax.random.key_data(theirs)
+        assert np.array_equal(ours, theirs)
 
 
 def test_heads_that_do_not_divide_are_refused_with_all_numbers() -> None:
