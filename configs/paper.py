@@ -111,7 +111,7 @@ def paper_config(
     config.judge.length_multiple = 256
     config.train.micro_batches = 8
     config.train.query_chunk = 512
-    config.train.remat = True
+    config.train.remat = "layers"
     config.train.length_multiple = 2048
     config.train.response_multiple = 1024
     config.eval.batch = 64
@@ -146,7 +146,7 @@ def _shrink(config: ConfigDict, env: dict[str, Any], splits: tuple[str, ...]) ->
     config.judge.max_new_tokens = 8
     config.train.updates = 2
     config.train.micro_batches = 1
-    config.train.remat = False
+    config.train.remat = "none"
     config.train.length_multiple = 1536
     config.train.response_multiple = 72
     config.eval.who = ("before",)

@@ -138,7 +138,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         micro_batches=1,
         query_chunk=128,
         loss_chunk=1024,
-        remat=False,
+        remat="none",  # projections, layers: keep less for the backward pass, compute it again
         length_multiple=320,  # coarse, since a shape costs more to compile than to pad
         response_multiple=128,
     )

@@ -14,6 +14,7 @@ copied at every step.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -286,13 +287,24 @@ def _rotation(position_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, j
 # --- A whole sequence: training and scoring -----------------------------------------------------
 
 
+# What is kept for the backward pass, by name: everything; of each layer its input and what its
+# projections gave; of each layer its input alone.
+REMAT: dict[str, Callable[[Callable], Callable]] = {
+    "none": lambda block: block,
+    "projections": partial(
+        jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+    "layers": jax.checkpoint,
+}
+
+
 def forward(
     params: Params,
     tokens: jax.Array,
     *,
     config: ModelConfig,
     query_chunk: int,
-    remat: bool,
+    remat: str,
 ) -> jax.Array:
     """Final hidden states of whole sequences.
 
@@ -302,11 +314,16 @@ def forward(
     Args:
       tokens: int32 [B, T].
       query_chunk: queries attended at a time (`causal_self_attention`).
-      remat: recompute each layer in the backward pass instead of keeping its activations.
+      remat: what the backward pass finds and what it computes again (`REMAT`).
 
     Returns:
       [B, T, D], normalized: `hidden @ head(params)` are the logits.
+
+    Raises:
+      ValueError: an unknown `remat`.
     """
+    if remat not in REMAT:
+        raise ValueError(f"`remat`: expected one of {', '.join(REMAT)}, got {remat!r}")
     x = _embed(params, tokens)
     cos, sin = _rotation(jnp.arange(tokens.shape[1])[None], config)
 
@@ -315,7 +332,7 @@ def forward(
         mixed = causal_self_attention(q, k, v, query_chunk=query_chunk)
         return _after_attention(layer, x_BTD, mixed, config), None
 
-    x, _ = jax.lax.scan(jax.checkpoint(block) if remat else block, x, params["layers"])
+    x, _ = jax.lax.scan(REMAT[remat](block), x, params["layers"])
     return rms_norm(x, params["final_norm"], config.norm_eps)
 
 

@@ -73,6 +73,8 @@ def _run(config: FrozenConfigDict, workdir: Path, mesh: jax.sharding.Mesh) -> di
         processes.say(f"resuming after update {done} of {config.train.updates}")
 
     results = _evaluate_others(config, student, teacher, workdir, stop, write=write)
+    # What was loaded is let go: training has its own.
+    student = dataclasses.replace(student, params={})
     source = make_source(config, student=student, teacher=teacher, cursor=meta["cursor"])
     update = _make_update(config, student, teacher, optimizer, state, mesh)
     state = _train(config, state, source, update, checkpoints, workdir, stop, write=write)

@@ -185,7 +185,7 @@ def score(
     dtype: jnp.dtype,
     query_chunk: int,
     loss_chunk: int,
-    remat: bool,
+    remat: str,
 ) -> TokenScores:
     """Divergence and all other scores of the response tokens, float32 [B, R].
 
@@ -214,7 +214,7 @@ def score(
         scores = _distillation_scores(
             hidden,
             head,
-            _gather_hidden(run(frozen, config=teacher, remat=False), batch.response),
+            _gather_hidden(run(frozen, config=teacher, remat="none"), batch.response),
             _gathered_head(frozen),
             targets,
             objective=objective,
@@ -388,7 +388,7 @@ def make_train_step(
     dtype: jnp.dtype,
     query_chunk: int,
     loss_chunk: int,
-    remat: bool,
+    remat: str,
 ) -> Callable[[TrainState, Params | None, Batch], tuple[TrainState, dict[str, Any]]]:
     """The jitted update `(state, teacher_params, batch) -> (state, metrics)`; donates `state`.
 

@@ -503,7 +503,7 @@ def greedy(
 
     @jax.jit
     def following(row: jax.Array, last: jax.Array) -> jax.Array:
-        hidden = model.forward(params, row, config=sizes, query_chunk=row.shape[1], remat=False)
+        hidden = model.forward(params, row, config=sizes, query_chunk=row.shape[1], remat="none")
         return (hidden[0, last] @ model.head(params)).argmax()
 
     for place in range(len(prompt), len(prompt) + new):

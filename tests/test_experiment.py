@@ -37,7 +37,9 @@ def mesh() -> jax.sharding.Mesh:
 
 
 def logits(loaded: experiment.LoadedModel, tokens: np.ndarray) -> np.ndarray:
-    hidden = model.forward(loaded.params, tokens, config=loaded.config, query_chunk=64, remat=False)
+    hidden = model.forward(
+        loaded.params, tokens, config=loaded.config, query_chunk=64, remat="none"
+    )
     return np.asarray(hidden @ model.head(loaded.params))
 
 

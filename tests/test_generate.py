@@ -56,7 +56,7 @@ def params() -> model.Params:
 
 @partial(jax.jit, static_argnames="width")
 def _logits(params: model.Params, tokens: jax.Array, *, width: int) -> jax.Array:
-    hidden = model.forward(params, tokens[None], config=CONFIG, query_chunk=width, remat=False)
+    hidden = model.forward(params, tokens[None], config=CONFIG, query_chunk=width, remat="none")
     return (hidden @ model.head(params))[0]
 
 

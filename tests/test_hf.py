@@ -28,7 +28,7 @@ def load(folder: Path, **options: Any) -> model.Params:
 
 
 def greedy(params: model.Params, config: model.ModelConfig, prompt: list, new: int) -> list:
-    forward = jax.jit(partial(model.forward, config=config, query_chunk=32, remat=False))
+    forward = jax.jit(partial(model.forward, config=config, query_chunk=32, remat="none"))
     tokens = np.array(prompt + [0] * new)  # causality: what follows a position cannot matter
     for end in range(len(prompt), len(tokens)):
         hidden = forward(params, tokens[None])[0, end - 1]

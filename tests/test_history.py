@@ -170,7 +170,7 @@ def test_sampled_log_probabilities_are_those_of_the_rows(
     rows, _ = history.rows(played, history_turns=history_turns, left_out=agent.chat.left_out)
     assert len(rows) == len(TASKS) * (MAX_TURNS - history_turns)
     packed = pack(rows, max_turns=MAX_TURNS, length_multiple=64)
-    hidden = model.forward(params, packed.tokens, config=agent.model, query_chunk=64, remat=False)
+    hidden = model.forward(params, packed.tokens, config=agent.model, query_chunk=64, remat="none")
     logprobs = jax.nn.log_softmax(hidden @ model.head(params))
     recomputed = jnp.take_along_axis(logprobs[:, :-1], packed.tokens[:, 1:, None], axis=2)[..., 0]
     student = packed.turn_id[:, 1:] != NO_TURN

@@ -32,7 +32,7 @@ def loaded(reference: Any) -> tuple[model.ModelConfig, model.Params]:
 
 
 def hidden_states(config: model.ModelConfig, params: model.Params, tokens: np.ndarray) -> jax.Array:
-    run = jax.jit(partial(model.forward, config=config, query_chunk=8, remat=False))
+    run = jax.jit(partial(model.forward, config=config, query_chunk=8, remat="none"))
     return run(params, tokens)
 
 
@@ -127,7 +127,7 @@ def test_lowering_lengths_rolls_a_row_back(references: dict, tokens: np.ndarray)
     np.testing.assert_allclose(hidden, expected[:, 5:], rtol=0, atol=1e-5)
 
 
-def loss_and_grad(config: model.ModelConfig, query_chunk: int, remat: bool) -> Any:
+def loss_and_grad(config: model.ModelConfig, query_chunk: int, remat: str) -> Any:
     def loss(params: model.Params, tokens: jax.Array) -> jax.Array:
         hidden = model.forward(params, tokens, config=config, query_chunk=query_chunk, remat=remat)
         logprobs = jax.nn.log_softmax(hidden @ model.head(params))
@@ -140,12 +140,14 @@ def loss_and_grad(config: model.ModelConfig, query_chunk: int, remat: bool) -> A
 def unchunked(references: dict, tokens: np.ndarray) -> tuple:
     config, params = load(references["qwen3_tied"])
     short = tokens[:, :5]
-    return params, short, loss_and_grad(config, 5, False)(params, short)
+    return params, short, loss_and_grad(config, 5, "none")(params, short)
 
 
-@pytest.mark.parametrize(("query_chunk", "remat"), [(1, False), (3, True), (20, True)])
+@pytest.mark.parametrize(
+    ("query_chunk", "remat"), [(1, "none"), (3, "layers"), (20, "projections")]
+)
 def test_chunking_and_remat_change_no_gradient(
-    references: dict, unchunked: tuple, query_chunk: int, remat: bool
+    references: dict, unchunked: tuple, query_chunk: int, remat: str
 ) -> None:
     params, tokens, (loss, grad) = unchunked
     config = hf.read_config(references["qwen3_tied"].folder)

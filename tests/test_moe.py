@@ -42,7 +42,7 @@ CONFIG = ModelConfig(
 
 
 def run(params: Params, tokens: np.ndarray, config: ModelConfig = CONFIG) -> np.ndarray:
-    forward = jax.jit(partial(model.forward, config=config, query_chunk=8, remat=False))
+    forward = jax.jit(partial(model.forward, config=config, query_chunk=8, remat="none"))
     return np.asarray(forward(params, tokens) @ model.head(params))
 
 
@@ -112,7 +112,7 @@ def test_gradient_matches_torch(mixture: Any, tokens: np.ndarray) -> None:
     @jax.jit
     @jax.grad
     def gradient(params: Params) -> jax.Array:
-        hidden = model.forward(params, tokens[:, :5], config=config, query_chunk=8, remat=True)
+        hidden = model.forward(params, tokens[:, :5], config=config, query_chunk=8, remat="layers")
         return jnp.sum(hidden @ model.head(params) * weight)
 
     got = jax.tree.map(np.asarray, gradient(params)["layers"])
@@ -285,7 +285,7 @@ def test_a_mesh_gives_the_gradient_of_one_device(params: Params, rows: np.ndarra
     @jax.jit
     @jax.grad
     def gradient(params: Params, tokens: jax.Array) -> jax.Array:
-        hidden = model.forward(params, tokens, config=CONFIG, query_chunk=8, remat=True)
+        hidden = model.forward(params, tokens, config=CONFIG, query_chunk=8, remat="layers")
         return jnp.sum(hidden @ model.head(params) * weight)
 
     placed = jax.device_put(params, param_shardings(model.param_specs(CONFIG), mesh))

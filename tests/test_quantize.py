@@ -147,7 +147,7 @@ def test_a_projection_is_that_of_the_weights_it_stands_for(
 
 
 def run(params: Params, tokens: np.ndarray, config: ModelConfig = CONFIG) -> np.ndarray:
-    forward = jax.jit(partial(model.forward, config=config, query_chunk=8, remat=False))
+    forward = jax.jit(partial(model.forward, config=config, query_chunk=8, remat="none"))
     logits = forward(params, tokens) @ model.head(params)
     return np.asarray(logits, np.float64)
 
@@ -319,7 +319,7 @@ def updated(student: Params, teacher: Params, mesh: Any = None) -> tuple[Params,
         dtype=jnp.dtype("float32"),
         query_chunk=16,
         loss_chunk=8,
-        remat=False,
+        remat="none",
     )
     state, metrics = jax.device_get(step(state, teacher, rows))
     return state.opt_state[0].trace, metrics["loss"]

@@ -411,7 +411,7 @@ def test_sampled_logprobs_are_those_of_one_forward_over_the_final_tokens(
 
     @jax.jit
     def recompute(tokens: jax.Array) -> jax.Array:
-        hidden = model.forward(params, tokens, config=agent.model, query_chunk=64, remat=False)
+        hidden = model.forward(params, tokens, config=agent.model, query_chunk=64, remat="none")
         logprobs = jax.nn.log_softmax(hidden[:, :-1] @ model.head(params))
         return jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1)[..., 0]
 

@@ -276,7 +276,7 @@ def test_broken_rows_carry_no_loss(
         dtype=jnp.dtype("float32"),
         query_chunk=64,
         loss_chunk=64,
-        remat=False,
+        remat="none",
     )
     verdict = np.full(trajectory.failed.shape, Verdict.STRONG, np.int32)  # even if all were judged
 

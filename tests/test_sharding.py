@@ -125,7 +125,7 @@ def update(mesh: Mesh) -> Updated:
         dtype=jnp.dtype("float32"),
         query_chunk=8,
         loss_chunk=16,
-        remat=True,
+        remat="layers",
     )
     state, metrics = step(state, placed(TEACHER, 1, mesh), shard_batch(batch(), mesh))
     assert jax.tree.leaves(placement_of(state)) == jax.tree.leaves(placement)

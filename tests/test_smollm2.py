@@ -149,7 +149,7 @@ def test_transformers_reads_the_same_weights_from_the_file(
 @needs_model
 def test_logits_agree_with_transformers(student: experiment.LoadedModel, reference: Any) -> None:
     ids = student.tokenizer.encode(PASSAGE)
-    forward = jax.jit(partial(model.forward, config=student.config, query_chunk=32, remat=False))
+    forward = jax.jit(partial(model.forward, config=student.config, query_chunk=32, remat="none"))
     hidden = forward(student.params, jnp.asarray([ids]))[0]
     logits = np.asarray(hidden @ model.head(student.params))
     expected = reference_logits(reference, ids)
@@ -186,7 +186,7 @@ def test_int8_weights_predict_what_bfloat16_weights_predict(
     real = np.arange(tokens.shape[1]) < np.array([len(text) for text in texts])[:, None]
 
     def log_probs(params: model.Params) -> jax.Array:
-        hidden = model.forward(params, tokens, config=student.config, query_chunk=64, remat=False)
+        hidden = model.forward(params, tokens, config=student.config, query_chunk=64, remat="none")
         return jax.nn.log_softmax((hidden @ model.head(params)).astype(jnp.float32))
 
     want, got = (

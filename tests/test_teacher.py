@@ -132,7 +132,7 @@ def prompts(tokenizer: Any) -> list[list[int]]:
 
 @partial(jax.jit, static_argnames="config")
 def _logits(params: model.Params, tokens: jax.Array, *, config: model.ModelConfig) -> jax.Array:
-    hidden = model.forward(params, tokens, config=config, query_chunk=32, remat=False)
+    hidden = model.forward(params, tokens, config=config, query_chunk=32, remat="none")
     return hidden @ model.head(params)
 
 

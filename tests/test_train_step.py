@@ -151,7 +151,7 @@ def step_function(
     *,
     micro_batches: int = 1,
     batch_rows: int | None = None,
-    remat: bool = False,
+    remat: str = "none",
     placement: TrainState | None = None,
 ):
     """Compiled once for all tests that share its settings."""
@@ -213,7 +213,7 @@ def assert_same_update(got: Updated, want: Updated) -> None:
 def reference_logprobs(who: int) -> np.ndarray:
     """[B, T, V] in float64: entry t is about token t, so position 0 is empty."""
     hidden = model.forward(
-        params(who), standard_batch().tokens, config=CONFIG, query_chunk=16, remat=False
+        params(who), standard_batch().tokens, config=CONFIG, query_chunk=16, remat="none"
     )
     scores = np.asarray(hidden, np.float64) @ np.asarray(params(who)["head"], np.float64)
     return np.roll(log_softmax(scores, axis=-1), 1, axis=1)
@@ -291,7 +291,7 @@ def scores_of() -> TokenScores:
             dtype=jnp.dtype("float32"),
             query_chunk=16,
             loss_chunk=8,
-            remat=False,
+            remat="none",
         )
     )(STUDENT(), TEACHER(), standard_batch())
 
@@ -369,7 +369,7 @@ def unfused_gradient(objective: Objective) -> Params:
 @jax.grad
 def _unfused_gradient(student: Params, weight: jax.Array) -> jax.Array:
     tokens, log_t = standard_batch().tokens, reference_logprobs(2).astype(np.float32)
-    hidden = model.forward(student, tokens, config=CONFIG, query_chunk=16, remat=False)
+    hidden = model.forward(student, tokens, config=CONFIG, query_chunk=16, remat="none")
     log_s = jnp.roll(jax.nn.log_softmax(hidden @ student["head"]), 1, axis=1)
     return jnp.sum(weight[..., None] * jnp.exp(log_s) * (log_s - log_t)) / TOKENS
 
@@ -490,7 +490,7 @@ def divergences() -> dict[str, jax.Array]:
                 dtype=jnp.dtype("float32"),
                 query_chunk=16,
                 loss_chunk=8,
-                remat=False,
+                remat="none",
             ).divergence
             for kind, beta in kinds.items()
         }
@@ -523,7 +523,7 @@ def test_other_divergences_equal_float64(kind: str) -> None:
     ("objective", "settings"),
     [
         (SAGE, {"micro_batches": 2}),
-        (SAGE, {"micro_batches": 4, "remat": True}),  # both save memory and change nothing
+        (SAGE, {"micro_batches": 4, "remat": "layers"}),  # both save memory and change nothing
         (BY_TRAJECTORY, {"micro_batches": 4}),
         (SAGE, {"batch_rows": 2}),
     ],
@@ -637,7 +637,7 @@ def small_gradient():
             dtype=jnp.dtype("float32"),
             query_chunk=1,
             loss_chunk=8,
-            remat=False,
+            remat="none",
         )
         return objective_sums(scores, batch, objective=SAGE).loss
 

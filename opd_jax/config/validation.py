@@ -21,6 +21,7 @@ _CHOICES = {
     ),
     "objective.normalize": ("all_tokens", "active_tokens", "none"),
     "objective.scope": ("batch", "trajectory"),
+    "train.remat": ("none", "projections", "layers"),
     "optimizer.schedule": ("constant", "cosine", "linear"),
     "judge.decode": ("constrained", "generate"),
     "judge.context": ("table9", "+feedback", "history"),
