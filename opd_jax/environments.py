@@ -1,7 +1,8 @@
 """From a config's `env` to environments."""
 
 import importlib
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Collection, Sequence
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -28,18 +29,33 @@ def make_env(settings: FrozenConfigDict) -> Env:
     """A new environment from `config.env`; in a process of its own with `env.workers`.
 
     Raises:
-      ValueError: an unknown name, or what the environment itself misses, such as its extra.
+      ValueError: an unknown name, fields of `env` that are another environment's, or what the
+        environment itself misses, such as its extra.
     """
     if settings.name not in _ENVS:
         raise ValueError(f"`env.name`: expected one of {', '.join(_ENVS)}, got {settings.name!r}")
     module, name = _ENVS[settings.name]
+    kind = getattr(importlib.import_module(f"opd_jax.envs.{module}"), name)
     options = {field: value for field, value in settings.items() if field not in _AROUND}
-    make = partial(getattr(importlib.import_module(f"opd_jax.envs.{module}"), name), **options)
+    _check_fields(settings.name, kind, options)
+    make = partial(kind, **options)
     if not settings.workers:
         return make()
     return Worker(
         make, start_timeout_s=settings.start_timeout_s, step_timeout_s=settings.step_timeout_s
     )
+
+
+def _check_fields(name: str, kind: Callable[..., Env], given: Collection[str]) -> None:
+    """Compares the fields of `env` with what the environment takes, before it is made."""
+    taken = inspect.signature(kind).parameters
+    wrong = [f"`env.{field}` is none of its fields" for field in given if field not in taken]
+    wrong += [f"`env.{field}` is missing" for field in taken if field not in given]
+    if wrong:
+        raise ValueError(
+            f"`env.name` = {name!r} does not fit the rest of `env`: {', '.join(wrong)}; take a "
+            f"config file of this environment, or give `env` the fields {', '.join(taken)}"
+        )
 
 
 def make_envs(settings: FrozenConfigDict, count: int) -> list[Env | None]:

@@ -65,7 +65,7 @@ def play_model(
 def play_player(config: FrozenConfigDict, who: str, split: str) -> list[Conversation]:
     """The same tasks played by the expert or the random player."""
     env = environments.make_env(config.env)
-    player = make_player(who, config)
+    player = make_player(who, config, field="--policy` or `eval.who")
     tasks = panel_size(config, split)
     played = {
         index: play_out(

@@ -30,6 +30,7 @@ from opd_jax.experience import VERDICT_NAMES, Experience, Source, make_source
 from opd_jax.experiment import LoadedModel
 from opd_jax.mesh import make_mesh, shard_batch
 from opd_jax.metrics import Metrics, Stopwatch
+from opd_jax.players import check_players
 from opd_jax.report import EventWriter, JsonlWriter, progress_line, read_summary, write_summary
 from opd_jax.train_step import (
     Batch,
@@ -61,6 +62,7 @@ def _run(config: FrozenConfigDict, workdir: Path, mesh: jax.sharding.Mesh) -> di
     if any((workdir / "checkpoints").glob("[0-9]*")):
         cfg.check_same_run(config, workdir, ignore=_FREE_FIELDS)
     environments.check_splits(config)
+    check_players(config)
     student, teacher = experiment.load_pair(config, mesh)
     optimizer = experiment.make_optimizer(config)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)

@@ -651,7 +651,7 @@ def test_the_listener_hears_compilations(compilations: list[str]) -> None:
         (["--config.mesh.data=3", "--config.rollout.batch=9"], ["`eval.batch`", "`mesh.data`"]),
         (
             [f"--config.{name}=16" for name in ("mesh.data", "rollout.batch", "eval.batch")],
-            ["`data`", "16 × 1 × 1", "8 devices"],
+            ["`mesh.data`", "16 × 1 × 1", "8 devices"],
         ),
         (["--workdr=x"], ["`--workdr`", "`workdir`"]),
         (["--config=configs/quickstrat.py"], ["quickstrat.py", "quickstart.py"]),
@@ -679,6 +679,7 @@ def test_the_listener_hears_compilations(compilations: list[str]) -> None:
         (["--config.optimizer.schedule=step"], ["`optimizer.schedule`", "cosine", "'step'"]),
         (["--config.env.size=vast"], ["`size`", "small", "'vast'"]),
         (["--config.env.name=office"], ["`env.name`", "household", "'office'"]),
+        (["--config.env.name=alfworld"], ["`env.size`", "`env.data`", "'alfworld'"]),
         (["--config.teacher="], ["`teacher` is empty"]),
         (["--config.student=new"], ["`student` = 'new'", "teacher"]),
         (["--config.objective.divergence=cross_entropy"], ["cross_entropy", "`objective."]),
