@@ -349,8 +349,8 @@ def run(config: FrozenConfigDict, workdir: Path, policy: str) -> dict[str, dict]
         of the two would stand side by side as if they were of one.
     """
     check_same_run(config, workdir, ignore=_FREE_FIELDS)
-    for split in config.eval.splits:
-        panel_size(config, split)  # one that does not exist is named before anything is played
+    for split in config.eval.splits:  # one that does not exist is named before anything is played
+        processes.say(environments.describe(split, _panel(config, split)))
     if policy == "model":
         mesh = make_mesh(**config.mesh)
         with jax.set_mesh(mesh):

@@ -562,12 +562,28 @@ def sage_weights(
 
 
 def weighted_sum(divergence: jax.Array, weight: jax.Array, turn_id: jax.Array) -> jax.Array:
-    """Σ weight · divergence over student tokens, float32 []; other positions may hold NaN."""
+    """Σ weight · divergence over student tokens.
+
+    A token of weight 0 adds exactly 0 to the sum and to the gradient, whatever its divergence: it is
+    infinite where the student may say what the teacher never would, and 0 · ∞ is NaN.
+
+    Args:
+      divergence: float [B, T], nats; may hold anything where `turn_id` is `NO_TURN` or the weight
+        is 0.
+      weight: float [B, T]; gets no gradient.
+      turn_id: int [B, T].
+
+    Returns:
+      float32 [].
+
+    Raises:
+      ValueError: the shapes differ.
+    """
     _check_same_shape("divergence", divergence, "weight", weight)
     _check_same_shape("divergence", divergence, "turn_id", turn_id)
-    student = turn_id != NO_TURN
-    weight = jax.lax.stop_gradient(jnp.where(student, weight, 0.0))
-    return jnp.sum(weight * jnp.where(student, divergence, 0.0))
+    counts = (turn_id != NO_TURN) & (weight != 0)
+    weight = jax.lax.stop_gradient(jnp.where(counts, weight, 0.0))
+    return jnp.sum(weight * jnp.where(counts, divergence, 0.0))
 
 
 def weighted_loss(divergence: jax.Array, weight: jax.Array, turn_id: jax.Array) -> jax.Array:
@@ -576,12 +592,14 @@ def weighted_loss(divergence: jax.Array, weight: jax.Array, turn_id: jax.Array) 
     The denominator does not depend on the weights: halving them halves the loss. A batch without
     student tokens has loss 0.
 
-    Where `turn_id` is `NO_TURN` a NaN harms neither the loss nor the gradient to `divergence`, but
-    a gradient of 0 becomes NaN again on its way through logits that are NaN. If logits may be,
-    gather the student's positions first, or replace the others' logits before the divergence.
+    Where `turn_id` is `NO_TURN` or the weight is 0, a NaN or an infinity harms neither the loss nor
+    the gradient to `divergence`, but a gradient of 0 becomes NaN again on its way through logits
+    that are NaN. If logits may be, gather the student's positions first, or replace the others'
+    logits before the divergence.
 
     Args:
-      divergence: float [B, T], nats; may hold NaN where `turn_id` is `NO_TURN`.
+      divergence: float [B, T], nats; may hold anything where `turn_id` is `NO_TURN` or the weight
+        is 0.
       weight: float [B, T]; gets no gradient.
       turn_id: int [B, T].
 

@@ -61,7 +61,8 @@ def _run(config: FrozenConfigDict, workdir: Path, mesh: jax.sharding.Mesh) -> di
     # Until it has saved something there is nothing to continue, and a mistake may be corrected.
     if any((workdir / "checkpoints").glob("[0-9]*")):
         cfg.check_same_run(config, workdir, ignore=_FREE_FIELDS)
-    environments.check_splits(config)
+        environments.check_same_tasks(config, workdir)
+    environments.panels(config)  # there is every split that it names
     check_players(config)
     student, teacher = experiment.load_pair(config, mesh)
     optimizer = experiment.make_optimizer(config)
@@ -70,6 +71,7 @@ def _run(config: FrozenConfigDict, workdir: Path, mesh: jax.sharding.Mesh) -> di
     # Not before everything it names was found good: a run may be started again with its mistakes
     # corrected.
     _store_config(config, workdir)
+    environments.store_tasks(config, workdir)
     done = int(state.step)
     if done:
         processes.say(f"resuming after update {done} of {config.train.updates}")

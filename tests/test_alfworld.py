@@ -75,9 +75,20 @@ def test_the_panel_does_not_depend_on_the_order_of_the_file_system(tmp_path):
     assert {game.id for game in one} == {f"alfworld/{place}" for place in places}
     digests = [hashlib.sha256(game.id.encode()).hexdigest() for game in one]
     assert digests == sorted(digests)
-    expected = hashlib.sha256("\n".join(game.id for game in one).encode()).hexdigest()
-    assert alfworld_panel.digest(one) == alfworld_panel.digest(other) == expected
-    assert alfworld_panel.digest(one[1:]) != expected
+    assert alfworld_panel.digest(one) == alfworld_panel.digest(other)
+    assert alfworld_panel.digest(one) != alfworld_panel.digest(one[1:])
+
+
+def test_the_digest_is_of_the_games_and_not_only_of_their_names(tmp_path):
+    digests = {}
+    for version, problem in (("a", "here"), ("b", "there")):
+        put_game(tmp_path / version, "train/task/trial", pddl_problem=problem)
+        (game,) = panel(tmp_path / version, "train")
+        content = hashlib.sha256(game.path.read_bytes()).hexdigest()
+        line = f"alfworld/train/task/trial {SIMPLE} {content}\n"
+        digests[version] = alfworld_panel.digest((game,))
+        assert digests[version] == hashlib.sha256(line.encode()).hexdigest()
+    assert digests["a"] != digests["b"]
 
 
 def test_what_alfworld_leaves_out_is_left_out(tmp_path):

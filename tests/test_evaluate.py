@@ -340,7 +340,9 @@ def test_a_player_is_evaluated_into_the_summary(
     config = quickstart(*small)
     assert summary["eval"][policy] == evaluate.evaluate_player(config, policy)
     assert {s: r["digest"] for s, r in summary["eval"][policy].items()} == digests()
-    assert printed == evaluate.results_table({policy: summary["eval"][policy]}) + "\n"
+    which = [f"{split}: 1000 tasks, digest {digest}" for split, digest in digests().items()]
+    table = evaluate.results_table({policy: summary["eval"][policy]})
+    assert printed.splitlines() == [*which, *table.splitlines()]
 
 
 @pytest.mark.parametrize("policy", ["expert", "random"])

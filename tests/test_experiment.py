@@ -93,11 +93,14 @@ def test_the_size_of_a_split_or_the_field_that_named_it() -> None:
 
 
 def test_every_split_is_looked_for() -> None:
-    environments.check_splits(quickstart())
+    found = environments.panels(quickstart())
+    assert list(found) == ["train", "valid_seen", "valid_unseen"]
+    household = environments.make_env(quickstart().env)
+    assert all(p == (household.size(s), household.digest(s)) for s, p in found.items())
     with pytest.raises(ValueError, match=r"`data.split`.*'dev'"):
-        environments.check_splits(quickstart("--config.data.split=dev"))
+        environments.panels(quickstart("--config.data.split=dev"))
     with pytest.raises(ValueError, match=r"`eval.splits`.*'dev'"):
-        environments.check_splits(quickstart("--config.eval.splits=train,dev"))
+        environments.panels(quickstart("--config.eval.splits=train,dev"))
 
 
 def test_unknown_names_are_errors() -> None:

@@ -18,7 +18,7 @@ import pytest
 from ml_collections import FrozenConfigDict
 from safetensors.numpy import load_file, save_file
 
-from opd_jax import experiment, train
+from opd_jax import environments, experiment, train
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.config import differences, load, read_stored
 from opd_jax.experience import make_source
@@ -88,6 +88,15 @@ def error_of(done: subprocess.CompletedProcess) -> str:
 def test_the_config_is_stored(trained: Any) -> None:
     config = load(trained.flags[0].removeprefix("--config="), trained.flags[1:])
     assert differences(read_stored(trained.workdir / "config.json"), config, ignore=()) == []
+
+
+def test_the_tasks_are_stored_and_told(trained: Any) -> None:
+    config = read_stored(trained.workdir / "config.json")
+    env = environments.make_env(config.env)
+    stored = json.loads((trained.workdir / "tasks.json").read_text())
+    assert stored == {s: env.digest(s) for s in ("train", "valid_seen", "valid_unseen")}
+    for split, digest in stored.items():
+        assert f"\n{split}: {env.size(split)} tasks, digest {digest}\n" in "\n" + trained.stdout
 
 
 BY_TURN = ("divergence", "raw_weight", "confidence", "turns", "skip", "weak", "strong", "det_fail")
@@ -785,6 +794,21 @@ def test_a_run_is_not_continued_under_another_config(
     assert "seed: 0 -> 5" in message
     assert str(copy) in message
     assert files_of(copy) == before
+
+
+def test_a_run_is_not_continued_on_other_tasks(
+    trained: Any, copy: Path, command: Callable
+) -> None:
+    digests = json.loads((copy / "tasks.json").read_text())
+    (copy / "tasks.json").write_text(json.dumps(digests | {"train": "another-0123"}))
+    before = files_of(copy)
+    message = error_of(command("train", *trained.flags, f"--workdir={copy}"))
+    for word in ("`data.split`", "another-0123", digests["train"], str(copy)):
+        assert word in message
+    (copy / "tasks.json").write_text("[]")
+    message = error_of(command("train", *trained.flags, f"--workdir={copy}"))
+    assert str(copy / "tasks.json") in message
+    assert files_of(copy) == before | {"tasks.json": b"[]"}
 
 
 def test_a_stored_config_that_cannot_be_read_is_named(copy: Path, refused: Callable) -> None:
