@@ -26,6 +26,10 @@ import jax.numpy as jnp
 
 NO_TURN = -1
 
+# Takes the place of ∞ in gradients, where 0 · ∞ would be NaN for a token whose weight is 0. Far
+# beyond any finite log-ratio, and finite when multiplied by one.
+_LARGE = 1e19
+
 
 class Verdict(IntEnum):
     """What became of a turn: the judge's label, or a failure that the environment reported."""
@@ -115,7 +119,10 @@ def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     # The inner `where` keeps that NaN out of the gradient too.
     possible = log_p > -jnp.inf
     log_ratio = jnp.where(possible, log_p, 0.0) - jnp.where(possible, log_q, 0.0)
-    return jnp.sum(jnp.where(possible, jnp.exp(log_p) * log_ratio, 0.0), axis=-1)
+    bounded = jnp.minimum(log_ratio, _LARGE)
+    divergence = jnp.sum(jnp.where(possible, jnp.exp(log_p) * bounded, 0.0), axis=-1)
+    # What only q bans makes it infinite, in a summand that has no gradient.
+    return divergence + jnp.where(jnp.any(log_ratio == jnp.inf, axis=-1), jnp.inf, 0.0)
 
 
 def sampled_reverse_kl(student_logprob: jax.Array, teacher_logprob: jax.Array) -> jax.Array:
@@ -139,7 +146,7 @@ def sampled_reverse_kl(student_logprob: jax.Array, teacher_logprob: jax.Array) -
     _check_same_shape("student_logprob", student_logprob, "teacher_logprob", teacher_logprob)
     student_logprob = student_logprob.astype(jnp.float32)
     gap = jax.lax.stop_gradient(student_logprob - teacher_logprob.astype(jnp.float32))
-    surrogate = gap * student_logprob
+    surrogate = jnp.clip(gap, -_LARGE, _LARGE) * student_logprob
     # In this order the two cancel to an exact 0; added to the gap first, they would round it.
     return gap + (surrogate - jax.lax.stop_gradient(surrogate))
 

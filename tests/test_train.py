@@ -796,9 +796,7 @@ def test_a_run_is_not_continued_under_another_config(
     assert files_of(copy) == before
 
 
-def test_a_run_is_not_continued_on_other_tasks(
-    trained: Any, copy: Path, command: Callable
-) -> None:
+def test_a_run_is_not_continued_on_other_tasks(trained: Any, copy: Path, command: Callable) -> None:
     digests = json.loads((copy / "tasks.json").read_text())
     (copy / "tasks.json").write_text(json.dumps(digests | {"train": "another-0123"}))
     before = files_of(copy)
