@@ -284,7 +284,7 @@ def split_label(split: str, figures: Mapping[str, Any]) -> str:
 
 
 def results_table(results: dict[str, dict]) -> str:
-    """A markdown table of `{who: {split: figures}}`.
+    """A markdown table of `{who: {split: figures}}`, and below it who never acted at all.
 
     Scores are shown where they say more than success, and the environment's measures where it has
     any.
@@ -314,7 +314,13 @@ def results_table(results: dict[str, dict]) -> str:
     columns += ["turns", "repeated", "failed", "n"]
     if any(row["broken"] for row in rows):
         columns.append("broken")
-    return table(rows, columns)
+    idle = [
+        f"{who} on {split_label(split, r)}: no turn held an action that could be carried out."
+        for who, splits in results.items()
+        for split, r in splits.items()
+        if r["failed"] == 1.0
+    ]
+    return "\n\n".join([table(rows, columns), *idle])
 
 
 def judge_table(results: dict[str, dict]) -> str:

@@ -571,8 +571,8 @@ def sage_weights(
 def weighted_sum(divergence: jax.Array, weight: jax.Array, turn_id: jax.Array) -> jax.Array:
     """Σ weight · divergence over student tokens.
 
-    A token of weight 0 adds exactly 0 to the sum and to the gradient, whatever its divergence: it is
-    infinite where the student may say what the teacher never would, and 0 · ∞ is NaN.
+    A token of weight 0 adds exactly 0 to the sum and to the gradient, whatever its divergence. That
+    is infinite where the student may say what the teacher never would, and 0 · ∞ is NaN.
 
     Args:
       divergence: float [B, T], nats; may hold anything where `turn_id` is `NO_TURN` or the weight

@@ -136,6 +136,15 @@ def test_the_table_has_a_row_for_everybody_and_split() -> None:
     assert rows[2][2:] == ["40.0%", "11.8% to 76.9%", "0.55", "2.4", "25.0%", "25.0%", "5"]
 
 
+def test_it_is_said_plainly_that_somebody_never_acted() -> None:
+    nothing = evaluate.summarize([episode(["", ""], end="turn_limit", score=0.0, failed=2)])
+    once = evaluate.summarize([episode(["go", ""], end="turn_limit", score=0.0, failed=1)])
+    said = evaluate.results_table({"before": {"a": nothing, "b": once}, "after": {"a": once}})
+    assert [line for line in said.splitlines() if line and not line.startswith("|")] == [
+        "before on a: no turn held an action that could be carried out."
+    ]
+
+
 def columns(results: dict[str, dict]) -> list[str]:
     header = evaluate.results_table(results).splitlines()[0]
     return [cell.strip() for cell in header.strip("|").split("|")]
