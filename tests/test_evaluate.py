@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +333,47 @@ def in_process(capsys: pytest.CaptureFixture) -> Iterator[Callable[..., str]]:
 
     yield run
     signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.mark.parametrize("who", ["random", "before"])
+def test_an_evaluation_may_end_after_a_split(who: str, small: tuple) -> None:
+    config, done = quickstart(*small, "--config.eval.tasks=1", "--config.eval.batch=1"), []
+
+    def after_split() -> None:
+        done.append(who)
+        raise SystemExit(0)
+
+    student = experiment.load_student(config, one_device())
+    play = {
+        "random": partial(evaluate.evaluate_player, config, who),
+        "before": partial(
+            evaluate.evaluate_model, config, student, student.params, update=0, judging=None
+        ),
+    }
+    with pytest.raises(SystemExit):
+        play[who](after_split=after_split)
+    assert done == [who]
+    assert len(config.eval.splits) == 2
+
+
+def children() -> set[str]:
+    """The processes that this one has."""
+    return {
+        pid
+        for task in Path("/proc/self/task").iterdir()
+        for pid in (task / "children").read_text().split()
+    }
+
+
+def test_environments_of_an_evaluation_that_fails_do_not_outlive_it(small: tuple) -> None:
+    config = quickstart(*small, "--config.env.workers=true", "--config.rollout.context_tokens=8")
+    student = experiment.load_student(config, one_device())
+    before = children()
+    # Held by the caught error, nothing that it left behind is collected.
+    with pytest.raises(ValueError, match="`context_tokens`") as caught:
+        evaluate.evaluate_model(config, student, student.params, update=0, judging=None)
+    assert children() == before
+    assert caught.tb
 
 
 @pytest.mark.parametrize("policy", ["expert", "random"])

@@ -269,6 +269,18 @@ main(words)
 """
 
 
+# Sends itself SIGTERM as it writes which tasks it plays, which is before anything is evaluated.
+TERMINATED = """
+import os, signal, sys
+def watch(name, details):
+    if name == "open" and str(details[0]).endswith("tasks.json.tmp"):
+        os.kill(os.getpid(), signal.SIGTERM)
+sys.addaudithook(watch)
+from opd_jax.train import main
+main(sys.argv[1:])
+"""
+
+
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
     while process.poll() is None and not condition():
         time.sleep(0.005)
@@ -352,6 +364,23 @@ def test_stopped_by_sigterm_it_ends_with_the_same_bits(
     assert done.returncode == 0, done.stderr
     assert f"resuming after update {at} of {UPDATES}" in done.stdout
     assert_ended_alike(workdir, uninterrupted.workdir)
+
+
+def test_sigterm_ends_an_evaluation_after_its_split(
+    trained: Any, copy: Path, start: Callable, command: Callable
+) -> None:
+    summary = json.loads((copy / "summary.json").read_text())
+    (copy / "summary.json").unlink()
+    # The signal has come before the first split is done.
+    process = start("-c", TERMINATED, *trained.flags, f"--workdir={copy}")
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "stopped by SIGTERM" in output
+    assert "success" not in output
+    assert not (copy / "summary.json").exists()
+    done = command("train", *trained.flags, f"--workdir={copy}")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((copy / "summary.json").read_text()) == summary
 
 
 # --- Building the pair
