@@ -289,6 +289,11 @@ def measure_judge(
 ) -> dict[str, object]:
     """`agreement.figures` of a judge over the turns of a panel of episodes, and how it was asked.
 
+    Args:
+      config: of the run; `judge` says how the question is put and answered.
+      judging: the teacher.
+      conversations: episodes with their turns and the environment's labels.
+
     Raises:
       ValueError: the environment has no oracle.
     """

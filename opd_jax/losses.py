@@ -267,6 +267,10 @@ def fused_scores(
 
     Returns:
       `TokenScores`. XLA drops what the caller does not use.
+
+    Raises:
+      ValueError: positions, widths or vocabularies that do not match, a `beta` outside 0..1, or a
+        `chunk_size` below 1.
     """
     _check_heads("student", student_hidden, student_head)
     _check_heads("teacher", teacher_hidden, teacher_head)
@@ -463,6 +467,9 @@ def raw_weights(
 
     Returns:
       float32 [B, T]. No gradient.
+
+    Raises:
+      ValueError: shapes that do not match.
     """
     if verdict.shape != confidence.shape or verdict.shape[:1] != turn_id.shape[:1]:
         raise ValueError(
@@ -502,6 +509,9 @@ def normalizer(
 
     Returns:
       float32 [...].
+
+    Raises:
+      ValueError: an unknown `normalize`.
 
     Source: arXiv 2606.19659, normalized loss; ε is not stated there.
     """
