@@ -97,6 +97,7 @@ def paper_config(
     config.optimizer.schedule = "constant"
     config.optimizer.warmup_updates = 0
     config.optimizer.b2 = 0.999
+    config.optimizer.clip_norm = 1.0
     config.eval.who = ("before", "teacher")
 
     # How it is computed. The student's weights are not kept in bfloat16, in which an update of 1e-6

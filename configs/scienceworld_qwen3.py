@@ -7,9 +7,10 @@ Arguments, and the sweeps that give the paper's tables: see `paper.py`. Models a
 `hf download Qwen/Qwen3-1.7B --local-dir models/Qwen3-1.7B`, and so on for Qwen/Qwen3-8B.
 
 Needs the extra `scienceworld` and a Java runtime; there is nothing to download. Evaluated is
-`panel`: five test variations of each of the 30 task types. `score` is the engine's, from -100 to
-100; success is a score of 100. The expert follows the engine's own path, which in many tasks is
-longer than 30 turns.
+`panel`: five variations of each of the 30 task types, spread evenly over its test variations. One
+type, identify-life-stages-2, has only four of those, and its fifth is the last of its dev
+variations. `score` is the engine's, from -100 to 100; success is a score of 100. The expert follows
+the engine's own path, which in many tasks is longer than 30 turns.
 
 Hardware: meant for eight accelerators of 80 GB (`mesh.fsdp`), and on the host 64 environments of
 about 450 MB, each with a Java process. It has not been run at this size by us; there is no wall

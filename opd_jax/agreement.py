@@ -17,7 +17,15 @@ _RESAMPLES = 1000
 
 
 def confusion(judgement: Judgement, conversations: Sequence[Conversation]) -> np.ndarray:
-    """Counts [conversation, oracle's label, judge's label] over turns that have both; int."""
+    """Counts of turns by the oracle's label and the judge's, over turns that have both.
+
+    Args:
+      judgement: `verdict` and `asked`, [B, K] each.
+      conversations: the B episodes judged, of at most K turns.
+
+    Returns:
+      int64 [B, 3, 3]: conversation, oracle's label, judge's label, in the order of `LABELS`.
+    """
     counts = np.zeros((len(conversations), len(LABELS), len(LABELS)), np.int64)
     for row, conversation in enumerate(conversations):
         for index, turn in enumerate(conversation.turns):

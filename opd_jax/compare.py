@@ -70,6 +70,11 @@ def comparison_table(
     The interval of a method is Student's over its seeds; with few seeds it is wide, and honest.
     Beside it the Wilson interval over all episodes, which takes them as independent although the
     seeds share their tasks.
+
+    Args:
+      references: `{who: {split: figures}}`, figures as from `evaluate.summarize`.
+      results: method to `{split: figures}` of each seed; at least one method and one seed.
+      judge: method to further cells, as from `judge_figures`.
     """
     figures = next(iter(results.values()))[0]
     labels = {split: split_label(split, figures[split]) for split in figures}
@@ -112,6 +117,13 @@ def judge_figures(config: FrozenConfigDict, workdir: Path) -> dict[str, dict[str
     """Share of skipped turns, and the judge's precision and recall against the oracle, by method.
 
     Pooled over the turns of all updates and seeds; methods that ask no judge are left out.
+
+    Args:
+      config: of the comparison.
+      workdir: of the comparison, with `METHOD/seed-N/metrics.jsonl` of every run.
+
+    Returns:
+      Method to `{column: cell}`.
     """
     # Column: a share in the line of an update, and what it is a share of.
     names = {

@@ -89,6 +89,17 @@ def demonstrate(
     Strayed turns stay in the history but are not attributed to the student (`NO_TURN`), so they
     carry no loss: the model learns to recover without learning to stray.
 
+    Args:
+      env: plays the episode.
+      split, index: the task.
+      player: whose turns are learnt from.
+      distractor: who plays the strayed turns; None for nobody.
+      distraction: chance of a turn to stray, 0..1.
+      rng: of players and chance.
+      tokenizer: of the responses.
+      chat: of everything around them.
+      context_tokens: most tokens of the conversation.
+
     Returns:
       The conversation; one longer than `context_tokens` is cut before the turn that would not fit.
 

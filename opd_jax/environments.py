@@ -1,8 +1,10 @@
 """From a config's `env` to environments."""
 
 import importlib
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Collection, Sequence
 from functools import cache, partial
+from pathlib import Path
 from typing import NamedTuple
 
 from ml_collections import FrozenConfigDict
@@ -10,6 +12,10 @@ from ml_collections import FrozenConfigDict
 from opd_jax import processes
 from opd_jax.envs.base import Env
 from opd_jax.envs.workers import Worker
+from opd_jax.report import read_summary, write_summary
+
+# In a workdir: the digest of each split that the run plays.
+TASKS_FILE = "tasks.json"
 
 # `env.name` to a module and what makes the environment there, from the other fields of `env`.
 # Imported when asked for: all but the household need an extra.
@@ -28,18 +34,33 @@ def make_env(settings: FrozenConfigDict) -> Env:
     """A new environment from `config.env`; in a process of its own with `env.workers`.
 
     Raises:
-      ValueError: an unknown name, or what the environment itself misses, such as its extra.
+      ValueError: an unknown name, fields of `env` that are another environment's, or what the
+        environment itself misses, such as its extra.
     """
     if settings.name not in _ENVS:
         raise ValueError(f"`env.name`: expected one of {', '.join(_ENVS)}, got {settings.name!r}")
     module, name = _ENVS[settings.name]
+    kind = getattr(importlib.import_module(f"opd_jax.envs.{module}"), name)
     options = {field: value for field, value in settings.items() if field not in _AROUND}
-    make = partial(getattr(importlib.import_module(f"opd_jax.envs.{module}"), name), **options)
+    _check_fields(settings.name, kind, options)
+    make = partial(kind, **options)
     if not settings.workers:
         return make()
     return Worker(
         make, start_timeout_s=settings.start_timeout_s, step_timeout_s=settings.step_timeout_s
     )
+
+
+def _check_fields(name: str, kind: Callable[..., Env], given: Collection[str]) -> None:
+    """Compares the fields of `env` with what the environment takes, before it is made."""
+    taken = inspect.signature(kind).parameters
+    wrong = [f"`env.{field}` is none of its fields" for field in given if field not in taken]
+    wrong += [f"`env.{field}` is missing" for field in taken if field not in given]
+    if wrong:
+        raise ValueError(
+            f"`env.name` = {name!r} does not fit the rest of `env`: {', '.join(wrong)}; take a "
+            f"config file of this environment, or give `env` the fields {', '.join(taken)}"
+        )
 
 
 def make_envs(settings: FrozenConfigDict, count: int) -> list[Env | None]:
@@ -92,8 +113,45 @@ def benchmark_splits(settings: FrozenConfigDict) -> tuple[str, ...]:
     return tuple(SETS)
 
 
-def check_splits(config: FrozenConfigDict) -> None:
-    """Finds every split that the config names, or raises as `split_size` does."""
-    panel(config.env, "data.split", config.data.split)
-    for split in config.eval.splits:
-        panel(config.env, "eval.splits", split)
+def panels(config: FrozenConfigDict) -> dict[str, Panel]:
+    """Every split that the config names, by name, or raises as `split_size` does."""
+    found = {split: panel(config.env, "eval.splits", split) for split in config.eval.splits}
+    return {config.data.split: panel(config.env, "data.split", config.data.split), **found}
+
+
+def check_same_tasks(config: FrozenConfigDict, workdir: Path) -> None:
+    """Makes sure that the training tasks are those that a workdir's run was started on.
+
+    A config may be the same and name other tasks: the files in a folder change, and `ALFWORLD_DATA`
+    names another folder.
+
+    Args:
+      config: given now.
+      workdir: of a run; without `TASKS_FILE` nothing is known and nothing is refused.
+
+    Raises:
+      ValueError: they differ; names the field and both digests.
+    """
+    split = config.data.split
+    before = read_summary(workdir / TASKS_FILE).get(split)
+    now = panel(config.env, "data.split", split).digest
+    if before not in (None, now):
+        raise ValueError(
+            f"`data.split`: the tasks of {split!r} are not those that the run in `{workdir}` was "
+            f"started on (digest {before} then, {now} now); give it the same data, or choose "
+            "another --workdir"
+        )
+
+
+def describe(split: str, tasks: Panel) -> str:
+    """A line that says which tasks a split has."""
+    return f"{split}: {tasks.size} tasks, digest {tasks.digest}"
+
+
+def store_tasks(config: FrozenConfigDict, workdir: Path) -> None:
+    """Writes the digest of every split that the config names into a workdir, and says them."""
+    found = panels(config)
+    for split, tasks in found.items():
+        processes.say(describe(split, tasks))
+    digests = {split: tasks.digest for split, tasks in found.items()}
+    write_summary(workdir / TASKS_FILE, digests, write=processes.is_first())

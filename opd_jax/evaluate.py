@@ -9,7 +9,7 @@ judgement of the turns agrees with the environment's own labels.
 
 import random
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,28 +52,61 @@ def play_model(
 
     Each is sampled with `rng` folded with its task's index, so that what is played does not depend
     on how many are played, or on how many at a time.
+
+    Args:
+      params: the model's.
+      rng: a PRNG key.
+      agent: everything else of the model's playing.
+      env: the environment's settings, `config.env`.
+      split: of the environment.
+      tasks: how many are played, at most as many as the split has.
+      batch: environments, and rows of the compiled programs.
+
+    Returns:
+      The episodes in the order of the tasks.
+
+    Raises:
+      ValueError: as of the environment, or a first prompt does not fit into the agent's context.
     """
     envs = environments.make_envs(env, batch)
     conversations: list[Conversation] = []
-    for start in range(0, tasks, batch):
-        panel = [(split, index) for index in range(start, min(start + batch, tasks))]
-        keys = row_keys(rng, range(start, start + batch))
-        conversations += rollout(params, keys, agent=agent, envs=envs, tasks=panel, depth=0)
+    try:
+        for start in range(0, tasks, batch):
+            panel = [(split, index) for index in range(start, min(start + batch, tasks))]
+            keys = row_keys(rng, range(start, start + batch))
+            conversations += rollout(params, keys, agent=agent, envs=envs, tasks=panel, depth=0)
+    finally:
+        environments.close(envs)
     return conversations
 
 
 def play_player(config: FrozenConfigDict, who: str, split: str) -> list[Conversation]:
-    """The same tasks played by the expert or the random player."""
+    """The tasks that `evaluate_model` plays, played by the expert or the random player.
+
+    Args:
+      config: of the run; `eval.tasks` of the split are played.
+      who: the player's name.
+      split: of the environment.
+
+    Returns:
+      The episodes, without tokens, in the order of the tasks.
+
+    Raises:
+      ValueError: as of `make_player` or the environment.
+    """
+    player = make_player(who, config, field="--policy` or `eval.who")
     env = environments.make_env(config.env)
-    player = make_player(who, config)
     tasks = panel_size(config, split)
-    played = {
-        index: play_out(
-            env, split, index, player=player, rng=random.Random(f"{who}/{split}/{index}")
-        )
-        for index in range(tasks)
-        if processes.owns(index, tasks)
-    }
+    try:
+        played = {
+            index: play_out(
+                env, split, index, player=player, rng=random.Random(f"{who}/{split}/{index}")
+            )
+            for index in range(tasks)
+            if processes.owns(index, tasks)
+        }
+    finally:
+        environments.close([env])
     return processes.share(played, tasks)
 
 
@@ -162,6 +195,7 @@ def evaluate_model(
     *,
     update: int,
     judging: LoadedModel | None,
+    after_split: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """`summarize` of a model on every split of `eval.splits`, and of all (`MACRO_AVERAGE`).
 
@@ -175,6 +209,13 @@ def evaluate_model(
       params: the parameters to play with.
       update: after how many updates they are.
       judging: the teacher; None for none.
+      after_split: called when a split is done, which takes minutes: what it raises ends all.
+
+    Returns:
+      Figures by split.
+
+    Raises:
+      ValueError: as of `summarize`, `measure_judge` or the environment.
     """
     agent = experiment.make_agent(model, config.rollout, temperature=config.eval.temperature)
     results = {}
@@ -192,6 +233,8 @@ def evaluate_model(
         results[split] = _figures(config, split, conversations) | {"update": update, **played_with}
         if config.eval.judge and judging is not None:
             results[split]["judge"] = measure_judge(config, judging, conversations)
+        if after_split:
+            after_split()
     return _with_average(config, results)
 
 
@@ -246,6 +289,11 @@ def measure_judge(
 ) -> dict[str, object]:
     """`agreement.figures` of a judge over the turns of a panel of episodes, and how it was asked.
 
+    Args:
+      config: of the run; `judge` says how the question is put and answered.
+      judging: the teacher.
+      conversations: episodes with their turns and the environment's labels.
+
     Raises:
       ValueError: the environment has no oracle.
     """
@@ -268,12 +316,27 @@ def _judged_by(config: FrozenConfigDict) -> dict[str, object]:
     return {name: config.judge[name] for name in ("context", "decode", "admissible_shown")}
 
 
-def evaluate_player(config: FrozenConfigDict, who: str) -> dict[str, Any]:
-    """`summarize` of a player on every split of `eval.splits`, with `digest`, and of all."""
-    results = {
-        split: _figures(config, split, play_player(config, who, split))
-        for split in config.eval.splits
-    }
+def evaluate_player(
+    config: FrozenConfigDict, who: str, *, after_split: Callable[[], None] | None = None
+) -> dict[str, Any]:
+    """`summarize` of a player on every split of `eval.splits`, with `digest`, and of all.
+
+    Args:
+      config: of the run.
+      who: the player's name.
+      after_split: as of `evaluate_model`.
+
+    Returns:
+      Figures by split.
+
+    Raises:
+      ValueError: as of `make_player` or `summarize`.
+    """
+    results = {}
+    for split in config.eval.splits:
+        results[split] = _figures(config, split, play_player(config, who, split))
+        if after_split:
+            after_split()
     return _with_average(config, results)
 
 
@@ -284,7 +347,7 @@ def split_label(split: str, figures: Mapping[str, Any]) -> str:
 
 
 def results_table(results: dict[str, dict]) -> str:
-    """A markdown table of `{who: {split: figures}}`.
+    """A markdown table of `{who: {split: figures}}`, and below it who never acted at all.
 
     Scores are shown where they say more than success, and the environment's measures where it has
     any.
@@ -314,7 +377,13 @@ def results_table(results: dict[str, dict]) -> str:
     columns += ["turns", "repeated", "failed", "n"]
     if any(row["broken"] for row in rows):
         columns.append("broken")
-    return table(rows, columns)
+    idle = [
+        f"{who} on {split_label(split, r)}: no turn held an action that could be carried out."
+        for who, splits in results.items()
+        for split, r in splits.items()
+        if r["failed"] == 1.0
+    ]
+    return "\n\n".join([table(rows, columns), *idle])
 
 
 def judge_table(results: dict[str, dict]) -> str:
@@ -349,8 +418,8 @@ def run(config: FrozenConfigDict, workdir: Path, policy: str) -> dict[str, dict]
         of the two would stand side by side as if they were of one.
     """
     check_same_run(config, workdir, ignore=_FREE_FIELDS)
-    for split in config.eval.splits:
-        panel_size(config, split)  # one that does not exist is named before anything is played
+    for split in config.eval.splits:  # one that does not exist is named before anything is played
+        processes.say(environments.describe(split, _panel(config, split)))
     if policy == "model":
         mesh = make_mesh(**config.mesh)
         with jax.set_mesh(mesh):

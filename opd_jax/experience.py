@@ -68,6 +68,12 @@ def make_source(
 ) -> Source:
     """The source named by `data.source`: on_policy, teacher, expert or players.
 
+    Args:
+      config: of the run.
+      student: who plays on-policy, and whose tokenizer and chat format the tokens have.
+      teacher: who plays or judges where the config says so; None for nobody.
+      cursor: where the first draw starts, as from `Source.cursor`; [0, 0] at the beginning.
+
     Raises:
       ValueError: the teacher is to play or to judge, and there is none.
     """
@@ -283,6 +289,10 @@ def episode_metrics(
     """How the batch's episodes went, as (sum, count).
 
     Those whose environment broke are counted in `end/broken` and left out of everything else.
+
+    Args:
+      conversations: the batch's episodes.
+      trajectory: the rows made of them, for the counts of tokens.
     """
     ends = Counter(c.end for c in conversations)
     played = [c for c in conversations if not c.broken]
@@ -312,6 +322,13 @@ def judge_metrics(judgement: Judgement, conversations: Sequence[Conversation]) -
     """Shares of verdicts, over all turns and by turn index, and agreement with the oracle.
 
     `judge/precision` and `judge/recall` are those of `agreement`.
+
+    Args:
+      judgement: verdict, asked and unparsable, [B, K] each.
+      conversations: the B episodes judged, with the environment's labels where it has any.
+
+    Returns:
+      Name to (sum, count) or to a scalar; arrays [K] under `by_turn/`.
     """
     K = judgement.verdict.shape[1]
     turns = [0 if c.broken else len(c.turns) for c in conversations]

@@ -62,6 +62,7 @@ def load_model(name: str, *, dtype: str, mesh: jax.sharding.Mesh) -> LoadedModel
     """Read a model folder; errors as in `hf`.
 
     Args:
+      name: a folder of Hugging Face safetensors, or `embedded:student` or `embedded:teacher`.
       dtype: of the parameters; "int8" is `quantize` over bfloat16.
     """
     folder = model_folder(name)
@@ -240,14 +241,22 @@ def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def make_expert(config: FrozenConfigDict, agent: Agent) -> Callable[[Env, str, int], Conversation]:
-    """`demonstrate` bound to the environment's expert, undisturbed: (env, split, index)."""
+    """`demonstrate` bound to the environment's expert, undisturbed: (env, split, index).
+
+    Args:
+      config: names the environment, and the seed of the expert's draws.
+      agent: whose tokenizer, chat format and context the conversations have.
+
+    Raises:
+      ValueError: when called, where the environment has no expert or a prompt does not fit.
+    """
 
     def episode(env: Env, split: str, index: int) -> Conversation:
         return demonstrate(
             env,
             split,
             index,
-            player=make_player("expert", config),
+            player=make_player("expert", config, field="data.source"),
             distractor=None,
             distraction=0.0,
             rng=random.Random(f"{config.seed}/expert/{split}/{index}"),
@@ -280,8 +289,8 @@ def make_demonstrator(config: FrozenConfigDict, *, tokenizer: Any, chat: ChatFor
             env,
             data.split,
             number % split_size(env, "data.split", data.split),
-            player=make_player(data.player, config),
-            distractor=make_player(distractor, config) if distractor else None,
+            player=make_player(data.player, config, field="data.player"),
+            distractor=distractor and make_player(distractor, config, field="data.distractors"),
             distraction=distraction,
             rng=rng,
             tokenizer=tokenizer,

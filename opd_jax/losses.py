@@ -26,6 +26,10 @@ import jax.numpy as jnp
 
 NO_TURN = -1
 
+# Takes the place of ∞ in gradients, where 0 · ∞ would be NaN for a token whose weight is 0. Far
+# beyond any finite log-ratio, and finite when multiplied by one.
+_LARGE = 1e19
+
 
 class Verdict(IntEnum):
     """What became of a turn: the judge's label, or a failure that the environment reported."""
@@ -115,7 +119,10 @@ def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     # The inner `where` keeps that NaN out of the gradient too.
     possible = log_p > -jnp.inf
     log_ratio = jnp.where(possible, log_p, 0.0) - jnp.where(possible, log_q, 0.0)
-    return jnp.sum(jnp.where(possible, jnp.exp(log_p) * log_ratio, 0.0), axis=-1)
+    bounded = jnp.minimum(log_ratio, _LARGE)
+    divergence = jnp.sum(jnp.where(possible, jnp.exp(log_p) * bounded, 0.0), axis=-1)
+    # What only q bans makes it infinite, in a summand that has no gradient.
+    return divergence + jnp.where(jnp.any(log_ratio == jnp.inf, axis=-1), jnp.inf, 0.0)
 
 
 def sampled_reverse_kl(student_logprob: jax.Array, teacher_logprob: jax.Array) -> jax.Array:
@@ -139,7 +146,7 @@ def sampled_reverse_kl(student_logprob: jax.Array, teacher_logprob: jax.Array) -
     _check_same_shape("student_logprob", student_logprob, "teacher_logprob", teacher_logprob)
     student_logprob = student_logprob.astype(jnp.float32)
     gap = jax.lax.stop_gradient(student_logprob - teacher_logprob.astype(jnp.float32))
-    surrogate = gap * student_logprob
+    surrogate = jnp.clip(gap, -_LARGE, _LARGE) * student_logprob
     # In this order the two cancel to an exact 0; added to the gap first, they would round it.
     return gap + (surrogate - jax.lax.stop_gradient(surrogate))
 
@@ -260,6 +267,10 @@ def fused_scores(
 
     Returns:
       `TokenScores`. XLA drops what the caller does not use.
+
+    Raises:
+      ValueError: positions, widths or vocabularies that do not match, a `beta` outside 0..1, or a
+        `chunk_size` below 1.
     """
     _check_heads("student", student_hidden, student_head)
     _check_heads("teacher", teacher_hidden, teacher_head)
@@ -456,6 +467,9 @@ def raw_weights(
 
     Returns:
       float32 [B, T]. No gradient.
+
+    Raises:
+      ValueError: shapes that do not match.
     """
     if verdict.shape != confidence.shape or verdict.shape[:1] != turn_id.shape[:1]:
         raise ValueError(
@@ -495,6 +509,9 @@ def normalizer(
 
     Returns:
       float32 [...].
+
+    Raises:
+      ValueError: an unknown `normalize`.
 
     Source: arXiv 2606.19659, normalized loss; ε is not stated there.
     """
@@ -562,12 +579,28 @@ def sage_weights(
 
 
 def weighted_sum(divergence: jax.Array, weight: jax.Array, turn_id: jax.Array) -> jax.Array:
-    """Σ weight · divergence over student tokens, float32 []; other positions may hold NaN."""
+    """Σ weight · divergence over student tokens.
+
+    A token of weight 0 adds exactly 0 to the sum and to the gradient, whatever its divergence. That
+    is infinite where the student may say what the teacher never would, and 0 · ∞ is NaN.
+
+    Args:
+      divergence: float [B, T], nats; may hold anything where `turn_id` is `NO_TURN` or the weight
+        is 0.
+      weight: float [B, T]; gets no gradient.
+      turn_id: int [B, T].
+
+    Returns:
+      float32 [].
+
+    Raises:
+      ValueError: the shapes differ.
+    """
     _check_same_shape("divergence", divergence, "weight", weight)
     _check_same_shape("divergence", divergence, "turn_id", turn_id)
-    student = turn_id != NO_TURN
-    weight = jax.lax.stop_gradient(jnp.where(student, weight, 0.0))
-    return jnp.sum(weight * jnp.where(student, divergence, 0.0))
+    counts = (turn_id != NO_TURN) & (weight != 0)
+    weight = jax.lax.stop_gradient(jnp.where(counts, weight, 0.0))
+    return jnp.sum(weight * jnp.where(counts, divergence, 0.0))
 
 
 def weighted_loss(divergence: jax.Array, weight: jax.Array, turn_id: jax.Array) -> jax.Array:
@@ -576,12 +609,14 @@ def weighted_loss(divergence: jax.Array, weight: jax.Array, turn_id: jax.Array) 
     The denominator does not depend on the weights: halving them halves the loss. A batch without
     student tokens has loss 0.
 
-    Where `turn_id` is `NO_TURN` a NaN harms neither the loss nor the gradient to `divergence`, but
-    a gradient of 0 becomes NaN again on its way through logits that are NaN. If logits may be,
-    gather the student's positions first, or replace the others' logits before the divergence.
+    Where `turn_id` is `NO_TURN` or the weight is 0, a NaN or an infinity harms neither the loss nor
+    the gradient to `divergence`, but a gradient of 0 becomes NaN again on its way through logits
+    that are NaN. If logits may be, gather the student's positions first, or replace the others'
+    logits before the divergence.
 
     Args:
-      divergence: float [B, T], nats; may hold NaN where `turn_id` is `NO_TURN`.
+      divergence: float [B, T], nats; may hold anything where `turn_id` is `NO_TURN` or the weight
+        is 0.
       weight: float [B, T]; gets no gradient.
       turn_id: int [B, T].
 

@@ -33,7 +33,14 @@ Params = dict
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama-3 frequency scaling: wavelengths beyond the original context are stretched."""
+    """Llama-3 frequency scaling: wavelengths beyond the original context are stretched.
+
+    Attributes:
+      factor: by which low frequencies are divided.
+      low_freq_factor: a wavelength above `original_max_positions` / this is of a low frequency.
+      high_freq_factor: one below `original_max_positions` / this is of a high frequency, and kept.
+      original_max_positions: longest sequence before the context was lengthened.
+    """
 
     factor: float
     low_freq_factor: float
@@ -46,6 +53,16 @@ class ModelConfig:
     """Sizes and switches of one model; static under `jit`.
 
     Attributes:
+      vocab_size: V, rows of the embedding.
+      d_model: D, width of the residual stream.
+      num_layers: L.
+      num_heads: N, query heads.
+      num_kv_heads: G, key/value heads; divides N.
+      head_dim: H, size of a head, even.
+      d_ff: F, width of the feed-forward layer.
+      norm_eps: added to the mean square in every RMS norm.
+      rope_theta: base of the rotary frequencies.
+      rope_scaling: of those frequencies; None for none.
       qk_norm: RMS norm on each query and key head before the rotation (Qwen3).
       qkv_bias: bias on the query, key and value projections (Qwen2.5).
       tied: the output head is the transposed embedding.
@@ -131,7 +148,17 @@ def param_specs(config: ModelConfig) -> Params:
 
 
 def init_params(config: ModelConfig, rng: jax.Array, *, dtype: jnp.dtype) -> Params:
-    """Random parameters. Jit with `out_shardings` to make each one where it will live."""
+    """Random parameters. Jit with `out_shardings` to make each one where it will live.
+
+    Args:
+      config: sizes.
+      rng: a PRNG key, of which each parameter gets one of its own.
+      dtype: of the parameters; drawn in float32.
+
+    Returns:
+      The tree of `param_specs`, an array in the place of each spec: normal with the spec's standard
+      deviation, ones where that is None.
+    """
     specs, treedef = jax.tree.flatten(param_specs(config), is_leaf=is_spec)
     keys = jax.random.split(rng, len(specs))
     leaves = [_init_leaf(spec, key, dtype) for spec, key in zip(specs, keys, strict=True)]
@@ -153,7 +180,18 @@ def head(params: Params) -> jax.Array:
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) · weight over the last axis; the mean square is taken in float32."""
+    """x / sqrt(mean(x²) + eps) · weight over the last axis; normalized in float32.
+
+    Args:
+      x: float [..., D].
+      weight: float [D].
+      eps: added to the mean square.
+
+    Returns:
+      [..., D]: what was normalized is rounded to the dtype of `x` before it is weighted.
+
+    Source: Zhang and Sennrich, arXiv 1910.07467; the order of rounding is that of `transformers`.
+    """
     x32 = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return (x32 * scale).astype(x.dtype) * weight
@@ -227,6 +265,15 @@ def causal_self_attention(
 
     Each chunk sees only the keys up to its own end, which skips the masked half of the work, and is
     rematerialized in the backward pass, so no `[T, T]` array outlives a chunk.
+
+    Args:
+      q_BTNH: float [B, T, N, H], rotated.
+      k_BTGH: float [B, T, G, H], rotated.
+      v_BTGH: float [B, T, G, H].
+      query_chunk: queries at a time, ≥ 1; T need not divide by it.
+
+    Returns:
+      [B, T, N, H] in the dtype of the queries.
     """
     T = q_BTNH.shape[1]
     chunk = jax.checkpoint(partial(attention, layout="BSGH"))

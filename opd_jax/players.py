@@ -10,8 +10,13 @@ from opd_jax.envs.base import Observation, Task
 from opd_jax.envs.react import Random
 
 
-def make_player(name: str, config: FrozenConfigDict) -> MakePlayer:
+def make_player(name: str, config: FrozenConfigDict, *, field: str) -> MakePlayer:
     """A player of `config.env` by name; every environment has `random`, and most an `expert`.
+
+    Args:
+      name: of the player.
+      config: of the run.
+      field: what asks for it, to be named in errors.
 
     Raises:
       ValueError: the environment has no such player.
@@ -19,10 +24,23 @@ def make_player(name: str, config: FrozenConfigDict) -> MakePlayer:
     known = _PLAYERS[config.env.name](config)
     if name not in known:
         raise ValueError(
-            "`data.player`, `data.distractors`, `eval.who` or `--policy`: "
-            f"{config.env.name} has no player {name!r}, expected one of {', '.join(known)}"
+            f"`{field}`: {config.env.name} has no player {name!r}, expected one of "
+            f"{', '.join(known)}"
         )
     return known[name]
+
+
+def check_players(config: FrozenConfigDict) -> None:
+    """Finds every player that the config names, or raises as `make_player` does."""
+    data = config.data
+    wanted = [("eval.who", who) for who in config.eval.who if who not in ("before", "teacher")]
+    if data.source == "expert":
+        wanted.append(("data.source", "expert"))
+    if data.source == "players":
+        wanted.append(("data.player", data.player))
+        wanted += [("data.distractors", distractor) for distractor in data.distractors]
+    for field, name in wanted:
+        make_player(name, config, field=field)
 
 
 def _random(task: Task, first: Observation, rng: random.Random) -> Player:

@@ -151,7 +151,7 @@ def progress_line(
     loss: float,
     success: float | None,
     verdicts: Mapping[str, float] | None,
-    tokens_per_s: float,
+    tokens_per_s: float | None,
     seconds_per_step: float,
 ) -> str:
     """One line about an update, for a person.
@@ -162,7 +162,7 @@ def progress_line(
       loss: nats a student token.
       success: share of the batch's episodes that succeeded, in [0, 1]; None where none was run.
       verdicts: name to share of turns, in [0, 1]; None or empty where nothing was judged.
-      tokens_per_s: throughput shown.
+      tokens_per_s: throughput shown; None where none was measured.
       seconds_per_step: wall time of an update, from which the time left is estimated.
 
     Returns:
@@ -173,7 +173,8 @@ def progress_line(
         parts.append(f"success {success:.0%}")
     if verdicts:
         parts.append(" ".join(f"{name} {share:.0%}" for name, share in verdicts.items()))
-    parts.append(f"{_thousands(tokens_per_s)} tok/s")
+    if tokens_per_s is not None:
+        parts.append(f"{_thousands(tokens_per_s)} tok/s")
     parts.append(f"{_duration(seconds_per_step * (total_steps - step))} left")
     return "  ".join(parts)
 

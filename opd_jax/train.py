@@ -4,7 +4,8 @@
 
 A run that finds a checkpoint in its workdir resumes, and ends with the very parameters that an
 uninterrupted run ends with: whatever an update draws is a function of the seed and of the update's
-number. SIGTERM saves after the update under way and exits with status 0.
+number. SIGTERM saves after the update under way, or ends an evaluation after the split under way,
+and exits with status 0.
 """
 
 import dataclasses
@@ -30,6 +31,7 @@ from opd_jax.experience import VERDICT_NAMES, Experience, Source, make_source
 from opd_jax.experiment import LoadedModel
 from opd_jax.mesh import make_mesh, shard_batch
 from opd_jax.metrics import Metrics, Stopwatch
+from opd_jax.players import check_players
 from opd_jax.report import EventWriter, JsonlWriter, progress_line, read_summary, write_summary
 from opd_jax.train_step import (
     Batch,
@@ -60,7 +62,9 @@ def _run(config: FrozenConfigDict, workdir: Path, mesh: jax.sharding.Mesh) -> di
     # Until it has saved something there is nothing to continue, and a mistake may be corrected.
     if any((workdir / "checkpoints").glob("[0-9]*")):
         cfg.check_same_run(config, workdir, ignore=_FREE_FIELDS)
-    environments.check_splits(config)
+        environments.check_same_tasks(config, workdir)
+    environments.panels(config)  # there is every split that it names
+    check_players(config)
     student, teacher = experiment.load_pair(config, mesh)
     optimizer = experiment.make_optimizer(config)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
@@ -68,6 +72,7 @@ def _run(config: FrozenConfigDict, workdir: Path, mesh: jax.sharding.Mesh) -> di
     # Not before everything it names was found good: a run may be started again with its mistakes
     # corrected.
     _store_config(config, workdir)
+    environments.store_tasks(config, workdir)
     done = int(state.step)
     if done:
         processes.say(f"resuming after update {done} of {config.train.updates}")
@@ -82,10 +87,12 @@ def _run(config: FrozenConfigDict, workdir: Path, mesh: jax.sharding.Mesh) -> di
     done = int(state.step)
     if not is_evaluated(results.get("after"), config, update=done):
         params = experiment.make_sampling_params(state.params, student.config, config)
-        results["after"] = evaluate_model(config, student, params, update=done, judging=teacher)
+        results["after"] = evaluate_model(
+            config, student, params, update=done, judging=teacher, after_split=stop.end_if_set
+        )
     write_summary(workdir / "summary.json", {"eval": results}, write=write)
     processes.say(results_table(results))
-    if stop.is_set:
+    if stop.anywhere():
         raise SystemExit(0)
     return results
 
@@ -209,15 +216,20 @@ def _evaluate_others(
         if is_evaluated(results.get(who), config, update=0):
             continue
         if model := models.get(who):
-            results[who] = evaluate_model(config, model, model.params, update=0, judging=teacher)
+            results[who] = evaluate_model(
+                config,
+                model,
+                model.params,
+                update=0,
+                judging=teacher,
+                after_split=stop.end_if_set,
+            )
         else:
-            results[who] = evaluate_player(config, who)
+            results[who] = evaluate_player(config, who, after_split=stop.end_if_set)
         write_summary(workdir / "summary.json", {"eval": {who: results[who]}}, write=write)
         shares = ", ".join(f"{s} {r['success']:.1%}" for s, r in results[who].items())
         processes.say(f"{who}: success {shares}")
-        if stop.anywhere():
-            processes.say(f"stopped by SIGTERM; what is evaluated is in {workdir}")
-            raise SystemExit(0)
+        stop.end_if_set()
     return results
 
 
@@ -304,7 +316,7 @@ def _progress(step: int, total: int, metrics: Mapping[str, Any]) -> str:
         loss=metrics["loss"],
         success=metrics.get("batch/success"),
         verdicts=shares,
-        tokens_per_s=metrics["tokens_per_s/update"],
+        tokens_per_s=metrics.get("tokens_per_s/update"),
         seconds_per_step=sum(
             seconds
             for name, seconds in metrics.items()
@@ -321,6 +333,16 @@ class _Stop:
     def anywhere(self) -> bool:
         """Whether it came to any process of the run."""
         return any(processes.gather(self.is_set))
+
+    def end_if_set(self) -> None:
+        """Ends the command where it came during an evaluation, of which nothing is lost but that.
+
+        Raises:
+          SystemExit: with status 0.
+        """
+        if self.anywhere():
+            processes.say("stopped by SIGTERM; started again, the run goes on with its evaluation")
+            raise SystemExit(0)
 
 
 def _stop_on_sigterm() -> _Stop:

@@ -193,6 +193,17 @@ def score(
     carry gradients, and only to `params`. The student computes in `dtype`, whatever its parameters
     are kept in.
 
+    Args:
+      params: the student's.
+      teacher_params: the teacher's; None where the objective needs none.
+      batch: [B, T] tokens, of which [B, R] are scored.
+      student, teacher: sizes of the two.
+      objective: whose divergence, and whose temperature of confidence.
+      dtype: that the student computes in.
+      query_chunk: see `model.causal_self_attention`.
+      loss_chunk: positions whose logits exist at a time (`losses.fused_scores`).
+      remat: recompute the student's layers in the backward pass.
+
     Raises:
       ValueError: the objective needs a teacher and there is none.
     """
@@ -472,6 +483,13 @@ def split(batch: Batch, parts: int) -> Batch:
     """A leading axis of micro-batches on every array: [B, ...] -> [parts, B/parts, ...].
 
     A part takes every parts-th row: each device then has its share of every part.
+
+    Args:
+      batch: of B rows.
+      parts: how many micro-batches.
+
+    Raises:
+      ValueError: B does not divide by `parts`.
     """
     rows = batch.tokens.shape[0]
     if rows % parts:
@@ -543,7 +561,13 @@ def _decayed(params: Params) -> Params:
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, *, seed: int) -> TrainState:
-    """The state before the first update, placed as `abstract_state` says."""
+    """The state before the first update, placed as `abstract_state` says.
+
+    Args:
+      params: the student's; copied.
+      optimizer: whose state starts at its beginning.
+      seed: of the run's PRNG key.
+    """
 
     def fresh(params: Params) -> TrainState:
         # Copied: the state is donated by the first update, and `params` belongs to the caller.

@@ -174,6 +174,11 @@ def pack(
 
     Rounding bounds the number of shapes, and so of compiled programs, that training meets.
 
+    Args:
+      conversations: B of them, at least one.
+      max_turns: K.
+      length_multiple: T is a multiple of this.
+
     Raises:
       ValueError: a conversation has more turns than `max_turns`.
     """
@@ -207,6 +212,10 @@ def pack(
 
 def check(trajectory: Trajectory, *, vocab_size: int) -> None:
     """Host-side check of everything the compiled world takes for granted.
+
+    Args:
+      trajectory: a batch, on the host.
+      vocab_size: of the model that will read it.
 
     Raises:
       ValueError: naming the field and the first offending row.

@@ -172,6 +172,23 @@ def test_bad_config_files_are_named(path, name, text, words):
     assert [word for word in words if word not in one_line(error)] == []
 
 
+def test_configs_of_two_folders_have_bases_of_their_own(tmp_path):
+    names = {}
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "base.py").write_text(f"NAME = {folder!r}")
+        (tmp_path / folder / "late.py").write_text(f"NAME = {folder!r}")
+        (tmp_path / folder / "run.py").write_text(
+            "from base import NAME\n"
+            "from ml_collections import ConfigDict\n"
+            "def get_config(arg):\n"
+            "    import late\n"
+            "    return ConfigDict(dict(base=NAME, late=late.NAME))\n"
+        )
+        names[folder] = load(str(tmp_path / folder / "run.py"), []).to_dict()
+    assert names == {folder: {"base": folder, "late": folder} for folder in names}
+
+
 def test_an_error_inside_the_config_keeps_its_own_message(path):
     with pytest.raises(ValueError, match="unknown config argument `nope`"):
         load(f"{path}:nope", [])

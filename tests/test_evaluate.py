@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,15 @@ def test_the_table_has_a_row_for_everybody_and_split() -> None:
         *("success", "95 % interval", "score", "turns", "repeated", "failed", "n"),
     ]
     assert rows[2][2:] == ["40.0%", "11.8% to 76.9%", "0.55", "2.4", "25.0%", "25.0%", "5"]
+
+
+def test_it_is_said_plainly_that_somebody_never_acted() -> None:
+    nothing = evaluate.summarize([episode(["", ""], end="turn_limit", score=0.0, failed=2)])
+    once = evaluate.summarize([episode(["go", ""], end="turn_limit", score=0.0, failed=1)])
+    said = evaluate.results_table({"before": {"a": nothing, "b": once}, "after": {"a": once}})
+    assert [line for line in said.splitlines() if line and not line.startswith("|")] == [
+        "before on a: no turn held an action that could be carried out."
+    ]
 
 
 def columns(results: dict[str, dict]) -> list[str]:
@@ -325,6 +335,47 @@ def in_process(capsys: pytest.CaptureFixture) -> Iterator[Callable[..., str]]:
     signal.signal(signal.SIGTERM, handler)
 
 
+@pytest.mark.parametrize("who", ["random", "before"])
+def test_an_evaluation_may_end_after_a_split(who: str, small: tuple) -> None:
+    config, done = quickstart(*small, "--config.eval.tasks=1", "--config.eval.batch=1"), []
+
+    def after_split() -> None:
+        done.append(who)
+        raise SystemExit(0)
+
+    student = experiment.load_student(config, one_device())
+    play = {
+        "random": partial(evaluate.evaluate_player, config, who),
+        "before": partial(
+            evaluate.evaluate_model, config, student, student.params, update=0, judging=None
+        ),
+    }
+    with pytest.raises(SystemExit):
+        play[who](after_split=after_split)
+    assert done == [who]
+    assert len(config.eval.splits) == 2
+
+
+def children() -> set[str]:
+    """The processes that this one has."""
+    return {
+        pid
+        for task in Path("/proc/self/task").iterdir()
+        for pid in (task / "children").read_text().split()
+    }
+
+
+def test_environments_of_an_evaluation_that_fails_do_not_outlive_it(small: tuple) -> None:
+    config = quickstart(*small, "--config.env.workers=true", "--config.rollout.context_tokens=8")
+    student = experiment.load_student(config, one_device())
+    before = children()
+    # Held by the caught error, nothing that it left behind is collected.
+    with pytest.raises(ValueError, match="`context_tokens`") as caught:
+        evaluate.evaluate_model(config, student, student.params, update=0, judging=None)
+    assert children() == before
+    assert caught.tb
+
+
 @pytest.mark.parametrize("policy", ["expert", "random"])
 def test_a_player_is_evaluated_into_the_summary(
     policy: str, in_process: Callable, tmp_path: Path, small: tuple
@@ -340,7 +391,9 @@ def test_a_player_is_evaluated_into_the_summary(
     config = quickstart(*small)
     assert summary["eval"][policy] == evaluate.evaluate_player(config, policy)
     assert {s: r["digest"] for s, r in summary["eval"][policy].items()} == digests()
-    assert printed == evaluate.results_table({policy: summary["eval"][policy]}) + "\n"
+    which = [f"{split}: 1000 tasks, digest {digest}" for split, digest in digests().items()]
+    table = evaluate.results_table({policy: summary["eval"][policy]})
+    assert printed.splitlines() == [*which, *table.splitlines()]
 
 
 @pytest.mark.parametrize("policy", ["expert", "random"])

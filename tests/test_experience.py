@@ -24,8 +24,9 @@ from opd_jax.experience import (
 from opd_jax.losses import NO_TURN, Verdict
 from opd_jax.mesh import make_mesh
 from opd_jax.metrics import Metrics, Stopwatch
+from opd_jax.rollout import rollout, row_keys
 from opd_jax.teacher import Judgement
-from opd_jax.train_step import TrainState, init_state
+from opd_jax.train_step import TrainState, init_state, make_batch
 from opd_jax.trajectory import Conversation, Turn, pack
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -229,7 +230,6 @@ NEUTRAL = [
     {"depth_start": 3, "depth_every": 3},  # as many turns as the environment gives
     {"depth_start": 99, "depth_every": 1},
     {"history_turns": 3},
-    {"per_task": 1},
 ]
 
 
@@ -280,6 +280,32 @@ def test_several_episodes_of_a_task_are_different_and_move_the_cursor_less(
         assert drawn.batch.tokens[row, : len(prompt)].tolist() == list(prompt)
     for first in (0, 2):
         assert (drawn.batch.tokens[first] != drawn.batch.tokens[first + 1]).any()
+
+
+def test_two_rollouts_of_a_task_are_plain_distillation_on_a_list_that_names_it_twice(
+    base: FrozenConfigDict, pair: tuple
+) -> None:
+    hot = {"per_task": 2, "temperature": 4.0}
+    twice = changed(base, rollout=hot, objective={"intervention": False})
+    start = state(base, pair[0])
+    drawn = source(twice, pair, [8, 0]).draw(start, Stopwatch())
+
+    size = environments.make_env(base.env).size("train")
+    one, other = experiment.train_tasks(size, seed=base.seed, start=8, count=2)
+    played = rollout(
+        start.params,
+        row_keys(jax.random.fold_in(start.rng, 0), range(4)),
+        agent=experiment.make_agent(pair[0], twice.rollout),
+        envs=environments.make_envs(base.env, 4),
+        tasks=[("train", task) for task in (one, one, other, other)],
+        depth=0,
+    )
+    train, turns = base.train, base.env.max_turns
+    packed = pack(played, max_turns=turns, length_multiple=train.length_multiple)
+    batch = make_batch(
+        packed, np.full((4, turns), STRONG), response_multiple=train.response_multiple
+    )
+    assert_same(drawn, Experience(batch, {}))
 
 
 def test_with_part_of_the_history_verdicts_follow_their_turns_into_rows(

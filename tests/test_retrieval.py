@@ -190,7 +190,7 @@ def test_common_words_can_be_looked_for():
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "bm25s", None)
-    with pytest.raises(ValueError, match=r"bm25s.* pip install 'opd-jax\[searchqa\]'"):
+    with pytest.raises(ValueError, match=r"bm25s.* pip install -e '\.\[searchqa\]' in the"):
         BM25(some_passages(2))
 
 

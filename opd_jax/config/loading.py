@@ -3,7 +3,8 @@
 import re
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,19 +83,33 @@ def _build(path_with_arg: str) -> ConfigDict:
             f"config file `{path}` does not exist{closest(path.name, there)}; "
             f"files in `{path.parent}`: {', '.join(there) or 'none'}"
         )
-    # A config may build on another one beside it.
-    sys.path.insert(0, str(path.parent))
-    try:
+    with _siblings_importable(path.parent):
         module = runpy.run_path(str(path), run_name=f"experiment_{path.stem}")
-    finally:
-        sys.path.remove(str(path.parent))
-    if "get_config" not in module:
-        raise ValueError(f"config file `{path}` must define `get_config(arg)`; it does not")
-    config = module["get_config"](arg)
+        if "get_config" not in module:
+            raise ValueError(f"config file `{path}` must define `get_config(arg)`; it does not")
+        config = module["get_config"](arg)
     if not isinstance(config, ConfigDict):
         kind = type(config).__name__
         raise ValueError(f"`get_config` in `{path}` must return a ConfigDict, got {kind}")
     return config.lock()
+
+
+@contextmanager
+def _siblings_importable(folder: Path) -> Iterator[None]:
+    """A config may build on another one beside it, which is forgotten again afterwards.
+
+    A config in another folder may have a base of the same name.
+    """
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        files = {str(file) for file in folder.glob("*.py")}
+        for name in set(sys.modules) - before:
+            if getattr(sys.modules[name], "__file__", None) in files:
+                del sys.modules[name]
 
 
 def _override(config: ConfigDict, field: str, text: str) -> None:

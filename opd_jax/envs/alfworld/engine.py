@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 
 from opd_jax.envs.alfworld.panel import VARIABLE
 
-# Parsers, translator, its settings and the environment variable are global: one thread at a time.
-_LOCK = threading.Lock()
+# Parsers, translator, its settings, the environment variable and what the package's expert draws
+# from are global: one thread at a time.
+LOCK = threading.Lock()
 
 
 def alfworld_module(name: str) -> ModuleType:
@@ -37,15 +38,15 @@ def alfworld_module(name: str) -> ModuleType:
     Raises:
       ValueError: it is not installed; says what to do.
     """
-    with _LOCK:
+    with LOCK:
         before = os.environ.get(VARIABLE)
         os.environ[VARIABLE] = tempfile.gettempdir()
         try:
             return importlib.import_module(name)
         except ImportError as error:
             raise ValueError(
-                "ALFWorld needs packages that are not installed: pip install 'opd-jax[alfworld]' "
-                f"(importing {name}: {error})"
+                "ALFWorld needs packages that are not installed: pip install -e '.[alfworld]' "
+                f"in the repository (importing {name}: {error})"
             ) from error
         finally:
             if before is None:
@@ -81,7 +82,7 @@ class Engine:
 
     def start(self, path: Path) -> Reply:
         """Load a game file and begin; about half a second, several for a large kitchen."""
-        with _LOCK, self._translating_once():
+        with LOCK, self._translating_once():
             self._env.load(str(path))
             logic = self._pddl._logic
             templates = {action.template for action in logic.actions.values()}
@@ -90,7 +91,7 @@ class Engine:
 
     def act(self, command: str) -> Reply:
         """Carry out a command; one that is not admissible changes nothing."""
-        with _LOCK:
+        with LOCK:
             return _reply(self._env.step(command)[0])
 
     @contextmanager

@@ -161,7 +161,7 @@ class AlfWorld:
         return len(self.games(split))
 
     def digest(self, split: str) -> str:
-        """SHA-256 over the ids of the games of `split`; starts with `generated-` if any is."""
+        """SHA-256 over the games of `split` and their ids; `generated-` before it if any is."""
         return digest(self.games(split))
 
     def reset(self, split: str, index: int) -> Observation:

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from opd_jax.envs.alfworld.engine import alfworld_module
+from opd_jax.envs.alfworld.engine import LOCK, alfworld_module
 from opd_jax.envs.alfworld.env import canonical
 from opd_jax.envs.base import Observation, Task
 from opd_jax.envs.react import RESPONSE
@@ -224,11 +224,12 @@ def _fixed_receptacles(kinds: Iterable[str]) -> list[str]:
 
 @contextmanager
 def _drawing_from(rng: random.Random) -> Iterator[None]:
-    """The package's expert draws from `rng` for now."""
+    """The package's expert draws from `rng` for now, and no other thread's does."""
     expert: Any = alfworld_module("alfworld.agents.expert.handcoded_expert")
-    before = expert.random
-    expert.random = rng
-    try:
-        yield
-    finally:
-        expert.random = before
+    with LOCK:
+        before = expert.random
+        expert.random = rng
+        try:
+            yield
+        finally:
+            expert.random = before

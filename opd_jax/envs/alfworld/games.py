@@ -254,7 +254,7 @@ def write(out: Path, split: str, index: int, *, seed: int) -> Path:
     instruction = Draw(f"alfworld-games/{VERSION}/{seed}/{split}/{index}/words").choice(
         goal.instructions()
     )
-    # The id of a game, and so the digest of a panel, changes with its content.
+    # The id of a game, and so its place in a panel, changes with its content.
     mark = hashlib.sha256(f"{instruction}\n{text}".encode()).hexdigest()[:8]
     folder = out / split
     folder /= f"{goal.type}-{goal.object}-None-{goal.target or goal.lamp}-{scene.number}"

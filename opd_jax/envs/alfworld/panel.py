@@ -109,9 +109,16 @@ def panel(folder: Path, split: str) -> tuple[Game, ...]:
 
 
 def digest(games: tuple[Game, ...]) -> str:
-    """SHA-256 over the ids of a panel, marked `generated-` where any game is."""
+    """SHA-256 over ids, types and game files of a panel, marked `generated-` where any game is.
+
+    Ids are names of folders, which another version of the download may have as well.
+    """
     label = "generated-" if any(game.generated for game in games) else ""
-    return label + _sha256("\n".join(game.id for game in games))
+    lines = (
+        f"{game.id} {game.type} {hashlib.sha256(game.path.read_bytes()).hexdigest()}\n"
+        for game in games
+    )
+    return label + _sha256("".join(lines))
 
 
 def _sha256(text: str) -> str:

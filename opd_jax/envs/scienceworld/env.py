@@ -34,7 +34,9 @@ NO_ACTION = (
 FAULT = "The environment broke down: %s"
 
 # What the engine answers to a command that it does not carry out; `*` stands for any words. It
-# reports failure in no other way. Each text is tested against the engine.
+# reports failure in no other way. Each text is tested against the engine. An "Ambiguous request" is
+# no failure: the engine asks which of several things is meant and carries the command out when a
+# number follows, as in its own paths to the goal; whether it was a good one is for the judge.
 FAILURES = {
     "unknown": (
         "No known action matches that input.",
@@ -42,7 +44,6 @@ FAILURES = {
         "Unknown action. Type 'help' for a list of actions, and 'objects' for a list of possible "
         "object referents.",
     ),
-    "ambiguous": ("Ambiguous request: *",),
     "already": (
         "The * is already activated.",
         "The * is already deactivated.",

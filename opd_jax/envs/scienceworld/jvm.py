@@ -204,7 +204,8 @@ def _archive() -> Path:
     spec = importlib.util.find_spec("scienceworld")
     if spec is None or spec.origin is None or importlib.util.find_spec("py4j") is None:
         raise ValueError(
-            "ScienceWorld needs the package `scienceworld`: pip install 'opd-jax[scienceworld]'"
+            "ScienceWorld needs the package `scienceworld`: pip install -e '.[scienceworld]' in "
+            "the repository"
         )
     return Path(spec.origin).parent / "scienceworld.jar"
 

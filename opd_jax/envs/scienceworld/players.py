@@ -90,8 +90,7 @@ class GoldPaths:
         needed = []
         for command in path:
             reply = self._engine.act(command)
-            # An ambiguous command is carried out with the number that follows it.
-            if failure(reply.text) in ("", "ambiguous"):
+            if not failure(reply.text):
                 needed.append(command)
             if reply.completed:
                 return needed, reply.score == 100

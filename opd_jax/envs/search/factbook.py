@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
 
 from opd_jax.envs.search.answers import normalize
 from opd_jax.envs.search.env import SearchEnv
@@ -174,16 +173,31 @@ class FactbookQA(SearchEnv):
     """FactbookQA as an `Env`, with the splits `train`, `dev` and `test`.
 
     Args:
-      **settings: those of `SearchEnv` but its questions and its search engine.
+      max_turns, max_searches, passages, passage_words, retry_wrong: see `SearchEnv`.
 
     Raises:
       ValueError: a package of the extra `searchqa` is missing, or as `SearchEnv`.
     """
 
-    def __init__(self, **settings: Any):
+    def __init__(
+        self,
+        *,
+        max_turns: int,
+        max_searches: int,
+        passages: int,
+        passage_words: int,
+        retry_wrong: bool,
+    ):
         index, by_split = _load()
-        panels = {split: partial(by_split.__getitem__, split) for split in SPLITS}
-        super().__init__(panels=panels, retriever=index, **settings)
+        super().__init__(
+            panels={split: partial(by_split.__getitem__, split) for split in SPLITS},
+            retriever=index,
+            max_turns=max_turns,
+            max_searches=max_searches,
+            passages=passages,
+            passage_words=passage_words,
+            retry_wrong=retry_wrong,
+        )
 
     def digest(self, split: str) -> str:
         """As of `SearchEnv`, with the label that tells these tasks from SearchQA's."""

