@@ -258,13 +258,19 @@ def attention(
     return jnp.einsum(_VALUES[layout], probs, v).reshape(B, T, N, H)
 
 
+# Into at most so many spans a sequence is cut, each with keys of its own length: a program to
+# compile for each, for an eighth of the masked half of the work that the last cut would save.
+_SPANS = 8
+
+
 def causal_self_attention(
     q_BTNH: jax.Array, k_BTGH: jax.Array, v_BTGH: jax.Array, *, query_chunk: int
 ) -> jax.Array:
     """Attention of a sequence over itself, `query_chunk` queries at a time.
 
-    Each chunk sees only the keys up to its own end, which skips the masked half of the work, and is
-    rematerialized in the backward pass, so no `[T, T]` array outlives a chunk.
+    A span of chunks sees only the keys up to its own end, which skips most of the masked half of
+    the work, and each chunk is rematerialized in the backward pass, so no `[T, T]` array outlives
+    a chunk.
 
     Args:
       q_BTNH: float [B, T, N, H], rotated.
@@ -276,13 +282,49 @@ def causal_self_attention(
       [B, T, N, H] in the dtype of the queries.
     """
     T = q_BTNH.shape[1]
-    chunk = jax.checkpoint(partial(attention, layout="BSGH"))
+    chunks = -(-T // query_chunk)
+    span = -(-chunks // _SPANS) * query_chunk
     outputs = []
-    for start in range(0, T, query_chunk):
-        end = min(start + query_chunk, T)
+    for start in range(0, T, span):
+        end = min(start + span, T)
+        here, before = slice(start, end), slice(0, end)
         position = jnp.arange(start, end)[None]
-        outputs.append(chunk(q_BTNH[:, start:end], k_BTGH[:, :end], v_BTGH[:, :end], position))
+        outputs.append(
+            chunked_attention(
+                q_BTNH[:, here],
+                k_BTGH[:, before],
+                v_BTGH[:, before],
+                position,
+                layout="BSGH",
+                query_chunk=query_chunk,
+            )
+        )
     return jnp.concatenate(outputs, axis=1)
+
+
+def chunked_attention(
+    q_BTNH: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    position_BT: jax.Array,
+    *,
+    layout: str,
+    query_chunk: int,
+) -> jax.Array:
+    """`attention`, `query_chunk` queries at a time, each chunk rematerialized in a backward pass.
+
+    In a loop, not a list of pieces: those the compiler may compute side by side.
+    """
+    if q_BTNH.shape[1] <= query_chunk:
+        return jax.checkpoint(partial(attention, layout=layout))(q_BTNH, k, v, position_BT)
+
+    @jax.checkpoint
+    def one(query: tuple[jax.Array, jax.Array]) -> jax.Array:
+        q_BNH, position_B = query
+        return attention(q_BNH[:, None], k, v, position_B[:, None], layout=layout)[:, 0]
+
+    queries = (jnp.moveaxis(q_BTNH, 1, 0), position_BT.T)
+    return jnp.moveaxis(jax.lax.map(one, queries, batch_size=query_chunk), 0, 1)
 
 
 def _qkv(
@@ -459,21 +501,6 @@ def _append(buffer: jax.Array, new_BTGH: jax.Array, slot_BT: jax.Array, layout: 
 _CACHED_QUERIES = 128
 
 
-def _attention_to_cache(
-    q_BTNH: jax.Array, k: jax.Array, v: jax.Array, position_BT: jax.Array, *, layout: str
-) -> jax.Array:
-    if q_BTNH.shape[1] <= _CACHED_QUERIES:
-        return attention(q_BTNH, k, v, position_BT, layout=layout)
-
-    def one(query: tuple[jax.Array, jax.Array]) -> jax.Array:
-        q_BNH, position_B = query
-        return attention(q_BNH[:, None], k, v, position_B[:, None], layout=layout)[:, 0]
-
-    # A loop, not a list of pieces: those the compiler may compute side by side.
-    queries = (jnp.moveaxis(q_BTNH, 1, 0), position_BT.T)
-    return jnp.moveaxis(jax.lax.map(one, queries, batch_size=_CACHED_QUERIES), 0, 1)
-
-
 def forward_cached(
     params: Params,
     cache: KVCache,
@@ -506,7 +533,14 @@ def forward_cached(
         q, k, v = _qkv(layer, x, cos, sin, config)
         keys.append(_append(cache.keys[index], k, slot_BT, cache.layout))
         values.append(_append(cache.values[index], v, slot_BT, cache.layout))
-        mixed = _attention_to_cache(q, keys[-1], values[-1], position_BT, layout=cache.layout)
+        mixed = chunked_attention(
+            q,
+            keys[-1],
+            values[-1],
+            position_BT,
+            layout=cache.layout,
+            query_chunk=_CACHED_QUERIES,
+        )
         x = _after_attention(layer, x, mixed, config)
     hidden = rms_norm(x, params["final_norm"], config.norm_eps)
     lengths = constrain(cache.lengths + counts, "batch")

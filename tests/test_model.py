@@ -156,6 +156,17 @@ def test_chunking_and_remat_change_no_gradient(
     jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=2e-6), other_grad, grad)
 
 
+def test_a_span_of_many_chunks_is_one_loop_that_changes_nothing(
+    references: dict, tokens: np.ndarray
+) -> None:
+    config, params = load(references["qwen3_tied"])
+    assert tokens.shape[1] > 2 * model._SPANS  # several chunks a span, the last one shorter
+    loss, grad = loss_and_grad(config, tokens.shape[1], "none")(params, tokens)
+    other_loss, other_grad = loss_and_grad(config, 1, "none")(params, tokens)
+    np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=2e-6), other_grad, grad)
+
+
 def test_gradient_matches_torch(references: dict, unchunked: tuple) -> None:
     import torch
 
