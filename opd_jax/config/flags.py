@@ -3,21 +3,26 @@
 import ast
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 _BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
 
-def flag_pairs(argv: Sequence[str]) -> list[tuple[str, str]]:
-    """Splits ``--name=value`` and ``--name value`` words into (name, value) pairs."""
+def flag_pairs(argv: Sequence[str], *, switches: Collection[str] = ()) -> list[tuple[str, str]]:
+    """Splits ``--name=value`` and ``--name value`` words into (name, value) pairs.
+
+    A name in `switches` stands alone for ``--name=true``.
+    """
     pairs = []
     words = iter(argv)
     for word in words:
         if not word.startswith("--") or word == "--":
             raise ValueError(f"expected a flag `--name=value`, got `{word}`; see --help")
         name, equals, text = word[2:].partition("=")
-        if not equals:
+        if not equals and name in switches:
+            text = "true"
+        elif not equals:
             text = next(words, "--")
             if text.startswith("--"):
                 raise ValueError(f"flag `--{name}` needs a value: write `--{name}=value`")
