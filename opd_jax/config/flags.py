@@ -30,6 +30,12 @@ def flag_pairs(argv: Sequence[str], *, switches: Collection[str] = ()) -> list[t
     return pairs
 
 
+def given_fields(argv: Sequence[str]) -> list[str]:
+    """Names of the config fields that words of a command line replace."""
+    prefix = "--config."
+    return [word.removeprefix(prefix).partition("=")[0] for word in argv if word[:9] == prefix]
+
+
 def read_value(text: str, kind: type, name: str) -> Any:
     """Reads `text` as a bool, int, float or string."""
     try:

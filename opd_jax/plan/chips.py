@@ -93,25 +93,29 @@ def _slice(family: str, shape: str) -> Slice:
     return Slice(f"{family}:{shape}", CHIPS[family], chips, -(-chips // _CHIPS_PER_HOST))
 
 
-def parse_slice(text: str) -> Slice:
+def find(topology: str, *, local_chips: int) -> Slice:
     """The slice that a topology such as "v5e:4x4" names.
+
+    Args:
+      local_chips: how many devices "local" stands for.
 
     Raises:
       ValueError: no such family, or no such shape in it; lists what there is.
     """
-    family, _, shape = text.partition(":")
+    if topology == LOCAL:
+        return _local(local_chips)
+    family, _, shape = topology.partition(":")
     for known in slices(family):
         if known.name == f"{family}:{shape}":
             return known
     raise ValueError(
         f"`--topology`: {family} comes as {', '.join(f'{family}:{s}' for s in SHAPES[family])}; "
-        f"got `{text}`"
+        f"got `{topology}`"
     )
 
 
-def local_slice(chips: int) -> Slice:
-    """`chips` devices of this machine, as JAX finds them."""
-    import jax
+def _local(chips: int) -> Slice:
+    import jax  # which looks for devices
 
     device = jax.local_devices()[0]
     flops, bandwidth = _LOCAL_KINDS.get(device.device_kind, (None, None))

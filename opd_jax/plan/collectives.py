@@ -67,8 +67,8 @@ class Copy:
 def collectives(module: Module) -> list[Collective]:
     """All collectives, those that send most first.
 
-    An asynchronous one is printed many times, in each of the fusions that hide it, with one channel:
-    of those one counts, where it runs least often.
+    An asynchronous one is printed many times, in each of the fusions that hide it, with one
+    channel: of those one counts, where it runs least often.
     """
     found: dict[object, tuple[Times, str, Instruction]] = {}
     for name, times in run_counts(module).items():

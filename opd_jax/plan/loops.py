@@ -86,7 +86,7 @@ def trip_count(module: Module, where: str, loop: Instruction) -> int | None:
     Args:
       where: the computation that the loop stands in.
     """
-    known = loop.attribute(r'known_trip_count\D{0,8}n\W{1,4}(\d+)')
+    known = loop.attribute(r"known_trip_count\D{0,8}n\W{1,4}(\d+)")
     if known:
         return int(known)
     called = dict(loop.called())
@@ -182,7 +182,9 @@ class _Reader:
         if instruction.opcode in ("fusion", "call"):
             inner = instruction.called()[0][1]
             return self.comparisons(
-                inner, _root(self._module.computations[inner]), self._thunks(where, instruction, args)
+                inner,
+                _root(self._module.computations[inner]),
+                self._thunks(where, instruction, args),
             )
         if instruction.opcode == "and" or instruction.opcode in _SAME:
             parts = [module[name] for name in instruction.operands if name in module]
@@ -230,9 +232,7 @@ class _Reader:
         whole = self._value(where, name, args)
         return _Element(index, 0) if whole is _STATE else None
 
-    def _thunks(
-        self, where: str, instruction: Instruction, args: Sequence[_Thunk]
-    ) -> list[_Thunk]:
+    def _thunks(self, where: str, instruction: Instruction, args: Sequence[_Thunk]) -> list[_Thunk]:
         return [
             lambda name=name: self._value(where, name, args)  # type: ignore[misc]
             for name in instruction.operands

@@ -5,19 +5,27 @@ of the `Workload`. Nothing here needs a device: a mesh may be abstract.
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
-from opd_jax import experiment, labels, train_step
+from opd_jax import experiment, labels, model, train_step
 from opd_jax import generate as gen
 from opd_jax.generate import Sampling
-from opd_jax.mesh import RULES, AnyMesh, batch_sharding, param_shardings, replicated
+from opd_jax.mesh import (
+    RULES,
+    SAMPLING_RULES,
+    AnyMesh,
+    Rules,
+    batch_sharding,
+    param_shardings,
+    replicated,
+)
 from opd_jax.model import KVCache, ModelConfig, is_spec, param_specs
 from opd_jax.plan.models import PlannedModel
 from opd_jax.plan.traffic import Moved, device_bytes
@@ -37,7 +45,7 @@ class Program:
       runs: how often it runs in an update; 0 for what runs beside updates.
       trips: how often its `while` loop runs; None where it has none.
       moved: see `Moved`.
-      holds: names of `Run.residents` that are among its arguments.
+      beside: names of `Run.residents` that stand beside its arguments while it runs.
       temporaries: bytes on each device that it needs beyond its arguments whatever the compiler
         does, as far as they are known.
     """
@@ -49,31 +57,49 @@ class Program:
     runs: float
     trips: int | None
     moved: tuple[Moved, ...]
-    holds: frozenset[str]
+    beside: tuple[str, ...]
     temporaries: int = 0
-
-    def trace(self) -> Any:
-        """Traced, for its jaxpr and to be lowered."""
-        return self.function.trace(*self.args, **self.kwargs)
 
 
 @dataclass(frozen=True)
 class Run:
-    """All programs of a run, and what stays on the devices while any of them runs.
+    """All programs of a run, and what stays on the devices between them.
 
     Attributes:
       programs: in the order of an update, then those of evaluations.
       residents: bytes on one device by name.
       work: the shapes.
+      mesh: that they are placed on.
     """
 
     programs: tuple[Program, ...]
     residents: dict[str, int]
     work: Workload
+    mesh: AnyMesh
 
     def beside(self, program: Program) -> int:
         """Bytes on each device while `program` runs that are not its own."""
-        return sum(size for name, size in self.residents.items() if name not in program.holds)
+        return sum(self.residents[name] for name in program.beside)
+
+    def trace(self, program: Program) -> Any:
+        """A program traced, for its jaxpr and to be lowered."""
+        with _current(self.mesh):
+            return program.function.trace(*program.args, **program.kwargs)
+
+    def compile(self, program: Program) -> Any:
+        """A program compiled for the devices of the mesh, which is then not abstract."""
+        with _current(self.mesh):
+            return program.function.trace(*program.args, **program.kwargs).lower().compile()
+
+    def lower(self, traced: Any, *, platform: str) -> Any:
+        """A traced program lowered for a platform, which need not be here."""
+        with _current(self.mesh):
+            return traced.lower(lowering_platforms=(platform,))
+
+
+def _current(mesh: AnyMesh) -> AbstractContextManager:
+    """As a run sets its mesh."""
+    return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh)
 
 
 def plan_run(
@@ -94,7 +120,34 @@ def plan_run(
       ValueError: a sharded dimension does not divide over the mesh.
     """
     planner = _Planner(config, student, teacher, mesh, layout)
-    return Run(tuple(planner.programs()), planner.residents(), planner.work)
+    return Run(tuple(planner.programs()), planner.residents(), planner.work, mesh)
+
+
+# What lives as long as the run. The student as it was loaded is kept beside the one that is
+# trained.
+_PARAMETERS, _OPTIMIZER, _LOADED, _TEACHER = (
+    "parameters",
+    "optimizer",
+    "student as loaded",
+    "teacher",
+)
+_ALWAYS = (_PARAMETERS, _OPTIMIZER, _LOADED, _TEACHER)
+_COPY = "copy to sample with"
+
+
+@dataclass(frozen=True)
+class _Player:
+    """Who samples or answers.
+
+    Attributes:
+      sizes: of the model.
+      params: abstract.
+      beside: names of residents that are not these parameters.
+    """
+
+    sizes: ModelConfig
+    params: Any
+    beside: tuple[str, ...]
 
 
 class _Planner:
@@ -116,173 +169,164 @@ class _Planner:
         if teacher is not None:
             self.teacher_params = abstract_params(teacher.sizes, config.teacher_dtype, mesh)
         self.state = train_step.abstract_state(self.params, experiment.make_optimizer(config))
+        gathered = config.rollout.gather_weights
+        self.sampling_params = abstract_params(
+            student.sizes,
+            config.compute_dtype,
+            mesh,
+            rules=SAMPLING_RULES if gathered else RULES,
+        )
 
     def residents(self) -> dict[str, int]:
-        """What lives as long as the run."""
         return {
-            "parameters": device_bytes(self.state.params),
-            "optimizer": device_bytes(self.state.opt_state),
-            # The student as it was loaded is kept beside the one that is trained.
-            "student as loaded": device_bytes(self.params),
-            "teacher": device_bytes(self.teacher_params),
+            _PARAMETERS: device_bytes(self.state.params),
+            _OPTIMIZER: device_bytes(self.state.opt_state),
+            _LOADED: device_bytes(self.params),
+            _TEACHER: device_bytes(self.teacher_params),
+            _COPY: device_bytes(self.sampling_params),
         }
 
     def programs(self) -> Iterable[Program]:
         config, source = self.config, self.config.data.source
-        if source in ("on_policy", "teacher"):
-            yield from self._rollout("student" if source == "on_policy" else "teacher")
+        if source == "on_policy":
+            yield self._copying()
+            yield from self._rollout(self._sampling_student())
+        elif source == "teacher":
+            yield from self._rollout(self._frozen_teacher())
         if config.objective.intervention:
             yield from self._judging()
         yield self._train()
-        if config.eval.batch != config.rollout.batch:
-            yield from self._evaluation("student")
+        if source != "on_policy" or config.eval.batch != config.rollout.batch:
+            yield from self._evaluation("student", self._sampling_student())
         if "teacher" in config.eval.who:
-            yield from self._evaluation("teacher")
+            # Evaluated with the student, whose copy waits meanwhile.
+            yield from self._evaluation("teacher", self._frozen_teacher(_COPY))
 
-    def _player(self, who: str) -> tuple[ModelConfig, Any, frozenset[str]]:
-        """Sizes and parameters of who samples, and which residents those are."""
-        if who == "student":
-            return self.student.sizes, self.params, frozenset({"parameters"})
+    def _sampling_student(self) -> _Player:
+        return _Player(self.student.sizes, self.sampling_params, _ALWAYS)
+
+    def _frozen_teacher(self, *more: str) -> _Player:
         assert self.teacher is not None  # `config.validate` asks for one
-        return self.teacher.sizes, self.teacher_params, frozenset({"teacher"})
+        others = (_PARAMETERS, _OPTIMIZER, _LOADED, *more)
+        return _Player(self.teacher.sizes, self.teacher_params, others)
 
     # --- Rollout and evaluation
 
-    def _rollout(self, who: str) -> Iterable[Program]:
-        rollout, work = self.config.rollout, self.work
-        narrow, wide = rollout.extend_widths[0], rollout.extend_widths[-1]
-        if narrow == wide:
-            yield self._extend("observation", who, work.rows, wide, runs=work.turns)
-        else:
-            yield self._extend("first message", who, work.rows, wide, runs=1)
-            yield self._extend("observation", who, work.rows, narrow, runs=work.turns - 1)
-        yield self._sampling(
-            "sampling",
-            who,
-            work.rows,
-            temperature=rollout.temperature,
-            runs=work.sampled / rollout.chunk,
+    def _copying(self) -> Program:
+        sizes, source = self.student.sizes, device_bytes(self.params)
+        copy = device_bytes(self.sampling_params)
+        return Program(
+            "copy to sample with",
+            gen.sampling_params,
+            (self.params,),
+            {
+                "config": sizes,
+                "dtype": jnp.dtype(self.config.compute_dtype),
+                "gather": self.config.rollout.gather_weights,
+            },
+            runs=1,
+            trips=None,
+            moved=(Moved("parameters", source, 1), Moved("copy", copy, 1)),
+            beside=(_OPTIMIZER, _LOADED, _TEACHER),
+            temporaries=copy,
         )
 
-    def _evaluation(self, who: str) -> Iterable[Program]:
-        """Once or twice a run; its rows may be more than those of a batch."""
-        rows, name = self.config.eval.batch, f"evaluation of the {who}"
-        width = self.config.rollout.extend_widths[-1]
-        temperature = self.config.eval.temperature
-        yield self._extend(f"{name}: first message", who, rows, width, runs=0)
-        yield self._sampling(f"{name}: sampling", who, rows, temperature=temperature, runs=0)
+    def _rollout(self, player: _Player) -> Iterable[Program]:
+        rollout, work = self.config.rollout, self.work
+        narrow, wide = rollout.extend_widths[0], rollout.extend_widths[-1]
+        cache = self._cache(player, work.rows, work.slots)
+        if narrow == wide:
+            yield self._reading("observation", player, cache, wide, runs=work.turns)
+        else:
+            yield self._reading("first message", player, cache, wide, runs=1)
+            yield self._reading("observation", player, cache, narrow, runs=work.turns - 1)
+        calls = work.sampled / rollout.chunk
+        yield self._sampling("sampling", player, cache, rollout.temperature, runs=calls)
 
-    def _extend(self, name: str, who: str, rows: int, width: int, *, runs: float) -> Program:
-        sizes, params, holds = self._player(who)
-        cache = self._cache(sizes, params, rows, self.work.slots)
-        return self._reading(name, sizes, params, holds, cache, rows, width, runs=runs)
+    def _evaluation(self, who: str, player: _Player) -> Iterable[Program]:
+        """Once or twice a run; its rows may be more than those of a batch."""
+        evaluation, width = self.config.eval, self.config.rollout.extend_widths[-1]
+        cache = self._cache(player, evaluation.batch, self.work.slots)
+        yield self._reading(f"evaluating the {who}: first message", player, cache, width, runs=0)
+        name = f"evaluating the {who}: sampling"
+        yield self._sampling(name, player, cache, evaluation.temperature, runs=0)
 
     def _reading(
-        self,
-        name: str,
-        sizes: ModelConfig,
-        params: Any,
-        holds: frozenset[str],
-        cache: KVCache,
-        rows: int,
-        width: int,
-        *,
-        runs: float,
+        self, name: str, player: _Player, cache: KVCache, width: int, *, runs: float
     ) -> Program:
+        """Appending up to `width` tokens to every row."""
+        rows = cache.lengths.shape[0]
         return Program(
             name,
             gen.extend,
-            (params, cache, self._rows(rows, width), self._rows(rows)),
-            {"config": sizes},
+            (player.params, cache, self._rows(rows, width), self._rows(rows)),
+            {"config": player.sizes},
             runs=runs,
             trips=None,
-            moved=_read_once(params, cache, times=1),
-            holds=holds,
+            moved=_gone_through(player.params, cache, times=1),
+            beside=player.beside,
         )
 
     def _sampling(
-        self, name: str, who: str, rows: int, *, temperature: float, runs: float
+        self, name: str, player: _Player, cache: KVCache, temperature: float, *, runs: float
     ) -> Program:
-        sizes, params, holds = self._player(who)
         rollout = self.config.rollout
-        return self._generating(
-            name,
-            sizes,
-            params,
-            holds,
-            self._cache(sizes, params, rows, self.work.slots),
-            Sampling(temperature=temperature, top_k=rollout.top_k, top_p=rollout.top_p),
-            rollout.chunk,
-            runs=runs,
-        )
+        how = Sampling(temperature=temperature, top_k=rollout.top_k, top_p=rollout.top_p)
+        return self._generating(name, player, cache, how, rollout.chunk, runs=runs)
 
     def _generating(
         self,
         name: str,
-        sizes: ModelConfig,
-        params: Any,
-        holds: frozenset[str],
+        player: _Player,
         cache: KVCache,
-        sampling: Sampling,
+        how: Sampling,
         chunk: int,
         *,
         runs: float,
     ) -> Program:
         rows = cache.lengths.shape[0]
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-        everywhere = replicated(self.mesh)
         return Program(
             name,
             gen.generate,
             (
-                params,
+                player.params,
                 cache,
                 self._rows(rows),
                 self._rows(rows),
-                jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=everywhere),
-                jax.ShapeDtypeStruct((2,), jnp.int32, sharding=everywhere),
+                self._whole(keys.shape, keys.dtype),
+                self._whole((2,)),  # a turn ends with one of one or two tokens
             ),
-            {"config": sizes, "sampling": sampling, "chunk": chunk},
+            {"config": player.sizes, "sampling": how, "chunk": chunk},
             runs=runs,
             trips=chunk,
-            moved=_read_once(params, cache, times=chunk),
-            holds=holds,
+            moved=_gone_through(player.params, cache, times=chunk),
+            beside=player.beside,
         )
 
     # --- Judging
 
     def _judging(self) -> Iterable[Program]:
-        judge, work = self.config.judge, self.work
-        sizes, params, holds = self._player("teacher")
-        calls = -(-work.rows * work.turns // judge.batch)  # each answers so many questions
+        judge, work, teacher = self.config.judge, self.work, self._frozen_teacher()
         if judge.context != "history":
+            calls = -(-work.rows * work.turns // judge.batch)
             lengths = {"judging": (work.question, calls)}
             if work.longest_question > work.question:
                 lengths["judging: longest question"] = (work.longest_question, 0)
             for name, (width, runs) in lengths.items():
-                slots = width + self._answer_tokens()
-                cache = self._cache(sizes, params, judge.batch, slots)
-                yield from self._answering(name, cache, width, runs=runs)
+                cache = self._cache(teacher, judge.batch, width + self._answer_tokens())
+                yield from self._answering(name, teacher, cache, width, runs=runs)
             return
-        # One reading of each conversation in pieces, then its questions behind it.
-        piece = judge.length_multiple
+        # Conversations are read in pieces, then the questions behind them.
+        piece, width = judge.length_multiple, work.short_question
         rows = min(judge.batch, work.rows)
-        batches = -(-work.rows // rows)
-        width = work.short_question
+        calls = -(-work.rows // rows)
         coarse = 4 * piece  # as in `teacher`
         slots = -(-(work.slots + width + self._answer_tokens()) // coarse) * coarse
-        cache = self._cache(sizes, params, rows, slots)
-        yield self._reading(
-            "judging: conversation",
-            sizes,
-            params,
-            holds,
-            cache,
-            rows,
-            piece,
-            runs=batches * -(-work.slots // piece),
-        )
-        yield from self._answering("judging", cache, width, runs=batches * work.turns)
+        cache = self._cache(teacher, rows, slots)
+        pieces = calls * -(-work.slots // piece)
+        yield self._reading("judging: conversation", teacher, cache, piece, runs=pieces)
+        yield from self._answering("judging", teacher, cache, width, runs=calls * work.turns)
 
     def _answer_tokens(self) -> int:
         assert self.teacher is not None
@@ -290,43 +334,33 @@ class _Planner:
             return self.config.judge.max_new_tokens
         return self.teacher.label_width
 
-    def _answering(self, name: str, cache: KVCache, width: int, *, runs: float) -> Iterable:
-        sizes, params, holds = self._player("teacher")
-        rows = cache.lengths.shape[0]
+    def _answering(
+        self, name: str, teacher: _Player, cache: KVCache, width: int, *, runs: float
+    ) -> Iterable[Program]:
         if self.config.judge.decode == "generate":
-            yield self._reading(name, sizes, params, holds, cache, rows, width, runs=runs)
-            yield self._generating(
-                f"{name}: answer",
-                sizes,
-                params,
-                holds,
-                cache,
-                Sampling(temperature=0.0, top_k=0, top_p=1.0),
-                self.config.judge.max_new_tokens,
-                runs=runs,
-            )
+            greedy = Sampling(temperature=0.0, top_k=0, top_p=1.0)
+            most = self.config.judge.max_new_tokens
+            yield self._reading(name, teacher, cache, width, runs=runs)
+            yield self._generating(f"{name}: answer", teacher, cache, greedy, most, runs=runs)
             return
-        words = len(labels.LABELS)
-        everywhere = replicated(self.mesh)
+        words, rows = len(labels.LABELS), cache.lengths.shape[0]
         yield Program(
             name,
             labels.label_scores,
             (
-                params,
+                teacher.params,
                 cache,
                 self._rows(rows, width),
                 self._rows(rows),
-                jax.ShapeDtypeStruct(
-                    (words, self._answer_tokens()), jnp.int32, sharding=everywhere
-                ),
-                jax.ShapeDtypeStruct((words,), jnp.int32, sharding=everywhere),
+                self._whole((words, self._answer_tokens())),
+                self._whole((words,)),
             ),
-            {"config": sizes},
+            {"config": teacher.sizes},
             runs=runs,
             trips=None,
             # Each word is read behind the question.
-            moved=_read_once(params, cache, times=1 + words),
-            holds=holds,
+            moved=_gone_through(teacher.params, cache, times=1 + words),
+            beside=teacher.beside,
         )
 
     # --- The train step
@@ -345,6 +379,7 @@ class _Planner:
             placement=train_step.placement_of(self.state),
             micro_batches=train.micro_batches,
             batch_rows=None if players else config.rollout.batch,
+            dtype=jnp.dtype(config.compute_dtype),
             query_chunk=train.query_chunk,
             loss_chunk=train.loss_chunk,
             remat=train.remat,
@@ -356,7 +391,6 @@ class _Planner:
             verdict=self._rows(work.rows, work.turns),
             response=self._rows(work.rows, work.response),
         )
-        kept, gradient = self._layer_inputs(), self._gradient()
         return Program(
             "train step",
             function,
@@ -364,37 +398,51 @@ class _Planner:
             {},
             runs=1,
             trips=None,
-            moved=self._train_traffic(teacher_params, kept=kept, gradient=gradient),
-            holds=frozenset({"parameters", "optimizer"} | ({"teacher"} if teacher else set())),
-            temporaries=kept + gradient,
+            moved=self._train_traffic(teacher_params),
+            beside=(_LOADED,) if teacher else (_LOADED, _TEACHER),
+            temporaries=self._layer_inputs() + self._gradient() + sum(self._heads(teacher_params)),
         )
 
     def _gradient(self) -> int:
         """Bytes of the float32 sum over micro-batches, placed as the parameters are."""
-        return device_bytes(jax.tree.map(partial(_as, jnp.float32), self.params))
+        return device_bytes(abstract_params(self.student.sizes, "float32", self.mesh))
 
     def _layer_inputs(self) -> int:
-        """Bytes of what the backward pass is made from: at least each layer's input."""
+        """Bytes of what the backward pass starts from: at least each layer's input."""
         sizes, work, train = self.student.sizes, self.work, self.config.train
-        rows = work.rows // train.micro_batches
-        inputs = self._rows(rows, work.sequence, sizes.d_model, dtype=self.config.dtype)
+        rows, dtype = work.rows // train.micro_batches, self.config.compute_dtype
+        inputs = self._rows(rows, work.sequence, sizes.d_model, dtype=dtype)
         return sizes.num_layers * device_bytes(inputs)
 
-    def _train_traffic(
-        self, teacher_params: Any, *, kept: int, gradient: int
-    ) -> tuple[Moved, ...]:
-        parts, passes = self.config.train.micro_batches, 3 if self.config.train.remat else 2
-        parameters = device_bytes(self.params)
-        return (
-            Moved("parameters, forward and backward", parameters, passes * parts),
-            Moved("teacher", device_bytes(teacher_params), parts),
-            Moved("inputs of layers, written and read", kept, 2 * parts),
-            Moved("gradient, added to", gradient, 2 * parts),
-            Moved("optimizer and parameters, updated", self._updated(), 2),
-        )
+    def _heads(self, teacher_params: Any) -> tuple[int, int, int]:
+        """Bytes of what the loss goes through in chunks, whole along `fsdp`.
 
-    def _updated(self) -> int:
-        return device_bytes((self.state.params, self.state.opt_state))
+        The student's head, its gradient in float32, and the teacher's head.
+        """
+        student = _head_bytes(self.student.sizes, self.params, self.mesh)
+        gradient = student * 4 // self.params["embed"].dtype.itemsize
+        if teacher_params is None:
+            return student, gradient, 0
+        assert self.teacher is not None
+        return student, gradient, _head_bytes(self.teacher.sizes, teacher_params, self.mesh)
+
+    def _train_traffic(self, teacher_params: Any) -> tuple[Moved, ...]:
+        work, train = self.work, self.config.train
+        parts, passes = train.micro_batches, 3 if train.remat else 2
+        chunks = -(-work.rows // parts * work.response // train.loss_chunk)
+        student_head, head_gradient, teacher_head = self._heads(teacher_params)
+        updated = device_bytes((self.state.params, self.state.opt_state))
+        return (
+            Moved("parameters, forward and backward", device_bytes(self.params), passes * parts),
+            Moved("teacher", device_bytes(teacher_params), parts),
+            Moved("inputs of layers, written and read", self._layer_inputs(), 2 * parts),
+            # Forward, recomputed, and for the gradient of the hidden states.
+            Moved("student's head, in chunks", student_head, 3 * chunks * parts),
+            Moved("teacher's head, in chunks", teacher_head, 2 * chunks * parts),
+            Moved("gradient of the head, in chunks", head_gradient, 2 * chunks * parts),
+            Moved("gradient, added to", self._gradient(), 2 * parts),
+            Moved("optimizer and parameters, updated", updated, 2),
+        )
 
     # --- Arguments
 
@@ -412,24 +460,27 @@ class _Planner:
             ) from None
         return array
 
-    def _cache(self, sizes: ModelConfig, params: Any, rows: int, slots: int) -> KVCache:
+    def _whole(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self.mesh))
+
+    def _cache(self, player: _Player, rows: int, slots: int) -> KVCache:
         return abstract_cache(
-            sizes,
+            player.sizes,
             rows=rows,
             slots=slots,
-            dtype=params["embed"].dtype,
+            dtype=player.params["embed"].dtype,
             layout=self.layout,
             mesh=self.mesh,
         )
 
 
-def abstract_params(sizes: ModelConfig, dtype: str, mesh: AnyMesh) -> Any:
-    """Parameters as they are loaded: shapes, dtype, shardings."""
+def abstract_params(sizes: ModelConfig, dtype: str, mesh: AnyMesh, *, rules: Rules = RULES) -> Any:
+    """Parameters as they are loaded, or copied: shapes, dtype, shardings."""
     specs = param_specs(sizes)
     return jax.tree.map(
         lambda spec, where: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype), sharding=where),
         specs,
-        param_shardings(specs, mesh),
+        param_shardings(specs, mesh, rules=rules),
         is_leaf=is_spec,
     )
 
@@ -437,19 +488,18 @@ def abstract_params(sizes: ModelConfig, dtype: str, mesh: AnyMesh) -> Any:
 def abstract_cache(
     sizes: ModelConfig, *, rows: int, slots: int, dtype: Any, layout: str, mesh: AnyMesh
 ) -> KVCache:
-    """An empty cache: rows split over the batch's axes, key and value heads over `tensor`."""
-    axes = {"B": (rows, "batch"), "G": (sizes.num_kv_heads, "kv_heads")}
-    axes |= {"S": (slots, "layer"), "H": (sizes.head_dim, "head_dim")}
-    shape = tuple(axes[axis][0] for axis in layout)
-    where = NamedSharding(mesh, PartitionSpec(*(RULES[axes[axis][1]] for axis in layout)))
-    buffer = jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+    """`model.init_cache` without its arrays."""
+    spec = model.cache_specs(sizes, batch=rows, slots=slots, layout=layout)
+    where = param_shardings({"keys and values of the cache": spec}, mesh)
+    (placed,) = where.values()
+    buffer = jax.ShapeDtypeStruct(spec.shape, dtype, sharding=placed)
     lengths = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=batch_sharding(mesh))
     buffers = (buffer,) * sizes.num_layers
     return KVCache(buffers, buffers, lengths, layout)
 
 
-def _read_once(params: Any, cache: KVCache, *, times: int) -> tuple[Moved, ...]:
-    """Going through a model with its cache: all of its weights, and every slot."""
+def _gone_through(params: Any, cache: KVCache, *, times: int) -> tuple[Moved, ...]:
+    """All of a model's weights, and every slot of its cache."""
     # Of a table that is not the head as well only single rows are read.
     read = {name: part for name, part in params.items() if name != "embed" or "head" not in params}
     return (
@@ -458,5 +508,7 @@ def _read_once(params: Any, cache: KVCache, *, times: int) -> tuple[Moved, ...]:
     )
 
 
-def _as(dtype: Any, array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, dtype, sharding=array.sharding)
+def _head_bytes(sizes: ModelConfig, params: Any, mesh: AnyMesh) -> int:
+    """Bytes on one device of an output head that is whole along `fsdp`."""
+    embed = abstract_params(sizes, params["embed"].dtype, mesh, rules=SAMPLING_RULES)["embed"]
+    return device_bytes(embed)

@@ -24,13 +24,18 @@ def _bytes(leaf: jax.ShapeDtypeStruct) -> int:
     return math.prod(shape) * leaf.dtype.itemsize
 
 
+# The largest memory beside the cores of any chip in `chips` (the vector memory of v5e and v6e).
+# What fits in there may be read once and kept.
+ON_CHIP = 128 * 2**20
+
+
 @dataclass(frozen=True)
 class Moved:
     """What a program must read from, or write to, its device's memory.
 
-    Counted is what no compiler can avoid: operands too large to be kept on the chip, once for each
-    time that the program goes through them. Activations that could stay there are left out, and so
-    is what arrives from other devices.
+    Counted is what no compiler can avoid: operands too large to be kept on the chip, each time that
+    the program goes through them. Activations that could stay there are left out, and so is what
+    arrives from other devices.
 
     Attributes:
       what: in words.
@@ -45,4 +50,4 @@ class Moved:
     @property
     def total(self) -> int:
         """Bytes in one run."""
-        return self.bytes * self.times
+        return self.bytes * (self.times if self.bytes > ON_CHIP else min(self.times, 1))
