@@ -10,10 +10,14 @@ refuses.
 - `chips`: what is known of a chip, and which slices there are.
 - `models`: sizes of the models that a config names, without their weights.
 - `workload`: how much an update does, and how a config is laid over a slice.
-- `programs`: the compiled programs of a run, with abstract arguments.
+- `placement`: abstract arrays, placed as a run places the real ones.
+- `program`: one compiled program, and all of a run.
+- `sampling`, `judging`, `training`, put together by `programs`: which there are, and their
+  arguments.
 - `jaxpr_flops`, `traffic`, `bounds`: what they cost at least.
-- `hlo`: collectives and copies in compiled text.
+- `analysis`: all of that for a config on a slice.
+- `hlo`, `loops`, `collectives`: what compiled text says of collectives and copies.
 - `compiling`, `compile_one`: each program compiled in a process of its own, and remembered.
 - `verdict`, `smallest`: fits, uncertain or does not fit; the smallest slice that does.
-- `report`: the tables.
+- `report`, `tables`: everything as a dictionary, and as text.
 """

@@ -106,7 +106,8 @@ def _run(config: FrozenConfigDict, argv: Sequence[str], flags: dict[str, Any]) -
         jax.config.update("jax_platforms", "cpu")  # not a device of this machine is touched
     pairs = flag_pairs(argv, switches=_SWITCHES)
     words = [f"--{name}={text}" for name, text in pairs if name.partition(".")[0] == "config"]
-    planner, rows = _Planner(config, words, flags), []
+    planner = _Planner(config, words, flags)
+    rows: list[dict[str, str]] = []
     if flags["smallest"]:
         rows, result = planner.smallest(topology.partition(":")[0])
     else:

@@ -11,7 +11,8 @@ from opd_jax.plan.bounds import Bound, bound
 from opd_jax.plan.chips import Slice
 from opd_jax.plan.jaxpr_flops import count_flops
 from opd_jax.plan.models import PlannedModel, planned_pair
-from opd_jax.plan.programs import Program, Run, plan_run
+from opd_jax.plan.program import Program, Run
+from opd_jax.plan.programs import plan_run
 from opd_jax.plan.traffic import device_bytes
 from opd_jax.plan.verdict import analytic_verdict
 from opd_jax.plan.workload import lay_over

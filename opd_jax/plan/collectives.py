@@ -95,7 +95,7 @@ def _merged(module: Module, found: list[tuple[Times, str, Instruction]]) -> list
         if kind == "reduce-scatter" and _kind(instruction) == kind:
             whole *= group  # what is printed is the part that is left
         shape = ", ".join(array.text for array in arrays)
-        key = (kind, shape, group, times, module.source(instruction))
+        key = (kind, shape, group, times, _source(module, where, instruction))
         sent[key] += round(_sent(kind, whole, group)) * times.count
         instances[key] += 1
     rows = [
@@ -104,6 +104,17 @@ def _merged(module: Module, found: list[tuple[Times, str, Instruction]]) -> list
         for kind, shape, group, times, source in [key]
     ]
     return sorted(rows, key=lambda row: -row.sent)
+
+
+def _source(module: Module, where: str, instruction: Instruction) -> str:
+    """Where an instruction comes from; where it does not say, what runs its computation."""
+    if place := module.source(instruction):
+        return place
+    for computation in module.computations.values():
+        for caller in computation.values():
+            if (place := module.source(caller)) and (where in dict(caller.called()).values()):
+                return place
+    return instruction.name
 
 
 def _kind(instruction: Instruction) -> str | None:
@@ -158,6 +169,6 @@ def copies(module: Module, *, at_least: int = LARGE_COPY) -> list[Copy]:
             source = computation.get(instruction.operands[0])
             from_hbm = source is None or all(part.in_hbm for part in source.arrays())
             if array.bytes >= at_least and array.in_hbm and from_hbm:
-                place = module.source(instruction)
+                place = _source(module, name, instruction)
                 found.append(Copy(array.text, array.bytes, times.count, times.known, place))
     return sorted(found, key=lambda copy: -copy.bytes * copy.times)

@@ -17,7 +17,7 @@ from typing import Any
 
 from opd_jax.plan.analysis import Analysis
 from opd_jax.plan.chips import LOCAL, Slice
-from opd_jax.plan.programs import Program
+from opd_jax.plan.program import Program
 
 # For the TPU compiler to start where there is no TPU, beside others of its kind.
 _TPU_ENVIRONMENT = {
@@ -65,7 +65,7 @@ def compile_program(
 def _key(analysis: Analysis, program: Program) -> str:
     """A hash of everything that the result depends on."""
     chip, run = analysis.slice.chip, analysis.run
-    lowered = run.lower(run.trace(program), platform=chip.platform).as_text()
+    lowered = run.lower(program, platform=chip.platform).as_text()
     versions = [_version(name) for name in ("jax", "jaxlib", "libtpu")]
     flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     parts = [lowered, analysis.slice.name, chip.name, *map(str, run.mesh.shape.items())]

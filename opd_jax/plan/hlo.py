@@ -92,12 +92,12 @@ class Module:
     partitions: int
     frames: dict[int, str]
 
-    def source(self, instruction: Instruction) -> str:
+    def source(self, instruction: Instruction) -> str | None:
         """Where an instruction comes from: place in the source, else the operation's path."""
         frame = instruction.attribute(r"stack_frame_id=(\d+)")
         place = self.frames.get(int(frame)) if frame else None
-        path = instruction.attribute(r'op_name="([^"]*)"') or ""
-        return place or _source_line(instruction) or path or instruction.name
+        path = instruction.attribute(r'op_name="([^"]*)"')
+        return place or _source_line(instruction) or path
 
 
 def parse(text: str) -> Module:
@@ -192,8 +192,20 @@ def _frames(text: str) -> dict[int, str]:
         i: f"{files.get(int(file), '?')}:{line} {functions.get(int(function), '?')}"
         for i, file, function, line in _table(text, "FileLocations", pattern)
     }
-    frames = _table(text, "StackFrames", r"(\d+) \{file_location_id=(\d+)")
-    return {int(i): locations[place] for i, place in frames if place in locations}
+    pattern = r"(\d+) \{file_location_id=(\d+) parent_frame_id=(\d+)"
+    rows = {int(i): (place, int(up)) for i, place, up in _table(text, "StackFrames", pattern)}
+    # Printed one too high: a frame without a parent names itself, or the first one does.
+    shift = 1 if rows.get(1, ("", 0))[1] == 1 else 0
+
+    def name(frame: int) -> str | None:
+        """Of what `mesh` does for others, theirs."""
+        place, up = rows[frame]
+        parent = up - shift
+        if locations.get(place, "").startswith("mesh.py") and parent in rows and parent < frame:
+            return name(parent)
+        return locations.get(place)
+
+    return {frame: found for frame in rows if (found := name(frame))}
 
 
 def _table(text: str, title: str, pattern: str) -> Iterator[tuple[str, ...]]:

@@ -10,7 +10,7 @@ import jax
 from opd_jax.model import is_spec, param_specs
 from opd_jax.plan.analysis import Analysis, Cost
 from opd_jax.plan.models import PlannedModel
-from opd_jax.plan.verdict import MISFIT, UNKNOWN, Memory, compiled_verdict, worst
+from opd_jax.plan.verdict import MISFIT, NOT_COMPILED, Memory, compiled_verdict, worst
 
 Compiled = Mapping[str, Mapping[str, Any]]
 
@@ -64,7 +64,7 @@ def _program(analysis: Analysis, cost: Cost, result: Mapping[str, Any] | None) -
             memory = Memory(**result["memory"])
             found["total"] = memory.total + cost.beside
             verdict = compiled_verdict(memory, beside=cost.beside, limit=limit)
-        elif verdict == UNKNOWN and "RESOURCE_EXHAUSTED" in result["refused"]:
+        elif verdict == NOT_COMPILED and "RESOURCE_EXHAUSTED" in result["refused"]:
             verdict = MISFIT
     return {
         "name": program.name,

@@ -7,7 +7,7 @@ from ml_collections import FrozenConfigDict
 
 from opd_jax.plan.analysis import analyze
 from opd_jax.plan.chips import Slice, slices
-from opd_jax.plan.verdict import FITS, MISFIT, UNKNOWN
+from opd_jax.plan.verdict import FITS, MISFIT, NOT_COMPILED
 
 
 def tried(
@@ -39,7 +39,7 @@ def tried(
             yield where, MISFIT, least
             continue
         if not compiles:
-            yield where, UNKNOWN, least
+            yield where, NOT_COMPILED, least
             return
         report = plan(where)
         worst = [p for p in report["programs"] if p["verdict"] == report["verdict"]]

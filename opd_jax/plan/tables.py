@@ -33,7 +33,9 @@ def _heading(report: Mapping[str, Any]) -> str:
     each = [f"{chip['memory'] / GIB:.2f} GiB usable"] if chip["memory"] else []
     each += [f"{chip['flops'] / 1e12:.0f} TFLOP/s bfloat16"] if chip["flops"] else []
     each += [f"{chip['bandwidth'] / 1e9:.0f} GB/s"] if chip["bandwidth"] else []
-    hosts = f" on {report['hosts']} hosts" if report["hosts"] else ""
+    hosts = ""
+    if report["hosts"]:
+        hosts = f" on {report['hosts']} host{'s' * (report['hosts'] > 1)}"
     lines = {
         report["topology"]: f"{report['chips']} × {chip['name']}{hosts}; each {', '.join(each)}",
         "mesh": " × ".join(f"{name} {size}" for name, size in mesh.items()),
@@ -63,8 +65,8 @@ def _bounds(report: Mapping[str, Any]) -> str:
         {
             "in an update": program["name"],
             "runs": f"{program['runs']:.0f}",
-            "TFLOP": f"{program['flops'] / 1e12:.3g}",
-            "GB moved": f"{sum(part['total'] for part in program['moved']) / 1e9:.3g}",
+            "TFLOP": _number(program["flops"] / 1e12),
+            "GB moved": _number(sum(part["total"] for part in program["moved"]) / 1e9),
             "at least, s": _seconds(program["bound"]["seconds"]),
             "set by": program["bound"]["term"],
             "all runs, s": _seconds(_all_runs(program)),
@@ -98,12 +100,17 @@ def _most(report: Mapping[str, Any]) -> str:
     line = f"{share:.0%} of it: {longest['name']}, set by {term}"
     if term == "memory":
         heaviest = max(longest["moved"], key=lambda part: part["total"])
-        line += f", of which {heaviest['what']} most ({heaviest['total'] / 1e9:.3g} GB)"
+        line += f", of which {heaviest['what']} most ({_number(heaviest['total'] / 1e9)} GB)"
     return line + "."
 
 
 def _seconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+    return "-" if value is None else _number(value)
+
+
+def _number(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _memory(report: Mapping[str, Any]) -> str:
@@ -143,7 +150,7 @@ def _traffic(program: Mapping[str, Any]) -> str:
     if not found or found["refused"] is not None:
         return ""
     sent = sum(part["sent"] for part in found["collectives"])
-    lines = [f"{program['name']}: each device sends {sent / 1e9:.3g} GB a run"]
+    lines = [f"{program['name']}: each device sends {_number(sent / 1e9)} GB a run"]
     if found["collectives"]:
         lines += ["", table(list(_collectives(found["collectives"])), list(_COLUMNS))]
     for part in found["copies"][:_SHOWN]:
@@ -160,7 +167,7 @@ _COLUMNS = ("GB", "collective", "shape on a device", "group", "times", "from")
 def _collectives(parts: list[Mapping[str, Any]]) -> Iterable[dict[str, Any]]:
     for part in parts[:_SHOWN]:
         cells = (
-            f"{part['sent'] / 1e9:.3g}",
+            _number(part["sent"] / 1e9),
             part["kind"],
             _short(part["shape"]),
             str(part["group"]),
@@ -169,8 +176,8 @@ def _collectives(parts: list[Mapping[str, Any]]) -> Iterable[dict[str, Any]]:
         )
         yield dict(zip(_COLUMNS, cells, strict=True))
     if rest := parts[_SHOWN:]:
-        cells = (f"{sum(part['sent'] for part in rest) / 1e9:.3g}", f"{len(rest)} more")
-        yield dict(zip(_COLUMNS, cells, strict=False))
+        sent = sum(part["sent"] for part in rest)
+        yield {"GB": _number(sent / 1e9), "collective": f"{len(rest)} more"}
 
 
 def _times(part: Mapping[str, Any]) -> str:

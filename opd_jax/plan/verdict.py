@@ -1,9 +1,10 @@
-"""Fits, uncertain or does not fit."""
+"""Fits, uncertain or does not fit; or why neither can be said."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-FITS, UNCERTAIN, MISFIT, UNKNOWN = "fits", "uncertain", "does not fit", "not compiled"
+FITS, UNCERTAIN, MISFIT = "fits", "uncertain", "does not fit"
+NOT_COMPILED, NO_LIMIT = "not compiled", "memory unknown"
 
 # Of the memory that a program can use, so much may be taken for it to count as fitting. Our margin,
 # not a measured one: near the limit the compiler changes programs to fit, and what it says of them
@@ -46,7 +47,7 @@ def compiled_verdict(memory: Memory, *, beside: int, limit: int | None) -> str:
       limit: bytes that a device has; None where that is unknown.
     """
     if limit is None:
-        return UNKNOWN
+        return NO_LIMIT
     if memory.total + beside <= MARGIN * limit:
         return FITS
     return UNCERTAIN if memory.peak + beside <= limit else MISFIT
@@ -58,10 +59,10 @@ def analytic_verdict(least: int, *, limit: int | None) -> str:
     Args:
       least: bytes that are needed whatever the compiler does.
     """
-    return MISFIT if limit is not None and least > limit else UNKNOWN
+    return MISFIT if limit is not None and least > limit else NOT_COMPILED
 
 
 def worst(verdicts: Iterable[str]) -> str:
     """The verdict on a run from those on its programs."""
-    order = (FITS, UNCERTAIN, UNKNOWN, MISFIT)
-    return max(verdicts, key=order.index, default=UNKNOWN)
+    order = (FITS, NO_LIMIT, UNCERTAIN, NOT_COMPILED, MISFIT)
+    return max(verdicts, key=order.index, default=NOT_COMPILED)
