@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from opd_jax.plan.chips import GIB
+from opd_jax import config as cfg
+from opd_jax.plan.analysis import analyze
+from opd_jax.plan.chips import GIB, find
+from opd_jax.plan.compiling import compile_program
+from opd_jax.plan.report import describe
+
+ROOT = Path(__file__).parents[1]
 
 # As little as a run can be: nothing is sampled or judged in its updates.
 LOCAL = (
@@ -127,22 +133,28 @@ def test_the_tpu_compiler_plans_a_model_of_two_layers(command, tmp_path):
 
 
 @needs_tpu_compiler
-def test_a_program_that_the_tpu_compiler_refuses_does_not_fit(command, tmp_path):
-    student = folder(tmp_path / "student", width=256, vocab=8192, tied=True)
-    found = plan(
-        command,
-        *TPU,
+def test_a_program_that_the_tpu_compiler_refuses_does_not_fit(tmp_path):
+    student = folder(tmp_path / "student", width=256, vocab=65536, tied=True)
+    words = [
+        *(word for word in TPU if not word.startswith("--topology")),
         f"--config.student={student}",
         f"--config.teacher={student}",
-        f"--cache={tmp_path / 'cache'}",
-        # Logits of all positions at once: two models of 8192 · 256 · 4096 floats.
+        # Logits of all positions at once.
         "--config.train.loss_chunk=100_000_000",
-        "--config.rollout.context_tokens=4096",
-        "--config.train.micro_batches=1",
-        "--config.rollout.turn_tokens=2048",
+        "--config.rollout.context_tokens=2048",
+        "--config.rollout.turn_tokens=1024",
         "--config.rollout.batch=256",
-    )
+        "--config.train.micro_batches=1",
+        "--config.train.query_chunk=2048",
+    ]
+    path, *overrides = (word.removeprefix("--config=") for word in words)
+    where = find("v5e:2x2", local_chips=0)
+    analysis = analyze(cfg.load(str(ROOT / path), overrides), where, given=[], flops=False)
+    (cost,) = [cost for cost in analysis.costs if cost.program.name == "train step"]
+    assert (cost.verdict, cost.least < 15 * GIB) == ("not compiled", True)
+    words[0] = f"--config={ROOT / path}"
+    result = compile_program(analysis, cost.program, words, cache=tmp_path / "cache", limit_s=300)
+    assert "RESOURCE_EXHAUSTED" in result["refused"]
+    found = describe(analysis, {"train step": result})
     (step,) = [program for program in found["programs"] if program["name"] == "train step"]
-    assert step["least"] < 15 * GIB
     assert step["verdict"] == found["verdict"] == "does not fit"
-    assert "RESOURCE_EXHAUSTED" in step["compiled"]["refused"]
