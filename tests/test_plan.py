@@ -11,12 +11,14 @@ from opd_jax import config as cfg
 from opd_jax.hf.published import PUBLISHED
 from opd_jax.mesh import abstract_mesh
 from opd_jax.model import is_spec, param_specs
+from opd_jax.plan import tables
 from opd_jax.plan.analysis import analyze
 from opd_jax.plan.bounds import bound
-from opd_jax.plan.chips import V5E, V5P, V6E, find, slices
+from opd_jax.plan.chips import V5E, V6E, find, slices
 from opd_jax.plan.models import planned_pair
 from opd_jax.plan.placement import Placement
 from opd_jax.plan.programs import plan_run
+from opd_jax.plan.report import describe
 from opd_jax.plan.traffic import ON_CHIP, Moved, device_bytes
 from opd_jax.plan.verdict import Memory, analytic_verdict, compiled_verdict, worst
 from opd_jax.plan.workload import lay_over, workload
@@ -40,7 +42,8 @@ def programs(path: str, *overrides: str) -> dict:
 def test_a_topology_says_how_many_chips_and_hosts():
     found = find("v5e:4x8", local_chips=0)
     assert (found.chip, found.chips, found.hosts) == (V5E, 32, 8)
-    assert (find("v5p:2x2x2", local_chips=0).chip, find("v5e:1x1", local_chips=0).hosts) == (V5P, 1)
+    hosts = {name: find(name, local_chips=0).hosts for name in ("v5e:1x1", "v6e:2x4", "v5p:2x2x2")}
+    assert hosts == {"v5e:1x1": 1, "v6e:2x4": 1, "v5p:2x2x2": 2}
 
 
 def test_slices_of_a_family_grow_and_end_within_512_chips():
@@ -277,6 +280,86 @@ def test_a_run_is_as_good_as_its_worst_program():
     assert worst(["fits", "uncertain", "fits"]) == "uncertain"
     assert worst(["uncertain", "not compiled"]) == "not compiled"
     assert worst(["does not fit", "not compiled"]) == "does not fit"
+
+
+# --- What is said of it
+
+
+def compiled(**changes: object) -> dict:
+    """What a compiler may have answered; its programs have two micro-batches."""
+    collective = dict(
+        kind="all-gather",
+        shape="bf16[512,32768]",
+        group=4,
+        times=2,
+        known=True,
+        source="losses.py:35 _logits",
+        instances=1,
+        sent=2 * 2**25,
+    )
+    copy = dict(
+        shape="bf16[64,8,16384,128]", bytes=2**31, times=64, known=True, source="model.py:9 f"
+    )
+    return {
+        "refused": None,
+        "seconds": 12.0,
+        "memory": dict(
+            arguments=GIB, outputs=0, aliased=0, temporaries=2 * GIB, code=0, peak=3 * GIB
+        ),
+        "collectives": [collective | changes],
+        "copies": [copy],
+    }
+
+
+def described(answer: dict) -> dict:
+    config = cfg.load(QUICKSTART, ["--config.train.micro_batches=2"])
+    where = find("v5e:1x1", local_chips=0)
+    analysis = analyze(config, where, given=[], flops=False)
+    return describe(analysis, {"train step": answer})
+
+
+def test_what_the_compiler_said_is_told():
+    text = tables.text(described(compiled()), can_compile=True)
+    for word in (
+        "| bf16[512,32768]",
+        "losses.py:35 _logits",
+        "copy of bf16[64,8,16384,128] (2.00 GiB), 64, at model.py:9 f",
+        "each device sends 0.0671 GB a run",
+        "Compiled, not run; times are bounds, not predictions.",
+    ):
+        assert word in text
+    assert "warning" not in text
+
+
+def test_a_refusal_is_told_in_the_compilers_words():
+    refused = {"refused": "RESOURCE_EXHAUSTED: Ran out of memory on HBM"}
+    report = described(refused)
+    assert report["verdict"] == "does not fit"
+    assert "train step: RESOURCE_EXHAUSTED: Ran out" in tables.text(report, can_compile=True)
+    # Anything else says nothing of memory.
+    assert described({"refused": "no answer"})["verdict"] == "not compiled"
+
+
+def test_weights_sent_for_every_chunk_of_the_loss_are_warned_of():
+    (warning,) = described(compiled(times=32, sent=32 * 2**25))["warnings"]
+    assert "all-gather bf16[512,32768] at losses.py:35 _logits" in warning
+    assert "32 times" in warning
+    assert described(compiled(times=32, sent=32 * 2**10))["warnings"] == []
+    assert described(compiled(times=32, source="model.py:3 f"))["warnings"] == []
+
+
+def test_a_loop_that_cannot_be_counted_is_warned_of():
+    report = described(compiled(known=False))
+    assert "unknown trip count" in report["warnings"][0]
+    assert "unknown trip count" in tables.text(report, can_compile=True)
+
+
+def test_what_a_plan_leaves_out_is_said():
+    where = find("v5e:1x1", local_chips=0)
+    config = cfg.load(QUICKSTART, ["--config.rollout.history_turns=4"])
+    report = describe(analyze(config, where, given=[], flops=False), None)
+    assert any("`rollout.history_turns`" in line for line in report["assumed"])
+    assert any("`judge.agreement_every`" in line for line in report["assumed"])
 
 
 # --- The command

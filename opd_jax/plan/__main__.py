@@ -11,6 +11,7 @@ leaves out the compiler, which takes minutes; --limit_s is how long it may take 
 
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,7 +103,10 @@ def main(argv: Sequence[str]) -> None:
 
 def _run(config: FrozenConfigDict, argv: Sequence[str], flags: dict[str, Any]) -> None:
     topology = flags["topology"]
-    if topology != chips.LOCAL:
+    if topology == chips.LOCAL:
+        # What compiles needs some memory of the device too.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    else:
         jax.config.update("jax_platforms", "cpu")  # not a device of this machine is touched
     pairs = flag_pairs(argv, switches=_SWITCHES)
     words = [f"--{name}={text}" for name, text in pairs if name.partition(".")[0] == "config"]

@@ -62,8 +62,8 @@ _3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 SHAPES = {"v5e": _2D, "v5p": _3D, "v6e": _2D}
 CHIPS = {chip.name: chip for chip in (V5E, V5P, V6E)}
 
-# Virtual machines of a slice of several have so many chips each.
-_CHIPS_PER_HOST = 4
+# Up to eight chips of v5e and v6e are one machine; else machines have four each.
+_CHIPS_PER_HOST, _MOST_ON_ONE = 4, {"v5e": 8, "v5p": 4, "v6e": 8}
 
 # What the data sheets of the manufacturer say of devices that JAX finds locally, by their kind:
 # dense bfloat16 FLOP/s and bytes/s. Their memory is asked of the device.
@@ -90,7 +90,8 @@ def slices(family: str) -> list[Slice]:
 
 def _slice(family: str, shape: str) -> Slice:
     chips = math.prod(int(side) for side in shape.split("x"))
-    return Slice(f"{family}:{shape}", CHIPS[family], chips, -(-chips // _CHIPS_PER_HOST))
+    hosts = 1 if chips <= _MOST_ON_ONE[family] else chips // _CHIPS_PER_HOST
+    return Slice(f"{family}:{shape}", CHIPS[family], chips, hosts)
 
 
 def find(topology: str, *, local_chips: int) -> Slice:

@@ -22,12 +22,14 @@ class PlannedModel:
       sizes: its `ModelConfig`.
       source: where they are from, in words.
       label_width: tokens of the longest of the judge's words.
+      has_tokenizer: whether that was counted; else it is assumed.
     """
 
     name: str
     sizes: ModelConfig
     source: str
     label_width: int
+    has_tokenizer: bool
 
 
 def planned_pair(config: FrozenConfigDict) -> tuple[PlannedModel, PlannedModel | None]:
@@ -60,7 +62,8 @@ def _planned(name: str, field: str) -> PlannedModel:
             name,
             hf.read_config(folder),
             f"sizes from config.json in `{name}`",
-            _label_width(hf.load_tokenizer(folder)) if has_tokenizer else _GUESSED_LABEL_WIDTH,
+            _label_width(hf.load_tokenizer(folder)) if has_tokenizer else _USUAL_LABEL_WIDTH,
+            has_tokenizer,
         )
     if folder.name not in PUBLISHED:
         raise ValueError(
@@ -69,11 +72,11 @@ def _planned(name: str, field: str) -> PlannedModel:
             f"of {', '.join(PUBLISHED)}"
         )
     source = f"published sizes of {folder.name}; the folder `{name}` is not here"
-    return PlannedModel(name, PUBLISHED[folder.name], source, _GUESSED_LABEL_WIDTH)
+    return PlannedModel(name, PUBLISHED[folder.name], source, _USUAL_LABEL_WIDTH, False)
 
 
 # "SKIP", "WEAK" and "STRONG" are words that large vocabularies split once.
-_GUESSED_LABEL_WIDTH = 2
+_USUAL_LABEL_WIDTH = 2
 
 
 def _label_width(tokenizer: object) -> int:
@@ -85,4 +88,4 @@ def _new_model(config: FrozenConfigDict) -> PlannedModel:
 
     tokenizer = build(phrases=PHRASES)
     sizes = ModelConfig(vocab_size=len(tokenizer), rope_scaling=None, **config.new_model)
-    return PlannedModel("new", sizes, "sizes from `new_model`", _label_width(tokenizer))
+    return PlannedModel("new", sizes, "sizes from `new_model`", _label_width(tokenizer), True)

@@ -31,11 +31,12 @@ def describe(analysis: Analysis, compiled: Compiled | None) -> dict[str, Any]:
         "hosts": analysis.slice.hosts,
         "chip": dataclasses.asdict(analysis.slice.chip),
         "mesh": config.mesh.to_dict(),
-        "changes": analysis.changes,
+        "changed": analysis.changes,
         "student": _model(analysis.student, config.dtype),
         "teacher": analysis.teacher and _model(analysis.teacher, config.teacher_dtype),
         "compute_dtype": config.compute_dtype,
         "work": dataclasses.asdict(analysis.run.work),
+        "assumed": _assumed(analysis),
         "residents": analysis.run.residents,
         "programs": programs,
         "update_seconds": analysis.update_seconds(),
@@ -53,6 +54,26 @@ def _model(model: PlannedModel, dtype: str) -> dict[str, Any]:
         "parameters": sum(math.prod(spec.shape) for spec in specs),
         "dtype": dtype,
     }
+
+
+def _assumed(analysis: Analysis) -> list[str]:
+    """What the plan could not know, or leaves out."""
+    config, teacher = analysis.config, analysis.teacher
+    lines = []
+    if config.data.source != "players":
+        lines.append("every episode takes all its turns and fills its context")
+    if config.objective.intervention and teacher:
+        lines.append("a question to the judge is as long as a first message and a response")
+        if not teacher.has_tokenizer:
+            lines.append(f"each of the judge's words has {teacher.label_width} tokens")
+        if config.judge.agreement_every:
+            lines.append("without the second decoding of `judge.agreement_every`")
+    if config.rollout.history_turns:
+        lines.append(
+            "without what `rollout.history_turns` adds: contexts read anew in each turn, and rows "
+            "beyond one an episode"
+        )
+    return lines
 
 
 def _program(analysis: Analysis, cost: Cost, result: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -39,13 +39,14 @@ def _heading(report: Mapping[str, Any]) -> str:
     lines = {
         report["topology"]: f"{report['chips']} × {chip['name']}{hosts}; each {', '.join(each)}",
         "mesh": " × ".join(f"{name} {size}" for name, size in mesh.items()),
-        "changed": "; ".join(report["changes"]),
+        "changed": "; ".join(report["changed"]),
         "student": _model(report["student"], f", computes in {report['compute_dtype']}"),
         "teacher": report["teacher"] and _model(report["teacher"], ""),
         "update": (
             f"at most {work['rows']} rows of {work['sequence']} tokens, {work['turns']} turns each "
             f"with {work['sampled']} tokens sampled"
         ),
+        "assumed": "; ".join(report["assumed"]),
         "all along": ", ".join(
             f"{name} {_gib(size)}" for name, size in report["residents"].items() if size
         )
