@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from opd_jax.plan.chips import GIB
+from opd_jax.plan.program import COPY
 from opd_jax.report import table
 
 COMPILED = "Compiled, not run; times are bounds, not predictions."
@@ -47,13 +48,18 @@ def _heading(report: Mapping[str, Any]) -> str:
             f"with {work['sampled']} tokens sampled"
         ),
         "assumed": "; ".join(report["assumed"]),
-        "all along": ", ".join(
-            f"{name} {_gib(size)}" for name, size in report["residents"].items() if size
-        )
-        + " GiB on each device",
+        "all along": _residents(report),
     }
     width = max(map(len, lines))
     return "\n".join(f"{name.ljust(width)}  {line}" for name, line in lines.items() if line)
+
+
+def _residents(report: Mapping[str, Any]) -> str:
+    """What stays on a device; the copy to sample with only while somebody samples."""
+    sizes = {name: _gib(size) for name, size in report["residents"].items() if size}
+    copy = sizes.pop(COPY)
+    kept = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    return f"{kept}; while sampling a copy of {copy} GiB on each device"
 
 
 def _model(model: Mapping[str, Any], more: str) -> str:
