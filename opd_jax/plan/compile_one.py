@@ -2,7 +2,7 @@
 
     python -m opd_jax.plan.compile_one --config=FILE --topology=v5e:4x4 --program=NAME --out=FILE
 
-A process of its own: the TPU compiler serves one program well and is not trusted with a second.
+A process of its own, so that a compiler that hangs or dies takes nothing else with it.
 """
 
 import dataclasses

@@ -12,6 +12,9 @@ from opd_jax.plan.analysis import Analysis, Cost
 from opd_jax.plan.models import PlannedModel
 from opd_jax.plan.verdict import MISFIT, NOT_COMPILED, Memory, compiled_verdict, worst
 
+# A collective of this many bytes is one of weights, or as large.
+_WEIGHTY = 16 * 2**20
+
 Compiled = Mapping[str, Mapping[str, Any]]
 
 
@@ -127,7 +130,3 @@ def _warnings(analysis: Analysis, program: Mapping[str, Any]) -> list[str]:
                 f"{part['times']} times"
             )
     return lines
-
-
-# A collective of this many bytes is one of weights, or as large.
-_WEIGHTY = 16 * 2**20

@@ -6,7 +6,7 @@ from typing import Any
 from ml_collections import FrozenConfigDict
 
 from opd_jax.plan.analysis import analyze
-from opd_jax.plan.chips import Slice, slices
+from opd_jax.plan.chips import GIB, Slice, slices
 from opd_jax.plan.verdict import FITS, MISFIT, NOT_COMPILED
 
 
@@ -34,7 +34,7 @@ def tried(
             yield where, MISFIT, str(error)
             continue
         largest = max(analysis.costs, key=lambda cost: cost.least)
-        least = f"{largest.program.name} needs at least {largest.least / 2**30:.2f} GiB"
+        least = f"{largest.program.name} needs at least {largest.least / GIB:.2f} GiB"
         if largest.verdict == MISFIT:
             yield where, MISFIT, least
             continue
