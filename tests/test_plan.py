@@ -298,7 +298,12 @@ def compiled(**changes: object) -> dict:
         sent=2 * 2**25,
     )
     copy = dict(
-        shape="bf16[64,8,16384,128]", bytes=2**31, times=64, known=True, source="model.py:9 f"
+        shape="bf16[64,8,16384,128]",
+        bytes=2**31,
+        times=64,
+        known=True,
+        source="model.py:9 f",
+        instances=56,
     )
     return {
         "refused": None,
@@ -323,7 +328,7 @@ def test_what_the_compiler_said_is_told():
     for word in (
         "| bf16[512,32768]",
         "losses.py:35 _logits",
-        "copy of bf16[64,8,16384,128] (2.00 GiB), 64, at model.py:9 f",
+        "copy of bf16[64,8,16384,128] (2.00 GiB), 64 × 56, at model.py:9 f",
         "each device sends 0.0671 GB a run",
         "Compiled, not run; times are bounds, not predictions.",
     ):

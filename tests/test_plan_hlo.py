@@ -334,6 +334,32 @@ def test_a_copy_in_a_loop_counts_as_often_as_the_loop_runs():
     assert found.times == 16
 
 
+def test_a_copy_that_a_fusion_makes_on_the_way_is_none():
+    big = "f32[4096,4096]{1,0}"
+    fused = f"""%relayout (w: {big}) -> {big} {{
+  %w = {big} parameter(0)
+  ROOT %turned = f32[4096,4096]{{0,1}} copy(%w)
+}}
+
+%rowsum (v: {big}) -> f32[4096] {{
+  %v = {big} parameter(0)
+  %inside = f32[4096,4096]{{0,1}} copy(%v)
+  ROOT %sums = f32[4096] reduce(%inside), dimensions={{0}}, to_apply=%add
+}}
+
+"""
+    more = f"""  %cache = {big} broadcast(%zero)
+  %sums = f32[4096]{{0}} fusion(%cache), kind=kLoop, calls=%rowsum
+"""
+    assert copies(parse(HEADER + ADD + fused + loop() + entry(more=more))) == []
+    # What the whole fusion gives is a copy after all.
+    line = "  %{} = f32[4096,4096]{{0,1}} fusion(%cache), calls=%relayout, "
+    line += "metadata={{stack_frame_id=2}}\n"
+    more += line.format("one") + line.format("two")
+    (found,) = copies(parse(HEADER + ADD + fused + loop() + entry(more=more)))
+    assert (found.instances, found.bytes) == (2, 2**26)
+
+
 def test_text_without_an_entry_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
         parse("HloModule nothing\n")

@@ -47,14 +47,15 @@ class Collective:
 
 @dataclass(frozen=True)
 class Copy:
-    """A copy of an array from the device's memory to the same memory.
+    """Copies of like arrays from the device's memory to the same memory, from one place.
 
     Attributes:
       shape: dtype and shape on one device.
-      bytes: of the array.
-      times: how often it is made.
+      bytes: of one array.
+      times: how often each is made.
       known: as in `Collective`.
       source: as in `Collective`.
+      instances: how many there are.
     """
 
     shape: str
@@ -62,6 +63,7 @@ class Copy:
     times: int
     known: bool
     source: str
+    instances: int
 
 
 def collectives(module: Module) -> list[Collective]:
@@ -158,17 +160,39 @@ def _group(instruction: Instruction, partitions: int) -> int:
 
 
 def copies(module: Module, *, at_least: int = LARGE_COPY) -> list[Copy]:
-    """Copies of at least so many bytes within the device's memory, the largest in sum first."""
-    found = []
-    for name, times in run_counts(module).items():
+    """Copies of at least so many bytes within the device's memory, the largest in sum first.
+
+    A copy inside a fusion is made on the way and takes no memory, unless it is all that the fusion
+    gives.
+    """
+    counts = run_counts(module)
+    fused = {
+        called
+        for computation in module.computations.values()
+        for instruction in computation.values()
+        if instruction.opcode == "fusion"
+        for _, called in instruction.called()
+    }
+    found: dict[tuple, int] = defaultdict(int)
+    for name, times in counts.items():
         computation = module.computations.get(name, {})
         for instruction in computation.values():
-            if instruction.opcode not in ("copy", "copy-start"):
+            if name in fused or not _is_copy(module, instruction):
                 continue
             array = instruction.arrays()[0]
             source = computation.get(instruction.operands[0])
             from_hbm = source is None or all(part.in_hbm for part in source.arrays())
             if array.bytes >= at_least and array.in_hbm and from_hbm:
-                place = _source(module, name, instruction)
-                found.append(Copy(array.text, array.bytes, times.count, times.known, place))
-    return sorted(found, key=lambda copy: -copy.bytes * copy.times)
+                found[array, times, _source(module, name, instruction)] += 1
+    rows = [
+        Copy(array.text, array.bytes, times.count, times.known, source, instances)
+        for (array, times, source), instances in found.items()
+    ]
+    return sorted(rows, key=lambda copy: -copy.bytes * copy.times * copy.instances)
+
+
+def _is_copy(module: Module, instruction: Instruction) -> bool:
+    if instruction.opcode == "fusion":
+        ((_, called),) = instruction.called()
+        return any(i.is_root and i.opcode == "copy" for i in module.computations[called].values())
+    return instruction.opcode in ("copy", "copy-start")

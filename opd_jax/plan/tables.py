@@ -188,7 +188,7 @@ def _collectives(parts: list[Mapping[str, Any]]) -> Iterable[dict[str, Any]]:
 
 
 def _times(part: Mapping[str, Any]) -> str:
-    instances = part.get("instances", 1)
+    instances = part["instances"]
     often = f"{part['times']}" if part["known"] else "unknown trip count"
     return often if instances == 1 else f"{often} × {instances}"
 
