@@ -131,6 +131,7 @@ def test_published_sizes_have_the_published_numbers_of_parameters():
         "Qwen3-8B": 8_190_735_360,
         "Qwen3-14B": 14_768_307_200,
         "Qwen3-32B": 32_762_123_264,
+        "Qwen3-30B-A3B": 30_532_122_624,
     }
     assert {name: count(sizes) for name, sizes in PUBLISHED.items()} == stored
 
@@ -154,6 +155,34 @@ def test_parameters_optimizer_and_teacher_are_counted_on_each_device():
     assert found["copy to sample with"] == 2 * count(student)
 
 
+def test_an_int8_teacher_takes_half_and_its_scales():
+    sizes = PUBLISHED["Qwen3-8B"]
+    place = Placement(abstract_mesh(data=1, fsdp=1, tensor=1), "BSGH")
+    layers = {name: spec.shape for name, spec in param_specs(sizes)["layers"].items()}
+    projections = [shape for name, shape in layers.items() if "norm" not in name]
+    weights = sum(map(math.prod, projections))
+    L, D, N, G, H, F = 36, 4096, 32, 8, 128, 12_288
+    scales = L * ((N + 2 * G) * H + D + 2 * F + D)
+    expected = weights + 4 * scales + 2 * (count(sizes) - weights)
+    assert device_bytes(place.params(sizes, "int8")) == expected
+    # Its cache and its head stay in bfloat16.
+    cache = place.cache(sizes, place.params(sizes, "int8"), rows=1, slots=1)
+    assert cache.keys[0].dtype == "bfloat16"
+
+
+def test_of_experts_those_that_a_token_takes_are_computed():
+    config = cfg.load(PAPER, ["--config.teacher=models/Qwen3-30B-A3B", "--config.mesh.data=2"])
+    plan = analyze(config, find("v5e:4x4", local_chips=0), given=[])
+    (first,) = [cost for cost in plan.costs if cost.program.name == "judging"]
+    sizes = PUBLISHED["Qwen3-30B-A3B"]
+    one = 3 * 2048 * 768
+    active = count(sizes) - 48 * (128 - 8) * one - 2 * 151_936 * 2048
+    tokens = 64 * plan.run.work.question
+    products = 2 * tokens * active
+    attention = 48 * 2 * 2 * tokens * plan.run.work.question * 32 * 128
+    assert first.flops * 16 == pytest.approx(products + attention, rel=0.02)
+
+
 def test_a_cache_is_counted_on_each_device():
     sizes = PUBLISHED["Qwen3-8B"]
     place = Placement(abstract_mesh(data=2, fsdp=2, tensor=4), "BSGH")
@@ -168,9 +197,11 @@ def test_a_cache_is_counted_on_each_device():
 
 def test_programs_are_those_that_the_method_runs():
     rollout = ["copy to sample with", "observation", "sampling"]
-    teacher = ["evaluating the teacher: first message", "evaluating the teacher: sampling"]
-    student = ["evaluating the student: first message", "evaluating the student: sampling"]
-    evaluated = student + teacher  # in other batches than those of an update
+    evaluated = [
+        f"evaluating the {who}: {what}"
+        for who in ("student", "teacher")
+        for what in ("first message", "sampling")
+    ]
     assert list(programs(QUICKSTART)) == [*rollout, "judging", "train step", *evaluated]
     assert list(programs(QUICKSTART + ":method=opd")) == [*rollout, "train step", *evaluated]
     # The teacher plays; there is nothing to copy.

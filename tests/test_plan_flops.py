@@ -118,7 +118,7 @@ def test_a_kernel_counts_once_for_each_point_of_its_grid():
 def test_a_forward_pass_is_its_weights_and_its_attention():
     c, B, T, chunk = QWEN, 2, 6, 2
     params = jax.eval_shape(lambda: init_params(c, jax.random.key(0), dtype=jnp.float32))
-    traced = jax.make_jaxpr(lambda p, t: forward(p, t, config=c, query_chunk=chunk, remat=False))(
+    traced = jax.make_jaxpr(lambda p, t: forward(p, t, config=c, query_chunk=chunk, remat="none"))(
         params, jax.ShapeDtypeStruct((B, T), jnp.int32)
     )
     heads = c.num_heads * c.head_dim

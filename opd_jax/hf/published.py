@@ -4,15 +4,25 @@ Source: `config.json` of Qwen/Qwen3-0.6B and its larger siblings on the Hugging 
 """
 
 from opd_jax.model import ModelConfig
+from opd_jax.moe import Experts
 
 
-def _qwen3(layers: int, width: int, heads: int, d_ff: int, *, tied: bool) -> ModelConfig:
+def _qwen3(
+    layers: int,
+    width: int,
+    heads: int,
+    d_ff: int,
+    *,
+    tied: bool,
+    kv_heads: int = 8,
+    experts: Experts | None = None,
+) -> ModelConfig:
     return ModelConfig(
         vocab_size=151_936,
         d_model=width,
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=8,
+        num_kv_heads=kv_heads,
         head_dim=128,
         d_ff=d_ff,
         norm_eps=1e-6,
@@ -22,6 +32,7 @@ def _qwen3(layers: int, width: int, heads: int, d_ff: int, *, tied: bool) -> Mod
         qk_norm=True,
         qkv_bias=False,
         tied=tied,
+        experts=experts,
     )
 
 
@@ -33,4 +44,13 @@ PUBLISHED = {
     "Qwen3-8B": _qwen3(36, 4096, 32, 12_288, tied=False),
     "Qwen3-14B": _qwen3(40, 5120, 40, 17_408, tied=False),
     "Qwen3-32B": _qwen3(64, 5120, 64, 25_600, tied=False),
+    "Qwen3-30B-A3B": _qwen3(
+        48,
+        2048,
+        32,
+        6144,
+        tied=False,
+        kv_heads=4,
+        experts=Experts(count=128, per_token=8, d_ff=768, normalized=True),
+    ),
 }

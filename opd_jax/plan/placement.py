@@ -1,6 +1,7 @@
 """Abstract arrays placed on a mesh as a run places the real ones."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from opd_jax.mesh import (
 )
 from opd_jax.model import KVCache, ModelConfig, is_spec, param_specs
 from opd_jax.plan.traffic import device_bytes
+from opd_jax.quantize import int8_specs, quantize_params
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,26 @@ class Placement:
     def params(self, sizes: ModelConfig, dtype: str, *, gathered: bool = False) -> Any:
         """Parameters as they are loaded, or with `gathered` whole along `fsdp`.
 
+        Args:
+          dtype: "int8" is `quantize` over bfloat16.
+
         Raises:
           ValueError: a dimension does not divide over the mesh.
         """
-        specs = param_specs(sizes)
+        int8 = dtype == "int8"
+        arrays = jax.tree.map(
+            lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16 if int8 else dtype),
+            param_specs(sizes),
+            is_leaf=is_spec,
+        )
+        if int8:
+            arrays = jax.eval_shape(partial(quantize_params, config=sizes), arrays)
+        specs = int8_specs(sizes) if int8 else param_specs(sizes)
         rules = SAMPLING_RULES if gathered else RULES
         return jax.tree.map(
-            lambda spec, where: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype), sharding=where),
-            specs,
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            arrays,
             param_shardings(specs, self.mesh, rules=rules),
-            is_leaf=is_spec,
         )
 
     def cache(self, sizes: ModelConfig, params: Any, *, rows: int, slots: int) -> Any:

@@ -12,9 +12,10 @@ from opd_jax.mesh import AnyMesh
 from opd_jax.plan.traffic import Moved
 from opd_jax.plan.workload import Workload
 
-# What stays on the devices as long as the run. The student as it was loaded is kept beside the one
-# that is trained.
-PARAMETERS, OPTIMIZER, LOADED, TEACHER = "parameters", "optimizer", "student as loaded", "teacher"
+# What stays on the devices as long as the run.
+PARAMETERS, OPTIMIZER, TEACHER = "parameters", "optimizer", "teacher"
+# The student as it was loaded, which is let go when the first evaluations are over.
+LOADED = "student as loaded"
 # What the student samples with, while it does.
 COPY = "copy to sample with"
 

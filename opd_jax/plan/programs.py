@@ -50,7 +50,7 @@ def plan_run(
         TEACHER: device_bytes(frozen),
         COPY: device_bytes(copy),
     }
-    sampling = Player(student.sizes, copy, (PARAMETERS, OPTIMIZER, LOADED, TEACHER))
+    sampling = Player(student.sizes, copy, (PARAMETERS, OPTIMIZER, TEACHER))
     programs = _programs(config, student, teacher, state, sampling, frozen, place, work)
     return Run(tuple(programs), residents, work, mesh)
 
@@ -65,10 +65,10 @@ def _programs(
     place: Placement,
     work: Workload,
 ) -> Iterator[Program]:
-    source, others = config.data.source, (PARAMETERS, OPTIMIZER, LOADED)
+    source, others = config.data.source, (PARAMETERS, OPTIMIZER)
     # `config.validate` asks for a teacher wherever one is needed.
     if source == "on_policy":
-        yield copying(config, state.params, sampling, beside=(OPTIMIZER, LOADED, TEACHER))
+        yield copying(config, state.params, sampling, beside=(OPTIMIZER, TEACHER))
         yield from rollout(config, sampling, place, work)
     elif source == "teacher" and teacher:
         yield from rollout(config, Player(teacher.sizes, frozen, others), place, work)
@@ -78,9 +78,12 @@ def _programs(
     scores = config.objective.divergence != "cross_entropy"
     scorer = teacher.sizes if teacher and scores else None
     yield training(config, state, student.sizes, scorer, place, work)
-    if source != "on_policy" or config.eval.batch != config.rollout.batch:
+    if "before" in config.eval.who:
+        player = Player(student.sizes, sampling.params, (*sampling.beside, LOADED))
+        yield from evaluation(config, "student", player, place, work)
+    elif source != "on_policy" or config.eval.batch != config.rollout.batch:
         yield from evaluation(config, "student", sampling, place, work)
     if "teacher" in config.eval.who and teacher:
         # Evaluated with the student, whose copy waits meanwhile.
-        player = Player(teacher.sizes, frozen, (*others, COPY))
+        player = Player(teacher.sizes, frozen, (*others, LOADED, COPY))
         yield from evaluation(config, "teacher", player, place, work)

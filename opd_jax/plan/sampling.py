@@ -138,7 +138,10 @@ def generating(
 
 
 def gone_through(player: Player, cache: Any, *, times: int) -> tuple[Moved, ...]:
-    """All of a model's weights, and every slot of its cache."""
+    """All of a model's weights, and every slot of its cache.
+
+    Of a mixture all experts: with many rows each is asked for by some token.
+    """
     params = player.params
     # Of a table that is not the head as well only single rows are read.
     read = {name: part for name, part in params.items() if name != "embed" or "head" not in params}

@@ -9,7 +9,7 @@ from ml_collections import FrozenConfigDict
 from opd_jax import experiment, train_step
 from opd_jax.model import ModelConfig
 from opd_jax.plan.placement import Placement
-from opd_jax.plan.program import LOADED, TEACHER, Program
+from opd_jax.plan.program import TEACHER, Program
 from opd_jax.plan.traffic import Moved, device_bytes
 from opd_jax.plan.workload import Workload
 from opd_jax.train_step import Batch
@@ -60,7 +60,7 @@ def training(
         runs=1,
         trips=None,
         moved=_moved(config, state, teacher_params, work, held),
-        beside=(LOADED,) if teacher else (LOADED, TEACHER),
+        beside=() if teacher else (TEACHER,),
         temporaries=held.total,
     )
 
@@ -70,7 +70,7 @@ class _Held:
     """Bytes on one device that exist at once in the backward pass of the loss.
 
     Attributes:
-      inputs: of each layer, which the layer's own backward pass starts from.
+      inputs: of each layer, which its own backward pass starts from, however much is kept beside.
       gradient: the sum over micro-batches, float32, placed as the parameters are.
       student_head: whole along `fsdp`.
       head_gradient: the sum over chunks, float32, placed as the head is.
@@ -116,7 +116,7 @@ def _moved(
     config: FrozenConfigDict, state: Any, teacher_params: Any, work: Workload, held: _Held
 ) -> tuple[Moved, ...]:
     train = config.train
-    parts, passes = train.micro_batches, 3 if train.remat else 2
+    parts, passes = train.micro_batches, 3 if train.remat == "layers" else 2
     chunks = parts * -(-work.rows // parts * work.response // train.loss_chunk)
     return (
         Moved("parameters, forward and backward", device_bytes(state.params), passes * parts),
