@@ -19,6 +19,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
+# An abstract mesh has sizes and no devices: enough to place what is only planned.
+AnyMesh = Mesh | AbstractMesh
+
 # Logical axis -> mesh axis or axes; None is replicated. The axes of one array map to distinct mesh
 # axes: so "embed", of parameters, may not share one with what it is contracted against, and
 # activations, whose batch takes "fsdp", have their width whole.
@@ -68,12 +71,18 @@ def make_mesh(
     return jax.make_mesh(sizes, MESH_AXES, axis_types=axis_types, devices=devices[:size])
 
 
+def abstract_mesh(*, data: int, fsdp: int, tensor: int) -> AbstractMesh:
+    """The same mesh without devices."""
+    axis_types = (AxisType.Auto,) * len(MESH_AXES)
+    return AbstractMesh((data, fsdp, tensor), MESH_AXES, axis_types=axis_types)
+
+
 def _mesh_axes(logical: str, rules: Rules = RULES) -> tuple[str, ...]:
     rule = rules[logical]
     return () if rule is None else (rule,) if isinstance(rule, str) else rule
 
 
-def _ways(mesh: Mesh | AbstractMesh, logical: str, rules: Rules = RULES) -> int:
+def _ways(mesh: AnyMesh, logical: str, rules: Rules = RULES) -> int:
     return math.prod(mesh.shape[axis] for axis in _mesh_axes(logical, rules))
 
 
@@ -96,7 +105,7 @@ def _name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def param_shardings(specs: Any, mesh: Mesh | AbstractMesh, *, rules: Rules = RULES) -> Any:
+def param_shardings(specs: Any, mesh: AnyMesh, *, rules: Rules = RULES) -> Any:
     """The tree of `NamedSharding` for a tree of `model.ParamSpec`: of parameters, or of a cache.
 
     Args:
@@ -122,12 +131,12 @@ def param_shardings(specs: Any, mesh: Mesh | AbstractMesh, *, rules: Rules = RUL
     return jax.tree_util.tree_map_with_path(sharding, specs, is_leaf=lambda x: hasattr(x, "axes"))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """Leading axis split over `data` and `fsdp`, the others replicated."""
     return NamedSharding(mesh, _spec(mesh.shape, ("batch",), RULES))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     """A whole copy on each device."""
     return NamedSharding(mesh, PartitionSpec())
 

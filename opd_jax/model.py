@@ -453,9 +453,14 @@ class KVCache:
         return self.keys[0].shape[self.layout.index("S")]
 
 
+def cache_layout(platform: str) -> str:
+    """The layout that a platform, as JAX calls it, reads without copies (see `_SCORES`)."""
+    return "BSGH" if platform == "tpu" else "BGSH"
+
+
 def backend_cache_layout() -> str:
-    """The layout that the current backend reads without copies (see `_SCORES`)."""
-    return "BSGH" if jax.default_backend() == "tpu" else "BGSH"
+    """`cache_layout` of the current backend."""
+    return cache_layout(jax.default_backend())
 
 
 def cache_specs(config: ModelConfig, *, batch: int, slots: int, layout: str) -> ParamSpec:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from opd_jax import losses, model
 from opd_jax.losses import NO_TURN, TokenScores, Verdict
@@ -618,7 +618,7 @@ def placement_of(state: Any) -> Any:
 
 def _everywhere(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
     """A whole copy on each device of a parameter's mesh."""
-    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+    if isinstance(sharding, NamedSharding):
         return replicated(sharding.mesh)
     return sharding
 

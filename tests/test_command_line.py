@@ -36,6 +36,24 @@ def test_a_command_may_have_no_config_and_required_flags():
     assert (config, workdir, flags) == (None, Path("w"), {"out": "o"})
 
 
+def test_a_command_may_have_no_workdir(path):
+    words = [f"--config={path}"]
+    config, workdir, _ = parse_command_line(words, usage="", needs_workdir=False)
+    assert (config.seed, workdir) == (0, None)
+    with pytest.raises(ValueError, match="`--workdir`"):
+        parse_command_line([*words, "--workdir=w"], usage="", needs_workdir=False)
+
+
+def test_what_is_true_or_false_may_stand_alone():
+    def read(*words):
+        return parse_command_line(
+            ["--workdir=w", *words], usage="", needs_config=False, verbose=False, quiet=True
+        )[2]
+
+    assert read() == {"verbose": False, "quiet": True}
+    assert read("--verbose", "--quiet=false") == {"verbose": True, "quiet": False}
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -13,6 +13,7 @@ value. What comes out is frozen, so nothing can change it once the run has start
 """
 
 from opd_jax.config.command_line import fail, parse_command_line
+from opd_jax.config.flags import given_fields
 from opd_jax.config.loading import load, parse_arg
 from opd_jax.config.stored import check_same_run, differences, from_json, read_stored, to_json
 from opd_jax.config.validation import validate
@@ -22,6 +23,7 @@ __all__ = [
     "differences",
     "fail",
     "from_json",
+    "given_fields",
     "load",
     "parse_arg",
     "parse_command_line",

@@ -23,38 +23,52 @@ def parse_command_line(
 ) -> tuple[None, Path, dict[str, Any]]: ...
 
 
+@overload
 def parse_command_line(
-    argv: Sequence[str], *, usage: str, needs_config: bool = True, **flags: Any
-) -> tuple[FrozenConfigDict | None, Path, dict[str, Any]]:
+    argv: Sequence[str], *, usage: str, needs_workdir: Literal[False], **flags: Any
+) -> tuple[FrozenConfigDict, None, dict[str, Any]]: ...
+
+
+def parse_command_line(
+    argv: Sequence[str],
+    *,
+    usage: str,
+    needs_config: bool = True,
+    needs_workdir: bool = True,
+    **flags: Any,
+) -> tuple[FrozenConfigDict | None, Path | None, dict[str, Any]]:
     """Reads the command line of ``python -m opd_jax.train`` and its siblings.
 
-    Flags are written ``--name=value`` or ``--name value``. ``--help`` prints `usage`, the flags
-    and, when ``--config`` is given too, every field of that config, and exits with status 0.
+    Flags are written ``--name=value`` or ``--name value``; one that is true or false also alone,
+    as ``--name``. ``--help`` prints `usage`, the flags and, when ``--config`` is given too, every
+    field of that config, and exits with status 0.
 
     Args:
       argv: the arguments after the program name.
       usage: text printed first by ``--help``.
       needs_config: whether ``--config`` is required; without it ``--config`` is refused.
+      needs_workdir: whether ``--workdir`` is required; without it ``--workdir`` is refused.
       **flags: further flags of this command. A tuple of strings lists the accepted values, the
         first one being the default; a single value is a default of that type; a type (`str`,
         `int`, ...) makes the flag required.
 
     Returns:
-      (config, workdir, flags): the frozen config (None where `needs_config` is false), the workdir,
+      (config, workdir, flags): the frozen config and the workdir (None where they are not needed),
       and the value of every flag in `flags`.
 
     Raises:
       ValueError: an unknown, missing or repeated flag or a value out of place. The caller ends with
         `fail`.
     """
-    required = ["config", "workdir"] if needs_config else ["workdir"]
+    required = ["config"] * needs_config + ["workdir"] * needs_workdir
     known = [*required, *flags]
     # Stripped first, since it is the one flag without a value.
     wants_help = any(word in ("--help", "-h") for word in argv)
     argv = [word for word in argv if word not in ("--help", "-h")]
     given: dict[str, str] = {}
     overrides = []
-    for name, text in flag_pairs(argv):
+    switches = [name for name, default in flags.items() if isinstance(default, bool)]
+    for name, text in flag_pairs(argv, switches=switches):
         if name.startswith("config.") and needs_config:
             overrides.append(f"--{name}={text}")
             continue
@@ -72,7 +86,7 @@ def parse_command_line(
             raise ValueError(f"flag `--{name}` is required: add `--{name}={_placeholder(name)}`")
     extra = {name: _flag_value(name, default, given.get(name)) for name, default in flags.items()}
     config = load(given["config"], overrides) if needs_config else None
-    return config, Path(given["workdir"]), extra
+    return config, Path(given["workdir"]) if needs_workdir else None, extra
 
 
 def fail(message: object) -> NoReturn:

@@ -3,26 +3,37 @@
 import ast
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 _BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
 
-def flag_pairs(argv: Sequence[str]) -> list[tuple[str, str]]:
-    """Splits ``--name=value`` and ``--name value`` words into (name, value) pairs."""
+def flag_pairs(argv: Sequence[str], *, switches: Collection[str] = ()) -> list[tuple[str, str]]:
+    """Splits ``--name=value`` and ``--name value`` words into (name, value) pairs.
+
+    A name in `switches` stands alone for ``--name=true``.
+    """
     pairs = []
     words = iter(argv)
     for word in words:
         if not word.startswith("--") or word == "--":
             raise ValueError(f"expected a flag `--name=value`, got `{word}`; see --help")
         name, equals, text = word[2:].partition("=")
-        if not equals:
+        if not equals and name in switches:
+            text = "true"
+        elif not equals:
             text = next(words, "--")
             if text.startswith("--"):
                 raise ValueError(f"flag `--{name}` needs a value: write `--{name}=value`")
         pairs.append((name, text))
     return pairs
+
+
+def given_fields(argv: Sequence[str]) -> list[str]:
+    """Names of the config fields that words of a command line replace."""
+    prefix = "--config."
+    return [word.removeprefix(prefix).partition("=")[0] for word in argv if word[:9] == prefix]
 
 
 def read_value(text: str, kind: type, name: str) -> Any:

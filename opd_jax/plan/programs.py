@@ -1,0 +1,89 @@
+"""The programs that a run compiles, with abstract arguments placed as the run places them.
+
+They are the very functions that training, rollout, judge and evaluation call, at the largest shapes
+of the `Workload`. Nothing here needs a device: a mesh may be abstract.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import FrozenConfigDict
+
+from opd_jax import experiment, train_step
+from opd_jax.mesh import AnyMesh
+from opd_jax.plan.judging import judging
+from opd_jax.plan.models import PlannedModel
+from opd_jax.plan.placement import Placement
+from opd_jax.plan.program import COPY, LOADED, OPTIMIZER, PARAMETERS, TEACHER, Program, Run
+from opd_jax.plan.sampling import Player, copying, evaluation, rollout
+from opd_jax.plan.traffic import device_bytes
+from opd_jax.plan.training import training
+from opd_jax.plan.workload import Workload, workload
+
+
+def plan_run(
+    config: FrozenConfigDict,
+    student: PlannedModel,
+    teacher: PlannedModel | None,
+    *,
+    mesh: AnyMesh,
+    layout: str,
+) -> Run:
+    """Every program that a run of `config` compiles on `mesh`.
+
+    Args:
+      config: validated.
+      layout: of the cache, as the platform wants it.
+
+    Raises:
+      ValueError: a sharded dimension does not divide over the mesh.
+    """
+    place, work = Placement(mesh, layout), workload(config)
+    loaded = place.params(student.sizes, config.dtype)
+    state = train_step.abstract_state(loaded, experiment.make_optimizer(config))
+    copy = place.params(student.sizes, config.compute_dtype, gathered=config.rollout.gather_weights)
+    frozen = teacher and place.params(teacher.sizes, config.teacher_dtype)
+    residents = {
+        PARAMETERS: device_bytes(state.params),
+        OPTIMIZER: device_bytes(state.opt_state),
+        LOADED: device_bytes(loaded),
+        TEACHER: device_bytes(frozen),
+        COPY: device_bytes(copy),
+    }
+    sampling = Player(student.sizes, copy, (PARAMETERS, OPTIMIZER, TEACHER))
+    programs = _programs(config, student, teacher, state, sampling, frozen, place, work)
+    return Run(tuple(programs), residents, work, mesh)
+
+
+def _programs(
+    config: FrozenConfigDict,
+    student: PlannedModel,
+    teacher: PlannedModel | None,
+    state: Any,
+    sampling: Player,
+    frozen: Any,
+    place: Placement,
+    work: Workload,
+) -> Iterator[Program]:
+    source, others = config.data.source, (PARAMETERS, OPTIMIZER)
+    # `config.validate` asks for a teacher wherever one is needed.
+    if source == "on_policy":
+        yield copying(config, state.params, sampling, beside=(OPTIMIZER, TEACHER))
+        yield from rollout(config, sampling, place, work)
+    elif source == "teacher" and teacher:
+        yield from rollout(config, Player(teacher.sizes, frozen, others), place, work)
+    if config.objective.intervention and teacher:
+        judge = Player(teacher.sizes, frozen, others)
+        yield from judging(config, judge, place, work, label_width=teacher.label_width)
+    scores = config.objective.divergence != "cross_entropy"
+    scorer = teacher.sizes if teacher and scores else None
+    yield training(config, state, student.sizes, scorer, place, work)
+    if "before" in config.eval.who:
+        player = Player(student.sizes, sampling.params, (*sampling.beside, LOADED))
+        yield from evaluation(config, "student", player, place, work)
+    elif source != "on_policy" or config.eval.batch != config.rollout.batch:
+        yield from evaluation(config, "student", sampling, place, work)
+    if "teacher" in config.eval.who and teacher:
+        # Evaluated with the student, whose copy waits meanwhile.
+        player = Player(teacher.sizes, frozen, (*others, LOADED, COPY))
+        yield from evaluation(config, "teacher", player, place, work)

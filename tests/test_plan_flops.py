@@ -1,0 +1,130 @@
+"""FLOPs of traced programs against hand arithmetic."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+from jax.sharding import PartitionSpec
+
+from opd_jax.model import ModelConfig, forward, init_params
+from opd_jax.plan.jaxpr_flops import count_flops
+
+QWEN = ModelConfig(
+    vocab_size=96,
+    d_model=16,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    d_ff=24,
+    norm_eps=1e-6,
+    rope_theta=1e4,
+    rope_scaling=None,
+    max_positions=64,
+    qk_norm=True,
+    qkv_bias=False,
+    tied=True,
+)
+
+
+def flops(function, *shapes, while_trips=None):
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return count_flops(jax.make_jaxpr(function)(*args), while_trips=while_trips)
+
+
+def test_a_product_is_two_operations_an_element_and_contraction():
+    assert flops(jnp.matmul, (3, 5), (5, 7)) == 2 * 3 * 5 * 7
+    assert flops(lambda a, b: jnp.einsum("bij,bkj->bik", a, b), (2, 3, 5), (2, 7, 5)) == 420
+    assert flops(lambda a: a + 1, (3, 5)) == 0
+
+
+def test_loops_multiply_and_nested_loops_multiply_twice():
+    def once(x, _):
+        return x @ x, None
+
+    def twice(x, _):
+        return jax.lax.scan(once, x, None, length=4)[0], None
+
+    assert flops(lambda x: jax.lax.scan(twice, x, None, length=6)[0], (3, 3)) == 6 * 4 * 54
+
+
+def test_a_while_loop_runs_as_often_as_one_says():
+    def loop(x):
+        return jax.lax.while_loop(lambda c: jnp.all(c < 9), lambda c: c @ c, x)
+
+    assert flops(loop, (3, 3), while_trips=7) == 7 * 54
+    with pytest.raises(ValueError, match="`while_trips`"):
+        flops(loop, (3, 3))
+
+
+def test_a_while_loop_without_products_needs_no_count():
+    assert flops(lambda x: jax.lax.while_loop(jnp.any, lambda c: c - 1, x), (3,)) == 0
+
+
+def test_of_branches_the_dearest_counts():
+    def branches(x):
+        return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x, lambda x: x @ x @ x, x)
+
+    assert flops(branches, (3, 3)) == 2 * 54
+
+
+def test_rematerialization_and_derivatives_are_entered():
+    def loss(x, w):
+        return jnp.sum(jax.checkpoint(jax.jit(lambda x, w: jnp.tanh(x @ w)))(x, w))
+
+    # The product, the same again in the backward pass, and two products of the gradient.
+    assert flops(jax.grad(loss, argnums=(0, 1)), (3, 5), (5, 7)) == 4 * 210
+
+    @jax.custom_vjp
+    def square(x):
+        return x @ x
+
+    square.defvjp(lambda x: (x @ x, x), lambda x, g: (g @ x,))
+    assert flops(square, (3, 3)) == 54
+
+
+def test_groups_of_rows_meet_one_matrix_each():
+    def experts(x, w):
+        return jax.lax.ragged_dot(x, w, jnp.array([2, 3], jnp.int32))
+
+    one = 2 * 5 * 4 * 7
+    assert flops(experts, (5, 4), (2, 4, 7)) == one
+
+    def loss(x, w):
+        return jnp.sum(experts(x, w) ** 2)
+
+    assert flops(jax.grad(loss, argnums=(0, 1)), (5, 4), (2, 4, 7)) == 3 * one
+
+
+def test_what_one_device_does_counts_for_all_of_them():
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=auto, devices=jax.devices()[:8])
+    halves = PartitionSpec("a")
+    split = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=halves, out_specs=halves)
+    assert flops(split, (8, 3)) == 8 * (2 * 2 * 3 * 2)
+
+
+def test_a_kernel_counts_once_for_each_point_of_its_grid():
+    def kernel(x, y, out):
+        out[...] = x[...] @ y[...]
+
+    def run(x, y):
+        shape = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+        return pl.pallas_call(kernel, out_shape=shape, grid=(5,))(x, y)
+
+    assert flops(run, (8, 8), (8, 8)) == 5 * 2 * 8**3
+
+
+def test_a_forward_pass_is_its_weights_and_its_attention():
+    c, B, T, chunk = QWEN, 2, 6, 2
+    params = jax.eval_shape(lambda: init_params(c, jax.random.key(0), dtype=jnp.float32))
+    traced = jax.make_jaxpr(lambda p, t: forward(p, t, config=c, query_chunk=chunk, remat="none"))(
+        params, jax.ShapeDtypeStruct((B, T), jnp.int32)
+    )
+    heads = c.num_heads * c.head_dim
+    projections = c.d_model * (2 * heads + 2 * c.num_kv_heads * c.head_dim)
+    weights = projections + 3 * c.d_model * c.d_ff
+    # Each chunk of queries sees the keys up to its own end; scores and values are a product each.
+    pairs = sum(chunk * end for end in range(chunk, T + 1, chunk))
+    expected = c.num_layers * (2 * B * T * weights + 2 * 2 * B * pairs * heads)
+    assert count_flops(traced, while_trips=None) == expected
