@@ -112,6 +112,7 @@ def paper_config(
     config.judge.length_multiple = 256
     config.train.micro_batches = 8
     config.train.query_chunk = 512
+    config.train.loss_chunk = 8192  # each chunk reads both heads: few and large ones
     config.train.remat = "layers"
     config.train.length_multiple = 2048
     config.train.response_multiple = 1024
