@@ -10,7 +10,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from opd_jax import processes
 from opd_jax.config import validate
-from opd_jax.evaluate import split_label
+from opd_jax.figures import split_label
 from opd_jax.intervals import mean_interval, wilson_interval
 from opd_jax.report import table, write_summary
 
@@ -72,7 +72,7 @@ def comparison_table(
     seeds share their tasks.
 
     Args:
-      references: `{who: {split: figures}}`, figures as from `evaluate.summarize`.
+      references: `{who: {split: figures}}`, figures as from `figures.summarize`.
       results: method to `{split: figures}` of each seed; at least one method and one seed.
       judge: method to further cells, as from `judge_figures`.
     """

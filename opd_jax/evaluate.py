@@ -9,23 +9,22 @@ judgement of the turns agrees with the environment's own labels.
 
 import random
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import FrozenConfigDict
 
 from opd_jax import agreement, environments, experiment, processes
 from opd_jax.config import check_same_run, fail, parse_command_line, validate
 from opd_jax.demonstrations import play_out
 from opd_jax.experiment import LoadedModel
-from opd_jax.intervals import average_interval, mean_interval, wilson_interval
+from opd_jax.figures import judge_table, macro_average, results_table, summarize
 from opd_jax.mesh import make_mesh
 from opd_jax.model import Params
 from opd_jax.players import make_player
-from opd_jax.report import table, write_summary
+from opd_jax.report import write_summary
 from opd_jax.rollout import Agent, rollout, row_keys
 from opd_jax.teacher import judge
 from opd_jax.trajectory import Conversation
@@ -117,75 +116,6 @@ def panel_size(config: FrozenConfigDict, split: str) -> int:
 
 def _panel(config: FrozenConfigDict, split: str) -> environments.Panel:
     return environments.panel(config.env, "eval.splits", split)
-
-
-def summarize(conversations: Sequence[Conversation]) -> dict[str, object]:
-    """The figures of a panel of episodes.
-
-    Episodes whose environment broke say nothing of who played: they are counted, and left out.
-
-    Returns:
-      `success` (share), `ci95` (Wilson interval of it), `score` and `score_ci95` (mean), `turns`
-      (mean), `repeated` (share of turns that repeat an earlier action of their episode), `failed`
-      (share of turns that failed deterministically), `n`, the number of those `broken`, which
-      `n` leaves out, and `measures`, the mean of each of the environment's, 0 for an episode
-      without it.
-
-    Raises:
-      ValueError: none is left.
-    """
-    played = [c for c in conversations if not c.broken]
-    n = len(played)
-    if not n:
-        raise ValueError(
-            f"`env`: the environments of all {len(conversations)} episodes broke; the warnings "
-            "above say how"
-        )
-    wins = sum(c.success for c in played)
-    turns = sum(len(c.turns) for c in played)
-    scores = [c.score for c in played]
-    measures = {name for c in played for name in c.measures}
-    return {
-        "success": wins / n,
-        "ci95": list(wilson_interval(wins, n)),
-        "score": float(np.mean(scores)),
-        "score_ci95": list(mean_interval(scores)),
-        "turns": turns / n,
-        "repeated": sum(c.repeated_actions for c in played) / max(turns, 1),
-        "failed": sum(bool(t.failure) for c in played for t in c.turns) / max(turns, 1),
-        "n": n,
-        "broken": len(conversations) - n,
-        "measures": {m: sum(c.measures.get(m, 0.0) for c in played) / n for m in sorted(measures)},
-    }
-
-
-def macro_average(parts: Sequence[Mapping[str, Any]]) -> dict[str, object]:
-    """The means of figures over splits, each counting the same whatever its size.
-
-    Args:
-      parts: as from `summarize`.
-
-    Returns:
-      The same figures, with intervals from those of the parts (`intervals.average_interval`); `n`
-      and `broken` are sums.
-    """
-
-    def mean(values: Iterable[float]) -> float:
-        return float(np.mean(list(values)))
-
-    def interval(of: str, ends: str) -> list[float]:
-        return list(average_interval([(part[of], *part[ends]) for part in parts]))
-
-    means = ("success", "score", "turns", "repeated", "failed")
-    return {
-        **{name: mean(part[name] for part in parts) for name in means},
-        "ci95": interval("success", "ci95"),
-        "score_ci95": interval("score", "score_ci95"),
-        **{name: sum(part[name] for part in parts) for name in ("n", "broken")},
-        "measures": {
-            name: mean(part["measures"][name] for part in parts) for name in parts[0]["measures"]
-        },
-    }
 
 
 def evaluate_model(
@@ -338,76 +268,6 @@ def evaluate_player(
         if after_split:
             after_split()
     return _with_average(config, results)
-
-
-def split_label(split: str, figures: Mapping[str, Any]) -> str:
-    """A split's name in tables, with the label of its digest: `valid_seen (generated)`."""
-    label = figures.get("digest", "").rpartition("-")[0]
-    return f"{split} ({label})" if label else split
-
-
-def results_table(results: dict[str, dict]) -> str:
-    """A markdown table of `{who: {split: figures}}`, and below it who never acted at all.
-
-    Scores are shown where they say more than success, and the environment's measures where it has
-    any.
-    """
-    results = {who: _present(splits) for who, splits in results.items()}
-    every = [r for splits in results.values() for r in splits.values()]
-    scored = ["score"] if any(r["score"] != r["success"] for r in every) else []
-    measured = sorted({name for r in every for name in r["measures"]})
-    rows = [
-        {
-            "who": who,
-            "split": split_label(split, r),
-            "success": f"{r['success']:.1%}",
-            "95 % interval": f"{r['ci95'][0]:.1%} to {r['ci95'][1]:.1%}",
-            "score": f"{r['score']:.2f}",
-            **{name: f"{value:.3f}" for name, value in r["measures"].items()},
-            "turns": f"{r['turns']:.1f}",
-            "repeated": f"{r['repeated']:.1%}",
-            "failed": f"{r['failed']:.1%}",
-            "n": r["n"],
-            "broken": r.get("broken", 0),
-        }
-        for who, splits in results.items()
-        for split, r in splits.items()
-    ]
-    columns = ["who", "split", "success", "95 % interval", *scored, *measured]
-    columns += ["turns", "repeated", "failed", "n"]
-    if any(row["broken"] for row in rows):
-        columns.append("broken")
-    idle = [
-        f"{who} on {split_label(split, r)}: no turn held an action that could be carried out."
-        for who, splits in results.items()
-        for split, r in splits.items()
-        if r["failed"] == 1.0
-    ]
-    return "\n\n".join([table(rows, columns), *idle])
-
-
-def judge_table(results: dict[str, dict]) -> str:
-    """A markdown table of the judge's figures in `{who: {split: figures}}`; "" without any."""
-    rows = [
-        {
-            "turns of": who,
-            "split": split_label(split, r),
-            "balanced accuracy": f"{j['balanced_accuracy']:.2f}",
-            "95 % interval": f"{j['ci95'][0]:.2f} to {j['ci95'][1]:.2f}",
-            "always SKIP": f"{j['always_skip']:.2f}",
-            "precision": "" if j["precision"] is None else f"{j['precision']:.2f}",
-            "recall": "" if j["recall"] is None else f"{j['recall']:.2f}",
-            "n": j["n"],
-        }
-        for who, splits in results.items()
-        for split, r in _present(splits).items()
-        if (j := r.get("judge"))
-    ]
-    return table(rows, list(rows[0])) if rows else ""
-
-
-def _present(splits: Mapping[str, Any]) -> dict[str, Any]:
-    return {split: figures for split, figures in splits.items() if figures is not None}
 
 
 def run(config: FrozenConfigDict, workdir: Path, policy: str) -> dict[str, dict]:

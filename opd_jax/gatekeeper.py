@@ -10,6 +10,7 @@ from typing import Any
 
 from opd_jax.chat import ChatFormat
 from opd_jax.envs.base import Task
+from opd_jax.envs.turns import listed
 from opd_jax.labels import LABELS
 from opd_jax.model import ModelConfig
 from opd_jax.trajectory import Conversation, Turn
@@ -61,14 +62,12 @@ def judge_prompt(task: Task, turn: Turn, *, admissible_shown: int, context: str)
     """
     if context not in FIELDS:
         raise ValueError(f"`judge.context`: expected {', '.join(FIELDS)}, got {context!r}")
-    shown = ", ".join(turn.admissible[:admissible_shown])
-    rest = len(turn.admissible) - admissible_shown
     values = {
         "Task type: ": task.type,
         "Goal: ": task.goal,
         "Scene: ": task.scene,
         "Observation: ": turn.observation,
-        ADMISSIBLE: shown + (f" (+{rest} more)" if rest > 0 else ""),
+        ADMISSIBLE: listed(turn.admissible, admissible_shown),
         "Agent's response: ": turn.response,
         FEEDBACK: turn.feedback,
     }

@@ -26,9 +26,10 @@ from opd_jax import config as cfg
 from opd_jax import environments, experiment, processes
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.compare import compare
-from opd_jax.evaluate import evaluate_model, evaluate_player, is_evaluated, results_table
+from opd_jax.evaluate import evaluate_model, evaluate_player, is_evaluated
 from opd_jax.experience import VERDICT_NAMES, Experience, Source, make_source
 from opd_jax.experiment import LoadedModel
+from opd_jax.figures import results_table
 from opd_jax.mesh import make_mesh, shard_batch
 from opd_jax.metrics import Metrics, Stopwatch
 from opd_jax.players import check_players

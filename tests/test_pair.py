@@ -18,6 +18,7 @@ from ml_collections import FrozenConfigDict
 
 from opd_jax import agreement, evaluate, experiment
 from opd_jax.config import load
+from opd_jax.figures import summarize
 from opd_jax.mesh import make_mesh
 from opd_jax.stream import balanced_turns
 from opd_jax.teacher import Judgement
@@ -69,7 +70,7 @@ def played(models: dict) -> dict[tuple[str, str], list[Conversation]]:
 
 
 def success(conversations: list[Conversation]) -> float:
-    return evaluate.summarize(conversations)["success"]
+    return summarize(conversations)["success"]
 
 
 @pytest.mark.parametrize(("size", "bound"), [("small", 0.8), ("large", 0.7)])

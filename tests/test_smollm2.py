@@ -28,6 +28,7 @@ from opd_jax.envs.alfworld import env as alfworld
 from opd_jax.envs.react import RESPONSE
 from opd_jax.envs.scienceworld.prompts import system_message
 from opd_jax.envs.search import env as search
+from opd_jax.figures import results_table
 from opd_jax.hf import gguf, gguf_file
 from opd_jax.mesh import make_mesh
 
@@ -426,7 +427,7 @@ def test_an_episode_in_each_benchmark(
         words.append(f"--config.env.data={tmp_path / 'games'}")
     config = cfg.load(f"{CONFIGS / name}.py:runlocal", words)
     figures = evaluate.evaluate_model(config, student, student.params, update=0, judging=None)
-    assert_nothing_worked(figures[split], evaluate.results_table({"before": figures}))
+    assert_nothing_worked(figures[split], results_table({"before": figures}))
 
 
 # --- Refusals

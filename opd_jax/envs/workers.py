@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from opd_jax.envs.base import BROKEN, Env, Observation, Task
+from opd_jax.envs.turns import NOT_RUNNING
 from opd_jax.envs.worker_process import defining_module, encode, receive, send
 
 # What `Worker.breaks` counts.
@@ -107,7 +108,7 @@ class Worker:
           ValueError: if there is no running episode.
         """
         if not self._running:
-            raise ValueError("`step` needs a running episode; call `reset` first.")
+            raise ValueError(NOT_RUNNING)
         self._running = False
         try:
             observation = self._ask("step", response, read=_observation)

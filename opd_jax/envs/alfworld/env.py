@@ -19,6 +19,7 @@ from opd_jax.envs.alfworld.engine import Engine
 from opd_jax.envs.alfworld.panel import Game, data_folder, digest, panel
 from opd_jax.envs.base import Observation, Task
 from opd_jax.envs.react import RESPONSE, parse_response
+from opd_jax.envs.turns import TurnClock, listed
 
 RULES = (
     "You act in a house that is described in text. Every turn you are told the task, what you "
@@ -78,7 +79,6 @@ EXAMPLE_TURNS = (
 )
 MESSAGE = "Task: %s\nObservation: %s"
 ADMISSIBLE_LINE = "\nAdmissible actions: "
-MORE = " (+%d more)"
 
 NOTHING = "Nothing happens."
 # What the engine says of a turn that failed, and the failure that it stands for. Besides, responses
@@ -140,17 +140,14 @@ class AlfWorld:
     waits = False
 
     def __init__(self, *, data: str, max_turns: int, show_admissible: int):
-        if max_turns < 1:
-            raise ValueError(f"`max_turns` must be at least 1; got {max_turns}.")
+        self._clock = TurnClock(max_turns)
         if show_admissible < 0:
             raise ValueError(
                 f"`show_admissible` must be 0 (show none) or more; got {show_admissible}."
             )
         self._folder = data_folder(data)
         self._engine = Engine()
-        self._max_turns = max_turns
         self._show_admissible = show_admissible
-        self._over = True
 
     def games(self, split: str) -> tuple[Game, ...]:
         """The games of `split` in the order of their index; errors as in `panel`."""
@@ -175,8 +172,7 @@ class AlfWorld:
         reply = self._engine.start(game.path)
         scene, goal = parse_intro(reply.text)
         self.task = Task(id=game.id, type=game.type, goal=goal, scene=scene)
-        self._turns = 0
-        self._over = False
+        self._clock.start()
         self._admissible = most_specific_first(reply.admissible)
         return Observation(scene, self._message(scene), self._admissible)
 
@@ -189,8 +185,7 @@ class AlfWorld:
         Raises:
           ValueError: if there is no running episode.
         """
-        if self._over:
-            raise ValueError("`step` needs a running episode; call `reset` first.")
+        self._clock.tick()
         command, failure = parse_response(response)
         text, won = NOTHING, False
         if not failure:
@@ -199,11 +194,7 @@ class AlfWorld:
             text, won = reply.text, reply.won
             failure = FAILURES.get(text, "")
             self._admissible = most_specific_first(reply.admissible)
-        self._turns += 1
-        end = "turn_limit" if self._turns >= self._max_turns else ""
-        if won:
-            end = "success"
-        self._over = bool(end)
+        end = self._clock.end("success" if won else "")
         score = 1.0 if won else 0.0
         return Observation(
             text, self._message(text), self._admissible, end, score, command, failure
@@ -211,11 +202,9 @@ class AlfWorld:
 
     def _message(self, text: str) -> str:
         message = MESSAGE % (self.task.goal, text)
-        shown, commands = self._show_admissible, self._admissible
-        if not shown:
+        if not self._show_admissible:
             return message
-        message += ADMISSIBLE_LINE + ", ".join(commands[:shown])
-        return message + MORE % (len(commands) - shown) if len(commands) > shown else message
+        return message + ADMISSIBLE_LINE + listed(self._admissible, self._show_admissible)
 
 
 def parse_intro(feedback: str) -> tuple[str, str]:

@@ -8,6 +8,7 @@ from opd_jax.envs.household.scenes import check_size, split_size, task
 from opd_jax.envs.household.tables import VERSION
 from opd_jax.envs.household.world import NOTHING, World
 from opd_jax.envs.react import parse_response
+from opd_jax.envs.turns import MORE, TurnClock, listed
 
 SYSTEM = (
     "You are in a household. Reply in two lines. "
@@ -15,7 +16,6 @@ SYSTEM = (
 )
 TASK_LINE = "\nYour task is to: "
 ADMISSIBLE_LINE = "\nAdmissible: "
-MORE = " (+%d more)"
 # Its fixed texts, beside the world's own.
 PHRASES = (SYSTEM, TASK_LINE, ADMISSIBLE_LINE, MORE)
 
@@ -37,16 +37,13 @@ class Household:
 
     def __init__(self, *, size: str, max_turns: int, show_admissible: int):
         check_size(size)
-        if max_turns < 1:
-            raise ValueError(f"`max_turns` must be at least 1; got {max_turns}.")
+        self._clock = TurnClock(max_turns)
         if show_admissible < 0:
             raise ValueError(
                 f"`show_admissible` must be 0 (show none) or more; got {show_admissible}."
             )
         self._size = size
-        self._max_turns = max_turns
         self._show_admissible = show_admissible
-        self._over = True
 
     def size(self, split: str) -> int:
         """Number of tasks in `split`; ValueError naming the known splits otherwise."""
@@ -63,8 +60,7 @@ class Household:
         self._world = World(spec)
         self._learnt = Learnt(self._world)
         self._distance = distance(self._world)
-        self._turns = 0
-        self._over = False
+        self._clock.start()
         start = self._world.room.start
         self.task = Task(id=spec.id, type=spec.type, goal=spec.goal, scene=start)
         commands = self._world.admissible()
@@ -79,8 +75,7 @@ class Household:
         Raises:
           ValueError: if there is no running episode.
         """
-        if self._over:
-            raise ValueError("`step` needs a running episode; call `reset` first.")
+        self._clock.tick()
         command, failure = parse_response(response)
         text, oracle = NOTHING, ""
         if not failure:
@@ -90,11 +85,7 @@ class Household:
                 failure = "rejected"
             else:
                 oracle = self._label(searching)
-        self._turns += 1
-        end = "turn_limit" if self._turns >= self._max_turns else ""
-        if self._world.solved:
-            end = "success"
-        self._over = bool(end)
+        end = self._clock.end("success" if self._world.solved else "")
         commands = self._world.admissible()
         message = self._message(text, commands)
         score = 1.0 if end == "success" else 0.0
@@ -106,8 +97,6 @@ class Household:
         return label(before, self._distance, novel=novel, searching=searching)
 
     def _message(self, text: str, commands: tuple[str, ...]) -> str:
-        shown = self._show_admissible
-        if not shown:
+        if not self._show_admissible:
             return text
-        text += ADMISSIBLE_LINE + ", ".join(commands[:shown])
-        return text + MORE % (len(commands) - shown) if len(commands) > shown else text
+        return text + ADMISSIBLE_LINE + listed(commands, self._show_admissible)

@@ -21,6 +21,7 @@ from opd_jax.envs.scienceworld import tasks
 from opd_jax.envs.scienceworld.engine import Engine
 from opd_jax.envs.scienceworld.jvm import EpisodeLost, Reply, check_installed
 from opd_jax.envs.scienceworld.prompts import TASK, TELEPORT, system_message, turn_message
+from opd_jax.envs.turns import TurnClock
 
 PREAMBLE = "Your task is to "
 ELECTRICITY = "noElectricalAction"
@@ -188,10 +189,9 @@ class ScienceWorld:
         check_installed()
         self.system = system_message(simplifications)
         self.waits = False
-        self._max_turns = max_turns
+        self._clock = TurnClock(max_turns)
         self._list_admissible = list_admissible
         self._engine = Engine(simplifications=simplifications, heap_mb=heap_mb, timeout_s=timeout_s)
-        self._over = True
 
     @property
     def restarts(self) -> int:
@@ -221,16 +221,15 @@ class ScienceWorld:
             )
         kind, variation = listed[index]
         name = tasks.task_id(kind, variation)
-        self._turns = 0
         self._admissible: tuple[str, ...] = ()
         try:
             description, self._reply = self._engine.load(kind, variation)
             self._list()
         except EpisodeLost as lost:
-            self._over = True
+            self._clock.stop()
             self.task = Task(id=name, type=kind, goal="", scene="")
             return Observation(FAULT % lost, FAULT % lost, (), BROKEN)
-        self._over = False
+        self._clock.start()
         scene = tidy(self._reply.text)
         goal = " ".join(description.split()).removeprefix(PREAMBLE)
         self.task = Task(id=name, type=kind, goal=goal, scene=scene)
@@ -246,9 +245,7 @@ class ScienceWorld:
         Raises:
           ValueError: if there is no running episode.
         """
-        if self._over:
-            raise ValueError("`step` needs a running episode; call `reset` first.")
-        self._turns += 1
+        self._clock.tick()
         command, why = parse_response(response)
         if why:
             return self._observe(NO_ACTION, "", why)
@@ -263,7 +260,7 @@ class ScienceWorld:
             if not self._end():
                 self._list()
         except EpisodeLost as lost:
-            self._over = True
+            self._clock.stop()
             fault = FAULT % lost
             return Observation(fault, fault, (), BROKEN, float(self._reply.score), command)
         text = tidy(self._reply.text.replace("\n\treset task", ""))
@@ -276,13 +273,13 @@ class ScienceWorld:
 
     def _end(self) -> str:
         reply: Reply = self._reply
+        over = ""
         if reply.completed or reply.score < 0:
-            return "success" if reply.score >= SUCCESS_SCORE else "failed"
-        return "turn_limit" if self._turns >= self._max_turns else ""
+            over = "success" if reply.score >= SUCCESS_SCORE else "failed"
+        return self._clock.end(over)
 
     def _observe(self, text: str, command: str, why: str) -> Observation:
         end = self._end()
-        self._over = bool(end)
         return Observation(
             text=text,
             message=turn_message(text, self._reply.inventory),
@@ -296,4 +293,4 @@ class ScienceWorld:
     def close(self) -> None:
         """End the Java process; the next `reset` starts another."""
         self._engine.close()
-        self._over = True
+        self._clock.stop()

@@ -11,11 +11,13 @@ is bounded apart from the number of turns.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
-from opd_jax.envs.base import Observation, Task
+from opd_jax.envs.base import BROKEN, Observation, Task
 from opd_jax.envs.search.answers import exact_match, f1
 from opd_jax.envs.search.questions import Question, digest
 from opd_jax.envs.search.retrieval import Passage, RetrievalError, Retriever
+from opd_jax.envs.turns import TurnClock
 
 SYSTEM = """\
 You answer questions by searching a collection of passages. Reply with two blocks:
@@ -50,7 +52,7 @@ DOCUMENT = "Doc %d (Title: %s)\n%s"
 SEARCHES_LEFT = "\nSearches left: %d."
 RIGHT = "The answer is right."
 WRONG = "The answer is wrong."
-BROKEN = "The search engine failed: %s."
+FAULT = "The search engine failed: %s."
 
 # Why a turn fails, and what the agent is told. A wrong answer is none of them: it is an action that
 # was carried out, and whether it was a good one is for the judge to say.
@@ -73,26 +75,51 @@ _BLOCK = re.compile(r"<action>(.*?)</action>", re.DOTALL | re.IGNORECASE)
 _ACTION = re.compile(r"\s*(search|answer)\s*\[(.*)\]\s*", re.DOTALL | re.IGNORECASE)
 
 
-def parse_response(response: str) -> tuple[str, str, str]:
+class Action(NamedTuple):
+    """What a response asks for.
+
+    Attributes:
+      kind: `SEARCH` or `ANSWER`; "" if there is no action.
+      argument: the query or the answer; "" if there is no action.
+      failure: why there is none, one of `FAILURES`; "" if there is one.
+    """
+
+    kind: str
+    argument: str
+    failure: str
+
+
+class Outcome(NamedTuple):
+    """What an action has come to.
+
+    Attributes:
+      text: what the agent is told.
+      end, oracle, failure: as of `Observation`, but for the limit of turns.
+    """
+
+    text: str
+    end: str = ""
+    oracle: str = ""
+    failure: str = ""
+
+
+def parse_response(response: str) -> Action:
     """Find the action in a response.
 
     Args:
       response: the model's whole text. The first action block counts: what a model writes behind
         it was written without having seen the reply.
-
-    Returns:
-      `search` or `answer`, its argument and ""; or "", "" and one of `FAILURES`.
     """
     if not response.strip():
-        return "", "", "empty"
+        return Action("", "", "empty")
     block = _BLOCK.search(response)
     if not block:
-        return "", "", "no_action"
+        return Action("", "", "no_action")
     action = _ACTION.fullmatch(block[1])
     if not action:
-        return "", "", "bad_action"
+        return Action("", "", "bad_action")
     argument = " ".join(action[2].split())
-    return (action[1].lower(), argument, "") if argument else ("", "", "no_argument")
+    return Action(action[1].lower(), argument, "") if argument else Action("", "", "no_argument")
 
 
 def shorten(text: str, words: int) -> str:
@@ -131,8 +158,8 @@ class SearchEnv:
         passage_words: int,
         retry_wrong: bool,
     ):
+        self._clock = TurnClock(max_turns)
         numbers = {
-            "max_turns": max_turns,
             "max_searches": max_searches,
             "passages": passages,
             "passage_words": passage_words,
@@ -144,10 +171,9 @@ class SearchEnv:
         self._panels = panels
         self._retriever = retriever
         self.waits = retriever.waits
-        self._max_turns, self._max_searches = max_turns, max_searches
+        self._max_searches = max_searches
         self._passages, self._passage_words = passages, passage_words
         self._retry_wrong = retry_wrong
-        self._over = True
 
     def size(self, split: str) -> int:
         """Number of questions in `split`; ValueError naming the known splits otherwise."""
@@ -166,11 +192,11 @@ class SearchEnv:
             )
         question = panel[index]
         self._question = question
-        self._turns = self._searches = 0
+        self._clock.start()
+        self._searches = 0
         self._queries: set[str] = set()
         self._seen: set[str] = set()
         self._f1 = 0.0
-        self._over = False
         scene = SCENE % self._max_searches
         self.task = Task(id=question.id, type=question.type, goal=question.text, scene=scene)
         message = scene + QUESTION_LINE + question.text
@@ -180,37 +206,28 @@ class SearchEnv:
         """Act on the model's whole response text.
 
         A response that fails (see `FAILURES`) costs a turn, and a search that finds nothing also a
-        search. Where the search engine itself fails, the episode ends as "broken": that is no
+        search. Where the search engine itself fails, the episode ends as `BROKEN`: that is no
         doing of the agent.
 
         Raises:
           ValueError: if there is no running episode.
         """
-        if self._over:
-            raise ValueError("`step` needs a running episode; call `reset` first.")
-        self._turns += 1
-        kind, argument, failure = parse_response(response)
-        text, end, oracle = "", "", ""
-        if kind == ANSWER:
-            text, end, oracle = self._answer(argument)
-        elif kind == SEARCH:
-            text, end, oracle, failure = self._search(argument)
-        if failure:
-            text = FAILURES[failure]
-        if kind == SEARCH and not end:
+        self._clock.tick()
+        action = parse_response(response)
+        outcome = self._carry_out(action)
+        text = outcome.text
+        if action.kind == SEARCH and not outcome.end:
             text += SEARCHES_LEFT % (self._max_searches - self._searches)
-        if not end and self._turns >= self._max_turns:
-            end = "turn_limit"
-        self._over = bool(end)
+        end = self._clock.end(outcome.end)
         return Observation(
             text=text,
             message=text,
             admissible=self._admissible(),
             end=end,
             score=1.0 if end == "success" else 0.0,
-            action=f"{kind}[{argument}]" if kind else "",
-            failure=failure,
-            oracle=oracle,
+            action=f"{action.kind}[{action.argument}]" if action.kind else "",
+            failure=outcome.failure,
+            oracle=outcome.oracle,
             measures={"f1": self._f1},
         )
 
@@ -225,32 +242,37 @@ class SearchEnv:
             return ADMISSIBLE[SEARCH], ADMISSIBLE[ANSWER]
         return (ADMISSIBLE[ANSWER],)
 
-    def _answer(self, answer: str) -> tuple[str, str, str]:
-        """Text, end and oracle's label of an answer."""
+    def _carry_out(self, action: Action) -> Outcome:
+        if action.kind == ANSWER:
+            return self._answer(action.argument)
+        if action.kind == SEARCH:
+            return self._search(action.argument)
+        return _failed(action.failure)
+
+    def _answer(self, answer: str) -> Outcome:
         accepted = self._question.answers
         right = exact_match(answer, accepted)
         self._f1 = f1(answer, accepted)
         oracle = ("SKIP" if right else "STRONG") if self._question.supporting else ""
         if right:
-            return RIGHT, "success", oracle
-        return WRONG, "" if self._retry_wrong else "wrong_answer", oracle
+            return Outcome(RIGHT, "success", oracle)
+        return Outcome(WRONG, "" if self._retry_wrong else "wrong_answer", oracle)
 
-    def _search(self, query: str) -> tuple[str, str, str, str]:
-        """Text, end, oracle's label and failure of a search."""
+    def _search(self, query: str) -> Outcome:
         if self._searches >= self._max_searches:
-            return "", "", "", "no_searches_left"
+            return _failed("no_searches_left")
         self._searches += 1
         try:
             (found,) = self._retriever.search([query], top=self._passages)
         except RetrievalError as error:
-            return BROKEN % error, "broken", "", ""
+            return Outcome(FAULT % error, BROKEN)
         if not found:
-            return "", "", "", "no_passages"
+            return _failed("no_passages")
         documents = [
             DOCUMENT % (number, p.title, shorten(p.text, self._passage_words))
             for number, p in enumerate(found, start=1)
         ]
-        return INFORMATION % "\n".join(documents), "", self._label(query, found), ""
+        return Outcome(INFORMATION % "\n".join(documents), oracle=self._label(query, found))
 
     def _label(self, query: str, found: Sequence[Passage]) -> str:
         """The label of a search, where the passages that are needed are known.
@@ -268,3 +290,7 @@ class SearchEnv:
         if missing & self._seen:
             return "SKIP"
         return "STRONG" if repeated or not missing else "WEAK"
+
+
+def _failed(failure: str) -> Outcome:
+    return Outcome(FAILURES[failure], failure=failure)
