@@ -19,7 +19,7 @@ from opd_jax.linear import CONTRACTED, Int8Weight, LoraWeight
 from opd_jax.model import ModelConfig, Params, ParamSpec, param_specs
 from opd_jax.quantize import contracted_axes, dequantize_weight, int8_spec
 
-# Not those of experts, of which a token takes a few: each adapter would see a small part of a batch.
+# Not those of experts: a token takes a few, so each adapter would see a small part of a batch.
 TARGETS = tuple(key for key in CONTRACTED if not key.startswith("expert_"))
 
 

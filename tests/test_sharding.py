@@ -155,10 +155,17 @@ def update_of_adapters(mesh: Mesh) -> Updated:
 
 
 def sampled(mesh: Mesh) -> tuple[list[list[int]], np.ndarray]:
+    return sampled_from(placed(STUDENT, 0, mesh))
+
+
+def sampled_with_adapters(mesh: Mesh) -> tuple[list[list[int]], np.ndarray]:
+    return sampled_from(with_adapters(placed(STUDENT, 0, mesh), placed_adapters(mesh), LORA))
+
+
+def sampled_from(params: Params) -> tuple[list[list[int]], np.ndarray]:
     """Tokens and log-probabilities of two turns, behind ragged prompts and observations."""
     rng = np.random.default_rng(1)
-    trained = with_adapters(placed(STUDENT, 0, mesh), placed_adapters(mesh), LORA)
-    weights = gen.sampling_params(trained, config=STUDENT, dtype=jnp.float32, gather=True)
+    weights = gen.sampling_params(params, config=STUDENT, dtype=jnp.float32, gather=True)
     kv = model.init_cache(STUDENT, batch=ROWS, slots=SLOTS, dtype=jnp.float32, layout="BGSH")
     keys = jax.random.split(jax.random.key(3), ROWS)
     place = kv.keys[0].sharding
@@ -229,6 +236,16 @@ def test_one_generation(mesh: Mesh) -> None:
     (tokens, logprobs), (want, want_logprobs) = sampled(mesh), on_one_device(sampled)
     assert tokens == want
     assert len({len(row) for row in want}) > 1  # some rows stopped sooner
+    np.testing.assert_allclose(logprobs, want_logprobs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", [(2, 2, 2)], indirect=True)
+def test_one_generation_with_adapters(mesh: Mesh) -> None:
+    (tokens, logprobs), (want, want_logprobs) = (
+        sampled_with_adapters(mesh),
+        on_one_device(sampled_with_adapters),
+    )
+    assert tokens == want != on_one_device(sampled)[0]
     np.testing.assert_allclose(logprobs, want_logprobs, rtol=1e-5, atol=1e-5)
 
 
