@@ -5,6 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
+
+# What a projection gives, to those that choose what the backward pass keeps (`model.REMAT`).
+PROJECTION = "projection"
 
 # The logical axes that each projection contracts. They stand behind those of the stack (layers,
 # experts) and before those of the output, in the order of `model.param_specs`.
@@ -78,10 +82,14 @@ def project(x: jax.Array, weight: jax.Array | Int8Weight | LoraWeight, spec: str
     Args:
       spec: of `einsum`; its output ends with the weight's output axes, in their order.
     """
+    return checkpoint_name(_product(x, weight, spec), PROJECTION)
+
+
+def _product(x: jax.Array, weight: jax.Array | Int8Weight | LoraWeight, spec: str) -> jax.Array:
     if isinstance(weight, LoraWeight):
         into, out_of = _through_rank(spec)
         low = jnp.einsum(into, x, weight.a) * weight.scale
-        return project(x, weight.base, spec) + jnp.einsum(out_of, low, weight.b)
+        return _product(x, weight.base, spec) + jnp.einsum(out_of, low, weight.b)
     if not isinstance(weight, Int8Weight):
         return jnp.einsum(spec, x, weight)
     product = jnp.einsum(spec, x, weight.values.astype(x.dtype))

@@ -25,7 +25,7 @@ import numpy as np
 from flax import struct
 
 from opd_jax import moe
-from opd_jax.linear import project
+from opd_jax.linear import PROJECTION, project
 from opd_jax.mesh import check_divides, constrain
 
 Params = dict
@@ -386,7 +386,7 @@ def _rotation(position_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, j
 REMAT: dict[str, Callable[[Callable], Callable]] = {
     "none": lambda block: block,
     "projections": partial(
-        jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(PROJECTION)
     ),
     "layers": jax.checkpoint,
 }
