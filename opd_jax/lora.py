@@ -77,13 +77,15 @@ def _adapter_specs(key: str, spec: ParamSpec, rank: int) -> dict[str, ParamSpec]
 
 
 def with_adapters(base: Params | None, trained: Params, lora: Lora | None) -> Params:
-    """The student's parameters: `base` with an adapter beside each target, or `trained` itself.
-
-    Nothing is computed: the arrays of both stand in one tree.
+    """The parameters that a student computes with: nothing is computed, only one tree made of two.
 
     Args:
       base: what is adapted; None without `lora`.
       trained: adapters in the tree of `lora_specs`, or, without `lora`, all parameters.
+      lora: the scale of the adapters is of it.
+
+    Returns:
+      `base` with a `LoraWeight` in the place of each weight that has an adapter, or `trained`.
 
     Raises:
       ValueError: one of `base` and `lora` is given without the other.
@@ -126,8 +128,16 @@ def _spec_like(weight: Any, key: str, spec: ParamSpec) -> Any:
 def merged(params: Params, config: ModelConfig, *, dtype: jnp.dtype) -> Params:
     """Parameters that are arrays: W + (α / r) · A B in the place of each adapted weight.
 
-    An `Int8Weight`, adapted or not, becomes the float weight that it stands for. Sums are float32,
-    then rounded to `dtype` once. Weights that are arrays already stay what they are.
+    An `Int8Weight`, adapted or not, becomes the float weight that it stands for. Weights that are
+    arrays already stay what they are.
+
+    Args:
+      params: as from `with_adapters`, or any of a model.
+      config: its sizes.
+      dtype: of the new arrays; they are summed in float32 and rounded once.
+
+    Returns:
+      The tree of `model.param_specs`, each new array placed as the weight was that it stands for.
     """
     specs = param_specs(config)["layers"]
     layers = {

@@ -91,6 +91,8 @@ _RANGES = {
 _OTHERS = (
     "student",
     "teacher",
+    "lora.targets",
+    "lora.int8",
     "env.name",
     "env.workers",
     "env.start_timeout_s",
