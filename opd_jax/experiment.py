@@ -95,8 +95,6 @@ def load_pair(
 def load_student(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> LoadedModel:
     """The student that the config names, for use beside its teacher, as it is before any update.
 
-    Where adapters are trained its own parameters are in the dtype that it computes in, or in int8.
-
     Raises:
       ValueError: its tokenizer differs from the teacher's, before any weight is read; else as in
         `hf`.
@@ -105,10 +103,15 @@ def load_student(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> LoadedMod
         return new_model(config, mesh)
     if config.teacher:
         hf.check_same_tokenizer(model_folder(config.student), model_folder(config.teacher))
-    dtype = config.dtype
-    if config.lora.rank:
-        dtype = "int8" if config.lora.int8 else config.compute_dtype
-    return _cut(load_model(config.student, dtype=dtype, mesh=mesh), _shared_vocab(config))
+    loaded = load_model(config.student, dtype=student_dtype(config), mesh=mesh)
+    return _cut(loaded, _shared_vocab(config))
+
+
+def student_dtype(config: FrozenConfigDict) -> str:
+    """What the student is loaded in, as `load_model` takes it: frozen weights need no more."""
+    if not config.lora.rank:
+        return config.dtype
+    return "int8" if config.lora.int8 else config.compute_dtype
 
 
 def load_teacher(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> LoadedModel | None:
