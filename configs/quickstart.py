@@ -67,6 +67,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.student = "embedded:student"
     config.teacher = "embedded:teacher"
 
+    # With a rank the student's weights are frozen, in compute_dtype, and what is trained, in dtype,
+    # are low-rank adapters beside them.
+    config.lora = dict(
+        rank=0,  # 0: all parameters are trained
+        alpha=32.0,  # what adapters add is scaled by alpha / rank
+        targets=("q", "k", "v", "o", "gate", "up", "down"),
+        int8=False,  # the frozen projections rounded to 8 bits
+    )
+
     # Rooms of 9 to 13 receptacles; `large` is ALFWorld's size and takes about twice the time.
     config.env = dict(
         name="household",

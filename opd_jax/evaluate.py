@@ -300,14 +300,15 @@ def _evaluate_student(
     student = experiment.load_student(config, mesh)
     judging = experiment.load_teacher(config, mesh) if config.eval.judge else None
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-    abstract = abstract_state(student.params, experiment.make_optimizer(config))
+    untrained = experiment.initial_params(student, config, mesh)
+    abstract = abstract_state(untrained, experiment.make_optimizer(config))
     restored = checkpoints.restore_latest(abstract)
     if restored is None:
-        params, who, update = student.params, "before", 0
+        params, who, update = untrained, "before", 0
     else:
         update, state, _ = restored
         params, who = state.params, "after"
-    sampling = experiment.make_sampling_params(params, student.config, config)
+    sampling = experiment.make_sampling_params(params, student, config)
     return {who: evaluate_model(config, student, sampling, update=update, judging=judging)}
 
 

@@ -187,7 +187,7 @@ class Episodes:
             return everywhere(lambda env, task: demonstrate(env, *task), self._envs, tasks)
         params = self._player.params
         if source == "on_policy":
-            params = experiment.make_sampling_params(state.params, self._player.config, config)
+            params = experiment.make_sampling_params(state.params, self._player, config)
         return rollout(
             params,
             row_keys(jax.random.fold_in(state.rng, state.step), range(len(tasks))),

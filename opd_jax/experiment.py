@@ -24,8 +24,9 @@ from opd_jax.environments import make_env, split_size
 from opd_jax.envs.base import Env
 from opd_jax.gatekeeper import PHRASES, Judge
 from opd_jax.generate import Sampling, sampling_params
+from opd_jax.lora import Lora, lora_specs, with_adapters
 from opd_jax.mesh import param_shardings
-from opd_jax.model import ModelConfig, Params, init_params, param_specs
+from opd_jax.model import ModelConfig, Params, init_arrays, init_params, param_specs
 from opd_jax.players import make_player
 from opd_jax.rollout import Agent
 from opd_jax.train_step import Objective
@@ -92,7 +93,7 @@ def load_pair(
 
 
 def load_student(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> LoadedModel:
-    """The student that the config names, for use beside its teacher.
+    """The student that the config names, for use beside its teacher, as it is before any update.
 
     Raises:
       ValueError: its tokenizer differs from the teacher's, before any weight is read; else as in
@@ -102,7 +103,15 @@ def load_student(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> LoadedMod
         return new_model(config, mesh)
     if config.teacher:
         hf.check_same_tokenizer(model_folder(config.student), model_folder(config.teacher))
-    return _cut(load_model(config.student, dtype=config.dtype, mesh=mesh), _shared_vocab(config))
+    loaded = load_model(config.student, dtype=student_dtype(config), mesh=mesh)
+    return _cut(loaded, _shared_vocab(config))
+
+
+def student_dtype(config: FrozenConfigDict) -> str:
+    """What the student is loaded in, as `load_model` takes it: frozen weights need no more."""
+    if not config.lora.rank:
+        return config.dtype
+    return "int8" if config.lora.int8 else config.compute_dtype
 
 
 def load_teacher(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> LoadedModel | None:
@@ -149,6 +158,39 @@ def new_model(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> LoadedModel:
     )
 
 
+def make_lora(settings: FrozenConfigDict) -> Lora | None:
+    """The adapters of `config.lora`; None where all parameters are trained."""
+    if not settings.rank:
+        return None
+    return Lora(rank=settings.rank, alpha=settings.alpha, targets=tuple(settings.targets))
+
+
+def initial_params(
+    student: LoadedModel, config: FrozenConfigDict, mesh: jax.sharding.Mesh
+) -> Params:
+    """What is trained, before any update: the student's parameters, or adapters for them.
+
+    Raises:
+      ValueError: the student cannot have such adapters, or they do not divide over the mesh.
+    """
+    lora = make_lora(config.lora)
+    if lora is None:
+        return student.params
+    specs = lora_specs(student.config, lora)
+    init = jax.jit(
+        partial(init_arrays, specs, dtype=jnp.dtype(config.dtype)),
+        out_shardings=param_shardings(specs, mesh),
+    )
+    # A key that no update's number leads to.
+    return init(jax.random.fold_in(jax.random.key(config.seed), 2**32 - 1))
+
+
+def student_params(trained: Params, student: LoadedModel, config: FrozenConfigDict) -> Params:
+    """The parameters that the student computes with: those trained, or its own beside them."""
+    lora = make_lora(config.lora)
+    return with_adapters(student.params if lora else None, trained, lora)
+
+
 def make_optimizer(config: FrozenConfigDict) -> optax.GradientTransformation:
     """AdamW from `config.optimizer`, over `train.updates` updates."""
     return train_step.make_optimizer(total_updates=config.train.updates, **config.optimizer)
@@ -184,11 +226,11 @@ def make_agent(
     )
 
 
-def make_sampling_params(params: Params, model: ModelConfig, config: FrozenConfigDict) -> Params:
+def make_sampling_params(trained: Params, student: LoadedModel, config: FrozenConfigDict) -> Params:
     """The student's parameters as it samples with them, from those being trained."""
     return sampling_params(
-        params,
-        config=model,
+        student_params(trained, student, config),
+        config=student.config,
         dtype=jnp.dtype(config.compute_dtype),
         gather=config.rollout.gather_weights,
     )

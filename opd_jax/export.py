@@ -2,7 +2,8 @@
 
     python -m opd_jax.export --workdir=DIR --out=DIR
 
-`transformers` opens the result, and so do `student` and `teacher` of a config.
+`transformers` opens the result, and so do `student` and `teacher` of a config. Adapters are merged
+into the weights that they adapt.
 """
 
 import math
@@ -11,11 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from ml_collections import FrozenConfigDict
 
 from opd_jax import config as cfg
 from opd_jax import experiment, hf
 from opd_jax.checkpoint import Checkpoints
+from opd_jax.lora import merged
 from opd_jax.mesh import make_mesh
 from opd_jax.train_step import abstract_state
 
@@ -30,17 +33,20 @@ def export(workdir: Path, out: Path) -> int:
     if not stored.is_file():
         raise ValueError(f"`--workdir`: `{workdir}` has no config.json; give a run's workdir")
     config = cfg.read_stored(stored)
-    student = experiment.load_student(config, _mesh(config))
+    mesh = _mesh(config)
+    student = experiment.load_student(config, mesh)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-    abstract = abstract_state(student.params, experiment.make_optimizer(config))
+    untrained = experiment.initial_params(student, config, mesh)
+    abstract = abstract_state(untrained, experiment.make_optimizer(config))
     restored = checkpoints.restore_latest(abstract)
     if restored is None:
         raise ValueError(f"`--workdir`: `{workdir}` has no checkpoint yet; let the run save one")
     step, state, _ = restored
     new = config.student == "new"
+    params = experiment.student_params(state.params, student, config)
     hf.save_model(
         out,
-        state.params,
+        merged(params, student.config, dtype=jnp.dtype(config.dtype)),
         student.config,
         dtype=config.dtype,
         tokenizer_from=student.tokenizer if new else student.folder,

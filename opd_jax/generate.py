@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from opd_jax import model
+from opd_jax import lora, model
+from opd_jax.linear import cast
 from opd_jax.mesh import SAMPLING_RULES, constrain, whole
 from opd_jax.model import KVCache, ModelConfig, Params
 
@@ -67,17 +68,20 @@ def sampling_params(
 ) -> Params:
     """A copy of the parameters to sample with.
 
+    Adapters stay beside the weights they adapt. Added to them, they would be rounded with them:
+    in bfloat16 the log-probabilities would no longer be those that the update recomputes.
+
     Args:
       dtype: that the model computes in.
       gather: hold them whole along the mesh axis `fsdp`. Else every token sampled gathers them,
         which takes less memory and, unless the model is small, far more time.
     """
-    params = jax.tree.map(lambda p: p.astype(dtype), params)
+    params = cast(params, dtype)
     if not gather:
         return params
     return jax.tree.map(
         lambda spec, p: constrain(p, *spec.axes, rules=SAMPLING_RULES),
-        model.param_specs(config),
+        lora.specs_like(params, config),
         params,
         is_leaf=model.is_spec,
     )

@@ -5,6 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
+
+# What a projection gives, to those that choose what the backward pass keeps (`model.REMAT`).
+PROJECTION = "projection"
 
 # The logical axes that each projection contracts. They stand behind those of the stack (layers,
 # experts) and before those of the output, in the order of `model.param_specs`.
@@ -39,7 +43,36 @@ class Int8Weight:
     scale: Any
 
 
-def project(x: jax.Array, weight: jax.Array | Int8Weight, spec: str) -> jax.Array:
+@struct.dataclass
+class LoraWeight:
+    """A projection's weight as `base + scale · a b`, of which the two factors are trained.
+
+    A node of the parameter tree like `Int8Weight`. Nothing is ever added to `base`: a projection
+    multiplies by it and by the factors, and adds the results.
+
+    Attributes:
+      base: the frozen weight, an array or an `Int8Weight`.
+      a: the stack's axes, then the contracted ones, then the rank.
+      b: the stack's axes, then the rank, then those of the output.
+      scale: static.
+    """
+
+    base: Any
+    a: Any
+    b: Any
+    scale: float = struct.field(pytree_node=False)
+
+
+def cast(params: Any, dtype: jnp.dtype) -> Any:
+    """A tree of parameters in `dtype`, but for each `Int8Weight`, which has its own."""
+    return jax.tree.map(
+        lambda p: p if isinstance(p, Int8Weight) else p.astype(dtype),
+        params,
+        is_leaf=lambda node: isinstance(node, Int8Weight),
+    )
+
+
+def project(x: jax.Array, weight: jax.Array | Int8Weight | LoraWeight, spec: str) -> jax.Array:
     """`einsum(spec, x, weight)` in the dtype of `x`.
 
     A scale belongs to an output channel, so it leaves the sum: Σ x·v·s = (Σ x·v)·s. Integers up to
@@ -49,10 +82,31 @@ def project(x: jax.Array, weight: jax.Array | Int8Weight, spec: str) -> jax.Arra
     Args:
       spec: of `einsum`; its output ends with the weight's output axes, in their order.
     """
+    return checkpoint_name(_product(x, weight, spec), PROJECTION)
+
+
+def _product(x: jax.Array, weight: jax.Array | Int8Weight | LoraWeight, spec: str) -> jax.Array:
+    if isinstance(weight, LoraWeight):
+        into, out_of = _through_rank(spec)
+        low = jnp.einsum(into, x, weight.a) * weight.scale
+        return _product(x, weight.base, spec) + jnp.einsum(out_of, low, weight.b)
     if not isinstance(weight, Int8Weight):
         return jnp.einsum(spec, x, weight)
     product = jnp.einsum(spec, x, weight.values.astype(x.dtype))
     return (product * weight.scale).astype(x.dtype)
+
+
+def _through_rank(spec: str) -> tuple[str, str]:
+    """The two products of `spec` through a rank: "btd,dnh->btnh" by "btd,dr->btr", "btr,rnh->btnh".
+
+    No `spec` of the model has an axis `r`.
+    """
+    inputs, output = spec.split("->")
+    x, weight = inputs.split(",")
+    contracted = "".join(axis for axis in weight if axis not in output)
+    kept = "".join(axis for axis in weight if axis in output)
+    low = "".join(axis for axis in x if axis not in contracted) + "r"
+    return f"{x},{contracted}r->{low}", f"{low},r{kept}->{output}"
 
 
 def project_groups(

@@ -37,6 +37,7 @@ RULES: Rules = {
     # Not split: each device has a part of every expert, so a token finds all of its experts where
     # it is, however unevenly they are asked for. Split experts would have to be sent the tokens.
     "expert": None,
+    "lora_rank": None,
     "vocab": "tensor",
     "slots": None,
 }

@@ -25,7 +25,7 @@ import numpy as np
 from flax import struct
 
 from opd_jax import moe
-from opd_jax.linear import project
+from opd_jax.linear import PROJECTION, project
 from opd_jax.mesh import check_divides, constrain
 
 Params = dict
@@ -159,10 +159,15 @@ def init_params(config: ModelConfig, rng: jax.Array, *, dtype: jnp.dtype) -> Par
       The tree of `param_specs`, an array in the place of each spec: normal with the spec's standard
       deviation, ones where that is None.
     """
-    specs, treedef = jax.tree.flatten(param_specs(config), is_leaf=is_spec)
-    keys = jax.random.split(rng, len(specs))
-    leaves = [_init_leaf(spec, key, dtype) for spec, key in zip(specs, keys, strict=True)]
-    return jax.tree.unflatten(treedef, leaves)
+    return init_arrays(param_specs(config), rng, dtype=dtype)
+
+
+def init_arrays(specs: Params, rng: jax.Array, *, dtype: jnp.dtype) -> Params:
+    """`init_params` of any tree of `ParamSpec`."""
+    leaves, treedef = jax.tree.flatten(specs, is_leaf=is_spec)
+    keys = jax.random.split(rng, len(leaves))
+    arrays = [_init_leaf(spec, key, dtype) for spec, key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(treedef, arrays)
 
 
 def _init_leaf(spec: ParamSpec, key: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -381,7 +386,7 @@ def _rotation(position_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, j
 REMAT: dict[str, Callable[[Callable], Callable]] = {
     "none": lambda block: block,
     "projections": partial(
-        jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(PROJECTION)
     ),
     "layers": jax.checkpoint,
 }

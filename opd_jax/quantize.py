@@ -30,6 +30,11 @@ def quantize_weight(weight: jax.Array, *, contracted: tuple[int, ...]) -> Int8We
     return Int8Weight(values, jnp.squeeze(scale, contracted))
 
 
+def dequantize_weight(weight: Int8Weight, *, contracted: tuple[int, ...]) -> jax.Array:
+    """`values · scale` in float32; arguments as in `quantize_weight`."""
+    return weight.values * jnp.expand_dims(weight.scale, contracted)
+
+
 def contracted_axes(key: str, spec: ParamSpec) -> tuple[int, ...]:
     """The axes that the projection `key`, stacked over layers, sums over."""
     return tuple(spec.axes.index(axis) for axis in CONTRACTED[key])
@@ -56,11 +61,12 @@ def int8_specs(config: ModelConfig) -> Params:
     A scale keeps the logical axes of its output channels, so it is split as they are.
     """
     specs = param_specs(config)
-    layers = {key: _int8_spec(key, spec) for key, spec in specs["layers"].items()}
+    layers = {key: int8_spec(key, spec) for key, spec in specs["layers"].items()}
     return specs | {"layers": layers}
 
 
-def _int8_spec(key: str, spec: ParamSpec) -> ParamSpec | Int8Weight:
+def int8_spec(key: str, spec: ParamSpec) -> ParamSpec | Int8Weight:
+    """`spec` of the parameter `key` when it is quantized; itself where it is no projection."""
     if key not in CONTRACTED:
         return spec
     contracted = contracted_axes(key, spec)

@@ -32,6 +32,7 @@ from opd_jax.experiment import LoadedModel
 from opd_jax.figures import results_table
 from opd_jax.mesh import make_mesh, shard_batch
 from opd_jax.metrics import Metrics, Stopwatch
+from opd_jax.model import Params
 from opd_jax.players import check_players
 from opd_jax.report import EventWriter, JsonlWriter, progress_line, read_summary, write_summary
 from opd_jax.train_step import (
@@ -69,7 +70,8 @@ def _run(config: FrozenConfigDict, workdir: Path, mesh: jax.sharding.Mesh) -> di
     student, teacher = experiment.load_pair(config, mesh)
     optimizer = experiment.make_optimizer(config)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-    state, meta = _start(config, student, optimizer, checkpoints)
+    untrained = experiment.initial_params(student, config, mesh)
+    state, meta = _start(config, untrained, optimizer, checkpoints)
     # Not before everything it names was found good: a run may be started again with its mistakes
     # corrected.
     _store_config(config, workdir)
@@ -78,16 +80,18 @@ def _run(config: FrozenConfigDict, workdir: Path, mesh: jax.sharding.Mesh) -> di
     if done:
         processes.say(f"resuming after update {done} of {config.train.updates}")
 
-    results = _evaluate_others(config, student, teacher, workdir, stop, write=write)
-    # What was loaded is let go: training has its own.
-    student = dataclasses.replace(student, params={})
+    results = _evaluate_others(config, student, untrained, teacher, workdir, stop, write=write)
+    # What was loaded is let go, unless adapters are trained beside it: training has its own.
+    del untrained
+    if not config.lora.rank:
+        student = dataclasses.replace(student, params={})
     source = make_source(config, student=student, teacher=teacher, cursor=meta["cursor"])
     update = _make_update(config, student, teacher, optimizer, state, mesh)
     state = _train(config, state, source, update, checkpoints, workdir, stop, write=write)
 
     done = int(state.step)
     if not is_evaluated(results.get("after"), config, update=done):
-        params = experiment.make_sampling_params(state.params, student.config, config)
+        params = experiment.make_sampling_params(state.params, student, config)
         results["after"] = evaluate_model(
             config, student, params, update=done, judging=teacher, after_split=stop.end_if_set
         )
@@ -120,11 +124,13 @@ def _make_update(
         query_chunk=config.train.query_chunk,
         loss_chunk=config.train.loss_chunk,
         remat=config.train.remat,
+        lora=experiment.make_lora(config.lora),
     )
     teacher_params = teacher.params if teacher else None
+    base = student.params if config.lora.rank else None
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        state, raw = train_step(state, teacher_params, shard_batch(batch, mesh))
+        state, raw = train_step(state, teacher_params, shard_batch(batch, mesh), base)
         return state, jax.device_get(raw)
 
     return update
@@ -172,14 +178,14 @@ def _train(
 
 def _start(
     config: FrozenConfigDict,
-    student: LoadedModel,
+    untrained: Params,
     optimizer: optax.GradientTransformation,
     checkpoints: Checkpoints,
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state to go on from: the newest checkpoint, or the beginning."""
-    restored = checkpoints.restore_latest(abstract_state(student.params, optimizer))
+    restored = checkpoints.restore_latest(abstract_state(untrained, optimizer))
     if restored is None:
-        return init_state(student.params, optimizer, seed=config.seed), {"cursor": [0, 0]}
+        return init_state(untrained, optimizer, seed=config.seed), {"cursor": [0, 0]}
     _, state, meta = restored
     return state, meta
 
@@ -200,6 +206,7 @@ def _store_config(config: FrozenConfigDict, workdir: Path) -> None:
 def _evaluate_others(
     config: FrozenConfigDict,
     student: LoadedModel,
+    untrained: Params,
     teacher: LoadedModel | None,
     workdir: Path,
     stop: "_Stop",
@@ -209,7 +216,7 @@ def _evaluate_others(
     """Everyone but the trained student: before, teacher, expert, random; once a workdir."""
     # Read by one process: others might find what it has written meanwhile, and take another path.
     results = processes.first(read_summary(workdir / "summary.json").get("eval", {}))
-    sampling = experiment.make_sampling_params(student.params, student.config, config)
+    sampling = experiment.make_sampling_params(untrained, student, config)
     models = {"before": dataclasses.replace(student, params=sampling)}
     if teacher is not None:
         models["teacher"] = teacher

@@ -19,6 +19,8 @@ from flax import struct
 from jax.sharding import NamedSharding
 
 from opd_jax import losses, model
+from opd_jax.linear import cast
+from opd_jax.lora import Lora, with_adapters
 from opd_jax.losses import NO_TURN, TokenScores, Verdict
 from opd_jax.mesh import constrain, replicated, whole
 from opd_jax.model import ModelConfig, Params
@@ -72,7 +74,8 @@ class TrainState:
     """Everything an update changes, and all that resuming needs on the device.
 
     Attributes:
-      params: the student's, in the dtype they are trained in.
+      params: the student's, in the dtype they are trained in; of a student with adapters those
+        alone (`lora`).
       opt_state: optax state.
       step: int32 [], updates done; the cursor into the tasks follows from it.
       rng: the run's PRNG key; randomness of update n is this key folded with n.
@@ -209,8 +212,7 @@ def score(
     """
     targets = _take(batch.tokens, batch.response, fill=0).reshape(-1)
     run = partial(model.forward, tokens=jnp.asarray(batch.tokens), query_chunk=query_chunk)
-    computing = jax.tree.map(lambda p: p.astype(dtype), params)
-    hidden = _gather_hidden(run(computing, config=student, remat=remat), batch.response)
+    hidden = _gather_hidden(run(cast(params, dtype), config=student, remat=remat), batch.response)
     head = _gathered_head(params)
     if not objective.needs_teacher:
         scores = _fine_tuning_scores(hidden, head, targets, loss_chunk=loss_chunk)
@@ -400,8 +402,12 @@ def make_train_step(
     query_chunk: int,
     loss_chunk: int,
     remat: str,
-) -> Callable[[TrainState, Params | None, Batch], tuple[TrainState, dict[str, Any]]]:
+    lora: Lora | None = None,
+) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
     """The jitted update `(state, teacher_params, batch) -> (state, metrics)`; donates `state`.
+
+    With `lora` it is `(state, teacher_params, batch, base) -> (state, metrics)`: what is trained
+    are the adapters of `base`, which are the student's own parameters, only read.
 
     Args:
       student: sizes of the trained model.
@@ -418,10 +424,12 @@ def make_train_step(
       query_chunk: see `model.forward`.
       loss_chunk: positions whose logits exist at a time (`losses.fused_scores`).
       remat: see `model.forward`; for the student.
+      lora: what the state's parameters adapt; None where they are the student's own.
 
     Raises:
-      ValueError: at trace time, when the batch does not divide into the micro-batches, or the
-        objective needs a teacher and there is none.
+      ValueError: at trace time, when the batch does not divide into the micro-batches, the
+        objective needs a teacher and there is none, or `base` is there without `lora` or the other
+        way round.
     """
     score_with = partial(
         score,
@@ -435,8 +443,11 @@ def make_train_step(
     )
 
     @partial(jax.jit, donate_argnums=0, out_shardings=placement and (placement, None))
-    def train_step(state: TrainState, teacher_params: Params | None, batch: Batch):
-        def loss_and_sums(params: Params, part: Batch):
+    def train_step(
+        state: TrainState, teacher_params: Params | None, batch: Batch, base: Params | None = None
+    ):
+        def loss_and_sums(trained: Params, part: Batch):
+            params = with_adapters(base, trained, lora)
             scores = score_with(params, teacher_params, part)
             sums = objective_sums(scores, part, objective=objective)
             return sums.loss, sums

@@ -155,6 +155,31 @@ def test_parameters_optimizer_and_teacher_are_counted_on_each_device():
     assert found["copy to sample with"] == 2 * count(student)
 
 
+def test_adapters_leave_the_student_frozen_and_train_a_part():
+    flags = ["--config.lora.rank=16", "--config.lora.targets=q,down", "--config.mesh.fsdp=1"]
+    config = cfg.load(PAPER, flags)
+    student, teacher = planned_pair(config)
+    run = plan_run(
+        config, student, teacher, mesh=abstract_mesh(data=1, fsdp=1, tensor=1), layout="BSGH"
+    )
+    adapters = 28 * 16 * ((2048 + 16 * 128) + (6144 + 2048))
+    own = count(student.sizes)
+    assert run.residents["parameters"] == 4 * adapters
+    assert run.residents["optimizer"] == 2 * 4 * adapters + 2 * 4
+    # Frozen weights need no more than what is computed in.
+    assert run.residents["frozen weights"] == 2 * own
+    assert run.residents["student as loaded"] == 0
+    assert run.residents["copy to sample with"] == 2 * (own + adapters)
+    (step,) = [program for program in run.programs if program.name == "train step"]
+    (added,) = [part for part in step.moved if part.what == "gradient, added to"]
+    assert added.bytes == 4 * adapters
+    # The programs are those of a run: they can be traced with these arguments.
+    assert run.trace(step).out_info[0].params["q"]["a"].shape == (28, 2048, 16)
+    (sampling,) = [program for program in run.programs if program.name == "sampling"]
+    copied = run.trace(run.programs[0]).out_info
+    assert jax.tree.structure(copied) == jax.tree.structure(sampling.args[0])
+
+
 def test_an_int8_teacher_takes_half_and_its_scales():
     sizes = PUBLISHED["Qwen3-8B"]
     place = Placement(abstract_mesh(data=1, fsdp=1, tensor=1), "BSGH")

@@ -3,7 +3,7 @@
 One update, a rollout's sampling over two turns, and the judge's scores, on each shape of mesh.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -20,9 +20,10 @@ from opd_jax import generate as gen
 from opd_jax import labels, model
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.generate import Sampling
+from opd_jax.lora import TARGETS, Lora, lora_specs, with_adapters
 from opd_jax.losses import NO_TURN, Verdict
 from opd_jax.mesh import make_mesh, param_shardings, shard_batch, shard_rows
-from opd_jax.model import ModelConfig, Params, init_params, param_specs
+from opd_jax.model import ModelConfig, Params, init_arrays, init_params, param_specs
 from opd_jax.train_step import (
     Batch,
     Objective,
@@ -51,6 +52,7 @@ STUDENT = ModelConfig(
     tied=True,
 )
 TEACHER = replace(STUDENT, d_model=64, tied=False)
+LORA = Lora(rank=3, alpha=6.0, targets=TARGETS)
 OBJECTIVE = Objective(
     divergence="reverse_kl",
     beta=None,
@@ -111,8 +113,22 @@ class Updated:
     metrics: dict[str, Any]
 
 
-def update(mesh: Mesh) -> Updated:
-    state = init_state(placed(STUDENT, 0, mesh), KEEPER, seed=0)
+@cache
+def adapters() -> Params:
+    """As after many updates, neither factor zero."""
+    with jax.set_mesh(make_mesh(data=1, fsdp=1, tensor=1)):
+        made = init_arrays(lora_specs(STUDENT, LORA), jax.random.key(7), dtype=jnp.float32)
+    rng = np.random.default_rng(3)
+    return jax.tree.map(lambda x: np.asarray(x) + rng.normal(0, 0.1, x.shape).astype("f4"), made)
+
+
+def placed_adapters(mesh: Mesh) -> Params:
+    return jax.device_put(adapters(), param_shardings(lora_specs(STUDENT, LORA), mesh))
+
+
+def update(mesh: Mesh, lora: Lora | None = None) -> Updated:
+    own = placed(STUDENT, 0, mesh)
+    state = init_state(placed_adapters(mesh) if lora else own, KEEPER, seed=0)
     placement = placement_of(state)
     step = make_train_step(
         student=STUDENT,
@@ -126,17 +142,30 @@ def update(mesh: Mesh) -> Updated:
         query_chunk=8,
         loss_chunk=16,
         remat="layers",
+        lora=lora,
     )
-    state, metrics = step(state, placed(TEACHER, 1, mesh), shard_batch(batch(), mesh))
+    rows, base = shard_batch(batch(), mesh), own if lora else None
+    state, metrics = step(state, placed(TEACHER, 1, mesh), rows, base)
     assert jax.tree.leaves(placement_of(state)) == jax.tree.leaves(placement)
     return Updated(jax.device_get(state.opt_state.trace), jax.device_get(metrics))
 
 
+def update_of_adapters(mesh: Mesh) -> Updated:
+    return update(mesh, LORA)
+
+
 def sampled(mesh: Mesh) -> tuple[list[list[int]], np.ndarray]:
+    return sampled_from(placed(STUDENT, 0, mesh))
+
+
+def sampled_with_adapters(mesh: Mesh) -> tuple[list[list[int]], np.ndarray]:
+    return sampled_from(with_adapters(placed(STUDENT, 0, mesh), placed_adapters(mesh), LORA))
+
+
+def sampled_from(params: Params) -> tuple[list[list[int]], np.ndarray]:
     """Tokens and log-probabilities of two turns, behind ragged prompts and observations."""
     rng = np.random.default_rng(1)
-    trained = placed(STUDENT, 0, mesh)
-    weights = gen.sampling_params(trained, config=STUDENT, dtype=jnp.float32, gather=True)
+    weights = gen.sampling_params(params, config=STUDENT, dtype=jnp.float32, gather=True)
     kv = model.init_cache(STUDENT, batch=ROWS, slots=SLOTS, dtype=jnp.float32, layout="BGSH")
     keys = jax.random.split(jax.random.key(3), ROWS)
     place = kv.keys[0].sharding
@@ -192,8 +221,9 @@ def on_one_device(what: Any) -> Any:
         return what(single)
 
 
-def test_one_update(mesh: Mesh) -> None:
-    got, want = update(mesh), on_one_device(update)
+@pytest.mark.parametrize("trained", [update, update_of_adapters], ids=["all", "adapters"])
+def test_one_update(mesh: Mesh, trained: Callable[[Mesh], Updated]) -> None:
+    got, want = trained(mesh), on_one_device(trained)
     scale = max(np.abs(x).max() for x in jax.tree.leaves(want.gradient))
     assert scale > 1e-3
     for g, w in zip(jax.tree.leaves(got.gradient), jax.tree.leaves(want.gradient), strict=True):
@@ -206,6 +236,16 @@ def test_one_generation(mesh: Mesh) -> None:
     (tokens, logprobs), (want, want_logprobs) = sampled(mesh), on_one_device(sampled)
     assert tokens == want
     assert len({len(row) for row in want}) > 1  # some rows stopped sooner
+    np.testing.assert_allclose(logprobs, want_logprobs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", [(2, 2, 2)], indirect=True)
+def test_one_generation_with_adapters(mesh: Mesh) -> None:
+    (tokens, logprobs), (want, want_logprobs) = (
+        sampled_with_adapters(mesh),
+        on_one_device(sampled_with_adapters),
+    )
+    assert tokens == want != on_one_device(sampled)[0]
     np.testing.assert_allclose(logprobs, want_logprobs, rtol=1e-5, atol=1e-5)
 
 

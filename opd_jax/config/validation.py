@@ -27,6 +27,9 @@ _CHOICES = {
     "judge.context": ("table9", "+feedback", "history"),
 }
 
+# Each of `lora.targets`; as `lora.TARGETS`.
+_LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+
 # At least 1.
 _COUNTS = (
     "mesh.data",
@@ -56,6 +59,8 @@ _COUNTS = (
 # Inclusive bounds; outside them an update would climb instead of descend, or divide by zero.
 _RANGES = {
     "seed": (0, 2**31 - 1),
+    "lora.rank": (0, math.inf),
+    "lora.alpha": (1e-9, math.inf),
     "objective.beta": (0, 1),
     "objective.weak_weight": (0, 1),
     "objective.confidence_temperature": (0, math.inf),
@@ -86,6 +91,8 @@ _RANGES = {
 _OTHERS = (
     "student",
     "teacher",
+    "lora.targets",
+    "lora.int8",
     "env.name",
     "env.workers",
     "env.start_timeout_s",
@@ -133,6 +140,7 @@ def validate(config: ConfigDict) -> None:
         _check_range(name, _field(config, name), 1, math.inf)
     for name, (low, high) in _RANGES.items():
         _check_range(name, _field(config, name), low, high)
+    _check_lora(config)
     _check_batches(config)
     _check_context(config)
     _check_objective(config)
@@ -164,6 +172,27 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         expected = f"at least {low}" if high == math.inf else f"{low}..{high}"
         raise ValueError(f"`{name}`: expected {expected}, got {value}")
+
+
+def _check_lora(config: ConfigDict) -> None:
+    """Adapters have targets, each once, and a pretrained student to adapt."""
+    lora = config.lora
+    for target in lora.targets:
+        _check_choice("lora.targets", target, _LORA_TARGETS)
+    if not lora.targets or len(set(lora.targets)) < len(lora.targets):
+        raise ValueError(
+            f"`lora.targets`: expected one or more projections, each once, got {[*lora.targets]}"
+        )
+    if lora.rank and config.student == "new":
+        raise ValueError(
+            f"`lora.rank` = {lora.rank} adapts a pretrained student, but `student` = 'new': set it "
+            "to 0, or name a model folder"
+        )
+    if lora.int8 and not lora.rank:
+        raise ValueError(
+            "`lora.int8` rounds weights that are not trained, but `lora.rank` = 0 trains them all: "
+            "give a rank, or set `lora.int8` to False"
+        )
 
 
 def _check_batches(config: ConfigDict) -> None:

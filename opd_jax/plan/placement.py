@@ -31,28 +31,33 @@ class Placement:
     mesh: AnyMesh
     layout: str
 
-    def params(self, sizes: ModelConfig, dtype: str, *, gathered: bool = False) -> Any:
+    def params(
+        self, sizes: ModelConfig, dtype: str, *, gathered: bool = False, floats: str = "bfloat16"
+    ) -> Any:
         """Parameters as they are loaded, or with `gathered` whole along `fsdp`.
 
         Args:
-          dtype: "int8" is `quantize` over bfloat16.
+          dtype: "int8" is `quantize` over `floats`.
+          floats: with int8, of what is not quantized.
 
         Raises:
           ValueError: a dimension does not divide over the mesh.
         """
-        int8 = dtype == "int8"
-        arrays = jax.tree.map(
-            lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16 if int8 else dtype),
-            param_specs(sizes),
-            is_leaf=is_spec,
-        )
-        if int8:
-            arrays = jax.eval_shape(partial(quantize_params, config=sizes), arrays)
-        specs = int8_specs(sizes) if int8 else param_specs(sizes)
+        if dtype != "int8":
+            return self.arrays(param_specs(sizes), dtype, gathered=gathered)
+        shapes = _shapes(param_specs(sizes), floats)
+        quantized = jax.eval_shape(partial(quantize_params, config=sizes), shapes)
+        return self._placed(quantized, int8_specs(sizes), gathered)
+
+    def arrays(self, specs: Any, dtype: str, *, gathered: bool = False) -> Any:
+        """`params` of any tree of `model.ParamSpec`."""
+        return self._placed(_shapes(specs, dtype), specs, gathered)
+
+    def _placed(self, shapes: Any, specs: Any, gathered: bool) -> Any:
         rules = SAMPLING_RULES if gathered else RULES
         return jax.tree.map(
             lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-            arrays,
+            shapes,
             param_shardings(specs, self.mesh, rules=rules),
         )
 
@@ -94,3 +99,9 @@ class Placement:
         """Bytes on one device of an output head that is whole along `fsdp`."""
         # Tied or not, the embedding has its shape and, turned, its axes.
         return device_bytes(self.params(sizes, dtype, gathered=True)["embed"])
+
+
+def _shapes(specs: Any, dtype: str) -> Any:
+    return jax.tree.map(
+        lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype)), specs, is_leaf=is_spec
+    )

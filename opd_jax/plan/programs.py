@@ -10,11 +10,22 @@ from typing import Any
 from ml_collections import FrozenConfigDict
 
 from opd_jax import experiment, train_step
+from opd_jax.lora import lora_specs, with_adapters
 from opd_jax.mesh import AnyMesh
+from opd_jax.model import ModelConfig
 from opd_jax.plan.judging import judging
 from opd_jax.plan.models import PlannedModel
 from opd_jax.plan.placement import Placement
-from opd_jax.plan.program import COPY, LOADED, OPTIMIZER, PARAMETERS, TEACHER, Program, Run
+from opd_jax.plan.program import (
+    COPY,
+    FROZEN,
+    LOADED,
+    OPTIMIZER,
+    PARAMETERS,
+    TEACHER,
+    Program,
+    Run,
+)
 from opd_jax.plan.sampling import Player, copying, evaluation, rollout
 from opd_jax.plan.traffic import device_bytes
 from opd_jax.plan.training import training
@@ -39,20 +50,37 @@ def plan_run(
       ValueError: a sharded dimension does not divide over the mesh.
     """
     place, work = Placement(mesh, layout), workload(config)
-    loaded = place.params(student.sizes, config.dtype)
-    state = train_step.abstract_state(loaded, experiment.make_optimizer(config))
-    copy = place.params(student.sizes, config.compute_dtype, gathered=config.rollout.gather_weights)
+    lora = experiment.make_lora(config.lora)
+    loaded = place.params(student.sizes, experiment.student_dtype(config))
+    specs = lora and lora_specs(student.sizes, lora)
+    trained = place.arrays(specs, config.dtype) if lora else loaded
+    state = train_step.abstract_state(trained, experiment.make_optimizer(config))
     frozen = teacher and place.params(teacher.sizes, config.teacher_dtype)
+    copy = _copy(config, student.sizes, place)
     residents = {
         PARAMETERS: device_bytes(state.params),
         OPTIMIZER: device_bytes(state.opt_state),
-        LOADED: device_bytes(loaded),
+        FROZEN: device_bytes(loaded) if lora else 0,
+        LOADED: 0 if lora else device_bytes(loaded),
         TEACHER: device_bytes(frozen),
         COPY: device_bytes(copy),
     }
-    sampling = Player(student.sizes, copy, (PARAMETERS, OPTIMIZER, TEACHER))
-    programs = _programs(config, student, teacher, state, sampling, frozen, place, work)
+    sampling = Player(student.sizes, copy, (PARAMETERS, OPTIMIZER, FROZEN, TEACHER))
+    base = loaded if lora else None
+    programs = _programs(config, student, teacher, state, base, sampling, frozen, place, work)
     return Run(tuple(programs), residents, work, mesh)
+
+
+def _copy(config: FrozenConfigDict, sizes: ModelConfig, place: Placement) -> Any:
+    """What the student samples with, as from `generate.sampling_params`."""
+    lora, floats = experiment.make_lora(config.lora), config.compute_dtype
+    gathered = config.rollout.gather_weights
+    kept = "int8" if config.lora.int8 else floats
+    own = place.params(sizes, kept, gathered=gathered, floats=floats)
+    if lora is None:
+        return own
+    adapters = place.arrays(lora_specs(sizes, lora), floats, gathered=gathered)
+    return with_adapters(own, adapters, lora)
 
 
 def _programs(
@@ -60,15 +88,17 @@ def _programs(
     student: PlannedModel,
     teacher: PlannedModel | None,
     state: Any,
+    base: Any,
     sampling: Player,
     frozen: Any,
     place: Placement,
     work: Workload,
 ) -> Iterator[Program]:
-    source, others = config.data.source, (PARAMETERS, OPTIMIZER)
+    source, others = config.data.source, (PARAMETERS, OPTIMIZER, FROZEN)
     # `config.validate` asks for a teacher wherever one is needed.
     if source == "on_policy":
-        yield copying(config, state.params, sampling, beside=(OPTIMIZER, TEACHER))
+        params = with_adapters(base, state.params, experiment.make_lora(config.lora))
+        yield copying(config, params, sampling, beside=(OPTIMIZER, TEACHER))
         yield from rollout(config, sampling, place, work)
     elif source == "teacher" and teacher:
         yield from rollout(config, Player(teacher.sizes, frozen, others), place, work)
@@ -77,7 +107,7 @@ def _programs(
         yield from judging(config, judge, place, work, label_width=teacher.label_width)
     scores = config.objective.divergence != "cross_entropy"
     scorer = teacher.sizes if teacher and scores else None
-    yield training(config, state, student.sizes, scorer, place, work)
+    yield training(config, state, base, student.sizes, scorer, place, work)
     if "before" in config.eval.who:
         player = Player(student.sizes, sampling.params, (*sampling.beside, LOADED))
         yield from evaluation(config, "student", player, place, work)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from opd_jax.experiment import student_dtype
 from opd_jax.model import is_spec, param_specs
 from opd_jax.plan.analysis import Analysis, Cost
 from opd_jax.plan.models import PlannedModel
@@ -35,7 +36,7 @@ def describe(analysis: Analysis, compiled: Compiled | None) -> dict[str, Any]:
         "chip": dataclasses.asdict(analysis.slice.chip),
         "mesh": config.mesh.to_dict(),
         "changed": analysis.changes,
-        "student": _model(analysis.student, config.dtype),
+        "student": _model(analysis.student, student_dtype(config)),
         "teacher": analysis.teacher and _model(analysis.teacher, config.teacher_dtype),
         "compute_dtype": config.compute_dtype,
         "work": dataclasses.asdict(analysis.run.work),

@@ -57,12 +57,10 @@ def _heading(report: Mapping[str, Any]) -> str:
 def _residents(report: Mapping[str, Any]) -> str:
     """What stays on a device, and what only for a while."""
     sizes = {name: _gib(size) for name, size in report["residents"].items() if size}
-    loaded, copy = sizes.pop(LOADED), sizes.pop(COPY)
+    loaded, copy = sizes.pop(LOADED, ""), sizes.pop(COPY)
     kept = ", ".join(f"{name} {size}" for name, size in sizes.items())
-    return (
-        f"{kept} GiB on each device; {copy} more while the student samples, and {loaded} until "
-        "updates begin"
-    )
+    until = f", and {loaded} until updates begin" if loaded else ""
+    return f"{kept} GiB on each device; {copy} more while the student samples{until}"
 
 
 def _model(model: Mapping[str, Any], more: str) -> str:

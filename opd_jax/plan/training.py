@@ -18,6 +18,7 @@ from opd_jax.train_step import Batch
 def training(
     config: FrozenConfigDict,
     state: Any,
+    base: Any,
     student: ModelConfig,
     teacher: ModelConfig | None,
     place: Placement,
@@ -27,6 +28,7 @@ def training(
 
     Args:
       state: abstract, as from `train_step.abstract_state`.
+      base: abstract, the student's own parameters where the state's are adapters; else None.
       teacher: sizes of the teacher that scores; None where the objective needs none.
     """
     train = config.train
@@ -42,6 +44,7 @@ def training(
         query_chunk=train.query_chunk,
         loss_chunk=train.loss_chunk,
         remat=train.remat,
+        lora=experiment.make_lora(config.lora),
     )
     batch = Batch(
         tokens=place.rows(work.rows, work.sequence),
@@ -51,15 +54,15 @@ def training(
         response=place.rows(work.rows, work.response),
     )
     teacher_params = teacher and place.params(teacher, config.teacher_dtype)
-    held = _held(config, student, teacher, place, work)
+    held = _held(config, state, student, teacher, place, work)
     return Program(
         "train step",
         function,
-        (state, teacher_params, batch),
+        (state, teacher_params, batch, base),
         {},
         runs=1,
         trips=None,
-        moved=_moved(config, state, teacher_params, work, held),
+        moved=_moved(config, state, base, teacher_params, work, held),
         beside=() if teacher else (TEACHER,),
         temporaries=held.total,
     )
@@ -73,7 +76,7 @@ class _Held:
       inputs: of each layer, which its own backward pass starts from, however much is kept beside.
       gradient: the sum over micro-batches, float32, placed as the parameters are.
       student_head: whole along `fsdp`.
-      head_gradient: the sum over chunks, float32, placed as the head is.
+      head_gradient: the sum over chunks, float32, placed as the head is; none of a frozen one.
       teacher_head: whole along `fsdp`.
     """
 
@@ -92,6 +95,7 @@ class _Held:
 
 def _held(
     config: FrozenConfigDict,
+    state: Any,
     student: ModelConfig,
     teacher: ModelConfig | None,
     place: Placement,
@@ -105,21 +109,28 @@ def _held(
     )
     return _Held(
         inputs=student.num_layers * device_bytes(part),
-        gradient=device_bytes(place.params(student, "float32")),
+        gradient=4 * device_bytes(state.params) // jnp.dtype(config.dtype).itemsize,
         student_head=place.head_bytes(student, config.compute_dtype),
-        head_gradient=place.head_bytes(student, "float32"),
+        head_gradient=0 if config.lora.rank else place.head_bytes(student, "float32"),
         teacher_head=place.head_bytes(teacher, config.teacher_dtype) if teacher else 0,
     )
 
 
 def _moved(
-    config: FrozenConfigDict, state: Any, teacher_params: Any, work: Workload, held: _Held
+    config: FrozenConfigDict,
+    state: Any,
+    base: Any,
+    teacher_params: Any,
+    work: Workload,
+    held: _Held,
 ) -> tuple[Moved, ...]:
     train = config.train
     parts, passes = train.micro_batches, 3 if train.remat == "layers" else 2
     chunks = parts * -(-work.rows // parts * work.response // train.loss_chunk)
     return (
-        Moved("parameters, forward and backward", device_bytes(state.params), passes * parts),
+        Moved(
+            "parameters, forward and backward", device_bytes((state.params, base)), passes * parts
+        ),
         Moved("teacher", device_bytes(teacher_params), parts),
         Moved("inputs of layers, written and read", held.inputs, 2 * parts),
         # Forward, recomputed, and for the gradient of the hidden states.
