@@ -295,7 +295,7 @@ def _evaluate_student(
 ) -> dict[str, dict]:
     """The student `after` the workdir's newest checkpoint, or `before` any update."""
     from opd_jax.checkpoint import Checkpoints
-    from opd_jax.train_step import abstract_state
+    from opd_jax.train_state import abstract_state
 
     student = experiment.load_student(config, mesh)
     judging = experiment.load_teacher(config, mesh) if config.eval.judge else None

@@ -16,6 +16,7 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from opd_jax import agreement, environments, experiment, history
+from opd_jax.batch import Batch, make_batch
 from opd_jax.experiment import LoadedModel
 from opd_jax.labels import LABELS
 from opd_jax.losses import Verdict
@@ -23,7 +24,7 @@ from opd_jax.metrics import Stopwatch
 from opd_jax.rollout import everywhere, rollout, row_keys
 from opd_jax.stream import Stream, judge_example
 from opd_jax.teacher import Judgement, judge
-from opd_jax.train_step import Batch, TrainState, make_batch
+from opd_jax.train_state import TrainState
 from opd_jax.trajectory import Conversation, Trajectory, check, pack
 
 VERDICT_NAMES = {verdict: verdict.name.lower() for verdict in Verdict}

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from ml_collections import FrozenConfigDict
 
-from opd_jax import hf, train_step
+from opd_jax import hf, optimizer
 from opd_jax.chat import ChatFormat
 from opd_jax.demonstrations import demonstrate
 from opd_jax.environments import make_env, split_size
@@ -27,9 +27,9 @@ from opd_jax.generate import Sampling, sampling_params
 from opd_jax.lora import Lora, lora_specs, with_adapters
 from opd_jax.mesh import param_shardings
 from opd_jax.model import ModelConfig, Params, init_arrays, init_params, param_specs
+from opd_jax.objective import Objective
 from opd_jax.players import make_player
 from opd_jax.rollout import Agent
-from opd_jax.train_step import Objective
 from opd_jax.trajectory import Conversation
 
 EMBEDDED = Path(__file__).parent / "pair"
@@ -193,7 +193,7 @@ def student_params(trained: Params, student: LoadedModel, config: FrozenConfigDi
 
 def make_optimizer(config: FrozenConfigDict) -> optax.GradientTransformation:
     """AdamW from `config.optimizer`, over `train.updates` updates."""
-    return train_step.make_optimizer(total_updates=config.train.updates, **config.optimizer)
+    return optimizer.make_optimizer(total_updates=config.train.updates, **config.optimizer)
 
 
 def make_agent(

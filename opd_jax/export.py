@@ -20,7 +20,7 @@ from opd_jax import experiment, hf
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.lora import merged
 from opd_jax.mesh import make_mesh
-from opd_jax.train_step import abstract_state
+from opd_jax.train_state import abstract_state
 
 
 def export(workdir: Path, out: Path) -> int:

@@ -24,6 +24,7 @@ from ml_collections import FrozenConfigDict
 
 from opd_jax import config as cfg
 from opd_jax import environments, experiment, processes
+from opd_jax.batch import Batch
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.compare import compare
 from opd_jax.evaluate import evaluate_model, evaluate_player, is_evaluated
@@ -35,14 +36,8 @@ from opd_jax.metrics import Metrics, Stopwatch
 from opd_jax.model import Params
 from opd_jax.players import check_players
 from opd_jax.report import EventWriter, JsonlWriter, progress_line, read_summary, write_summary
-from opd_jax.train_step import (
-    Batch,
-    TrainState,
-    abstract_state,
-    init_state,
-    make_train_step,
-    placement_of,
-)
+from opd_jax.train_state import TrainState, abstract_state, init_state, placement_of
+from opd_jax.train_step import make_train_step
 
 # May differ between a run and its continuation: they change nothing that is trained, and another
 # mesh only the order of sums.

@@ -19,7 +19,7 @@ from opd_jax.config import load, read_stored, to_json
 from opd_jax.envs.search.searchqa_data import SETS
 from opd_jax.figures import judge_table, results_table
 from opd_jax.mesh import make_mesh
-from opd_jax.train_step import abstract_state
+from opd_jax.train_state import abstract_state
 from opd_jax.trajectory import Conversation
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -10,6 +10,7 @@ import pytest
 from ml_collections import FrozenConfigDict
 
 from opd_jax import environments, experiment
+from opd_jax.batch import make_batch
 from opd_jax.config import load
 from opd_jax.envs.base import Task
 from opd_jax.envs.household.expert import Expert
@@ -26,7 +27,7 @@ from opd_jax.mesh import make_mesh
 from opd_jax.metrics import Metrics, Stopwatch
 from opd_jax.rollout import rollout, row_keys
 from opd_jax.teacher import Judgement
-from opd_jax.train_step import TrainState, init_state, make_batch
+from opd_jax.train_state import TrainState, init_state
 from opd_jax.trajectory import Conversation, Turn, pack
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -20,6 +20,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from opd_jax import evaluate, experiment, export, hf, model, train
 from opd_jax import generate as gen
+from opd_jax.batch import Batch
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.config import load, validate
 from opd_jax.config import validation as checks
@@ -30,15 +31,11 @@ from opd_jax.losses import NO_TURN
 from opd_jax.mesh import make_mesh, param_shardings
 from opd_jax.model import ModelConfig, Params, init_arrays, is_spec
 from opd_jax.moe import Experts
+from opd_jax.objective import Objective
+from opd_jax.optimizer import make_optimizer
 from opd_jax.quantize import quantize_params
-from opd_jax.train_step import (
-    Batch,
-    Objective,
-    abstract_state,
-    init_state,
-    make_optimizer,
-    make_train_step,
-)
+from opd_jax.train_state import abstract_state, init_state
+from opd_jax.train_step import make_train_step
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

@@ -15,12 +15,15 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy.special import log_softmax
 
 from opd_jax import hf, model
+from opd_jax.batch import Batch
 from opd_jax.linear import Int8Weight, project
 from opd_jax.losses import NO_TURN
 from opd_jax.mesh import make_mesh, param_shardings, shard_batch
 from opd_jax.model import ModelConfig, Params
+from opd_jax.objective import Objective
 from opd_jax.quantize import contracted_axes, int8_specs, quantize_params, quantize_weight
-from opd_jax.train_step import Batch, Objective, init_state, make_train_step, placement_of
+from opd_jax.train_state import init_state, placement_of
+from opd_jax.train_step import make_train_step
 
 CONFIG = ModelConfig(
     vocab_size=32,

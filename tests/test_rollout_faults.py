@@ -18,6 +18,7 @@ import optax
 import pytest
 
 from opd_jax import model
+from opd_jax.batch import make_batch
 from opd_jax.chat import ChatFormat
 from opd_jax.demonstrations import demonstrate, play_out
 from opd_jax.envs.base import BROKEN, Env, Observation, Task
@@ -29,9 +30,11 @@ from opd_jax.experience import episode_metrics, judge_metrics
 from opd_jax.gatekeeper import PHRASES, Judge
 from opd_jax.generate import Sampling
 from opd_jax.losses import NO_TURN, Verdict
+from opd_jax.objective import Objective
 from opd_jax.rollout import Agent, rollout, row_keys
 from opd_jax.teacher import judge
-from opd_jax.train_step import Objective, init_state, make_batch, make_train_step
+from opd_jax.train_state import init_state
+from opd_jax.train_step import make_train_step
 from opd_jax.trajectory import Conversation, Trajectory, check, pack
 
 MAX_TURNS = 4

@@ -18,20 +18,16 @@ from jax.sharding import Mesh
 
 from opd_jax import generate as gen
 from opd_jax import labels, model
+from opd_jax.batch import Batch
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.generate import Sampling
 from opd_jax.lora import TARGETS, Lora, lora_specs, with_adapters
 from opd_jax.losses import NO_TURN, Verdict
 from opd_jax.mesh import make_mesh, param_shardings, shard_batch, shard_rows
 from opd_jax.model import ModelConfig, Params, init_arrays, init_params, param_specs
-from opd_jax.train_step import (
-    Batch,
-    Objective,
-    abstract_state,
-    init_state,
-    make_train_step,
-    placement_of,
-)
+from opd_jax.objective import Objective
+from opd_jax.train_state import abstract_state, init_state, placement_of
+from opd_jax.train_step import make_train_step
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

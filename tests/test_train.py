@@ -24,7 +24,8 @@ from opd_jax.config import differences, load, read_stored
 from opd_jax.experience import make_source
 from opd_jax.mesh import make_mesh
 from opd_jax.metrics import Stopwatch
-from opd_jax.train_step import abstract_state, init_state, make_train_step
+from opd_jax.train_state import abstract_state, init_state
+from opd_jax.train_step import make_train_step
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PAIR = experiment.EMBEDDED

@@ -13,23 +13,14 @@ from scipy.special import log_softmax, rel_entr
 from scipy.stats import entropy
 
 from opd_jax import model
+from opd_jax.batch import Batch, make_batch, split
 from opd_jax.losses import NO_TURN, TokenScores, Verdict
 from opd_jax.mesh import make_mesh, param_shardings, shard_batch
 from opd_jax.model import ModelConfig, Params, init_params, is_spec, param_specs
-from opd_jax.train_step import (
-    Batch,
-    Objective,
-    TrainState,
-    abstract_state,
-    init_state,
-    make_batch,
-    make_optimizer,
-    make_train_step,
-    objective_sums,
-    placement_of,
-    score,
-    split,
-)
+from opd_jax.objective import Objective, objective_sums, score
+from opd_jax.optimizer import make_optimizer
+from opd_jax.train_state import TrainState, abstract_state, init_state, placement_of
+from opd_jax.train_step import make_train_step
 from opd_jax.trajectory import Trajectory
 
 SKIP, WEAK, STRONG, DET_FAIL = (int(v) for v in Verdict)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import FrozenConfigDict
 
-from opd_jax import experiment, train_step
+from opd_jax import experiment, train_state
 from opd_jax.lora import lora_specs, with_adapters
 from opd_jax.mesh import AnyMesh
 from opd_jax.model import ModelConfig
@@ -54,7 +54,7 @@ def plan_run(
     loaded = place.params(student.sizes, experiment.student_dtype(config))
     specs = lora and lora_specs(student.sizes, lora)
     trained = place.arrays(specs, config.dtype) if lora else loaded
-    state = train_step.abstract_state(trained, experiment.make_optimizer(config))
+    state = train_state.abstract_state(trained, experiment.make_optimizer(config))
     frozen = teacher and place.params(teacher.sizes, config.teacher_dtype)
     copy = _copy(config, student.sizes, place)
     residents = {

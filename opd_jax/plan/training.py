@@ -6,13 +6,13 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import FrozenConfigDict
 
-from opd_jax import experiment, train_step
+from opd_jax import experiment, train_state, train_step
+from opd_jax.batch import Batch
 from opd_jax.model import ModelConfig
 from opd_jax.plan.placement import Placement
 from opd_jax.plan.program import TEACHER, Program
 from opd_jax.plan.traffic import Moved, device_bytes
 from opd_jax.plan.workload import Workload
-from opd_jax.train_step import Batch
 
 
 def training(
@@ -27,7 +27,7 @@ def training(
     """The update's program.
 
     Args:
-      state: abstract, as from `train_step.abstract_state`.
+      state: abstract, as from `train_state.abstract_state`.
       base: abstract, the student's own parameters where the state's are adapters; else None.
       teacher: sizes of the teacher that scores; None where the objective needs none.
     """
@@ -37,7 +37,7 @@ def training(
         teacher=teacher,
         objective=experiment.make_objective(config.objective),
         optimizer=experiment.make_optimizer(config),
-        placement=train_step.placement_of(state),
+        placement=train_state.placement_of(state),
         micro_batches=train.micro_batches,
         batch_rows=None if config.data.source == "players" else config.rollout.batch,
         dtype=jnp.dtype(config.compute_dtype),
