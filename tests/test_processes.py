@@ -90,14 +90,14 @@ def alone(start: Start, devices: int, *words: object) -> str:
     return finish([process])[0]
 
 
-def settings(small: tuple[str, ...], *changed: str) -> tuple[str, ...]:
-    return ("--config=configs/quickstart.py:runlocal", *small, *changed)
+def settings(method: str, small: tuple[str, ...], *changed: str) -> tuple[str, ...]:
+    return (f"--config=configs/quickstart.py:runlocal,method={method}", *small, *changed)
 
 
 def test_killed_and_started_again_two_processes_end_with_the_bits_of_one(
     start: Start, small: tuple, tmp_path: Path
 ) -> None:
-    flags = settings(small, *NO_EVALUATION, "--config.mesh.data=2")
+    flags = settings("sage", small, *NO_EVALUATION, "--config.mesh.data=2")
     one, two = tmp_path / "one", tmp_path / "two"
     alone(start, 2, *flags, f"--workdir={one}")
 
@@ -124,7 +124,9 @@ def test_four_processes_end_as_one_with_four_devices(
     changed = {"mesh.data": 2, "mesh.fsdp": 2, "train.updates": 1}
     # Plain descent, nearly: Adam's own would blow up what is left of a gradient of zero.
     changed |= {"optimizer.eps": 1, "optimizer.learning_rate": 0.1}
-    flags = settings(small, *NO_EVALUATION, *(f"--config.{k}={v}" for k, v in changed.items()))
+    flags = settings(
+        "opd", small, *NO_EVALUATION, *(f"--config.{k}={v}" for k, v in changed.items())
+    )
     want = alone(start, 4, *flags, f"--workdir={tmp_path / 'one'}")
     got = finish(together(start, 4, *flags, f"--workdir={tmp_path / 'four'}"))
     assert got[1:] == ["", "", ""]
@@ -132,7 +134,7 @@ def test_four_processes_end_as_one_with_four_devices(
     def told(text: str) -> str:
         return re.sub(r"[\d.]+k? tok/s.*", "", text)
 
-    assert told(got[0]) == told(want)  # loss, verdicts, and the table of the evaluation
+    assert told(got[0]) == told(want)  # losses, and the table of the evaluation
     ours, theirs = saved(tmp_path / "four")[1], saved(tmp_path / "one")[1]
     for (name, dtype, _, x), (other, _, _, y) in zip(ours, theirs, strict=True):
         assert name == other
