@@ -17,6 +17,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from ml_collections import FrozenConfigDict
 from numpy.testing import assert_allclose, assert_array_equal
+from objectives import OPD, SAGE
 
 from opd_jax import evaluate, experiment, export, hf, model, train
 from opd_jax import generate as gen
@@ -183,21 +184,6 @@ def test_a_mixture_has_adapters_of_its_attention(random_params: Callable) -> Non
 
 # --- One update -----------------------------------------------------------------------------------
 
-SAGE = Objective(
-    divergence="reverse_kl",
-    beta=None,
-    intervention=True,
-    confidence=True,
-    confidence_temperature=1.0,
-    weak_weight=0.5,
-    entropy_bonus=0.0,
-    entropy_threshold=0.8,
-    normalize="all_tokens",
-    scope="batch",
-    eps=1e-8,
-    max_z=None,
-)
-OPD = replace(SAGE, intervention=False, confidence=False, normalize="none")
 OBJECTIVES = {
     "sage": SAGE,
     "opd": OPD,

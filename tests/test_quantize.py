@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
+from objectives import SAGE
 from scipy.special import log_softmax
 
 from opd_jax import hf, model
@@ -20,7 +21,6 @@ from opd_jax.linear import Int8Weight, project
 from opd_jax.losses import NO_TURN
 from opd_jax.mesh import make_mesh, param_shardings, shard_batch
 from opd_jax.model import ModelConfig, Params
-from opd_jax.objective import Objective
 from opd_jax.quantize import contracted_axes, int8_specs, quantize_params, quantize_weight
 from opd_jax.train_state import init_state, placement_of
 from opd_jax.train_step import make_train_step
@@ -273,20 +273,7 @@ def test_a_folder_is_read_into_int8_wherever_it_will_live(references: dict, size
 
 # --- As a teacher ---------------------------------------------------------------------------------
 
-OBJECTIVE = Objective(
-    divergence="reverse_kl",
-    beta=None,
-    intervention=False,
-    confidence=True,
-    confidence_temperature=1.0,
-    weak_weight=0.5,
-    entropy_bonus=0.0,
-    entropy_threshold=0.8,
-    normalize="all_tokens",
-    scope="batch",
-    eps=1e-8,
-    max_z=None,
-)
+OBJECTIVE = replace(SAGE, intervention=False)
 
 
 def batch() -> Batch:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from objectives import SAGE
 
 from opd_jax import model
 from opd_jax.batch import make_batch
@@ -30,7 +31,6 @@ from opd_jax.experience import episode_metrics, judge_metrics
 from opd_jax.gatekeeper import PHRASES, Judge
 from opd_jax.generate import Sampling
 from opd_jax.losses import NO_TURN, Verdict
-from opd_jax.objective import Objective
 from opd_jax.rollout import Agent, rollout, row_keys
 from opd_jax.teacher import judge
 from opd_jax.train_state import init_state
@@ -229,20 +229,6 @@ def test_the_next_rollout_has_all_environments_back(
 
 # --- No loss
 
-OBJECTIVE = Objective(
-    divergence="reverse_kl",
-    beta=None,
-    intervention=True,
-    confidence=True,
-    confidence_temperature=1.0,
-    weak_weight=0.5,
-    entropy_bonus=0.0,
-    entropy_threshold=0.8,
-    normalize="all_tokens",
-    scope="batch",
-    eps=1e-8,
-    max_z=None,
-)
 GRADIENT_KEEPER = optax.chain(optax.trace(decay=0.0), optax.scale(-1.0))
 
 
@@ -271,7 +257,7 @@ def test_broken_rows_carry_no_loss(
     step = make_train_step(
         student=agent.model,
         teacher=agent.model,
-        objective=dataclasses.replace(OBJECTIVE, scope=scope),
+        objective=dataclasses.replace(SAGE, scope=scope),
         optimizer=GRADIENT_KEEPER,
         placement=None,
         micro_batches=1,

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh
+from objectives import SAGE
 
 from opd_jax import generate as gen
 from opd_jax import labels, model
@@ -25,7 +26,6 @@ from opd_jax.lora import TARGETS, Lora, lora_specs, with_adapters
 from opd_jax.losses import NO_TURN, Verdict
 from opd_jax.mesh import make_mesh, param_shardings, shard_batch, shard_rows
 from opd_jax.model import ModelConfig, Params, init_arrays, init_params, param_specs
-from opd_jax.objective import Objective
 from opd_jax.train_state import abstract_state, init_state, placement_of
 from opd_jax.train_step import make_train_step
 
@@ -49,20 +49,6 @@ STUDENT = ModelConfig(
 )
 TEACHER = replace(STUDENT, d_model=64, tied=False)
 LORA = Lora(rank=3, alpha=6.0, targets=TARGETS)
-OBJECTIVE = Objective(
-    divergence="reverse_kl",
-    beta=None,
-    intervention=True,
-    confidence=True,
-    confidence_temperature=1.0,
-    weak_weight=0.5,
-    entropy_bonus=0.0,
-    entropy_threshold=0.8,
-    normalize="all_tokens",
-    scope="batch",
-    eps=1e-8,
-    max_z=None,
-)
 ROWS, LENGTH, TURNS = 16, 16, 2
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
 # Keeps the gradient itself as its state, so that it can be compared.
@@ -129,7 +115,7 @@ def update(mesh: Mesh, lora: Lora | None = None) -> Updated:
     step = make_train_step(
         student=STUDENT,
         teacher=TEACHER,
-        objective=OBJECTIVE,
+        objective=SAGE,
         optimizer=KEEPER,
         placement=placement,
         micro_batches=2,

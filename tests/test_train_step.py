@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from objectives import OPD, SAGE, SFT
 from scipy.special import log_softmax, rel_entr
 from scipy.stats import entropy
 
@@ -42,22 +43,6 @@ CONFIG = ModelConfig(
     tied=False,
 )
 
-SAGE = Objective(
-    divergence="reverse_kl",
-    beta=None,
-    intervention=True,
-    confidence=True,
-    confidence_temperature=1.0,
-    weak_weight=0.5,
-    entropy_bonus=0.0,
-    entropy_threshold=0.8,
-    normalize="all_tokens",
-    scope="batch",
-    eps=1e-8,
-    max_z=None,
-)
-OPD = replace(SAGE, intervention=False, confidence=False, normalize="none")  # the token mean
-SFT = replace(OPD, divergence="cross_entropy")
 BY_TRAJECTORY = replace(SAGE, scope="trajectory")
 THRESHOLD = 2.88  # nats; about half of the tokens' entropies lie above
 

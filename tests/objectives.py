@@ -1,0 +1,22 @@
+"""The objective of SAGE-OPD and what it is compared with, for tests of whatever computes it."""
+
+from dataclasses import replace
+
+from opd_jax.objective import Objective
+
+SAGE = Objective(
+    divergence="reverse_kl",
+    beta=None,
+    intervention=True,
+    confidence=True,
+    confidence_temperature=1.0,
+    weak_weight=0.5,
+    entropy_bonus=0.0,
+    entropy_threshold=0.8,
+    normalize="all_tokens",
+    scope="batch",
+    eps=1e-8,
+    max_z=None,
+)
+OPD = replace(SAGE, intervention=False, confidence=False, normalize="none")  # the token mean
+SFT = replace(OPD, divergence="cross_entropy")
