@@ -19,6 +19,8 @@ from typing import Any
 
 import jax
 
+from opd_jax import processes
+
 # An error from the storage layer can run to pages; its head names the file and the defect.
 _MAX_CAUSE_CHARS = 300
 # Long enough for reads in flight to end; spent only before an error is raised.
@@ -115,6 +117,8 @@ class Checkpoints:
             except _AnotherRun:
                 raise
             except Exception as error:
+                if processes.is_lost(error):
+                    raise
                 # Corrupt bytes surface as any of a dozen exception types.
                 problem = _one_line(error)
             if problem is not None:
@@ -133,7 +137,8 @@ class Checkpoints:
         Raises:
           ValueError: as `restore`.
         """
-        step = self.latest()
+        # As one process sees the directory: others may be shown an older state of it.
+        step = processes.first(self.latest())
         return None if step is None else (step, *self.restore(step, abstract))
 
     def wait(self) -> None:

@@ -7,6 +7,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 from ml_collections import FrozenConfigDict
 
 from opd_jax import processes
@@ -114,9 +115,22 @@ def benchmark_splits(settings: FrozenConfigDict) -> tuple[str, ...]:
 
 
 def panels(config: FrozenConfigDict) -> dict[str, Panel]:
-    """Every split that the config names, by name, or raises as `split_size` does."""
+    """Every split that the config names, by name.
+
+    Raises:
+      ValueError: as `split_size` does, or processes of the run have different tasks.
+    """
     found = {split: panel(config.env, "eval.splits", split) for split in config.eval.splits}
-    return {config.data.split: panel(config.env, "data.split", config.data.split), **found}
+    found = {config.data.split: panel(config.env, "data.split", config.data.split), **found}
+    for process, others in enumerate(processes.gather(found)):
+        different = [split for split in found if others[split] != found[split]]
+        if different:
+            raise ValueError(
+                f"`env`: process {process} has other tasks of {different[0]!r} than process "
+                f"{jax.process_index()} ({others[different[0]]}, {found[different[0]]}); give all "
+                "machines the same data"
+            )
+    return found
 
 
 def check_same_tasks(config: FrozenConfigDict, workdir: Path) -> None:

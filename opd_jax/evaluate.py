@@ -198,8 +198,8 @@ def is_evaluated(
     def good(figures: Mapping[str, Any] | None, split: str) -> bool:
         if figures is None or figures.get("digest") != _panel(config, split).digest:
             return False
-        # Figures that episodes are missing from are made again.
-        if figures["n"] != panel_size(config, split):
+        # Broken episodes count: played again they may break again, without end.
+        if figures["n"] + figures.get("broken", 0) != panel_size(config, split):
             return False
         if "update" not in figures:  # a player
             return True
@@ -308,6 +308,7 @@ def _evaluate_student(
     else:
         update, state, _ = restored
         params, who = state.params, "after"
+        del state, restored  # with the optimizer's moments
     sampling = experiment.make_sampling_params(params, student, config)
     return {who: evaluate_model(config, student, sampling, update=update, judging=judging)}
 

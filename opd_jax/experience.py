@@ -308,7 +308,7 @@ def episode_metrics(
         "batch/failed": (sum(bool(turn.failure) for turn in turns), len(turns)),
         **{
             f"end/{end}": (ends[end], len(conversations))
-            for end in {"success", "turn_limit", "context", *ends}
+            for end in sorted({"success", "turn_limit", "context", *ends})
         },
         **{
             f"stop/{stop}": (stops[stop], len(turns))

@@ -59,16 +59,22 @@ def model_folder(name: str) -> Path:
     return EMBEDDED / name.removeprefix("embedded:") if name.startswith("embedded:") else Path(name)
 
 
-def load_model(name: str, *, dtype: str, mesh: jax.sharding.Mesh) -> LoadedModel:
+def load_model(
+    name: str, *, dtype: str, mesh: jax.sharding.Mesh, vocab_size: int | None = None
+) -> LoadedModel:
     """Read a model folder; errors as in `hf`.
 
     Args:
       name: a folder of Hugging Face safetensors, or `embedded:student` or `embedded:teacher`.
       dtype: of the parameters; "int8" is `quantize` over bfloat16.
+      mesh: over which they are split.
+      vocab_size: tokens that are read, without rows that pad the vocabulary beyond; None: all.
     """
     folder = model_folder(name)
     config = hf.read_config(folder)
     tokenizer = hf.load_tokenizer(folder)
+    if vocab_size is not None:
+        config = dataclasses.replace(config, vocab_size=vocab_size)
     hf.check_vocab(folder, tokenizer, config)
     return LoadedModel(
         folder=folder,
@@ -103,8 +109,9 @@ def load_student(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> LoadedMod
         return new_model(config, mesh)
     if config.teacher:
         hf.check_same_tokenizer(model_folder(config.student), model_folder(config.teacher))
-    loaded = load_model(config.student, dtype=student_dtype(config), mesh=mesh)
-    return _cut(loaded, _shared_vocab(config))
+    return load_model(
+        config.student, dtype=student_dtype(config), mesh=mesh, vocab_size=_shared_vocab(config)
+    )
 
 
 def student_dtype(config: FrozenConfigDict) -> str:
@@ -118,25 +125,15 @@ def load_teacher(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> LoadedMod
     """The teacher that the config names, or None."""
     if not config.teacher:
         return None
-    frozen = load_model(config.teacher, dtype=config.teacher_dtype, mesh=mesh)
-    return _cut(frozen, _shared_vocab(config))
+    return load_model(
+        config.teacher, dtype=config.teacher_dtype, mesh=mesh, vocab_size=_shared_vocab(config)
+    )
 
 
 def _shared_vocab(config: FrozenConfigDict) -> int:
     """The smaller vocabulary: models of one tokenizer may be padded to different sizes."""
     names = [name for name in (config.student, config.teacher) if name]
     return min(hf.read_config(model_folder(name)).vocab_size for name in names)
-
-
-def _cut(model: LoadedModel, vocab_size: int) -> LoadedModel:
-    """Without the rows that pad its vocabulary beyond `vocab_size`."""
-    if model.config.vocab_size == vocab_size:
-        return model
-    params = {**model.params, "embed": model.params["embed"][:vocab_size]}
-    if "head" in params:
-        params["head"] = params["head"][:, :vocab_size]
-    config = dataclasses.replace(model.config, vocab_size=vocab_size)
-    return dataclasses.replace(model, config=config, params=params)
 
 
 def new_model(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> LoadedModel:

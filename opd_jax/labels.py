@@ -83,24 +83,26 @@ def label_scores(
     config: ModelConfig,
 ) -> tuple[jax.Array, KVCache]:
     """log p(label | cache, question), float32 [B, labels], and the cache with the questions."""
-    rows, width = tokens.shape[0], word_tokens.shape[1]
+    (rows, _), (labels, width) = tokens.shape, word_tokens.shape
     hidden, cache = model.forward_cached(params, cache, tokens, counts, config=config)
     last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
-
-    def logprobs(hidden: jax.Array) -> jax.Array:
-        logits = jnp.matmul(hidden, model.head(params), preferred_element_type=jnp.float32)
-        return jax.nn.log_softmax(logits)
-
-    def score(word: jax.Array, length: jax.Array) -> jax.Array:
-        # The cache is shared by the labels: each one is appended to a copy and dropped.
-        fed = jnp.broadcast_to(word[: width - 1], (rows, width - 1))
-        all_of_it = jnp.full(rows, width - 1, jnp.int32)
-        after, _ = model.forward_cached(params, cache, fed, all_of_it, config=config)
-        each = logprobs(jnp.concatenate([last, after], axis=1))[:, jnp.arange(width), word]
-        return jnp.sum(jnp.where(jnp.arange(width) < length, each, 0.0), axis=1)
-
-    scores = [score(w, n) for w, n in zip(word_tokens, word_lengths, strict=True)]
-    return whole(jnp.stack(scores, axis=1)), cache
+    after = jnp.broadcast_to(last[:, None], (rows, labels, 1, last.shape[-1]))
+    if width > 1:
+        # All labels at once, each behind a copy of its question's row, which is dropped. The
+        # barrier keeps apart the weights that the two passes gather: else those of all layers
+        # would wait on the device for the second.
+        params, kept = jax.lax.optimization_barrier((params, cache))
+        fed = jnp.tile(word_tokens[:, :-1], (rows, 1))
+        counted = jnp.full(rows * labels, width - 1, jnp.int32)
+        copies = jax.tree.map(lambda x: jnp.repeat(x, labels, axis=0), kept)
+        behind, _ = model.forward_cached(params, copies, fed, counted, config=config)
+        after = jnp.concatenate([after, behind.reshape(rows, labels, width - 1, -1)], axis=2)
+    logits = jnp.matmul(after, model.head(params), preferred_element_type=jnp.float32)
+    each = jnp.take_along_axis(
+        jax.nn.log_softmax(logits), word_tokens[None, :, :, None], axis=-1
+    ).squeeze(-1)
+    scores = jnp.where(jnp.arange(width) < word_lengths[:, None], each, 0.0).sum(axis=-1)
+    return whole(scores), cache
 
 
 def generate_labels(

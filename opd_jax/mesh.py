@@ -148,6 +148,12 @@ def current() -> Mesh | None:
     return None if mesh.empty else mesh
 
 
+def batch_multiple() -> int:
+    """What the rows of a batch have to be a multiple of, on the current mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else _ways(mesh, "batch")
+
+
 def check_divides(specs: Any) -> None:
     """Raises as `param_shardings` does where arrays do not divide over the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()

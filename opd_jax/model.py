@@ -319,6 +319,17 @@ def chunked_attention(
     """`attention`, `query_chunk` queries at a time, each chunk rematerialized in a backward pass.
 
     In a loop, not a list of pieces: those the compiler may compute side by side.
+
+    Args:
+      q_BTNH: queries, rotated.
+      k: keys, in `layout`.
+      v: values, in `layout`.
+      position_BT: int32 position of each query; the leading axis may be 1.
+      layout: "BGSH" or "BSGH".
+      query_chunk: queries at a time, ≥ 1.
+
+    Returns:
+      [B, T, N, H] in the dtype of the queries.
     """
     if q_BTNH.shape[1] <= query_chunk:
         return jax.checkpoint(partial(attention, layout=layout))(q_BTNH, k, v, position_BT)

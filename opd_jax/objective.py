@@ -119,7 +119,7 @@ def score(
       dtype: that the student computes in.
       query_chunk: see `model.causal_self_attention`.
       loss_chunk: positions whose logits exist at a time (`losses.fused_scores`).
-      remat: recompute the student's layers in the backward pass.
+      remat: see `model.forward`; for the student.
 
     Raises:
       ValueError: the objective needs a teacher and there is none.

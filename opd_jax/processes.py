@@ -11,15 +11,16 @@ import os
 import pickle
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
 
 VARIABLE = "OPD_JAX_DISTRIBUTED"
-# A process that dies takes the others with it after so long at most; usually a broken connection
-# tells them at once.
+# A process that dies takes the others with it after about so long at most; where processes are
+# connected directly, as on CPUs, a broken connection tells them at once.
 HEARTBEAT_TIMEOUT_S = 60
 # Messages are padded to a power of two, since each size is a program to compile.
 _LEAST_BYTES = 1024
@@ -45,6 +46,8 @@ def start() -> None:
     text = os.environ.get(VARIABLE, "")
     if not text:
         return
+    # It would take SIGTERM for itself, with which a run saves and ends.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**_where(text), heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S)
     except (RuntimeError, ValueError) as error:
@@ -64,26 +67,47 @@ def _where(text: str) -> dict[str, Any]:
     return dict(coordinator_address=address, process_id=process, num_processes=processes)
 
 
+class LostProcesses(RuntimeError):
+    """Another process of the run has ended, or cannot be reached."""
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error means that another process has ended, whoever raised it."""
+    lost = isinstance(error, LostProcesses)
+    return jax.process_count() > 1 and (lost or bool(_BROKEN_CONNECTION.match(str(error))))
+
+
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """Around a command: says so in one line where another process of the run has ended, and ends.
+    """Around a command: a process that fails ends at once, so that the others notice, and end too.
 
-    The exit does not wait for anybody: those it would wait for are gone.
+    An ordinary exit would wait for all processes, of which some wait for this one.
     """
     try:
         yield
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-        # What a broken connection is raised as depends on who was waiting for whom.
-        if jax.process_count() == 1 or not _BROKEN_CONNECTION.match(str(error)):
+    except Exception as error:
+        if jax.process_count() == 1:
             raise
+        _end(error)
+
+
+def _end(error: Exception) -> NoReturn:
+    status = 1
+    if is_lost(error):
         print(
             f"error: process {jax.process_index()} of {jax.process_count()} lost the others "
             f"({str(error).splitlines()[0][:200]}); start all of them again with the same "
             "--workdir, and the run resumes from its last checkpoint",
             file=sys.stderr,
-            flush=True,
         )
-        os._exit(1)
+    elif isinstance(error, ValueError):
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        status = 2
+    else:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def is_first() -> bool:
@@ -123,14 +147,21 @@ def first(value: T) -> T:
 
 
 def gather(value: T) -> list[T]:
-    """The value of every process, in their order. All processes have to call this."""
+    """The value of every process, in their order. All processes have to call this.
+
+    Raises:
+      LostProcesses: one of them has ended.
+    """
     if jax.process_count() == 1:
         return [value]
     from jax.experimental import multihost_utils
 
     data = np.frombuffer(pickle.dumps(value), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(len(data)))
-    padded = np.zeros(max(_LEAST_BYTES, 1 << (int(sizes.max()) - 1).bit_length()), np.uint8)
-    padded[: len(data)] = data
-    everyone = multihost_utils.process_allgather(padded)
+    try:
+        sizes = multihost_utils.process_allgather(np.int32(len(data)))
+        padded = np.zeros(max(_LEAST_BYTES, 1 << (int(sizes.max()) - 1).bit_length()), np.uint8)
+        padded[: len(data)] = data
+        everyone = multihost_utils.process_allgather(padded)
+    except Exception as error:  # of several types, among them ValueError
+        raise LostProcesses(str(error)) from error
     return [pickle.loads(row[:size].tobytes()) for row, size in zip(everyone, sizes, strict=True)]

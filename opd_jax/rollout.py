@@ -154,7 +154,13 @@ def _open(
 def everywhere(
     act: Callable[[Env, Any], T], envs: Sequence[Env | None], arguments: Sequence[Any]
 ) -> list[T]:
-    """`act` of each environment, in whichever process it lives; all processes get all answers."""
+    """`act` of each environment, in whichever process it lives; all processes get all answers.
+
+    Args:
+      act: (environment, argument) to what can be pickled.
+      envs: one a row; None for a row whose environment lives in another process.
+      arguments: one a row.
+    """
     own = {row: env for row, env in enumerate(envs) if env is not None}
     answers = _side_by_side(act, list(own.values()), [arguments[row] for row in own])
     return processes.share(dict(zip(own, answers, strict=True)), len(envs))

@@ -16,7 +16,7 @@ from opd_jax import model
 from opd_jax.gatekeeper import Judge
 from opd_jax.labels import UNPARSABLE, generate_labels, label_tokens, score_labels
 from opd_jax.losses import Verdict
-from opd_jax.mesh import shard_rows
+from opd_jax.mesh import batch_multiple, shard_rows
 from opd_jax.model import KVCache, Params
 from opd_jax.trajectory import Conversation
 
@@ -124,7 +124,7 @@ def _behind_conversations(
     conversation is read twice.
     """
     rows = [row for row in range(len(conversations)) if asked[row].any()]
-    size = min(by.batch, len(conversations))
+    size = min(by.batch, -(-len(conversations) // batch_multiple()) * batch_multiple())
     for start in range(0, len(rows), size):
         slots = {row: slot for slot, row in enumerate(rows[start : start + size])}
         turns = {row: np.flatnonzero(asked[row]).tolist() for row in slots}

@@ -40,8 +40,13 @@ from opd_jax.train_state import TrainState, abstract_state, init_state, placemen
 from opd_jax.train_step import make_train_step
 
 # May differ between a run and its continuation: they change nothing that is trained, and another
-# mesh only the order of sums.
-_FREE_FIELDS = ("eval", "checkpoint", "mesh")
+# mesh only the order of sums, unless batches are made for it.
+_FREE_FIELDS = ("eval", "checkpoint")
+
+
+def _free_fields(config: FrozenConfigDict) -> tuple[str, ...]:
+    return _FREE_FIELDS if config.data.source == "players" else (*_FREE_FIELDS, "mesh")
+
 
 _Update = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 
@@ -57,8 +62,8 @@ def _run(config: FrozenConfigDict, workdir: Path, mesh: jax.sharding.Mesh) -> di
     stop = _stop_on_sigterm()
     write = processes.is_first()
     # Until it has saved something there is nothing to continue, and a mistake may be corrected.
-    if any((workdir / "checkpoints").glob("[0-9]*")):
-        cfg.check_same_run(config, workdir, ignore=_FREE_FIELDS)
+    if processes.first(any((workdir / "checkpoints").glob("[0-9]*"))):
+        cfg.check_same_run(config, workdir, ignore=_free_fields(config))
         environments.check_same_tasks(config, workdir)
     environments.panels(config)  # there is every split that it names
     check_players(config)
@@ -189,7 +194,9 @@ def _store_config(config: FrozenConfigDict, workdir: Path) -> None:
     path = workdir / "config.json"
     if processes.is_first():
         workdir.mkdir(parents=True, exist_ok=True)
-        if path.exists() and cfg.differences(cfg.read_stored(path), config, ignore=_FREE_FIELDS):
+        if path.exists() and cfg.differences(
+            cfg.read_stored(path), config, ignore=_free_fields(config)
+        ):
             # Corrected before anything was trained: what was evaluated was something else.
             (workdir / "summary.json").unlink(missing_ok=True)
         # Renamed when whole: half a file left by a kill would refuse every continuation.
@@ -210,15 +217,19 @@ def _evaluate_others(
 ) -> dict[str, Any]:
     """Everyone but the trained student: before, teacher, expert, random; once a workdir."""
     # Read by one process: others might find what it has written meanwhile, and take another path.
-    results = processes.first(read_summary(workdir / "summary.json").get("eval", {}))
-    sampling = experiment.make_sampling_params(untrained, student, config)
-    models = {"before": dataclasses.replace(student, params=sampling)}
-    if teacher is not None:
-        models["teacher"] = teacher
+    stored = read_summary(workdir / "summary.json") if processes.is_first() else {}
+    results = processes.first(stored.get("eval", {}))
+
+    def player(who: str) -> LoadedModel | None:
+        if who != "before":
+            return teacher if who == "teacher" else None
+        sampling = experiment.make_sampling_params(untrained, student, config)
+        return dataclasses.replace(student, params=sampling)
+
     for who in config.eval.who:
         if is_evaluated(results.get(who), config, update=0):
             continue
-        if model := models.get(who):
+        if model := player(who):
             results[who] = evaluate_model(
                 config,
                 model,

@@ -97,25 +97,51 @@ def settings(method: str, small: tuple[str, ...], *changed: str) -> tuple[str, .
 def test_killed_and_started_again_two_processes_end_with_the_bits_of_one(
     start: Start, small: tuple, tmp_path: Path
 ) -> None:
-    flags = settings("sage", small, *NO_EVALUATION, "--config.mesh.data=2")
+    # Three tasks in batches of four rows: the second process has a row without a task.
+    changed = ("mesh.data=2", "train.updates=6", "eval.who=before,expert", "eval.tasks=3")
+    flags = settings("sage", small, *(f"--config.{change}" for change in changed))
     one, two = tmp_path / "one", tmp_path / "two"
-    alone(start, 2, *flags, f"--workdir={one}")
+    want = alone(start, 2, *flags, f"--workdir={one}")
 
-    first, second = together(start, 2, *flags, f"--workdir={two}")
-    for line in first.stdout:
-        if line.startswith("2/"):
-            break
-    second.kill()
-    _, errors = first.communicate(timeout=PATIENCE_S)
-    assert first.returncode != 0
+    # The last checkpoint but one is whole before the last one is begun.
+    running = together(start, 2, *flags, f"--workdir={two}")
+    errors = killed(running, victim=1, at="5/6")
     assert "error: process 0 of 2 lost the others" in errors
     assert "the run resumes from its last checkpoint" in errors
-    second.communicate()
 
     printed, nothing = finish(together(start, 2, *flags, f"--workdir={two}"))
-    assert "4/4" in printed
+    assert re.search(r"resuming after update [24] of 6", printed)
     assert nothing == ""  # the first process speaks for all
+    assert table_of(printed) == table_of(want)
     assert_ended_alike(two, one)
+
+
+def killed(running: list[subprocess.Popen], *, victim: int, at: str) -> str:
+    """Kills a process in the update after `at`; returns what the other of two says at its end."""
+    for line in running[0].stdout:
+        if line.startswith(at):
+            break
+    running[victim].kill()
+    other = running[1 - victim]
+    _, errors = other.communicate(timeout=PATIENCE_S)
+    assert other.returncode != 0
+    running[victim].communicate()
+    return errors
+
+
+def table_of(printed: str) -> list[str]:
+    return [line for line in printed.splitlines() if line.startswith("|")]
+
+
+def test_an_error_of_one_process_ends_the_other(start: Start, small: tuple, tmp_path: Path) -> None:
+    # A workdir that the first process, which writes, cannot make.
+    (tmp_path / "file").write_text("")
+    flags = settings("opd", small, *NO_EVALUATION, "--config.mesh.data=2")
+    running = together(start, 2, *flags, f"--workdir={tmp_path / 'file' / 'run'}")
+    told = [process.communicate(timeout=PATIENCE_S)[1] for process in running]
+    assert all(process.returncode for process in running)
+    assert "NotADirectoryError" in told[0]
+    assert "error: process 1 of 2 lost the others" in told[1]
 
 
 def test_four_processes_end_as_one_with_four_devices(

@@ -19,6 +19,7 @@ from opd_jax.envs.base import Task
 from opd_jax.gatekeeper import FIELDS, ROLE, RUBRIC, Judge, judge_prompt
 from opd_jax.labels import LABELS, UNPARSABLE, parse_label
 from opd_jax.losses import Verdict
+from opd_jax.mesh import make_mesh
 from opd_jax.trajectory import Conversation, Turn
 
 END = "<|im_end|>"
@@ -565,6 +566,17 @@ def test_both_decodings_answer_behind_conversations(behind: Judge, decode: str) 
     assert got.asked.sum() == 9
     assert (got.verdict[got.asked] == Verdict.WEAK).all()
     assert not got.unparsable.any()
+
+
+def test_fewer_conversations_than_devices_are_judged_on_a_mesh(
+    params: model.Params, behind: Judge
+) -> None:
+    played = [talk(behind, n, stops) for n, stops in enumerate(CONVERSATIONS[:3])]
+    expected = teacher.judge(params, played, by=behind, max_turns=5, decode="constrained")
+    by = dataclasses.replace(behind, batch=8)
+    with jax.set_mesh(make_mesh(data=4, fsdp=2, tensor=1)):
+        got = teacher.judge(params, played, by=by, max_turns=5, decode="constrained")
+    np.testing.assert_array_equal(got.verdict, expected.verdict)
 
 
 def test_a_conversation_longer_than_the_teachers_positions_is_refused(

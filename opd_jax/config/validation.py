@@ -103,7 +103,6 @@ _OTHERS = (
     "rollout.gather_weights",
     "objective.intervention",
     "objective.confidence",
-    "train.remat",
     "eval.who",
     "eval.splits",
     "eval.seed",
