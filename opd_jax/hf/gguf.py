@@ -150,7 +150,7 @@ def convert(path: Path, out: Path) -> None:
     file = read(path)
     config, tokenizer = read_config(file), read_tokenizer(file)
     params = read_params(file, config)
-    save_model(out, params, config, dtype=jnp.float32, tokenizer_from=tokenizer)
+    save_model(out, params, config, dtype=jnp.dtype("float32"), tokenizer_from=tokenizer)
 
 
 def main(argv: Sequence[str]) -> None:
