@@ -140,6 +140,9 @@ def of_both_splits(figures: dict | None) -> dict[str, dict | None]:
         (FIGURES, "", True),
         (FIGURES, "--config.eval.batch=2", True),
         (FIGURES, "--config.eval.tasks=5", False),
+        # Played, if not to an end: played again they might break again, without end.
+        (FIGURES | {"n": 3, "broken": 1}, "", True),
+        (FIGURES | {"n": 3, "broken": 0}, "", False),
         (FIGURES, "--config.eval.seed=1", False),
         (FIGURES, "--config.eval.temperature=1.0", False),
         (FIGURES, "--config.eval.judge=true", False),
