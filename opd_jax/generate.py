@@ -73,8 +73,8 @@ def sampling_params(
 
     Args:
       dtype: that the model computes in.
-      gather: hold them whole along the mesh axis `fsdp`. Else every token sampled gathers them,
-        which takes less memory and, unless the model is small, far more time.
+      gather: hold them whole along the mesh axis `fsdp`, so that nothing is sent among devices for
+        a token. Else they stay split, which takes less memory (`generate`).
     """
     params = cast(params, dtype)
     if not gather:
@@ -102,10 +102,14 @@ def extend(
       tokens: int32 [B, W].
       counts: int32 [B], 0..W; the caller keeps `lengths + counts <= slots`.
     """
-    return model.forward_cached(params, cache, tokens, counts, config=config)[1]
+    return model.forward_cached(params, cache, tokens, counts, config=config, stationary=False)[1]
 
 
-@partial(jax.jit, static_argnames=("config", "sampling", "chunk"), donate_argnames="cache")
+@partial(
+    jax.jit,
+    static_argnames=("config", "sampling", "chunk", "stationary"),
+    donate_argnames="cache",
+)
 def generate(
     params: Params,
     cache: KVCache,
@@ -117,6 +121,7 @@ def generate(
     config: ModelConfig,
     sampling: Sampling,
     chunk: int,
+    stationary: bool,
 ) -> tuple[KVCache, Sampled]:
     """Sample until a stop token or the budget, at most `chunk` tokens. The cache is donated.
 
@@ -128,6 +133,8 @@ def generate(
         a sample does not depend on the other rows, on the chunk or on how often this was called.
       stop_ids: int32 [any]; end a row's turn, and are part of it.
       chunk: C, static.
+      stationary: the weights are split (`model.is_split`), and stay so: what is sent among devices
+        for a token are its activations (`linear.project_in_place`).
 
     Returns:
       (cache, `Sampled`). To go on with rows that neither stopped nor spent their budget, call
@@ -152,9 +159,11 @@ def generate(
         step, cache, token, out = carry
         going = alive(out)
         hidden, cache = model.forward_cached(
-            params, cache, token[:, None], going.astype(jnp.int32), config=config
+            *(params, cache, token[:, None], going.astype(jnp.int32)),
+            config=config,
+            stationary=stationary,
         )
-        logits = jnp.matmul(hidden[:, 0], model.head(params), preferred_element_type=jnp.float32)
+        logits = model.logits(params, hidden[:, 0], stationary=stationary)
         keys = jax.vmap(jax.random.fold_in)(row_keys, cache.lengths)
         sampled, logprob = sample(logits, keys, sampling=sampling)
         token = jnp.where(going, sampled, token)

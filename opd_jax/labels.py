@@ -7,6 +7,7 @@ word. Both append the questions to whatever the cache holds, nothing or a conver
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -84,20 +85,30 @@ def label_scores(
 ) -> tuple[jax.Array, KVCache]:
     """log p(label | cache, question), float32 [B, labels], and the cache with the questions."""
     (rows, _), (labels, width) = tokens.shape, word_tokens.shape
-    hidden, cache = model.forward_cached(params, cache, tokens, counts, config=config)
+    hidden, cache = model.forward_cached(
+        params, cache, tokens, counts, config=config, stationary=False
+    )
     last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
     after = jnp.broadcast_to(last[:, None], (rows, labels, 1, last.shape[-1]))
+
+    def read(cache: KVCache, word: jax.Array) -> tuple[KVCache, jax.Array]:
+        # So few tokens are not worth gathering the weights again.
+        hidden, grown = model.forward_cached(
+            params,
+            cache,
+            jnp.broadcast_to(word, (rows, width - 1)),
+            jnp.full(rows, width - 1, jnp.int32),
+            config=config,
+            stationary=True,
+        )
+        return replace(grown, lengths=cache.lengths), hidden
+
     if width > 1:
-        # All labels at once, each behind a copy of its question's row, which is dropped. The
-        # barrier keeps apart the weights that the two passes gather: else those of all layers
-        # would wait on the device for the second.
-        params, kept = jax.lax.optimization_barrier((params, cache))
-        fed = jnp.tile(word_tokens[:, :-1], (rows, 1))
-        counted = jnp.full(rows * labels, width - 1, jnp.int32)
-        copies = jax.tree.map(lambda x: jnp.repeat(x, labels, axis=0), kept)
-        behind, _ = model.forward_cached(params, copies, fed, counted, config=config)
-        after = jnp.concatenate([after, behind.reshape(rows, labels, width - 1, -1)], axis=2)
-    logits = jnp.matmul(after, model.head(params), preferred_element_type=jnp.float32)
+        # One after another, each written over the one before: side by side they would need a copy
+        # of the cache each.
+        cache, behind = jax.lax.scan(read, cache, word_tokens[:, :-1])
+        after = jnp.concatenate([after, jnp.moveaxis(behind, 0, 1)], axis=2)
+    logits = model.logits(params, after, stationary=True)
     each = jnp.take_along_axis(
         jax.nn.log_softmax(logits), word_tokens[None, :, :, None], axis=-1
     ).squeeze(-1)
@@ -137,6 +148,7 @@ def generate_labels(
         config=config,
         sampling=gen.Sampling(temperature=0.0, top_k=0, top_p=1.0),
         chunk=max_new_tokens,
+        stationary=model.is_split(params),
     )
     out = jax.device_get(out)
     answers = [tokenizer.decode(row[:n]) for row, n in zip(out.tokens, out.counts, strict=True)]

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
+from opd_jax.mesh import constrain
+
 # What a projection gives, to those that choose what the backward pass keeps (`model.REMAT`).
 PROJECTION = "projection"
 
@@ -24,6 +26,9 @@ CONTRACTED: dict[str, tuple[str, ...]] = {
     "expert_up": ("embed",),
     "expert_down": ("mlp",),
 }
+
+# The logical axes of an activation's letters where it meets a weight that stays; of others, none.
+_AXES = {"b": "rows", "d": "embed", "n": "heads", "g": "kv_heads", "f": "mlp"}
 
 
 @struct.dataclass
@@ -83,6 +88,20 @@ def project(x: jax.Array, weight: jax.Array | Int8Weight | LoraWeight, spec: str
       spec: of `einsum`; its output ends with the weight's output axes, in their order.
     """
     return checkpoint_name(_product(x, weight, spec), PROJECTION)
+
+
+def project_in_place(
+    x: jax.Array, weight: jax.Array | Int8Weight | LoraWeight, spec: str
+) -> jax.Array:
+    """`project`, on a mesh with each device multiplying by the part of the weight that it has.
+
+    What is sent are activations, here, and where the caller splits the product over the batch
+    again. Otherwise the devices that share a batch gather the weight, which is less to send only
+    where they have more tokens than the model is wide.
+    """
+    inputs, output = spec.split("->")
+    x = constrain(x, *map(_AXES.get, inputs.partition(",")[0]))
+    return constrain(project(x, weight, spec), *map(_AXES.get, output))
 
 
 def _product(x: jax.Array, weight: jax.Array | Int8Weight | LoraWeight, spec: str) -> jax.Array:

@@ -28,6 +28,8 @@ AnyMesh = Mesh | AbstractMesh
 Rules = Mapping[str, str | tuple[str, ...] | None]
 RULES: Rules = {
     "batch": ("data", "fsdp"),
+    # The batch where weights stay and activations come to them, whose width is split as theirs is.
+    "rows": "data",
     "layer": None,
     "embed": "fsdp",
     "heads": "tensor",
@@ -200,6 +202,13 @@ def on_each_device(function: Callable, *, in_axes: Any, out_axes: Any, summed: s
 
 def _is_axes(node: Any) -> bool:
     return isinstance(node, tuple) and all(x is None or isinstance(x, str) for x in node)
+
+
+def is_split(array: Any, logical: str) -> bool:
+    """Whether an array, of values or abstract, is split over a mesh axis of a logical axis."""
+    spec = getattr(getattr(array, "sharding", None), "spec", ())
+    used = {axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part)}
+    return not used.isdisjoint(_mesh_axes(logical))
 
 
 def divides(size: int, logical: str) -> bool:

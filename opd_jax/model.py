@@ -17,18 +17,20 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from opd_jax import moe
-from opd_jax.linear import PROJECTION, project
+from opd_jax import mesh, moe
+from opd_jax.linear import PROJECTION, project, project_in_place
 from opd_jax.mesh import check_divides, constrain
 
 Params = dict
+# `linear.project`, or a variant of it.
+Project = Callable[[jax.Array, Any, str], jax.Array]
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,27 @@ def _init_leaf(spec: ParamSpec, key: jax.Array, dtype: jnp.dtype) -> jax.Array:
 def head(params: Params) -> jax.Array:
     """The output projection `[D, V]`: the transposed embedding where the two are tied."""
     return params["head"] if "head" in params else params["embed"].T
+
+
+def logits(params: Params, hidden: jax.Array, *, stationary: bool) -> jax.Array:
+    """`hidden @ head(params)` of a few tokens, float32 [B, ..., V].
+
+    Args:
+      hidden: [B, ..., D].
+      stationary: as of `forward_cached`.
+    """
+    if stationary:
+        hidden = constrain(hidden, "rows", *(None,) * (hidden.ndim - 2), "embed")
+    product = jnp.matmul(hidden, head(params), preferred_element_type=jnp.float32)
+    return constrain(product, "batch", *(None,) * (hidden.ndim - 2), "vocab")
+
+
+def is_split(params: Params) -> bool:
+    """Whether each device has a part of every weight's width, as parameters are loaded.
+
+    Else they are whole along the mesh axis `fsdp` (`generate.sampling_params`).
+    """
+    return mesh.is_split(params["embed"], "embed")
 
 
 # --- Layers -----------------------------------------------------------------------------------
@@ -344,7 +367,12 @@ def chunked_attention(
 
 
 def _qkv(
-    layer: Params, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array, config: ModelConfig
+    layer: Params,
+    x_BTD: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    config: ModelConfig,
+    project: Project,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     x = rms_norm(x_BTD, layer["attn_norm"], config.norm_eps)
     q = project(x, layer["q"], "btd,dnh->btnh")
@@ -361,18 +389,22 @@ def _qkv(
 
 
 def _after_attention(
-    layer: Params, x_BTD: jax.Array, mixed_BTNH: jax.Array, config: ModelConfig
+    layer: Params,
+    x_BTD: jax.Array,
+    mixed_BTNH: jax.Array,
+    config: ModelConfig,
+    project: Project,
 ) -> jax.Array:
     x = x_BTD + project(mixed_BTNH, layer["o"], "btnh,nhd->btd")
     h = rms_norm(x, layer["mlp_norm"], config.norm_eps)
     if config.experts is None:
-        h = _feed_forward(layer, h)
+        h = _feed_forward(layer, h, project)
     else:
         h = moe.feed_forward(layer, h, config.experts)
     return constrain(x + h, "batch", None, None)
 
 
-def _feed_forward(layer: Params, x_BTD: jax.Array) -> jax.Array:
+def _feed_forward(layer: Params, x_BTD: jax.Array, project: Project) -> jax.Array:
     gate, up = (project(x_BTD, layer[name], "btd,df->btf") for name in ("gate", "up"))
     h = constrain(jax.nn.silu(gate) * up, "batch", None, "mlp")
     return project(h, layer["down"], "btf,fd->btd")
@@ -433,9 +465,9 @@ def forward(
     cos, sin = _rotation(jnp.arange(tokens.shape[1])[None], config)
 
     def block(x_BTD: jax.Array, layer: Params) -> tuple[jax.Array, None]:
-        q, k, v = _qkv(layer, x_BTD, cos, sin, config)
+        q, k, v = _qkv(layer, x_BTD, cos, sin, config, project)
         mixed = causal_self_attention(q, k, v, query_chunk=query_chunk)
-        return _after_attention(layer, x_BTD, mixed, config), None
+        return _after_attention(layer, x_BTD, mixed, config, project), None
 
     x, _ = jax.lax.scan(REMAT[remat](block), x, params["layers"])
     return rms_norm(x, params["final_norm"], config.norm_eps)
@@ -529,6 +561,7 @@ def forward_cached(
     counts: jax.Array,
     *,
     config: ModelConfig,
+    stationary: bool,
 ) -> tuple[jax.Array, KVCache]:
     """Append ragged tokens to the conversations and return their hidden states.
 
@@ -538,31 +571,43 @@ def forward_cached(
     Args:
       tokens: int32 [B, T].
       counts: int32 [B], 0..T.
+      stationary: weights stay where they are, and activations come to them: for few tokens, of a
+        model whose weights are split (`linear.project_in_place`). Experts are gathered still.
 
     Returns:
       ([B, T, D] normalized hidden states, the grown cache).
     """
     step = jnp.arange(tokens.shape[1])
     position_BT = cache.lengths[:, None] + step
+    by = project_in_place if stationary else project
     # Out of range on purpose where nothing is to be written: the scatter drops those.
     slot_BT = jnp.where(step < counts[:, None], position_BT, cache.slots)
     cos, sin = _rotation(position_BT, config)
     x = _embed(params, tokens)
-    keys, values = [], []
-    for index in range(config.num_layers):
-        layer = jax.tree.map(lambda p, i=index: p[i], params["layers"])
-        q, k, v = _qkv(layer, x, cos, sin, config)
-        keys.append(_append(cache.keys[index], k, slot_BT, cache.layout))
-        values.append(_append(cache.values[index], v, slot_BT, cache.layout))
+
+    def block(
+        x_BTD: jax.Array, k: jax.Array, v: jax.Array, layer: Params
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q, new_k, new_v = _qkv(layer, x_BTD, cos, sin, config, by)
+        k = _append(k, new_k, slot_BT, cache.layout)
+        v = _append(v, new_v, slot_BT, cache.layout)
         mixed = chunked_attention(
-            q,
-            keys[-1],
-            values[-1],
-            position_BT,
-            layout=cache.layout,
-            query_chunk=_CACHED_QUERIES,
+            q, k, v, position_BT, layout=cache.layout, query_chunk=_CACHED_QUERIES
         )
-        x = _after_attention(layer, x, mixed, config)
+        return _after_attention(layer, x_BTD, mixed, config, by), k, v
+
+    keys, values = [], []
+    for index, (k, v) in enumerate(zip(cache.keys, cache.values, strict=True)):
+        layer = jax.tree.map(lambda p, i=index: p[i], params["layers"])
+        if tokens.shape[1] == 1:
+            x, k, v = block(x, k, v, layer)
+        else:
+            # The condition as good as always holds, but what is computed under it is allocated
+            # under it: the TPU compiler would hold what all layers need from the very start.
+            some = jnp.any(counts > 0)
+            x, k, v = jax.lax.cond(some, block, lambda x, k, v, _: (x, k, v), x, k, v, layer)
+        keys.append(k)
+        values.append(v)
     hidden = rms_norm(x, params["final_norm"], config.norm_eps)
     lengths = constrain(cache.lengths + counts, "batch")
     return hidden, replace(cache, keys=tuple(keys), values=tuple(values), lengths=lengths)

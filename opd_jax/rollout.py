@@ -199,6 +199,7 @@ class _Tape:
 
     def __init__(self, params: Params, agent: Agent, rows: int):
         self.params, self.agent = params, agent
+        self.stationary = model.is_split(params)
         self.cache: KVCache = model.init_cache(
             agent.model,
             batch=rows,
@@ -262,6 +263,7 @@ class _Tape:
                 config=agent.model,
                 sampling=agent.sampling,
                 chunk=agent.chunk,
+                stationary=self.stationary,
             )
             out = jax.device_get(out)
             for row in rows:

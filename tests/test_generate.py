@@ -146,6 +146,7 @@ class Rows:
                 config=CONFIG,
                 sampling=sampling,
                 chunk=chunk,
+                stationary=False,
             )
             for row, count in enumerate(np.asarray(out.counts)):
                 tokens = np.asarray(out.tokens)[row]
@@ -329,6 +330,7 @@ def test_the_cache_passed_in_is_donated(params: model.Params) -> None:
         config=CONFIG,
         sampling=PLAIN,
         chunk=4,
+        stationary=False,
     )
     assert all(buffer.is_deleted() for buffer in after.keys + after.values)
 

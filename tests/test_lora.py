@@ -118,6 +118,7 @@ def sampled(params: Params, *, dtype: str) -> tuple[np.ndarray, np.ndarray]:
         config=CONFIG,
         sampling=Sampling(temperature=1.0, top_k=0, top_p=1.0),
         chunk=8,
+        stationary=False,
     )
     return np.asarray(out.tokens), np.asarray(out.logprobs)
 

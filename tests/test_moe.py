@@ -87,7 +87,7 @@ def test_the_two_kinds_of_weights_are_different_models(references: dict, tokens:
 def test_cached_pieces_equal_one_forward(mixture: Any, tokens: np.ndarray) -> None:
     config, params = load(mixture.folder)
     expected = run(params, tokens, config)
-    append = jax.jit(partial(model.forward_cached, config=config))
+    append = jax.jit(partial(model.forward_cached, config=config, stationary=False))
     cache = model.init_cache(config, batch=3, slots=24, dtype=jnp.float32, layout="BSGH")
     done = np.zeros(3, int)
     # Rows of different lengths: what fills a piece goes to experts too, and changes nothing.

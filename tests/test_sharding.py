@@ -3,6 +3,7 @@
 One update, a rollout's sampling over two turns, and the judge's scores, on each shape of mesh.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -26,6 +27,8 @@ from opd_jax.lora import TARGETS, Lora, lora_specs, with_adapters
 from opd_jax.losses import NO_TURN, Verdict
 from opd_jax.mesh import make_mesh, param_shardings, shard_batch, shard_rows
 from opd_jax.model import ModelConfig, Params, init_arrays, init_params, param_specs
+from opd_jax.plan.collectives import KINDS
+from opd_jax.plan.hlo import parse
 from opd_jax.train_state import abstract_state, init_state, placement_of
 from opd_jax.train_step import make_train_step
 
@@ -48,6 +51,8 @@ STUDENT = ModelConfig(
     tied=True,
 )
 TEACHER = replace(STUDENT, d_model=64, tied=False)
+# Of which every matrix is larger than the activations of a batch.
+WIDE = replace(STUDENT, d_model=128, head_dim=16, d_ff=128)
 LORA = Lora(rank=3, alpha=6.0, targets=TARGETS)
 ROWS, LENGTH, TURNS = 16, 16, 2
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
@@ -140,14 +145,18 @@ def sampled(mesh: Mesh) -> tuple[list[list[int]], np.ndarray]:
     return sampled_from(placed(STUDENT, 0, mesh))
 
 
+def sampled_in_place(mesh: Mesh) -> tuple[list[list[int]], np.ndarray]:
+    return sampled_from(placed(STUDENT, 0, mesh), gather=False)
+
+
 def sampled_with_adapters(mesh: Mesh) -> tuple[list[list[int]], np.ndarray]:
     return sampled_from(with_adapters(placed(STUDENT, 0, mesh), placed_adapters(mesh), LORA))
 
 
-def sampled_from(params: Params) -> tuple[list[list[int]], np.ndarray]:
+def sampled_from(params: Params, *, gather: bool = True) -> tuple[list[list[int]], np.ndarray]:
     """Tokens and log-probabilities of two turns, behind ragged prompts and observations."""
     rng = np.random.default_rng(1)
-    weights = gen.sampling_params(params, config=STUDENT, dtype=jnp.float32, gather=True)
+    weights = gen.sampling_params(params, config=STUDENT, dtype=jnp.float32, gather=gather)
     kv = model.init_cache(STUDENT, batch=ROWS, slots=SLOTS, dtype=jnp.float32, layout="BGSH")
     keys = jax.random.split(jax.random.key(3), ROWS)
     place = kv.keys[0].sharding
@@ -168,6 +177,7 @@ def sampled_from(params: Params) -> tuple[list[list[int]], np.ndarray]:
             config=STUDENT,
             sampling=Sampling(temperature=0.7, top_k=0, top_p=0.95),
             chunk=4,
+            stationary=model.is_split(weights),
         )
         # Where it was put, in the very words: the second turn runs the programs of the first.
         assert {buffer.sharding for buffer in (*kv.keys, *kv.values)} == {place}
@@ -214,8 +224,9 @@ def test_one_update(mesh: Mesh, trained: Callable[[Mesh], Updated]) -> None:
         np.testing.assert_allclose(got.metrics[name], want.metrics[name], rtol=1e-5)
 
 
-def test_one_generation(mesh: Mesh) -> None:
-    (tokens, logprobs), (want, want_logprobs) = sampled(mesh), on_one_device(sampled)
+@pytest.mark.parametrize("how", [sampled, sampled_in_place], ids=["gathered", "in_place"])
+def test_one_generation(mesh: Mesh, how: Callable[[Mesh], Any]) -> None:
+    (tokens, logprobs), (want, want_logprobs) = how(mesh), on_one_device(sampled)
     assert tokens == want
     assert len({len(row) for row in want}) > 1  # some rows stopped sooner
     np.testing.assert_allclose(logprobs, want_logprobs, rtol=1e-5, atol=1e-5)
@@ -229,6 +240,40 @@ def test_one_generation_with_adapters(mesh: Mesh) -> None:
     )
     assert tokens == want != on_one_device(sampled)[0]
     np.testing.assert_allclose(logprobs, want_logprobs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2)], indirect=True)
+def test_for_a_token_activations_are_sent_and_no_weights(mesh: Mesh) -> None:
+    specs = param_specs(WIDE)
+    shardings = param_shardings(specs, mesh)
+    weights = jax.tree.map(
+        lambda spec, where: jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=where),
+        specs,
+        shardings,
+        is_leaf=model.is_spec,
+    )
+    assert model.is_split(weights)
+    kv = model.init_cache(WIDE, batch=ROWS, slots=SLOTS, dtype=jnp.float32, layout="BGSH")
+    rows = shard_rows(np.ones(ROWS, np.int32))
+    keys = jax.random.split(jax.random.key(0), ROWS)
+    how = dict(sampling=Sampling(temperature=1.0, top_k=0, top_p=1.0), chunk=4)
+
+    def largest(stationary: bool) -> int:
+        """Bytes of the largest array that is sent."""
+        compiled = gen.generate.lower(
+            *(weights, kv, rows, rows, keys, np.array([63])),
+            config=WIDE,
+            stationary=stationary,
+            **how,
+        ).compile()
+        module = parse(compiled.as_text())
+        sent = [i for c in module.computations.values() for i in c.values() if i.opcode in KINDS]
+        return max(array.bytes for i in sent for array in i.arrays())
+
+    layers = [spec.shape[1:] for spec in specs["layers"].values() if len(spec.shape) > 2]
+    least = 4 * min(map(math.prod, layers)) // mesh.shape["tensor"]
+    widest = 4 * ROWS * max(WIDE.d_ff, WIDE.vocab_size)
+    assert largest(True) <= widest < least <= largest(False)
 
 
 def test_one_judging(mesh: Mesh) -> None:

@@ -10,7 +10,7 @@ from ml_collections import FrozenConfigDict
 
 from opd_jax import generate as gen
 from opd_jax.generate import Sampling
-from opd_jax.model import ModelConfig
+from opd_jax.model import ModelConfig, is_split
 from opd_jax.plan.placement import Placement
 from opd_jax.plan.program import COPY, Program
 from opd_jax.plan.traffic import Moved, device_bytes
@@ -129,7 +129,12 @@ def generating(
             place.whole(keys.shape, keys.dtype),
             stop_ids,
         ),
-        {"config": player.sizes, "sampling": how, "chunk": chunk},
+        {
+            "config": player.sizes,
+            "sampling": how,
+            "chunk": chunk,
+            "stationary": is_split(player.params),
+        },
         runs=runs,
         trips=chunk,
         moved=gone_through(player, cache, times=chunk),
