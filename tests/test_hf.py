@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save, save_file
 
 from opd_jax import hf, model
 from opd_jax.mesh import make_mesh
@@ -171,6 +172,9 @@ def test_export_is_the_folder_that_was_read(
     files = sorted(out.glob("*.safetensors"))
     assert (len(files) > 1) == (max_shard_bytes == 20_000)
     assert all(p.stat().st_size < max_shard_bytes + 10_000 for p in files)
+    for path in files:
+        assert path.read_bytes() == save(load_file(path), metadata={"format": "pt"})
+        assert path.stat().st_mode == (out / "config.json").stat().st_mode
     written = {k: v for p in files for k, v in load_file(p).items()}
     source = load_file(reference.folder / "model.safetensors")
     assert written.keys() == source.keys()
@@ -211,6 +215,27 @@ def test_export_in_bfloat16(references: dict, tokenizer: Any, tmp_path: Path) ->
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     assert_trees_equal(load(out, dtype=jnp.bfloat16), low)
+    weights = out / "model.safetensors"
+    assert weights.read_bytes() == save(load_file(weights), metadata={"format": "pt"})
+
+
+def test_writing_holds_one_matrix_of_one_layer(
+    references: dict, tokenizer: Any, tmp_path: Path, random_params: Callable
+) -> None:
+    config = dataclasses.replace(hf.read_config(references["qwen3"].folder), num_layers=40)
+    config = dataclasses.replace(config, d_ff=2048)
+    params = random_params(config, seed=0)
+    largest = 4 * config.d_ff * config.d_model
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert total > 100 * largest
+    save = partial(hf.save_model, config=config, dtype=jnp.float32, tokenizer_from=tokenizer)
+    save(tmp_path / "imports", params)
+    tracemalloc.start()
+    save(tmp_path / "out", params)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # Besides: names of tensors, and the tokenizer.
+    assert largest < peak < 8 * largest
 
 
 def test_tokenizer_travels_with_the_model(references: dict, tokenizer: Any, tmp_path: Path) -> None:
