@@ -2,12 +2,15 @@
 # Make .venv if absent, install the package, and train:
 #   ./launch/local.sh --config=configs/quickstart.py [--workdir=DIR] [--config.x.y=v]
 # Without --workdir the run goes to runs/NAME of the config. PYTHON chooses the interpreter (3.11 or
-# newer), EXTRAS the extras, for example EXTRAS=cuda.
+# newer), EXTRAS the extras, for example EXTRAS=cuda. --dry-run prints the commands.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-source launch/venv.sh
-ensure_venv "${EXTRAS:-}"
+dry_run="" words=()
+for word in "$@"; do
+  if [[ $word == --dry-run ]]; then dry_run=1; else words+=("$word"); fi
+done
+set -- ${words[@]+"${words[@]}"}
 
 workdir=()
 if [[ " $* " != *" --workdir"* && " $* " != *" --help"* ]]; then
@@ -20,4 +23,14 @@ if [[ " $* " != *" --workdir"* && " $* " != *" --help"* ]]; then
   name=$(basename "$config" | sed -e 's/\.py//' -e 's/[^A-Za-z0-9_.=-]/-/g')
   workdir=(--workdir="runs/${name:-run}")
 fi
-exec .venv/bin/python -m opd_jax.train "$@" ${workdir[@]+"${workdir[@]}"}
+train=(.venv/bin/python -m opd_jax.train "$@" ${workdir[@]+"${workdir[@]}"})
+
+if [[ -n $dry_run ]]; then
+  echo "bash -c 'source launch/venv.sh && ensure_venv \"${EXTRAS:-}\"'"
+  line=$(printf ' %q' "${train[@]}")
+  echo "${line# }"
+  exit
+fi
+source launch/venv.sh
+ensure_venv "${EXTRAS:-}"
+exec "${train[@]}"

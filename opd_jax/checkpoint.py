@@ -77,7 +77,7 @@ class Checkpoints:
         except (TypeError, ValueError) as error:
             raise ValueError(f"`meta` must be a JSON object: {error}") from None
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(dict(meta))
+            state=ocp.args.PyTreeSave(arrays), meta=ocp.args.JsonSave(dict(meta))
         )
         manager.save(step, args=items, force=True)
 
@@ -88,32 +88,38 @@ class Checkpoints:
         self.wait()
         return self._manager()[0].latest_step()
 
-    def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+    def restore(
+        self, step: int, abstract: Any, *, partial: bool = False
+    ) -> tuple[Any, dict[str, Any]]:
         """Reads checkpoint `step`, bit for bit what was saved.
 
         Args:
           step: a saved step.
           abstract: pytree like the saved one, whose leaves have `shape`, `dtype` and `sharding`:
             arrays or `jax.ShapeDtypeStruct`. The sharding may differ from the one at saving time;
-            a leaf without sharding goes to the first device.
+            a leaf without sharding becomes a numpy array on the host; but a key, which numpy does
+            not have, goes to the first device.
+          partial: `abstract` holds only some of what was saved, by the same keys; no other array is
+            read.
 
         Returns:
           (arrays, meta): arrays in the structure of `abstract`, and the JSON object.
 
         Raises:
-          ValueError: no such checkpoint, arrays missing, left over, or of another shape or dtype,
-            or files that cannot be read. Nothing on disk is changed, and no other checkpoint is
-            taken instead: the message names the one before it, for the user to decide.
+          ValueError: no such checkpoint, arrays missing, left over (unless `partial`), or of
+            another shape or dtype, or files that cannot be read. Nothing on disk is changed, and no
+            other checkpoint is taken instead: the message names the one before it, for the user to
+            decide.
         """
         steps = [] if self.latest() is None else sorted(self._manager()[0].all_steps())
         if step not in steps:
             raise ValueError(f"no checkpoint {step} in `{self.directory}`; saved steps: {steps}")
-        abstract = jax.tree.map(_with_sharding, abstract)
+        abstract = jax.tree.map(_wanted, abstract)
         problem = None
         with _held_back_stderr() as held:
             try:
-                self._check_match(step, abstract)
-                arrays, meta = self._read(step, abstract)
+                self._check_match(step, abstract, partial)
+                arrays, meta = self._read(step, abstract, partial)
             except _AnotherRun:
                 raise
             except Exception as error:
@@ -131,15 +137,21 @@ class Checkpoints:
             raise ValueError(self._advice(step, steps, problem))
         return arrays, meta
 
-    def restore_latest(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
+    def restore_latest(
+        self, abstract: Any, *, partial: bool = False
+    ) -> tuple[int, Any, dict[str, Any]] | None:
         """Restores the newest checkpoint as (step, arrays, meta), or gives None without one.
+
+        Args:
+          abstract: as in `restore`.
+          partial: as in `restore`.
 
         Raises:
           ValueError: as `restore`.
         """
         # As one process sees the directory: others may be shown an older state of it.
         step = processes.first(self.latest())
-        return None if step is None else (step, *self.restore(step, abstract))
+        return None if step is None else (step, *self.restore(step, abstract, partial=partial))
 
     def wait(self) -> None:
         """Returns when every save is complete on disk; raises what a failed save raised."""
@@ -163,20 +175,21 @@ class Checkpoints:
                 max_to_keep=self._keep, enable_async_checkpointing=True
             )
             handlers = {
-                "state": ocp.StandardCheckpointHandler(),
+                # Writes what the standard handler writes, and can also read a part of it.
+                "state": ocp.PyTreeCheckpointHandler(),
                 "meta": ocp.JsonCheckpointHandler(),
             }
             manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
             self._opened = (manager, ocp)
         return self._opened
 
-    def _check_match(self, step: int, abstract: Any) -> None:
+    def _check_match(self, step: int, abstract: Any, partial: bool) -> None:
         """Compares names, shapes and dtypes first: storage would cast another dtype silently."""
         metadata = self._manager()[0].item_metadata(step)["state"]
         if metadata is None:
             raise ValueError("the list of its arrays, `state/_METADATA`, is missing")
         saved, expected = _by_name(metadata.tree), _by_name(abstract)
-        for name in sorted(expected.keys() | saved.keys()):
+        for name in sorted(expected.keys() if partial else expected.keys() | saved.keys()):
             found, wanted = saved.get(name, "absent"), expected.get(name, "absent")
             if found != wanted:
                 raise _AnotherRun(
@@ -185,11 +198,14 @@ class Checkpoints:
                     "config it was saved with, or another `--workdir`"
                 )
 
-    def _read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+    def _read(self, step: int, abstract: Any, partial: bool) -> tuple[Any, dict[str, Any]]:
         manager, ocp = self._manager()
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
+        arrays = ocp.args.PyTreeRestore(
+            abstract,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+            partial_restore=partial,
         )
+        items = ocp.args.Composite(state=arrays, meta=ocp.args.JsonRestore())
         restored = manager.restore(step, args=items)
         return restored["state"], restored["meta"]
 
@@ -206,9 +222,9 @@ class Checkpoints:
         )
 
 
-def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
+def _wanted(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None)
-    if sharding is None:
+    if sharding is None and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 

@@ -114,6 +114,18 @@ def load_student(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> LoadedMod
     )
 
 
+def student_sizes(config: FrozenConfigDict) -> ModelConfig:
+    """Sizes of the student that `load_student` gives; no weight is read.
+
+    Raises:
+      ValueError: as `hf.read_config`.
+    """
+    if config.student == "new":
+        return new_sizes(config)[0]
+    sizes = hf.read_config(model_folder(config.student))
+    return dataclasses.replace(sizes, vocab_size=_shared_vocab(config))
+
+
 def student_dtype(config: FrozenConfigDict) -> str:
     """What the student is loaded in, as `load_model` takes it: frozen weights need no more."""
     if not config.lora.rank:
@@ -138,10 +150,7 @@ def _shared_vocab(config: FrozenConfigDict) -> int:
 
 def new_model(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> LoadedModel:
     """A random model of `config.new_model` with the household's tokenizer."""
-    from opd_jax.envs.household.tokenizer import build
-
-    tokenizer = build(phrases=PHRASES)
-    sizes = ModelConfig(vocab_size=len(tokenizer), rope_scaling=None, **config.new_model)
+    sizes, tokenizer = new_sizes(config)
     init = jax.jit(
         partial(init_params, sizes, dtype=jnp.dtype(config.dtype)),
         out_shardings=param_shardings(param_specs(sizes), mesh),
@@ -153,6 +162,14 @@ def new_model(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> LoadedModel:
         tokenizer=tokenizer,
         chat=ChatFormat.from_tokenizer(tokenizer),
     )
+
+
+def new_sizes(config: FrozenConfigDict) -> tuple[ModelConfig, Any]:
+    """Sizes of `new_model`, and its tokenizer."""
+    from opd_jax.envs.household.tokenizer import build
+
+    tokenizer = build(phrases=PHRASES)
+    return ModelConfig(vocab_size=len(tokenizer), rope_scaling=None, **config.new_model), tokenizer
 
 
 def make_lora(settings: FrozenConfigDict) -> Lora | None:

@@ -10,6 +10,7 @@ Source: Hu et al., LoRA (arXiv 2106.09685).
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -125,44 +126,21 @@ def _spec_like(weight: Any, key: str, spec: ParamSpec) -> Any:
     return LoraWeight(base, adapter["a"], adapter["b"], weight.scale)
 
 
-def merged(params: Params, config: ModelConfig, *, dtype: jnp.dtype) -> Params:
-    """Parameters that are arrays: W + (α / r) · A B in the place of each adapted weight.
+@partial(jax.jit, static_argnames="contracted")
+def merged(weight: jax.Array | Int8Weight | LoraWeight, *, contracted: tuple[int, ...]):
+    """W + (α / r) · A B in float32: the one array that stands for an adapted weight.
 
-    An `Int8Weight`, adapted or not, becomes the float weight that it stands for. Weights that are
-    arrays already stay what they are.
+    An `Int8Weight`, adapted or not, becomes the float weight that it stands for.
 
     Args:
-      params: as from `with_adapters`, or any of a model.
-      config: its sizes.
-      dtype: of the new arrays; they are summed in float32 and rounded once.
-
-    Returns:
-      The tree of `model.param_specs`, each new array placed as the weight was that it stands for.
+      weight: of a projection, stacked over layers or not.
+      contracted: its axes that the projection sums over; those before them are of the stack.
     """
-    specs = param_specs(config)["layers"]
-    layers = {
-        key: _merge(weight, contracted_axes(key, specs[key]), dtype)
-        if key in CONTRACTED
-        else weight
-        for key, weight in params["layers"].items()
-    }
-    return params | {"layers": layers}
-
-
-def _merge(weight: Any, contracted: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    base = weight.base if isinstance(weight, LoraWeight) else weight
-    if base is weight and not isinstance(weight, Int8Weight):
-        return weight
-    place = (base.values if isinstance(base, Int8Weight) else base).sharding
-    return jax.jit(lambda w: _in_float32(w, contracted).astype(dtype), out_shardings=place)(weight)
-
-
-def _in_float32(weight: Any, contracted: tuple[int, ...]) -> jax.Array:
     if isinstance(weight, Int8Weight):
         return dequantize_weight(weight, contracted=contracted)
     if not isinstance(weight, LoraWeight):
         return weight.astype(jnp.float32)
-    base, stack = _in_float32(weight.base, contracted), weight.a.shape[: contracted[0]]
+    base, stack = merged(weight.base, contracted=contracted), weight.a.shape[: contracted[0]]
     rank = weight.a.shape[-1]
     a = weight.a.astype(jnp.float32).reshape(*stack, -1, rank)
     b = weight.b.astype(jnp.float32).reshape(*stack, rank, -1)

@@ -149,6 +149,50 @@ def test_restoring_follows_the_sharding_asked_for(directory):
     checkpoints.close()
 
 
+def bytes_read() -> int:
+    """By this process since it started, in all of its threads."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def test_a_part_is_restored_without_reading_the_rest(directory):
+    rng = np.random.default_rng(0)
+    part = {"params": {"layers": {"w": jnp.asarray(rng.normal(size=(4, 500)), jnp.bfloat16)}}}
+    moments = [jnp.asarray(rng.normal(size=(1000, 2000)), jnp.float32) for _ in range(2)]
+    checkpoints = Checkpoints(directory, keep=1)
+    whole = {**part, "opt_state": moments, "rng": jax.random.key(0)}
+    checkpoints.save(1, whole, {"cursor": 1})
+    checkpoints.wait()
+
+    before = bytes_read()
+    step, arrays, meta = checkpoints.restore_latest(abstract(part), partial=True)
+    read = bytes_read() - before
+    assert (step, meta) == (1, {"cursor": 1})
+    assert bits(arrays) == bits(part)
+    assert read < moments[0].nbytes / 10
+
+    before = bytes_read()
+    checkpoints.restore_latest(abstract(whole))
+    assert bytes_read() - before > moments[0].nbytes
+    checkpoints.close()
+
+
+def test_what_is_asked_for_without_a_place_comes_to_the_host(directory):
+    device = jax.devices()[-1]
+    saved = {"host": jnp.arange(3, dtype=jnp.bfloat16), "there": jnp.arange(4), "count": 7}
+    checkpoints = Checkpoints(directory, keep=1)
+    checkpoints.save(1, saved, {})
+    place = jax.sharding.SingleDeviceSharding(device)
+    target = {
+        "host": jax.ShapeDtypeStruct((3,), jnp.bfloat16),
+        "there": jax.ShapeDtypeStruct((4,), jnp.int32, sharding=place),
+    }
+    _, arrays, _ = checkpoints.restore_latest(target, partial=True)
+    checkpoints.close()
+    assert type(arrays["host"]) is np.ndarray
+    assert arrays["there"].devices() == {device}
+    assert bits(arrays) == bits({name: saved[name] for name in target})
+
+
 KILLED = """
 import os, signal, sys
 import jax
@@ -291,6 +335,17 @@ def test_arrays_of_another_model_are_refused_by_name(two_saved):
         assert "\n" not in str(error.value)
         assert f"`{two_saved / '20'}`" in str(error.value)
     assert files_in(two_saved) == before
+    checkpoints.close()
+
+
+def test_a_part_that_is_not_there_is_refused_by_name(two_saved):
+    layers = abstract(train_state(0))["params"]["layers"]
+    wide = {**layers, "w": jax.ShapeDtypeStruct((4, 6), jnp.float32)}
+    more = {**layers, "extra": layers["w"]}
+    checkpoints = Checkpoints(two_saved, keep=5)
+    for part, pattern in ((wide, "params/layers/w`.*4, 5.*4, 6"), (more, "extra`.*absent there")):
+        with pytest.raises(ValueError, match=pattern):
+            checkpoints.restore_latest({"params": {"layers": part}}, partial=True)
     checkpoints.close()
 
 

@@ -459,6 +459,20 @@ def test_transformers_opens_an_export_and_decodes_the_same_tokens(
         np.testing.assert_array_equal(mine, exported)
 
 
+def test_an_export_asks_for_parameters_alone(
+    student: experiment.LoadedModel, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(to_json(quickstart("--config.mesh.data=64")))
+    params = jax.tree.map(lambda x: x * 1.01, student.params)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    checkpoints.save(7, {"params": params}, {})
+    checkpoints.close()
+    assert export.export(tmp_path, tmp_path / "model") == 7
+    got = experiment.load_model(str(tmp_path / "model"), dtype="float32", mesh=one_device())
+    assert got.config == student.config
+    jax.tree.map(np.testing.assert_array_equal, got.params, params)
+
+
 def test_an_export_needs_a_run_with_a_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture, small: tuple
 ) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -171,6 +172,7 @@ def test_export_is_the_folder_that_was_read(
     files = sorted(out.glob("*.safetensors"))
     assert (len(files) > 1) == (max_shard_bytes == 20_000)
     assert all(p.stat().st_size < max_shard_bytes + 10_000 for p in files)
+    assert all(p.stat().st_mode == (out / "config.json").stat().st_mode for p in files)
     written = {k: v for p in files for k, v in load_file(p).items()}
     source = load_file(reference.folder / "model.safetensors")
     assert written.keys() == source.keys()
@@ -211,6 +213,26 @@ def test_export_in_bfloat16(references: dict, tokenizer: Any, tmp_path: Path) ->
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     assert_trees_equal(load(out, dtype=jnp.bfloat16), low)
+
+
+def test_writing_holds_what_goes_into_one_file(
+    references: dict, tokenizer: Any, tmp_path: Path, random_params: Callable
+) -> None:
+    config = dataclasses.replace(hf.read_config(references["qwen3"].folder), num_layers=40)
+    config = dataclasses.replace(config, d_ff=2048)
+    params = random_params(config, seed=0)
+    largest = 4 * config.d_ff * config.d_model
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert total > 100 * largest
+    save = partial(hf.save_model, config=config, dtype=jnp.float32, tokenizer_from=tokenizer)
+    save = partial(save, max_shard_bytes=2 * largest)
+    save(tmp_path / "imports", params)
+    tracemalloc.start()
+    save(tmp_path / "out", params)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # Besides: names of tensors, and the tokenizer.
+    assert largest < peak < 8 * largest
 
 
 def test_tokenizer_travels_with_the_model(references: dict, tokenizer: Any, tmp_path: Path) -> None:

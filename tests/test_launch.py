@@ -278,6 +278,14 @@ LIST = (
     "'--filter=name~/pod$' '--format=value(state.state)'"
 )
 DRY_RUNS = {
+    ("local.sh", *TRAIN): r"""
+bash -c 'source launch/venv.sh && ensure_venv ""'
+.venv/bin/python -m opd_jax.train --config=c.py:a=1 --workdir=/mnt/runs/x --config.note=it\'s\ \$\(HOME\)
+""",  # noqa: E501
+    ("local.sh", "--config=configs/c.py:a=1"): """
+bash -c 'source launch/venv.sh && ensure_venv ""'
+.venv/bin/python -m opd_jax.train --config=configs/c.py:a=1 --workdir=runs/c-a=1
+""",
     ("tpu_vm.sh", "create"): f"{CREATE} --spot",
     ("tpu_vm.sh", "sync"): SYNC,
     ("tpu_vm.sh", "run", *TRAIN[:2]): f"""

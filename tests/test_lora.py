@@ -26,15 +26,15 @@ from opd_jax.checkpoint import Checkpoints
 from opd_jax.config import load, validate
 from opd_jax.config import validation as checks
 from opd_jax.generate import Sampling
-from opd_jax.linear import Int8Weight, LoraWeight, project
+from opd_jax.linear import CONTRACTED, Int8Weight, LoraWeight, project
 from opd_jax.lora import TARGETS, Lora, lora_specs, merged, specs_like, with_adapters
 from opd_jax.losses import NO_TURN
 from opd_jax.mesh import make_mesh, param_shardings
-from opd_jax.model import ModelConfig, Params, init_arrays, is_spec
+from opd_jax.model import ModelConfig, Params, init_arrays, is_spec, param_specs
 from opd_jax.moe import Experts
 from opd_jax.objective import Objective
 from opd_jax.optimizer import make_optimizer
-from opd_jax.quantize import quantize_params
+from opd_jax.quantize import contracted_axes, quantize_params
 from opd_jax.train_state import abstract_state, init_state
 from opd_jax.train_step import make_train_step
 
@@ -84,6 +84,18 @@ def random_adapters(config: ModelConfig = CONFIG, lora: Lora = LORA, *, scale: f
         lora_specs(config, lora),
         is_leaf=is_spec,
     )
+
+
+def plain_params(params: Params) -> Params:
+    """Parameters that are arrays, those of projections merged."""
+    specs = param_specs(CONFIG)["layers"]
+    layers = {
+        key: merged(weight, contracted=contracted_axes(key, specs[key]))
+        if key in CONTRACTED
+        else weight
+        for key, weight in params["layers"].items()
+    }
+    return params | {"layers": layers}
 
 
 @cache
@@ -167,7 +179,7 @@ def test_adapters_stand_beside_int8_weights(base: Params) -> None:
         forward()(with_adapters(int8, untrained(), LORA), tokens()), forward()(int8, tokens())
     )
     params = with_adapters(int8, random_adapters(scale=0.2), LORA)
-    plain = merged(params, CONFIG, dtype=jnp.float32)
+    plain = plain_params(params)
     assert not any(isinstance(weight, Int8Weight) for weight in plain["layers"].values())
     want = forward()(plain, tokens())
     assert_allclose(forward()(params, tokens()), want, rtol=0, atol=1e-5 * jnp.abs(want).max())
@@ -250,7 +262,7 @@ def test_the_gradient_is_the_merged_models_by_the_chain_rule(base: Params, teach
     adapters = random_adapters(scale=0.2)
     state = init_state(adapters, GRADIENT_KEEPER, seed=0)
     state, metrics = step_function(SAGE)(state, teacher, batch(), base)
-    plain = merged(with_adapters(base, adapters, LORA), CONFIG, dtype=jnp.float32)
+    plain = plain_params(with_adapters(base, adapters, LORA))
     whole = init_state(plain, GRADIENT_KEEPER, seed=0)
     whole, want = step_function(SAGE, lora=None)(whole, teacher, batch())
     assert_allclose(metrics["loss"], want["loss"], rtol=1e-5)
@@ -382,27 +394,39 @@ def test_adapted_and_merged_logits_match_torch(
     student = with_adapters(params, adapters, lora)
     assert_allclose(forward(config)(student, wide), want, rtol=0, atol=1e-5)
 
-    plain = merged(student, config, dtype=jnp.float32)
-    hf.save_model(tmp_path / "m", plain, config, dtype="float32", tokenizer_from=tokenizer)
+    hf.save_model(tmp_path / "m", student, config, dtype="float32", tokenizer_from=tokenizer)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()
     with torch.no_grad():
         logits = theirs(torch.tensor(wide)).logits.numpy()
     assert_allclose(logits, want, rtol=0, atol=1e-5)
 
 
-def test_a_merged_weight_is_rounded_once(base: Params) -> None:
+@pytest.mark.parametrize("int8", [False, True])
+def test_adapters_are_merged_as_they_are_written_and_rounded_once(
+    base: Params, tokenizer: Any, tmp_path: Path, int8: bool
+) -> None:
+    config = replace(CONFIG, vocab_size=len(tokenizer))
     low = jax.tree.map(lambda p: p.astype(jnp.bfloat16), base)
+    low["embed"] = jnp.zeros((config.vocab_size, config.d_model), jnp.bfloat16)
+    frozen = quantize_params(low, config) if int8 else low
     adapters = random_adapters(scale=0.2)
-    got = merged(with_adapters(low, adapters, LORA), CONFIG, dtype=jnp.bfloat16)["layers"]
+    params = with_adapters(frozen, adapters, LORA)
+    hf.save_model(tmp_path / "m", params, config, dtype="bfloat16", tokenizer_from=tokenizer)
+    got = hf.load_params(tmp_path / "m", config, dtype=jnp.bfloat16)["layers"]
     for key, adapter in adapters.items():
         a, b = (np.asarray(adapter[name], np.float64) for name in "ab")
         product = a.reshape(2, -1, 3) @ b.reshape(2, 3, -1)
-        exact = np.asarray(low["layers"][key], np.float64)
+        weight = frozen["layers"][key]
+        if int8:
+            contracted = contracted_axes(key, param_specs(CONFIG)["layers"][key])
+            scale = np.expand_dims(np.asarray(weight.scale, np.float64), contracted)
+            exact = np.asarray(weight.values, np.float64) * scale
+        else:
+            exact = np.asarray(weight, np.float64)
         exact = exact + 2.0 * product.reshape(exact.shape)
-        assert got[key].dtype == jnp.bfloat16
         # Half a unit in the last of bfloat16's 8 bits, and what the float32 sum lost before.
         assert_allclose(np.asarray(got[key], np.float64), exact, rtol=2**-8, atol=1e-7)
-    assert got["attn_norm"] is low["layers"]["attn_norm"]
+    assert_array_equal(got["attn_norm"], low["layers"]["attn_norm"])
 
 
 # --- Refused --------------------------------------------------------------------------------------

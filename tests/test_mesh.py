@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,10 @@ from jax.sharding import AxisType, PartitionSpec
 from opd_jax import mesh as mesh_lib
 from opd_jax.lora import Lora, lora_specs
 from opd_jax.mesh import batch_sharding, make_mesh, param_shardings, replicated, shard_batch
-from opd_jax.model import ModelConfig, ParamSpec, cache_specs, is_spec, param_specs
+from opd_jax.model import ModelConfig, ParamSpec, cache_specs, init_arrays, is_spec, param_specs
 from opd_jax.moe import Experts
+from opd_jax.plan.collectives import collectives
+from opd_jax.plan.hlo import parse
 
 CONFIG = ModelConfig(
     vocab_size=64,
@@ -88,6 +91,18 @@ def test_parameters_follow_the_rules() -> None:
     assert shardings["layers"]["q"].shard_shape((2, 32, 4, 16)) == (2, 8, 2, 16)
     assert shardings["layers"]["down"].shard_shape((2, 48, 32)) == (2, 24, 8)
     assert shardings["head"].shard_shape((32, 64)) == (8, 32)
+
+
+def test_random_parameters_are_made_where_they_lie() -> None:
+    embed = {"embed": ParamSpec((4096, 64), ("vocab", "embed"), 0.02)}
+    shardings = param_shardings(embed, make_mesh(data=1, fsdp=4, tensor=2))
+    init = jax.jit(partial(init_arrays, embed, dtype=jnp.float32), out_shardings=shardings)
+    compiled = init.lower(jax.random.key(0)).compile()
+    memory, whole = compiled.memory_analysis(), 4 * 4096 * 64
+    assert whole / 8 <= memory.output_size_in_bytes < whole / 7
+    # Neither made whole and cut, nor sent.
+    assert memory.temp_size_in_bytes < whole / 2
+    assert collectives(parse(compiled.as_text())) == []
 
 
 def test_indivisible_parameter_is_named() -> None:

@@ -195,6 +195,25 @@ def test_an_int8_teacher_takes_half_and_its_scales():
     assert cache.keys[0].dtype == "bfloat16"
 
 
+def test_a_large_int8_teacher_and_a_student_in_training_fit_one_device_of_80_gb():
+    def bytes_of(dtype: str) -> int:
+        flags = [
+            "--config.mesh.fsdp=1",
+            "--config.rollout.batch=8",
+            "--config.train.micro_batches=8",
+        ]
+        config = cfg.load(f"{PAPER}:teacher=32b", [*flags, f"--config.teacher_dtype={dtype}"])
+        mesh = abstract_mesh(data=1, fsdp=1, tensor=1)
+        run = plan_run(config, *planned_pair(config), mesh=mesh, layout="BSGH")
+        always = ("parameters", "optimizer", "teacher")
+        (sampling,) = [program for program in run.programs if program.name == "sampling"]
+        return sum(run.residents[name] for name in always) + device_bytes(sampling.args)
+
+    # With the copy to sample with and the caches of eight episodes of 16,384 tokens.
+    assert bytes_of("int8") < 75e9
+    assert bytes_of("bfloat16") > 80e9
+
+
 def test_of_experts_those_that_a_token_takes_are_computed():
     config = cfg.load(PAPER, ["--config.teacher=models/Qwen3-30B-A3B", "--config.mesh.data=2"])
     plan = analyze(config, find("v5e:4x4", local_chips=0), given=[])

@@ -54,6 +54,13 @@ def test_the_compiler_of_this_machine_plans_and_is_asked_once(command, tmp_path)
         program["compiled"]["remembered"] = False
     assert second == first
 
+    # Another program is another question; those that are the same are not asked again.
+    changed = ("--config.optimizer.weight_decay=0.5", "--limit_s=0.01")
+    for program in plan(command, *LOCAL, f"--cache={tmp_path}", *changed)["programs"]:
+        trains = program["name"] == "train step"
+        assert (program["compiled"]["refused"] is None) == (not trains)
+        assert program["compiled"]["remembered"] == (not trains)
+
 
 def test_a_compiler_that_does_not_answer_is_given_up(command, tmp_path):
     found = plan(command, *LOCAL, f"--cache={tmp_path}", "--limit_s=0.01")

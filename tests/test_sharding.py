@@ -4,6 +4,7 @@ One update, a rollout's sampling over two turns, and the judge's scores, on each
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -27,7 +28,7 @@ from opd_jax.lora import TARGETS, Lora, lora_specs, with_adapters
 from opd_jax.losses import NO_TURN, Verdict
 from opd_jax.mesh import make_mesh, param_shardings, shard_batch, shard_rows
 from opd_jax.model import ModelConfig, Params, init_arrays, init_params, param_specs
-from opd_jax.plan.collectives import KINDS
+from opd_jax.plan.collectives import KINDS, collectives
 from opd_jax.plan.hlo import parse
 from opd_jax.train_state import abstract_state, init_state, placement_of
 from opd_jax.train_step import make_train_step
@@ -113,11 +114,8 @@ def placed_adapters(mesh: Mesh) -> Params:
     return jax.device_put(adapters(), param_shardings(lora_specs(STUDENT, LORA), mesh))
 
 
-def update(mesh: Mesh, lora: Lora | None = None) -> Updated:
-    own = placed(STUDENT, 0, mesh)
-    state = init_state(placed_adapters(mesh) if lora else own, KEEPER, seed=0)
-    placement = placement_of(state)
-    step = make_train_step(
+def train_step(placement: Any, lora: Lora | None = None) -> Callable:
+    return make_train_step(
         student=STUDENT,
         teacher=TEACHER,
         objective=SAGE,
@@ -131,6 +129,13 @@ def update(mesh: Mesh, lora: Lora | None = None) -> Updated:
         remat="layers",
         lora=lora,
     )
+
+
+def update(mesh: Mesh, lora: Lora | None = None) -> Updated:
+    own = placed(STUDENT, 0, mesh)
+    state = init_state(placed_adapters(mesh) if lora else own, KEEPER, seed=0)
+    placement = placement_of(state)
+    step = train_step(placement, lora)
     rows, base = shard_batch(batch(), mesh), own if lora else None
     state, metrics = step(state, placed(TEACHER, 1, mesh), rows, base)
     assert jax.tree.leaves(placement_of(state)) == jax.tree.leaves(placement)
@@ -160,6 +165,9 @@ def sampled_from(params: Params, *, gather: bool = True) -> tuple[list[list[int]
     kv = model.init_cache(STUDENT, batch=ROWS, slots=SLOTS, dtype=jnp.float32, layout="BGSH")
     keys = jax.random.split(jax.random.key(3), ROWS)
     place = kv.keys[0].sharding
+    data, fsdp, tensor = (place.mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
+    part = (ROWS // (data * fsdp), STUDENT.num_kv_heads // tensor, SLOTS, STUDENT.head_dim)
+    assert place.shard_shape(kv.keys[0].shape) == part
     rows: list[list[int]] = [[] for _ in range(ROWS)]
     logprobs = np.zeros((ROWS, 0), np.float32)
     last = np.ones(ROWS, np.int32)
@@ -222,6 +230,23 @@ def test_one_update(mesh: Mesh, trained: Callable[[Mesh], Updated]) -> None:
         np.testing.assert_allclose(g, w, rtol=0, atol=1e-5 * np.abs(w).max())
     for name in ("loss", "z", "grad_norm"):
         np.testing.assert_allclose(got.metrics[name], want.metrics[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", [(1, 2, 4)], indirect=True)
+def test_the_loss_sums_over_the_vocabulary_where_its_parts_are(mesh: Mesh) -> None:
+    state = init_state(placed(STUDENT, 0, mesh), KEEPER, seed=0)
+    lowered = train_step(placement_of(state)).lower(
+        state, placed(TEACHER, 1, mesh), shard_batch(batch(), mesh), None
+    )
+    found = collectives(parse(lowered.compile().as_text()))
+    of_loss = [part for part in found if "losses.py" in part.source]
+    # Numbers of a position, gradients of its hidden state, and of a device's part of the head;
+    # never logits, [positions, vocabulary], nor the head.
+    chunk, width, part = 8, STUDENT.d_model, STUDENT.vocab_size // 4
+    summed = {text for row in of_loss for text in re.findall(r"\[([\d,]*)\]", row.shape)}
+    assert {row.kind for row in of_loss} == {"all-reduce"}
+    assert {f"{chunk}", f"{chunk},{width}"} <= summed
+    assert summed <= {f"{chunk}", f"{chunk},1", f"{chunk},{width}", f"{part},{width}"}
 
 
 @pytest.mark.parametrize("how", [sampled, sampled_in_place], ids=["gathered", "in_place"])

@@ -1,6 +1,8 @@
-"""Parameters written as a Hugging Face folder, one parameter on the host at a time."""
+"""Parameters written as a Hugging Face folder, one file of weights after another."""
 
+import itertools
 import json
+import operator
 import os
 import shutil
 from collections.abc import Iterator
@@ -23,7 +25,10 @@ from opd_jax.hf.layout import (
     to_stored,
 )
 from opd_jax.hf.tokenizer import load_tokenizer, write_tokenizer
-from opd_jax.model import ModelConfig, Params, is_spec, param_specs
+from opd_jax.linear import Int8Weight, LoraWeight
+from opd_jax.lora import merged
+from opd_jax.model import ModelConfig, Params, ParamSpec, is_spec, param_specs
+from opd_jax.quantize import contracted_axes
 
 # The Hub's usual limit; files are cut only between tensors.
 MAX_SHARD_BYTES = 5 * 10**9
@@ -40,9 +45,13 @@ def save_model(
 ) -> None:
     """Writes a folder that `transformers` opens: config.json, weights, tokenizer.
 
-    The folder is written beside its place and renamed into it, so it is whole or absent.
+    The folder is written beside its place and renamed into it, so it is whole or absent. Beside
+    `params` the host holds what goes into one file.
 
     Args:
+      params: arrays of jax or numpy; a `LoraWeight` is written as W + (α / r) · A B, an
+        `Int8Weight` as the float weight that it stands for, both summed in float32 and rounded
+        once.
       dtype: of the stored tensors.
       tokenizer_from: a folder, whose tokenizer files and generation_config.json are copied as
         they are, or a `transformers` tokenizer. Its special token ids go into config.json.
@@ -76,7 +85,7 @@ def save_model(
 
 def _check_params(params: Params, config: ModelConfig) -> None:
     want = {_path(p): s.shape for p, s in _flatten(param_specs(config))}
-    got = {_path(p): tuple(a.shape) for p, a in _flatten(params)}
+    got = {_path(p): _shape(weight) for p, weight in _flatten(params)}
     for name in sorted(want.keys() | got.keys()):
         if want.get(name) != got.get(name):
             raise ValueError(
@@ -86,7 +95,16 @@ def _check_params(params: Params, config: ModelConfig) -> None:
 
 
 def _flatten(tree: Any) -> list[tuple]:
-    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_spec)[0]
+    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_parameter)[0]
+
+
+def _is_parameter(node: object) -> bool:
+    return is_spec(node) or isinstance(node, (Int8Weight, LoraWeight))
+
+
+def _shape(weight: Any) -> tuple[int, ...]:
+    weight = weight.base if isinstance(weight, LoraWeight) else weight
+    return tuple((weight.values if isinstance(weight, Int8Weight) else weight).shape)
 
 
 def _path(path: tuple) -> str:
@@ -97,17 +115,11 @@ def _write_weights(
     folder: Path, params: Params, config: ModelConfig, dtype: np.dtype, max_shard_bytes: int
 ) -> None:
     files, total = _plan_files(config, dtype.itemsize, max_shard_bytes)
-    waiting: dict[str, np.ndarray] = {}
-    names = list(files)
-    for (name, tensor), following in zip(
-        _tensors(params, config, dtype), [*names[1:], None], strict=True
-    ):
-        waiting[name] = tensor
-        if following is None or files[following] != files[name]:
-            save_file(waiting, folder / files[name], metadata={"format": "pt"})
-            # Written for the owner alone; the folder's other files are as the user wants them.
-            shutil.copymode(folder / "config.json", folder / files[name])
-            waiting = {}
+    tensors = _tensors(params, config, dtype)
+    for file, group in itertools.groupby(tensors, key=lambda named: files[named[0]]):
+        save_file(dict(group), folder / file, metadata={"format": "pt"})
+        # Written for the owner alone; the folder's other files are as the user wants them.
+        shutil.copymode(folder / "config.json", folder / file)
     if len(set(files.values())) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": files}
         (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
@@ -133,9 +145,20 @@ def _plan_files(
 def _tensors(
     params: Params, config: ModelConfig, dtype: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Each tensor to write, by name; one parameter is on the host at a time."""
-    for (key, spec), leaf in zip(leaves(config), jax.tree.leaves(params), strict=True):
-        array = np.asarray(leaf)
-        stack = array.reshape(-1, *spec.shape[len(stack_shape(spec)) :])
-        for name, part in zip(tensor_names(key, spec), stack, strict=True):
-            yield name, to_stored(key, spec, part.astype(dtype))
+    """Each tensor to write, by name; made when it is asked for."""
+    weights = jax.tree.leaves(params, is_leaf=_is_parameter)
+    for (key, spec), weight in zip(leaves(config), weights, strict=True):
+        stack = np.ndindex(stack_shape(spec))
+        for name, place in zip(tensor_names(key, spec), stack, strict=True):
+            # Cut where it lies: an array on a device keeps the copy that it gave to the host.
+            part = jax.tree.map(operator.itemgetter(place), weight)
+            yield name, to_stored(key, spec, _plain(key, spec, part).astype(dtype, copy=False))
+
+
+def _plain(key: str, spec: ParamSpec, weight: Any) -> np.ndarray:
+    """The weight in one place of the stack, as an array on the host."""
+    if isinstance(weight, (Int8Weight, LoraWeight)):
+        depth = len(stack_shape(spec))
+        contracted = tuple(axis - depth for axis in contracted_axes(key, spec))
+        weight = merged(weight, contracted=contracted)
+    return np.asarray(weight)

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from ml_collections import FrozenConfigDict
 
 from opd_jax import hf
-from opd_jax.experiment import model_folder
-from opd_jax.gatekeeper import PHRASES
+from opd_jax.experiment import model_folder, new_sizes
 from opd_jax.hf.published import PUBLISHED
 from opd_jax.labels import label_tokens
 from opd_jax.model import ModelConfig
@@ -84,8 +83,5 @@ def _label_width(tokenizer: object) -> int:
 
 
 def _new_model(config: FrozenConfigDict) -> PlannedModel:
-    from opd_jax.envs.household.tokenizer import build
-
-    tokenizer = build(phrases=PHRASES)
-    sizes = ModelConfig(vocab_size=len(tokenizer), rope_scaling=None, **config.new_model)
+    sizes, tokenizer = new_sizes(config)
     return PlannedModel("new", sizes, "sizes from `new_model`", _label_width(tokenizer), True)
