@@ -106,6 +106,8 @@ def paper_config(
     config.compute_dtype = "bfloat16"
     config.teacher_dtype = "bfloat16"  # int8 halves what a large teacher takes; see `quantize`
     config.mesh.fsdp = 8
+    # A token reads the whole cache: smaller steps save more of that, for more programs to compile.
+    config.rollout.cache_step = 4096
     config.rollout.extend_widths = (128, 512)
     config.rollout.chunk = 64
     config.judge.batch = 64

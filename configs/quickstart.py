@@ -97,6 +97,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         top_p=1.0,
         turn_tokens=32,
         context_tokens=640,
+        cache_step=640,  # slots by which the cache of a context grows
         extend_widths=(16,),
         chunk=32,
         gather_weights=True,  # sample with weights whole along mesh.fsdp: faster, more memory

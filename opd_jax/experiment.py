@@ -234,6 +234,7 @@ def make_agent(
         ),
         turn_tokens=rollout.turn_tokens,
         context_tokens=rollout.context_tokens,
+        cache_step=rollout.cache_step,
         extend_widths=tuple(rollout.extend_widths),
         chunk=rollout.chunk,
         history_turns=rollout.history_turns,

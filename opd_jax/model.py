@@ -538,6 +538,29 @@ def init_cache(
     return KVCache(buffers(), buffers(), lengths, layout)
 
 
+def grow_cache(cache: KVCache, *, slots: int) -> KVCache:
+    """The same conversations in a cache of `slots` slots, at least as many as it has.
+
+    Buffer after buffer, each deleted when its successor is there: of all of them together there
+    are never two. So `cache` is lost, as if donated.
+    """
+
+    def grown(buffer: jax.Array) -> jax.Array:
+        wider = _widened(buffer, slots=slots, layout=cache.layout)
+        buffer.delete()
+        return wider
+
+    keys, values = (tuple(map(grown, part)) for part in (cache.keys, cache.values))
+    return replace(cache, keys=keys, values=values)
+
+
+@partial(jax.jit, static_argnames=("slots", "layout"))
+def _widened(buffer: jax.Array, *, slots: int, layout: str) -> jax.Array:
+    axis = layout.index("S")
+    padding = [(0, slots - buffer.shape[axis] if n == axis else 0) for n in range(buffer.ndim)]
+    return constrain(jnp.pad(buffer, padding), *(_CACHE_AXES[name] for name in layout))
+
+
 def _append(buffer: jax.Array, new_BTGH: jax.Array, slot_BT: jax.Array, layout: str) -> jax.Array:
     row = jnp.arange(buffer.shape[0])[:, None]
     if layout == "BSGH":

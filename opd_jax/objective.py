@@ -167,7 +167,12 @@ def _gather_hidden(hidden_BTD: jax.Array, response_BR: Array) -> jax.Array:
 
 
 def _gathered_head(params: Params) -> jax.Array:
-    """The head whole along `fsdp`, once: left alone it would be gathered for every chunk."""
+    """The head whole along `fsdp`, once: left alone it would be gathered for every chunk.
+
+    This binds its gradient as well, which is summed over devices once, when all chunks have added
+    to it. Split as the head is, it would be summed for every chunk: 116 GB an update instead of 5,
+    in a plan of a 1.7B student on 32 chips.
+    """
     return constrain(model.head(params), None, "vocab")
 
 

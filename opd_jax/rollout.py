@@ -39,6 +39,8 @@ class Agent:
       turn_tokens: most tokens sampled in one turn.
       context_tokens: most tokens in a context, prompts and observations included: the cache.
       extend_widths: ascending widths in which new tokens are appended; one compiled program each.
+      cache_step: slots by which the cache grows, as conversations do, up to `context_tokens`; a
+        token reads all the slots that there are. One compiled program each of those below.
       chunk: tokens sampled between two looks at which rows are done.
       history_turns: earlier turns that a response is sampled from, at most; 0: all of them. Fewer
         than all cost a prefill of the context anew in each turn (`history`).
@@ -50,6 +52,7 @@ class Agent:
     sampling: Sampling
     turn_tokens: int
     context_tokens: int
+    cache_step: int
     extend_widths: tuple[int, ...]
     chunk: int
     history_turns: int
@@ -203,7 +206,7 @@ class _Tape:
         self.cache: KVCache = model.init_cache(
             agent.model,
             batch=rows,
-            slots=agent.context_tokens,
+            slots=min(agent.cache_step, agent.context_tokens),
             dtype=params["embed"].dtype,
             layout=model.backend_cache_layout(),
         )
@@ -228,10 +231,18 @@ class _Tape:
             for row, pending in enumerate(new):
                 tokens[row, : len(pending[:width])] = pending[:width]
             counts = np.array([min(len(pending), width) for pending in new], np.int32)
+            self._make_room(counts)
             self.cache = gen.extend(
                 self.params, self.cache, *shard_rows((tokens, counts)), config=self.agent.model
             )
             self.held += counts
+
+    def _make_room(self, counts: np.ndarray) -> None:
+        """Grow the cache by whole steps, until each row has slots for so many tokens more."""
+        step, needed = self.agent.cache_step, int((self.held + counts).max())
+        slots = min(-(-needed // step) * step, self.agent.context_tokens)
+        if slots > self.cache.slots:
+            self.cache = model.grow_cache(self.cache, slots=slots)
 
     def _roll_back(self, contexts: Mapping[int, list[int]]) -> None:
         """Give rows new contexts; of what they hold, what the two have in common stays."""
@@ -254,6 +265,7 @@ class _Tape:
         tokens: dict[int, list[int]] = {row: [] for row in rows}
         logprobs: dict[int, list[float]] = {row: [] for row in rows}
         while budget.any():
+            self._make_room(np.minimum(budget, agent.chunk))
             self.cache, out = gen.generate(
                 self.params,
                 self.cache,

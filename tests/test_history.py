@@ -139,6 +139,7 @@ def agent() -> Agent:
         sampling=Sampling(temperature=1.0, top_k=0, top_p=1.0),
         turn_tokens=6,
         context_tokens=256,
+        cache_step=256,
         extend_widths=(32,),
         chunk=6,
         history_turns=0,

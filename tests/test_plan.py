@@ -110,6 +110,8 @@ def test_an_update_fills_its_contexts():
     assert work.sampled == 16384 - 512 - 29 * 128
     assert (work.sequence, work.response) == (16384, 12288)
     assert work.longest_question == 512 + 4096
+    # In steps of 64 tokens: 56 of the 248 into 4,096 slots, then 64 into each larger cache.
+    assert work.slots_read == 4096 * (56 + 64 * (2 + 3 + 4)) / 248
     short = workload(cfg.load(PAPER, ["--config.rollout.turn_tokens=100"]))
     assert (short.sampled, short.response) == (3000, 3072)
 
@@ -315,7 +317,8 @@ def test_sampling_moves_weights_and_cache_for_every_token():
     found = programs(PAPER)["sampling"]
     moved = {part.what: part for part in found.moved}
     assert moved["parameters"].bytes == 2 * count(PUBLISHED["Qwen3-1.7B"])
-    assert moved["cache"].bytes == 2 * 28 * 8 * 16384 * 8 * 128 * 2  # eight rows a device
+    slots = 4096 * 632 / 248  # as in `test_an_update_fills_its_contexts`
+    assert moved["cache"].bytes == round(2 * 28 * 8 * slots * 8 * 128 * 2)  # eight rows a device
     assert {part.times for part in found.moved} == {64}
 
 

@@ -137,6 +137,7 @@ def golden_agent() -> tuple[Agent, model.Params]:
         sampling=GREEDY,
         turn_tokens=3,
         context_tokens=CONTEXT,
+        cache_step=CONTEXT,
         extend_widths=(2, 8),
         chunk=2,
         history_turns=0,
@@ -331,6 +332,7 @@ def agent() -> Agent:
         sampling=Sampling(temperature=1.0, top_k=0, top_p=1.0),
         turn_tokens=12,
         context_tokens=118,
+        cache_step=118,
         extend_widths=(16, 32),
         chunk=5,
         history_turns=0,
@@ -529,3 +531,27 @@ def test_a_few_compiled_programs_serve_any_number_of_turns(
     # Other tasks, fewer of them.
     play(agent, params, [("train", 50), ("train", 51)], seed=7)
     assert programs() == once
+
+
+def test_a_cache_that_grows_with_its_conversations_changes_none(
+    agent: Agent,
+    params: model.Params,
+    played: list[Conversation],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes, grow = [], model.grow_cache
+
+    def watched(cache: model.KVCache, *, slots: int) -> model.KVCache:
+        grown = grow(cache, slots=slots)
+        assert all(buffer.is_deleted() for buffer in (*cache.keys, *cache.values))
+        sizes.append(grown.slots)
+        return grown
+
+    monkeypatch.setattr(model, "grow_cache", watched)
+    generated = programs()[1]
+    stepwise = play(dataclasses.replace(agent, cache_step=40), params, TASKS)
+    assert sizes == [80, 118]  # from 40, and no further than the context
+    assert programs()[1] <= generated + 2  # that of the largest was there
+    for ours, theirs in zip(stepwise, played, strict=False):
+        assert ours.tokens == theirs.tokens
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=0, atol=1e-5)

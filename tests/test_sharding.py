@@ -339,6 +339,19 @@ def test_heads_that_do_not_divide_are_refused_with_all_numbers() -> None:
         placed(STUDENT, 0, mesh)
 
 
+@pytest.mark.parametrize("layout", ["BGSH", "BSGH"])
+def test_a_cache_grows_where_it_is(mesh: Mesh, layout: str) -> None:
+    made = model.init_cache(STUDENT, batch=ROWS, slots=8, dtype=jnp.float32, layout=layout)
+    numbers = np.arange(made.keys[0].size, dtype=np.float32).reshape(made.keys[0].shape)
+    place = made.keys[0].sharding
+    filled = tuple(jax.device_put(numbers + layer, place) for layer in range(2))
+    grown = model.grow_cache(replace(made, keys=filled), slots=12)
+    assert (grown.slots, grown.keys[0].sharding) == (12, place)
+    padding = [(0, 4 if axis == "S" else 0) for axis in layout]
+    for layer, buffer in enumerate(grown.keys):
+        np.testing.assert_array_equal(buffer, np.pad(numbers + layer, padding))
+
+
 def test_a_cache_that_does_not_divide_is_refused(mesh: Mesh) -> None:
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     with pytest.raises(ValueError, match=rf"`batch` = 15 must be divisible.* = {ways}"):

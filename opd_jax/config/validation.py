@@ -40,6 +40,7 @@ _COUNTS = (
     "rollout.per_task",
     "rollout.depth_every",
     "rollout.turn_tokens",
+    "rollout.cache_step",
     "rollout.chunk",
     "judge.batch",
     "judge.length_multiple",

@@ -66,6 +66,12 @@ def _assumed(analysis: Analysis) -> list[str]:
     lines = []
     if config.data.source != "players":
         lines.append("every episode takes all its turns and fills its context")
+    work = analysis.run.work
+    if work.slots_read < work.slots:
+        lines.append(
+            f"a sampled token reads {work.slots_read:,.0f} of {work.slots:,} cache slots, the mean "
+            "over a context that grows evenly; operations are counted with all"
+        )
     if config.objective.intervention and teacher:
         lines.append("a question to the judge is as long as a first message and a response")
         if not teacher.has_tokenizer:

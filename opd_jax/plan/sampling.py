@@ -1,7 +1,7 @@
 """The programs of rollouts and evaluations: a copy of the parameters, reading, sampling."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -15,6 +15,8 @@ from opd_jax.plan.placement import Placement
 from opd_jax.plan.program import COPY, Program
 from opd_jax.plan.traffic import Moved, device_bytes
 from opd_jax.plan.workload import Workload
+
+CACHE = "cache"
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,15 @@ def rollout(
         yield reading("observation", player, place, cache, narrow, runs=work.turns - 1)
     calls = work.sampled / settings.chunk
     how = _how(settings, settings.temperature)
-    yield generating("sampling", player, place, cache, how, settings.chunk, runs=calls)
+    sampling = generating("sampling", player, place, cache, how, settings.chunk, runs=calls)
+    # Compiled for the cache at its largest, which most tokens do not read.
+    read = tuple(
+        replace(part, bytes=round(part.bytes * work.slots_read / work.slots))
+        if part.what == CACHE
+        else part
+        for part in sampling.moved
+    )
+    yield replace(sampling, moved=read)
 
 
 def evaluation(
@@ -152,5 +162,5 @@ def gone_through(player: Player, cache: Any, *, times: int) -> tuple[Moved, ...]
     read = {name: part for name, part in params.items() if name != "embed" or "head" not in params}
     return (
         Moved("parameters", device_bytes(read), times),
-        Moved("cache", device_bytes((cache.keys, cache.values)), times),
+        Moved(CACHE, device_bytes((cache.keys, cache.values)), times),
     )

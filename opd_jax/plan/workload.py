@@ -19,7 +19,8 @@ class Workload:
     Attributes:
       rows: episodes of a batch; of demonstrations by players, rows of the longest.
       turns: of an episode, K.
-      slots: of a row of the cache.
+      slots: of a row of the cache, at its largest.
+      slots_read: by a token that is sampled, the mean; the cache grows by `rollout.cache_step`.
       sequence: tokens of a row that is trained on, padded, T.
       response: the student's tokens of a row, padded, R.
       sampled: tokens sampled in an episode.
@@ -31,6 +32,7 @@ class Workload:
     rows: int
     turns: int
     slots: int
+    slots_read: float
     sequence: int
     response: int
     sampled: int
@@ -56,6 +58,7 @@ def workload(config: FrozenConfigDict) -> Workload:
         rows=_rows(config, sequence),
         turns=turns,
         slots=slots,
+        slots_read=_mean_slots(config, slots),
         sequence=sequence,
         response=min(_up(sampled, train.response_multiple), sequence),
         sampled=sampled,
@@ -63,6 +66,14 @@ def workload(config: FrozenConfigDict) -> Workload:
         longest_question=_up(first + min(rollout.turn_tokens, sampled), multiple),
         short_question=_up(first, multiple),
     )
+
+
+def _mean_slots(config: FrozenConfigDict, slots: int) -> float:
+    """Of the cache, over a context that grows evenly from a first message until it is full."""
+    rollout = config.rollout
+    ends = range(rollout.extend_widths[-1] + rollout.chunk, slots + 1, rollout.chunk)
+    sizes = [min(_up(end, rollout.cache_step), slots) for end in ends]
+    return sum(sizes) / len(sizes) if sizes else slots
 
 
 def _rows(config: FrozenConfigDict, sequence: int) -> int:
