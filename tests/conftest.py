@@ -163,11 +163,11 @@ def start() -> Start:
 
 @pytest.fixture(scope="session")
 def command() -> Command:
-    """Runs `python -m opd_jax.NAME FLAGS...` to its end, whatever that is."""
+    """Runs `python -m opd_jax.NAME FLAGS...` to its end, with more environment variables."""
 
-    def run(name: str, *flags: object) -> subprocess.CompletedProcess:
+    def run(name: str, *flags: object, **variables: str) -> subprocess.CompletedProcess:
         words = [sys.executable, "-m", f"opd_jax.{name}", *map(str, flags)]
-        return subprocess.run(words, **_settings())
+        return subprocess.run(words, **_settings(**variables))
 
     return run
 

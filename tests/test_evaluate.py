@@ -22,6 +22,8 @@ from opd_jax.mesh import make_mesh
 from opd_jax.train_state import abstract_state
 from opd_jax.trajectory import Conversation
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 

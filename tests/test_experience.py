@@ -30,6 +30,8 @@ from opd_jax.teacher import Judgement
 from opd_jax.train_state import TrainState, init_state
 from opd_jax.trajectory import Conversation, Turn, pack
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 SKIP, WEAK, STRONG, DET_FAIL = (int(v) for v in Verdict)
 

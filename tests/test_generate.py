@@ -1,12 +1,13 @@
 """Sampling over a kept cache against whole forwards, and the draw itself against exact numbers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models import TINY
 from scipy import stats
 
 from opd_jax import generate as gen
@@ -15,21 +16,14 @@ from opd_jax.generate import Sampling
 
 VOCAB = 24
 SLOTS = 64
-CONFIG = model.ModelConfig(
+CONFIG = replace(
+    TINY,
     vocab_size=VOCAB,
-    d_model=16,
-    num_layers=2,
     num_heads=2,
     num_kv_heads=1,
-    head_dim=8,
     d_ff=32,
-    norm_eps=1e-6,
     rope_theta=1e3,
-    rope_scaling=None,
     max_positions=SLOTS,
-    qk_norm=True,
-    qkv_bias=False,
-    tied=False,
 )
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0)
 PLAIN = Sampling(temperature=1.0, top_k=0, top_p=1.0)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models import TINY
 
 from opd_jax import history, model
 from opd_jax.chat import ChatFormat
@@ -118,21 +119,14 @@ MAX_TURNS, TASKS = 5, [("train", 3), ("valid_seen", 5)]
 def agent() -> Agent:
     tokenizer = household_tokenizer.build(phrases=["Judge this turn."])
     return Agent(
-        model=model.ModelConfig(
+        model=dataclasses.replace(
+            TINY,
             vocab_size=len(tokenizer),
-            d_model=16,
-            num_layers=2,
             num_heads=2,
             num_kv_heads=1,
-            head_dim=8,
             d_ff=16,
-            norm_eps=1e-6,
             rope_theta=1e3,
-            rope_scaling=None,
             max_positions=512,
-            qk_norm=True,
-            qkv_bias=False,
-            tied=False,
         ),
         tokenizer=tokenizer,
         chat=ChatFormat.from_tokenizer(tokenizer),

@@ -16,6 +16,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 from ml_collections import FrozenConfigDict
+from models import TINY
 from numpy.testing import assert_allclose, assert_array_equal
 from objectives import OPD, SAGE
 
@@ -40,22 +41,7 @@ from opd_jax.train_step import make_train_step
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
-CONFIG = ModelConfig(
-    vocab_size=32,
-    d_model=16,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    d_ff=24,
-    norm_eps=1e-6,
-    rope_theta=1e4,
-    rope_scaling=None,
-    max_positions=64,
-    qk_norm=True,
-    qkv_bias=False,
-    tied=True,
-)
+CONFIG = replace(TINY, tied=True)
 MIXTURE = replace(CONFIG, experts=Experts(count=4, per_token=2, d_ff=8, normalized=True))
 LORA = Lora(rank=3, alpha=6.0, targets=TARGETS)
 ROWS, LENGTH = 4, 12

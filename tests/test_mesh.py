@@ -9,31 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
+from models import TINY
 
 from opd_jax import mesh as mesh_lib
 from opd_jax.lora import Lora, lora_specs
 from opd_jax.mesh import batch_sharding, make_mesh, param_shardings, replicated, shard_batch
-from opd_jax.model import ModelConfig, ParamSpec, cache_specs, init_arrays, is_spec, param_specs
+from opd_jax.model import ParamSpec, cache_specs, init_arrays, is_spec, param_specs
 from opd_jax.moe import Experts
 from opd_jax.plan.collectives import collectives
 from opd_jax.plan.hlo import parse
 
-CONFIG = ModelConfig(
-    vocab_size=64,
-    d_model=32,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    d_ff=48,
-    norm_eps=1e-6,
-    rope_theta=1e4,
-    rope_scaling=None,
-    max_positions=64,
-    qk_norm=True,
-    qkv_bias=True,
-    tied=False,
-)
+CONFIG = replace(TINY, vocab_size=64, d_model=32, head_dim=16, d_ff=48, qkv_bias=True)
 
 
 def test_mesh_has_three_automatic_axes() -> None:

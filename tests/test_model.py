@@ -12,6 +12,8 @@ import pytest
 from opd_jax import hf, model
 from opd_jax.mesh import make_mesh, shard_batch
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 LENGTHS = [19, 11, 4]  # right-padded rows
 T = max(LENGTHS)
 

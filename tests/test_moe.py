@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models import TINY
 from numpy.testing import assert_allclose, assert_array_equal
 
 from opd_jax import hf, model, moe
@@ -20,25 +21,11 @@ from opd_jax.model import ModelConfig, Params
 from opd_jax.moe import Experts
 from opd_jax.quantize import contracted_axes, int8_specs, quantize_params
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 MIXTURES = ("qwen3_moe", "qwen3_moe_shares")
 EXPERTS = Experts(count=6, per_token=2, d_ff=8, normalized=True)
-CONFIG = ModelConfig(
-    vocab_size=32,
-    d_model=16,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=4,
-    head_dim=8,
-    d_ff=24,
-    norm_eps=1e-6,
-    rope_theta=1e4,
-    rope_scaling=None,
-    max_positions=64,
-    qk_norm=True,
-    qkv_bias=False,
-    tied=False,
-    experts=EXPERTS,
-)
+CONFIG = replace(TINY, num_kv_heads=4, experts=EXPERTS)
 
 
 def run(params: Params, tokens: np.ndarray, config: ModelConfig = CONFIG) -> np.ndarray:

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from models import TINY
 from numpy.testing import assert_allclose, assert_array_equal
 from objectives import SAGE
 from scipy.special import log_softmax
@@ -25,22 +26,9 @@ from opd_jax.quantize import contracted_axes, int8_specs, quantize_params, quant
 from opd_jax.train_state import init_state, placement_of
 from opd_jax.train_step import make_train_step
 
-CONFIG = ModelConfig(
-    vocab_size=32,
-    d_model=16,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    d_ff=24,
-    norm_eps=1e-6,
-    rope_theta=1e4,
-    rope_scaling=None,
-    max_positions=64,
-    qk_norm=True,
-    qkv_bias=True,
-    tied=False,
-)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+CONFIG = replace(TINY, qkv_bias=True)
 
 quantize = jax.jit(quantize_weight, static_argnames="contracted")
 quantize_all = jax.jit(quantize_params, static_argnames="config")

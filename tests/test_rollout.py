@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models import TINY
 
 from opd_jax import generate as gen
 from opd_jax import model
@@ -25,7 +26,8 @@ GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0)
 
 
 def sizes(vocab: int, width: int, head_dim: int, positions: int) -> model.ModelConfig:
-    return model.ModelConfig(
+    return dataclasses.replace(
+        TINY,
         vocab_size=vocab,
         d_model=width,
         num_layers=1,
@@ -33,13 +35,8 @@ def sizes(vocab: int, width: int, head_dim: int, positions: int) -> model.ModelC
         num_kv_heads=1,
         head_dim=head_dim,
         d_ff=width,
-        norm_eps=1e-6,
         rope_theta=1e3,
-        rope_scaling=None,
         max_positions=positions,
-        qk_norm=True,
-        qkv_bias=False,
-        tied=False,
     )
 
 

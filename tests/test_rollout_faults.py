@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from models import TINY
 from objectives import SAGE
 
 from opd_jax import model
@@ -92,21 +93,15 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 def agent() -> Agent:
     tokenizer = household_tokenizer.build(phrases=PHRASES)
     return Agent(
-        model=model.ModelConfig(
+        model=dataclasses.replace(
+            TINY,
             vocab_size=len(tokenizer),
-            d_model=16,
             num_layers=1,
             num_heads=2,
             num_kv_heads=1,
-            head_dim=8,
             d_ff=16,
-            norm_eps=1e-6,
             rope_theta=1e3,
-            rope_scaling=None,
             max_positions=1024,
-            qk_norm=True,
-            qkv_bias=False,
-            tied=False,
         ),
         tokenizer=tokenizer,
         chat=ChatFormat.from_tokenizer(tokenizer),

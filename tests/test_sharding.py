@@ -17,6 +17,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh
+from models import TINY
 from objectives import SAGE
 
 from opd_jax import generate as gen
@@ -35,22 +36,7 @@ from opd_jax.train_step import make_train_step
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
-STUDENT = ModelConfig(
-    vocab_size=64,
-    d_model=32,
-    num_layers=2,
-    num_heads=8,
-    num_kv_heads=4,
-    head_dim=8,
-    d_ff=64,
-    norm_eps=1e-6,
-    rope_theta=1e4,
-    rope_scaling=None,
-    max_positions=64,
-    qk_norm=True,
-    qkv_bias=False,
-    tied=True,
-)
+STUDENT = replace(TINY, vocab_size=64, d_model=32, num_heads=8, num_kv_heads=4, d_ff=64, tied=True)
 TEACHER = replace(STUDENT, d_model=64, tied=False)
 # Of which every matrix is larger than the activations of a batch.
 WIDE = replace(STUDENT, d_model=128, head_dim=16, d_ff=128)

@@ -305,7 +305,7 @@ def test_the_chat_format_appends_what_the_template_renders(
 
 # One size of everything, so that two programs are compiled for all that is played here. A turn has
 # room for a thought and an action, and an episode for a second and a third thought.
-TURNS, TURN_TOKENS = 3, 64
+TURNS, TURN_TOKENS = 3, 48
 SHORT = (
     "--config.rollout.context_tokens=2560",
     "--config.rollout.extend_widths=128",

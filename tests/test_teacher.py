@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models import TINY
 
 from opd_jax import labels, model, teacher
 from opd_jax.chat import ChatFormat
@@ -21,6 +22,8 @@ from opd_jax.labels import LABELS, UNPARSABLE, parse_label
 from opd_jax.losses import Verdict
 from opd_jax.mesh import make_mesh
 from opd_jax.trajectory import Conversation, Turn
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 END = "<|im_end|>"
 # Labels of one, two and three tokens; everything else of the prompt's values is characters.
@@ -71,7 +74,8 @@ def tokenizer() -> Any:
 
 
 def sizes(vocab: int, width: int, head_dim: int) -> model.ModelConfig:
-    return model.ModelConfig(
+    return dataclasses.replace(
+        TINY,
         vocab_size=vocab,
         d_model=width,
         num_layers=1,
@@ -79,13 +83,8 @@ def sizes(vocab: int, width: int, head_dim: int) -> model.ModelConfig:
         num_kv_heads=1,
         head_dim=head_dim,
         d_ff=16,
-        norm_eps=1e-6,
         rope_theta=1e3,
-        rope_scaling=None,
         max_positions=256,
-        qk_norm=True,
-        qkv_bias=False,
-        tied=False,
     )
 
 

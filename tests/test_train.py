@@ -27,6 +27,8 @@ from opd_jax.metrics import Stopwatch
 from opd_jax.train_state import abstract_state, init_state
 from opd_jax.train_step import make_train_step
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 PAIR = experiment.EMBEDDED
 UPDATES = 4

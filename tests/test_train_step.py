@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from models import TINY
 from objectives import OPD, SAGE, SFT
 from scipy.special import log_softmax, rel_entr
 from scipy.stats import entropy
@@ -26,22 +27,7 @@ from opd_jax.trajectory import Trajectory
 
 SKIP, WEAK, STRONG, DET_FAIL = (int(v) for v in Verdict)
 
-CONFIG = ModelConfig(
-    vocab_size=32,
-    d_model=16,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    d_ff=32,
-    norm_eps=1e-6,
-    rope_theta=1e4,
-    rope_scaling=None,
-    max_positions=64,
-    qk_norm=False,
-    qkv_bias=False,
-    tied=False,
-)
+CONFIG = replace(TINY, d_ff=32, qk_norm=False)
 
 BY_TRAJECTORY = replace(SAGE, scope="trajectory")
 THRESHOLD = 2.88  # nats; about half of the tokens' entropies lie above
