@@ -295,21 +295,15 @@ def _evaluate_student(
 ) -> dict[str, dict]:
     """The student `after` the workdir's newest checkpoint, or `before` any update."""
     from opd_jax.checkpoint import Checkpoints
-    from opd_jax.train_state import abstract_state
 
     student = experiment.load_student(config, mesh)
     judging = experiment.load_teacher(config, mesh) if config.eval.judge else None
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     untrained = experiment.initial_params(student, config, mesh)
-    abstract = abstract_state(untrained, experiment.make_optimizer(config))
-    restored = checkpoints.restore_latest(abstract)
-    if restored is None:
-        params, who, update = untrained, "before", 0
-    else:
-        update, state, _ = restored
-        params, who = state.params, "after"
-        del state, restored  # with the optimizer's moments
-    sampling = experiment.make_sampling_params(params, student, config)
+    restored = checkpoints.restore_latest({"params": untrained}, partial=True)
+    update, state, _ = restored or (0, {"params": untrained}, {})
+    who = "after" if restored else "before"
+    sampling = experiment.make_sampling_params(state["params"], student, config)
     return {who: evaluate_model(config, student, sampling, update=update, judging=judging)}
 
 

@@ -79,12 +79,14 @@ def _run(config: FrozenConfigDict, workdir: Path, mesh: jax.sharding.Mesh) -> di
     done = int(state.step)
     if done:
         processes.say(f"resuming after update {done} of {config.train.updates}")
-
-    results = _evaluate_others(config, student, untrained, teacher, workdir, stop, write=write)
-    # What was loaded is let go, unless adapters are trained beside it: training has its own.
-    del untrained
+    else:
+        untrained = state.params
+    # What was loaded is let go, unless adapters are trained beside it: the state has its own.
     if not config.lora.rank:
         student = dataclasses.replace(student, params={})
+
+    results = _evaluate_others(config, student, untrained, teacher, workdir, stop, write=write)
+    del untrained
     source = make_source(config, student=student, teacher=teacher, cursor=meta["cursor"])
     update = _make_update(config, student, teacher, optimizer, state, mesh)
     state = _train(config, state, source, update, checkpoints, workdir, stop, write=write)

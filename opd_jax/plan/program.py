@@ -16,8 +16,6 @@ from opd_jax.plan.workload import Workload
 PARAMETERS, OPTIMIZER, TEACHER = "parameters", "optimizer", "teacher"
 # The student's own weights where adapters are trained.
 FROZEN = "frozen weights"
-# Else the student as it was loaded, which is let go when the first evaluations are over.
-LOADED = "student as loaded"
 # What the student samples with, while it does.
 COPY = "copy to sample with"
 

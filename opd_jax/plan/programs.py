@@ -19,7 +19,6 @@ from opd_jax.plan.placement import Placement
 from opd_jax.plan.program import (
     COPY,
     FROZEN,
-    LOADED,
     OPTIMIZER,
     PARAMETERS,
     TEACHER,
@@ -61,7 +60,6 @@ def plan_run(
         PARAMETERS: device_bytes(state.params),
         OPTIMIZER: device_bytes(state.opt_state),
         FROZEN: device_bytes(loaded) if lora else 0,
-        LOADED: 0 if lora else device_bytes(loaded),
         TEACHER: device_bytes(frozen),
         COPY: device_bytes(copy),
     }
@@ -108,12 +106,8 @@ def _programs(
     scores = config.objective.divergence != "cross_entropy"
     scorer = teacher.sizes if teacher and scores else None
     yield training(config, state, base, student.sizes, scorer, place, work)
-    if "before" in config.eval.who:
-        player = Player(student.sizes, sampling.params, (*sampling.beside, LOADED))
-        yield from evaluation(config, "student", player, place, work)
-    elif source != "on_policy" or config.eval.batch != config.rollout.batch:
+    if source != "on_policy" or config.eval.batch != config.rollout.batch:
+        # Else as in an update, but for the temperature.
         yield from evaluation(config, "student", sampling, place, work)
     if "teacher" in config.eval.who and teacher:
-        # Evaluated with the student, whose copy waits meanwhile.
-        player = Player(teacher.sizes, frozen, (*others, LOADED, COPY))
-        yield from evaluation(config, "teacher", player, place, work)
+        yield from evaluation(config, "teacher", Player(teacher.sizes, frozen, others), place, work)

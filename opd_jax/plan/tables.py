@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from opd_jax.plan.chips import GIB
-from opd_jax.plan.program import COPY, LOADED
+from opd_jax.plan.program import COPY
 from opd_jax.report import table
 
 COMPILED = "Compiled, not run; times are bounds, not predictions."
@@ -57,10 +57,9 @@ def _heading(report: Mapping[str, Any]) -> str:
 def _residents(report: Mapping[str, Any]) -> str:
     """What stays on a device, and what only for a while."""
     sizes = {name: _gib(size) for name, size in report["residents"].items() if size}
-    loaded, copy = sizes.pop(LOADED, ""), sizes.pop(COPY)
+    copy = sizes.pop(COPY)
     kept = ", ".join(f"{name} {size}" for name, size in sizes.items())
-    until = f", and {loaded} until updates begin" if loaded else ""
-    return f"{kept} GiB on each device; {copy} more while the student samples{until}"
+    return f"{kept} GiB on each device; {copy} more while the student samples"
 
 
 def _model(model: Mapping[str, Any], more: str) -> str:
