@@ -1,5 +1,6 @@
 """The projections inside the layers: the one place where an activation meets a weight matrix."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -88,6 +89,11 @@ def project(x: jax.Array, weight: jax.Array | Int8Weight | LoraWeight, spec: str
       spec: of `einsum`; its output ends with the weight's output axes, in their order.
     """
     return checkpoint_name(_product(x, weight, spec), PROJECTION)
+
+
+def projection(stationary: bool) -> Callable[[jax.Array, Any, str], jax.Array]:
+    """`project_in_place` where weights are to stay where they are, else `project`."""
+    return project_in_place if stationary else project
 
 
 def project_in_place(

@@ -200,6 +200,12 @@ def on_each_device(function: Callable, *, in_axes: Any, out_axes: Any, summed: s
     )
 
 
+def total(x: jax.Array, logical: str) -> jax.Array:
+    """The sum of what each device has, over a logical axis that is split; in `on_each_device`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty or mesh.size == 1 else jax.lax.psum(x, _mesh_axes(logical))
+
+
 def _is_axes(node: Any) -> bool:
     return isinstance(node, tuple) and all(x is None or isinstance(x, str) for x in node)
 

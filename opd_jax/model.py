@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,10 @@ import numpy as np
 from flax import struct
 
 from opd_jax import mesh, moe
-from opd_jax.linear import PROJECTION, project, project_in_place
+from opd_jax.linear import PROJECTION, projection
 from opd_jax.mesh import check_divides, constrain
 
 Params = dict
-# `linear.project`, or a variant of it.
-Project = Callable[[jax.Array, Any, str], jax.Array]
 
 
 @dataclass(frozen=True)
@@ -372,8 +370,9 @@ def _qkv(
     cos: jax.Array,
     sin: jax.Array,
     config: ModelConfig,
-    project: Project,
+    stationary: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    project = projection(stationary)
     x = rms_norm(x_BTD, layer["attn_norm"], config.norm_eps)
     q = project(x, layer["q"], "btd,dnh->btnh")
     k = project(x, layer["k"], "btd,dgh->btgh")
@@ -393,18 +392,19 @@ def _after_attention(
     x_BTD: jax.Array,
     mixed_BTNH: jax.Array,
     config: ModelConfig,
-    project: Project,
+    stationary: bool,
 ) -> jax.Array:
-    x = x_BTD + project(mixed_BTNH, layer["o"], "btnh,nhd->btd")
+    x = x_BTD + projection(stationary)(mixed_BTNH, layer["o"], "btnh,nhd->btd")
     h = rms_norm(x, layer["mlp_norm"], config.norm_eps)
     if config.experts is None:
-        h = _feed_forward(layer, h, project)
+        h = _feed_forward(layer, h, stationary)
     else:
-        h = moe.feed_forward(layer, h, config.experts)
+        h = moe.feed_forward(layer, h, config.experts, stationary=stationary)
     return constrain(x + h, "batch", None, None)
 
 
-def _feed_forward(layer: Params, x_BTD: jax.Array, project: Project) -> jax.Array:
+def _feed_forward(layer: Params, x_BTD: jax.Array, stationary: bool) -> jax.Array:
+    project = projection(stationary)
     gate, up = (project(x_BTD, layer[name], "btd,df->btf") for name in ("gate", "up"))
     h = constrain(jax.nn.silu(gate) * up, "batch", None, "mlp")
     return project(h, layer["down"], "btf,fd->btd")
@@ -465,9 +465,9 @@ def forward(
     cos, sin = _rotation(jnp.arange(tokens.shape[1])[None], config)
 
     def block(x_BTD: jax.Array, layer: Params) -> tuple[jax.Array, None]:
-        q, k, v = _qkv(layer, x_BTD, cos, sin, config, project)
+        q, k, v = _qkv(layer, x_BTD, cos, sin, config, stationary=False)
         mixed = causal_self_attention(q, k, v, query_chunk=query_chunk)
-        return _after_attention(layer, x_BTD, mixed, config, project), None
+        return _after_attention(layer, x_BTD, mixed, config, stationary=False), None
 
     x, _ = jax.lax.scan(REMAT[remat](block), x, params["layers"])
     return rms_norm(x, params["final_norm"], config.norm_eps)
@@ -595,14 +595,13 @@ def forward_cached(
       tokens: int32 [B, T].
       counts: int32 [B], 0..T.
       stationary: weights stay where they are, and activations come to them: for few tokens, of a
-        model whose weights are split (`linear.project_in_place`). Experts are gathered still.
+        model whose weights are split (`linear.project_in_place`).
 
     Returns:
       ([B, T, D] normalized hidden states, the grown cache).
     """
     step = jnp.arange(tokens.shape[1])
     position_BT = cache.lengths[:, None] + step
-    by = project_in_place if stationary else project
     # Out of range on purpose where nothing is to be written: the scatter drops those.
     slot_BT = jnp.where(step < counts[:, None], position_BT, cache.slots)
     cos, sin = _rotation(position_BT, config)
@@ -611,13 +610,13 @@ def forward_cached(
     def block(
         x_BTD: jax.Array, k: jax.Array, v: jax.Array, layer: Params
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q, new_k, new_v = _qkv(layer, x_BTD, cos, sin, config, by)
+        q, new_k, new_v = _qkv(layer, x_BTD, cos, sin, config, stationary)
         k = _append(k, new_k, slot_BT, cache.layout)
         v = _append(v, new_v, slot_BT, cache.layout)
         mixed = chunked_attention(
             q, k, v, position_BT, layout=cache.layout, query_chunk=_CACHED_QUERIES
         )
-        return _after_attention(layer, x_BTD, mixed, config, by), k, v
+        return _after_attention(layer, x_BTD, mixed, config, stationary), k, v
 
     keys, values = [], []
     for index, (k, v) in enumerate(zip(cache.keys, cache.values, strict=True)):

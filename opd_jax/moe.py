@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax.linear import Int8Weight, project_groups
-from opd_jax.mesh import divides, on_each_device
+from opd_jax.mesh import divides, on_each_device, total
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Experts:
     normalized: bool
 
 
-def feed_forward(layer: dict, x_BTD: jax.Array, experts: Experts) -> jax.Array:
+def feed_forward(layer: dict, x_BTD: jax.Array, experts: Experts, *, stationary: bool) -> jax.Array:
     """Σ over the K experts e with the highest router probability of p_e · FFN_e(x).
 
     On a mesh each device sorts the tokens of its own rows: the compiler, left alone, would gather
@@ -47,27 +47,26 @@ def feed_forward(layer: dict, x_BTD: jax.Array, experts: Experts) -> jax.Array:
     Args:
       layer: `router` [D, E], `expert_gate` and `expert_up` [E, D, F], `expert_down` [E, F, D].
       x_BTD: normalized activations.
+      stationary: weights are gathered over no devices; each has all tokens, and a part of D too.
 
     Returns:
       [B, T, D] in the dtype of `x_BTD`. Router probabilities are float32.
     """
-    weights = {name: layer[name] for name in ("router", *_WEIGHT_AXES)}
-    axes = {name: _axes(layer[name], axes) for name, axes in _WEIGHT_AXES.items()}
-    rows = ("batch" if divides(len(x_BTD), "batch") else None, None, None)
+    batch, width = ("rows", "embed") if stationary else ("batch", None)
+    axes: dict[str, tuple] = {
+        "router": (width, None),
+        "expert_gate": (None, width, "mlp"),
+        "expert_up": (None, width, "mlp"),
+        "expert_down": (None, "mlp", width),
+    }
+    tokens = (batch if divides(len(x_BTD), batch) else None, None, width)
     mix = on_each_device(
-        partial(_mix, experts=experts),
-        in_axes=(axes | {"router": (None, None)}, rows),
-        out_axes=rows,
+        partial(_mix, experts=experts, width=width),
+        in_axes=({name: _axes(layer[name], axes[name]) for name in axes}, tokens),
+        out_axes=tokens,
         summed="mlp",
     )
-    return mix(weights, x_BTD)
-
-
-_WEIGHT_AXES = {
-    "expert_gate": (None, None, "mlp"),
-    "expert_up": (None, None, "mlp"),
-    "expert_down": (None, "mlp", None),
-}
+    return mix({name: layer[name] for name in axes}, x_BTD)
 
 
 def _axes(weight: Any, axes: tuple) -> Any:
@@ -75,16 +74,25 @@ def _axes(weight: Any, axes: tuple) -> Any:
     return Int8Weight(axes, (axes[0], axes[2])) if isinstance(weight, Int8Weight) else axes
 
 
-def _mix(layer: dict, x_BTD: jax.Array, experts: Experts) -> jax.Array:
-    """`feed_forward` of tokens that are all here; with a part of F, a part of the sum."""
+def _mix(layer: dict, x_BTD: jax.Array, experts: Experts, width: str | None) -> jax.Array:
+    """`feed_forward` of tokens that are all here; with a part of F, a part of the sum.
+
+    Args:
+      width: the logical axis of D, where there is only a part of that as well.
+    """
+
+    def whole(part: jax.Array) -> jax.Array:
+        return total(part, width) if width else part
+
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-    weight_MK, expert_MK = route(layer["router"], x_MD, experts)
+    logits_ME = jnp.matmul(x_MD, layer["router"], preferred_element_type=jnp.float32)
+    weight_MK, expert_MK = route(whole(logits_ME), experts)
     order_R = jnp.argsort(expert_MK.ravel())  # stable: by expert, then by token
     expert_R = expert_MK.ravel()[order_R]
     sizes_E = jnp.bincount(expert_R, length=experts.count)
     x_RD = x_MD[order_R // experts.per_token]
     gate, up = (
-        project_groups(x_RD, layer[name], expert_R, sizes_E)
+        whole(project_groups(x_RD, layer[name], expert_R, sizes_E))
         for name in ("expert_gate", "expert_up")
     )
     out_RD = project_groups(jax.nn.silu(gate) * up, layer["expert_down"], expert_R, sizes_E)
@@ -94,10 +102,9 @@ def _mix(layer: dict, x_BTD: jax.Array, experts: Experts) -> jax.Array:
     return mixed.astype(x_BTD.dtype).reshape(x_BTD.shape)
 
 
-def route(router_DE: jax.Array, x_MD: jax.Array, experts: Experts) -> tuple[jax.Array, jax.Array]:
+def route(logits_ME: jax.Array, experts: Experts) -> tuple[jax.Array, jax.Array]:
     """(weights float32 [M, K], experts int32 [M, K]) of each token, the most probable first."""
-    logits = jnp.einsum("md,de->me", x_MD, router_DE, preferred_element_type=jnp.float32)
-    weight_MK, expert_MK = jax.lax.top_k(jax.nn.softmax(logits), experts.per_token)
+    weight_MK, expert_MK = jax.lax.top_k(jax.nn.softmax(logits_ME), experts.per_token)
     if experts.normalized:
         weight_MK /= jnp.sum(weight_MK, axis=-1, keepdims=True)
     return weight_MK, expert_MK

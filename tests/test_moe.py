@@ -1,6 +1,7 @@
 """Mixtures of experts: against `transformers`, against loops in float64, on a mesh and in int8."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -19,6 +20,8 @@ from opd_jax.linear import Int8Weight, project_groups
 from opd_jax.mesh import make_mesh, param_shardings, shard_batch
 from opd_jax.model import ModelConfig, Params
 from opd_jax.moe import Experts
+from opd_jax.plan.collectives import collectives
+from opd_jax.plan.hlo import parse
 from opd_jax.quantize import contracted_axes, int8_specs, quantize_params
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -146,7 +149,7 @@ def test_two_tokens_by_hand() -> None:
     layer = {name: jnp.asarray(value, jnp.float32) for name, value in layer.items()}
     for normalized, want in wants.items():
         experts = Experts(count=3, per_token=2, d_ff=1, normalized=normalized)
-        got = moe.feed_forward(layer, jnp.eye(2)[None], experts)
+        got = moe.feed_forward(layer, jnp.eye(2)[None], experts, stationary=False)
         assert_allclose(got[0], want, rtol=1e-6, atol=5e-7)  # a difference of terms up to 1.4
 
 
@@ -171,7 +174,7 @@ def by_loops(layer: dict[str, np.ndarray], x_MD: np.ndarray, experts: Experts) -
     return out
 
 
-apply = jax.jit(moe.feed_forward, static_argnames="experts")
+apply = jax.jit(moe.feed_forward, static_argnames=("experts", "stationary"))
 
 
 @pytest.mark.parametrize("normalized", [True, False])
@@ -182,7 +185,7 @@ def test_any_choice_of_experts_equals_loops(per_token: int, normalized: bool) ->
     layer["router"][:, 4] = 0  # logit 0, in the middle of the others
     experts = replace(EXPERTS, per_token=per_token, normalized=normalized)
     x = rng.normal(size=(2, 5, 16))
-    got = apply(layer, x.astype(np.float32), experts=experts)
+    got = apply(layer, x.astype(np.float32), experts=experts, stationary=False)
     want = by_loops(layer, x.reshape(10, 16), experts).reshape(2, 5, 16)
     assert np.abs(want).max() > 0.3
     assert_allclose(got, want, rtol=0, atol=3e-6)
@@ -194,9 +197,9 @@ def test_experts_that_nobody_takes_and_one_that_all_take() -> None:
     x = np.abs(rng.normal(size=(1, 7, 16)))
     layer["router"][:, 3] = 9.0  # of a positive token, far above the others
     experts = replace(EXPERTS, per_token=1)
-    _, chosen = moe.route(jnp.asarray(layer["router"], jnp.float32), jnp.float32(x[0]), experts)
+    _, chosen = moe.route(jnp.float32(x[0]) @ jnp.float32(layer["router"]), experts)
     assert_array_equal(chosen, 3)
-    got = apply(layer, x.astype(np.float32), experts=experts)
+    got = apply(layer, x.astype(np.float32), experts=experts, stationary=False)
     assert_allclose(got[0], by_loops(layer, x[0], experts), rtol=0, atol=3e-6)
 
 
@@ -217,8 +220,8 @@ def test_a_token_is_computed_as_if_it_were_alone() -> None:
     x = rng.normal(size=(1, 9, 16)).astype(np.float32)
     broken = x.copy()
     broken[0, 4:] = np.nan  # as activations of padding may be
-    want = np.asarray(apply(layer, x, experts=EXPERTS))
-    assert_array_equal(np.asarray(apply(layer, broken, experts=EXPERTS))[:, :4], want[:, :4])
+    alone = partial(apply, layer, experts=EXPERTS, stationary=False)
+    assert_array_equal(np.asarray(alone(broken))[:, :4], np.asarray(alone(x))[:, :4])
 
 
 # --- On a mesh ------------------------------------------------------------------------------------
@@ -251,6 +254,34 @@ def test_a_mesh_computes_what_one_device_does(
         got = run(placed, shard_batch({"tokens": rows}, mesh)["tokens"])
     want = run(params, rows)
     assert_allclose(got, want, rtol=0, atol=3e-6 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 4), (1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("int8", [False, True])
+def test_experts_that_stay_where_they_are_give_the_same(
+    params: Params, rows: np.ndarray, sizes: tuple[int, int, int], int8: bool
+) -> None:
+    if int8:
+        params = jax.jit(quantize_params, static_argnames="config")(params, CONFIG)
+    mesh = make_mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
+    specs = int8_specs(CONFIG) if int8 else model.param_specs(CONFIG)
+    placed = jax.device_put(params, param_shardings(specs, mesh))
+
+    @jax.jit
+    def token(params: Params, tokens: jax.Array) -> jax.Array:
+        kv = model.init_cache(CONFIG, batch=8, slots=8, dtype=jnp.float32, layout="BGSH")
+        one = jnp.ones(8, jnp.int32)
+        return model.forward_cached(params, kv, tokens, one, config=CONFIG, stationary=True)[0]
+
+    with jax.set_mesh(mesh):
+        arguments = placed, shard_batch({"tokens": rows[:, :1]}, mesh)["tokens"]
+        got = token(*arguments)
+        sent = collectives(parse(token.lower(*arguments).compile().as_text()))
+    want = token(params, rows[:, :1])
+    assert_allclose(got, want, rtol=0, atol=3e-6 * np.abs(want).max())
+    # No array of all experts, which is one of weights: not even a part of each.
+    assert sent
+    assert not [part for part in sent if re.search(r"\[(\d,)?6,\d+,\d+\]", part.shape)]
 
 
 @pytest.mark.parametrize("count", [1, 3])
