@@ -87,7 +87,7 @@ def sampling_params(
     )
 
 
-@partial(jax.jit, static_argnames="config", donate_argnames="cache")
+@partial(jax.jit, static_argnames=("config", "split"), donate_argnames="cache")
 def extend(
     params: Params,
     cache: KVCache,
@@ -95,19 +95,21 @@ def extend(
     counts: jax.Array,
     *,
     config: ModelConfig,
+    split: bool,
 ) -> KVCache:
     """Append the first `counts[b]` of `tokens[b]` to each conversation. The cache is donated.
 
     Args:
       tokens: int32 [B, W].
       counts: int32 [B], 0..W; the caller keeps `lengths + counts <= slots`.
+      split: see `model.forward_cached`.
     """
-    return model.forward_cached(params, cache, tokens, counts, config=config, stationary=False)[1]
+    return model.forward_cached(params, cache, tokens, counts, config=config, split=split)[1]
 
 
 @partial(
     jax.jit,
-    static_argnames=("config", "sampling", "chunk", "stationary"),
+    static_argnames=("config", "sampling", "chunk", "split"),
     donate_argnames="cache",
 )
 def generate(
@@ -121,7 +123,7 @@ def generate(
     config: ModelConfig,
     sampling: Sampling,
     chunk: int,
-    stationary: bool,
+    split: bool,
 ) -> tuple[KVCache, Sampled]:
     """Sample until a stop token or the budget, at most `chunk` tokens. The cache is donated.
 
@@ -133,8 +135,7 @@ def generate(
         a sample does not depend on the other rows, on the chunk or on how often this was called.
       stop_ids: int32 [any]; end a row's turn, and are part of it.
       chunk: C, static.
-      stationary: the weights are split (`model.is_split`), and stay so: what is sent among devices
-        for a token are its activations (`linear.project_in_place`).
+      split: see `model.forward_cached`.
 
     Returns:
       (cache, `Sampled`). To go on with rows that neither stopped nor spent their budget, call
@@ -161,9 +162,9 @@ def generate(
         hidden, cache = model.forward_cached(
             *(params, cache, token[:, None], going.astype(jnp.int32)),
             config=config,
-            stationary=stationary,
+            split=split,
         )
-        logits = model.logits(params, hidden[:, 0], stationary=stationary)
+        logits = model.logits(params, hidden[:, 0], split=split)
         keys = jax.vmap(jax.random.fold_in)(row_keys, cache.lengths)
         sampled, logprob = sample(logits, keys, sampling=sampling)
         token = jnp.where(going, sampled, token)

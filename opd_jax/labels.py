@@ -67,12 +67,17 @@ def score_labels(
       A label for each row, and the cache with the questions appended.
     """
     scores, cache = label_scores(
-        params, cache, *shard_rows((tokens, counts)), *label_tokens(tokenizer), config=config
+        params,
+        cache,
+        *shard_rows((tokens, counts)),
+        *label_tokens(tokenizer),
+        config=config,
+        split=model.is_split(params),
     )
     return np.asarray(jnp.argmax(scores, axis=-1)).tolist(), cache
 
 
-@partial(jax.jit, static_argnames="config", donate_argnames="cache")
+@partial(jax.jit, static_argnames=("config", "split"), donate_argnames="cache")
 def label_scores(
     params: Params,
     cache: KVCache,
@@ -82,25 +87,18 @@ def label_scores(
     word_lengths: jax.Array,
     *,
     config: ModelConfig,
+    split: bool,
 ) -> tuple[jax.Array, KVCache]:
     """log p(label | cache, question), float32 [B, labels], and the cache with the questions."""
     (rows, _), (labels, width) = tokens.shape, word_tokens.shape
-    hidden, cache = model.forward_cached(
-        params, cache, tokens, counts, config=config, stationary=False
-    )
+    append = partial(model.forward_cached, params, config=config, split=split)
+    hidden, cache = append(cache, tokens, counts)
     last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
     after = jnp.broadcast_to(last[:, None], (rows, labels, 1, last.shape[-1]))
 
     def read(cache: KVCache, word: jax.Array) -> tuple[KVCache, jax.Array]:
-        # So few tokens are not worth gathering the weights again.
-        hidden, grown = model.forward_cached(
-            params,
-            cache,
-            jnp.broadcast_to(word, (rows, width - 1)),
-            jnp.full(rows, width - 1, jnp.int32),
-            config=config,
-            stationary=True,
-        )
+        fed = jnp.broadcast_to(word, (rows, width - 1))
+        hidden, grown = append(cache, fed, jnp.full(rows, width - 1, jnp.int32))
         return replace(grown, lengths=cache.lengths), hidden
 
     if width > 1:
@@ -108,7 +106,7 @@ def label_scores(
         # of the cache each.
         cache, behind = jax.lax.scan(read, cache, word_tokens[:, :-1])
         after = jnp.concatenate([after, jnp.moveaxis(behind, 0, 1)], axis=2)
-    logits = model.logits(params, after, stationary=True)
+    logits = model.logits(params, after, split=split)
     each = jnp.take_along_axis(
         jax.nn.log_softmax(logits), word_tokens[None, :, :, None], axis=-1
     ).squeeze(-1)
@@ -134,9 +132,9 @@ def generate_labels(
       stop_ids: tokens that end an answer.
       max_new_tokens: longest answer.
     """
-    rows = len(counts)
+    rows, split = len(counts), model.is_split(params)
     asked = shard_rows((tokens, np.maximum(counts - 1, 0)))
-    cache = gen.extend(params, cache, *asked, config=config)
+    cache = gen.extend(params, cache, *asked, config=config, split=split)
     last = tokens[np.arange(rows), counts - 1]
     budget = np.where(counts > 0, max_new_tokens, 0).astype(np.int32)
     cache, out = gen.generate(
@@ -148,7 +146,7 @@ def generate_labels(
         config=config,
         sampling=gen.Sampling(temperature=0.0, top_k=0, top_p=1.0),
         chunk=max_new_tokens,
-        stationary=model.is_split(params),
+        split=split,
     )
     out = jax.device_get(out)
     answers = [tokenizer.decode(row[:n]) for row, n in zip(out.tokens, out.counts, strict=True)]

@@ -181,14 +181,14 @@ def head(params: Params) -> jax.Array:
     return params["head"] if "head" in params else params["embed"].T
 
 
-def logits(params: Params, hidden: jax.Array, *, stationary: bool) -> jax.Array:
+def logits(params: Params, hidden: jax.Array, *, split: bool) -> jax.Array:
     """`hidden @ head(params)` of a few tokens, float32 [B, ..., V].
 
     Args:
       hidden: [B, ..., D].
-      stationary: as of `forward_cached`.
+      split: as of `forward_cached`.
     """
-    if stationary:
+    if split:
         hidden = constrain(hidden, "rows", *(None,) * (hidden.ndim - 2), "embed")
     product = jnp.matmul(hidden, head(params), preferred_element_type=jnp.float32)
     return constrain(product, "batch", *(None,) * (hidden.ndim - 2), "vocab")
@@ -584,7 +584,7 @@ def forward_cached(
     counts: jax.Array,
     *,
     config: ModelConfig,
-    stationary: bool,
+    split: bool,
 ) -> tuple[jax.Array, KVCache]:
     """Append ragged tokens to the conversations and return their hidden states.
 
@@ -594,8 +594,8 @@ def forward_cached(
     Args:
       tokens: int32 [B, T].
       counts: int32 [B], 0..T.
-      stationary: weights stay where they are, and activations come to them: for few tokens, of a
-        model whose weights are split (`linear.project_in_place`).
+      split: static, `is_split` of the parameters. Then few tokens come to the weights, and weights
+        are gathered for many (`linear.project_in_place`).
 
     Returns:
       ([B, T, D] normalized hidden states, the grown cache).
@@ -606,6 +606,7 @@ def forward_cached(
     slot_BT = jnp.where(step < counts[:, None], position_BT, cache.slots)
     cos, sin = _rotation(position_BT, config)
     x = _embed(params, tokens)
+    stationary = split and tokens.size <= config.d_model
 
     def block(
         x_BTD: jax.Array, k: jax.Array, v: jax.Array, layer: Params
@@ -621,13 +622,13 @@ def forward_cached(
     keys, values = [], []
     for index, (k, v) in enumerate(zip(cache.keys, cache.values, strict=True)):
         layer = jax.tree.map(lambda p, i=index: p[i], params["layers"])
-        if tokens.shape[1] == 1:
-            x, k, v = block(x, k, v, layer)
-        else:
-            # The condition as good as always holds, but what is computed under it is allocated
-            # under it: the TPU compiler would hold what all layers need from the very start.
+        if split and not stationary:
+            # As good as always true, but what is computed under a condition is allocated under it:
+            # the TPU compiler would hold the gathered products of all layers from the very start.
             some = jnp.any(counts > 0)
             x, k, v = jax.lax.cond(some, block, lambda x, k, v, _: (x, k, v), x, k, v, layer)
+        else:
+            x, k, v = block(x, k, v, layer)
         keys.append(k)
         values.append(v)
     hidden = rms_norm(x, params["final_norm"], config.norm_eps)

@@ -202,7 +202,7 @@ class _Tape:
 
     def __init__(self, params: Params, agent: Agent, rows: int):
         self.params, self.agent = params, agent
-        self.stationary = model.is_split(params)
+        self.split = model.is_split(params)
         self.cache: KVCache = model.init_cache(
             agent.model,
             batch=rows,
@@ -233,7 +233,11 @@ class _Tape:
             counts = np.array([min(len(pending), width) for pending in new], np.int32)
             self._make_room(counts)
             self.cache = gen.extend(
-                self.params, self.cache, *shard_rows((tokens, counts)), config=self.agent.model
+                self.params,
+                self.cache,
+                *shard_rows((tokens, counts)),
+                config=self.agent.model,
+                split=self.split,
             )
             self.held += counts
 
@@ -275,7 +279,7 @@ class _Tape:
                 config=agent.model,
                 sampling=agent.sampling,
                 chunk=agent.chunk,
-                stationary=self.stationary,
+                split=self.split,
             )
             out = jax.device_get(out)
             for row in rows:

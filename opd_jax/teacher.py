@@ -160,7 +160,8 @@ def _read(
         for row, prefix in enumerate(prefixes):
             piece = prefix[start : start + width]
             tokens[row, : len(piece)], counts[row] = piece, len(piece)
-        cache = gen.extend(params, cache, *shard_rows((tokens, counts)), config=by.model)
+        new = shard_rows((tokens, counts))
+        cache = gen.extend(params, cache, *new, config=by.model, split=model.is_split(params))
     return cache
 
 

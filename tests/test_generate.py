@@ -112,7 +112,9 @@ class Rows:
             counts = np.array([min(len(p), width) for p in pending], np.int32)
             for row, count in enumerate(counts):
                 block[row, :count] = pending[row][:count]
-            self.cache = gen.extend(self.params, self.cache, block, counts, config=CONFIG)
+            self.cache = gen.extend(
+                self.params, self.cache, block, counts, config=CONFIG, split=False
+            )
 
     def sample(
         self,
@@ -140,7 +142,7 @@ class Rows:
                 config=CONFIG,
                 sampling=sampling,
                 chunk=chunk,
-                stationary=False,
+                split=False,
             )
             for row, count in enumerate(np.asarray(out.counts)):
                 tokens = np.asarray(out.tokens)[row]
@@ -311,7 +313,9 @@ def test_a_stop_token_at_the_end_of_the_budget_is_a_stop(
 def test_the_cache_passed_in_is_donated(params: model.Params) -> None:
     cache = Rows.start(params, PROMPTS).cache
     after = gen.extend(
-        params, cache, np.zeros((3, 8), np.int32), np.zeros(3, np.int32), config=CONFIG
+        *(params, cache, np.zeros((3, 8), np.int32), np.zeros(3, np.int32)),
+        config=CONFIG,
+        split=False,
     )
     assert all(buffer.is_deleted() for buffer in cache.keys + cache.values)
     gen.generate(
@@ -324,7 +328,7 @@ def test_the_cache_passed_in_is_donated(params: model.Params) -> None:
         config=CONFIG,
         sampling=PLAIN,
         chunk=4,
-        stationary=False,
+        split=False,
     )
     assert all(buffer.is_deleted() for buffer in after.keys + after.values)
 

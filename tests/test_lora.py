@@ -105,7 +105,7 @@ def sampled(params: Params, *, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     kind = jnp.dtype(dtype)
     weights = gen.sampling_params(params, config=CONFIG, dtype=kind, gather=True)
     kv = model.init_cache(CONFIG, batch=ROWS, slots=LENGTH, dtype=kind, layout="BGSH")
-    kv = gen.extend(weights, kv, tokens()[:, :4], jnp.full(ROWS, 3), config=CONFIG)
+    kv = gen.extend(weights, kv, tokens()[:, :4], jnp.full(ROWS, 3), config=CONFIG, split=False)
     _, out = gen.generate(
         weights,
         kv,
@@ -116,7 +116,7 @@ def sampled(params: Params, *, dtype: str) -> tuple[np.ndarray, np.ndarray]:
         config=CONFIG,
         sampling=Sampling(temperature=1.0, top_k=0, top_p=1.0),
         chunk=8,
-        stationary=False,
+        split=False,
     )
     return np.asarray(out.tokens), np.asarray(out.logprobs)
 

@@ -97,7 +97,7 @@ def test_cached_pieces_equal_one_forward(
 ) -> None:
     config, params = load(references[name])
     expected = np.asarray(hidden_states(config, params, tokens))
-    append = jax.jit(partial(model.forward_cached, config=config, stationary=False))
+    append = jax.jit(partial(model.forward_cached, config=config, split=False))
     cache = model.init_cache(config, batch=3, slots=24, dtype=jnp.float32, layout=layout)
     done = np.zeros(3, int)
     for counts in PIECES:
@@ -119,7 +119,7 @@ def test_cached_pieces_equal_one_forward(
 def test_lowering_lengths_rolls_a_row_back(references: dict, tokens: np.ndarray) -> None:
     config, params = load(references["qwen3"])
     expected = np.asarray(hidden_states(config, params, tokens))
-    append = jax.jit(partial(model.forward_cached, config=config, stationary=False))
+    append = jax.jit(partial(model.forward_cached, config=config, split=False))
     cache = model.init_cache(config, batch=3, slots=T, dtype=jnp.float32, layout="BGSH")
     wrong = tokens.copy()
     wrong[:, 5:] = 95 - wrong[:, 5:]

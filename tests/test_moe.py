@@ -77,7 +77,7 @@ def test_the_two_kinds_of_weights_are_different_models(references: dict, tokens:
 def test_cached_pieces_equal_one_forward(mixture: Any, tokens: np.ndarray) -> None:
     config, params = load(mixture.folder)
     expected = run(params, tokens, config)
-    append = jax.jit(partial(model.forward_cached, config=config, stationary=False))
+    append = jax.jit(partial(model.forward_cached, config=config, split=False))
     cache = model.init_cache(config, batch=3, slots=24, dtype=jnp.float32, layout="BSGH")
     done = np.zeros(3, int)
     # Rows of different lengths: what fills a piece goes to experts too, and changes nothing.
@@ -271,7 +271,7 @@ def test_experts_that_stay_where_they_are_give_the_same(
     def token(params: Params, tokens: jax.Array) -> jax.Array:
         kv = model.init_cache(CONFIG, batch=8, slots=8, dtype=jnp.float32, layout="BGSH")
         one = jnp.ones(8, jnp.int32)
-        return model.forward_cached(params, kv, tokens, one, config=CONFIG, stationary=True)[0]
+        return model.forward_cached(params, kv, tokens, one, config=CONFIG, split=True)[0]
 
     with jax.set_mesh(mesh):
         arguments = placed, shard_batch({"tokens": rows[:, :1]}, mesh)["tokens"]

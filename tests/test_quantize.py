@@ -165,7 +165,7 @@ def test_forward_is_that_of_the_weights_it_stands_for(int8: Params, tokens: np.n
 
 def test_the_cache_sees_the_same_weights(int8: Params, tokens: np.ndarray) -> None:
     cache = model.init_cache(CONFIG, batch=3, slots=16, dtype=jnp.float32, layout="BGSH")
-    append = jax.jit(partial(model.forward_cached, config=CONFIG, stationary=False))
+    append = jax.jit(partial(model.forward_cached, config=CONFIG, split=False))
     pieces = []
     for start, stop in ((0, 4), (4, 8), (8, 11)):
         piece = np.zeros((3, 4), np.int32)

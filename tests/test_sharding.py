@@ -161,7 +161,8 @@ def sampled_from(params: Params, *, gather: bool = True) -> tuple[list[list[int]
         new = rng.integers(1, 64, (ROWS, 6)).astype(np.int32)
         new[:, 0] = last
         counts = rng.integers(1, 7, ROWS).astype(np.int32)
-        kv = gen.extend(weights, kv, *shard_rows((new, counts)), config=STUDENT)
+        split = model.is_split(weights)
+        kv = gen.extend(weights, kv, *shard_rows((new, counts)), config=STUDENT, split=split)
         kv, out = gen.generate(
             weights,
             kv,
@@ -171,7 +172,7 @@ def sampled_from(params: Params, *, gather: bool = True) -> tuple[list[list[int]
             config=STUDENT,
             sampling=Sampling(temperature=0.7, top_k=0, top_p=0.95),
             chunk=4,
-            stationary=model.is_split(weights),
+            split=split,
         )
         # Where it was put, in the very words: the second turn runs the programs of the first.
         assert {buffer.sharding for buffer in (*kv.keys, *kv.values)} == {place}
@@ -189,13 +190,15 @@ def judged(mesh: Mesh) -> np.ndarray:
     counts = rng.integers(1, 9, ROWS).astype(np.int32)
     kv = model.init_cache(TEACHER, batch=ROWS, slots=10, dtype=jnp.float32, layout="BGSH")
     words = rng.integers(1, 64, (3, 2)).astype(np.int32)
+    teacher = placed(TEACHER, 1, mesh)
     scores, _ = labels.label_scores(
-        placed(TEACHER, 1, mesh),
+        teacher,
         kv,
         *shard_rows((tokens, counts)),
         words,
         np.array([2, 2, 1], np.int32),
         config=TEACHER,
+        split=model.is_split(teacher),
     )
     return np.asarray(scores)
 
@@ -284,12 +287,12 @@ def test_for_a_token_activations_are_sent_and_no_weights(mesh: Mesh) -> None:
     keys = jax.random.split(jax.random.key(0), ROWS)
     how = dict(sampling=Sampling(temperature=1.0, top_k=0, top_p=1.0), chunk=4)
 
-    def largest(stationary: bool) -> int:
+    def largest(split: bool) -> int:
         """Bytes of the largest array that is sent."""
         compiled = gen.generate.lower(
             *(weights, kv, rows, rows, keys, np.array([63])),
             config=WIDE,
-            stationary=stationary,
+            split=split,
             **how,
         ).compile()
         module = parse(compiled.as_text())

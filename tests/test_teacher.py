@@ -280,6 +280,7 @@ def test_constrained_scores_are_the_log_likelihoods_of_the_labels(
         counts,
         *labels.label_tokens(random_judge.tokenizer),
         config=random_judge.model,
+        split=False,
     )
     np.testing.assert_allclose(scores, likelihoods, rtol=0, atol=2e-5)
     np.testing.assert_array_equal(cache.lengths, counts)  # the labels themselves are dropped
