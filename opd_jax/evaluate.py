@@ -7,6 +7,7 @@ untrained student where there is none; `--config.eval.judge=true` also measures 
 judgement of the turns agrees with the environment's own labels.
 """
 
+import dataclasses
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -301,9 +302,11 @@ def _evaluate_student(
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     untrained = experiment.initial_params(student, config, mesh)
     restored = checkpoints.restore_latest({"params": untrained}, partial=True)
-    update, state, _ = restored or (0, {"params": untrained}, {})
-    who = "after" if restored else "before"
-    sampling = experiment.make_sampling_params(state["params"], student, config)
+    who, (update, state, _) = ("after", restored) if restored else ("before", (0, {}, {}))
+    sampling = experiment.make_sampling_params(state.get("params", untrained), student, config)
+    # Nothing else is needed on the devices from here on.
+    student = dataclasses.replace(student, params={})
+    del untrained, restored, state
     return {who: evaluate_model(config, student, sampling, update=update, judging=judging)}
 
 

@@ -64,7 +64,8 @@ def score_labels(
       tokenizer: the teacher's.
 
     Returns:
-      A label for each row, and the cache with the questions appended.
+      A label for each row, and the cache with the questions appended. Beyond the lengths of all
+      rows, also of those that ask nothing, it holds what the words left.
     """
     scores, cache = label_scores(
         params,

@@ -1,6 +1,7 @@
 """The projections inside the layers: the one place where an activation meets a weight matrix."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -88,7 +89,7 @@ def project(x: jax.Array, weight: jax.Array | Int8Weight | LoraWeight, spec: str
     Args:
       spec: of `einsum`; its output ends with the weight's output axes, in their order.
     """
-    return checkpoint_name(_product(x, weight, spec), PROJECTION)
+    return checkpoint_name(_product(x, weight, spec, x.dtype), PROJECTION)
 
 
 def projection(stationary: bool) -> Callable[[jax.Array, Any, str], jax.Array]:
@@ -103,22 +104,28 @@ def project_in_place(
 
     What is sent are activations, here, and where the caller splits the product over the batch
     again. Otherwise the devices that share a batch gather the weight, which is less to send only
-    where they have more tokens than the model is wide.
+    where they have more tokens than the model is wide. The parts of a sum are sent in float32: what
+    is sampled would else be further from what the update recomputes.
     """
     inputs, output = spec.split("->")
-    x = constrain(x, *map(_AXES.get, inputs.partition(",")[0]))
-    return constrain(project(x, weight, spec), *map(_AXES.get, output))
+    parts = constrain(x, *map(_AXES.get, inputs.partition(",")[0]))
+    product = constrain(_product(parts, weight, spec, jnp.float32), *map(_AXES.get, output))
+    return product.astype(x.dtype)
 
 
-def _product(x: jax.Array, weight: jax.Array | Int8Weight | LoraWeight, spec: str) -> jax.Array:
+def _product(
+    x: jax.Array, weight: jax.Array | Int8Weight | LoraWeight, spec: str, dtype: jnp.dtype
+) -> jax.Array:
+    """`project` in `dtype`, which sums over devices have as well."""
+    multiply = partial(jnp.einsum, preferred_element_type=dtype)
     if isinstance(weight, LoraWeight):
         into, out_of = _through_rank(spec)
-        low = jnp.einsum(into, x, weight.a) * weight.scale
-        return _product(x, weight.base, spec) + jnp.einsum(out_of, low, weight.b)
+        low = multiply(into, x, weight.a).astype(x.dtype) * weight.scale
+        return _product(x, weight.base, spec, dtype) + multiply(out_of, low, weight.b)
     if not isinstance(weight, Int8Weight):
-        return jnp.einsum(spec, x, weight)
-    product = jnp.einsum(spec, x, weight.values.astype(x.dtype))
-    return (product * weight.scale).astype(x.dtype)
+        return multiply(spec, x, weight)
+    product = multiply(spec, x, weight.values.astype(x.dtype))
+    return (product * weight.scale).astype(dtype)
 
 
 def _through_rank(spec: str) -> tuple[str, str]:
@@ -135,9 +142,14 @@ def _through_rank(spec: str) -> tuple[str, str]:
 
 
 def project_groups(
-    x_RD: jax.Array, weight: jax.Array | Int8Weight, group_R: jax.Array, sizes_G: jax.Array
+    x_RD: jax.Array,
+    weight: jax.Array | Int8Weight,
+    group_R: jax.Array,
+    sizes_G: jax.Array,
+    *,
+    dtype: jnp.dtype,
 ) -> jax.Array:
-    """Each row by the matrix of its group, `x[r] @ weight[group[r]]`, [R, F] in the dtype of `x`.
+    """Each row by the matrix of its group, `x[r] @ weight[group[r]]`, [R, F] in `dtype`.
 
     Args:
       x_RD: rows, those of a group together.
@@ -145,7 +157,8 @@ def project_groups(
       group_R: int32, the group of each row, ascending.
       sizes_G: int32, rows of each group; some may have none.
     """
+    multiply = partial(jax.lax.ragged_dot, preferred_element_type=dtype)
     if not isinstance(weight, Int8Weight):
-        return jax.lax.ragged_dot(x_RD, weight, sizes_G)
-    product = jax.lax.ragged_dot(x_RD, weight.values.astype(x_RD.dtype), sizes_G)
-    return (product * weight.scale[group_R]).astype(x_RD.dtype)
+        return multiply(x_RD, weight, sizes_G)
+    product = multiply(x_RD, weight.values.astype(x_RD.dtype), sizes_G)
+    return (product * weight.scale[group_R]).astype(dtype)

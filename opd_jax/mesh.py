@@ -1,8 +1,9 @@
 """Where arrays live: the device mesh, and the rules that map logical axes to its axes.
 
 The mesh has three axes. `data` replicates parameters and splits the batch; `fsdp` splits both, so
-parameters are gathered as they are used; `tensor` splits heads, feed-forward width and vocabulary.
-Only this file names mesh axes: arrays carry logical axes, and `RULES` translates them.
+parameters are gathered as they are used, or few tokens come to them; `tensor` splits heads,
+feed-forward width and vocabulary. Only this file names mesh axes: arrays carry logical axes, and
+`RULES` translates them.
 
 A run sets its mesh once, with `jax.set_mesh`. Inside compiled programs `constrain` then pins the
 arrays that the compiler would otherwise be free to gather; without a mesh it does nothing, so the
@@ -24,7 +25,7 @@ AnyMesh = Mesh | AbstractMesh
 
 # Logical axis -> mesh axis or axes; None is replicated. The axes of one array map to distinct mesh
 # axes: so "embed", of parameters, may not share one with what it is contracted against, and
-# activations, whose batch takes "fsdp", have their width whole.
+# activations, whose batch takes "fsdp", have their width whole, unless they are "rows".
 Rules = Mapping[str, str | tuple[str, ...] | None]
 RULES: Rules = {
     "batch": ("data", "fsdp"),
@@ -43,8 +44,8 @@ RULES: Rules = {
     "vocab": "tensor",
     "slots": None,
 }
-# Sampling reads every weight for every token, where gathering them each time would cost more than
-# the model: its copy of the student is whole along `fsdp`.
+# Sampling reads every weight for every token: the student's copy for it may be whole along `fsdp`,
+# so that nothing is sent for a token.
 SAMPLING_RULES: Rules = {**RULES, "embed": None}
 
 
@@ -152,8 +153,13 @@ def current() -> Mesh | None:
 
 def batch_multiple() -> int:
     """What the rows of a batch have to be a multiple of, on the current mesh."""
+    return split_ways("batch")
+
+
+def split_ways(logical: str) -> int:
+    """Into how many parts the current mesh splits a logical axis."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else _ways(mesh, "batch")
+    return 1 if mesh.empty else _ways(mesh, logical)
 
 
 def check_divides(specs: Any) -> None:
@@ -219,8 +225,7 @@ def is_split(array: Any, logical: str) -> bool:
 
 def divides(size: int, logical: str) -> bool:
     """Whether a dimension of `size` can be split over the current mesh, inside `jit`."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.empty or size % _ways(mesh, logical) == 0
+    return size % split_ways(logical) == 0
 
 
 def whole(tree: Any) -> Any:

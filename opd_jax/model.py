@@ -186,7 +186,7 @@ def logits(params: Params, hidden: jax.Array, *, split: bool) -> jax.Array:
 
     Args:
       hidden: [B, ..., D].
-      split: as of `forward_cached`.
+      split: `is_split` of the parameters. Then hidden states come to the head.
     """
     if split:
         hidden = constrain(hidden, "rows", *(None,) * (hidden.ndim - 2), "embed")
@@ -606,7 +606,7 @@ def forward_cached(
     slot_BT = jnp.where(step < counts[:, None], position_BT, cache.slots)
     cos, sin = _rotation(position_BT, config)
     x = _embed(params, tokens)
-    stationary = split and tokens.size <= config.d_model
+    stationary = split and tokens.size <= config.d_model * mesh.split_ways("rows")
 
     def block(
         x_BTD: jax.Array, k: jax.Array, v: jax.Array, layer: Params
@@ -619,14 +619,19 @@ def forward_cached(
         )
         return _after_attention(layer, x_BTD, mixed, config, stationary), k, v
 
+    def unchanged(
+        x_BTD: jax.Array, k: jax.Array, v: jax.Array, _: Params
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return x_BTD, k, v
+
     keys, values = [], []
     for index, (k, v) in enumerate(zip(cache.keys, cache.values, strict=True)):
         layer = jax.tree.map(lambda p, i=index: p[i], params["layers"])
         if split and not stationary:
             # As good as always true, but what is computed under a condition is allocated under it:
             # the TPU compiler would hold the gathered products of all layers from the very start.
-            some = jnp.any(counts > 0)
-            x, k, v = jax.lax.cond(some, block, lambda x, k, v, _: (x, k, v), x, k, v, layer)
+            # The price: no layer's weights are gathered while the one before computes.
+            x, k, v = jax.lax.cond(jnp.any(counts > 0), block, unchanged, x, k, v, layer)
         else:
             x, k, v = block(x, k, v, layer)
         keys.append(k)

@@ -81,21 +81,22 @@ def _mix(layer: dict, x_BTD: jax.Array, experts: Experts, width: str | None) -> 
       width: the logical axis of D, where there is only a part of that as well.
     """
 
-    def whole(part: jax.Array) -> jax.Array:
-        return total(part, width) if width else part
+    def product(x_RD: jax.Array, weight: Any) -> jax.Array:
+        if not width:
+            return project_groups(x_RD, weight, expert_R, sizes_E, dtype=x_RD.dtype)
+        part = project_groups(x_RD, weight, expert_R, sizes_E, dtype=jnp.float32)
+        return total(part, width).astype(x_RD.dtype)
 
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
     logits_ME = jnp.matmul(x_MD, layer["router"], preferred_element_type=jnp.float32)
-    weight_MK, expert_MK = route(whole(logits_ME), experts)
+    weight_MK, expert_MK = route(total(logits_ME, width) if width else logits_ME, experts)
     order_R = jnp.argsort(expert_MK.ravel())  # stable: by expert, then by token
     expert_R = expert_MK.ravel()[order_R]
     sizes_E = jnp.bincount(expert_R, length=experts.count)
     x_RD = x_MD[order_R // experts.per_token]
-    gate, up = (
-        whole(project_groups(x_RD, layer[name], expert_R, sizes_E))
-        for name in ("expert_gate", "expert_up")
-    )
-    out_RD = project_groups(jax.nn.silu(gate) * up, layer["expert_down"], expert_R, sizes_E)
+    gate, up = product(x_RD, layer["expert_gate"]), product(x_RD, layer["expert_up"])
+    h_RF, down = jax.nn.silu(gate) * up, layer["expert_down"]
+    out_RD = project_groups(h_RF, down, expert_R, sizes_E, dtype=h_RF.dtype)
     # Back into the order of tokens by reading rather than by adding: K terms in a fixed order.
     out_MKD = out_RD[jnp.argsort(order_R)].reshape(*expert_MK.shape, -1)
     mixed = jnp.einsum("mkd,mk->md", out_MKD, weight_MK, preferred_element_type=jnp.float32)

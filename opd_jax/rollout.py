@@ -40,7 +40,8 @@ class Agent:
       context_tokens: most tokens in a context, prompts and observations included: the cache.
       extend_widths: ascending widths in which new tokens are appended; one compiled program each.
       cache_step: slots by which the cache grows, as conversations do, up to `context_tokens`; a
-        token reads all the slots that there are. One compiled program each of those below.
+        token reads all the slots that there are. For each size that it has, the programs that
+        append and sample are compiled.
       chunk: tokens sampled between two looks at which rows are done.
       history_turns: earlier turns that a response is sampled from, at most; 0: all of them. Fewer
         than all cost a prefill of the context anew in each turn (`history`).
@@ -81,7 +82,8 @@ def rollout(
     Args:
       params: of `agent.model`.
       keys: PRNG keys, one for each environment (see `row_keys`). An episode depends on nothing but
-        the parameters, its task and its key, which is folded with the turn and then the position.
+        the parameters, its task and its key, which is folded with the turn and then the position;
+        but for last bits, since all rows have the cache that the longest needs.
       agent: see `Agent`.
       envs: one environment a row; their number is the batch of every compiled program. None for a
         row whose environment lives in another process.

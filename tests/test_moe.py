@@ -209,7 +209,9 @@ def test_groups_of_any_size_meet_their_own_matrix(sizes: tuple[int, ...]) -> Non
     rows = sum(sizes)
     group = np.repeat(np.arange(3), sizes)
     x, weight = rng.normal(size=(rows, 4)), rng.normal(size=(3, 4, 6))
-    got = project_groups(jnp.float32(x), jnp.float32(weight), jnp.asarray(group), jnp.array(sizes))
+    got = project_groups(
+        jnp.float32(x), jnp.float32(weight), jnp.asarray(group), jnp.array(sizes), dtype=jnp.float32
+    )
     want = np.stack([x[row] @ weight[group[row]] for row in range(rows)])
     assert_allclose(got, want, rtol=0, atol=1e-5)
 

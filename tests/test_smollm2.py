@@ -361,7 +361,8 @@ def complete(student: experiment.LoadedModel, config: FrozenConfigDict, ids: lis
     new = np.zeros((1, agent.extend_widths[0]), np.int32)
     new[0, : len(ids) - 1] = ids[:-1]
     counts = jnp.asarray([len(ids) - 1], jnp.int32)
-    cache = extend(student.params, cache, jnp.asarray(new), counts, config=agent.model)
+    how = dict(config=agent.model, split=model.is_split(student.params))
+    cache = extend(student.params, cache, jnp.asarray(new), counts, **how)
     _, sampled = generate(
         student.params,
         cache,
@@ -369,9 +370,9 @@ def complete(student: experiment.LoadedModel, config: FrozenConfigDict, ids: lis
         jnp.asarray([agent.chunk], jnp.int32),
         jax.random.split(jax.random.key(0), 1),
         jnp.asarray([-1], jnp.int32),
-        config=agent.model,
         sampling=agent.sampling,
         chunk=agent.chunk,
+        **how,
     )
     return sampled.tokens[0].tolist()
 
