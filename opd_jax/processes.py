@@ -127,7 +127,8 @@ def _end(error: BaseException, last_words: LastWords) -> NoReturn:
     sys.stdout.flush()
     status = 1
     if is_lost(error):
-        last_words.say(f"{last_words.line} ({str(error).splitlines()[0][:200]})")
+        reason = str(error).partition("\n")[0][:200]
+        last_words.say(f"{last_words.line} ({reason})")
     elif isinstance(error, ValueError):
         status = 2
         last_words.say(f"error: {error}")
