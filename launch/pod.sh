@@ -17,7 +17,8 @@ while kill -0 "$child" 2>/dev/null; do # a signal ends `wait` before its process
   code=0
   wait "$child" || code=$?
 done
-[[ $code == 0 ]] || exit "$code"
+# Of a process that was killed another one says the last words, if it is not ended with the pod.
+[[ $code == 0 ]] || { sleep 1; exit "$code"; }
 if [[ ${TPU_WORKER_ID:-0} == 0 ]]; then
   exec .venv/bin/python launch/finished.py "$@"
 fi

@@ -2,7 +2,7 @@
 
 import importlib
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -125,30 +125,30 @@ def panels(config: FrozenConfigDict) -> dict[str, Panel]:
     for process, others in enumerate(processes.gather(found)):
         different = [split for split in found if others[split] != found[split]]
         if different:
+            split = different[0]
             raise ValueError(
-                f"`env`: process {process} has other tasks of {different[0]!r} than process "
-                f"{jax.process_index()} ({others[different[0]]}, {found[different[0]]}); give all "
+                f"`env`: process {process} has other tasks than process {jax.process_index()} "
+                f"({describe(split, others[split])}; {describe(split, found[split])}); give all "
                 "machines the same data"
             )
     return found
 
 
-def check_same_tasks(config: FrozenConfigDict, workdir: Path) -> None:
+def check_same_tasks(split: str, tasks: Panel, workdir: Path) -> None:
     """Makes sure that the training tasks are those that a workdir's run was started on.
 
     A config may be the same and name other tasks: the files in a folder change, and `ALFWORLD_DATA`
     names another folder.
 
     Args:
-      config: given now.
+      split: `data.split`.
+      tasks: which it has now.
       workdir: of a run; without `TASKS_FILE` nothing is known and nothing is refused.
 
     Raises:
       ValueError: they differ; names the field and both digests.
     """
-    split = config.data.split
-    before = read_summary(workdir / TASKS_FILE).get(split)
-    now = panel(config.env, "data.split", split).digest
+    before, now = read_summary(workdir / TASKS_FILE).get(split), tasks.digest
     if before not in (None, now):
         raise ValueError(
             f"`data.split`: the tasks of {split!r} are not those that the run in `{workdir}` was "
@@ -162,9 +162,8 @@ def describe(split: str, tasks: Panel) -> str:
     return f"{split}: {tasks.size} tasks, digest {tasks.digest}"
 
 
-def store_tasks(config: FrozenConfigDict, workdir: Path) -> None:
-    """Writes the digest of every split that the config names into a workdir, and says them."""
-    found = panels(config)
+def store_tasks(found: Mapping[str, Panel], workdir: Path) -> None:
+    """Writes the digest of every split into a workdir, and says them."""
     for split, tasks in found.items():
         processes.say(describe(split, tasks))
     digests = {split: tasks.digest for split, tasks in found.items()}

@@ -6,11 +6,13 @@ What an environment says is told to all processes at once (`share`), so that fro
 them hold the same conversations, draw the same conclusions and start the same compiled programs.
 """
 
+import atexit
 import contextlib
 import os
 import pickle
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
@@ -18,10 +20,15 @@ from typing import Any, NoReturn, TypeVar
 import jax
 import numpy as np
 
+from opd_jax.last_words import LastWords
+
 VARIABLE = "OPD_JAX_DISTRIBUTED"
 # A process that dies takes the others with it after about so long at most; where processes are
 # connected directly, as on CPUs, a broken connection tells them at once.
 HEARTBEAT_TIMEOUT_S = 60
+# How long a process that found a mistake waits for the others to find it as well. They have all
+# computed the same up to there.
+_FAREWELL_S = 10
 # Messages are padded to a power of two, since each size is a program to compile.
 _LEAST_BYTES = 1024
 
@@ -30,6 +37,9 @@ _BROKEN_CONNECTION = re.compile(
 )
 
 T = TypeVar("T")
+
+# Of this process; None in a run of one process.
+_last_words: LastWords | None = None
 
 
 def start() -> None:
@@ -41,20 +51,35 @@ def start() -> None:
       HOST:PORT,PROCESS,PROCESSES where process 0 listens, this one's number, and how many there are
 
     Raises:
-      ValueError: the variable holds anything else, or the processes did not come together.
+      ValueError: the variable holds anything else. Where the others do not come in five minutes,
+        JAX aborts the process; its last words say so.
     """
+    global _last_words
     text = os.environ.get(VARIABLE, "")
     if not text:
         return
     # It would take SIGTERM for itself, with which a run saves and ends.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(**_where(text), heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S)
+        where = _where(text)
+        _last_words = LastWords(
+            f"error: the processes of the run did not come together (`{VARIABLE}` = {text!r}): "
+            "process 0 cannot be reached, or another has ended; start all of them again"
+        )
+        atexit.register(_leave)
+        jax.distributed.initialize(**where, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S)
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"`{VARIABLE}` = {text!r}: expected auto on a cluster that JAX knows, or "
             f"HOST:PORT,PROCESS,PROCESSES with process 0 at HOST:PORT; {error}"
         ) from None
+
+
+def _leave() -> None:
+    """Waits for the others, as JAX does at an ordinary exit, and only then has nothing to say."""
+    jax.distributed.shutdown()
+    if _last_words:
+        _last_words.say("")
 
 
 def _where(text: str) -> dict[str, Any]:
@@ -73,41 +98,54 @@ class LostProcesses(RuntimeError):
 
 def is_lost(error: BaseException) -> bool:
     """Whether an error means that another process has ended, whoever raised it."""
-    lost = isinstance(error, LostProcesses)
-    return jax.process_count() > 1 and (lost or bool(_BROKEN_CONNECTION.match(str(error))))
+    lost = isinstance(error, LostProcesses) or bool(_BROKEN_CONNECTION.match(str(error)))
+    return lost and _last_words is not None
 
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
     """Around a command: a process that fails ends at once, so that the others notice, and end too.
 
-    An ordinary exit would wait for all processes, of which some wait for this one.
+    An ordinary exit would wait for all processes, of which some wait for this one. One that ends
+    because another has ended says so, whether Python noticed first or JAX.
     """
     try:
+        if _last_words:
+            _last_words.prepare(
+                f"error: process {jax.process_index()} of {jax.process_count()} lost the others, "
+                "or was killed itself; start all of them again with the same --workdir, and the "
+                "run resumes from its last checkpoint"
+            )
         yield
-    except Exception as error:
-        if jax.process_count() == 1:
+    except (Exception, KeyboardInterrupt) as error:
+        if _last_words is None:
             raise
-        _end(error)
+        _end(error, _last_words)
 
 
-def _end(error: Exception) -> NoReturn:
+def _end(error: BaseException, last_words: LastWords) -> NoReturn:
+    sys.stdout.flush()
     status = 1
     if is_lost(error):
-        print(
-            f"error: process {jax.process_index()} of {jax.process_count()} lost the others "
-            f"({str(error).splitlines()[0][:200]}); start all of them again with the same "
-            "--workdir, and the run resumes from its last checkpoint",
-            file=sys.stderr,
-        )
+        reason = str(error).partition("\n")[0][:200]
+        last_words.say(f"{last_words.line} ({reason})")
     elif isinstance(error, ValueError):
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
         status = 2
+        last_words.say(f"error: {error}")
+        # Process 0 takes the others with it, who are about to say the same.
+        farewell = threading.Thread(target=_farewell, daemon=True)
+        farewell.start()
+        farewell.join(_FAREWELL_S)
     else:
         traceback.print_exception(error)
-    sys.stdout.flush()
+        last_words.say("")
     sys.stderr.flush()
     os._exit(status)
+
+
+def _farewell() -> None:
+    with contextlib.suppress(Exception):
+        jax.distributed.shutdown()  # returns when all have called it
 
 
 def is_first() -> bool:

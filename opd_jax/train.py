@@ -62,10 +62,12 @@ def _run(config: FrozenConfigDict, workdir: Path, mesh: jax.sharding.Mesh) -> di
     stop = _stop_on_sigterm()
     write = processes.is_first()
     # Until it has saved something there is nothing to continue, and a mistake may be corrected.
-    if processes.first(any((workdir / "checkpoints").glob("[0-9]*"))):
+    resumes = processes.first(any((workdir / "checkpoints").glob("[0-9]*")))
+    if resumes:
         cfg.check_same_run(config, workdir, ignore=_free_fields(config))
-        environments.check_same_tasks(config, workdir)
-    environments.panels(config)  # there is every split that it names
+    panels = environments.panels(config)  # there is every split that it names
+    if resumes:
+        environments.check_same_tasks(config.data.split, panels[config.data.split], workdir)
     check_players(config)
     student, teacher = experiment.load_pair(config, mesh)
     optimizer = experiment.make_optimizer(config)
@@ -75,7 +77,7 @@ def _run(config: FrozenConfigDict, workdir: Path, mesh: jax.sharding.Mesh) -> di
     # Not before everything it names was found good: a run may be started again with its mistakes
     # corrected.
     _store_config(config, workdir)
-    environments.store_tasks(config, workdir)
+    environments.store_tasks(panels, workdir)
     done = int(state.step)
     if done:
         processes.say(f"resuming after update {done} of {config.train.updates}")

@@ -137,14 +137,22 @@ Start = Callable[..., subprocess.Popen]
 Command = Callable[..., subprocess.CompletedProcess]
 
 
+# These programs run for a second and would compile for ten.
+QUICK_TO_COMPILE = [
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+]
+if jax.__version_info__ < (0, 11):  # later ones do not know it, and end at an unknown flag
+    QUICK_TO_COMPILE.append("--xla_cpu_use_fusion_emitters=false")
+
+
 def _settings(**variables: str) -> dict[str, Any]:
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(CACHE),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        # These programs run for a second and would compile for ten.
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "XLA_FLAGS": " ".join(QUICK_TO_COMPILE),
         **variables,
     }
     pipe = subprocess.PIPE

@@ -3,6 +3,7 @@
 import re
 import socket
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ from conftest import Start
 from test_train import NO_EVALUATION, assert_ended_alike, saved
 
 from opd_jax import processes
+from opd_jax.envs.household.env import Household
 
 # Far longer than a broken connection or a missed heartbeat takes to be noticed: reached only by a
 # process that would wait for ever.
@@ -60,28 +62,53 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def together(start: Start, count: int, *words: object) -> list[subprocess.Popen]:
-    """The processes of one run of `train`, with a device each."""
+def together(
+    start: Start, count: int, *words: object, own: Sequence[str] = (), **variables: str
+) -> list[subprocess.Popen]:
+    """The processes of one run of `train`, with a device each; `own` are words for one of them."""
     port = free_port()
     return [
         start(
-            *("-m", "opd_jax.train", *words),
+            *("-m", "opd_jax.train", *words, *own[process : process + 1]),
             JAX_NUM_CPU_DEVICES="1",
             OPD_JAX_DISTRIBUTED=f"localhost:{port},{process},{count}",
+            **variables,
         )
         for process in range(count)
     ]
 
 
 def finish(running: list[subprocess.Popen]) -> list[str]:
-    """What each printed; all of them end well."""
+    """What each printed; all of them end well, and none speaks of another that is lost."""
     outputs = []
     for process in running:
         stdout, stderr = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 0, stderr
+        assert "error:" not in stderr
         # How gloo, which connects processes on CPUs, says that it has.
         outputs.append(re.sub(r"\[Gloo\].*\n", "", stdout))
     return outputs
+
+
+def errors_of(running: list[subprocess.Popen]) -> list[str]:
+    """What each printed to stderr; all of them end, and none of them well."""
+    told = [process.communicate(timeout=PATIENCE_S)[1] for process in running]
+    assert all(process.returncode for process in running)
+    return told
+
+
+def line_of(errors: str) -> str:
+    """The one line of a process that is ours: around it JAX may have printed its own."""
+    (line,) = re.findall("^error: .*", errors, re.MULTILINE)
+    return line
+
+
+def lost(process: int) -> str:
+    """How a process of two says that it lost the other."""
+    return (
+        f"error: process {process} of 2 lost the others, or was killed itself; start all of them "
+        "again with the same --workdir, and the run resumes from its last checkpoint"
+    )
 
 
 def alone(start: Start, devices: int, *words: object) -> str:
@@ -97,36 +124,32 @@ def settings(method: str, small: tuple[str, ...], *changed: str) -> tuple[str, .
 def test_killed_and_started_again_two_processes_end_with_the_bits_of_one(
     start: Start, small: tuple, tmp_path: Path
 ) -> None:
-    # Three tasks in batches of four rows: the second process has a row without a task.
-    changed = ("mesh.data=2", "train.updates=6", "eval.who=before,expert", "eval.tasks=3")
+    changed = (
+        *("mesh.data=2", "train.updates=4", "checkpoint.every=1", "eval.who=before,expert"),
+        # Three tasks in batches of four rows: the second process has a row without a task.
+        *("eval.tasks=3", "eval.splits=valid_seen,"),
+    )
     flags = settings("sage", small, *(f"--config.{change}" for change in changed))
     one, two = tmp_path / "one", tmp_path / "two"
     want = alone(start, 2, *flags, f"--workdir={one}")
 
+    kill(together(start, 2, *flags, f"--workdir={two}"), victim=1, at="valid_seen: ")
     # The last checkpoint but one is whole before the last one is begun.
-    running = together(start, 2, *flags, f"--workdir={two}")
-    errors = killed(running, victim=1, at="5/6")
-    assert "error: process 0 of 2 lost the others" in errors
-    assert "the run resumes from its last checkpoint" in errors
+    kill(together(start, 2, *flags, f"--workdir={two}"), victim=0, at="3/4")
 
     printed, nothing = finish(together(start, 2, *flags, f"--workdir={two}"))
-    assert re.search(r"resuming after update [24] of 6", printed)
+    assert re.search(r"resuming after update [123] of 4", printed)
     assert nothing == ""  # the first process speaks for all
     assert table_of(printed) == table_of(want)
     assert_ended_alike(two, one)
 
 
-def killed(running: list[subprocess.Popen], *, victim: int, at: str) -> str:
-    """Kills a process in the update after `at`; returns what the other of two says at its end."""
-    for line in running[0].stdout:
-        if line.startswith(at):
-            break
+def kill(running: list[subprocess.Popen], *, victim: int, at: str) -> None:
+    """Kills one of two processes after the line that begins with `at`; the other one ends too."""
+    assert any(line.startswith(at) for line in running[0].stdout)
     running[victim].kill()
-    other = running[1 - victim]
-    _, errors = other.communicate(timeout=PATIENCE_S)
-    assert other.returncode != 0
-    running[victim].communicate()
-    return errors
+    for process, errors in enumerate(errors_of(running)):
+        assert line_of(errors).startswith(lost(process))
 
 
 def table_of(printed: str) -> list[str]:
@@ -137,24 +160,41 @@ def test_an_error_of_one_process_ends_the_other(start: Start, small: tuple, tmp_
     # A workdir that the first process, which writes, cannot make.
     (tmp_path / "file").write_text("")
     flags = settings("opd", small, *NO_EVALUATION, "--config.mesh.data=2")
-    running = together(start, 2, *flags, f"--workdir={tmp_path / 'file' / 'run'}")
-    told = [process.communicate(timeout=PATIENCE_S)[1] for process in running]
-    assert all(process.returncode for process in running)
-    assert "NotADirectoryError" in told[0]
-    assert "error: process 1 of 2 lost the others" in told[1]
+    first, other = errors_of(together(start, 2, *flags, f"--workdir={tmp_path / 'file' / 'run'}"))
+    assert "NotADirectoryError" in first
+    assert "error: process" not in first
+    assert line_of(other).startswith(lost(1))
+
+
+def test_processes_with_other_tasks_all_say_so(start: Start, small: tuple, tmp_path: Path) -> None:
+    flags = settings("opd", small, *NO_EVALUATION, "--config.mesh.data=2", f"--workdir={tmp_path}")
+    sizes = ("small", "medium")
+    running = together(start, 2, *flags, own=[f"--config.env.size={size}" for size in sizes])
+    first, second = map(line_of, errors_of(running))
+    assert [process.returncode for process in running] == [2, 2]
+    one, two = (
+        re.escape(f"train: {env.size('train')} tasks, digest {env.digest('train')}")
+        for env in (Household(size=size, max_turns=1, show_admissible=0) for size in sizes)
+    )
+    assert re.search(rf"process 1 has other tasks than process 0 \({two}; {one}\)", first)
+    assert re.search(rf"process 0 has other tasks than process 1 \({one}; {two}\)", second)
+    assert not list(tmp_path.iterdir())
 
 
 def test_four_processes_end_as_one_with_four_devices(
     start: Start, small: tuple, tmp_path: Path
 ) -> None:
-    changed = {"mesh.data": 2, "mesh.fsdp": 2, "train.updates": 1}
+    changed = {"mesh.data": 2, "mesh.fsdp": 2, "train.updates": 1, "eval.splits": "valid_seen,"}
     # Plain descent, nearly: Adam's own would blow up what is left of a gradient of zero.
     changed |= {"optimizer.eps": 1, "optimizer.learning_rate": 0.1}
     flags = settings(
         "opd", small, *NO_EVALUATION, *(f"--config.{k}={v}" for k, v in changed.items())
     )
     want = alone(start, 4, *flags, f"--workdir={tmp_path / 'one'}")
-    got = finish(together(start, 4, *flags, f"--workdir={tmp_path / 'four'}"))
+    # Only the first process can find programs in a cache, and two that exchange something for the
+    # first time wait for each other half a minute at most.
+    together_alike = dict(JAX_ENABLE_COMPILATION_CACHE="false")
+    got = finish(together(start, 4, *flags, f"--workdir={tmp_path / 'four'}", **together_alike))
     assert got[1:] == ["", "", ""]
 
     def told(text: str) -> str:
