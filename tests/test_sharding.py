@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 STUDENT = replace(TINY, vocab_size=64, d_model=32, num_heads=8, num_kv_heads=4, d_ff=64, tied=True)
 TEACHER = replace(STUDENT, d_model=64, tied=False)
 # Of which every matrix is larger than the activations of a batch.
-WIDE = replace(STUDENT, d_model=128, head_dim=16, d_ff=128)
+WIDE = replace(STUDENT, d_model=256, num_kv_heads=8, head_dim=32, d_ff=256)
 LORA = Lora(rank=3, alpha=6.0, targets=TARGETS)
 ROWS, LENGTH, TURNS = 16, 16, 2
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
@@ -289,19 +289,28 @@ def test_for_a_token_activations_are_sent_and_no_weights(mesh: Mesh) -> None:
 
     def largest(split: bool) -> int:
         """Bytes of the largest array that is sent."""
-        compiled = gen.generate.lower(
-            *(weights, kv, rows, rows, keys, np.array([63])),
-            config=WIDE,
-            split=split,
-            **how,
-        ).compile()
-        module = parse(compiled.as_text())
-        sent = [i for c in module.computations.values() for i in c.values() if i.opcode in KINDS]
-        return max(array.bytes for i in sent for array in i.arrays())
+        settings = dict(config=WIDE, split=split)
+        sampling = gen.generate.lower(
+            *(weights, kv, rows, rows, keys, np.array([63])), **settings, **how
+        )
+        # Questions of few tokens, and words of two, behind them.
+        questions, words = shard_rows(np.ones((ROWS, 4), np.int32)), np.ones((3, 2), np.int32)
+        judging = labels.label_scores.lower(
+            *(weights, kv, questions, rows, words, np.full(3, 2)), **settings
+        )
+        modules = [parse(lowered.compile().as_text()) for lowered in (sampling, judging)]
+        return max(
+            array.bytes
+            for module in modules
+            for computation in module.computations.values()
+            for instruction in computation.values()
+            if instruction.opcode in KINDS
+            for array in instruction.arrays()
+        )
 
     layers = [spec.shape[1:] for spec in specs["layers"].values() if len(spec.shape) > 2]
     least = 4 * min(map(math.prod, layers)) // mesh.shape["tensor"]
-    widest = 4 * ROWS * max(WIDE.d_ff, WIDE.vocab_size)
+    widest = 4 * ROWS * 4 * max(WIDE.d_ff, 3 * WIDE.vocab_size // 2)
     assert largest(True) <= widest < least <= largest(False)
 
 
