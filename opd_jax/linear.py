@@ -104,9 +104,9 @@ def project_in_place(
 
     What is sent are activations, here, and where the caller splits the product over the batch
     again. Otherwise the devices that share a batch gather the weight, which is less to send only
-    where they have more tokens than the model is wide. The parts of a sum are float32: rounded, they
-    would take what is sampled further from what the update recomputes. The TPU compiler rounds them
-    nevertheless where the sum is rounded next, by its own rules of propagation.
+    where they have more tokens than the model is wide. The parts of a sum are float32: rounded,
+    they would take what is sampled further from what the update recomputes. The TPU compiler rounds
+    them nevertheless where the sum is rounded next, by its own rules of propagation.
     """
     inputs, output = spec.split("->")
     parts = constrain(x, *map(_AXES.get, inputs.partition(",")[0]))
