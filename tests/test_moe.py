@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from models import TINY
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -239,16 +240,21 @@ def rows() -> np.ndarray:
     return np.random.default_rng(4).integers(0, 32, (8, 7))
 
 
+def on_mesh(params: Params, sizes: tuple[int, int, int], int8: bool) -> tuple[Params, Params, Mesh]:
+    """Parameters in int8 if asked for, the same split over a mesh, and the mesh."""
+    if int8:
+        params = jax.jit(quantize_params, static_argnames="config")(params, CONFIG)
+    mesh = make_mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
+    specs = int8_specs(CONFIG) if int8 else model.param_specs(CONFIG)
+    return params, jax.device_put(params, param_shardings(specs, mesh)), mesh
+
+
 @pytest.mark.parametrize("sizes", [(1, 2, 4), (1, 8, 1), (2, 2, 2)])
 @pytest.mark.parametrize("int8", [False, True])
 def test_a_mesh_computes_what_one_device_does(
     params: Params, rows: np.ndarray, sizes: tuple[int, int, int], int8: bool
 ) -> None:
-    if int8:
-        params = jax.jit(quantize_params, static_argnames="config")(params, CONFIG)
-    mesh = make_mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
-    specs = int8_specs(CONFIG) if int8 else model.param_specs(CONFIG)
-    placed = jax.device_put(params, param_shardings(specs, mesh))
+    params, placed, mesh = on_mesh(params, sizes, int8)
     part = placed["layers"]["expert_gate"]
     values = part.values if int8 else part
     assert values.addressable_shards[0].data.shape == (2, 6, 16 // sizes[1], 8 // sizes[2])
@@ -263,11 +269,7 @@ def test_a_mesh_computes_what_one_device_does(
 def test_experts_that_stay_where_they_are_give_the_same(
     params: Params, rows: np.ndarray, sizes: tuple[int, int, int], int8: bool
 ) -> None:
-    if int8:
-        params = jax.jit(quantize_params, static_argnames="config")(params, CONFIG)
-    mesh = make_mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
-    specs = int8_specs(CONFIG) if int8 else model.param_specs(CONFIG)
-    placed = jax.device_put(params, param_shardings(specs, mesh))
+    params, placed, mesh = on_mesh(params, sizes, int8)
 
     @jax.jit
     def token(params: Params, tokens: jax.Array) -> jax.Array:
