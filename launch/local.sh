@@ -6,11 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-dry_run="" words=()
-for word in "$@"; do
-  if [[ $word == --dry-run ]]; then dry_run=1; else words+=("$word"); fi
-done
-set -- ${words[@]+"${words[@]}"}
+source launch/dry_run.sh
 
 workdir=()
 if [[ " $* " != *" --workdir"* && " $* " != *" --help"* ]]; then

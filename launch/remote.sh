@@ -17,11 +17,7 @@ if [[ -f launch/env ]]; then
   eval "$given"
 fi
 
-dry_run="" words=()
-for word in "$@"; do
-  if [[ $word == --dry-run ]]; then dry_run=1; else words+=("$word"); fi
-done
-set -- ${words[@]+"${words[@]}"}
+source launch/dry_run.sh
 exec 3>&1 # where `call` prints, also inside $(...)
 
 fail() {

@@ -302,8 +302,9 @@ def _evaluate_student(
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     untrained = experiment.initial_params(student, config, mesh)
     restored = checkpoints.restore_latest({"params": untrained}, partial=True)
-    who, (update, state, _) = ("after", restored) if restored else ("before", (0, {}, {}))
-    sampling = experiment.make_sampling_params(state.get("params", untrained), student, config)
+    who = "after" if restored else "before"
+    update, state, _ = restored or (0, {"params": untrained}, {})
+    sampling = experiment.make_sampling_params(state["params"], student, config)
     # Nothing else is needed on the devices from here on.
     student = dataclasses.replace(student, params={})
     del untrained, restored, state

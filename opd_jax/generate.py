@@ -160,7 +160,10 @@ def generate(
         step, cache, token, out = carry
         going = alive(out)
         hidden, cache = model.forward_cached(
-            *(params, cache, token[:, None], going.astype(jnp.int32)),
+            params,
+            cache,
+            token[:, None],
+            going.astype(jnp.int32),
             config=config,
             split=split,
         )

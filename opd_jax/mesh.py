@@ -199,7 +199,7 @@ def on_each_device(function: Callable, *, in_axes: Any, out_axes: Any, summed: s
         return jax.tree.map(lambda axes: _spec(mesh.shape, axes, RULES), tree, is_leaf=_is_axes)
 
     return jax.shard_map(
-        lambda *parts: jax.lax.psum(function(*parts), _mesh_axes(summed)),
+        lambda *parts: total(function(*parts), summed),
         mesh=mesh,
         in_specs=specs(in_axes),
         out_specs=specs(out_axes),

@@ -151,7 +151,7 @@ def _read(
     params: Params, prefixes: Sequence[Sequence[int]], *, rows: int, room: int, by: Judge
 ) -> KVCache:
     """A cache of at least `room` slots a row, with a prefix in each of its first rows."""
-    width = by.length_multiple
+    width, split = by.length_multiple, model.is_split(params)
     coarse = 4 * width  # few shapes, since each is a program to compile
     cache = _empty_cache(params, by, rows=rows, slots=-(-room // coarse) * coarse)
     for start in range(0, max(map(len, prefixes)), width):
@@ -161,7 +161,7 @@ def _read(
             piece = prefix[start : start + width]
             tokens[row, : len(piece)], counts[row] = piece, len(piece)
         new = shard_rows((tokens, counts))
-        cache = gen.extend(params, cache, *new, config=by.model, split=model.is_split(params))
+        cache = gen.extend(params, cache, *new, config=by.model, split=split)
     return cache
 
 

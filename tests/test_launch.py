@@ -22,7 +22,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.relative_to(ROOT) for path in (ROOT / "launch").glob("*.sh"))
-SOURCED = {"venv.sh", "remote.sh"}
+SOURCED = {"venv.sh", "remote.sh", "dry_run.sh"}
 SETTINGS = {
     "tpu_vm.sh": {
         "TPU_NAME": "pod",

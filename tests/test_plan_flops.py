@@ -1,30 +1,18 @@
 """FLOPs of traced programs against hand arithmetic."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec
+from models import TINY
 
-from opd_jax.model import ModelConfig, forward, init_params
+from opd_jax.model import forward, init_params
 from opd_jax.plan.jaxpr_flops import count_flops
 
-QWEN = ModelConfig(
-    vocab_size=96,
-    d_model=16,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    d_ff=24,
-    norm_eps=1e-6,
-    rope_theta=1e4,
-    rope_scaling=None,
-    max_positions=64,
-    qk_norm=True,
-    qkv_bias=False,
-    tied=True,
-)
+QWEN = replace(TINY, vocab_size=96, num_layers=3, tied=True)
 
 
 def flops(function, *shapes, while_trips=None):

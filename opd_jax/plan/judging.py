@@ -70,7 +70,8 @@ def _answering(
     if judge.decode == "generate":
         greedy = Sampling(temperature=0.0, top_k=0, top_p=1.0)
         yield reading(name, teacher, place, cache, width, runs=runs)
-        yield generating(f"{name}: answer", teacher, place, cache, greedy, answer, runs=runs)
+        name = f"{name}: answer"
+        yield generating(name, teacher, place, cache, greedy, answer, runs=runs, read=1)
         return
     words, rows = len(labels.LABELS), cache.lengths.shape[0]
     yield Program(
@@ -88,6 +89,6 @@ def _answering(
         runs=runs,
         trips=None,
         # Each word is read behind the question.
-        moved=gone_through(teacher, cache, times=1 + words),
+        moved=gone_through(teacher, cache, times=1 + words, read=1),
         beside=teacher.beside,
     )

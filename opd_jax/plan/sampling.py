@@ -1,7 +1,7 @@
 """The programs of rollouts and evaluations: a copy of the parameters, reading, sampling."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -15,8 +15,6 @@ from opd_jax.plan.placement import Placement
 from opd_jax.plan.program import COPY, Program
 from opd_jax.plan.traffic import Moved, device_bytes
 from opd_jax.plan.workload import Workload
-
-CACHE = "cache"
 
 
 @dataclass(frozen=True)
@@ -70,15 +68,9 @@ def rollout(
         yield reading("observation", player, place, cache, narrow, runs=work.turns - 1)
     calls = work.sampled / settings.chunk
     how = _how(settings, settings.temperature)
-    sampling = generating("sampling", player, place, cache, how, settings.chunk, runs=calls)
     # Compiled for the cache at its largest, which most tokens do not read.
-    read = tuple(
-        replace(part, bytes=round(part.bytes * work.slots_read / work.slots))
-        if part.what == CACHE
-        else part
-        for part in sampling.moved
-    )
-    yield replace(sampling, moved=read)
+    read, chunk = work.slots_read / work.slots, settings.chunk
+    yield generating("sampling", player, place, cache, how, chunk, runs=calls, read=read)
 
 
 def evaluation(
@@ -90,7 +82,8 @@ def evaluation(
     cache = place.cache(player.sizes, player.params, rows=rows, slots=work.slots)
     width, name = settings.extend_widths[-1], f"evaluating the {who}"
     yield reading(f"{name}: first message", player, place, cache, width, runs=0)
-    yield generating(f"{name}: sampling", player, place, cache, how, settings.chunk, runs=0)
+    chunk = settings.chunk
+    yield generating(f"{name}: sampling", player, place, cache, how, chunk, runs=0, read=1)
 
 
 def _how(settings: FrozenConfigDict, temperature: float) -> Sampling:
@@ -109,7 +102,7 @@ def reading(
         {"config": player.sizes, "split": is_split(player.params)},
         runs=runs,
         trips=None,
-        moved=gone_through(player, cache, times=1),
+        moved=gone_through(player, cache, times=1, read=1),
         beside=player.beside,
     )
 
@@ -123,8 +116,9 @@ def generating(
     chunk: int,
     *,
     runs: float,
+    read: float,
 ) -> Program:
-    """Sampling up to `chunk` tokens for every row of a cache."""
+    """Sampling up to `chunk` tokens for every row of a cache; `read` as in `gone_through`."""
     rows = cache.lengths.shape[0]
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     stop_ids = place.whole((2,))  # a turn ends with one of one or two tokens
@@ -147,20 +141,20 @@ def generating(
         },
         runs=runs,
         trips=chunk,
-        moved=gone_through(player, cache, times=chunk),
+        moved=gone_through(player, cache, times=chunk, read=read),
         beside=player.beside,
     )
 
 
-def gone_through(player: Player, cache: Any, *, times: int) -> tuple[Moved, ...]:
-    """All of a model's weights, and every slot of its cache.
+def gone_through(player: Player, cache: Any, *, times: int, read: float) -> tuple[Moved, ...]:
+    """All of a model's weights, and the slots of its cache, of which `read` is the share read.
 
     Of a mixture all experts: with many rows each is asked for by some token.
     """
     params = player.params
     # Of a table that is not the head as well only single rows are read.
-    read = {name: part for name, part in params.items() if name != "embed" or "head" not in params}
+    used = {name: part for name, part in params.items() if name != "embed" or "head" not in params}
     return (
-        Moved("parameters", device_bytes(read), times),
-        Moved(CACHE, device_bytes((cache.keys, cache.values)), times),
+        Moved("parameters", device_bytes(used), times),
+        Moved("cache", round(device_bytes((cache.keys, cache.values)) * read), times),
     )
