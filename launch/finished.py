@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from opd_jax import config as cfg
 from opd_jax.compare import variant
 from opd_jax.evaluate import is_evaluated
-from opd_jax.report import read_summary
+from opd_jax.report.writers import read_summary
 
 STOPPED = 75
 

@@ -17,18 +17,21 @@ from typing import Any
 import jax
 from ml_collections import FrozenConfigDict
 
-from opd_jax import agreement, environments, experiment, processes
+from opd_jax.agent.conversation import Conversation
+from opd_jax.agent.rollout import Agent, rollout, row_keys
+from opd_jax.config import build as experiment
 from opd_jax.config import check_same_run, fail, parse_command_line, validate
-from opd_jax.demonstrations import play_out
-from opd_jax.experiment import LoadedModel
-from opd_jax.figures import judge_table, macro_average, results_table, summarize
-from opd_jax.mesh import make_mesh
+from opd_jax.config.build import LoadedModel
+from opd_jax.experience import environments
+from opd_jax.experience.demonstrations import play_out
+from opd_jax.experience.players import make_player
+from opd_jax.judge import agreement
+from opd_jax.judge.verdicts import judge
 from opd_jax.model import Params
-from opd_jax.players import make_player
-from opd_jax.report import write_summary
-from opd_jax.rollout import Agent, rollout, row_keys
-from opd_jax.teacher import judge
-from opd_jax.trajectory import Conversation
+from opd_jax.report.figures import judge_table, macro_average, results_table, summarize
+from opd_jax.report.writers import write_summary
+from opd_jax.runtime import processes
+from opd_jax.runtime.mesh import make_mesh
 
 POLICIES = ("model", "expert", "random")
 # Beside the splits, where all those of a benchmark are evaluated (`environments.benchmark_splits`).
@@ -295,7 +298,7 @@ def _evaluate_student(
     config: FrozenConfigDict, workdir: Path, mesh: jax.sharding.Mesh
 ) -> dict[str, dict]:
     """The student `after` the workdir's newest checkpoint, or `before` any update."""
-    from opd_jax.checkpoint import Checkpoints
+    from opd_jax.runtime.checkpoint import Checkpoints
 
     student = experiment.load_student(config, mesh)
     judging = experiment.load_teacher(config, mesh) if config.eval.judge else None

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 from ml_collections import FrozenConfigDict
 
 from opd_jax import config as cfg
-from opd_jax import experiment, hf
-from opd_jax.checkpoint import Checkpoints
-from opd_jax.lora import lora_specs, with_adapters
-from opd_jax.mesh import make_mesh
+from opd_jax import hf
+from opd_jax.config import build as experiment
 from opd_jax.model import ModelConfig, Params, is_spec, param_specs
+from opd_jax.model.lora import lora_specs, with_adapters
+from opd_jax.runtime.checkpoint import Checkpoints
+from opd_jax.runtime.mesh import make_mesh
 
 
 def export(workdir: Path, out: Path) -> int:

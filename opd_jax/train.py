@@ -23,21 +23,29 @@ import optax
 from ml_collections import FrozenConfigDict
 
 from opd_jax import config as cfg
-from opd_jax import environments, experiment, processes
-from opd_jax.batch import Batch
-from opd_jax.checkpoint import Checkpoints
 from opd_jax.compare import compare
+from opd_jax.config import build as experiment
+from opd_jax.config.build import LoadedModel
 from opd_jax.evaluate import evaluate_model, evaluate_player, is_evaluated
-from opd_jax.experience import VERDICT_NAMES, Experience, Source, make_source
-from opd_jax.experiment import LoadedModel
-from opd_jax.figures import results_table
-from opd_jax.mesh import make_mesh, shard_batch
-from opd_jax.metrics import Metrics, Stopwatch
+from opd_jax.experience import environments
+from opd_jax.experience.players import check_players
+from opd_jax.experience.source import VERDICT_NAMES, Experience, Source, make_source
+from opd_jax.learner.batch import Batch
+from opd_jax.learner.train_state import TrainState, abstract_state, init_state, placement_of
+from opd_jax.learner.train_step import make_train_step
 from opd_jax.model import Params
-from opd_jax.players import check_players
-from opd_jax.report import EventWriter, JsonlWriter, progress_line, read_summary, write_summary
-from opd_jax.train_state import TrainState, abstract_state, init_state, placement_of
-from opd_jax.train_step import make_train_step
+from opd_jax.report.figures import results_table
+from opd_jax.report.metrics import Metrics, Stopwatch
+from opd_jax.report.writers import (
+    EventWriter,
+    JsonlWriter,
+    progress_line,
+    read_summary,
+    write_summary,
+)
+from opd_jax.runtime import processes
+from opd_jax.runtime.checkpoint import Checkpoints
+from opd_jax.runtime.mesh import make_mesh, shard_batch
 
 # May differ between a run and its continuation: they change nothing that is trained, and another
 # mesh only the order of sums, unless batches are made for it.
@@ -134,7 +142,7 @@ def _make_update(
     base = student.params if config.lora.rank else None
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        state, raw = train_step(state, teacher_params, shard_batch(batch, mesh), base)
+        state, raw = train_step(state, teacher_params, shard_batch(batch), base)
         return state, jax.device_get(raw)
 
     return update

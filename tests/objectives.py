@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from opd_jax.objective import Objective
+from opd_jax.learner.objective import Objective
 
 SAGE = Objective(
     divergence="reverse_kl",

@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 from ml_collections import FrozenConfigDict
 
-from opd_jax import environments, evaluate, experiment, export, model
-from opd_jax.checkpoint import Checkpoints
+from opd_jax import evaluate, export, model
+from opd_jax.agent.conversation import Conversation
+from opd_jax.config import build as experiment
 from opd_jax.config import load, read_stored, to_json
 from opd_jax.envs.search.searchqa_data import SETS
-from opd_jax.figures import judge_table, results_table
-from opd_jax.mesh import make_mesh
-from opd_jax.train_state import abstract_state
-from opd_jax.trajectory import Conversation
+from opd_jax.experience import environments
+from opd_jax.learner.train_state import abstract_state
+from opd_jax.report.figures import judge_table, results_table
+from opd_jax.runtime.checkpoint import Checkpoints
+from opd_jax.runtime.mesh import make_mesh
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

@@ -69,11 +69,11 @@ def packages(names: set[str] | frozenset[str]) -> set[str]:
 
 def test_the_parser_sees_every_kind_of_import() -> None:
     # The other tests pass for nothing if this one does not hold.
-    assert "opd_jax.losses" in imports("opd_jax.train_step", lazy=False)
-    assert "optax" in imports("opd_jax.train_step", lazy=False)
-    assert "opd_jax.checkpoint" in imports("opd_jax.train", lazy=False)
-    assert "orbax" in packages(imports("opd_jax.checkpoint", lazy=True))
-    assert "orbax" not in packages(imports("opd_jax.checkpoint", lazy=False))
+    assert "opd_jax.losses" in imports("opd_jax.learner.train_step", lazy=False)
+    assert "optax" in imports("opd_jax.learner.train_step", lazy=False)
+    assert "opd_jax.runtime.checkpoint" in imports("opd_jax.train", lazy=False)
+    assert "orbax" in packages(imports("opd_jax.runtime.checkpoint", lazy=True))
+    assert "orbax" not in packages(imports("opd_jax.runtime.checkpoint", lazy=False))
     assert "opd_jax.model" in reach("opd_jax.evaluate")
 
 

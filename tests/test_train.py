@@ -18,14 +18,16 @@ import pytest
 from ml_collections import FrozenConfigDict
 from safetensors.numpy import load_file, save_file
 
-from opd_jax import environments, experiment, train
-from opd_jax.checkpoint import Checkpoints
+from opd_jax import train
+from opd_jax.config import build as experiment
 from opd_jax.config import differences, load, read_stored
-from opd_jax.experience import make_source
-from opd_jax.mesh import make_mesh
-from opd_jax.metrics import Stopwatch
-from opd_jax.train_state import abstract_state, init_state
-from opd_jax.train_step import make_train_step
+from opd_jax.experience import environments
+from opd_jax.experience.source import make_source
+from opd_jax.learner.train_state import abstract_state, init_state
+from opd_jax.learner.train_step import make_train_step
+from opd_jax.report.metrics import Stopwatch
+from opd_jax.runtime.checkpoint import Checkpoints
+from opd_jax.runtime.mesh import make_mesh
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

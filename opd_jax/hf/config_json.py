@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from opd_jax.model import ModelConfig, RopeScaling
-from opd_jax.moe import Experts
+from opd_jax.model.moe import Experts
 
 Number = TypeVar("Number", int, float)
 

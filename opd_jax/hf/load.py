@@ -27,10 +27,10 @@ from opd_jax.hf.layout import (
     stored_shape,
     tensor_names,
 )
-from opd_jax.linear import Int8Weight
-from opd_jax.mesh import param_shardings
 from opd_jax.model import ModelConfig, Params, ParamSpec, is_spec, param_specs
-from opd_jax.quantize import contracted_axes, int8_specs, quantize_weight
+from opd_jax.model.int8 import contracted_axes, int8_specs, quantize_weight
+from opd_jax.model.projections import Int8Weight
+from opd_jax.runtime.mesh import param_shardings
 
 _DTYPES = ("F32", "F16", "BF16")
 

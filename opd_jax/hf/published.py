@@ -4,7 +4,7 @@ Source: `config.json` of Qwen/Qwen3-0.6B and its larger siblings on the Hugging 
 """
 
 from opd_jax.model import ModelConfig
-from opd_jax.moe import Experts
+from opd_jax.model.moe import Experts
 
 
 def _qwen3(

@@ -25,10 +25,10 @@ from opd_jax.hf.layout import (
     to_stored,
 )
 from opd_jax.hf.tokenizer import load_tokenizer, write_tokenizer
-from opd_jax.linear import Int8Weight, LoraWeight
-from opd_jax.lora import merged
 from opd_jax.model import ModelConfig, Params, ParamSpec, is_spec, param_specs
-from opd_jax.quantize import contracted_axes
+from opd_jax.model.int8 import contracted_axes
+from opd_jax.model.lora import merged
+from opd_jax.model.projections import Int8Weight, LoraWeight
 
 # The Hub's usual limit; files are cut only between tensors.
 MAX_SHARD_BYTES = 5 * 10**9

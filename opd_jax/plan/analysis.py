@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from ml_collections import FrozenConfigDict
 
-from opd_jax.mesh import abstract_mesh
 from opd_jax.model import cache_layout
 from opd_jax.plan.bounds import Bound, bound
 from opd_jax.plan.chips import Slice
@@ -16,6 +15,7 @@ from opd_jax.plan.programs import plan_run
 from opd_jax.plan.traffic import device_bytes
 from opd_jax.plan.verdict import analytic_verdict
 from opd_jax.plan.workload import lay_over
+from opd_jax.runtime.mesh import abstract_mesh
 
 
 @dataclass(frozen=True)

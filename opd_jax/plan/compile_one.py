@@ -18,7 +18,6 @@ import jax
 from ml_collections import FrozenConfigDict
 
 from opd_jax.config import fail, given_fields, parse_command_line
-from opd_jax.mesh import make_mesh
 from opd_jax.model import cache_layout
 from opd_jax.plan import chips
 from opd_jax.plan.collectives import collectives, copies
@@ -27,6 +26,7 @@ from opd_jax.plan.models import planned_pair
 from opd_jax.plan.programs import plan_run
 from opd_jax.plan.verdict import Memory
 from opd_jax.plan.workload import lay_over
+from opd_jax.runtime.mesh import make_mesh
 
 
 def compile_one(

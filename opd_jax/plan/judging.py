@@ -5,9 +5,9 @@ from typing import Any
 
 from ml_collections import FrozenConfigDict
 
-from opd_jax import labels
-from opd_jax.generate import Sampling
-from opd_jax.model import is_split
+from opd_jax.agent.generate import Sampling
+from opd_jax.judge import answer as labels
+from opd_jax.model import is_sharded
 from opd_jax.plan.placement import Placement
 from opd_jax.plan.program import Program
 from opd_jax.plan.sampling import Player, generating, gone_through, reading
@@ -85,7 +85,7 @@ def _answering(
             place.whole((words, answer)),
             place.whole((words,)),
         ),
-        {"config": teacher.sizes, "split": is_split(teacher.params)},
+        {"config": teacher.sizes, "sharded": is_sharded(teacher.params)},
         runs=runs,
         trips=None,
         # Each word is read behind the question.

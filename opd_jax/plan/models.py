@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from ml_collections import FrozenConfigDict
 
 from opd_jax import hf
-from opd_jax.experiment import model_folder, new_sizes
+from opd_jax.config.build import model_folder, new_sizes
 from opd_jax.hf.published import PUBLISHED
-from opd_jax.labels import label_tokens
+from opd_jax.judge.answer import label_tokens
 from opd_jax.model import ModelConfig
 
 

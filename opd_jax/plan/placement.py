@@ -8,7 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax import model
-from opd_jax.mesh import (
+from opd_jax.model import KVCache, ModelConfig, is_spec, param_specs
+from opd_jax.model.int8 import int8_specs, quantize_params
+from opd_jax.plan.traffic import device_bytes
+from opd_jax.runtime.mesh import (
     RULES,
     SAMPLING_RULES,
     AnyMesh,
@@ -16,9 +19,6 @@ from opd_jax.mesh import (
     param_shardings,
     replicated,
 )
-from opd_jax.model import KVCache, ModelConfig, is_spec, param_specs
-from opd_jax.plan.traffic import device_bytes
-from opd_jax.quantize import int8_specs, quantize_params
 
 
 @dataclass(frozen=True)

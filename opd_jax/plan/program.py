@@ -8,9 +8,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from opd_jax.mesh import AnyMesh
 from opd_jax.plan.traffic import Moved
 from opd_jax.plan.workload import Workload
+from opd_jax.runtime.mesh import AnyMesh
 
 # What stays on the devices as long as the run.
 PARAMETERS, OPTIMIZER, TEACHER = "parameters", "optimizer", "teacher"

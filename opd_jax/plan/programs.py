@@ -9,10 +9,10 @@ from typing import Any
 
 from ml_collections import FrozenConfigDict
 
-from opd_jax import experiment, train_state
-from opd_jax.lora import lora_specs, with_adapters
-from opd_jax.mesh import AnyMesh
+from opd_jax.config import build as experiment
+from opd_jax.learner import train_state
 from opd_jax.model import ModelConfig
+from opd_jax.model.lora import lora_specs, with_adapters
 from opd_jax.plan.judging import judging
 from opd_jax.plan.models import PlannedModel
 from opd_jax.plan.placement import Placement
@@ -29,6 +29,7 @@ from opd_jax.plan.sampling import Player, copying, evaluation, rollout
 from opd_jax.plan.traffic import device_bytes
 from opd_jax.plan.training import training
 from opd_jax.plan.workload import Workload, workload
+from opd_jax.runtime.mesh import AnyMesh
 
 
 def plan_run(

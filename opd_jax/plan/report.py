@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from opd_jax.experiment import student_dtype
+from opd_jax.config.build import student_dtype
 from opd_jax.model import is_spec, param_specs
 from opd_jax.plan.analysis import Analysis, Cost
 from opd_jax.plan.models import PlannedModel

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import FrozenConfigDict
 
-from opd_jax import generate as gen
-from opd_jax.generate import Sampling
-from opd_jax.model import ModelConfig, is_split
+from opd_jax.agent import generate as gen
+from opd_jax.agent.generate import Sampling
+from opd_jax.model import ModelConfig, is_sharded
 from opd_jax.plan.placement import Placement
 from opd_jax.plan.program import COPY, Program
 from opd_jax.plan.traffic import Moved, device_bytes
@@ -99,7 +99,7 @@ def reading(
         name,
         gen.extend,
         (player.params, cache, place.rows(rows, width), place.rows(rows)),
-        {"config": player.sizes, "split": is_split(player.params)},
+        {"config": player.sizes, "sharded": is_sharded(player.params)},
         runs=runs,
         trips=None,
         moved=gone_through(player, cache, times=1, read=1),
@@ -137,7 +137,7 @@ def generating(
             "config": player.sizes,
             "sampling": how,
             "chunk": chunk,
-            "split": is_split(player.params),
+            "sharded": is_sharded(player.params),
         },
         runs=runs,
         trips=chunk,

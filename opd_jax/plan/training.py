@@ -6,8 +6,9 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import FrozenConfigDict
 
-from opd_jax import experiment, train_state, train_step
-from opd_jax.batch import Batch
+from opd_jax.config import build as experiment
+from opd_jax.learner import train_state, train_step
+from opd_jax.learner.batch import Batch
 from opd_jax.model import ModelConfig
 from opd_jax.plan.placement import Placement
 from opd_jax.plan.program import TEACHER, Program

@@ -1,0 +1,231 @@
+"""Token generation over a kept cache: append observations, sample responses. Knows no text.
+
+A conversation is a list of tokens, of which the first `cache.lengths` are in the cache. Its last
+token is always held back: `extend` appends everything new except that one, and `generate` feeds it
+to get the first logits. So the cache after a turn holds all tokens but the last sampled one, the
+next turn's `extend` starts with it, and nothing is ever prefilled twice.
+
+Two functions, each compiled once per shape, serve any number of turns.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from opd_jax import model
+from opd_jax.model import KVCache, ModelConfig, Params, lora
+from opd_jax.model.projections import cast
+from opd_jax.runtime.mesh import SAMPLING_RULES, constrain, replicate
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn; static under `jit`.
+
+    Attributes:
+      temperature: 0 is greedy.
+      top_k: keep the k most likely tokens; 0 keeps all.
+      top_p: keep the smallest set of most likely tokens with at least this mass; 1 keeps all.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError(f"`temperature`: expected 0 or more, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"`top_k`: expected 0 (off) or more, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p`: expected above 0 and at most 1, got {self.top_p}")
+
+
+@struct.dataclass
+class Sampled:
+    """Up to C tokens a row from one call of `generate`.
+
+    Attributes:
+      tokens: int32 [B, C]; row b holds `counts[b]`, the rest is 0.
+      logprobs: float32 [B, C], natural log of the model's own probability of each token, at
+        temperature 1 and before top-k and top-p: what the scorer recomputes.
+      counts: int32 [B].
+      stopped: bool [B], the last token is a stop token.
+    """
+
+    tokens: jax.Array
+    logprobs: jax.Array
+    counts: jax.Array
+    stopped: jax.Array
+
+
+@partial(jax.jit, static_argnames=("config", "dtype", "gather"))
+def sampling_params(
+    params: Params, *, config: ModelConfig, dtype: jnp.dtype, gather: bool
+) -> Params:
+    """A copy of the parameters to sample with.
+
+    Adapters stay beside the weights they adapt. Added to them, they would be rounded with them:
+    in bfloat16 the log-probabilities would no longer be those that the update recomputes.
+
+    Args:
+      dtype: that the model computes in.
+      gather: hold them whole along the mesh axis `fsdp`, so that nothing is sent among devices for
+        a token. Else they stay split, which takes less memory (`generate`).
+    """
+    params = cast(params, dtype)
+    if not gather:
+        return params
+    return jax.tree.map(
+        lambda spec, p: constrain(p, *spec.axes, rules=SAMPLING_RULES),
+        lora.specs_like(params, config),
+        params,
+        is_leaf=model.is_spec,
+    )
+
+
+@partial(jax.jit, static_argnames=("config", "sharded"), donate_argnames="cache")
+def extend(
+    params: Params,
+    cache: KVCache,
+    tokens: jax.Array,
+    counts: jax.Array,
+    *,
+    config: ModelConfig,
+    sharded: bool,
+) -> KVCache:
+    """Append the first `counts[b]` of `tokens[b]` to each conversation. The cache is donated.
+
+    Args:
+      tokens: int32 [B, W].
+      counts: int32 [B], 0..W; the caller keeps `lengths + counts <= slots`.
+      sharded: see `model.forward_cached`.
+    """
+    return model.forward_cached(params, cache, tokens, counts, config=config, sharded=sharded)[1]
+
+
+@partial(
+    jax.jit,
+    static_argnames=("config", "sampling", "chunk", "sharded"),
+    donate_argnames="cache",
+)
+def generate(
+    params: Params,
+    cache: KVCache,
+    last_token: jax.Array,
+    budget: jax.Array,
+    row_keys: jax.Array,
+    stop_ids: jax.Array,
+    *,
+    config: ModelConfig,
+    sampling: Sampling,
+    chunk: int,
+    sharded: bool,
+) -> tuple[KVCache, Sampled]:
+    """Sample until a stop token or the budget, at most `chunk` tokens. The cache is donated.
+
+    Args:
+      last_token: int32 [B], the token held back (see the module).
+      budget: int32 [B], tokens a row may still sample; 0 leaves the row untouched. The caller
+        keeps `lengths + min(budget, chunk) <= slots`.
+      row_keys: PRNG keys [B]. A token's randomness is its row's key folded with its position, so
+        a sample does not depend on the other rows, on the chunk or on how often this was called.
+      stop_ids: int32 [any]; end a row's turn, and are part of it.
+      chunk: C, static.
+      sharded: see `model.forward_cached`.
+
+    Returns:
+      (cache, `Sampled`). To go on with rows that neither stopped nor spent their budget, call
+      again with their last sampled token as `last_token`.
+    """
+    rows = last_token.shape[0]
+    empty = Sampled(
+        tokens=jnp.zeros((rows, chunk), jnp.int32),
+        logprobs=jnp.zeros((rows, chunk), jnp.float32),
+        counts=jnp.zeros(rows, jnp.int32),
+        stopped=jnp.zeros(rows, bool),
+    )
+
+    def alive(out: Sampled) -> jax.Array:
+        return ~out.stopped & (out.counts < budget)
+
+    def unfinished(carry) -> jax.Array:
+        step, _, _, out = carry
+        return (step < chunk) & jnp.any(alive(out))
+
+    def sample_one(carry):
+        step, cache, token, out = carry
+        going = alive(out)
+        hidden, cache = model.forward_cached(
+            params,
+            cache,
+            token[:, None],
+            going.astype(jnp.int32),
+            config=config,
+            sharded=sharded,
+        )
+        logits = model.logits(params, hidden[:, 0], sharded=sharded)
+        keys = jax.vmap(jax.random.fold_in)(row_keys, cache.lengths)
+        sampled, logprob = sample(logits, keys, sampling=sampling)
+        token = jnp.where(going, sampled, token)
+        out = Sampled(
+            tokens=out.tokens.at[:, step].set(jnp.where(going, sampled, 0)),
+            logprobs=out.logprobs.at[:, step].set(jnp.where(going, logprob, 0.0)),
+            counts=out.counts + going,
+            stopped=out.stopped | (going & jnp.any(token[:, None] == stop_ids, axis=1)),
+        )
+        return step + 1, cache, token, out
+
+    _, cache, _, out = jax.lax.while_loop(unfinished, sample_one, (0, cache, last_token, empty))
+    return cache, replicate(out)
+
+
+def sample(
+    logits: jax.Array, row_keys: jax.Array, *, sampling: Sampling
+) -> tuple[jax.Array, jax.Array]:
+    """Draw one token a row by inverting the cumulative distribution.
+
+    One uniform number a row instead of one Gumbel a logit: at a large vocabulary on a CPU that is
+    several times cheaper.
+
+    Args:
+      logits: float32 [B, V].
+      row_keys: PRNG keys [B].
+
+    Returns:
+      (token int32 [B], logprob float32 [B] of the model's own distribution; see `Sampled`).
+    """
+    logprobs = jax.nn.log_softmax(logits)
+    if sampling.temperature == 0:
+        token = jnp.argmax(logits, axis=-1)
+    else:
+        probs = _filter(jax.nn.softmax(logits / sampling.temperature), sampling)
+        cumulative = jnp.cumsum(probs, axis=-1)
+        # A parallel sum is neither flat over zeros nor monotone to the last bit, so tokens of
+        # probability 0 are left out by name, of the choice and of the end that a draw is scaled to.
+        kept = probs > 0
+        end = jnp.max(jnp.where(kept, cumulative, 0.0), axis=-1)
+        threshold = jax.vmap(jax.random.uniform)(row_keys) * end
+        vocab = probs.shape[-1]
+        beyond = kept & (cumulative > threshold[:, None])
+        token = jnp.min(jnp.where(beyond, jnp.arange(vocab), vocab), axis=-1)
+    logprob = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
+    return token.astype(jnp.int32), logprob
+
+
+def _filter(probs: jax.Array, sampling: Sampling) -> jax.Array:
+    """Zeroes what top-k, then top-p leave out; ties with the last kept token are kept."""
+    if sampling.top_k:
+        k = min(sampling.top_k, probs.shape[-1])
+        least = jax.lax.top_k(probs, k)[0][:, -1:]
+        probs = jnp.where(probs >= least, probs, 0.0)
+    if sampling.top_p < 1:
+        descending = -jnp.sort(-probs, axis=-1)
+        total = jnp.sum(descending, axis=-1, keepdims=True)
+        before = jnp.cumsum(descending, axis=-1) - descending
+        kept = jnp.where(before < sampling.top_p * total, descending, jnp.inf)
+        probs = jnp.where(probs >= jnp.min(kept, axis=-1, keepdims=True), probs, 0.0)
+    return probs

@@ -1,0 +1,94 @@
+"""What of an episode a response is sampled from, and so what it is scored on.
+
+With the full history a turn's context is everything before it: an episode is one row, and the cache
+only grows. With the last few turns only, the prompt stays, which holds the task, and the turns in
+between are left out; contexts are then no longer prefixes of each other, so turns become rows of
+their own. Tokens are cut, never rendered or encoded again: a turn is scored on the very tokens it
+was sampled from.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from opd_jax.agent.conversation import Conversation
+
+
+def context(
+    conversation: Conversation, *, turns: int, history_turns: int, left_out: Sequence[int]
+) -> list[int]:
+    """The tokens that the response after the first `turns` is sampled from.
+
+    Where turns are left out, the first prompt is answered by `left_out`, and behind it stands what
+    followed the last response that is left out.
+
+    Args:
+      conversation: the episode, at least as far as what follows its first `turns` responses.
+      turns: how many responses there are before.
+      history_turns: how many of them the context shows, at most; 0: all.
+      left_out: tokens of a response that says that turns are left out (`ChatFormat.left_out`).
+    """
+    spans = conversation.spans
+    end = spans[turns][0] if turns < len(spans) else len(conversation.tokens)
+    if not history_turns or turns <= history_turns:
+        return conversation.tokens[:end]
+    last = turns - history_turns - 1  # the last one that is left out
+    # What follows a response begins with the end of the turn, unless that was sampled.
+    start = spans[last][1] - (conversation.turns[last].stop == "stop_token")
+    prompt = conversation.tokens[: spans[0][0]]
+    return [*prompt, *left_out, *conversation.tokens[start:end]]
+
+
+def rows(
+    conversations: Sequence[Conversation], *, history_turns: int, left_out: Sequence[int]
+) -> tuple[list[Conversation], list[int]]:
+    """The sequences that training scores, and the number of the episode that each is of.
+
+    An episode's first row holds all turns that were sampled from the full history; every later turn
+    is a row of its own, its context without loss. So each response is scored exactly once.
+
+    Args:
+      conversations: finished episodes.
+      history_turns: see `context`; 0 gives the episodes themselves.
+      left_out: see `context`.
+    """
+    result: list[Conversation] = []
+    episodes: list[int] = []
+    for number, conversation in enumerate(conversations):
+        whole = history_turns + 1 if history_turns else len(conversation.spans)
+        parts = [conversation]
+        if len(conversation.spans) > whole:
+            parts = [_cut(conversation, conversation.spans[whole - 1][1])]
+            parts += [
+                _turn(conversation, turn, history_turns=history_turns, left_out=left_out)
+                for turn in range(whole, len(conversation.spans))
+            ]
+        result += parts
+        episodes += [number] * len(parts)
+    return result, episodes
+
+
+def _cut(conversation: Conversation, end: int) -> Conversation:
+    """The first `end` tokens."""
+    return dataclasses.replace(
+        conversation,
+        tokens=conversation.tokens[:end],
+        turn_id=conversation.turn_id[:end],
+        logprobs=conversation.logprobs[:end],
+    )
+
+
+def _turn(
+    conversation: Conversation, turn: int, *, history_turns: int, left_out: Sequence[int]
+) -> Conversation:
+    """One response behind its context."""
+    start, end = conversation.spans[turn]
+    row = dataclasses.replace(conversation, tokens=[], turn_id=[], logprobs=[], spans=[])
+    row.append_given(
+        context(conversation, turns=turn, history_turns=history_turns, left_out=left_out)
+    )
+    row.append_response(
+        conversation.tokens[start:end],
+        conversation.logprobs[start:end],
+        conversation.turn_id[start],
+    )
+    return row

@@ -1,0 +1,142 @@
+"""Episodes written by a player instead of a model: data for off-policy fine-tuning, and baselines.
+
+A player reads observations and answers in text. Its responses become the sampled tokens of a
+`Conversation`, so demonstrations and rollouts share everything from here on.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+from opd_jax.agent.chat import ChatFormat
+from opd_jax.agent.conversation import Conversation, open_conversation, record_turn
+from opd_jax.envs.base import Env, Observation, Task
+from opd_jax.losses import NO_TURN
+
+
+class Player(Protocol):
+    """Answers observations in text, from what a player may know."""
+
+    def respond(self, observation: Observation) -> str:
+        """The whole response to the latest observation."""
+        ...
+
+
+MakePlayer = Callable[[Task, Observation, random.Random], Player]
+
+
+class Step(NamedTuple):
+    """One turn as played: who answered what, and what the environment said before and after."""
+
+    before: Observation
+    response: str
+    strayed: bool
+    after: Observation
+
+
+def play(
+    env: Env,
+    first: Observation,
+    *,
+    player: MakePlayer,
+    distractor: MakePlayer | None,
+    distraction: float,
+    rng: random.Random,
+) -> Iterator[Step]:
+    """The turns of one episode.
+
+    With probability `distraction` a turn is played by the `distractor`, and the player has to go
+    on from there. Both see every observation.
+
+    Args:
+      env: after its `reset`, which returned `first`.
+      first: the first observation; there are no turns if the environment broke with it.
+      player: makes the player.
+      distractor: makes the other one; None for none.
+      distraction: 0..1.
+      rng: all randomness of the episode.
+    """
+    if first.done:
+        return
+    observation = first
+    plays = player(env.task, first, rng)
+    strays = distractor(env.task, first, rng) if distractor else None
+    while not observation.done:
+        response, strayed = plays.respond(observation), False
+        if strays is not None:
+            other = strays.respond(observation)
+            strayed = rng.random() < distraction
+            response = other if strayed else response
+        before, observation = observation, env.step(response)
+        yield Step(before, response, strayed, observation)
+
+
+def demonstrate(
+    env: Env,
+    split: str,
+    index: int,
+    *,
+    player: MakePlayer,
+    distractor: MakePlayer | None,
+    distraction: float,
+    rng: random.Random,
+    tokenizer: Any,
+    chat: ChatFormat,
+    context_tokens: int,
+) -> Conversation:
+    """One episode as a conversation (see `play`).
+
+    Strayed turns stay in the history but are not attributed to the student (`NO_TURN`), so they
+    carry no loss: the model learns to recover without learning to stray.
+
+    Args:
+      env: plays the episode.
+      split, index: the task.
+      player: whose turns are learnt from.
+      distractor: who plays the strayed turns; None for nobody.
+      distraction: chance of a turn to stray, 0..1.
+      rng: of players and chance.
+      tokenizer: of the responses.
+      chat: of everything around them.
+      context_tokens: most tokens of the conversation.
+
+    Returns:
+      The conversation; one longer than `context_tokens` is cut before the turn that would not fit.
+
+    Raises:
+      ValueError: not even the first prompt fits.
+    """
+    first = env.reset(split, index)
+    if first.done:  # it broke: there is nothing to react to
+        return Conversation(env.task, end=first.end)
+    prompt = chat.first(env.system, first.message)
+    conversation = open_conversation(env.task, prompt, context_tokens=context_tokens)
+    for step in play(
+        env, first, player=player, distractor=distractor, distraction=distraction, rng=rng
+    ):
+        tokens = [*tokenizer.encode(step.response, add_special_tokens=False), chat.stop_ids[0]]
+        if len(conversation.tokens) + len(tokens) > context_tokens:
+            conversation.end = "context"
+            break
+        turn = NO_TURN if step.strayed else len(conversation.turns)
+        conversation.append_response(tokens, [0.0] * len(tokens), turn)
+        record_turn(conversation, step.before, step.response, "stop_token", step.after)
+        if step.after.done:
+            break
+        follow = chat.follow(step.after.message, ended=True)
+        if len(conversation.tokens) + len(follow) >= context_tokens:
+            conversation.end = "context"
+            break
+        conversation.append_given(follow)
+    return conversation
+
+
+def play_out(
+    env: Env, split: str, index: int, *, player: MakePlayer, rng: random.Random
+) -> Conversation:
+    """One episode without tokens, for the figures of a player."""
+    first = env.reset(split, index)
+    conversation = Conversation(task=env.task, end=first.end)
+    for step in play(env, first, player=player, distractor=None, distraction=0.0, rng=rng):
+        record_turn(conversation, step.before, step.response, "stop_token", step.after)
+    return conversation

@@ -1,0 +1,156 @@
+"""Endless supervised batches: demonstrations, and examples of judging them.
+
+Data is generated a window at a time: a window's episodes, and judge examples drawn from their
+turns, are grouped by length so that little is padding, and the groups are shuffled. Batch b of
+window w is a pure function of the seed, so (w, b) is all that resuming needs.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from opd_jax.agent.conversation import Conversation, Trajectory, pack
+
+
+def judge_example(prompt: Sequence[int], answer: Sequence[int]) -> Conversation:
+    """A judge's question with its answer as the only supervised tokens."""
+    example = Conversation(task=None, end="answered")
+    example.append_given(prompt)
+    example.append_response(answer, [0.0] * len(answer), 0)
+    return example
+
+
+def balanced_turns(
+    conversations: Sequence[Conversation], count: int, rng: random.Random
+) -> list[tuple[Conversation, int]]:
+    """`count` turns that carry an oracle's label, drawn with equal shares of the three labels.
+
+    Each is its conversation and its index.
+
+    Unbalanced, a judge that has learnt little answers SKIP to everything and is right most times.
+    Labels that no turn has are left out.
+    """
+    by_label: dict[str, list[tuple[Conversation, int]]] = {}
+    for conversation in conversations:
+        if conversation.task is None:  # a row that only fills a batch has no turns
+            continue
+        for index, turn in enumerate(conversation.turns):
+            if turn.oracle and not turn.failure:
+                by_label.setdefault(turn.oracle, []).append((conversation, index))
+    pools = [by_label[label] for label in sorted(by_label)]
+    return [rng.choice(pools[i % len(pools)]) for i in range(count)] if pools else []
+
+
+def group_by_length(
+    conversations: Sequence[Conversation],
+    *,
+    tokens_per_batch: int,
+    length_multiple: int,
+    rows_multiple: int,
+) -> list[tuple[list[Conversation], int]]:
+    """Batches of like length, each with the length to pad to, within `tokens_per_batch`.
+
+    All batches of one padded length have equally many rows, a multiple of `rows_multiple`, filled
+    up with empty ones where conversations run out, so the number of compiled shapes is the number
+    of lengths.
+
+    Raises:
+      ValueError: `rows_multiple` rows of the longest conversation, padded, exceed
+        `tokens_per_batch`.
+    """
+    waiting = sorted(conversations, key=lambda c: len(c.tokens))
+    longest = -(-len(waiting[-1].tokens) // length_multiple) * length_multiple if waiting else 0
+    if longest * rows_multiple > tokens_per_batch:
+        raise ValueError(
+            f"`data.tokens_per_batch`: expected at least {longest * rows_multiple}, which is "
+            f"{rows_multiple} times the longest example of {len(waiting[-1].tokens)} tokens, "
+            f"padded; got {tokens_per_batch}"
+        )
+    batches = []
+    while waiting:
+        padded = length_multiple
+        while True:
+            fitting = sum(len(c.tokens) <= padded for c in waiting)
+            rows = tokens_per_batch // (padded * rows_multiple) * rows_multiple
+            if fitting >= rows or fitting == len(waiting):
+                break
+            padded += length_multiple
+        batch, waiting = waiting[: min(rows, fitting)], waiting[min(rows, fitting) :]
+        batches.append((batch + [Conversation(task=None)] * (rows - len(batch)), padded))
+    return batches
+
+
+class Stream:
+    """An iterator over supervised batches with a cursor.
+
+    Args:
+      make_episode: the demonstration number n, a pure function of n.
+      make_example: the window's judge example number n, from a conversation and the index of its
+        turn; None for no judge examples.
+      seed: of the order of batches and the choice of turns.
+      window: episodes generated together.
+      judge_examples: judge examples for each window.
+      tokens_per_batch: padded tokens a batch holds at most.
+      length_multiple: lengths are padded to multiples of this.
+      rows_multiple: into how many parts a batch has to divide, over micro-batches and devices.
+      max_turns: K of the trajectories.
+      cursor: (window, batch) to start from.
+    """
+
+    def __init__(
+        self,
+        *,
+        make_episode: Callable[[int], Conversation],
+        make_example: Callable[[int, Conversation, int], Conversation] | None,
+        seed: int,
+        window: int,
+        judge_examples: int,
+        tokens_per_batch: int,
+        length_multiple: int,
+        rows_multiple: int,
+        max_turns: int,
+        cursor: tuple[int, int],
+    ):
+        self._make_episode, self._make_example = make_episode, make_example
+        self._seed, self._window, self._judge_examples = seed, window, judge_examples
+        self._tokens_per_batch, self._length_multiple = tokens_per_batch, length_multiple
+        self._rows_multiple, self._max_turns = rows_multiple, max_turns
+        self.cursor = cursor
+        # One thread generates the next window while the device trains on this one.
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._batches = self._generate(cursor[0])
+        self._next = self._pool.submit(self._generate, cursor[0] + 1)
+
+    def __next__(self) -> Trajectory:
+        window, batch = self.cursor
+        if batch >= len(self._batches):
+            window, batch = window + 1, 0
+            self._batches = self._next.result()
+            self._next = self._pool.submit(self._generate, window + 1)
+        self.cursor = (window, batch + 1)
+        conversations, padded = self._batches[batch]
+        return pack(conversations, max_turns=self._max_turns, length_multiple=padded)
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def close(self) -> None:
+        """Ends the generating thread."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _generate(self, window: int) -> list[tuple[list[Conversation], int]]:
+        rng = random.Random(f"{self._seed}/window/{window}")
+        first = window * self._window
+        episodes = [self._make_episode(first + i) for i in range(self._window)]
+        examples = []
+        if self._make_example is not None:
+            turns = balanced_turns(episodes, self._judge_examples, rng)
+            examples = [self._make_example(n, *turn) for n, turn in enumerate(turns)]
+        batches = group_by_length(
+            [c for c in episodes + examples if c.tokens],
+            tokens_per_batch=self._tokens_per_batch,
+            length_multiple=self._length_multiple,
+            rows_multiple=self._rows_multiple,
+        )
+        rng.shuffle(batches)
+        return batches

@@ -1,0 +1,154 @@
+"""How a teacher answers a question with one of three words: two decodings over a kept cache.
+
+`score_labels` compares the likelihoods of the words, which is never unparsable and needs no loop
+over tokens; `generate_labels` is the paper's literal procedure, greedy text that is searched for a
+word. Both append the questions to whatever the cache holds, nothing or a conversation.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from opd_jax import model
+from opd_jax.agent import generate as gen
+from opd_jax.losses import Verdict
+from opd_jax.model import KVCache, ModelConfig, Params
+from opd_jax.runtime.mesh import replicate, shard_batch
+
+LABELS = ("SKIP", "WEAK", "STRONG")
+UNPARSABLE = -1
+
+
+def parse_label(answer: str) -> int:
+    """The one of the three words that an answer holds, in any case, or `UNPARSABLE`.
+
+    An answer that weighs two of them against each other has not chosen.
+    """
+    found = {word.upper() for word in re.findall(r"\b(SKIP|WEAK|STRONG)\b", answer, re.IGNORECASE)}
+    return Verdict[found.pop()] if len(found) == 1 else UNPARSABLE
+
+
+def label_tokens(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of the three words, int32 [labels, W] padded with 0, and how many each has."""
+    words = [tokenizer.encode(label, add_special_tokens=False) for label in LABELS]
+    width = max(map(len, words))
+    tokens = np.array([word + [0] * (width - len(word)) for word in words], np.int32)
+    return tokens, np.array([len(word) for word in words], np.int32)
+
+
+def score_labels(
+    params: Params,
+    cache: KVCache,
+    tokens: np.ndarray,
+    counts: np.ndarray,
+    *,
+    config: ModelConfig,
+    tokenizer: Any,
+) -> tuple[list[int], KVCache]:
+    """The label whose tokens the teacher finds most likely after each question.
+
+    The score of a label is the sum of the log-probabilities of its own tokens; the end of the
+    answer is not scored.
+
+    Args:
+      cache: what stands before the questions; donated. It needs room for the longest label.
+      tokens: int32 [B, Q], the questions.
+      counts: int32 [B], their lengths; a row with 0 asks nothing, and its label is meaningless.
+      config: the teacher's sizes.
+      tokenizer: the teacher's.
+
+    Returns:
+      A label for each row, and the cache with the questions appended. Beyond the lengths of all
+      rows, also of those that ask nothing, it holds what the words left.
+    """
+    scores, cache = label_scores(
+        params,
+        cache,
+        *shard_batch((tokens, counts)),
+        *label_tokens(tokenizer),
+        config=config,
+        sharded=model.is_sharded(params),
+    )
+    return np.asarray(jnp.argmax(scores, axis=-1)).tolist(), cache
+
+
+@partial(jax.jit, static_argnames=("config", "sharded"), donate_argnames="cache")
+def label_scores(
+    params: Params,
+    cache: KVCache,
+    tokens: jax.Array,
+    counts: jax.Array,
+    word_tokens: jax.Array,
+    word_lengths: jax.Array,
+    *,
+    config: ModelConfig,
+    sharded: bool,
+) -> tuple[jax.Array, KVCache]:
+    """log p(label | cache, question), float32 [B, labels], and the cache with the questions."""
+    (rows, _), (labels, width) = tokens.shape, word_tokens.shape
+    append = partial(model.forward_cached, params, config=config, sharded=sharded)
+    hidden, cache = append(cache, tokens, counts)
+    last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
+    after = jnp.broadcast_to(last[:, None], (rows, labels, 1, last.shape[-1]))
+
+    def read(cache: KVCache, word: jax.Array) -> tuple[KVCache, jax.Array]:
+        fed = jnp.broadcast_to(word, (rows, width - 1))
+        hidden, grown = append(cache, fed, jnp.full(rows, width - 1, jnp.int32))
+        return replace(grown, lengths=cache.lengths), hidden
+
+    if width > 1:
+        # One after another, each written over the one before: side by side they would need a copy
+        # of the cache each.
+        cache, behind = jax.lax.scan(read, cache, word_tokens[:, :-1])
+        after = jnp.concatenate([after, jnp.moveaxis(behind, 0, 1)], axis=2)
+    logits = model.logits(params, after, sharded=sharded)
+    each = jnp.take_along_axis(
+        jax.nn.log_softmax(logits), word_tokens[None, :, :, None], axis=-1
+    ).squeeze(-1)
+    scores = jnp.where(jnp.arange(width) < word_lengths[:, None], each, 0.0).sum(axis=-1)
+    return replicate(scores), cache
+
+
+def generate_labels(
+    params: Params,
+    cache: KVCache,
+    tokens: np.ndarray,
+    counts: np.ndarray,
+    *,
+    config: ModelConfig,
+    tokenizer: Any,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+) -> tuple[list[int], KVCache]:
+    """The label in the teacher's greedy answer to each question, or `UNPARSABLE`.
+
+    Args:
+      cache, tokens, counts, config, tokenizer: as in `score_labels`, with room for the answers.
+      stop_ids: tokens that end an answer.
+      max_new_tokens: longest answer.
+    """
+    rows, sharded = len(counts), model.is_sharded(params)
+    asked = shard_batch((tokens, np.maximum(counts - 1, 0)))
+    cache = gen.extend(params, cache, *asked, config=config, sharded=sharded)
+    last = tokens[np.arange(rows), counts - 1]
+    budget = np.where(counts > 0, max_new_tokens, 0).astype(np.int32)
+    cache, out = gen.generate(
+        params,
+        cache,
+        *shard_batch((last, budget)),
+        jax.random.split(jax.random.key(0), rows),  # greedy: never drawn from
+        jnp.asarray(stop_ids, jnp.int32),
+        config=config,
+        sampling=gen.Sampling(temperature=0.0, top_k=0, top_p=1.0),
+        chunk=max_new_tokens,
+        sharded=sharded,
+    )
+    out = jax.device_get(out)
+    answers = [tokenizer.decode(row[:n]) for row, n in zip(out.tokens, out.counts, strict=True)]
+    return [parse_label(answer) for answer in answers], cache

@@ -1,0 +1,120 @@
+"""What the teacher is shown of a turn: the gatekeeper's question.
+
+Its role, a rubric for three words, and the fields of the paper's Table 9; or, asked behind the
+conversation so far, only what the conversation does not hold already. There the teacher can also
+see what was tried before, without which going back to a place is no worse than going to a new one.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from opd_jax.agent.chat import ChatFormat
+from opd_jax.agent.conversation import Conversation, Turn
+from opd_jax.envs.base import Task
+from opd_jax.envs.turns import listed
+from opd_jax.judge.answer import LABELS
+from opd_jax.model import ModelConfig
+
+# The fixed lines of the prompt. The wording is ours; the fields and the rubric's meaning are the
+# paper's (Table 9).
+ROLE = (
+    "You are a gatekeeper. Decide whether the agent's proposed action needs correction by its "
+    "teacher."
+)
+RUBRIC = (
+    "Answer with one word. SKIP: the action is reasonable, as good as what you would prefer, or "
+    "too ambiguous to correct. WEAK: it may be suboptimal, but that is uncertain or of low impact. "
+    "STRONG: it is clearly wrong, off task, redundant or likely to fail."
+)
+ADMISSIBLE, FEEDBACK = "Admissible actions: ", "Feedback: "
+TABLE_9 = (
+    "Task type: ",
+    "Goal: ",
+    "Scene: ",
+    "Observation: ",
+    ADMISSIBLE,
+    "Agent's response: ",
+)
+# Which fields each context has.
+FIELDS = {
+    "table9": TABLE_9,
+    "+feedback": (*TABLE_9, FEEDBACK),
+    "history": (ADMISSIBLE,),
+}
+
+# Everything above that is always the same text, for a tokenizer that is built around it.
+PHRASES = ("\n".join([ROLE, RUBRIC, *FIELDS["+feedback"]]), *LABELS)
+
+
+def judge_prompt(task: Task, turn: Turn, *, admissible_shown: int, context: str) -> str:
+    """The question about one turn.
+
+    Args:
+      task: of the episode.
+      turn: the turn to judge.
+      admissible_shown: how many admissible actions are listed; the rest are counted.
+      context: "table9": what the student saw and wrote; "+feedback": also what the environment
+        answered (the paper's section 3.3 mentions it, its Table 9 does not); "history": only what
+        the conversation, behind which the question is asked, does not hold already.
+
+    Raises:
+      ValueError: an unknown `context`.
+    """
+    if context not in FIELDS:
+        raise ValueError(f"`judge.context`: expected {', '.join(FIELDS)}, got {context!r}")
+    values = {
+        "Task type: ": task.type,
+        "Goal: ": task.goal,
+        "Scene: ": task.scene,
+        "Observation: ": turn.observation,
+        ADMISSIBLE: listed(turn.admissible, admissible_shown),
+        "Agent's response: ": turn.response,
+        FEEDBACK: turn.feedback,
+    }
+    return "\n".join([ROLE, RUBRIC, *(name + values[name] for name in FIELDS[context])])
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Everything but the parameters that turns the teacher into a judge.
+
+    Attributes:
+      model: the teacher's sizes.
+      tokenizer: the teacher's.
+      chat: its chat format.
+      context: see `judge_prompt`.
+      admissible_shown: see `judge_prompt`.
+      batch: questions asked at a time, with "history" conversations; at most.
+      length_multiple: questions are padded to a multiple of this, and conversations read in pieces
+        of it.
+      max_new_tokens: longest answer of the `generate` decoding.
+    """
+
+    model: ModelConfig
+    tokenizer: Any
+    chat: ChatFormat
+    context: str
+    admissible_shown: int
+    batch: int
+    length_multiple: int
+    max_new_tokens: int
+
+    def question(self, conversation: Conversation, index: int) -> list[int]:
+        """The question about one turn, up to where the answer starts.
+
+        A message of its own, or with "history" the next message of the conversation (`prefix`).
+        """
+        task, turn = conversation.task, conversation.turns[index]
+        assert task is not None  # a row that only fills a batch has no turns
+        text = judge_prompt(
+            task, turn, admissible_shown=self.admissible_shown, context=self.context
+        )
+        if self.context != "history":
+            return self.chat.first("", text)
+        return self.chat.follow(text, ended=turn.stop == "stop_token")
+
+    def prefix(self, conversation: Conversation, index: int) -> list[int]:
+        """What stands before the question: with "history" all tokens up to the turn's end."""
+        if self.context != "history":
+            return []
+        return conversation.tokens[: conversation.spans[index][1]]

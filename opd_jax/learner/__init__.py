@@ -1,0 +1,1 @@
+"""One update: a batch, the objective, the optimizer, the compiled step."""

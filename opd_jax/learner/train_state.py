@@ -1,0 +1,104 @@
+"""What an update changes: trained parameters and the optimizer's state, and where they lie."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import NamedSharding
+
+from opd_jax.model import Params
+from opd_jax.runtime.mesh import replicated
+
+
+@struct.dataclass
+class TrainState:
+    """Everything an update changes, and all that resuming needs on the device.
+
+    Attributes:
+      params: the student's, in the dtype they are trained in; of a student with adapters those
+        alone (`lora`).
+      opt_state: optax state.
+      step: int32 [], updates done; the cursor into the tasks follows from it.
+      rng: the run's PRNG key; randomness of update n is this key folded with n.
+    """
+
+    params: Params
+    opt_state: optax.OptState
+    step: jax.Array
+    rng: jax.Array
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation, *, seed: int) -> TrainState:
+    """The state before the first update, placed as `abstract_state` says.
+
+    Args:
+      params: the student's; copied.
+      optimizer: whose state starts at its beginning.
+      seed: of the run's PRNG key.
+    """
+
+    def fresh(params: Params) -> TrainState:
+        # Copied: the state is donated by the first update, and `params` belongs to the caller.
+        return _first_state(jax.tree.map(jnp.copy, params), optimizer, seed)
+
+    placement = placement_of(abstract_state(params, optimizer))
+    return jax.jit(fresh, out_shardings=placement)(params)
+
+
+def abstract_state(params: Params, optimizer: optax.GradientTransformation) -> Any:
+    """Shapes, dtypes and shardings of `init_state`: what a checkpoint is restored into.
+
+    Optimizer moments are placed like their parameters, everything else on all devices of theirs.
+
+    Args:
+      params: arrays, or `ShapeDtypeStruct`s with shardings.
+      optimizer: gives the shapes of the moments.
+
+    Returns:
+      A `TrainState` of `ShapeDtypeStruct`s.
+    """
+    state = jax.eval_shape(partial(_first_state, optimizer=optimizer, seed=0), params)
+    everywhere = _everywhere(jax.tree.leaves(params)[0].sharding)
+    opt_state = optax.tree_map_params(
+        optimizer,
+        lambda moment, parameter: _placed(moment, parameter.sharding),
+        state.opt_state,
+        params,
+        transform_non_params=lambda x: _placed(x, everywhere),
+    )
+    return dataclasses.replace(
+        state,
+        params=jax.tree.map(lambda x, p: _placed(x, p.sharding), state.params, params),
+        opt_state=opt_state,
+        step=_placed(state.step, everywhere),
+        rng=_placed(state.rng, everywhere),
+    )
+
+
+def _placed(x: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def placement_of(state: Any) -> Any:
+    """The sharding of every array of a `TrainState`, or of every leaf of `abstract_state`."""
+    return jax.tree.map(lambda x: x.sharding, state)
+
+
+def _everywhere(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    """A whole copy on each device of a parameter's mesh."""
+    if isinstance(sharding, NamedSharding):
+        return replicated(sharding.mesh)
+    return sharding
+
+
+def _first_state(params: Params, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    return TrainState(
+        params=params,
+        opt_state=optimizer.init(params),
+        step=jnp.zeros((), jnp.int32),
+        rng=jax.random.key(seed),
+    )

@@ -1,0 +1,58 @@
+"""The model: one decoder-only transformer, its parameters, its cache.
+
+- `sizes`, `params`: what a model is; shapes, logical axes and initialization of its parameters.
+- `transformer`: the forward passes, over whole sequences and over a cache.
+- `attention`, `cache`, `projections`, `moe`: their parts.
+- `int8`, `lora`: frozen weights in 8 bits; adapters beside frozen weights.
+"""
+
+from opd_jax.model.attention import attention, causal_self_attention, chunked_attention
+from opd_jax.model.cache import (
+    KVCache,
+    backend_cache_layout,
+    cache_layout,
+    cache_specs,
+    grow_cache,
+    init_cache,
+)
+from opd_jax.model.params import (
+    Params,
+    ParamSpec,
+    head,
+    init_arrays,
+    init_params,
+    is_sharded,
+    is_spec,
+    logits,
+    param_specs,
+)
+from opd_jax.model.sizes import ModelConfig, RopeScaling
+from opd_jax.model.transformer import REMAT, forward, forward_cached, rms_norm, rope_frequencies
+
+__all__ = [
+    "REMAT",
+    "KVCache",
+    "ModelConfig",
+    "ParamSpec",
+    "Params",
+    "RopeScaling",
+    "attention",
+    "backend_cache_layout",
+    "cache_layout",
+    "cache_specs",
+    "causal_self_attention",
+    "chunked_attention",
+    "forward",
+    "forward_cached",
+    "grow_cache",
+    "head",
+    "init_arrays",
+    "init_cache",
+    "init_params",
+    "is_sharded",
+    "is_spec",
+    "logits",
+    "param_specs",
+    "rms_norm",
+    "rope_frequencies",
+]

@@ -1,0 +1,131 @@
+"""The parameter tree: shapes, logical axes, and initialization.
+
+A nested dict of arrays. Those of the layers are stacked, `[L, ...]`: training scans over them.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from opd_jax.model.sizes import ModelConfig
+from opd_jax.runtime import mesh
+from opd_jax.runtime.mesh import constrain
+
+Params = dict
+
+
+class ParamSpec(NamedTuple):
+    """One array before it exists: its shape, its logical axes and its initial scale.
+
+    Attributes:
+      axes: a logical name for each dimension; `mesh.RULES` maps names to mesh axes.
+      scale: standard deviation of the normal initializer; 0 gives zeros, and `None` ones.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    scale: float | None
+
+
+def is_spec(leaf: object) -> bool:
+    """True for a `ParamSpec`, which is itself a tuple and would else be flattened as a tree."""
+    return isinstance(leaf, ParamSpec)
+
+
+def param_specs(config: ModelConfig) -> Params:
+    """The tree of `ParamSpec`: the one place where a parameter's shape is written down."""
+    c = config
+    L, D, N, G, H, F = c.num_layers, c.d_model, c.num_heads, c.num_kv_heads, c.head_dim, c.d_ff
+    std = 0.02 if D >= 400 else 1 / math.sqrt(D)
+    out = std / math.sqrt(2 * L)  # residual branches start small, so depth does not grow variance
+    layers = {
+        "attn_norm": ParamSpec((L, D), ("layer", "embed"), None),
+        "q": ParamSpec((L, D, N, H), ("layer", "embed", "heads", "head_dim"), std),
+        "k": ParamSpec((L, D, G, H), ("layer", "embed", "kv_heads", "head_dim"), std),
+        "v": ParamSpec((L, D, G, H), ("layer", "embed", "kv_heads", "head_dim"), std),
+        "o": ParamSpec((L, N, H, D), ("layer", "heads", "head_dim", "embed"), out),
+        "mlp_norm": ParamSpec((L, D), ("layer", "embed"), None),
+    }
+    if c.experts is None:
+        layers["gate"] = ParamSpec((L, D, F), ("layer", "embed", "mlp"), std)
+        layers["up"] = ParamSpec((L, D, F), ("layer", "embed", "mlp"), std)
+        layers["down"] = ParamSpec((L, F, D), ("layer", "mlp", "embed"), out)
+    else:
+        E, F = c.experts.count, c.experts.d_ff
+        layers["router"] = ParamSpec((L, D, E), ("layer", "embed", "expert"), std)
+        in_axes, out_axes = ("embed", "mlp"), ("mlp", "embed")
+        layers["expert_gate"] = ParamSpec((L, E, D, F), ("layer", "expert", *in_axes), std)
+        layers["expert_up"] = ParamSpec((L, E, D, F), ("layer", "expert", *in_axes), std)
+        layers["expert_down"] = ParamSpec((L, E, F, D), ("layer", "expert", *out_axes), out)
+    if c.qk_norm:
+        layers["q_norm"] = ParamSpec((L, H), ("layer", "head_dim"), None)
+        layers["k_norm"] = ParamSpec((L, H), ("layer", "head_dim"), None)
+    if c.qkv_bias:
+        layers["q_bias"] = ParamSpec((L, N, H), ("layer", "heads", "head_dim"), 0.0)
+        layers["k_bias"] = ParamSpec((L, G, H), ("layer", "kv_heads", "head_dim"), 0.0)
+        layers["v_bias"] = ParamSpec((L, G, H), ("layer", "kv_heads", "head_dim"), 0.0)
+    specs = {
+        "embed": ParamSpec((c.vocab_size, D), ("vocab", "embed"), std),
+        "layers": layers,
+        "final_norm": ParamSpec((D,), ("embed",), None),
+    }
+    if not c.tied:
+        specs["head"] = ParamSpec((D, c.vocab_size), ("embed", "vocab"), std)
+    return specs
+
+
+def init_params(config: ModelConfig, rng: jax.Array, *, dtype: jnp.dtype) -> Params:
+    """Random parameters. Jit with `out_shardings` to make each one where it will live.
+
+    Args:
+      config: sizes.
+      rng: a PRNG key, of which each parameter gets one of its own.
+      dtype: of the parameters; drawn in float32.
+
+    Returns:
+      The tree of `param_specs`, an array in the place of each spec: normal with the spec's standard
+      deviation, ones where that is None.
+    """
+    return init_arrays(param_specs(config), rng, dtype=dtype)
+
+
+def init_arrays(specs: Params, rng: jax.Array, *, dtype: jnp.dtype) -> Params:
+    """`init_params` of any tree of `ParamSpec`."""
+    leaves, treedef = jax.tree.flatten(specs, is_leaf=is_spec)
+    keys = jax.random.split(rng, len(leaves))
+    arrays = [_init_leaf(spec, key, dtype) for spec, key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(treedef, arrays)
+
+
+def _init_leaf(spec: ParamSpec, key: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    if spec.scale is None:
+        return jnp.ones(spec.shape, dtype)
+    return (jax.random.normal(key, spec.shape) * spec.scale).astype(dtype)
+
+
+def head(params: Params) -> jax.Array:
+    """The output projection `[D, V]`: the transposed embedding where the two are tied."""
+    return params["head"] if "head" in params else params["embed"].T
+
+
+def logits(params: Params, hidden: jax.Array, *, sharded: bool) -> jax.Array:
+    """`hidden @ head(params)` of a few tokens, float32 [B, ..., V].
+
+    Args:
+      hidden: [B, ..., D].
+      sharded: `is_sharded` of the parameters. Then hidden states come to the head.
+    """
+    if sharded:
+        hidden = constrain(hidden, "decode_batch", *(None,) * (hidden.ndim - 2), "embed")
+    product = jnp.matmul(hidden, head(params), preferred_element_type=jnp.float32)
+    return constrain(product, "batch", *(None,) * (hidden.ndim - 2), "vocab")
+
+
+def is_sharded(params: Params) -> bool:
+    """Whether each device has a part of every weight's width, as parameters are loaded.
+
+    Else they are whole along the mesh axis `fsdp` (`generate.sampling_params`).
+    """
+    return mesh.is_sharded(params["embed"], "embed")

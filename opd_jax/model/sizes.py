@@ -1,0 +1,67 @@
+"""Sizes and switches of one model.
+
+Axes, declared once for the package:
+  `B` trajectories · `T` tokens · `K` turns · `R` student tokens of a row · `V` vocabulary
+  `D` width · `N` query heads · `G` key/value heads · `H` head size · `F` feed-forward width
+  `S` cache slots · `L` layers
+"""
+
+from dataclasses import dataclass
+
+from opd_jax.model import moe
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3 frequency scaling: wavelengths beyond the original context are stretched.
+
+    Attributes:
+      factor: by which low frequencies are divided.
+      low_freq_factor: a wavelength above `original_max_positions` / this is of a low frequency.
+      high_freq_factor: one below `original_max_positions` / this is of a high frequency, and kept.
+      original_max_positions: longest sequence before the context was lengthened.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and switches of one model; static under `jit`.
+
+    Attributes:
+      vocab_size: V, rows of the embedding.
+      d_model: D, width of the residual stream.
+      num_layers: L.
+      num_heads: N, query heads.
+      num_kv_heads: G, key/value heads; divides N.
+      head_dim: H, size of a head, even.
+      d_ff: F, width of the feed-forward layer.
+      norm_eps: added to the mean square in every RMS norm.
+      rope_theta: base of the rotary frequencies.
+      rope_scaling: of those frequencies; None for none.
+      qk_norm: RMS norm on each query and key head before the rotation (Qwen3).
+      qkv_bias: bias on the query, key and value projections (Qwen2.5).
+      tied: the output head is the transposed embedding.
+      max_positions: longest sequence the model was trained for.
+      experts: in the place of the dense feed-forward layer of width `d_ff`; None where it is.
+    """
+
+    vocab_size: int
+    d_model: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    d_ff: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    max_positions: int
+    qk_norm: bool
+    qkv_bias: bool
+    tied: bool
+    experts: moe.Experts | None = None

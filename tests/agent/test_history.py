@@ -1,0 +1,209 @@
+"""Contexts of the last few turns: what is shown, what is kept, and that it is what is scored."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import TINY
+
+from opd_jax import model
+from opd_jax.agent import history
+from opd_jax.agent.chat import ChatFormat
+from opd_jax.agent.conversation import Conversation, Turn, pack
+from opd_jax.agent.generate import Sampling
+from opd_jax.agent.rollout import Agent, rollout, row_keys
+from opd_jax.envs.household import tokenizer as household_tokenizer
+from opd_jax.envs.household.env import Household
+from opd_jax.losses import NO_TURN
+
+LEFT_OUT = "_"
+
+
+def episode(text: str, stops: str) -> Conversation:
+    """A character a token. Capitals are a response's; `>` ends one that ended by itself, and is
+    given where the response was cut, which a `!` in `stops` says."""
+    made = Conversation(task=None)
+    responses = [part for part in text.replace(">", " ").split() if part.isupper()]
+    for turn, (response, stop) in enumerate(zip(responses, stops, strict=True)):
+        start = text.index(response, len(made.tokens))
+        made.append_given([ord(c) for c in text[len(made.tokens) : start]])
+        written = response + (">" if stop == "." else "")
+        made.append_response([ord(c) for c in written], [-float(turn + 1)] * len(written), turn)
+        reason = "stop_token" if stop == "." else "turn_budget"
+        made.turns.append(Turn("", (), response, reason, "", "", "", ""))
+    made.append_given([ord(c) for c in text[len(made.tokens) :]])
+    return made
+
+
+# Four turns, the third cut by its budget. Between words stand spaces, as tokens of their own.
+TEXT = "task one: AA> two: B> three: CCC> four: D> "
+EPISODE = episode(TEXT, "..!.")
+
+
+def context(turns: int, history_turns: int) -> str:
+    tokens = history.context(
+        EPISODE, turns=turns, history_turns=history_turns, left_out=[ord(LEFT_OUT)]
+    )
+    return "".join(map(chr, tokens))
+
+
+@pytest.mark.parametrize(
+    ("turns", "history_turns", "expected"),
+    [
+        (0, 1, "task one: "),
+        (1, 1, "task one: AA> two: "),
+        (2, 1, "task one: _> two: B> three: "),
+        (3, 1, "task one: _> three: CCC> four: "),
+        (4, 1, "task one: _> four: D> "),  # after a cut response its end was given
+        (3, 2, "task one: _> two: B> three: CCC> four: "),
+        (4, 2, "task one: _> three: CCC> four: D> "),
+        (4, 3, "task one: _> two: B> three: CCC> four: D> "),
+        *(
+            (turns, n, TEXT[:end])
+            for turns, end in ((2, 28 + 1), (4, len(TEXT)))
+            for n in (0, 4, 9)
+        ),
+    ],
+)
+def test_contexts_by_hand(turns: int, history_turns: int, expected: str) -> None:
+    assert context(turns, history_turns) == expected
+
+
+@pytest.mark.parametrize("history_turns", [1, 2, 3])
+def test_every_response_is_scored_once_and_on_its_own_context(history_turns: int) -> None:
+    other = episode("go: E> ", ".")
+    left_out = [ord(LEFT_OUT)]
+    rows, episodes = history.rows([other, EPISODE], history_turns=history_turns, left_out=left_out)
+    assert episodes == [0] + [1] * (4 - history_turns)
+    assert rows[0].tokens == other.tokens
+    seen = []
+    for row, number in zip(rows, episodes, strict=True):
+        source = (other, EPISODE)[number]
+        for turn in sorted(set(row.turn_id) - {NO_TURN}):
+            start = row.turn_id.index(turn)
+            begin, end = source.spans[turn]
+            assert row.tokens[:start] == history.context(
+                source, turns=turn, history_turns=history_turns, left_out=left_out
+            )
+            assert row.tokens[start : start + end - begin] == source.tokens[begin:end]
+            assert row.logprobs[start : start + end - begin] == source.logprobs[begin:end]
+            seen.append((number, turn))
+        assert row.turns is source.turns
+    assert seen == [(0, 0), (1, 0), (1, 1), (1, 2), (1, 3)]
+
+
+@pytest.mark.parametrize("history_turns", [0, 3, 50])
+def test_a_history_that_leaves_nothing_out_is_the_episode(history_turns: int) -> None:
+    (row,), _ = history.rows([EPISODE], history_turns=history_turns, left_out=[1])
+    assert row is EPISODE
+
+
+def test_what_others_wrote_is_shown_and_not_scored() -> None:
+    made = episode(TEXT, "..!.")
+    begin, end = made.spans[1]
+    made.turn_id[begin:end] = [NO_TURN] * (end - begin)
+    rows, _ = history.rows([made], history_turns=1, left_out=[1])
+    assert [sorted(set(row.turn_id)) for row in rows] == [[-1, 0], [-1, 2], [-1, 3]]
+    assert ord("B") in rows[1].tokens
+
+
+# --- A random model in a household ---------------------------------------------------------------
+
+MAX_TURNS, TASKS = 5, [("train", 3), ("valid_seen", 5)]
+
+
+@pytest.fixture(scope="module")
+def agent() -> Agent:
+    tokenizer = household_tokenizer.build(phrases=["Judge this turn."])
+    return Agent(
+        model=dataclasses.replace(
+            TINY,
+            vocab_size=len(tokenizer),
+            num_heads=2,
+            num_kv_heads=1,
+            d_ff=16,
+            rope_theta=1e3,
+            max_positions=512,
+        ),
+        tokenizer=tokenizer,
+        chat=ChatFormat.from_tokenizer(tokenizer),
+        sampling=Sampling(temperature=1.0, top_k=0, top_p=1.0),
+        turn_tokens=6,
+        context_tokens=256,
+        cache_step=256,
+        extend_widths=(32,),
+        chunk=6,
+        history_turns=0,
+    )
+
+
+@pytest.fixture(scope="module")
+def params(agent: Agent, random_params: Callable) -> model.Params:
+    return jax.tree.map(jnp.asarray, random_params(agent.model, seed=4))
+
+
+def play(agent: Agent, params: model.Params, **settings: Any) -> list[Conversation]:
+    depth = settings.pop("depth", 0)
+    return rollout(
+        params,
+        row_keys(jax.random.key(0), range(len(TASKS))),
+        agent=dataclasses.replace(agent, **settings),
+        envs=[Household(size="small", max_turns=MAX_TURNS, show_admissible=2) for _ in TASKS],
+        tasks=TASKS,
+        depth=depth,
+    )
+
+
+@pytest.mark.parametrize("history_turns", [1, 2])
+def test_sampled_log_probabilities_are_those_of_the_rows(
+    agent: Agent, params: model.Params, history_turns: int
+) -> None:
+    played = play(agent, params, history_turns=history_turns)
+    rows, _ = history.rows(played, history_turns=history_turns, left_out=agent.chat.left_out)
+    assert len(rows) == len(TASKS) * (MAX_TURNS - history_turns)
+    packed = pack(rows, max_turns=MAX_TURNS, length_multiple=64)
+    hidden = model.forward(params, packed.tokens, config=agent.model, query_chunk=64, remat="none")
+    logprobs = jax.nn.log_softmax(hidden @ model.head(params))
+    recomputed = jnp.take_along_axis(logprobs[:, :-1], packed.tokens[:, 1:, None], axis=2)[..., 0]
+    student = packed.turn_id[:, 1:] != NO_TURN
+    assert student.sum() == sum(len(c.tokens[a:b]) for c in played for a, b in c.spans)
+    np.testing.assert_allclose(
+        recomputed[student], packed.sampled_logprobs[:, 1:][student], atol=1e-5
+    )
+
+
+def test_turns_within_the_history_do_not_know_of_it(agent: Agent, params: model.Params) -> None:
+    full = play(agent, params)
+    for history_turns in (1, MAX_TURNS):
+        cut = play(agent, params, history_turns=history_turns)
+        for one, other in zip(cut, full, strict=True):
+            end = one.spans[min(history_turns, MAX_TURNS - 1)][1]
+            assert one.tokens[:end] == other.tokens[:end]
+            assert one.logprobs[:end] == other.logprobs[:end]
+    # The rest is sampled from something else.
+    assert play(agent, params, history_turns=1) != full
+
+
+def test_a_short_history_fits_where_the_whole_does_not(agent: Agent, params: model.Params) -> None:
+    longest = max(len(c.tokens) for c in play(agent, params))
+    room = longest - 20
+    assert {c.end for c in play(agent, params, context_tokens=room)} >= {"context"}
+    played = play(agent, params, context_tokens=room, history_turns=1)
+    assert {c.end for c in played} == {"turn_limit"}
+    assert all(len(c.turns) == MAX_TURNS for c in played)
+
+
+def test_a_depth_ends_episodes_and_changes_nothing_before(
+    agent: Agent, params: model.Params
+) -> None:
+    full = play(agent, params)
+    for depth in (1, 3):
+        for one, other in zip(play(agent, params, depth=depth), full, strict=True):
+            assert (one.end, len(one.turns)) == ("depth", depth)
+            assert one.tokens == other.tokens[: other.spans[depth - 1][1]]
+    for depth in (MAX_TURNS, MAX_TURNS + 1):
+        assert play(agent, params, depth=depth) == full

@@ -1,0 +1,554 @@
+"""The agent loop: a written-out golden conversation, and the laws for any model."""
+
+import dataclasses
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import TINY
+
+from opd_jax import model
+from opd_jax.agent import generate as gen
+from opd_jax.agent.chat import ChatFormat
+from opd_jax.agent.conversation import Conversation, check, pack
+from opd_jax.agent.generate import Sampling
+from opd_jax.agent.rollout import Agent, rollout, row_keys
+from opd_jax.envs.base import Observation, Task
+from opd_jax.envs.household import tokenizer as household_tokenizer
+from opd_jax.envs.household.env import Household
+from opd_jax.losses import NO_TURN
+
+GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0)
+
+
+def sizes(vocab: int, width: int, head_dim: int, positions: int) -> model.ModelConfig:
+    return dataclasses.replace(
+        TINY,
+        vocab_size=vocab,
+        d_model=width,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=head_dim,
+        d_ff=width,
+        rope_theta=1e3,
+        max_positions=positions,
+    )
+
+
+# --- A forced model and a scripted environment --------------------------------------------------
+
+WORDS = ["<unk>", "<system>", "<user>", "<end>", "act", "call", "bell", "ring", "hear", "echo"]
+WORDS += ["stop", "wheel", "spin", "long", "road", "walk", "fine"]
+# What the model says after each word. `spin` never ends.
+NEXT = {"bell": "ring", "ring": "<end>", "echo": "stop", "stop": "<end>"}
+NEXT |= {"wheel": "spin", "spin": "spin", "road": "walk", "walk": "<end>"}
+SHARPNESS = 4.0  # of every step of the chain, in logits
+# Replies of the environment to each response. "fine" ends an episode with success, "" quietly.
+REPLIES = {"ring": "hear echo", "stop": "fine", "walk": "", "spin spin spin": "call bell"}
+
+
+class Scripted:
+    """An environment that answers by `REPLIES`; task n starts with the n-th opening."""
+
+    system = "act"
+    waits = False
+
+    def __init__(self, openings: list[str], replies: Mapping[str, str]):
+        self.openings, self.replies = openings, replies
+        self.heard: list[str] = []
+
+    def size(self, split: str) -> int:
+        return len(self.openings)
+
+    def reset(self, split: str, index: int) -> Observation:
+        text = self.openings[index]
+        self.task = Task(id=f"{split}/{index}", type="scripted", goal="none", scene=text)
+        return Observation(text, text, ("ring",))
+
+    def step(self, response: str) -> Observation:
+        self.heard.append(response)
+        text = self.replies[response]
+        end = {"fine": "success", "": "quiet"}.get(text, "")
+        return Observation(text, text, (), end, float(end == "success"), action=response)
+
+
+def word_tokenizer() -> Any:
+    """Words between spaces; user messages end with their own last word, so a reply can depend on it
+    without any attention."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        eos_token="<end>",
+        extra_special_tokens=["<system>", "<user>"],
+    )
+    made.chat_template = (
+        "{% for m in messages %}"
+        "{% if m.role == 'assistant' %}{{ m.content }} <end> "
+        "{% else %}<{{ m.role }}> {{ m.content }} {% endif %}{% endfor %}"
+    )
+    return made
+
+
+def chain_params(config: model.ModelConfig) -> model.Params:
+    """A model whose next token depends on the last one only: `NEXT`, with `SHARPNESS`.
+
+    One-hot embeddings, silent layers and a head that maps each word to its successor.
+    """
+    V = config.vocab_size
+    params = jax.tree.map(
+        lambda spec: jnp.zeros(spec.shape), model.param_specs(config), is_leaf=model.is_spec
+    )
+    steps = np.zeros((V, V), np.float32)
+    for word, following in NEXT.items():
+        # The normalized one-hot has the entry √V.
+        steps[WORDS.index(word), WORDS.index(following)] = SHARPNESS / np.sqrt(V)
+    ones = {name: jnp.ones_like(params["layers"][name]) for name in ("q_norm", "k_norm")}
+    return params | {
+        "embed": jnp.eye(V),
+        "head": jnp.asarray(steps),
+        "final_norm": jnp.ones(V),
+        "layers": params["layers"] | ones,
+    }
+
+
+CONTEXT, ENVS = 13, 6
+
+
+def golden_agent() -> tuple[Agent, model.Params]:
+    tokenizer = word_tokenizer()
+    config = sizes(len(WORDS), len(WORDS), 2, 32)
+    agent = Agent(
+        model=config,
+        tokenizer=tokenizer,
+        chat=ChatFormat.from_tokenizer(tokenizer),
+        sampling=GREEDY,
+        turn_tokens=3,
+        context_tokens=CONTEXT,
+        cache_step=CONTEXT,
+        extend_widths=(2, 8),
+        chunk=2,
+        history_turns=0,
+    )
+    return agent, chain_params(config)
+
+
+def play_script(
+    openings: list[str], replies: Mapping[str, str], *, tasks: int
+) -> list[Conversation]:
+    """The first `tasks` openings, in a batch of fixed size for one compiled program."""
+    agent, params = golden_agent()
+    return rollout(
+        params,
+        row_keys(jax.random.key(0), range(ENVS)),
+        agent=agent,
+        envs=[Scripted(openings, replies) for _ in range(ENVS)],
+        tasks=[("any", n) for n in range(tasks)],
+        depth=0,
+    )
+
+
+# Opening, whole conversation, turn of each token, stop of each turn, end. Written from the
+# template by hand.
+GOLDEN = [
+    (
+        "call bell",
+        "<system> act <user> call bell ring <end> <user> hear echo stop <end>",
+        ".....00...11",
+        ["stop_token", "stop_token"],
+        "success",
+    ),
+    (
+        "long long road",
+        "<system> act <user> long long road walk <end>",
+        "......00",
+        ["stop_token"],
+        "quiet",
+    ),
+    (  # cut by its budget: the end of the turn is given, not sampled; then the next answer is cut
+        "wheel",  # by the context, with its last slot left empty by no token
+        "<system> act <user> wheel spin spin spin <end> <user> call bell ring <end>",
+        "....000....11",
+        ["turn_budget", "stop_token"],
+        "context",
+    ),
+    (  # two slots are left for three tokens
+        "long long long long long long long wheel",
+        "<system> act <user> long long long long long long long wheel spin spin",
+        "...........00",
+        ["context"],
+        "context",
+    ),
+    (  # an answer fits, what follows does not: the conversation ends with the answer
+        "long long long long call bell",
+        "<system> act <user> long long long long call bell ring <end>",
+        ".........00",
+        ["stop_token"],
+        "context",
+    ),
+]
+
+
+def provenance(conversation: Conversation) -> str:
+    return "".join("." if turn == NO_TURN else str(turn) for turn in conversation.turn_id)
+
+
+@pytest.fixture(scope="module")
+def golden() -> list[Conversation]:
+    agent, params = golden_agent()
+    openings = [opening for opening, *_ in GOLDEN]
+    envs = [Scripted(openings, REPLIES | {"spin spin": "call bell"}) for _ in range(ENVS)]
+    played = rollout(
+        params,
+        row_keys(jax.random.key(0), range(ENVS)),
+        agent=agent,
+        envs=envs,
+        tasks=[("any", n) for n in range(len(GOLDEN))],
+        depth=0,
+    )
+    # The environments heard the sampled words, without the token that ended the turn.
+    assert [env.heard for env in envs] == [
+        ["ring", "stop"],
+        ["walk"],
+        ["spin spin spin", "ring"],
+        ["spin spin"],
+        ["ring"],
+        [],
+    ]
+    return played
+
+
+@pytest.mark.parametrize("row", range(len(GOLDEN)))
+def test_golden_conversation(golden: list[Conversation], row: int) -> None:
+    _, words, turns, stops, end = GOLDEN[row]
+    conversation = golden[row]
+    assert [WORDS[i] for i in conversation.tokens] == words.split()
+    assert provenance(conversation) == turns
+    assert [turn.stop for turn in conversation.turns] == stops
+    assert conversation.end == end
+
+
+def test_golden_scores_and_logprobs(golden: list[Conversation]) -> None:
+    assert [c.success for c in golden] == [True, False, False, False, False]
+    assert [c.score for c in golden] == [1, 0, 0, 0, 0]
+    # Each step of the chain has logit SHARPNESS against V - 1 zeros.
+    expected = -np.log1p((len(WORDS) - 1) * np.exp(-SHARPNESS))
+    for conversation in golden:
+        sampled = np.array(conversation.turn_id) != NO_TURN
+        np.testing.assert_allclose(np.array(conversation.logprobs)[sampled], expected, atol=1e-5)
+        assert not np.array(conversation.logprobs)[~sampled].any()
+
+
+def test_golden_turns_hold_what_was_seen_said_and_answered(golden: list[Conversation]) -> None:
+    first, second = golden[0].turns
+    assert (first.observation, first.admissible) == ("call bell", ("ring",))
+    assert (first.response, first.action, first.feedback) == ("ring", "ring", "hear echo")
+    assert (second.observation, second.admissible) == ("hear echo", ())
+    assert (second.response, second.action, second.feedback) == ("stop", "stop", "fine")
+
+
+def test_an_environment_that_ends_outranks_a_full_context() -> None:
+    (played,) = play_script([GOLDEN[3][0]], {"spin spin": "fine"}, tasks=1)
+    assert (played.turns[0].stop, played.end, played.score) == ("context", "success", 1)
+
+
+def test_a_first_prompt_must_leave_room_for_an_answer() -> None:
+    openings = ["long " * words + "bell" for words in (8, 9)]  # and three tokens of the system
+    (played,) = play_script(openings, REPLIES, tasks=1)
+    assert [WORDS[i] for i in played.tokens[12:]] == ["ring"]
+    with pytest.raises(ValueError, match=r"`context_tokens`.*any/1 has 13 tokens.*fewer than 13"):
+        play_script(openings, REPLIES, tasks=2)
+
+
+def test_environments_that_wait_are_waited_for_together() -> None:
+    everybody = threading.Barrier(2)
+
+    class Meeting(Scripted):
+        """Answers when the others have been asked as well."""
+
+        waits = True
+
+        def step(self, response: str) -> Observation:
+            everybody.wait(timeout=60)
+            return super().step(response)
+
+    agent, params = golden_agent()
+    openings = [GOLDEN[0][0]] * 2
+    together, alone = (
+        rollout(
+            params,
+            row_keys(jax.random.key(0), range(2)),
+            agent=agent,
+            envs=[kind(openings, REPLIES) for _ in range(2)],
+            tasks=[("any", 0), ("any", 1)],
+            depth=0,
+        )
+        for kind in (Meeting, Scripted)
+    )
+    assert together == alone
+
+
+def test_more_tasks_than_environments_are_refused() -> None:
+    agent, params = golden_agent()
+    envs = [Scripted(["call bell"], REPLIES)] * 2
+    with pytest.raises(ValueError, match=r"`keys`.*2 environments, got shape \(3,\)"):
+        rollout(
+            params,
+            jax.random.split(jax.random.key(0), 3),
+            agent=agent,
+            envs=envs,
+            tasks=[],
+            depth=0,
+        )
+    with pytest.raises(ValueError, match=r"`tasks`.*6 environments, got 7"):
+        play_script(["call bell"] * 7, REPLIES, tasks=7)
+
+
+# --- A random model in a household ---------------------------------------------------------------
+
+ROWS, MAX_TURNS = 4, 4
+TASKS = [("train", 3), ("valid_seen", 5), ("valid_unseen", 0), ("train", 8)]
+
+
+@pytest.fixture(scope="module")
+def agent() -> Agent:
+    tokenizer = household_tokenizer.build(phrases=["Judge this turn."])
+    return Agent(
+        model=sizes(len(tokenizer), 16, 8, 160),
+        tokenizer=tokenizer,
+        chat=ChatFormat.from_tokenizer(tokenizer),
+        sampling=Sampling(temperature=1.0, top_k=0, top_p=1.0),
+        turn_tokens=12,
+        context_tokens=118,
+        cache_step=118,
+        extend_widths=(16, 32),
+        chunk=5,
+        history_turns=0,
+    )
+
+
+@pytest.fixture(scope="module")
+def params(agent: Agent, random_params: Callable) -> model.Params:
+    made = random_params(agent.model, seed=4)
+    # A direction that every token has and the end of a turn likes: some turns end by themselves.
+    made["embed"][:, 0] = 2
+    made["final_norm"][0] = 1
+    made["head"][0, agent.chat.stop_ids[0]] = 4.0
+    return jax.tree.map(jnp.asarray, made)
+
+
+def household() -> Household:
+    return Household(size="small", max_turns=MAX_TURNS, show_admissible=2)
+
+
+def play(
+    agent: Agent, params: model.Params, tasks: list[tuple[str, int]], seed: int = 0
+) -> list[Conversation]:
+    return rollout(
+        params,
+        row_keys(jax.random.key(seed), range(ROWS)),
+        agent=agent,
+        envs=[household() for _ in range(ROWS)],
+        tasks=tasks,
+        depth=0,
+    )
+
+
+def programs() -> tuple[int, int]:
+    return gen.extend._cache_size(), gen.generate._cache_size()
+
+
+@pytest.fixture(scope="module")
+def counted(agent: Agent, params: model.Params) -> tuple[list[Conversation], list]:
+    """Two batches of episodes, and the numbers of compiled programs before, between and after.
+
+    The first in this process to run a model of these sizes.
+    """
+    counts = [programs()]
+    first = play(agent, params, TASKS)
+    counts.append(programs())
+    second = play(agent, params, TASKS, seed=1)
+    return first + second, [*counts, programs()]
+
+
+@pytest.fixture(scope="module")
+def played(counted: tuple[list[Conversation], list]) -> list[Conversation]:
+    return counted[0]
+
+
+def segments(conversation: Conversation) -> list[tuple[int, list[int]]]:
+    """The tokens cut where `turn_id` changes."""
+    cut: list[tuple[int, list[int]]] = []
+    for turn, token in zip(conversation.turn_id, conversation.tokens, strict=True):
+        if not cut or cut[-1][0] != turn:
+            cut.append((turn, []))
+        cut[-1][1].append(token)
+    return cut
+
+
+def test_every_stop_and_end_of_these_episodes_is_covered(played: list[Conversation]) -> None:
+    # The tests below say little about a case that does not occur.
+    stops = {turn.stop for c in played for turn in c.turns}
+    assert stops == {"stop_token", "turn_budget", "context"}
+    assert {c.end for c in played} == {"turn_limit", "context"}
+
+
+def test_sampled_logprobs_are_those_of_one_forward_over_the_final_tokens(
+    agent: Agent, params: model.Params, played: list[Conversation]
+) -> None:
+    batch = pack(played, max_turns=MAX_TURNS, length_multiple=8)
+    check(batch, vocab_size=agent.model.vocab_size)
+
+    @jax.jit
+    def recompute(tokens: jax.Array) -> jax.Array:
+        hidden = model.forward(params, tokens, config=agent.model, query_chunk=64, remat="none")
+        logprobs = jax.nn.log_softmax(hidden[:, :-1] @ model.head(params))
+        return jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1)[..., 0]
+
+    sampled = batch.turn_id[:, 1:] != NO_TURN
+    assert sampled.sum() > 200
+    np.testing.assert_allclose(
+        batch.sampled_logprobs[:, 1:][sampled],
+        np.asarray(recompute(batch.tokens))[sampled],
+        rtol=0,
+        atol=1e-5,
+    )
+
+
+def test_a_conversation_is_its_chat_format_around_the_sampled_tokens(
+    agent: Agent, played: list[Conversation]
+) -> None:
+    """Replays the recorded responses and puts each conversation together from its parts."""
+    (end,) = agent.chat.stop_ids
+    for conversation, (split, index) in zip(played, TASKS * 2, strict=True):
+        env = household()
+        seen = env.reset(split, index)
+        given, *rest = segments(conversation)
+        assert given == (NO_TURN, agent.chat.first(env.system, seen.message))
+        for number, turn in enumerate(conversation.turns):
+            (turn_id, tokens), rest = rest[0], rest[1:]
+            assert turn_id == number
+            assert 0 < len(tokens) <= agent.turn_tokens
+            stopped = tokens[-1] == end
+            assert end not in tokens[:-1]
+            assert (turn.stop == "stop_token") == stopped
+            assert turn.response == agent.tokenizer.decode(tokens[:-1] if stopped else tokens)
+            assert turn.stop != "turn_budget" or len(tokens) == agent.turn_tokens
+            seen = env.step(turn.response)
+            assert (turn.failure, turn.feedback) == (seen.failure, seen.text)
+            if rest:
+                (turn_id, tokens), rest = rest[0], rest[1:]
+                assert turn_id == NO_TURN
+                assert tokens == agent.chat.follow(seen.message, ended=stopped)
+        assert not rest
+        assert conversation.end == (seen.end or "context")
+        follow = agent.chat.follow(seen.message, ended=stopped)
+        full = len(conversation.tokens) + len(follow) >= agent.context_tokens
+        assert seen.done or full
+        assert len(conversation.tokens) <= agent.context_tokens
+        if turn.stop == "context":
+            assert len(conversation.tokens) == agent.context_tokens
+
+
+def test_what_was_sampled_is_not_tokenized_again(agent: Agent, played: list[Conversation]) -> None:
+    changed = 0
+    for conversation in played:
+        for turn_id, tokens in segments(conversation):
+            if turn_id != NO_TURN:
+                text = agent.tokenizer.decode(tokens)
+                changed += agent.tokenizer.encode(text, add_special_tokens=False) != tokens
+    # Text would not have given back these tokens; the log-probabilities above are of these.
+    assert changed > 10
+
+
+@dataclasses.dataclass
+class Mute:
+    """A tokenizer that reads everything as the same words."""
+
+    text: str
+
+    def decode(self, tokens: list[int]) -> str:
+        return self.text
+
+
+def test_a_tokenizer_that_loses_text_changes_no_token(
+    agent: Agent, params: model.Params, played: list[Conversation]
+) -> None:
+    lossy = dataclasses.replace(agent, tokenizer=Mute("Action: look"))
+    for conversation, before in zip(play(lossy, params, TASKS), played, strict=False):
+        # The first turn reacts to the same prompt.
+        assert segments(conversation)[:2] == segments(before)[:2]
+        assert conversation.turns[0].action == "look"
+
+
+def test_rows_without_a_task_change_nothing(
+    agent: Agent, params: model.Params, played: list[Conversation]
+) -> None:
+    few = play(agent, params, TASKS[:2])
+    assert [c.tokens for c in few] == [c.tokens for c in played[:2]]
+    assert [c.turn_id for c in few] == [c.turn_id for c in played[:2]]
+    assert play(agent, params, []) == []
+
+
+def test_an_episode_depends_on_its_own_row_and_task_only(
+    agent: Agent, params: model.Params, played: list[Conversation]
+) -> None:
+    others = [("train", 40), TASKS[1], ("train", 41), TASKS[3]]
+    mixed = play(agent, params, others)
+    for row in (1, 3):
+        assert mixed[row].tokens == played[row].tokens
+        np.testing.assert_allclose(mixed[row].logprobs, played[row].logprobs, rtol=0, atol=1e-5)
+    # The same task in every row: each row draws with a key of its own.
+    same = play(agent, params, [TASKS[0]] * ROWS)
+    assert same[0].tokens == played[0].tokens
+    assert len({tuple(c.tokens) for c in same}) == ROWS
+
+
+def test_a_few_compiled_programs_serve_any_number_of_turns(
+    agent: Agent, params: model.Params, counted: tuple[list[Conversation], list]
+) -> None:
+    conversations, (before, once, twice) = counted
+    assert before[0] < once[0] <= before[0] + len(agent.extend_widths)
+    assert once[1] == before[1] + 1
+    assert twice == once
+    # Prompts that take several steps of the widest program, and turns in plenty.
+    prompts = {c.turn_id.index(0) for c in conversations}
+    assert len(prompts) > 1
+    assert max(prompts) > max(agent.extend_widths)
+    assert max(len(c.turns) for c in conversations) == MAX_TURNS
+    # Other tasks, fewer of them.
+    play(agent, params, [("train", 50), ("train", 51)], seed=7)
+    assert programs() == once
+
+
+def test_a_cache_that_grows_with_its_conversations_changes_none(
+    agent: Agent,
+    params: model.Params,
+    played: list[Conversation],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes, grow = [], model.grow_cache
+
+    def watched(cache: model.KVCache, *, slots: int) -> model.KVCache:
+        grown = grow(cache, slots=slots)
+        assert all(buffer.is_deleted() for buffer in (*cache.keys, *cache.values))
+        sizes.append(grown.slots)
+        return grown
+
+    monkeypatch.setattr(model, "grow_cache", watched)
+    generated = programs()[1]
+    stepwise = play(dataclasses.replace(agent, cache_step=40), params, TASKS)
+    assert sizes == [80, 118]  # from 40, and no further than the context
+    assert programs()[1] <= generated + 2  # that of the largest was there
+    for ours, theirs in zip(stepwise, played[: len(TASKS)], strict=True):
+        assert ours.tokens == theirs.tokens
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=0, atol=1e-5)

@@ -1,0 +1,491 @@
+"""BM25 against its formula, and client and server against each other and against bad ones."""
+
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from opd_jax.envs.search import retrieval_server
+from opd_jax.envs.search.retrieval import BM25, Passage, RetrievalError, load_bm25, read_corpus
+from opd_jax.envs.search.retrieval_client import HttpRetriever
+from opd_jax.envs.search.searchqa import open_retriever
+
+ROOT = Path(__file__).parents[2]
+WORDS = ["ode", "tern", "alder", "mill", "market", "clock", "river", "town", "the", "is", "of"]
+
+
+def some_passages(count, seed=0):
+    rng = random.Random(seed)
+    return [
+        Passage(
+            f"p{n}",
+            " ".join(rng.choices(WORDS, k=2)).title(),
+            "\n".join(" ".join(rng.choices(WORDS, k=rng.randint(1, 12))) for _ in range(2)),
+        )
+        for n in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def index():
+    pytest.importorskip("bm25s")
+    return BM25(some_passages(200))
+
+
+@pytest.fixture
+def serve():
+    """Starts servers on free ports; gives the address of each."""
+    started = []
+
+    def start(server):
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        started.append((server, thread))
+        return f"http://127.0.0.1:{server.server_address[1]}/retrieve"
+
+    yield start
+    for server, thread in started:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture
+def bm25_url(index, serve):
+    return serve(retrieval_server.make_server(index, host="127.0.0.1", port=0, top=3))
+
+
+def make_server(respond):
+    """A server whose replies are those of `respond(handler, request)`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            respond(self, json.loads(body))
+
+        def log_message(self, format, *args):
+            pass
+
+    return ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+
+
+def reply(handler, content, status=200):
+    body = content if isinstance(content, bytes) else json.dumps(content).encode()
+    handler.send_response(status)
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def echo(asked):
+    """A passage for each query that repeats it."""
+    documents = [[{"id": q, "contents": f"{q}\ntext"}] * asked["topk"] for q in asked["queries"]]
+    return {"result": [[{"document": d, "score": 1.0} for d in found] for found in documents]}
+
+
+def client(url, **settings):
+    return HttpRetriever(
+        url, **{"timeout_s": 20.0, "retries": 2, "wait_s": 0.01, "batch": 4, **settings}
+    )
+
+
+# Corpora
+
+
+def test_a_corpus_is_read_in_both_forms(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    lines = [
+        {"id": "0", "contents": '"Ode"\nThe Ode is a river.\nIt is short.'},
+        {"id": 7, "title": "Tern", "text": "The Tern is one too."},
+        {"contents": "Alder"},
+    ]
+    path.write_text("\n\n".join(json.dumps(line) for line in lines))
+    assert list(read_corpus(path)) == [
+        Passage("0", "Ode", "The Ode is a river.\nIt is short."),
+        Passage("7", "Tern", "The Tern is one too."),
+        Passage("", "Alder", ""),
+    ]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "3", '{"id": "1", "title": "x"}', '{"contents": 3}'])
+def test_a_line_that_is_no_passage_is_named(tmp_path, line):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text('{"contents": "Ode\\ntext"}\n' + line)
+    with pytest.raises(ValueError, match=r"corpus\.jsonl`, line 2: "):
+        list(read_corpus(path))
+
+
+def test_an_empty_corpus_is_refused(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="at least one passage"):
+        load_bm25(path)
+    with pytest.raises(ValueError, match="no file"):
+        load_bm25(tmp_path / "other.jsonl")
+
+
+# BM25
+
+
+def expected_scores(passages, query):
+    """Lucene's BM25 with k1 = 1.5 and b = 0.75, in float64."""
+    texts = [re.findall(r"\w\w+", passage.contents.lower()) for passage in passages]
+    mean = sum(map(len, texts)) / len(texts)
+    scores = [0.0] * len(texts)
+    for word in re.findall(r"\w\w+", query.lower()):
+        having = sum(word in text for text in texts)
+        idf = math.log(1 + (len(texts) - having + 0.5) / (having + 0.5))
+        for n, text in enumerate(texts):
+            count = Counter(text)[word]
+            scores[n] += idf * count / (count + 1.5 * (0.25 + 0.75 * len(text) / mean))
+    return scores
+
+
+def test_scores_are_those_of_the_formula_best_first(index):
+    rng = random.Random(1)
+    for _ in range(50):
+        query = " ".join(rng.sample(WORDS, k=rng.randint(1, 4)))
+        expected = expected_scores(index.passages, query)
+        (found,) = index.search_scored([query], top=5)
+        scores = [score for _, score in found]
+        assert scores == sorted(scores, reverse=True)
+        assert scores == pytest.approx(sorted(expected, reverse=True)[:5], rel=1e-5)
+        for passage, score in found:
+            assert score == pytest.approx(expected[int(passage.id[1:])], rel=1e-5)
+
+
+def test_equal_scores_stand_in_the_order_of_the_corpus():
+    pytest.importorskip("bm25s")
+    passages = [Passage(str(n), "Ode", "river") for n in range(300)]
+    passages[120] = Passage("120", "Ode", "river ode")
+    (found,) = BM25(passages).search(["ode"], top=4)
+    assert [passage.id for passage in found] == ["120", "0", "1", "2"]
+
+
+def test_passages_without_a_word_of_the_query_are_not_found(index):
+    assert index.search(["zebra", "", "?!", "x"], top=3) == [[], [], [], []]
+    small = BM25([Passage("0", "Ode", "river"), Passage("1", "Tern", "brook")])
+    assert [[p.id for p in found] for found in small.search(["brook ode zebra", "ode"], top=9)] == [
+        ["0", "1"],
+        ["0"],
+    ]
+
+
+def test_common_words_can_be_looked_for():
+    pytest.importorskip("bm25s")
+    passages = [Passage(code, f"Code {code}", f".{code}") for code in ("is", "no", "it", "de")]
+    assert BM25(passages).search(["code .no"], top=1)[0][0].id == "no"
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    with pytest.raises(ValueError, match=r"bm25s.* pip install -e '\.\[searchqa\]' in the"):
+        BM25(some_passages(2))
+
+
+def test_searching_leaves_jax_alone():
+    pytest.importorskip("bm25s")
+    script = """
+import sys
+from opd_jax.envs.search.retrieval import BM25, Passage
+def search():
+    return BM25([Passage("0", "Ode", "river"), Passage("1", "T", "x")]).search(["ode"], top=1)
+if "before" in sys.argv:
+    import jax
+    search()
+    from jax._src import xla_bridge
+    assert not xla_bridge.backends_are_initialized()
+    assert jax.lax.add(1, 2) == 3 and sys.modules["jax.lax"] is jax.lax
+else:
+    search()
+    assert "jax" not in sys.modules
+    import jax.lax
+"""
+    for when in ("before", "after"):
+        words = [sys.executable, "-c", script, when]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+# Client and server
+
+
+def test_a_server_answers_as_the_index_it_serves(index, bm25_url):
+    rng = random.Random(2)
+    remote = client(bm25_url)
+    queries = [" ".join(rng.sample(WORDS, k=3)) for _ in range(11)] + ["zebra"]
+    for top in (1, 3):
+        assert remote.search(queries, top=top) == index.search(queries, top=top)
+    assert remote.search([], top=3) == []
+
+
+def post(url, body):
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, body), timeout=20) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def test_replies_have_search_r1s_form(index, bm25_url):
+    status, scored = post(
+        bm25_url, json.dumps({"queries": ["ode"], "topk": 2, "return_scores": True}).encode()
+    )
+    assert status == 200
+    (found,) = index.search_scored(["ode"], top=2)
+    assert scored == {
+        "result": [
+            [
+                {"document": {"id": p.id, "contents": f"{p.title}\n{p.text}"}, "score": score}
+                for p, score in found
+            ]
+        ]
+    }
+    _, bare = post(bm25_url, json.dumps({"queries": ["ode", "tern"]}).encode())
+    assert [len(found) for found in bare["result"]] == [3, 3]  # the server's own number
+    assert bare["result"][0][0].keys() == {"id", "contents"}
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"not JSON", "Expecting value"),
+        (b"[]", "expected a JSON object"),
+        (b"{}", "`queries`: expected a list of strings"),
+        (b'{"queries": "ode"}', "`queries`: expected a list of strings"),
+        (b'{"queries": [1]}', "`queries`: expected a list of strings"),
+        (b'{"queries": [], "topk": -1}', "`topk`: expected a positive whole number, got -1"),
+        (b'{"queries": [], "topk": "3"}', "`topk`"),
+    ],
+)
+def test_a_bad_request_is_told_why(bm25_url, body, said):
+    status, answer = post(bm25_url, body)
+    assert status == 400
+    assert said in answer["error"]
+    assert post(bm25_url, b'{"queries": []}') == (200, {"result": []})  # and the server goes on
+
+
+def test_another_path_is_not_found(bm25_url):
+    assert post(bm25_url + "r", b"{}")[0] == 404
+
+
+def test_the_command_serves_a_corpus(index, tmp_path):
+    corpus = tmp_path / "corpus.jsonl"
+    lines = [json.dumps({"id": p.id, "contents": p.contents}) for p in index.passages]
+    corpus.write_text("\n".join(lines))
+    words = [sys.executable, "-m", "opd_jax.envs.search.retrieval_server", f"--corpus={corpus}"]
+    running = subprocess.Popen([*words, "--port=0"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        line = running.stdout.readline()
+        url = re.fullmatch(r"200 passages at (http://127\.0\.0\.1:\d+/retrieve)\n", line)[1]
+        settings = {"timeout_s": 20.0, "retries": 0, "wait_s": 0.1, "batch": 8}
+        remote, local = open_retriever(url, **settings), open_retriever(str(corpus), **settings)
+        assert remote.search(["ode mill"], top=3) == local.search(["ode mill"], top=3)
+        assert open_retriever(url, **settings) is remote
+    finally:
+        running.terminate()
+        running.wait()
+        running.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [(["--port=0"], "no file"), (["--port=70000"], "no file"), ([], "--port")],
+)
+def test_the_command_says_in_a_line_what_is_wrong(flags, said):
+    words = [sys.executable, "-m", "opd_jax.envs.search.retrieval_server", "--corpus=absent.jsonl"]
+    done = subprocess.run([*words, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_address_in_use_is_named(index, bm25_url):
+    port = int(re.search(r":(\d+)/", bm25_url)[1])
+    for taken in (port, 70000):
+        with pytest.raises(ValueError, match=f"cannot serve on 127.0.0.1:{taken}"):
+            retrieval_server.make_server(index, host="127.0.0.1", port=taken, top=3)
+
+
+# Bad servers
+
+
+def test_a_request_holds_at_most_a_batch(serve):
+    sizes = []
+
+    def respond(handler, asked):
+        sizes.append((len(asked["queries"]), asked["topk"], asked["return_scores"]))
+        reply(handler, echo(asked))
+
+    remote = client(serve(make_server(respond)), batch=4)
+    sizes.clear()
+    queries = [f"query {n}" for n in range(10)]
+    found = remote.search(queries, top=2)
+    assert [[p.title for p in passages] for passages in found] == [[q, q] for q in queries]
+    assert sizes == [(4, 2, True), (4, 2, True), (2, 2, True)]
+
+
+def test_what_threads_ask_at_the_same_time_goes_together(serve):
+    sizes, first, go_on = [], threading.Event(), threading.Event()
+
+    def respond(handler, asked):
+        sizes.append(len(asked["queries"]))
+        if asked["queries"] == ["thread 0"]:
+            first.set()
+            assert go_on.wait(60)
+        reply(handler, echo(asked))
+
+    remote = client(serve(make_server(respond)), batch=3, timeout_s=60.0)
+    sizes.clear()
+    found = {}
+
+    def ask(n):
+        found[n] = remote.search([f"thread {n}"], top=1 + n)[0]
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(6)]
+    threads[0].start()
+    assert first.wait(60)
+    for thread in threads[1:]:
+        thread.start()
+    deadline = time.monotonic() + 60
+    while len(remote._waiting) < 5 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert sizes == [1, 3, 2]
+    for n, passages in found.items():
+        assert [p.title for p in passages] == [f"thread {n}"] * (1 + n)
+
+
+def test_failed_requests_are_repeated_so_many_times(serve):
+    calls = Counter()
+    troubles = iter([])
+
+    def respond(handler, asked):
+        calls[asked["queries"][0]] += 1
+        trouble = next(troubles, None)
+        reply(handler, echo(asked)) if trouble is None else trouble(handler)
+
+    remote = client(serve(make_server(respond)), retries=3)
+    troubles = iter(
+        [
+            lambda handler: reply(handler, {}, status=503),
+            lambda handler: reply(handler, b"<html>"),
+            lambda handler: handler.connection.close(),
+        ]
+    )
+    assert remote.search(["patience"], top=1)[0][0].title == "patience"
+    assert calls["patience"] == 4
+    troubles = iter([lambda handler: reply(handler, b"out of memory", status=500)] * 9)
+    with pytest.raises(RetrievalError, match="status 500 out of memory"):
+        remote.search(["too much"], top=1)
+    assert calls["too much"] == 4
+    troubles = iter([lambda handler: reply(handler, b"no such thing", status=422)] * 9)
+    with pytest.raises(RetrievalError, match="status 422 no such thing"):
+        remote.search(["nonsense"], top=1)
+    assert calls["nonsense"] == 1  # asking again would not help
+    troubles = iter([])
+    assert remote.search(["after"], top=1)[0][0].title == "after"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [],
+        {"result": "x"},
+        {"result": []},
+        {"result": [[], []]},
+        {"result": [[3]]},
+        {"result": [[{"document": 3}]]},
+        {"result": [[{"document": {"id": "1"}, "score": 1.0}]]},
+        {"result": [3]},
+    ],
+)
+def test_a_reply_of_another_form_is_no_answer(serve, content):
+    right = [True]
+
+    def respond(handler, asked):
+        reply(handler, echo(asked) if right else content)
+
+    remote = client(serve(make_server(respond)), retries=0)
+    right.clear()
+    with pytest.raises(RetrievalError, match="no answer from http"):
+        remote.search(["query"], top=1)
+
+
+def test_replies_without_scores_are_read_too(serve):
+    def respond(handler, asked):
+        bare = [[item["document"] for item in found] for found in echo(asked)["result"]]
+        reply(handler, {"result": bare})
+
+    assert client(serve(make_server(respond))).search(["x"], top=1)[0][0].title == "x"
+
+
+def silent(handler, stop):
+    stop.wait(60)
+
+
+def trickling(handler, stop):
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000000")
+    handler.end_headers()
+    try:
+        while not stop.wait(0.02):
+            handler.wfile.write(b" ")
+    except OSError:
+        pass  # the client has gone
+
+
+@pytest.mark.parametrize("hang", [silent, trickling])
+def test_a_server_that_hangs_is_given_up(serve, hang):
+    right, stop = [True], threading.Event()
+
+    def respond(handler, asked):
+        if right:
+            reply(handler, echo(asked))
+        else:
+            hang(handler, stop)
+
+    remote = client(serve(make_server(respond)), timeout_s=0.3, retries=1)
+    right.clear()
+    try:
+        with pytest.raises(RetrievalError, match="timed out"):
+            remote.search(["query"], top=1)
+    finally:
+        stop.set()
+
+
+def test_a_server_that_is_not_there_is_found_at_the_start(serve):
+    server = make_server(reply)
+    port = server.server_address[1]
+    server.server_close()
+    with pytest.raises(ValueError, match=f"`retriever`: no answer from http://127.0.0.1:{port}"):
+        client(f"http://127.0.0.1:{port}/retrieve", retries=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"timeout_s": 0.0}, "`timeout_s` must be above 0"),
+        ({"wait_s": -1.0}, "`wait_s` must be above 0"),
+        ({"retries": -1}, "`retries` must be at least 0"),
+        ({"batch": 0}, "`batch` must be at least 1"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings, said):
+    with pytest.raises(ValueError, match=said):
+        client("http://127.0.0.1:9/retrieve", **settings)
+    with pytest.raises(ValueError, match="expected an http"):
+        client("ftp://127.0.0.1/retrieve")

@@ -1,0 +1,635 @@
+"""ScienceWorld: tasks and splits, what the engine says, its death and replacement, players."""
+
+import gc
+import importlib.util
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from opd_jax.envs.base import BROKEN
+from opd_jax.envs.react import RESPONSE, Random
+from opd_jax.envs.scienceworld import prompts
+from opd_jax.envs.scienceworld import tasks as sets
+from opd_jax.envs.scienceworld.env import FAILURES, NO_ACTION, ScienceWorld, failure, spread
+from opd_jax.envs.scienceworld.players import Expert, GoldPaths, gold_paths, thought
+from opd_jax.experience.demonstrations import play_out
+
+HAVE_ENGINE = bool(importlib.util.find_spec("scienceworld") and shutil.which("java"))
+needs_engine = pytest.mark.skipif(not HAVE_ENGINE, reason="needs scienceworld and java")
+
+SETTINGS = {
+    "simplifications": "easy",
+    "max_turns": 200,
+    "list_admissible": 0,
+    "heap_mb": 256,
+    "timeout_s": 60.0,
+}
+DIGESTS = {
+    "train": "f862c4893f14a25aad051e9fc9d9901ce7ec502ecfa4d9d39edcafcfbf542bb5",
+    "dev": "749bb1f4e7434695cde0dda78fd9b55bf007a8aa42998da66ee22e459cc87800",
+    "test": "930c9c7714a47446c47a6c413e029f5a2e4fb63c9b69ef79f21b0a0996a6c042",
+    "panel": "f2bd8bf56f672829e393338cde8d4b7bf39fc49559a7a8c7053875e4c47dc9db",
+}
+
+
+@pytest.fixture(scope="module")
+def env():
+    made = ScienceWorld(**SETTINGS)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def listing_env():
+    made = ScienceWorld(**{**SETTINGS, "list_admissible": 60})
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def plain_env():
+    """Without simplifications, and with as many turns as the demonstration has."""
+    turns = len(prompts.DEMONSTRATION)
+    made = ScienceWorld(**{**SETTINGS, "simplifications": "", "max_turns": turns})
+    yield made
+    made.close()
+
+
+def start(env, kind, variation):
+    for split in ("train", "dev", "test"):
+        if (kind, variation) in sets.tasks(split):
+            return env.reset(split, sets.tasks(split).index((kind, variation)))
+    raise AssertionError((kind, variation))
+
+
+def act(env, command):
+    return env.step(f"Thought: so\nAction: {command}")
+
+
+def java(env):
+    """The process behind an environment, to do harm to."""
+    return env._engine._jvm
+
+
+# Tasks
+
+
+def test_splits_hold_every_variation_once_and_the_panel_five_of_each_type():
+    parts = [sets.tasks(split) for split in ("train", "dev", "test")]
+    assert [len(part) for part in parts] == [3592, 1796, 1819]
+    assert len(set().union(*parts)) == sum(sets.VARIATIONS.values()) == 7207
+    panel = sets.tasks("panel")
+    assert len(set(panel)) == len(panel) == 150
+    assert set(Counter(kind for kind, _ in panel).values()) == {5}
+    assert not set(panel) & set(parts[0])
+    assert [task for task in panel if task not in parts[2]] == [("identify-life-stages-2", 5)]
+
+
+@pytest.mark.parametrize("split", sets.SPLITS)
+def test_the_first_tasks_of_a_split_are_of_all_types(split):
+    kinds = [kind for kind, _ in sets.tasks(split)]
+    assert kinds[:30] == kinds[30:60] == sorted(sets.TYPES)
+    assert len(set(kinds[:30])) == 30
+
+
+def test_digests_are_pinned():
+    assert {split: sets.digest(split) for split in sets.SPLITS} == DIGESTS
+
+
+def test_names_of_tasks_can_be_read_back():
+    for task in sets.tasks("panel"):
+        assert sets.parse_id(sets.task_id(*task)) == task
+    for name in ("household/train/1", "scienceworld/boil/30", "scienceworld/bake/1", "boil/1"):
+        with pytest.raises(ValueError, match=re.escape(repr(name))):
+            sets.parse_id(name)
+
+
+@needs_engine
+def test_the_engine_splits_its_variations_as_we_do(env):
+    for kind in sets.TYPES:
+        start(env, kind, 0)  # raises where the number of variations differs
+        server = java(env)._server
+        theirs = {
+            "train": server.getVariationsTrain,
+            "dev": server.getVariationsDev,
+            "test": server.getVariationsTest,
+        }
+        for split, get in theirs.items():
+            ours = sets.variations(split, kind)
+            found = get()
+            assert (len(found), found[0], found[len(found) - 1]) == (len(ours), ours[0], ours[-1])
+
+
+# Errors of the user
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"simplifications": "easy,openWindows"}, "`simplifications`.*'openWindows'"),
+        ({"simplifications": "noElectricalAction"}, "`simplifications`.*electricity"),
+        ({"max_turns": 0}, "`max_turns`: expected at least 1, got 0"),
+        ({"list_admissible": -1}, "`list_admissible`"),
+        ({"heap_mb": 1}, "`heap_mb`: expected at least 64"),
+        ({"timeout_s": 0.0}, "`timeout_s`"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        ScienceWorld(**{**SETTINGS, **change})
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scienceworld", None)
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[scienceworld\]' in the") as caught:
+        ScienceWorld(**SETTINGS)
+    assert "\n" not in str(caught.value)
+
+
+@needs_engine
+def test_missing_java_is_one_clear_line(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    with pytest.raises(ValueError, match=r"runs on Java.*install a Java runtime") as caught:
+        ScienceWorld(**SETTINGS)
+    assert "\n" not in str(caught.value)
+
+
+@needs_engine
+def test_java_that_does_not_start_says_why(monkeypatch, tmp_path):
+    fake = tmp_path / "java"
+    fake.write_text("#!/bin/sh\necho no room for the heap >&2\nexit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path) + os.pathsep + os.environ["PATH"])
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    with pytest.raises(ValueError, match=r"did not start.*no room for the heap"):
+        ScienceWorld(**SETTINGS).reset("train", 0)
+
+
+@needs_engine
+def test_unknown_tasks_are_named(env):
+    with pytest.raises(ValueError, match="'tests': expected one of train, dev, test, panel"):
+        env.size("tests")
+    with pytest.raises(ValueError, match=r"`index`: expected 0..149 in split 'panel', got 150"):
+        env.reset("panel", 150)
+
+
+def test_the_package_is_imported_when_it_is_used():
+    code = (
+        "import sys, opd_jax.envs.scienceworld.players\n"
+        "print(sorted({'py4j', 'scienceworld', 'jax'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+# Episodes
+
+
+@needs_engine
+def test_the_demonstration_is_a_real_episode_of_training(plain_env):
+    env = plain_env
+    assert prompts.DEMONSTRATION_TASK in sets.tasks("train")
+    observation = start(env, *prompts.DEMONSTRATION_TASK)
+    assert env.task.goal == prompts.DEMONSTRATION_GOAL
+    assert observation.message.startswith(prompts.TASK % prompts.DEMONSTRATION_GOAL)
+    for text, inventory, thinking, command in prompts.DEMONSTRATION:
+        assert observation.text == text
+        assert observation.message.endswith(prompts.TURN % (text, inventory))
+        assert RESPONSE % (thinking, command) in env.system
+        observation = env.step(RESPONSE % (thinking, command))
+        assert not observation.failure
+    # Reached with the last turn allowed.
+    assert (observation.end, observation.score) == ("success", 100.0)
+    with pytest.raises(ValueError, match="call `reset` first"):
+        act(env, "look around")
+
+
+@needs_engine
+def test_an_episode_ends_at_the_turn_limit(plain_env):
+    start(plain_env, "boil", 0)
+    responses = ["Action: wait1", "", "Action: bake a cake", "Action: look around"] * 3
+    ends = [plain_env.step(r).end for r in responses[: len(prompts.DEMONSTRATION)]]
+    assert ends == [""] * (len(ends) - 1) + ["turn_limit"]
+
+
+def test_teleporting_is_offered_where_it_is_possible():
+    assert "teleport to X" in prompts.system_message("easy")
+    assert "teleport to X" in prompts.system_message("openDoors,teleportAction")
+    assert "teleport to X" not in prompts.system_message("openDoors")
+
+
+@needs_engine
+def test_messages_hold_task_observation_and_inventory(env):
+    first = start(env, "boil", 0)
+    assert (
+        first.message == f"Task: {env.task.goal}\nObservation: {first.text}\nInventory: an orange"
+    )
+    assert env.task.id == "scienceworld/boil/0"
+    assert env.task.type == "boil"
+    assert env.task.scene == first.text
+    assert env.task.goal.startswith("boil water.")
+    act(env, "teleport to kitchen")
+    after = act(env, "pick up thermometer.")
+    assert after.action == "pick up thermometer"
+    assert after.message == (
+        "Observation: You move the thermometer to the inventory.\nInventory: an orange; a "
+        "thermometer, currently reading a temperature of 10 degrees celsius"
+    )
+    assert not any(line != line.rstrip() for line in first.text.splitlines())
+
+
+@needs_engine
+def test_a_wrong_focus_fails_with_minus_a_hundred(env):
+    start(env, "boil", 0)
+    act(env, "teleport to kitchen")
+    after = act(env, "focus on table")
+    assert (after.end, after.score, after.success) == ("failed", -100.0, False)
+    assert not after.failure  # what is wrong with it is for the judge to see
+
+
+@needs_engine
+def test_scores_are_the_engines_and_start_anew(env):
+    start(env, "find-non-living-thing", 0)
+    scores = [act(env, command).score for command in ("go to kitchen", "focus on cupboard")]
+    assert scores == [25.0, 75.0]
+    assert start(env, "boil", 0).score == 0.0
+    assert start(env, "find-non-living-thing", 0).score == 8.0
+
+
+@needs_engine
+@pytest.mark.parametrize(
+    ("response", "reason"),
+    [("", "empty"), (" \n ", "empty"), ("Thought: hm", "no_action"), ("Action:", "no_action")],
+)
+def test_a_response_without_a_command_changes_nothing(env, response, reason):
+    start(env, "boil", 0)
+    act(env, "go to kitchen")
+    asked = act(env, "focus on orange")
+    assert asked.text.startswith("Ambiguous request: ")
+    assert asked.failure == ""  # a question back
+    after = env.step(response)
+    assert (after.failure, after.text, after.action) == (reason, NO_ACTION, "")
+    assert after.message.endswith("Inventory: an orange")
+    # The engine still waits for the number.
+    assert act(env, "0").end == "failed"
+
+
+@needs_engine
+@pytest.mark.parametrize("command", ["reset task", "Reset the  TASK", "reset task."])
+def test_progress_cannot_be_reset(env, command):
+    start(env, "find-non-living-thing", 0)
+    act(env, "go to kitchen")
+    before = act(env, "focus on cupboard")
+    after = act(env, command)
+    assert (after.failure, after.score) == ("unknown", before.score)
+    assert act(env, "move cupboard to red box").success
+    start(env, "find-non-living-thing", 0)
+    assert "reset task" not in act(env, "help").text
+
+
+@needs_engine
+@pytest.mark.parametrize("command", ["看 \ud800 \x00 !ye", "move " + "orange to " * 500, "\\n\\e"])
+def test_any_text_may_be_a_command(env, command):
+    first = start(env, "boil", 0)
+    assert act(env, command).failure == "unknown"
+    assert act(env, "look around").text == first.text
+
+
+# Failures
+
+# (task, variation, commands): between them they bring out every text of the table.
+TROUBLE = (
+    (
+        "boil",
+        1,
+        (
+            *("open it", "teleport to kitchen", "go to kitchen", "focus on orange", "look around"),
+            *("look in fridge", "look in soap", "pick up air", "close cupboard", "open counter"),
+            *("close counter", "eat lighter", "read lighter", "flush sink", "activate lighter"),
+            *("activate oven", "activate oven", "deactivate sink", "activate stove"),
+            *("move lighter to fridge", "move lighter to lighter", "move sink to lighter"),
+            *("move lighter to soap", "use counter on sink", "use thermometer on agent"),
+            *("pour glass jar in fridge", "pour lighter in sink", "pour bowl in soap"),
+            *("dunk lighter in lighter", "dunk lighter in sink", "dunk bowl in stove"),
+            *("mix glass jar", "mix soap", "go to counter", "open freezer", "open freezer"),
+            *("move soap to bowl", "pour soap in sink", "teleport to bathroom", "pick up water"),
+            *("flush toilet", "flush toilet"),
+        ),
+    ),
+    (
+        "power-component",
+        0,
+        (
+            *("teleport to workshop", "teleport to battery", "connect battery to black wire"),
+            *("connect battery anode to black wire terminal 1",),
+            *("connect battery anode to blue wire terminal 1",),
+            *("connect battery anode to battery anode", "dunk switch in battery anode"),
+            *("disconnect anode in battery",),
+        ),
+    ),
+    ("find-plant", 0, ("teleport to greenhouse", "pick up shovel", "use shovel on sink")),
+)
+
+
+def as_pattern(text):
+    return re.escape(text).replace(r"\*", ".+")
+
+
+@needs_engine
+def test_every_text_of_the_table_is_the_engines(env):
+    heard = []
+    for kind, variation, commands in TROUBLE:
+        start(env, kind, variation)
+        heard += [act(env, command) for command in commands]
+    for reason, texts in FAILURES.items():
+        answers = [re.sub(" +", " ", o.text) for o in heard if o.failure == reason]
+        for text in texts:
+            pattern = re.compile(as_pattern(text), re.DOTALL)
+            assert any(pattern.fullmatch(answer) for answer in answers), text
+
+
+@needs_engine
+def test_what_the_engine_lists_as_impossible_is_recognized(env):
+    # The engine's own lists of things and of admissible commands are the reference: a command
+    # outside the second, made of the first, must either fail, or be another name for one inside.
+    rng = random.Random(0)
+    templates = (
+        *("activate %s", "close %s", "deactivate %s", "eat %s", "flush %s", "open %s", "read %s"),
+        *("look in %s", "pick up %s", "go to %s", "mix %s", "move %s to %s", "pour %s in %s"),
+        *("dunk %s in %s", "use %s on %s"),
+    )
+    tried = 0
+    for kind, room in (("boil", "kitchen"), ("power-component", "workshop"), ("melt", "bathroom")):
+        start(env, kind, 2)
+        act(env, f"teleport to {room}")
+        things = act(env, "objects").text.splitlines()[1:]
+        admissible = set(java(env).admissible())
+        for _ in range(45):
+            template = rng.choice(templates)
+            command = template % tuple(
+                rng.choice(things).strip() for _ in range(template.count("%s"))
+            )
+            if command in admissible:
+                continue
+            after = act(env, command)
+            tried += 1
+            if after.text.startswith("Ambiguous request"):
+                act(env, "none of them")
+            elif not after.failure:
+                assert re.match(r"You (move|pour|dunk)|Inside the|The .* is now", after.text), (
+                    command,
+                    after.text,
+                )
+    assert tried > 80
+
+
+def test_ordinary_answers_are_no_failures():
+    for text in (
+        "Ambiguous request: Please enter the number for the action you intended:\n0:\tfocus on it",
+        "The door is now open.",
+        "You move the orange to the counter.",
+        "a cupboard. The cupboard door is closed.",
+        "You focus on the water.",
+        "Mixing the contents of the sink does not appear to produce anything new.",
+        "Inside the box is:\n\tnothing",
+        "",
+    ):
+        assert failure(text) == "", text
+
+
+# Admissible commands
+
+
+@needs_engine
+def test_admissible_commands_are_listed_only_when_asked_for(env, listing_env):
+    assert start(env, "boil", 0).admissible == ()
+    assert env._engine._log[-1][0] == "look around"  # nothing was asked after it
+    first = start(listing_env, "boil", 0)
+    assert first.message == start(env, "boil", 0).message
+    assert len(first.admissible) == len(set(first.admissible)) == 60
+    kinds = {command.split()[0] for command in java(listing_env).admissible()}
+    assert {command.split()[0] for command in first.admissible[: len(kinds) - 1]} == (
+        kinds - {"reset"}
+    )
+    assert act(listing_env, "focus on something").admissible == first.admissible
+    assert act(listing_env, "teleport to kitchen").admissible != first.admissible
+    assert act(listing_env, "focus on orange").admissible == ("0", "1")
+    assert act(listing_env, "0").admissible == ()  # over
+
+
+def test_spreading_keeps_every_command_and_the_order_within_a_kind():
+    commands = ["eat a", "eat b", "go a", "move a", "move b", "move c"]
+    assert spread(commands) == ["eat a", "go a", "move a", "eat b", "move b", "move c"]
+    assert spread([]) == []
+
+
+# The engine's process
+
+
+def script(env, kind, variation, seed, turns):
+    """Observations of an episode at random, by listed commands but for a focus."""
+    rng = random.Random(seed)
+    seen = [start(env, kind, variation)]
+    while len(seen) <= turns and not seen[-1].done:
+        choices = [c for c in seen[-1].admissible if not c.startswith("focus")]
+        seen.append(act(env, rng.choice(choices)))
+    return seen
+
+
+@needs_engine
+def test_episodes_are_the_same_in_every_process(listing_env):
+    # These show lists whose order, in Java's own way of hashing, is by chance.
+    rooms = {"identify-life-stages-2": "outside", "power-component": "workshop"}
+
+    def play(kind):
+        seen = script(listing_env, kind, 0, seed=1, turns=5)
+        start(listing_env, kind, 0)
+        return [
+            *seen,
+            *(act(listing_env, c) for c in (f"teleport to {rooms[kind]}", "look around")),
+        ]
+
+    seen = {kind: play(kind) for kind in rooms}
+    listing_env.close()
+    start(listing_env, "freeze", 3)  # another history
+    assert {kind: play(kind) for kind in reversed(rooms)} == seen
+
+
+@needs_engine
+def test_a_killed_process_is_replaced_and_nobody_notices(listing_env):
+    undisturbed = script(listing_env, "grow-plant", 4, seed=2, turns=10)
+    rng, restarts = random.Random(2), listing_env.restarts
+    seen = [start(listing_env, "grow-plant", 4)]
+    while len(seen) < len(undisturbed):
+        if len(seen) == 6:
+            os.kill(listing_env._engine.pid, signal.SIGKILL)
+        choices = [c for c in seen[-1].admissible if not c.startswith("focus")]
+        seen.append(act(listing_env, rng.choice(choices)))
+    assert seen == undisturbed
+    assert listing_env.restarts == restarts + 1
+
+
+@needs_engine
+def test_a_process_killed_between_episodes_is_replaced(env):
+    first, restarts = start(env, "boil", 0), env.restarts
+    os.kill(env._engine.pid, signal.SIGKILL)
+    assert start(env, "boil", 0) == first
+    assert env.restarts == restarts + 1
+
+
+@needs_engine
+def test_a_hung_process_is_not_waited_for_and_the_last_ends_without_a_trace(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    env = ScienceWorld(**{**SETTINGS, "timeout_s": 15.0})
+    start(env, "boil", 0)
+    act(env, "go to kitchen")
+    hung = env._engine.pid
+    os.kill(hung, signal.SIGSTOP)
+    after = act(env, "open fridge")
+    assert (after.text, after.end, env.restarts) == ("The fridge is now open.", "", 1)
+    assert not alive(hung)
+    last = env._engine.pid
+    assert alive(last)
+    del env
+    gc.collect()
+    assert not alive(last)
+    assert not list(tmp_path.iterdir())
+
+
+@needs_engine
+def test_an_episode_that_cannot_be_repeated_ends_as_broken(env):
+    start(env, "boil", 0)
+    act(env, "go to kitchen")
+    java(env).act("open fridge")  # behind the environment's back
+    before = act(env, "open fridge")
+    assert before.failure == "already"
+    os.kill(env._engine.pid, signal.SIGKILL)
+    after = act(env, "wait")
+    assert (after.end, after.failure, after.score) == (BROKEN, "", before.score)
+    assert "went another way at command 2, `open fridge`" in after.text
+    assert after.text == after.message
+    with pytest.raises(ValueError, match="call `reset` first"):
+        act(env, "wait")
+    assert not start(env, "boil", 0).done
+
+
+@needs_engine
+def test_a_fault_inside_the_simulator_ends_the_episode_as_broken(env):
+    start(env, "boil", 0)
+    java(env)._server.agentInterface().get().setErrorState("java.lang.StackOverflowError")
+    after = act(env, "wait")
+    assert (after.end, after.score) == (BROKEN, 0.0)
+    assert "java.lang.StackOverflowError" in after.text
+    assert not start(env, "boil", 0).done
+
+
+def alive(pid):
+    return Path(f"/proc/{pid}").exists()
+
+
+@needs_engine
+def test_memory_is_bounded(env):
+    start(env, "boil", 0)
+    runtime = java(env)._gateway.jvm.java.lang.Runtime.getRuntime()
+    assert runtime.maxMemory() <= SETTINGS["heap_mb"] * 2**20
+
+
+@needs_engine
+def test_the_process_does_not_outlive_a_killed_python():
+    code = (
+        "import os, signal\n"
+        "from opd_jax.envs.scienceworld.env import ScienceWorld\n"
+        f"env = ScienceWorld(**{SETTINGS!r})\n"
+        "env.reset('train', 0)\n"
+        "print(env._engine.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    pid = int(done.stdout)
+    deadline = time.monotonic() + 60
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive(pid)
+
+
+# Players
+
+
+@needs_engine
+def test_the_expert_reaches_the_goal_without_a_failed_turn(env):
+    paths = GoldPaths(simplifications="easy", heap_mb=256, timeout_s=60)
+    for kind, most in (("lifespan-shortest-lived", 5), ("melt", 32)):
+        index = sets.tasks("train").index((kind, 0))
+        conversation = play_out(
+            env,
+            "train",
+            index,
+            player=lambda task, first, rng: Expert(paths(task.id)),
+            rng=random.Random(0),
+        )
+        assert (conversation.end, conversation.score) == ("success", 100.0)
+        assert len(conversation.turns) <= most
+        for turn in conversation.turns:
+            assert re.fullmatch(r"Thought: [^\n]+\nAction: [^\n]+", turn.response)
+            assert not turn.failure
+    paths.close()
+
+
+def test_paths_of_the_same_settings_are_found_once():
+    settings = {"simplifications": "easy", "heap_mb": 256, "timeout_s": 60.0}
+    assert gold_paths(**settings) is gold_paths(**settings)
+    assert gold_paths(**settings) is not gold_paths(**{**settings, "simplifications": ""})
+
+
+@needs_engine
+def test_an_expert_at_the_end_of_its_path_looks_around(env):
+    first = start(env, "boil", 0)
+    player = Expert(["wait1"])
+    assert player.respond(first).endswith("\nAction: wait1")
+    assert player.respond(first).endswith("\nAction: look around")
+
+
+def test_a_number_has_its_own_thought():
+    assert thought("0") == thought("12") != thought("wait")
+
+
+@needs_engine
+def test_the_random_player_plays_what_is_listed(env, listing_env):
+    observation = start(listing_env, "boil", 0)
+    player = Random(random.Random(3))
+    for _ in range(4):
+        listed = observation.admissible
+        observation = listing_env.step(player.respond(observation))
+        assert observation.action in listed
+    with pytest.raises(ValueError, match=r"`env\.list_admissible` above 0"):
+        player.respond(start(env, "boil", 0))
+
+
+@pytest.mark.slow
+@needs_engine
+def test_gold_paths_reach_the_goal_of_at_least_27_of_30_types():
+    paths = GoldPaths(simplifications="easy", heap_mb=256, timeout_s=300)
+    env = ScienceWorld(**{**SETTINGS, "timeout_s": 300})
+    solved, failed_turns = [], 0
+    for kind in sets.TYPES:
+        observation = start(env, kind, 0)
+        player = Expert(paths(env.task.id))
+        while not observation.done:
+            observation = env.step(player.respond(observation))
+            failed_turns += bool(observation.failure)
+        if observation.success:
+            solved.append(kind)
+    assert len(solved) >= 27, set(sets.TYPES) - set(solved)
+    assert failed_turns <= 30
+    paths.close()
+    env.close()

@@ -1,0 +1,211 @@
+"""Supervised batches: grouping loses nothing, and a cursor is all that resuming needs."""
+
+import dataclasses
+import random
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from opd_jax.agent.conversation import Conversation, Trajectory, Turn
+from opd_jax.envs.base import Task
+from opd_jax.experience.stream import Stream, balanced_turns, group_by_length, judge_example
+from opd_jax.losses import NO_TURN
+
+TASK = Task(id="t/0", type="walk", goal="walk", scene="here")
+TURN = Turn(
+    observation="here",
+    admissible=(),
+    response="walk",
+    stop="stop_token",
+    action="walk",
+    failure="",
+    feedback="there",
+    oracle="",
+)
+
+
+def turn(**changes: str) -> Turn:
+    return dataclasses.replace(TURN, **changes)
+
+
+def of_length(length: int, first: int = 0) -> Conversation:
+    """A conversation of `length` tokens whose second half is its only turn."""
+    made = Conversation(task=TASK, end="turn_limit", turns=[TURN])
+    made.append_given([first, *range(1, length // 2)])
+    made.append_response(range(100, 100 + length - len(made.tokens)), [0.0] * (length // 2), 0)
+    made.logprobs = [0.0] * length
+    return made
+
+
+# --- Grouping -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("seed", range(20))
+def test_every_conversation_is_in_exactly_one_batch(seed: int, parts: int) -> None:
+    rng = random.Random(seed)
+    multiple = rng.choice([1, 8, 32])
+    budget = parts * multiple * rng.randint(200 // multiple + 1, 1_000 // multiple + 1)
+    lengths = [rng.randint(2, 200) for _ in range(rng.randint(0, 60))]
+    given = [of_length(length) for length in lengths]
+    batches = group_by_length(
+        given, tokens_per_batch=budget, length_multiple=multiple, rows_multiple=parts
+    )
+
+    real = [[c for c in batch if c.tokens] for batch, _ in batches]
+    assert Counter(id(c) for batch in real for c in batch) == Counter(map(id, given))
+    rows: dict[int, set[int]] = {}
+    for (batch, padded), kept in zip(batches, real, strict=True):
+        assert kept
+        assert max(len(c.tokens) for c in kept) <= padded
+        assert padded % multiple == 0
+        assert len(batch) * padded <= budget
+        assert len(batch) % parts == 0
+        rows.setdefault(padded, set()).add(len(batch))
+    assert all(len(counts) == 1 for counts in rows.values())  # one shape for each length
+
+
+def test_batches_hold_like_lengths() -> None:
+    rng = random.Random(0)
+    given = [of_length(rng.randint(2, 200)) for _ in range(400)]
+    batches = group_by_length(given, tokens_per_batch=1_000, length_multiple=20, rows_multiple=1)
+    padding = 1 - sum(len(c.tokens) for c in given) / sum(len(b) * p for b, p in batches)
+    assert padding < 0.2  # half of it would be padding in batches of random lengths
+
+
+@pytest.mark.parametrize(("length", "multiple", "parts"), [(101, 1, 1), (90, 64, 1), (60, 1, 2)])
+def test_an_example_beyond_the_batch_is_refused(length: int, multiple: int, parts: int) -> None:
+    with pytest.raises(ValueError, match=rf"`data.tokens_per_batch`.*{length}.*got 100"):
+        group_by_length(
+            [of_length(5), of_length(length)],
+            tokens_per_batch=100,
+            length_multiple=multiple,
+            rows_multiple=parts,
+        )
+
+
+# --- Judge examples -------------------------------------------------------------------------------
+
+
+def test_labels_are_balanced_and_unlabelled_or_failed_turns_left_out() -> None:
+    labels = ["SKIP"] * 50 + ["WEAK"] * 3 + ["STRONG"] + [""] * 20
+    turns = [turn(oracle=label, response=str(n)) for n, label in enumerate(labels)]
+    turns += [turn(oracle="STRONG", failure="rejected", response="failed")] * 30
+    half = len(turns) // 2
+    other = dataclasses.replace(TASK, id="t/1")
+    played = [Conversation(TASK, turns=turns[:half]), Conversation(other, turns=turns[half:])]
+    drawn = balanced_turns(played, 90, random.Random(0))
+    assert {c.task.id for c, _ in drawn} == {"t/0", "t/1"}
+    chosen = [c.turns[index] for c, index in drawn]
+    assert Counter(t.oracle for t in chosen) == {"SKIP": 30, "WEAK": 30, "STRONG": 30}
+    assert not any(t.failure for t in chosen)
+    assert len({t.response for t in chosen if t.oracle == "SKIP"}) > 10
+
+
+def test_labels_that_no_turn_has_are_left_out() -> None:
+    played = [Conversation(TASK, turns=[turn(oracle="WEAK"), turn(oracle="SKIP"), turn()])]
+    drawn = balanced_turns(played, 10, random.Random(0))
+    assert Counter(c.turns[index].oracle for c, index in drawn) == {"SKIP": 5, "WEAK": 5}
+    assert balanced_turns([Conversation(TASK, turns=[turn()])], 10, random.Random(0)) == []
+
+
+def test_a_judge_example_supervises_its_answer_only() -> None:
+    example = judge_example([7, 8, 9], [3, 2])
+    assert example.tokens == [7, 8, 9, 3, 2]
+    assert example.turn_id == [NO_TURN, NO_TURN, NO_TURN, 0, 0]
+
+
+# --- The stream -----------------------------------------------------------------------------------
+
+WINDOW = 7
+
+
+def episode(number: int) -> Conversation:
+    """Episode `number`: its first token is its number, everything else follows from it."""
+    rng = random.Random(number)
+    made = of_length(rng.randint(4, 40), first=number)
+    made.turns = [turn(oracle=rng.choice(["SKIP", "WEAK", "STRONG"]), response=str(number))]
+    return made
+
+
+def example(number: int, conversation: Conversation, index: int) -> Conversation:
+    judged = conversation.turns[index]
+    return judge_example([900 + number, 900, int(judged.response)], [len(judged.oracle)])
+
+
+@pytest.fixture
+def make_stream(request: pytest.FixtureRequest):
+    def make(
+        cursor: tuple[int, int] = (0, 0), seed: int = 0, judge_examples: int = 5, examples=example
+    ) -> Stream:
+        stream = Stream(
+            make_episode=episode,
+            make_example=examples,
+            seed=seed,
+            window=WINDOW,
+            judge_examples=judge_examples,
+            tokens_per_batch=80,
+            length_multiple=8,
+            rows_multiple=1,
+            max_turns=1,
+            cursor=cursor,
+        )
+        request.addfinalizer(stream.close)
+        return stream
+
+    return make
+
+
+def same(a: Trajectory, b: Trajectory) -> bool:
+    pairs = zip(dataclasses.asdict(a).items(), dataclasses.asdict(b).values(), strict=True)
+    return all(np.array_equal(left, right) for (_, left), right in pairs)
+
+
+def test_a_stream_continued_at_any_cursor_is_the_same_stream(make_stream) -> None:
+    stream = make_stream()
+    cursors, batches = [], []
+    for batch in islice(stream, 12):
+        batches.append(batch)
+        cursors.append(stream.cursor)
+    assert len({window for window, _ in cursors}) > 2
+    for n, cursor in enumerate(cursors[:-3]):
+        resumed = make_stream(cursor)
+        assert all(same(next(resumed), batch) for batch in batches[n + 1 : n + 4])
+        assert resumed.cursor == cursors[n + 3]
+
+
+def test_the_seed_decides_the_order_and_not_the_episodes(make_stream) -> None:
+    def window(seed: int) -> list[Trajectory]:
+        stream, batches = make_stream(seed=seed, examples=None), []
+        while stream.cursor[0] == 0:
+            batches.append(next(stream))
+        return batches[:-1]  # the last one belongs to the next window
+
+    one, again, other = window(3), window(3), window(4)
+    assert all(same(a, b) for a, b in zip(one, again, strict=True))
+    assert not all(same(a, b) for a, b in zip(one, other, strict=True))
+    as_sets = [{batch.tokens.tobytes() for batch in batches} for batches in (one, other)]
+    assert as_sets[0] == as_sets[1]
+
+
+def test_a_window_holds_its_episodes_once_and_its_examples(make_stream) -> None:
+    stream = make_stream()
+    rows: dict[int, list[tuple[list[int], list[int]]]] = {}
+    while stream.cursor[0] < 3:
+        batch = next(stream)
+        for tokens, turn_id, length in zip(batch.tokens, batch.turn_id, batch.lengths, strict=True):
+            if length:
+                row = tokens[:length].tolist(), turn_id[:length].tolist()
+                rows.setdefault(stream.cursor[0], []).append(row)
+    for window in range(3):
+        numbers = range(window * WINDOW, (window + 1) * WINDOW)
+        episodes = {n: episode(n) for n in numbers}
+        expected = [(c.tokens, c.turn_id) for c in episodes.values()]
+        questions = [row for row in rows[window] if row[0][0] >= 900]
+        assert sorted(row for row in rows[window] if row[0][0] < 900) == sorted(expected)
+        assert len(questions) == 5
+        for tokens, turn_id in questions:
+            assert turn_id == [NO_TURN] * 3 + [0]
+            assert tokens[3] == len(episodes[tokens[2]].turns[0].oracle)

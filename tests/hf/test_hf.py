@@ -1,0 +1,364 @@
+"""Weights in Hugging Face folders: what is read, what is written, and what is refused."""
+
+import dataclasses
+import json
+import shutil
+import tracemalloc
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from opd_jax import hf, model
+from opd_jax.runtime.mesh import make_mesh
+
+
+def assert_trees_equal(got: Any, expected: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def load(folder: Path, **options: Any) -> model.Params:
+    return hf.load_params(folder, hf.read_config(folder), **{"dtype": jnp.float32} | options)
+
+
+def greedy(params: model.Params, config: model.ModelConfig, prompt: list, new: int) -> list:
+    forward = jax.jit(partial(model.forward, config=config, query_chunk=32, remat="none"))
+    tokens = np.array(prompt + [0] * new)  # causality: what follows a position cannot matter
+    for end in range(len(prompt), len(tokens)):
+        hidden = forward(params, tokens[None])[0, end - 1]
+        tokens[end] = np.argmax(np.asarray(hidden) @ np.asarray(model.head(params)))
+    return tokens.tolist()
+
+
+# --- Reading ------------------------------------------------------------------------------------
+
+
+def test_every_tensor_lands_in_its_place(reference: Any) -> None:
+    params = load(reference.folder)
+    state = {k: v.numpy() for k, v in reference.model.state_dict().items()}
+    layers = params["layers"]
+    np.testing.assert_array_equal(params["embed"], state["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(model.head(params), state["lm_head.weight"].T)
+    for i in range(2):
+        prefix = f"model.layers.{i}."
+        for ours, theirs in {"gate": "mlp.gate_proj", "o": "self_attn.o_proj"}.items():
+            expected = state[f"{prefix}{theirs}.weight"].T
+            np.testing.assert_array_equal(
+                np.asarray(layers[ours][i]).reshape(expected.shape), expected
+            )
+        H = layers["k"].shape[-1]
+        second_head = state[f"{prefix}self_attn.k_proj.weight"][H : 2 * H]
+        np.testing.assert_array_equal(layers["k"][i, :, 1], second_head.T)
+
+
+@pytest.mark.parametrize("sizes", [(1, 4, 2), (2, 2, 2)])
+def test_sharded_load_equals_unsharded(
+    reference: Any, sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = load(reference.folder)
+    assert {len(leaf.devices()) for leaf in jax.tree.leaves(plain)} == {1}
+    read = record_reads(monkeypatch)
+    mesh = make_mesh(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+    params = load(reference.folder, mesh=mesh)
+    assert_trees_equal(params, plain)
+    part = sizes[1] * sizes[2]
+    for leaf in (params["embed"], params["layers"]["q"], params["layers"]["down"]):
+        assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // part}
+    # Each part of a matrix is read once, also where `data` replicates it, and nothing more.
+    for name in ("model.embed_tokens.weight", "model.layers.1.self_attn.o_proj.weight"):
+        with safe_open(reference.folder / "model.safetensors", "numpy") as file:
+            whole = int(np.prod(file.get_slice(name).get_shape()))
+        assert read[name] == [whole // part] * part
+
+
+def record_reads(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """Elements of every read from a safetensors file, by tensor."""
+    read: dict[str, list[int]] = {}
+
+    class Slice:
+        def __init__(self, name: str, inner: Any) -> None:
+            self.name, self.inner = name, inner
+
+        def __getattr__(self, attribute: str) -> Any:
+            return getattr(self.inner, attribute)
+
+        def __getitem__(self, index: Any) -> np.ndarray:
+            block = self.inner[index]
+            read.setdefault(self.name, []).append(block.size)
+            return block
+
+    class File:
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self.inner = safe_open(*args, **options)
+
+        def __enter__(self) -> "File":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def keys(self) -> list[str]:
+            return self.inner.keys()
+
+        def get_slice(self, name: str) -> Slice:
+            return Slice(name, self.inner.get_slice(name))
+
+    monkeypatch.setattr("opd_jax.hf.load.safe_open", File)
+    return read
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16"])
+def test_half_precision_files(references: dict, tmp_path: Path, stored: str) -> None:
+    import torch
+
+    reference = references["qwen2"]
+    state = {k: v.to(getattr(torch, stored)) for k, v in reference.model.state_dict().items()}
+    expected = state["model.layers.1.mlp.up_proj.weight"].T.float().numpy()
+    reference.model.save_pretrained(tmp_path, state_dict=state)
+    for dtype in (jnp.float32, jnp.dtype(stored)):
+        params = load(tmp_path, dtype=dtype)
+        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
+        np.testing.assert_array_equal(params["layers"]["up"][1].astype(jnp.float32), expected)
+
+
+def test_float32_file_is_rounded_to_bfloat16(references: dict) -> None:
+    exact, low = (load(references["qwen3"].folder, dtype=d) for d in (jnp.float32, jnp.bfloat16))
+    assert_trees_equal(low, jax.tree.map(lambda x: x.astype(jnp.bfloat16), exact))
+
+
+def test_index_of_several_files(references: dict, tmp_path: Path) -> None:
+    reference = references["qwen3"]
+    reference.model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert_trees_equal(load(tmp_path), load(reference.folder))
+
+
+def test_rows_beyond_the_vocabulary_are_left_out(references: dict) -> None:
+    for name in ("qwen3", "qwen3_tied"):
+        folder = references[name].folder
+        config = dataclasses.replace(hf.read_config(folder), vocab_size=90)
+        params, whole = hf.load_params(folder, config, dtype=jnp.float32), load(folder)
+        np.testing.assert_array_equal(params["embed"], whole["embed"][:90])
+        np.testing.assert_array_equal(model.head(params), model.head(whole)[:, :90])
+
+
+# --- Writing ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_shard_bytes", [hf.MAX_SHARD_BYTES, 20_000])
+def test_export_is_the_folder_that_was_read(
+    reference: Any, tokenizer: Any, tmp_path: Path, max_shard_bytes: int
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = hf.read_config(reference.folder)
+    mesh = make_mesh(data=1, fsdp=4, tensor=2)
+    out = tmp_path / "new" / "model"
+    hf.save_model(
+        out,
+        load(reference.folder, mesh=mesh),
+        config,
+        dtype=jnp.float32,
+        tokenizer_from=tokenizer,
+        max_shard_bytes=max_shard_bytes,
+    )
+    assert [p.name for p in out.parent.iterdir()] == ["model"]
+    files = sorted(out.glob("*.safetensors"))
+    assert (len(files) > 1) == (max_shard_bytes == 20_000)
+    assert all(p.stat().st_size < max_shard_bytes + 10_000 for p in files)
+    assert all(p.stat().st_mode == (out / "config.json").stat().st_mode for p in files)
+    written = {k: v for p in files for k, v in load_file(p).items()}
+    source = load_file(reference.folder / "model.safetensors")
+    assert written.keys() == source.keys()
+    assert_trees_equal(written, source)
+    assert hf.read_config(out) == config
+    opened, problems = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(problems.values())
+    assert type(opened) is type(reference.model)
+    assert opened.config.rope_parameters == reference.model.config.rope_parameters
+
+
+def test_exported_model_decodes_the_same_tokens(
+    reference: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = hf.read_config(reference.folder)
+    params = jax.tree.map(lambda x: x * 1.01, load(reference.folder))
+    out = tmp_path / "model"
+    hf.save_model(out, params, config, dtype=jnp.float32, tokenizer_from=tokenizer)
+    opened = AutoModelForCausalLM.from_pretrained(out).eval()
+    prompt = [5, 80, 17, 33]
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = opened.generate(torch.tensor([prompt]), **options)[0].tolist()
+    assert len(set(expected[4:])) > 3
+    assert greedy(params, config, prompt, 20) == expected
+
+
+def test_export_in_bfloat16(references: dict, tokenizer: Any, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = references["qwen3_tied"].folder
+    params = load(folder)
+    out = tmp_path / "model"
+    hf.save_model(out, params, hf.read_config(folder), dtype=jnp.bfloat16, tokenizer_from=tokenizer)
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    assert_trees_equal(load(out, dtype=jnp.bfloat16), low)
+
+
+def test_writing_holds_what_goes_into_one_file(
+    references: dict, tokenizer: Any, tmp_path: Path, random_params: Callable
+) -> None:
+    config = dataclasses.replace(hf.read_config(references["qwen3"].folder), num_layers=40)
+    config = dataclasses.replace(config, d_ff=2048)
+    params = random_params(config, seed=0)
+    largest = 4 * config.d_ff * config.d_model
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert total > 100 * largest
+    save = partial(hf.save_model, config=config, dtype=jnp.float32, tokenizer_from=tokenizer)
+    save = partial(save, max_shard_bytes=2 * largest)
+    save(tmp_path / "imports", params)
+    tracemalloc.start()
+    save(tmp_path / "out", params)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # Besides: names of tensors, and the tokenizer.
+    assert largest < peak < 8 * largest
+
+
+def test_tokenizer_travels_with_the_model(references: dict, tokenizer: Any, tmp_path: Path) -> None:
+    folder = references["qwen2"].folder
+    save = partial(
+        hf.save_model, params=load(folder), config=hf.read_config(folder), dtype=jnp.bfloat16
+    )
+    save(tmp_path / "a", tokenizer_from=tokenizer)
+    (tmp_path / "a" / "generation_config.json").write_text('{"temperature": 0.5}')
+    (tmp_path / "b").mkdir()  # an empty folder may be filled
+    save(tmp_path / "b", tokenizer_from=str(tmp_path / "a"))
+    hf.check_same_tokenizer(tmp_path / "a", tmp_path / "b")
+    assert hf.load_tokenizer(tmp_path / "b").encode("word3 <|im_end|>") == [6, 2]
+    raw = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert (raw["eos_token_id"], raw["pad_token_id"], raw["bos_token_id"]) == (2, 0, None)
+    for path in (tmp_path / "a").iterdir():
+        assert (tmp_path / "b" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_failed_export_leaves_nothing(references: dict, tmp_path: Path) -> None:
+    folder = references["qwen2"].folder
+    config, params = hf.read_config(folder), load(folder)
+    save = partial(hf.save_model, config=config, dtype=jnp.float32, tokenizer_from=folder)
+    out = tmp_path / "model"
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        save(out, params)
+    with pytest.raises(ValueError, match=r"`final_norm` should have shape \(32,\), got none"):
+        save(out, {k: v for k, v in params.items() if k != "final_norm"})
+    odd = dataclasses.replace(config, qk_norm=True)
+    odd_params = {**params, "layers": params["layers"] | dict.fromkeys(["q_norm", "k_norm"], NORM)}
+    with pytest.raises(ValueError, match="`qk_norm` = True with `qkv_bias` = True"):
+        save(out, odd_params, config=odd)
+
+    class Broken:
+        bos_token_id = eos_token_id = pad_token_id = None
+
+        def save_pretrained(self, folder: Path) -> None:
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save(out, params, tokenizer_from=Broken())
+    assert list(tmp_path.iterdir()) == []
+    out.mkdir()
+    (out / "kept.txt").write_text("kept")
+    with pytest.raises(ValueError, match="not overwritten"):
+        save(out, params)
+    assert (out / "kept.txt").read_text() == "kept"
+
+
+NORM = np.ones((2, 8), np.float32)
+
+
+# --- Refusals -----------------------------------------------------------------------------------
+
+
+def _drop(*names: str) -> Callable[[Path], None]:
+    return lambda folder: _rewrite(folder, lambda t: {k: t[k] for k in t.keys() - set(names)})
+
+
+def _put(name: str, array: np.ndarray) -> Callable[[Path], None]:
+    return lambda folder: _rewrite(folder, lambda tensors: tensors | {name: array})
+
+
+def _rewrite(folder: Path, change: Callable[[dict], dict]) -> None:
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors")
+
+
+def _truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def _only_bin(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def _index(weight_map: object) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        index = {"weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (_drop("model.norm.weight"), r"lacks tensor `model\.norm\.weight`, which"),
+        (
+            _drop("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"),
+            r"lacks tensor `model\.layers\.0\.mlp\.up_proj\.weight` and 1 more",
+        ),
+        (
+            _put("model.layers.1.self_attn.k_proj.weight", np.zeros((32, 32), np.float32)),
+            r"`model\.layers\.1\.self_attn\.k_proj\.weight` .*\(16, 32\), got \(32, 32\)",
+        ),
+        (
+            _put("lm_head.weight", np.zeros((90, 32), np.float32)),
+            r"`lm_head\.weight` must have shape \(96, 32\) or more rows, got \(90, 32\)",
+        ),
+        (_put("model.norm.weight", np.zeros(32, np.int8)), r"`model\.norm\.weight`.*BF16, got I8"),
+        (_truncate, r"model\.safetensors` is not a whole safetensors file"),
+        (_only_bin, r"must hold model\.safetensors or .*, got config\.json.*pytorch_model\.bin"),
+        (_index({"a": "model-00001-of-00002.safetensors"}), r"lacks model-00001-of-00002"),
+        (_index(None), r"index\.json` must hold a `weight_map`"),
+    ],
+)
+def test_bad_weights(
+    references: dict, tmp_path: Path, damage: Callable[[Path], None], text: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(references["llama"].folder, folder)
+    config = hf.read_config(folder)
+    damage(folder)
+    with pytest.raises(ValueError, match=text) as caught:
+        hf.load_params(folder, config, dtype=jnp.float32)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_is_read_before_all_is_checked(
+    references: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(references["llama"].folder, tmp_path, dirs_exist_ok=True)
+    _put("model.norm.weight", np.zeros(31, np.float32))(tmp_path)
+    read = record_reads(monkeypatch)
+    with pytest.raises(ValueError, match=r"`model\.norm\.weight`"):
+        load(tmp_path)
+    assert read == {}

@@ -1,0 +1,595 @@
+"""The judge: what it is shown, what it is spared, and its two decodings against whole forwards."""
+
+import copy
+import dataclasses
+import random
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import TINY
+
+from opd_jax import model
+from opd_jax.agent.chat import ChatFormat
+from opd_jax.agent.conversation import Conversation, Turn
+from opd_jax.envs.base import Task
+from opd_jax.judge import answer as labels
+from opd_jax.judge import verdicts as teacher
+from opd_jax.judge.answer import LABELS, UNPARSABLE, parse_label
+from opd_jax.judge.prompt import FIELDS, ROLE, RUBRIC, Judge, judge_prompt
+from opd_jax.losses import Verdict
+from opd_jax.runtime.mesh import make_mesh
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+END = "<|im_end|>"
+# Labels of one, two and three tokens; everything else of the prompt's values is characters.
+PIECES = {"SKIP": ["SKIP"], "WEAK": ["WE", "AK"], "STRONG": ["ST", "RO", "NG"]}
+TASK = Task(id="t/0", type="heat", goal="a hot egg", scene="You see a fridge.")
+TURN = Turn(
+    observation="The fridge is closed.",
+    admissible=("open fridge", "look", "inventory"),
+    response="Thought: no egg.\nAction: look",
+    stop="stop_token",
+    action="look",
+    failure="",
+    feedback="You see nothing new.",
+    oracle="",
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    whole = [
+        ROLE,
+        RUBRIC,
+        *FIELDS["+feedback"],
+        *(piece for label in LABELS for piece in PIECES[label]),
+    ]
+    characters = [chr(code) for code in range(32, 127)] + ["\n"]
+    vocab = ["<|unk|>", "<|im_start|>", END, *whole, *characters]
+    backend = Tokenizer(models.WordLevel({t: i for i, t in enumerate(vocab)}, unk_token="<|unk|>"))
+    pattern = "|".join([*map(re.escape, whole), r"[\s\S]"])
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    backend.decoder = decoders.Fuse()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<|unk|>",
+        eos_token=END,
+        extra_special_tokens=["<|im_start|>"],
+        clean_up_tokenization_spaces=False,
+    )
+    made.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    assert [made.tokenize(label) for label in LABELS] == [PIECES[label] for label in LABELS]
+    return made
+
+
+def sizes(vocab: int, width: int, head_dim: int) -> model.ModelConfig:
+    return dataclasses.replace(
+        TINY,
+        vocab_size=vocab,
+        d_model=width,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=head_dim,
+        d_ff=16,
+        rope_theta=1e3,
+        max_positions=256,
+    )
+
+
+@pytest.fixture(scope="module")
+def random_judge(tokenizer: Any) -> Judge:
+    return Judge(
+        model=sizes(len(tokenizer), 16, 8),
+        tokenizer=tokenizer,
+        chat=ChatFormat.from_tokenizer(tokenizer),
+        context="table9",
+        admissible_shown=30,
+        batch=4,
+        length_multiple=32,
+        max_new_tokens=5,
+    )
+
+
+@pytest.fixture(scope="module")
+def params(random_judge: Judge, random_params: Callable) -> model.Params:
+    """Random, except that it likes to start a label and to finish one that it has started.
+
+    The seed and the scales are chosen for answers that differ from prompt to prompt.
+    """
+    made = random_params(random_judge.model, seed=2, scale=0.5)
+    ids = random_judge.tokenizer.convert_tokens_to_ids
+    starts = ids(["SKIP", "WE", "ST"])
+    others = [n for n in range(random_judge.model.vocab_size) if n not in starts]
+    embed, head = made["embed"], made["head"]
+    made["layers"]["o"] *= 0.3
+    made["layers"]["down"] *= 0.3
+    embed[:, 0], made["final_norm"][:] = 2, 1  # a direction that every token has
+    head[0, starts] = 4
+    head[:, others] *= 0.3
+    for start, following in (("WE", "AK"), ("ST", "RO"), ("RO", "NG")):
+        head[1:, ids(following)] = 5 * embed[ids(start), 1:]
+    head[1:, ids(END)] = 3 * embed[ids(["SKIP", "AK", "NG"]), 1:].sum(axis=0)
+    return jax.tree.map(jnp.asarray, made)
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer: Any) -> list[list[int]]:
+    rng = np.random.default_rng(1)
+    return [rng.integers(0, len(tokenizer), n).tolist() for n in rng.integers(1, 24, 30)]
+
+
+@partial(jax.jit, static_argnames="config")
+def _logits(params: model.Params, tokens: jax.Array, *, config: model.ModelConfig) -> jax.Array:
+    hidden = model.forward(params, tokens, config=config, query_chunk=32, remat="none")
+    return hidden @ model.head(params)
+
+
+def full_logprobs(params: model.Params, judge: Judge, rows: list[list[int]]) -> np.ndarray:
+    """Log-probabilities [rows, 32, V] of whole forwards, float64 from float32 logits."""
+    padded = np.zeros((len(rows), 32), np.int32)
+    for n, row in enumerate(rows):
+        padded[n, : len(row)] = row
+    logits = np.asarray(_logits(params, padded, config=judge.model), np.float64)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+@pytest.fixture(scope="module")
+def likelihoods(params: model.Params, random_judge: Judge, prompts: list[list[int]]) -> np.ndarray:
+    """log p(label | prompt) [prompts, labels]."""
+    scores = np.zeros((len(prompts), len(LABELS)))
+    for column, label in enumerate(LABELS):
+        word = random_judge.tokenizer.convert_tokens_to_ids(PIECES[label])
+        logprobs = full_logprobs(params, random_judge, [prompt + word for prompt in prompts])
+        for row, prompt in enumerate(prompts):
+            steps = [logprobs[row, len(prompt) - 1 + n, token] for n, token in enumerate(word)]
+            scores[row, column] = sum(steps)
+    return scores
+
+
+# --- The prompt -----------------------------------------------------------------------------------
+
+
+def test_prompt_holds_the_fields_of_table_9_and_not_the_feedback() -> None:
+    prompt = judge_prompt(TASK, TURN, admissible_shown=30, context="table9")
+    assert prompt == (
+        f"{ROLE}\n{RUBRIC}\n"
+        "Task type: heat\n"
+        "Goal: a hot egg\n"
+        "Scene: You see a fridge.\n"
+        "Observation: The fridge is closed.\n"
+        "Admissible actions: open fridge, look, inventory\n"
+        "Agent's response: Thought: no egg.\nAction: look"
+    )
+
+
+def test_feedback_is_the_last_field_where_the_context_asks_for_it() -> None:
+    table9, more = (
+        judge_prompt(TASK, TURN, admissible_shown=30, context=context)
+        for context in ("table9", "+feedback")
+    )
+    assert more == f"{table9}\nFeedback: You see nothing new."
+
+
+@pytest.mark.parametrize(
+    ("shown", "line"),
+    [(1, "open fridge (+2 more)"), (2, "open fridge, look (+1 more)"), (3, "open fridge, look")],
+)
+def test_admissible_actions_beyond_the_first_are_counted(shown: int, line: str) -> None:
+    prompt = judge_prompt(TASK, TURN, admissible_shown=shown, context="table9")
+    assert f"Admissible actions: {line}" in prompt
+    assert ("more)" in prompt) == (shown < 3)
+
+
+def test_behind_the_conversation_only_what_it_does_not_hold_is_shown() -> None:
+    prompt = judge_prompt(TASK, TURN, admissible_shown=2, context="history")
+    assert prompt == f"{ROLE}\n{RUBRIC}\nAdmissible actions: open fridge, look (+1 more)"
+
+
+def test_an_unknown_context_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`judge.context`.*'table10'"):
+        judge_prompt(TASK, TURN, admissible_shown=3, context="table10")
+
+
+def test_the_question_is_the_chat_templates_only_message(random_judge: Judge) -> None:
+    text = judge_prompt(TASK, TURN, admissible_shown=30, context="table9")
+    rendered = random_judge.tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+    )
+    tokens = random_judge.question(conversation(""), 0)
+    assert random_judge.prefix(conversation(""), 0) == []
+    assert tokens == random_judge.tokenizer.encode(rendered, add_special_tokens=False)
+    assert random_judge.tokenizer.unk_token_id not in tokens
+
+
+@pytest.mark.parametrize(
+    ("answer", "label"),
+    [
+        ("SKIP", Verdict.SKIP),
+        ("weak.", Verdict.WEAK),
+        ("My verdict: **Strong**", Verdict.STRONG),
+        ("skip. Skip", Verdict.SKIP),
+        ("STRONG, not SKIP", UNPARSABLE),
+        ("I would not SKIP this: STRONG", UNPARSABLE),
+        ("skipping", UNPARSABLE),
+        ("WEAKSTRONG", UNPARSABLE),
+        ("DET_FAIL", UNPARSABLE),
+        ("", UNPARSABLE),
+    ],
+)
+def test_the_one_whole_word_is_the_label(answer: str, label: int) -> None:
+    assert parse_label(answer) == label
+
+
+# --- The two decodings ----------------------------------------------------------------------------
+
+
+def cache_of(judge: Judge, rows: int, slots: int) -> model.KVCache:
+    return model.init_cache(
+        judge.model, batch=rows, slots=slots, dtype=jnp.float32, layout=model.backend_cache_layout()
+    )
+
+
+def padded(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for n, row in enumerate(rows):
+        tokens[n, : len(row)] = row
+    return tokens, np.array([len(row) for row in rows], np.int32)
+
+
+def answers(params: model.Params, judge: Judge, prompts: list[list[int]], decode: str) -> list[int]:
+    """Labels of prompts as they are, all in one batch."""
+    tokens, counts = padded(prompts)
+    cache = cache_of(judge, len(prompts), tokens.shape[1] + 8)
+    settings: dict[str, Any] = {"config": judge.model, "tokenizer": judge.tokenizer}
+    if decode == "constrained":
+        return labels.score_labels(params, cache, tokens, counts, **settings)[0]
+    settings |= {"stop_ids": judge.chat.stop_ids, "max_new_tokens": judge.max_new_tokens}
+    return labels.generate_labels(params, cache, tokens, counts, **settings)[0]
+
+
+def test_constrained_picks_the_likeliest_label(
+    params: model.Params, random_judge: Judge, prompts: list[list[int]], likelihoods: np.ndarray
+) -> None:
+    best_two = np.sort(likelihoods, axis=1)[:, -2:]
+    assert (np.diff(best_two) > 1e-3).all()  # no tie that rounding could turn
+    got = answers(params, random_judge, prompts, "constrained")
+    assert got == likelihoods.argmax(axis=1).tolist()
+    assert set(got) == {Verdict.SKIP, Verdict.WEAK, Verdict.STRONG}
+
+
+def test_constrained_scores_are_the_log_likelihoods_of_the_labels(
+    params: model.Params, random_judge: Judge, prompts: list[list[int]], likelihoods: np.ndarray
+) -> None:
+    tokens, counts = padded(prompts)
+    scores, cache = labels.label_scores(
+        params,
+        cache_of(random_judge, len(prompts), 32),
+        tokens,
+        counts,
+        *labels.label_tokens(random_judge.tokenizer),
+        config=random_judge.model,
+        sharded=False,
+    )
+    np.testing.assert_allclose(scores, likelihoods, rtol=0, atol=2e-5)
+    np.testing.assert_array_equal(cache.lengths, counts)  # the labels themselves are dropped
+
+
+def test_the_labels_are_cut_into_their_tokens(random_judge: Judge) -> None:
+    tokens, counts = labels.label_tokens(random_judge.tokenizer)
+    ids = random_judge.tokenizer.convert_tokens_to_ids
+    assert counts.tolist() == [1, 2, 3]
+    for row, count, label in zip(tokens, counts, LABELS, strict=True):
+        assert row[:count].tolist() == ids(PIECES[label])
+        assert not row[count:].any()
+
+
+def test_generate_reads_the_greedy_answer(
+    params: model.Params, random_judge: Judge, prompts: list[list[int]]
+) -> None:
+    judge = random_judge
+    (end,) = judge.chat.stop_ids
+    greedy: list[list[int]] = [[] for _ in prompts]
+    for _ in range(judge.max_new_tokens):
+        rows = [prompt + answer for prompt, answer in zip(prompts, greedy, strict=True)]
+        logprobs = full_logprobs(params, judge, rows)
+        for row, answer in enumerate(greedy):
+            if not answer or answer[-1] != end:
+                answer.append(int(logprobs[row, len(rows[row]) - 1].argmax()))
+    texts = [judge.tokenizer.decode(answer) for answer in greedy]
+    got = answers(params, judge, prompts, "generate")
+    assert got == [parse_label(text) for text in texts]
+    assert len(set(got)) > 1
+
+
+def chain(judge: Judge, *sequences: list[str]) -> tuple[Judge, model.Params]:
+    """A judge whose next token depends on the last one only, as in `sequences`.
+
+    One-hot embeddings, silent layers and a head that maps each token to its successor.
+    """
+    V = judge.model.vocab_size
+    config = sizes(V, V, 2)
+    params = jax.tree.map(
+        lambda spec: jnp.zeros(spec.shape), model.param_specs(config), is_leaf=model.is_spec
+    )
+    head = np.zeros((V, V), np.float32)
+    for words in sequences:
+        ids = judge.tokenizer.convert_tokens_to_ids(words)
+        head[ids[:-1], ids[1:]] = 20 / np.sqrt(V)
+    params |= {"embed": jnp.eye(V), "final_norm": jnp.ones(V), "head": jnp.asarray(head)}
+    return dataclasses.replace(judge, model=config, length_multiple=128), params
+
+
+def always(judge: Judge, *words: str) -> tuple[Judge, model.Params]:
+    """A judge that answers every question with `words`; a question ends with a line end."""
+    return chain(judge, ["\n", *words])
+
+
+def test_generate_reads_answers_of_different_lengths_side_by_side(random_judge: Judge) -> None:
+    judge, params = chain(
+        random_judge,
+        ["a", *PIECES["SKIP"], END],
+        ["b", *PIECES["WEAK"], END],
+        ["c", *PIECES["STRONG"], END],
+        ["d", "x", END],
+        ["e", "y", "y"],  # never ends
+        ["f", END],
+        ["g", ".", "SKIP", END],
+    )
+    last = ["c", "a", "e", "b", "g", "f", "d", "c", "a"]
+    prompts = [
+        judge.tokenizer.convert_tokens_to_ids(["z"] * n + [token]) for n, token in enumerate(last)
+    ]
+    assert answers(params, judge, prompts, "generate") == [
+        Verdict.STRONG,
+        Verdict.SKIP,
+        UNPARSABLE,
+        Verdict.WEAK,
+        Verdict.SKIP,
+        UNPARSABLE,
+        UNPARSABLE,
+        Verdict.STRONG,
+        Verdict.SKIP,
+    ]
+
+
+def conversation(*failures: str) -> Conversation:
+    """One turn for each of `failures`; "" for a turn that did not fail."""
+    turns = [dataclasses.replace(TURN, failure=failure) for failure in failures]
+    return Conversation(task=TASK, turns=turns, end="turn_limit")
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_both_decodings_give_the_label_that_has_all_the_mass(
+    random_judge: Judge, label: str
+) -> None:
+    judge, params = always(random_judge, *PIECES[label], END)
+    for decode in ("constrained", "generate"):
+        verdicts = teacher.judge(
+            params, [conversation("", "")], by=judge, max_turns=3, decode=decode
+        )
+        assert verdicts.verdict.tolist() == [[Verdict[label], Verdict[label], Verdict.SKIP]]
+        assert verdicts.asked.tolist() == [[True, True, False]]
+        assert not verdicts.unparsable.any()
+
+
+@pytest.mark.parametrize("words", [["x", END], ["x", "x"], ["x", "SKIP", END]])
+def test_an_unparsable_answer_is_strong_and_counted(random_judge: Judge, words: list[str]) -> None:
+    judge, params = always(random_judge, *words)
+    verdicts = teacher.judge(
+        params, [conversation("", "rejected")], by=judge, max_turns=3, decode="generate"
+    )
+    assert verdicts.verdict.tolist() == [[Verdict.STRONG, Verdict.DET_FAIL, Verdict.SKIP]]
+    assert verdicts.unparsable.tolist() == [[True, False, False]]
+
+
+# --- Which turns are asked about ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decode", ["constrained", "generate"])
+def test_a_turn_that_failed_never_reaches_the_judge(random_judge: Judge, decode: str) -> None:
+    judge, params = always(random_judge, "WE", "AK", END)
+    # A question about one of these turns would not fit into the teacher and raise.
+    long = dataclasses.replace(TURN, response="x" * 300, failure="no_action")
+    played = [conversation("", "empty", ""), conversation("rejected"), conversation("")]
+    for c in played:
+        c.turns = [long if turn.failure else turn for turn in c.turns]
+    verdicts = teacher.judge(params, played, by=judge, max_turns=4, decode=decode)
+    assert verdicts.asked.tolist() == [
+        [True, False, True, False],
+        [False] * 4,
+        [True, False, False, False],
+    ]
+    weak, failed, skip = Verdict.WEAK, Verdict.DET_FAIL, Verdict.SKIP
+    assert verdicts.verdict.tolist() == [
+        [weak, failed, weak, skip],
+        [failed, skip, skip, skip],
+        [weak, skip, skip, skip],
+    ]
+    played[1].turns = [dataclasses.replace(long, failure="")]
+    with pytest.raises(ValueError, match=r"`judge`.*256 positions; lower `judge.admissible_shown`"):
+        teacher.judge(params, played, by=judge, max_turns=4, decode=decode)
+
+
+@pytest.mark.parametrize("decode", ["constrained", "generate"])
+def test_a_question_may_fill_the_teachers_positions(random_judge: Judge, decode: str) -> None:
+    judge, params = always(random_judge, "SKIP", END)
+    room = {"constrained": 3, "generate": judge.max_new_tokens}[decode]  # the longest answer
+    empty = Conversation(task=TASK, turns=[dataclasses.replace(TURN, response="")])
+    used = len(judge.question(empty, 0))
+    fits = judge.model.max_positions - room - used
+    for size in (fits, fits + 1):
+        long = dataclasses.replace(TURN, response="x" * size)
+        played = [Conversation(task=TASK, turns=[long])]
+        ask = partial(teacher.judge, params, played, by=judge, max_turns=1, decode=decode)
+        if size == fits:
+            assert ask().verdict.tolist() == [[Verdict.SKIP]]
+        else:
+            with pytest.raises(ValueError, match=f"`judge`: a prompt of {used + size} tokens"):
+                ask()
+
+
+def test_nobody_is_asked_where_every_turn_failed(random_judge: Judge) -> None:
+    judge, params = always(random_judge, "SKIP", END)
+    verdicts = teacher.judge(
+        params, [conversation("empty")], by=judge, max_turns=1, decode="constrained"
+    )
+    assert verdicts.verdict.tolist() == [[Verdict.DET_FAIL]]
+    assert not verdicts.asked.any()
+
+
+@pytest.mark.parametrize("decode", ["constrained", "generate"])
+def test_verdicts_stay_with_their_turns(random_judge: Judge, decode: str) -> None:
+    """Questions are scored in order of length; each answer has to find its way back."""
+    tokenizer = copy.copy(random_judge.tokenizer)
+    # Nothing follows a question, so that its last letter can decide the answer.
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}<|im_end|>"
+        "{% else %}<|im_start|>{{ m.content }}{% endif %}{% endfor %}"
+    )
+    follows = dict(zip("abc", LABELS, strict=True))
+    judge, params = chain(random_judge, *([a, *PIECES[follows[a]], END] for a in follows))
+    judge = dataclasses.replace(judge, chat=ChatFormat.from_tokenizer(tokenizer))
+    rng = random.Random(0)
+    played = [conversation(*[""] * turns) for turns in (3, 1, 4, 2)]
+    expected = np.full((4, 4), Verdict.SKIP)
+    for row, c in enumerate(played):
+        for index in range(len(c.turns)):
+            letter = rng.choice("abc")
+            response = "z" * rng.randint(0, 40) + letter
+            c.turns[index] = dataclasses.replace(TURN, response=response)
+            expected[row, index] = Verdict[follows[letter]]
+    played[2].turns[1] = dataclasses.replace(TURN, failure="rejected")
+    expected[2, 1] = Verdict.DET_FAIL
+    assert len(set(expected.flatten())) == 4
+    for batch, multiple in ((4, 128), (3, 96), (16, 200)):
+        by = dataclasses.replace(judge, batch=batch, length_multiple=multiple)
+        verdicts = teacher.judge(params, played, by=by, max_turns=4, decode=decode)
+        assert verdicts.verdict.tolist() == expected.tolist()
+
+
+# --- Behind the conversation ----------------------------------------------------------------------
+
+
+def talk(judge: Judge, seed: int, stops: str) -> Conversation:
+    """Random words; a turn for each of `stops`: ended by itself (.), cut (!), or failed (x)."""
+    rng = np.random.default_rng(seed)
+
+    def words() -> str:
+        return "".join(rng.choice(list("abcdefgh "), rng.integers(3, 9)))
+
+    made = Conversation(task=TASK, end="turn_limit")
+    made.append_given(judge.chat.first("", words()))
+    for index, stop in enumerate(stops):
+        response = words()
+        tokens = judge.tokenizer.encode(response, add_special_tokens=False)
+        ended = stop != "!"
+        made.append_response(
+            [*tokens, *judge.chat.stop_ids[:ended]], [-1.0] * (len(tokens) + ended), index
+        )
+        made.turns.append(
+            dataclasses.replace(
+                TURN,
+                response=response,
+                stop="stop_token" if ended else "turn_budget",
+                failure="rejected" if stop == "x" else "",
+            )
+        )
+        made.append_given(judge.chat.follow(words(), ended=ended))
+    return made
+
+
+@pytest.fixture(scope="module")
+def behind(random_judge: Judge) -> Judge:
+    return dataclasses.replace(random_judge, context="history", admissible_shown=0)
+
+
+def test_the_question_goes_on_from_the_conversation(behind: Judge) -> None:
+    played = talk(behind, 0, ".!.")
+    question = behind.chat.follow(
+        judge_prompt(TASK, TURN, admissible_shown=0, context="history"), ended=True
+    )
+    for index, (start, end) in enumerate(played.spans):
+        prefix = behind.prefix(played, index)
+        assert prefix == played.tokens[:end]
+        asked = behind.question(played, index)
+        if index == 1:  # the end of a turn that was cut has to be given
+            assert prefix[-1] != behind.chat.stop_ids[0]
+            assert asked == [behind.chat.stop_ids[0], *question]
+        else:
+            assert prefix[-1] == behind.chat.stop_ids[0]
+            assert asked == question
+        assert end > start
+
+
+CONVERSATIONS = ["..!.", ".", "x", "!x..", "x!"]
+
+
+@pytest.mark.parametrize(("batch", "multiple"), [(2, 16), (5, 24)])
+def test_verdicts_behind_conversations_are_those_of_whole_prompts(
+    params: model.Params, behind: Judge, batch: int, multiple: int
+) -> None:
+    # What was read before decides, and not the words at the end, which are always the same.
+    sharper = {name: factor * params["layers"][name] for name, factor in (("o", 12), ("q_norm", 6))}
+    params = params | {"layers": params["layers"] | sharper}
+    played = [talk(behind, n, stops) for n, stops in enumerate(CONVERSATIONS)]
+    played.insert(2, Conversation(task=None))
+    by = dataclasses.replace(behind, batch=batch, length_multiple=multiple)
+    got = teacher.judge(params, played, by=by, max_turns=5, decode="constrained")
+    places = np.argwhere(got.asked)
+    whole = [[*by.prefix(played[r], n), *by.question(played[r], n)] for r, n in places]
+    expected = answers(params, by, whole, "constrained")
+    assert len(set(expected)) > 1
+    assert got.verdict[got.asked].tolist() == expected
+    for row, c in enumerate(played):
+        for index, turn in enumerate(c.turns):
+            assert got.asked[row, index] == (not turn.failure)
+            assert (got.verdict[row, index] == Verdict.DET_FAIL) == bool(turn.failure)
+
+
+@pytest.mark.parametrize("decode", ["constrained", "generate"])
+def test_both_decodings_answer_behind_conversations(behind: Judge, decode: str) -> None:
+    judge, params = always(behind, *PIECES["WEAK"], END)
+    played = [talk(judge, n, stops) for n, stops in enumerate(CONVERSATIONS)]
+    got = teacher.judge(params, played, by=judge, max_turns=4, decode=decode)
+    assert got.asked.sum() == 9
+    assert (got.verdict[got.asked] == Verdict.WEAK).all()
+    assert not got.unparsable.any()
+
+
+def test_fewer_conversations_than_devices_are_judged_on_a_mesh(
+    params: model.Params, behind: Judge
+) -> None:
+    played = [talk(behind, n, stops) for n, stops in enumerate(CONVERSATIONS[:3])]
+    expected = teacher.judge(params, played, by=behind, max_turns=5, decode="constrained")
+    by = dataclasses.replace(behind, batch=8)
+    with jax.set_mesh(make_mesh(data=4, fsdp=2, tensor=1)):
+        got = teacher.judge(params, played, by=by, max_turns=5, decode="constrained")
+    np.testing.assert_array_equal(got.verdict, expected.verdict)
+
+
+def test_a_conversation_longer_than_the_teachers_positions_is_refused(
+    params: model.Params, behind: Judge
+) -> None:
+    played = talk(behind, 0, "." * 12)
+    assert len(played.tokens) > behind.model.max_positions
+    with pytest.raises(ValueError, match=r"`judge`: a prompt of \d+ tokens.*256 positions"):
+        teacher.judge(params, [played], by=behind, max_turns=12, decode="constrained")
+
+
+def test_an_unknown_decoding_is_refused(params: model.Params, random_judge: Judge) -> None:
+    with pytest.raises(ValueError, match=r"`judge.decode`.*'sampled'"):
+        teacher.judge(params, [], by=random_judge, max_turns=1, decode="sampled")

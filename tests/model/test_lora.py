@@ -1,0 +1,583 @@
+"""Adapters of low rank: against the merged model, torch and hand arithmetic; and a run of them."""
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+from ml_collections import FrozenConfigDict
+from models import TINY
+from numpy.testing import assert_allclose, assert_array_equal
+from objectives import OPD, SAGE
+
+from opd_jax import evaluate, export, hf, model, train
+from opd_jax.agent import generate as gen
+from opd_jax.agent.generate import Sampling
+from opd_jax.config import build as experiment
+from opd_jax.config import load, validate
+from opd_jax.config import validation as checks
+from opd_jax.learner.batch import Batch
+from opd_jax.learner.objective import Objective
+from opd_jax.learner.optimizer import make_optimizer
+from opd_jax.learner.train_state import abstract_state, init_state
+from opd_jax.learner.train_step import make_train_step
+from opd_jax.losses import NO_TURN
+from opd_jax.model import ModelConfig, Params, init_arrays, is_spec, param_specs
+from opd_jax.model.int8 import contracted_axes, quantize_params
+from opd_jax.model.lora import TARGETS, Lora, lora_specs, merged, specs_like, with_adapters
+from opd_jax.model.moe import Experts
+from opd_jax.model.projections import CONTRACTED, Int8Weight, LoraWeight, project
+from opd_jax.runtime.checkpoint import Checkpoints
+from opd_jax.runtime.mesh import make_mesh, param_shardings
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+CONFIG = replace(TINY, tied=True)
+MIXTURE = replace(CONFIG, experts=Experts(count=4, per_token=2, d_ff=8, normalized=True))
+LORA = Lora(rank=3, alpha=6.0, targets=TARGETS)
+ROWS, LENGTH = 4, 12
+
+
+@pytest.fixture(scope="module")
+def base(random_params: Callable) -> Params:
+    """The student's own parameters."""
+    return jax.tree.map(jnp.asarray, random_params(CONFIG, seed=0))
+
+
+@pytest.fixture(scope="module")
+def teacher(random_params: Callable) -> Params:
+    return jax.tree.map(jnp.asarray, random_params(CONFIG, seed=1))
+
+
+def untrained(lora: Lora = LORA, config: ModelConfig = CONFIG) -> Params:
+    return init_arrays(lora_specs(config, lora), jax.random.key(0), dtype=jnp.float32)
+
+
+def random_adapters(config: ModelConfig = CONFIG, lora: Lora = LORA, *, scale: float) -> Params:
+    """Adapters as after many updates, neither factor zero."""
+    rng = np.random.default_rng(2)
+    return jax.tree.map(
+        lambda spec: jnp.asarray(rng.normal(0, scale, spec.shape), jnp.float32),
+        lora_specs(config, lora),
+        is_leaf=is_spec,
+    )
+
+
+def plain_params(params: Params) -> Params:
+    """Parameters that are arrays, those of projections merged."""
+    specs = param_specs(CONFIG)["layers"]
+    layers = {
+        key: merged(weight, contracted=contracted_axes(key, specs[key]))
+        if key in CONTRACTED
+        else weight
+        for key, weight in params["layers"].items()
+    }
+    return params | {"layers": layers}
+
+
+@cache
+def forward(config: ModelConfig = CONFIG) -> Callable:
+    """Logits of whole sequences, compiled."""
+
+    @jax.jit
+    def logits(params: Params, tokens: jax.Array) -> jax.Array:
+        hidden = model.forward(params, tokens, config=config, query_chunk=8, remat="none")
+        return jnp.matmul(hidden, model.head(params), preferred_element_type=jnp.float32)
+
+    return logits
+
+
+def tokens() -> np.ndarray:
+    return np.random.default_rng(3).integers(0, 32, (ROWS, LENGTH)).astype(np.int32)
+
+
+def sampled(params: Params, *, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and log-probabilities of eight samples behind four given tokens, as in a rollout."""
+    kind = jnp.dtype(dtype)
+    weights = gen.sampling_params(params, config=CONFIG, dtype=kind, gather=True)
+    kv = model.init_cache(CONFIG, batch=ROWS, slots=LENGTH, dtype=kind, layout="BGSH")
+    kv = gen.extend(weights, kv, tokens()[:, :4], jnp.full(ROWS, 3), config=CONFIG, sharded=False)
+    _, out = gen.generate(
+        weights,
+        kv,
+        jnp.asarray(tokens()[:, 3]),
+        jnp.full(ROWS, 8),
+        jax.random.split(jax.random.key(4), ROWS),
+        jnp.array([-1]),
+        config=CONFIG,
+        sampling=Sampling(temperature=1.0, top_k=0, top_p=1.0),
+        chunk=8,
+        sharded=False,
+    )
+    return np.asarray(out.tokens), np.asarray(out.logprobs)
+
+
+# --- What a projection computes -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", TARGETS)
+def test_a_projection_adds_the_product_through_the_rank(key: str) -> None:
+    spec = {"o": "btnh,nhd->btd", "down": "btf,fd->btd", "q": "btd,dnh->btnh"}.get(key)
+    spec = spec or ("btd,dgh->btgh" if key in "kv" else "btd,df->btf")
+    x_axes, w_axes = spec.split("->")[0].split(",")
+    sizes = dict(zip("btdnghf", (2, 3, 16, 4, 2, 8, 24), strict=True))
+    rng = np.random.default_rng(0)
+    x, weight = (
+        rng.normal(size=[sizes[a] for a in axes]).astype(np.float32) for axes in (x_axes, w_axes)
+    )
+    # One layer of the very shapes that the model has for this projection.
+    adapter = jax.tree.map(lambda p: np.asarray(p[0]), random_adapters(scale=0.4)[key])
+    got = project(x, LoraWeight(weight, adapter["a"], adapter["b"], 2.0), spec)
+    a, b = adapter["a"].reshape(-1, 3).astype(float), adapter["b"].reshape(3, -1).astype(float)
+    want = np.einsum(spec, x.astype(float), weight + 2.0 * (a @ b).reshape(weight.shape))
+    assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_untrained_adapters_change_no_bit(base: Params, dtype: str) -> None:
+    params = jax.tree.map(lambda p: p.astype(dtype), base)
+    adapters = jax.tree.map(lambda p: p.astype(dtype), untrained())
+    assert all(jnp.any(adapter["a"]) for adapter in adapters.values())
+    assert_array_equal(
+        forward()(with_adapters(params, adapters, LORA), tokens()), forward()(params, tokens())
+    )
+
+
+def test_an_untrained_student_samples_what_its_base_samples(base: Params) -> None:
+    got, logprobs = sampled(with_adapters(base, untrained(), LORA), dtype="float32")
+    want, want_logprobs = sampled(base, dtype="float32")
+    assert_array_equal(got, want)
+    assert_array_equal(logprobs, want_logprobs)
+
+
+def test_adapters_stand_beside_int8_weights(base: Params) -> None:
+    int8 = quantize_params(base, CONFIG)
+    assert_array_equal(
+        forward()(with_adapters(int8, untrained(), LORA), tokens()), forward()(int8, tokens())
+    )
+    params = with_adapters(int8, random_adapters(scale=0.2), LORA)
+    plain = plain_params(params)
+    assert not any(isinstance(weight, Int8Weight) for weight in plain["layers"].values())
+    want = forward()(plain, tokens())
+    assert_allclose(forward()(params, tokens()), want, rtol=0, atol=1e-5 * jnp.abs(want).max())
+
+
+def test_a_mixture_has_adapters_of_its_attention(random_params: Callable) -> None:
+    params = jax.tree.map(jnp.asarray, random_params(MIXTURE, seed=0))
+    lora = replace(LORA, targets=("q", "v", "o"))
+    base_logits = forward(MIXTURE)(params, tokens())
+    student = with_adapters(params, untrained(lora, MIXTURE), lora)
+    assert_array_equal(forward(MIXTURE)(student, tokens()), base_logits)
+    student = with_adapters(params, random_adapters(MIXTURE, lora, scale=0.3), lora)
+    assert jnp.abs(forward(MIXTURE)(student, tokens()) - base_logits).max() > 0.1
+
+
+# --- One update -----------------------------------------------------------------------------------
+
+OBJECTIVES = {
+    "sage": SAGE,
+    "opd": OPD,
+    "sft": replace(OPD, divergence="cross_entropy"),
+    "forward_kl": replace(SAGE, divergence="forward_kl"),
+    "jsd": replace(SAGE, divergence="jsd", beta=0.3),
+    "sampled_reverse_kl": replace(SAGE, divergence="sampled_reverse_kl"),
+    "entropy_aware": replace(OPD, entropy_bonus=1.0),
+    "trajectory": replace(SAGE, scope="trajectory"),
+}
+# Its state is the gradient itself, and a step of -1 times it the update.
+GRADIENT_KEEPER = optax.chain(optax.trace(decay=0.0), optax.scale(-1.0))
+ADAMW = make_optimizer(
+    learning_rate=1e-2,
+    schedule="constant",
+    warmup_updates=0,
+    total_updates=10,
+    weight_decay=0.1,
+    b1=0.9,
+    b2=0.95,
+    eps=1e-8,
+    clip_norm=1.0,
+)
+
+
+def batch(sampled_tokens: np.ndarray | None = None, logprobs: np.ndarray | None = None) -> Batch:
+    """Eight sampled tokens a row, in two turns, behind four given ones."""
+    row = tokens()
+    if sampled_tokens is not None:
+        row[:, 4:] = sampled_tokens
+    turn_id = np.tile(np.repeat(np.int32([NO_TURN, 0, 1]), 4), (ROWS, 1))
+    scores = np.zeros((ROWS, LENGTH), np.float32)
+    if logprobs is not None:
+        scores[:, 4:] = logprobs
+    verdict = np.array([[0, 1], [2, 3], [2, 0], [1, 2]], np.int32)
+    return Batch(row, turn_id, scores, verdict, np.tile(np.int32(range(4, 12)), (ROWS, 1)))
+
+
+@cache
+def step_function(
+    objective: Objective,
+    *,
+    lora: Lora | None = LORA,
+    optimizer: optax.GradientTransformation = GRADIENT_KEEPER,
+) -> Callable:
+    return make_train_step(
+        student=CONFIG,
+        teacher=CONFIG if objective.needs_teacher else None,
+        objective=objective,
+        optimizer=optimizer,
+        placement=None,
+        micro_batches=1,
+        batch_rows=None,
+        dtype=jnp.dtype("float32"),
+        query_chunk=16,
+        loss_chunk=16,
+        remat="none",
+        lora=lora,
+    )
+
+
+def test_the_gradient_is_the_merged_models_by_the_chain_rule(base: Params, teacher: Params) -> None:
+    adapters = random_adapters(scale=0.2)
+    state = init_state(adapters, GRADIENT_KEEPER, seed=0)
+    state, metrics = step_function(SAGE)(state, teacher, batch(), base)
+    plain = plain_params(with_adapters(base, adapters, LORA))
+    whole = init_state(plain, GRADIENT_KEEPER, seed=0)
+    whole, want = step_function(SAGE, lora=None)(whole, teacher, batch())
+    assert_allclose(metrics["loss"], want["loss"], rtol=1e-5)
+    assert metrics["loss"] > 0.1
+    for key, gradient in state.opt_state[0].trace.items():
+        dW = np.asarray(whole.opt_state[0].trace["layers"][key], np.float64)
+        a, b = (np.asarray(adapters[key][name], np.float64) for name in "ab")
+        inputs = np.prod(a.shape[1:-1])
+        dW = dW.reshape(2, inputs, -1)
+        scale = LORA.alpha / LORA.rank
+        dA = scale * dW @ b.reshape(2, 3, -1).swapaxes(1, 2)
+        dB = scale * a.reshape(2, inputs, 3).swapaxes(1, 2) @ dW
+        for got, exact in ((gradient["a"], dA), (gradient["b"], dB)):
+            atol = 2e-5 * np.abs(exact).max()
+            assert_allclose(got, exact.reshape(got.shape), rtol=0, atol=atol, err_msg=key)
+
+
+def test_an_update_changes_the_adapters_and_nothing_else(base: Params, teacher: Params) -> None:
+    before = jax.device_get((base, teacher))
+    start = untrained()
+    state = init_state(start, ADAMW, seed=0)
+    assert jax.tree.structure(state.params) == jax.tree.structure(start)
+    step = step_function(SAGE, optimizer=ADAMW)
+    for _ in range(2):  # the first leaves A where the weights do not decay: B is zero
+        state, _ = step(state, teacher, batch(), base)
+    # Read after the updates, which have therefore not been given it.
+    jax.tree.map(assert_array_equal, jax.device_get((base, teacher)), before)
+    for old, new in zip(jax.tree.leaves(start), jax.tree.leaves(state.params), strict=True):
+        assert jnp.abs(new - old).min(axis=None, where=old == 0, initial=1) > 0
+        assert jnp.abs(new - old).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_trains_adapters(name: str, base: Params, teacher: Params) -> None:
+    objective = OBJECTIVES[name]
+    scored_by = teacher if objective.needs_teacher else None
+    state = init_state(untrained(), GRADIENT_KEEPER, seed=0)
+    state, metrics = step_function(objective)(state, scored_by, batch(), base)
+    # B is zero: nothing reaches A yet, and everything B.
+    for gradient in state.opt_state[0].trace.values():
+        assert not jnp.any(gradient["a"])
+        assert jnp.all(jnp.isfinite(gradient["b"]))
+        assert jnp.any(gradient["b"])
+    assert jnp.isfinite(metrics["loss"])
+
+
+def test_the_state_takes_the_bytes_of_the_adapters(base: Params) -> None:
+    state = init_state(untrained(), ADAMW, seed=0)
+    # in + out of each projection: q k v o, gate up down
+    features = (16 + 32) + 2 * (16 + 16) + (32 + 16) + 3 * (16 + 24)
+    count = CONFIG.num_layers * LORA.rank * features
+    assert sum(p.size for p in jax.tree.leaves(state.params)) == count
+    # Two moments, and the counters of Adam and of its schedule.
+    assert sum(x.nbytes for x in jax.tree.leaves(state.opt_state)) == 2 * 4 * count + 2 * 4
+    assert count < sum(p.size for p in jax.tree.leaves(base)) / 2
+
+
+def test_an_update_needs_what_is_adapted(base: Params, teacher: Params) -> None:
+    state = init_state(untrained(), GRADIENT_KEEPER, seed=0)
+    with pytest.raises(ValueError, match=r"`base` is what `lora` adapts: .* got `base` None"):
+        step_function(SAGE)(state, teacher, batch())
+    with pytest.raises(ValueError, match="`base` given, `lora` None"):
+        step_function(SAGE, lora=None)(state, teacher, batch(), base)
+
+
+@pytest.mark.parametrize("frozen", ["base", "int8"])
+def test_what_is_sampled_is_what_the_update_recomputes(
+    frozen: str, base: Params, teacher: Params
+) -> None:
+    own = base if frozen == "base" else quantize_params(base, CONFIG)
+    adapters = random_adapters(scale=0.2)
+    rows = batch(*sampled(with_adapters(own, adapters, LORA), dtype="float32"))
+    state = init_state(adapters, GRADIENT_KEEPER, seed=0)
+    _, metrics = step_function(SAGE)(state, teacher, rows, own)
+    assert metrics["sums"].logprob_error < 1e-5
+    # Which is not so of the base itself.
+    state = init_state(untrained(), GRADIENT_KEEPER, seed=0)
+    _, metrics = step_function(SAGE)(state, teacher, rows, own)
+    assert metrics["sums"].logprob_error > 0.1
+
+
+# --- Merged ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 96, (3, 19))
+
+
+def adapted_torch(
+    reference: Any, adapters: Params, lora: Lora, tokens_BT: np.ndarray
+) -> np.ndarray:
+    """Its logits with (α / r) · B A x added to what each adapted linear layer returns."""
+    import torch
+
+    names = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
+    hooks = []
+    for key, adapter in adapters.items():
+        for index, layer in enumerate(reference.model.model.layers):
+            linear = layer.get_submodule(names.get(key, f"self_attn.{key}_proj"))
+            a = torch.tensor(np.asarray(adapter["a"][index]).reshape(-1, lora.rank))
+            b = torch.tensor(np.asarray(adapter["b"][index]).reshape(lora.rank, -1))
+
+            def add(module: Any, given: Any, out: Any, a: Any = a, b: Any = b) -> Any:
+                return out + (lora.alpha / lora.rank) * (given[0] @ a @ b)
+
+            hooks.append(linear.register_forward_hook(add))
+    try:
+        with torch.no_grad():
+            return reference.model(torch.tensor(tokens_BT)).logits.numpy()
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("targets", [TARGETS, ("q", "v")], ids=["all", "q and v"])
+def test_adapted_and_merged_logits_match_torch(
+    reference: Any, tokenizer: Any, wide: np.ndarray, tmp_path: Path, targets: tuple[str, ...]
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = hf.read_config(reference.folder)
+    params = hf.load_params(reference.folder, config, dtype=jnp.float32)
+    lora = Lora(rank=4, alpha=6.0, targets=targets)
+    adapters = random_adapters(config, lora, scale=0.1)
+    want = adapted_torch(reference, adapters, lora, wide)
+    assert np.abs(want - adapted_torch(reference, {}, lora, wide)).max() > 0.1
+    student = with_adapters(params, adapters, lora)
+    assert_allclose(forward(config)(student, wide), want, rtol=0, atol=1e-5)
+
+    hf.save_model(tmp_path / "m", student, config, dtype="float32", tokenizer_from=tokenizer)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = theirs(torch.tensor(wide)).logits.numpy()
+    assert_allclose(logits, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_adapters_are_merged_as_they_are_written_and_rounded_once(
+    base: Params, tokenizer: Any, tmp_path: Path, int8: bool
+) -> None:
+    config = replace(CONFIG, vocab_size=len(tokenizer))
+    low = jax.tree.map(lambda p: p.astype(jnp.bfloat16), base)
+    low["embed"] = jnp.zeros((config.vocab_size, config.d_model), jnp.bfloat16)
+    frozen = quantize_params(low, config) if int8 else low
+    adapters = random_adapters(scale=0.2)
+    params = with_adapters(frozen, adapters, LORA)
+    hf.save_model(tmp_path / "m", params, config, dtype="bfloat16", tokenizer_from=tokenizer)
+    got = hf.load_params(tmp_path / "m", config, dtype=jnp.bfloat16)["layers"]
+    for key, adapter in adapters.items():
+        a, b = (np.asarray(adapter[name], np.float64) for name in "ab")
+        product = a.reshape(2, -1, 3) @ b.reshape(2, 3, -1)
+        weight = frozen["layers"][key]
+        if int8:
+            contracted = contracted_axes(key, param_specs(CONFIG)["layers"][key])
+            scale = np.expand_dims(np.asarray(weight.scale, np.float64), contracted)
+            exact = np.asarray(weight.values, np.float64) * scale
+        else:
+            exact = np.asarray(weight, np.float64)
+        exact = exact + 2.0 * product.reshape(exact.shape)
+        # Half a unit in the last of bfloat16's 8 bits, and what the float32 sum lost before.
+        assert_allclose(np.asarray(got[key], np.float64), exact, rtol=2**-8, atol=1e-7)
+    assert_array_equal(got["attn_norm"], low["layers"]["attn_norm"])
+
+
+# --- Refused --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "changed", "text"),
+    [
+        (CONFIG, {"targets": ("q", "embed")}, "`lora.targets`: .* q, k, v, o, gate.* got 'embed'"),
+        (MIXTURE, {"targets": ("gate",)}, "for q, k, v, o, got 'gate'; its experts cannot"),
+        (MIXTURE, {"targets": ("expert_up",)}, "got 'expert_up'; its experts cannot be adapted"),
+        (CONFIG, {"rank": 16}, r"`lora.rank`: .* less than 16, .*`q` \[16, 32\], got 16"),
+        (CONFIG, {"rank": 0}, "`lora.rank`: expected 1 or more .* got 0"),
+    ],
+)
+def test_adapters_that_a_model_cannot_have(config: ModelConfig, changed: dict, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        lora_specs(config, replace(LORA, **changed))
+
+
+QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.py")
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        ("rank=-1", "`lora.rank`: expected at least 0, got -1"),
+        ("alpha=0", "`lora.alpha`: expected at least 1e-09, got 0.0"),
+        ("targets=q,head", "`lora.targets`: expected one of q, k, .* got 'head'"),
+        ("targets=expert_gate", "`lora.targets`: expected one of q, k, .* got 'expert_gate'"),
+        ("targets=q,v,q", r"`lora.targets`: .* each once, got \['q', 'v', 'q'\]"),
+        ("targets=", r"`lora.targets`: .* one or more projections, each once, got \[\]"),
+        ("int8=true", "`lora.int8` rounds .*`lora.rank` = 0 trains them all"),
+    ],
+)
+def test_mistakes_in_a_config_name_their_field(flags: str, text: str) -> None:
+    config = load(QUICKSTART, [f"--config.lora.{flag}" for flag in flags.split()])
+    with pytest.raises(ValueError, match=text):
+        validate(config)
+
+
+def test_a_new_student_has_no_adapters() -> None:
+    path = QUICKSTART.replace("quickstart", "household_pair")
+    with pytest.raises(ValueError, match=r"`lora.rank` = 4 .* `student` = 'new'"):
+        validate(load(path, ["--config.lora.rank=4"]))
+
+
+def test_a_config_may_name_the_projections_that_have_adapters() -> None:
+    assert checks._LORA_TARGETS == TARGETS
+
+
+def test_specs_of_a_student_are_those_of_its_arrays(base: Params) -> None:
+    params = with_adapters(quantize_params(base, CONFIG), untrained(), LORA)
+    specs = specs_like(params, CONFIG)
+    assert jax.tree.structure(specs, is_leaf=is_spec) == jax.tree.structure(params)
+    pairs = zip(jax.tree.leaves(specs, is_leaf=is_spec), jax.tree.leaves(params), strict=True)
+    assert all(spec.shape == array.shape for spec, array in pairs)
+    # Factors are split as the weight is; the rank, which both have, is whole.
+    mesh = make_mesh(data=1, fsdp=2, tensor=2)
+    q = param_shardings(specs, mesh)["layers"]["q"]
+    assert q.base.values.spec == P(None, "fsdp", "tensor")
+    assert q.a.spec == P(None, "fsdp")
+    assert q.b.spec == P(None, None, "tensor")
+
+
+# --- A run ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapting(small: tuple[str, ...]) -> FrozenConfigDict:
+    """A run that trains adapters on two devices, and evaluates its student before and after."""
+    flags = (
+        *small,
+        *("--config.lora.rank=4", "--config.lora.targets=q,v,o,gate,down"),
+        *("--config.mesh.fsdp=2", "--config.optimizer.learning_rate=0.02"),
+        *("--config.train.updates=3", "--config.checkpoint.every=1"),
+        *("--config.eval.who=before", "--config.eval.splits=valid_seen"),
+    )
+    config = load(f"{QUICKSTART}:runlocal", flags)
+    validate(config)
+    return config
+
+
+def train_here(config: FrozenConfigDict, workdir: Path) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    train.run(config, workdir)
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture(scope="module")
+def finished(adapting: FrozenConfigDict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its workdir."""
+    workdir = tmp_path_factory.mktemp("lora") / "run"
+    train_here(adapting, workdir)
+    return workdir
+
+
+def saved(config: FrozenConfigDict, workdir: Path) -> tuple[experiment.LoadedModel, Any]:
+    """The student as it was loaded, and the state of the newest checkpoint."""
+    mesh = make_mesh(**config.mesh)
+    student = experiment.load_student(config, mesh)
+    start = experiment.initial_params(student, config, mesh)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+    abstract = abstract_state(start, experiment.make_optimizer(config))
+    _, state, _ = checkpoints.restore_latest(abstract)
+    checkpoints.close()
+    return student, state.replace(rng=jax.random.key_data(state.rng))
+
+
+def lines_of(workdir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_trains_adapters_and_scores_what_it_sampled(
+    adapting: FrozenConfigDict, finished: Path
+) -> None:
+    lines = lines_of(finished)
+    assert len(lines) == 3
+    for line in lines:
+        assert line["logprob_error"] < 1e-5
+        assert line["update_norm"] > 0
+    _, state = saved(adapting, finished)
+    assert sorted(state.params) == ["down", "gate", "o", "q", "v"]
+    assert all(jnp.abs(adapter["b"]).max() > 1e-3 for adapter in state.params.values())
+
+
+def test_a_continued_run_ends_with_the_same_bits(
+    adapting: FrozenConfigDict, finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "continued")
+    shutil.rmtree(tmp_path / "continued" / "checkpoints" / "3")
+    train_here(adapting, tmp_path / "continued")
+    jax.tree.map(
+        assert_array_equal, saved(adapting, tmp_path / "continued")[1], saved(adapting, finished)[1]
+    )
+
+
+def test_a_run_is_evaluated_and_exported_as_one_model(
+    adapting: FrozenConfigDict, finished: Path, tmp_path: Path, wide: np.ndarray
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    summary = json.loads((finished / "summary.json").read_text())["eval"]
+    assert evaluate.run(adapting, finished, "model") == {"after": summary["after"]}
+
+    assert export.export(finished, tmp_path / "model") == 3
+    student, state = saved(adapting, finished)
+    params = experiment.student_params(state.params, student, adapting)
+    want = forward(student.config)(params, wide)
+    assert jnp.abs(want - forward(student.config)(student.params, wide)).max() > 0.1
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = theirs(torch.tensor(wide)).logits.numpy()
+    assert_allclose(logits, want, rtol=0, atol=1e-5 * jnp.abs(want).max())
+
+
+def test_a_frozen_student_is_kept_in_what_it_computes_in(adapting: FrozenConfigDict) -> None:
+    def loaded(**changed: Any) -> Params:
+        config = adapting.to_dict() | changed
+        return experiment.load_student(FrozenConfigDict(config), make_mesh(**adapting.mesh)).params
+
+    lora = adapting.lora.to_dict()
+    assert loaded(compute_dtype="bfloat16")["embed"].dtype == jnp.bfloat16
+    assert loaded(compute_dtype="bfloat16", lora=lora | {"rank": 0})["embed"].dtype == jnp.float32
+    int8 = loaded(lora=lora | {"int8": True})["layers"]
+    assert all(isinstance(int8[key], Int8Weight) for key in TARGETS)

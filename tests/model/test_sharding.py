@@ -1,0 +1,395 @@
+"""Every compiled program on meshes of eight devices gives what it gives on one.
+
+One update, a rollout's sampling over two turns, and the judge's scores, on each shape of mesh.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh
+from models import TINY
+from objectives import SAGE
+
+from opd_jax import model
+from opd_jax.agent import generate as gen
+from opd_jax.agent.generate import Sampling
+from opd_jax.judge import answer as labels
+from opd_jax.learner.batch import Batch
+from opd_jax.learner.train_state import abstract_state, init_state, placement_of
+from opd_jax.learner.train_step import make_train_step
+from opd_jax.losses import NO_TURN, Verdict
+from opd_jax.model import ModelConfig, Params, init_arrays, init_params, param_specs
+from opd_jax.model.lora import TARGETS, Lora, lora_specs, with_adapters
+from opd_jax.plan.collectives import KINDS, collectives
+from opd_jax.plan.hlo import parse
+from opd_jax.runtime.checkpoint import Checkpoints
+from opd_jax.runtime.mesh import make_mesh, param_shardings, shard_batch
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+STUDENT = replace(TINY, vocab_size=64, d_model=32, num_heads=8, num_kv_heads=4, d_ff=64, tied=True)
+TEACHER = replace(STUDENT, d_model=64, tied=False)
+# Of which every matrix is larger than the activations of a batch.
+WIDE = replace(STUDENT, d_model=256, num_kv_heads=8, head_dim=32, d_ff=256)
+LORA = Lora(rank=3, alpha=6.0, targets=TARGETS)
+ROWS, LENGTH, TURNS = 16, 16, 2
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+# Keeps the gradient itself as its state, so that it can be compared.
+KEEPER = optax.trace(decay=0.0)
+SLOTS = 32
+
+
+@pytest.fixture(params=MESHES, ids=lambda sizes: "x".join(map(str, sizes)))
+def mesh(request: pytest.FixtureRequest) -> Iterator[Mesh]:
+    data, fsdp, tensor = request.param
+    made = make_mesh(data=data, fsdp=fsdp, tensor=tensor)
+    with jax.set_mesh(made):
+        yield made
+
+
+@cache
+def params(config: ModelConfig, seed: int) -> Params:
+    with jax.set_mesh(make_mesh(data=1, fsdp=1, tensor=1)):
+        made = jax.jit(partial(init_params, config, dtype=jnp.float32))(jax.random.key(seed))
+    # Wider logits than at the start of a training, so that nothing is nearly zero.
+    return jax.tree.map(lambda x: np.asarray(x) * (2.0 if x.ndim > 1 else 1.0), made)
+
+
+def placed(config: ModelConfig, seed: int, mesh: Mesh) -> Params:
+    return jax.device_put(params(config, seed), param_shardings(param_specs(config), mesh))
+
+
+def batch() -> Batch:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 64, (ROWS, LENGTH)).astype(np.int32)
+    turn_id = np.full((ROWS, LENGTH), NO_TURN, np.int32)
+    turn_id[:, 3:7], turn_id[:, 10:14] = 0, 1
+    response = np.tile(np.r_[3:7, 10:14], (ROWS, 1)).astype(np.int32)
+    verdict = rng.integers(0, 4, (ROWS, TURNS)).astype(np.int32)
+    assert {*verdict.flat} == set(map(int, Verdict))
+    return Batch(tokens, turn_id, np.zeros((ROWS, LENGTH), np.float32), verdict, response)
+
+
+@dataclass(frozen=True)
+class Updated:
+    """The gradient of one update, and what it reported."""
+
+    gradient: Any
+    metrics: dict[str, Any]
+
+
+@cache
+def adapters() -> Params:
+    """As after many updates, neither factor zero."""
+    with jax.set_mesh(make_mesh(data=1, fsdp=1, tensor=1)):
+        made = init_arrays(lora_specs(STUDENT, LORA), jax.random.key(7), dtype=jnp.float32)
+    rng = np.random.default_rng(3)
+    return jax.tree.map(lambda x: np.asarray(x) + rng.normal(0, 0.1, x.shape).astype("f4"), made)
+
+
+def placed_adapters(mesh: Mesh) -> Params:
+    return jax.device_put(adapters(), param_shardings(lora_specs(STUDENT, LORA), mesh))
+
+
+def train_step(placement: Any, lora: Lora | None = None) -> Callable:
+    return make_train_step(
+        student=STUDENT,
+        teacher=TEACHER,
+        objective=SAGE,
+        optimizer=KEEPER,
+        placement=placement,
+        micro_batches=2,
+        batch_rows=ROWS,
+        dtype=jnp.dtype("float32"),
+        query_chunk=8,
+        loss_chunk=16,
+        remat="layers",
+        lora=lora,
+    )
+
+
+def update(mesh: Mesh, lora: Lora | None = None) -> Updated:
+    own = placed(STUDENT, 0, mesh)
+    state = init_state(placed_adapters(mesh) if lora else own, KEEPER, seed=0)
+    placement = placement_of(state)
+    step = train_step(placement, lora)
+    rows, base = shard_batch(batch(), mesh), own if lora else None
+    state, metrics = step(state, placed(TEACHER, 1, mesh), rows, base)
+    assert jax.tree.leaves(placement_of(state)) == jax.tree.leaves(placement)
+    return Updated(jax.device_get(state.opt_state.trace), jax.device_get(metrics))
+
+
+def update_of_adapters(mesh: Mesh) -> Updated:
+    return update(mesh, LORA)
+
+
+def sampled(mesh: Mesh) -> tuple[list[list[int]], np.ndarray]:
+    return sampled_from(placed(STUDENT, 0, mesh))
+
+
+def sampled_in_place(mesh: Mesh) -> tuple[list[list[int]], np.ndarray]:
+    return sampled_from(placed(STUDENT, 0, mesh), gather=False)
+
+
+def sampled_with_adapters(mesh: Mesh) -> tuple[list[list[int]], np.ndarray]:
+    return sampled_from(with_adapters(placed(STUDENT, 0, mesh), placed_adapters(mesh), LORA))
+
+
+def sampled_from(params: Params, *, gather: bool = True) -> tuple[list[list[int]], np.ndarray]:
+    """Tokens and log-probabilities of two turns, behind ragged prompts and observations."""
+    rng = np.random.default_rng(1)
+    weights = gen.sampling_params(params, config=STUDENT, dtype=jnp.float32, gather=gather)
+    kv = model.init_cache(STUDENT, batch=ROWS, slots=SLOTS, dtype=jnp.float32, layout="BGSH")
+    keys = jax.random.split(jax.random.key(3), ROWS)
+    place = kv.keys[0].sharding
+    data, fsdp, tensor = (place.mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
+    part = (ROWS // (data * fsdp), STUDENT.num_kv_heads // tensor, SLOTS, STUDENT.head_dim)
+    assert place.shard_shape(kv.keys[0].shape) == part
+    rows: list[list[int]] = [[] for _ in range(ROWS)]
+    logprobs = np.zeros((ROWS, 0), np.float32)
+    last = np.ones(ROWS, np.int32)
+    for turn in range(2):
+        new = rng.integers(1, 64, (ROWS, 6)).astype(np.int32)
+        new[:, 0] = last
+        counts = rng.integers(1, 7, ROWS).astype(np.int32)
+        sharded = model.is_sharded(weights)
+        kv = gen.extend(weights, kv, *shard_batch((new, counts)), config=STUDENT, sharded=sharded)
+        kv, out = gen.generate(
+            weights,
+            kv,
+            *shard_batch((np.full(ROWS, 5, np.int32), np.full(ROWS, 4, np.int32))),
+            jax.vmap(jax.random.fold_in, (0, None))(keys, turn),
+            jnp.array([63]),
+            config=STUDENT,
+            sampling=Sampling(temperature=0.7, top_k=0, top_p=0.95),
+            chunk=4,
+            sharded=sharded,
+        )
+        # Where it was put, in the very words: the second turn runs the programs of the first.
+        assert {buffer.sharding for buffer in (*kv.keys, *kv.values)} == {place}
+        for row in range(ROWS):
+            rows[row] += np.asarray(out.tokens)[row, : int(out.counts[row])].tolist()
+        last = np.asarray(out.tokens)[:, 3]
+        logprobs = np.concatenate([logprobs, np.asarray(out.logprobs)], axis=1)
+    return rows, logprobs
+
+
+def judged(mesh: Mesh) -> np.ndarray:
+    """The judge's scores of three two-token labels behind ragged questions."""
+    rng = np.random.default_rng(2)
+    tokens = rng.integers(1, 64, (ROWS, 8)).astype(np.int32)
+    counts = rng.integers(1, 9, ROWS).astype(np.int32)
+    kv = model.init_cache(TEACHER, batch=ROWS, slots=10, dtype=jnp.float32, layout="BGSH")
+    words = rng.integers(1, 64, (3, 2)).astype(np.int32)
+    teacher = placed(TEACHER, 1, mesh)
+    scores, _ = labels.label_scores(
+        teacher,
+        kv,
+        *shard_batch((tokens, counts)),
+        words,
+        np.array([2, 2, 1], np.int32),
+        config=TEACHER,
+        sharded=model.is_sharded(teacher),
+    )
+    return np.asarray(scores)
+
+
+@cache
+def on_one_device(what: Any) -> Any:
+    single = make_mesh(data=1, fsdp=1, tensor=1)
+    with jax.set_mesh(single):
+        return what(single)
+
+
+def assert_same_update(got: Updated, want: Updated) -> None:
+    scale = max(np.abs(x).max() for x in jax.tree.leaves(want.gradient))
+    assert scale > 1e-3
+    for g, w in zip(jax.tree.leaves(got.gradient), jax.tree.leaves(want.gradient), strict=True):
+        np.testing.assert_allclose(g, w, rtol=0, atol=1e-5 * np.abs(w).max())
+    for name in ("loss", "z", "grad_norm"):
+        np.testing.assert_allclose(got.metrics[name], want.metrics[name], rtol=1e-5)
+
+
+def test_one_update(mesh: Mesh) -> None:
+    assert_same_update(update(mesh), on_one_device(update))
+
+
+@pytest.mark.parametrize("mesh", [(2, 2, 2)], indirect=True)
+def test_one_update_of_adapters(mesh: Mesh) -> None:
+    assert_same_update(update_of_adapters(mesh), on_one_device(update_of_adapters))
+
+
+@pytest.mark.parametrize("mesh", [(1, 2, 4)], indirect=True)
+def test_the_loss_sums_over_the_vocabulary_where_its_parts_are(mesh: Mesh) -> None:
+    state = init_state(placed(STUDENT, 0, mesh), KEEPER, seed=0)
+    lowered = train_step(placement_of(state)).lower(
+        state, placed(TEACHER, 1, mesh), shard_batch(batch(), mesh), None
+    )
+    found = collectives(parse(lowered.compile().as_text()))
+    of_loss = [part for part in found if "losses.py" in part.source]
+    # Numbers of a position, gradients of its hidden state, and of a device's part of the head;
+    # never logits, [positions, vocabulary], nor the head.
+    chunk, width, part = 8, STUDENT.d_model, STUDENT.vocab_size // 4
+    summed = {text for row in of_loss for text in re.findall(r"\[([\d,]*)\]", row.shape)}
+    assert {row.kind for row in of_loss} == {"all-reduce"}
+    assert {f"{chunk}", f"{chunk},{width}"} <= summed
+    assert summed <= {f"{chunk}", f"{chunk},1", f"{chunk},{width}", f"{part},{width}"}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "how"),
+    [
+        *((sizes, sampled) for sizes in MESHES),
+        # Without `fsdp` no weight is split that the other would gather.
+        *((sizes, sampled_in_place) for sizes in MESHES if sizes[1] > 1),
+    ],
+    indirect=["mesh"],
+)
+def test_one_generation(mesh: Mesh, how: Callable[[Mesh], Any]) -> None:
+    (tokens, logprobs), (want, want_logprobs) = how(mesh), on_one_device(sampled)
+    assert tokens == want
+    assert len({len(row) for row in want}) > 1  # some rows stopped sooner
+    np.testing.assert_allclose(logprobs, want_logprobs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", [(2, 2, 2)], indirect=True)
+def test_one_generation_with_adapters(mesh: Mesh) -> None:
+    (tokens, logprobs), (want, want_logprobs) = (
+        sampled_with_adapters(mesh),
+        on_one_device(sampled_with_adapters),
+    )
+    assert tokens == want != on_one_device(sampled)[0]
+    np.testing.assert_allclose(logprobs, want_logprobs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2)], indirect=True)
+def test_for_a_token_activations_are_sent_and_no_weights(mesh: Mesh) -> None:
+    specs = param_specs(WIDE)
+    shardings = param_shardings(specs, mesh)
+    weights = jax.tree.map(
+        lambda spec, where: jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=where),
+        specs,
+        shardings,
+        is_leaf=model.is_spec,
+    )
+    assert model.is_sharded(weights)
+    kv = model.init_cache(WIDE, batch=ROWS, slots=SLOTS, dtype=jnp.float32, layout="BGSH")
+    rows = shard_batch(np.ones(ROWS, np.int32))
+    keys = jax.random.split(jax.random.key(0), ROWS)
+    how = dict(sampling=Sampling(temperature=1.0, top_k=0, top_p=1.0), chunk=4)
+
+    def largest(sharded: bool) -> int:
+        """Bytes of the largest array that is sent."""
+        settings = dict(config=WIDE, sharded=sharded)
+        sampling = gen.generate.lower(
+            *(weights, kv, rows, rows, keys, np.array([63])), **settings, **how
+        )
+        # Questions of few tokens, and words of two, behind them.
+        questions, words = (
+            shard_batch(np.ones((ROWS, 4), np.int32)),
+            np.ones((3, 2), np.int32),
+        )
+        judging = labels.label_scores.lower(
+            *(weights, kv, questions, rows, words, np.full(3, 2)), **settings
+        )
+        modules = [parse(lowered.compile().as_text()) for lowered in (sampling, judging)]
+        return max(
+            array.bytes
+            for module in modules
+            for computation in module.computations.values()
+            for instruction in computation.values()
+            if instruction.opcode in KINDS
+            for array in instruction.arrays()
+        )
+
+    layers = [spec.shape[1:] for spec in specs["layers"].values() if len(spec.shape) > 2]
+    least = 4 * min(map(math.prod, layers)) // mesh.shape["tensor"]
+    widest = 4 * ROWS * 4 * max(WIDE.d_ff, 3 * WIDE.vocab_size // 2)
+    assert largest(True) <= widest < least <= largest(False)
+
+
+@pytest.mark.parametrize("mesh", [(1, 8, 1)], indirect=True)
+def test_in_bfloat16_what_is_sent_is_not_rounded(mesh: Mesh) -> None:
+    low = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params(WIDE, 0))
+    tokens = np.arange(ROWS, dtype=np.int32)[:, None]
+
+    @partial(jax.jit, static_argnames="sharded")
+    def logits(weights: Params, *, sharded: bool) -> jax.Array:
+        dtype = weights["embed"].dtype
+        kv = model.init_cache(WIDE, batch=ROWS, slots=1, dtype=dtype, layout="BGSH")
+        one = jnp.ones(ROWS, jnp.int32)
+        append = partial(model.forward_cached, config=WIDE, sharded=sharded)
+        return model.logits(weights, append(weights, kv, tokens, one)[0], sharded=sharded)
+
+    exact = logits(jax.tree.map(lambda x: x.astype(jnp.float32), low), sharded=False)
+    parts = jax.device_put(low, param_shardings(param_specs(WIDE), mesh))
+    whole, in_place = logits(low, sharded=False), logits(parts, sharded=True)
+    # The same roundings, but for the few that hang on the order of a sum.
+    assert np.abs(in_place - whole).mean() < np.abs(whole - exact).mean() / 10
+
+
+def test_one_judging(mesh: Mesh) -> None:
+    scores = judged(mesh)
+    want = on_one_device(judged)
+    np.testing.assert_allclose(scores, want, rtol=0, atol=1e-4)
+    assert (scores.argmax(axis=1) == want.argmax(axis=1)).all()
+
+
+def test_a_checkpoint_of_one_mesh_is_restored_onto_another(mesh: Mesh, tmp_path: Path) -> None:
+    optimizer = optax.adam(1e-3)
+    other = make_mesh(data=1, fsdp=4, tensor=2)
+    with jax.set_mesh(other):
+        saved = init_state(placed(STUDENT, 0, other), optimizer, seed=0)
+        # Moments that are not all zero.
+        moved = optimizer.update(saved.params, saved.opt_state, saved.params)[1]
+        saved = replace(saved, opt_state=moved)
+        checkpoints = Checkpoints(tmp_path, keep=1)
+        checkpoints.save(1, saved, {})
+        checkpoints.close()
+
+    abstract = abstract_state(placed(STUDENT, 1, mesh), optimizer)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    _, restored, _ = checkpoints.restore_latest(abstract)
+    checkpoints.close()
+    assert jax.tree.leaves(placement_of(restored)) == jax.tree.leaves(placement_of(abstract))
+    for ours, theirs in zip(jax.tree.leaves(restored), jax.tree.leaves(saved), strict=True):
+        if jax.dtypes.issubdtype(ours.dtype, jax.dtypes.prng_key):
+            ours, theirs = jax.random.key_data(ours), jax.random.key_data(theirs)
+        assert np.array_equal(ours, theirs)
+
+
+def test_heads_that_do_not_divide_are_refused_with_all_numbers() -> None:
+    mesh = make_mesh(data=1, fsdp=1, tensor=8)
+    with pytest.raises(
+        ValueError, match=r"layers/k.*\(2, 32, 4, 8\).*`kv_heads` = 4.*`tensor` = 8"
+    ):
+        placed(STUDENT, 0, mesh)
+
+
+@pytest.mark.parametrize("layout", ["BGSH", "BSGH"])
+def test_a_cache_grows_where_it_is(mesh: Mesh, layout: str) -> None:
+    made = model.init_cache(STUDENT, batch=ROWS, slots=8, dtype=jnp.float32, layout=layout)
+    numbers = np.arange(made.keys[0].size, dtype=np.float32).reshape(made.keys[0].shape)
+    place = made.keys[0].sharding
+    filled = tuple(jax.device_put(numbers + layer, place) for layer in range(2))
+    grown = model.grow_cache(replace(made, keys=filled), slots=12)
+    assert (grown.slots, grown.keys[0].sharding) == (12, place)
+    padding = [(0, 4 if axis == "S" else 0) for axis in layout]
+    for layer, buffer in enumerate(grown.keys):
+        np.testing.assert_array_equal(buffer, np.pad(numbers + layer, padding))
+
+
+def test_a_cache_that_does_not_divide_is_refused(mesh: Mesh) -> None:
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    with pytest.raises(ValueError, match=rf"`batch` = 15 must be divisible.* = {ways}"):
+        model.init_cache(STUDENT, batch=15, slots=8, dtype=jnp.float32, layout="BGSH")

@@ -1,0 +1,209 @@
+"""Several real processes of one run: they end as one process does, and none outlives another."""
+
+import re
+import socket
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import Start
+from test_train import NO_EVALUATION, assert_ended_alike, saved
+
+from opd_jax.envs.household.env import Household
+from opd_jax.runtime import processes
+
+# Far longer than a broken connection or a missed heartbeat takes to be noticed: reached only by a
+# process that would wait for ever.
+PATIENCE_S = 240
+
+
+@pytest.mark.parametrize("text", ["two", "host,0,2", "host:1,0", "host:1,zero,2", "host:1,0,2,3"])
+def test_a_variable_that_says_nothing_is_refused(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setenv(processes.VARIABLE, text)
+    with pytest.raises(ValueError, match=rf"`OPD_JAX_DISTRIBUTED` = '{text}': expected auto"):
+        processes.start()
+
+
+def test_without_the_variable_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(processes.VARIABLE, raising=False)
+    processes.start()
+    assert processes.gather("mine") == ["mine"]
+    assert processes.first("mine") == "mine"
+    assert processes.share({1: "b", 0: "a"}, 2) == ["a", "b"]
+    with pytest.raises(ValueError, match=r"all rows 0 to 2, nobody has \[1\]"):
+        processes.share({0: "a", 2: "c"}, 3)
+
+
+@pytest.mark.parametrize(("count", "rows"), [(1, 5), (2, 8), (3, 8), (4, 4), (4, 2)])
+def test_every_row_has_one_owner_and_nobody_many_more_than_others(
+    monkeypatch: pytest.MonkeyPatch, count: int, rows: int
+) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    owned = []
+    for index in range(count):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        owned.append([row for row in range(rows) if processes.owns(row, rows)])
+    assert sorted(row for mine in owned for row in mine) == list(range(rows))
+    assert max(map(len, owned)) - min(map(len, owned)) <= 1
+    assert 0 in owned[0]
+
+
+# --- Whole runs
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def together(
+    start: Start, count: int, *words: object, own: Sequence[str] = (), **variables: str
+) -> list[subprocess.Popen]:
+    """The processes of one run of `train`, with a device each; `own` are words for one of them."""
+    port = free_port()
+    return [
+        start(
+            *("-m", "opd_jax.train", *words, *own[process : process + 1]),
+            JAX_NUM_CPU_DEVICES="1",
+            OPD_JAX_DISTRIBUTED=f"localhost:{port},{process},{count}",
+            **variables,
+        )
+        for process in range(count)
+    ]
+
+
+def finish(running: list[subprocess.Popen]) -> list[str]:
+    """What each printed; all of them end well, and none speaks of another that is lost."""
+    outputs = []
+    for process in running:
+        stdout, stderr = process.communicate(timeout=PATIENCE_S)
+        assert process.returncode == 0, stderr
+        assert "error:" not in stderr
+        # How gloo, which connects processes on CPUs, says that it has.
+        outputs.append(re.sub(r"\[Gloo\].*\n", "", stdout))
+    return outputs
+
+
+def errors_of(running: list[subprocess.Popen]) -> list[str]:
+    """What each printed to stderr; all of them end, and none of them well."""
+    told = [process.communicate(timeout=PATIENCE_S)[1] for process in running]
+    assert all(process.returncode for process in running)
+    return told
+
+
+def line_of(errors: str) -> str:
+    """The one line of a process that is ours: around it JAX may have printed its own."""
+    (line,) = re.findall("^error: .*", errors, re.MULTILINE)
+    return line
+
+
+def lost(process: int) -> str:
+    """How a process of two says that it lost the other."""
+    return (
+        f"error: process {process} of 2 lost the others, or was killed itself; start all of them "
+        "again with the same --workdir, and the run resumes from its last checkpoint"
+    )
+
+
+def alone(start: Start, devices: int, *words: object) -> str:
+    """The same run in one process."""
+    process = start("-m", "opd_jax.train", *words, JAX_NUM_CPU_DEVICES=str(devices))
+    return finish([process])[0]
+
+
+def settings(method: str, small: tuple[str, ...], *changed: str) -> tuple[str, ...]:
+    return (f"--config=configs/quickstart.py:runlocal,method={method}", *small, *changed)
+
+
+def test_killed_and_started_again_two_processes_end_with_the_bits_of_one(
+    start: Start, small: tuple, tmp_path: Path
+) -> None:
+    changed = (
+        *("mesh.data=2", "train.updates=4", "checkpoint.every=1", "eval.who=before,expert"),
+        # Three tasks in batches of four rows: the second process has a row without a task.
+        *("eval.tasks=3", "eval.splits=valid_seen,"),
+    )
+    flags = settings("sage", small, *(f"--config.{change}" for change in changed))
+    one, two = tmp_path / "one", tmp_path / "two"
+    want = alone(start, 2, *flags, f"--workdir={one}")
+
+    kill(together(start, 2, *flags, f"--workdir={two}"), victim=1, at="valid_seen: ")
+    # The last checkpoint but one is whole before the last one is begun.
+    kill(together(start, 2, *flags, f"--workdir={two}"), victim=0, at="3/4")
+
+    printed, nothing = finish(together(start, 2, *flags, f"--workdir={two}"))
+    assert re.search(r"resuming after update [123] of 4", printed)
+    assert nothing == ""  # the first process speaks for all
+    assert table_of(printed) == table_of(want)
+    assert_ended_alike(two, one)
+
+
+def kill(running: list[subprocess.Popen], *, victim: int, at: str) -> None:
+    """Kills one of two processes after the line that begins with `at`; the other one ends too."""
+    assert any(line.startswith(at) for line in running[0].stdout)
+    running[victim].kill()
+    for process, errors in enumerate(errors_of(running)):
+        assert line_of(errors).startswith(lost(process))
+
+
+def table_of(printed: str) -> list[str]:
+    return [line for line in printed.splitlines() if line.startswith("|")]
+
+
+def test_an_error_of_one_process_ends_the_other(start: Start, small: tuple, tmp_path: Path) -> None:
+    # A workdir that the first process, which writes, cannot make.
+    (tmp_path / "file").write_text("")
+    flags = settings("opd", small, *NO_EVALUATION, "--config.mesh.data=2")
+    first, other = errors_of(together(start, 2, *flags, f"--workdir={tmp_path / 'file' / 'run'}"))
+    assert "NotADirectoryError" in first
+    assert "error: process" not in first
+    assert line_of(other).startswith(lost(1))
+
+
+def test_processes_with_other_tasks_all_say_so(start: Start, small: tuple, tmp_path: Path) -> None:
+    flags = settings("opd", small, *NO_EVALUATION, "--config.mesh.data=2", f"--workdir={tmp_path}")
+    sizes = ("small", "medium")
+    running = together(start, 2, *flags, own=[f"--config.env.size={size}" for size in sizes])
+    first, second = map(line_of, errors_of(running))
+    assert [process.returncode for process in running] == [2, 2]
+    one, two = (
+        re.escape(f"train: {env.size('train')} tasks, digest {env.digest('train')}")
+        for env in (Household(size=size, max_turns=1, show_admissible=0) for size in sizes)
+    )
+    assert re.search(rf"process 1 has other tasks than process 0 \({two}; {one}\)", first)
+    assert re.search(rf"process 0 has other tasks than process 1 \({one}; {two}\)", second)
+    assert not list(tmp_path.iterdir())
+
+
+def test_four_processes_end_as_one_with_four_devices(
+    start: Start, small: tuple, tmp_path: Path
+) -> None:
+    changed = {"mesh.data": 2, "mesh.fsdp": 2, "train.updates": 1, "eval.splits": "valid_seen,"}
+    # Plain descent, nearly: Adam's own would blow up what is left of a gradient of zero.
+    changed |= {"optimizer.eps": 1, "optimizer.learning_rate": 0.1}
+    flags = settings(
+        "opd", small, *NO_EVALUATION, *(f"--config.{k}={v}" for k, v in changed.items())
+    )
+    want = alone(start, 4, *flags, f"--workdir={tmp_path / 'one'}")
+    # Only the first process can find programs in a cache, and two that exchange something for the
+    # first time wait for each other half a minute at most.
+    together_alike = dict(JAX_ENABLE_COMPILATION_CACHE="false")
+    got = finish(together(start, 4, *flags, f"--workdir={tmp_path / 'four'}", **together_alike))
+    assert got[1:] == ["", "", ""]
+
+    def told(text: str) -> str:
+        return re.sub(r"[\d.]+k? tok/s.*", "", text)
+
+    assert told(got[0]) == told(want)  # losses, and the table of the evaluation
+    ours, theirs = saved(tmp_path / "four")[1], saved(tmp_path / "one")[1]
+    for (name, dtype, _, x), (other, _, _, y) in zip(ours, theirs, strict=True):
+        assert name == other
+        x, y = np.frombuffer(x, dtype), np.frombuffer(y, dtype)
+        # The sums over devices are taken in another order.
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7, err_msg=name)
