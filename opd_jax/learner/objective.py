@@ -117,7 +117,7 @@ def score(
       student, teacher: sizes of the two.
       objective: whose divergence, and whose temperature of confidence.
       dtype: that the student computes in.
-      query_chunk: see `model.causal_self_attention`.
+      query_chunk: see `model.attention`.
       loss_chunk: positions whose logits exist at a time (`losses.fused_scores`).
       remat: see `model.forward`; for the student.
 
