@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from opd_jax.model import ModelConfig, Params, ParamSpec, param_specs
 from opd_jax.model.int8 import contracted_axes, dequantize_weight, int8_spec
 from opd_jax.model.projections import CONTRACTED, Int8Weight, LoraWeight
+from opd_jax.runtime.fields import check_choice, check_within
 
 # Not those of experts: a token takes a few, so each adapter would see a small part of a batch.
 TARGETS = tuple(key for key in CONTRACTED if not key.startswith("expert_"))
@@ -29,14 +30,31 @@ class Lora:
     """Which projections have adapters, and of what size; static under `jit`.
 
     Attributes:
-      rank: r, columns of A and rows of B.
+      rank: r, columns of A and rows of B; 0 trains all parameters instead.
       alpha: α; what is added is scaled by α / r.
-      targets: of `TARGETS`.
+      targets: of `TARGETS`, each once.
+      int8: the frozen projections are rounded to 8 bits.
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
+    int8: bool
+
+    def __post_init__(self):
+        check_within(0, rank=self.rank)
+        check_within(1e-9, alpha=self.alpha)
+        for target in self.targets:
+            check_choice(TARGETS, targets=target)
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError(
+                f"`targets`: expected one or more projections, each once, got {[*self.targets]}"
+            )
+        if self.int8 and not self.rank:
+            raise ValueError(
+                "`int8` rounds weights that are not trained, but `rank` = 0 trains them all: give "
+                "a rank, or set `int8` to False"
+            )
 
 
 def lora_specs(config: ModelConfig, lora: Lora) -> Params:

@@ -14,17 +14,35 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from opd_jax.runtime import processes
+from opd_jax.runtime.fields import WORLD, affects, check_within
 
 # An error from the storage layer can run to pages; its head names the file and the defect.
 _MAX_CAUSE_CHARS = 300
 # Long enough for reads in flight to end; spent only before an error is raised.
 _ABANDONED_READS_S = 0.3
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """When a run saves.
+
+    Attributes:
+      every: updates between two checkpoints.
+      keep: how many checkpoints stay.
+    """
+
+    every: int = field(metadata=affects(WORLD))
+    keep: int = field(metadata=affects(WORLD))
+
+    def __post_init__(self):
+        check_within(1, every=self.every, keep=self.keep)
 
 
 class _AnotherRun(ValueError):
