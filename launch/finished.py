@@ -10,8 +10,9 @@ sysexits.h) if giving the same training command again would go on with something
 import sys
 from collections.abc import Sequence
 
-from opd_jax import config as cfg
 from opd_jax.compare import variant
+from opd_jax.config import build, fail, parse_command_line
+from opd_jax.config.settings import read_settings
 from opd_jax.evaluate import is_evaluated
 from opd_jax.report.writers import read_summary
 
@@ -20,7 +21,7 @@ STOPPED = 75
 
 def main(argv: Sequence[str]) -> int:
     """The status to exit with."""
-    config, workdir, _ = cfg.parse_command_line(argv, usage=__doc__)
+    config, workdir, _ = parse_command_line(argv, usage=__doc__)
     runs = [(config, workdir)]
     if config.compare.methods:
         if "compare" not in read_summary(workdir / "summary.json"):
@@ -32,7 +33,10 @@ def main(argv: Sequence[str]) -> int:
         ]
     for run, directory in runs:
         after = read_summary(directory / "summary.json").get("eval", {}).get("after")
-        if not is_evaluated(after, run, update=run.train.updates):
+        settings = read_settings(run)
+        if not after or not is_evaluated(
+            after, settings, panels=build.panels(settings), update=settings.train.updates
+        ):
             return STOPPED
     return 0
 
@@ -41,4 +45,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except ValueError as error:
-        cfg.fail(error)
+        fail(error)

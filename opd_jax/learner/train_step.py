@@ -110,7 +110,7 @@ def make_train_step(
     ):
         def loss_and_sums(trained: Params, part: tuple[Batch, jax.Array | None]):
             rows, hidden = part
-            read = None if teacher is None else dataclasses.replace(teacher, hidden=hidden)
+            read = Teacher(hidden, teacher.head) if teacher and hidden is not None else None
             scores = score_with(with_adapters(base, trained, lora), read, rows)
             sums = objective_sums(scores, rows, objective=objective)
             return sums.loss, sums
