@@ -34,15 +34,11 @@ from opd_jax.learner.batch import Batch
 from opd_jax.learner.train_state import TrainState, abstract_state, init_state, placement_of
 from opd_jax.learner.train_step import make_train_step
 from opd_jax.model import Params
-from opd_jax.report.figures import results_table
-from opd_jax.report.metrics import Metrics, Stopwatch
-from opd_jax.report.writers import (
-    EventWriter,
-    JsonlWriter,
-    progress_line,
-    read_summary,
-    write_summary,
-)
+from opd_jax.report.metrics import means
+from opd_jax.report.progress import progress_line
+from opd_jax.report.stopwatch import Stopwatch
+from opd_jax.report.tables import results_table
+from opd_jax.report.writers import EventWriter, JsonlWriter, read_summary, write_summary
 from opd_jax.runtime import processes
 from opd_jax.runtime.checkpoint import Checkpoints
 from opd_jax.runtime.mesh import make_mesh, shard_batch
@@ -301,10 +297,9 @@ def update_metrics(
       clock: where the time went.
     """
     sums = raw["sums"]
-    metrics = Metrics()
-    metrics.add(drawn)
-    metrics.add(
+    line = means(
         {
+            **drawn,
             "divergence": (sums.divergence.sum(), sums.tokens),
             "raw_weight": (sums.weight, sums.tokens),
             "active_tokens": (sums.active, sums.tokens),
@@ -316,18 +311,17 @@ def update_metrics(
             "by_turn/raw_weight": (sums.weight_by_turn, sums.tokens_by_turn),
             "by_turn/confidence": (sums.confidence, sums.turns),
             "by_turn/turns": (sums.turns, np.ones_like(sums.turns)),
+            **{name: raw[name] for name in ("loss", "z", "grad_norm", "update_norm")},
+            "logprob_error": sums.logprob_error,
+            **{f"seconds/{part}": seconds for part, seconds in clock.seconds.items()},
+            "seconds/compile": clock.compile_s,
         }
     )
-    scalars = {name: raw[name] for name in ("loss", "z", "grad_norm", "update_norm")}
-    metrics.add({**scalars, "logprob_error": sums.logprob_error})
-    metrics.add({f"seconds/{part}": seconds for part, seconds in clock.seconds.items()})
-    metrics.add({"seconds/compile": clock.compile_s})
-    means = metrics.means()
     for part, tokens in (("rollout", "tokens/sampled"), ("update", "tokens/sequence")):
-        count, seconds = means.get(tokens), clock.seconds.get(part)
+        count, seconds = line.get(tokens), clock.seconds.get(part)
         if isinstance(count, float) and seconds:
-            means[f"tokens_per_s/{part}"] = count / seconds
-    return means
+            line[f"tokens_per_s/{part}"] = count / seconds
+    return line
 
 
 def _progress(step: int, total: int, metrics: Mapping[str, Any]) -> str:

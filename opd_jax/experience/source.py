@@ -28,7 +28,7 @@ from opd_jax.judge.verdicts import Judgement, judge
 from opd_jax.learner.batch import Batch, make_batch
 from opd_jax.learner.train_state import TrainState
 from opd_jax.losses import Verdict
-from opd_jax.report.metrics import Stopwatch
+from opd_jax.report.stopwatch import Stopwatch
 
 VERDICT_NAMES = {verdict: verdict.name.lower() for verdict in Verdict}
 
@@ -39,7 +39,7 @@ class Experience:
 
     Attributes:
       batch: arrays on the host.
-      metrics: name to (sum, count) or scalar, as `metrics.Metrics` takes them.
+      metrics: name to (sum, count) or scalar, as `metrics.means` takes them.
     """
 
     batch: Batch
