@@ -69,8 +69,8 @@ class EventWriter:
         self._file = None
         if not write:
             return
-        # Imported late: it takes seconds. Not its `SummaryWriter`: that one hands events to a thread
-        # and cannot wait for it, so a kill would lose steps that a checkpoint already covers.
+        # Imported late: it takes seconds. Not its `SummaryWriter`: that writes from a thread and
+        # cannot be waited for, so a kill would lose steps that a checkpoint already covers.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
