@@ -130,7 +130,7 @@ STAND_INS = {
     "squeue": 'echo "squeue $*" >>"$LOG"; echo "${JOB_STATE:-RUNNING}"',
     "scancel": 'echo "scancel $*" >>"$LOG"',
     # Waiting for a process takes a while here too. Waiting for a machine does not.
-    "sleep": "case $1 in 5 | 0.1) command -p sleep 0.02 ;; esac",
+    "sleep": "case $1 in 5) command -p sleep 0.02 ;; 0.1) command -p sleep 0.005 ;; esac",
     "tail": 'command -p tail --sleep-interval=0.02 "$@"',
 }
 
