@@ -30,7 +30,7 @@ from opd_jax.envs.react import RESPONSE
 from opd_jax.envs.scienceworld.prompts import system_message
 from opd_jax.envs.search import env as search
 from opd_jax.hf import gguf, gguf_file
-from opd_jax.report.figures import results_table
+from opd_jax.report.tables import results_table
 from opd_jax.runtime.mesh import make_mesh
 
 CONFIGS = Path(__file__).parents[2] / "configs"
