@@ -334,7 +334,7 @@ def _index(weight_map: object) -> Callable[[Path], None]:
             r"`lm_head\.weight` must have shape \(96, 32\) or more rows, got \(90, 32\)",
         ),
         (_put("model.norm.weight", np.zeros(32, np.int8)), r"`model\.norm\.weight`.*BF16, got I8"),
-        (_truncate, r"model\.safetensors` is not a whole safetensors file"),
+        (_truncate, r"model\.safetensors` is not a complete safetensors file"),
         (_only_bin, r"must hold model\.safetensors or .*, got config\.json.*pytorch_model\.bin"),
         (_index({"a": "model-00001-of-00002.safetensors"}), r"lacks model-00001-of-00002"),
         (_index(None), r"index\.json` must hold a `weight_map`"),

@@ -544,7 +544,7 @@ def test_what_is_no_whole_file_is_refused(tmp_path: Path, capsys: pytest.Capture
     whole = write_gguf(path).read_bytes()
     for size in (10, len(whole) // 2, len(whole) - 40):
         path.write_bytes(whole[:size])
-        assert f"GGUF file `{path}` is not whole" in refusal(capsys, f"--gguf={path}", out)
+        assert f"GGUF file `{path}` is incomplete" in refusal(capsys, f"--gguf={path}", out)
 
 
 @needs_gguf

@@ -150,7 +150,7 @@ def test_two_tokens_by_hand() -> None:
     layer = {name: jnp.asarray(value, jnp.float32) for name, value in layer.items()}
     for normalized, want in wants.items():
         experts = Experts(count=3, per_token=2, d_ff=1, normalized=normalized)
-        got = moe.feed_forward(layer, jnp.eye(2)[None], experts, keep_sharded=False)
+        got = moe.feed_forward(layer, jnp.eye(2)[None], experts, all_gather=True)
         assert_allclose(got[0], want, rtol=1e-6, atol=5e-7)  # a difference of terms up to 1.4
 
 
@@ -175,7 +175,7 @@ def by_loops(layer: dict[str, np.ndarray], x_MD: np.ndarray, experts: Experts) -
     return out
 
 
-apply = jax.jit(moe.feed_forward, static_argnames=("experts", "keep_sharded"))
+apply = jax.jit(moe.feed_forward, static_argnames=("experts", "all_gather"))
 
 
 @pytest.mark.parametrize("normalized", [True, False])
@@ -186,7 +186,7 @@ def test_any_choice_of_experts_equals_loops(per_token: int, normalized: bool) ->
     layer["router"][:, 4] = 0  # logit 0, in the middle of the others
     experts = replace(EXPERTS, per_token=per_token, normalized=normalized)
     x = rng.normal(size=(2, 5, 16))
-    got = apply(layer, x.astype(np.float32), experts=experts, keep_sharded=False)
+    got = apply(layer, x.astype(np.float32), experts=experts, all_gather=True)
     want = by_loops(layer, x.reshape(10, 16), experts).reshape(2, 5, 16)
     assert np.abs(want).max() > 0.3
     assert_allclose(got, want, rtol=0, atol=3e-6)
@@ -200,7 +200,7 @@ def test_experts_that_nobody_takes_and_one_that_all_take() -> None:
     experts = replace(EXPERTS, per_token=1)
     _, chosen = moe.route(jnp.float32(x[0]) @ jnp.float32(layer["router"]), experts)
     assert_array_equal(chosen, 3)
-    got = apply(layer, x.astype(np.float32), experts=experts, keep_sharded=False)
+    got = apply(layer, x.astype(np.float32), experts=experts, all_gather=True)
     assert_allclose(got[0], by_loops(layer, x[0], experts), rtol=0, atol=3e-6)
 
 
@@ -223,7 +223,7 @@ def test_a_token_is_computed_as_if_it_were_alone() -> None:
     x = rng.normal(size=(1, 9, 16)).astype(np.float32)
     broken = x.copy()
     broken[0, 4:] = np.nan  # as activations of padding may be
-    alone = partial(apply, layer, experts=EXPERTS, keep_sharded=False)
+    alone = partial(apply, layer, experts=EXPERTS, all_gather=True)
     assert_array_equal(np.asarray(alone(broken))[:, :4], np.asarray(alone(x))[:, :4])
 
 

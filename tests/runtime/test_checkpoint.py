@@ -15,9 +15,6 @@ import pytest
 
 from opd_jax.runtime.checkpoint import Checkpoints
 
-# Reads cut short by a damaged file complain from threads: held back from stderr, seen by pytest.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 
 def train_state(seed: int) -> dict:
     """Parameters in two dtypes, AdamW state after an update, single and stacked keys."""

@@ -123,7 +123,7 @@ def test_indivisible_batch_is_named(array: np.ndarray) -> None:
         shard_batch({"episode": {"tokens": array}}, mesh)
 
 
-def test_replicated_puts_a_whole_copy_on_each_device() -> None:
+def test_replicated_puts_a_whole_copy_shard_map() -> None:
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     array = jax.device_put(np.arange(6), replicated(mesh))
     assert [s.data.shape for s in array.addressable_shards] == [(6,)] * 8
@@ -141,13 +141,13 @@ def test_a_function_of_parts_sees_those_of_its_device() -> None:
     @jax.jit
     def run(x: jax.Array, w: jax.Array) -> jax.Array:
         assert mesh_lib.divides(6, "batch")
-        on_parts = mesh_lib.on_each_device(
+        sharded = mesh_lib.shard_map(
             matmul,
             in_axes=(("batch", None), {"w": (None, "mlp", None)}),
             out_axes=("batch", None),
             summed="mlp",
         )
-        return on_parts(x, {"w": w})
+        return sharded(x, {"w": w})
 
     want = x @ w.sum(axis=1)
     np.testing.assert_array_equal(run(x, w), want)
