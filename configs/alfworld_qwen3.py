@@ -39,7 +39,7 @@ from ml_collections import ConfigDict
 from paper import paper_config
 
 ENV = dict(
-    name="alfworld",
+    by="alfworld",
     data="",  # the folder that ALFWORLD_DATA names
     max_turns=30,
     show_admissible=30,

@@ -50,9 +50,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         qkv_bias=False,
         tied=True,
     )
-    config.data = dict(
-        source="players",
-        split="train",
+    config.data.source = "players"
+    config.demonstrations = dict(
         sizes=("small", "medium", "large"),  # one is drawn for each episode
         sizes_from=(15_000, 40_000),  # episodes from which on the second and the third are used
         player="expert" if is_teacher else "forgetful",
@@ -61,8 +60,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
         distractors=(
             ("careless", "clumsy", "mistaken", "random") if is_teacher else ("clumsy", "mistaken")
         ),
-        careless=dict(skip_step=0.7, list_order=0.8, ignore_closed=0.4, idle=0.15, forget=0.7),
-        forgetful=dict(skip_step=0.8, forget=0.8),
+        habits=dict(
+            careless=dict(skip_step=0.7, list_order=0.8, ignore_closed=0.4, idle=0.15, forget=0.7),
+            forgetful=dict(skip_step=0.8, forget=0.8),
+        ),
         window=128,  # episodes generated together
         judge_examples=64 if is_teacher else 0,  # a window
         judge_contexts=("table9",),  # of these in turn (`judge.context`)
@@ -94,10 +95,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if args.runlocal:
         config.env.update(ConfigDict(dict(size="small", max_turns=10)))
         config.rollout.context_tokens = 384
-        config.data.sizes, config.data.sizes_from = ("small",), ()
+        config.demonstrations.sizes, config.demonstrations.sizes_from = ("small",), ()
         config.train.updates = 4
-        config.data.window = 8
-        config.data.judge_examples = 8 if is_teacher else 0
-        config.data.tokens_per_batch = 1024
+        config.demonstrations.window = 8
+        config.demonstrations.judge_examples = 8 if is_teacher else 0
+        config.demonstrations.tokens_per_batch = 1024
         config.checkpoint.every = 2
     return config

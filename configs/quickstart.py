@@ -78,7 +78,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     # Rooms of 9 to 13 receptacles; `large` is ALFWorld's size and takes about twice the time.
     config.env = dict(
-        name="household",
+        by="household",
         size="medium",
         max_turns=20,
         show_admissible=0,

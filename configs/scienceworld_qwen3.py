@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from paper import paper_config
 
 ENV = dict(
-    name="scienceworld",
+    by="scienceworld",
     simplifications="easy",
     max_turns=30,
     # For the judge and the random player. What the engine draws by chance depends on whether they

@@ -42,7 +42,7 @@ PROTOCOL = dict(
     step_timeout_s=240.0,
 )
 SEARCHQA = PROTOCOL | dict(
-    name="searchqa",
+    by="searchqa",
     data="",
     train_questions=10_000,
     test_questions=500,
@@ -63,6 +63,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         splits=SETS,
         tasks=500,
         updates=156,
-        local_env=PROTOCOL | dict(name="factbookqa", max_turns=3),
+        local_env=PROTOCOL | dict(by="factbookqa", max_turns=3),
         local_splits=("test",),
     )

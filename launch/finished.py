@@ -1,17 +1,18 @@
-"""Whether a run is finished: the answer that a status of 0 does not give.
+"""Whether a run is finished. A status of 0 from training does not say so.
 
     .venv/bin/python launch/finished.py [the arguments of opd_jax.train]
 
-Training that SIGTERM stops exits with 0 as well. This exits with 0 if the student is evaluated
-after the last update, in every run of a comparison, and with 75 (the "try again later" of
-sysexits.h) if giving the same training command again would go on with something.
+Training exits with 0 when SIGTERM stops it, too. This script exits with 0 if the student is
+evaluated after the last update, in every run of a comparison. It exits with 75 ("try again later"
+in sysexits.h) if the same training command would find more to do.
 """
 
 import sys
 from collections.abc import Sequence
 
-from opd_jax import config as cfg
 from opd_jax.compare import variant
+from opd_jax.config import build, fail, parse_command_line
+from opd_jax.config.settings import read_settings
 from opd_jax.evaluate import is_evaluated
 from opd_jax.report.writers import read_summary
 
@@ -20,7 +21,7 @@ STOPPED = 75
 
 def main(argv: Sequence[str]) -> int:
     """The status to exit with."""
-    config, workdir, _ = cfg.parse_command_line(argv, usage=__doc__)
+    config, workdir, _ = parse_command_line(argv, usage=__doc__)
     runs = [(config, workdir)]
     if config.compare.methods:
         if "compare" not in read_summary(workdir / "summary.json"):
@@ -32,7 +33,10 @@ def main(argv: Sequence[str]) -> int:
         ]
     for run, directory in runs:
         after = read_summary(directory / "summary.json").get("eval", {}).get("after")
-        if not is_evaluated(after, run, update=run.train.updates):
+        settings = read_settings(run)
+        if not after or not is_evaluated(
+            after, settings, panels=build.panels(settings), update=settings.train.updates
+        ):
             return STOPPED
     return 0
 
@@ -41,4 +45,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except ValueError as error:
-        cfg.fail(error)
+        fail(error)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from opd_jax.config import validate
-from opd_jax.report.figures import split_label
+from opd_jax.config.settings import read_settings
 from opd_jax.report.intervals import mean_interval, wilson_interval
-from opd_jax.report.writers import table, write_summary
+from opd_jax.report.tables import split_label, table
+from opd_jax.report.writers import write_summary
 from opd_jax.runtime import processes
 
 Run = Callable[[FrozenConfigDict, Path], dict[str, Any]]
@@ -42,7 +42,7 @@ def compare(config: FrozenConfigDict, workdir: Path, *, run: Run) -> str:
       run: trains and evaluates one config in one workdir; returns `{who: {split: figures}}`.
     """
     for method in config.compare.methods:
-        validate(variant(config, method, config.compare.seeds[0]))
+        read_settings(variant(config, method, config.compare.seeds[0]))
     references: dict[str, Any] = {}
     results: dict[str, list[dict]] = {method: [] for method in config.compare.methods}
     for seed in config.compare.seeds:

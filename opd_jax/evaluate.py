@@ -3,7 +3,7 @@
     python -m opd_jax.evaluate --config=configs/quickstart.py --workdir=DIR --policy=expert
 
 With `--policy=model` the student of the newest checkpoint in the workdir plays, or the config's
-untrained student where there is none; `--config.eval.judge=true` also measures how the teacher's
+untrained student where there is none. `--config.eval.judge=true` also measures how the teacher's
 judgement of the turns agrees with the environment's own labels.
 """
 
@@ -11,34 +11,43 @@ import dataclasses
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import FrozenConfigDict
 
+from opd_jax.agent.agent import Agent
 from opd_jax.agent.conversation import Conversation
-from opd_jax.agent.rollout import Agent, rollout, row_keys
-from opd_jax.config import build as experiment
-from opd_jax.config import check_same_run, fail, parse_command_line, validate
-from opd_jax.config.build import LoadedModel
-from opd_jax.experience import environments
+from opd_jax.agent.rollout import close, make_envs, rollout, row_keys
+from opd_jax.config import build, check_same_run, fail, parse_command_line
+from opd_jax.config.models import LoadedModel, load_student, load_teacher
+from opd_jax.config.settings import Settings, binds_an_evaluation, read_settings
+from opd_jax.envs.make import benchmark_splits, make_env
+from opd_jax.envs.players import make_player
 from opd_jax.experience.demonstrations import play_out
-from opd_jax.experience.players import make_player
+from opd_jax.experience.tasks import Panel, describe
 from opd_jax.judge import agreement
-from opd_jax.judge.verdicts import judge
+from opd_jax.judge.labels import env_labels
+from opd_jax.judge.verdicts import judge_turns
 from opd_jax.model import Params
-from opd_jax.report.figures import judge_table, macro_average, results_table, summarize
-from opd_jax.report.writers import write_summary
+from opd_jax.report.figures import macro_average, summarize
+from opd_jax.report.tables import judge_table, results_table
+from opd_jax.report.writers import read_summary, write_summary
 from opd_jax.runtime import processes
+from opd_jax.runtime.checkpoint import Checkpoints
 from opd_jax.runtime.mesh import make_mesh
 
 POLICIES = ("model", "expert", "random")
-# Beside the splits, where all those of a benchmark are evaluated (`environments.benchmark_splits`).
+# Beside the splits, where all those of a benchmark are evaluated (`envs.make.benchmark_splits`).
 MACRO_AVERAGE = "macro_average"
-# What may differ from the config of the run in the workdir: it changes nobody's episodes, or stands
-# beside the figures.
-_FREE_FIELDS = ("eval", "checkpoint", "compare", "train", "judge", "mesh")
+
+Panels = Mapping[str, Panel]
+Figures = dict[str, Any]  # by split
+
+
+# --- Playing a panel --------------------------------------------------------------------------
 
 
 def play_model(
@@ -46,7 +55,7 @@ def play_model(
     rng: jax.Array,
     *,
     agent: Agent,
-    env: FrozenConfigDict,
+    make: Callable[[], Any],
     split: str,
     tasks: int,
     batch: int,
@@ -60,7 +69,7 @@ def play_model(
       params: the model's.
       rng: a PRNG key.
       agent: everything else of the model's playing.
-      env: the environment's settings, `config.env`.
+      make: makes an environment.
       split: of the environment.
       tasks: how many are played, at most as many as the split has.
       batch: environments, and rows of the compiled programs.
@@ -71,7 +80,7 @@ def play_model(
     Raises:
       ValueError: as of the environment, or a first prompt does not fit into the agent's context.
     """
-    envs = environments.make_envs(env, batch)
+    envs = make_envs(make, batch)
     conversations: list[Conversation] = []
     try:
         for start in range(0, tasks, batch):
@@ -79,17 +88,18 @@ def play_model(
             keys = row_keys(rng, range(start, start + batch))
             conversations += rollout(params, keys, agent=agent, envs=envs, tasks=panel, depth=0)
     finally:
-        environments.close(envs)
+        close(envs)
     return conversations
 
 
-def play_player(config: FrozenConfigDict, who: str, split: str) -> list[Conversation]:
-    """The tasks that `evaluate_model` plays, played by the expert or the random player.
+def play_player(settings: Settings, who: str, split: str, *, tasks: int) -> list[Conversation]:
+    """The tasks that `play_model` plays, played by the expert or the random player.
 
     Args:
-      config: of the run; `eval.tasks` of the split are played.
+      settings: of the run.
       who: the player's name.
       split: of the environment.
+      tasks: how many are played.
 
     Returns:
       The episodes, without tokens, in the order of the tasks.
@@ -97,9 +107,8 @@ def play_player(config: FrozenConfigDict, who: str, split: str) -> list[Conversa
     Raises:
       ValueError: as of `make_player` or the environment.
     """
-    player = make_player(who, config, field="--policy` or `eval.who")
-    env = environments.make_env(config.env)
-    tasks = panel_size(config, split)
+    player = make_player(who, settings.env, field="--policy` or `eval.who", habits={})
+    env = make_env(settings.env)
     try:
         played = {
             index: play_out(
@@ -109,28 +118,23 @@ def play_player(config: FrozenConfigDict, who: str, split: str) -> list[Conversa
             if processes.owns(index, tasks)
         }
     finally:
-        environments.close([env])
+        close([env])
     return processes.share(played, tasks)
 
 
-def panel_size(config: FrozenConfigDict, split: str) -> int:
-    """How many tasks of a split are played: `eval.tasks`, or all where there are fewer."""
-    return min(config.eval.tasks, _panel(config, split).size)
-
-
-def _panel(config: FrozenConfigDict, split: str) -> environments.Panel:
-    return environments.panel(config.env, "eval.splits", split)
+# --- Figures of who plays -----------------------------------------------------------------------
 
 
 def evaluate_model(
-    config: FrozenConfigDict,
+    settings: Settings,
     model: LoadedModel,
     params: Params,
     *,
+    panels: Panels,
     update: int,
     judging: LoadedModel | None,
     after_split: Callable[[], None] | None = None,
-) -> dict[str, Any]:
+) -> Figures:
     """`summarize` of a model on every split of `eval.splits`, and of all (`MACRO_AVERAGE`).
 
     Beside the figures stands what they depend on: the `digest` of the split's tasks, `update`,
@@ -138,49 +142,109 @@ def evaluate_model(
     and how it agrees with the environment's own labels is put under `judge` (`agreement.figures`).
 
     Args:
-      config: of the run.
+      settings: of the run.
       model: who plays, with other parameters.
       params: the parameters to play with.
-      update: after how many updates they are.
+      panels: the tasks of each split.
+      update: after how many updates the parameters are.
       judging: the teacher; None for none.
       after_split: called when a split is done, which takes minutes: what it raises ends all.
-
-    Returns:
-      Figures by split.
 
     Raises:
       ValueError: as of `summarize`, `measure_judge` or the environment.
     """
-    agent = experiment.make_agent(model, config.rollout, temperature=config.eval.temperature)
-    results = {}
-    for split in config.eval.splits:
+    how = settings.eval
+    agent = build.make_agent(model, settings, temperature=how.temperature)
+    results: Figures = {}
+    for split in how.splits:
         conversations = play_model(
             params,
-            jax.random.key(config.eval.seed),
+            jax.random.key(how.seed),
             agent=agent,
-            env=config.env,
+            make=partial(make_env, settings.env),
             split=split,
-            tasks=panel_size(config, split),
-            batch=config.eval.batch,
+            tasks=_tasks(settings, panels[split]),
+            batch=how.batch,
         )
-        played_with = {name: config.eval[name] for name in ("temperature", "seed")}
-        results[split] = _figures(config, split, conversations) | {"update": update, **played_with}
-        if config.eval.judge and judging is not None:
-            results[split]["judge"] = measure_judge(config, judging, conversations)
+        figures = summarize(conversations) | {"digest": panels[split].digest}
+        results[split] = figures | {"update": update, **_sampled_with(settings)}
+        if how.judge and judging is not None:
+            results[split]["judge"] = measure_judge(settings, judging, conversations)
         if after_split:
             after_split()
-    return _with_average(config, results)
+    return _with_average(settings, results)
 
 
-def _figures(
-    config: FrozenConfigDict, split: str, conversations: Sequence[Conversation]
-) -> dict[str, Any]:
-    return summarize(conversations) | {"digest": _panel(config, split).digest}
+def evaluate_player(
+    settings: Settings,
+    who: str,
+    *,
+    panels: Panels,
+    after_split: Callable[[], None] | None = None,
+) -> Figures:
+    """`summarize` of a player on every split of `eval.splits`; arguments as of `evaluate_model`.
+
+    Raises:
+      ValueError: as of `make_player` or `summarize`.
+    """
+    results: Figures = {}
+    for split in settings.eval.splits:
+        played = play_player(settings, who, split, tasks=_tasks(settings, panels[split]))
+        results[split] = summarize(played) | {"digest": panels[split].digest}
+        if after_split:
+            after_split()
+    return _with_average(settings, results)
 
 
-def _with_average(config: FrozenConfigDict, results: dict[str, Any]) -> dict[str, Any]:
+def measure_judge(
+    settings: Settings, judging: LoadedModel, conversations: Sequence[Conversation]
+) -> dict[str, object]:
+    """`agreement.figures` of a judge over the turns of a panel of episodes, and how it was asked.
+
+    Args:
+      settings: of the run; `judge` says how the question is put and answered.
+      judging: the teacher.
+      conversations: episodes with their turns and the environment's labels.
+
+    Raises:
+      ValueError: the environment has no oracle.
+    """
+    max_turns = settings.env.max_turns
+    judgement = judge_turns(
+        judging.params,
+        conversations,
+        by=build.make_judge(judging, settings),
+        max_turns=max_turns,
+        decode=settings.judge.decode,
+    )
+    oracle = env_labels(conversations, max_turns=max_turns).oracle
+    try:
+        figures = agreement.figures(agreement.confusion(judgement, oracle))
+    except ValueError as error:
+        raise ValueError(f"`eval.judge`: {error}") from None
+    return figures | _judged_by(settings)
+
+
+def _tasks(settings: Settings, panel: Panel) -> int:
+    """How many tasks of a split are played: `eval.tasks`, or all where there are fewer."""
+    return min(settings.eval.tasks, panel.size)
+
+
+def _sampled_with(settings: Settings) -> dict[str, object]:
+    """What a model's episodes depend on, besides its parameters and the tasks."""
+    return {"temperature": settings.eval.temperature, "seed": settings.eval.seed}
+
+
+def _judged_by(settings: Settings) -> dict[str, object]:
+    """What a judge's figures depend on, besides the teacher and the turns."""
+    return {name: getattr(settings.judge, name) for name in ("context", "decode")} | {
+        "admissible_shown": settings.judge.admissible_shown
+    }
+
+
+def _with_average(settings: Settings, results: Figures) -> Figures:
     """With the average of a benchmark's splits, or None in its place where some are missing."""
-    splits = environments.benchmark_splits(config.env)
+    splits = benchmark_splits(settings.env.by)
     if not splits:
         return results
     complete = results.keys() >= set(splits)
@@ -189,136 +253,172 @@ def _with_average(config: FrozenConfigDict, results: dict[str, Any]) -> dict[str
 
 
 def is_evaluated(
-    result: Mapping[str, Any] | None, config: FrozenConfigDict, *, update: int
+    result: Mapping[str, Any] | None, settings: Settings, *, panels: Panels, update: int
 ) -> bool:
     """Whether stored figures of somebody are what evaluating again would give.
 
     Args:
       result: figures by split; None for none.
-      config: what is asked for.
+      settings: what is asked for.
+      panels: the tasks of each split.
       update: of a model, after how many updates.
     """
 
-    def good(figures: Mapping[str, Any] | None, split: str) -> bool:
-        if figures is None or figures.get("digest") != _panel(config, split).digest:
+    def good(figures: Mapping[str, Any] | None, panel: Panel) -> bool:
+        if figures is None or figures.get("digest") != panel.digest:
             return False
         # Broken episodes count: played again they may break again, without end.
-        if figures["n"] + figures.get("broken", 0) != panel_size(config, split):
+        if figures["n"] + figures.get("broken", 0) != _tasks(settings, panel):
             return False
         if "update" not in figures:  # a player
             return True
-        played_with = {"update": update, **{n: config.eval[n] for n in ("temperature", "seed")}}
-        judged = not config.eval.judge or (
-            _judged_by(config).items() <= figures.get("judge", {}).items()
+        played_with = {"update": update, **_sampled_with(settings)}
+        judged = not settings.eval.judge or (
+            _judged_by(settings).items() <= figures.get("judge", {}).items()
         )
         return judged and played_with.items() <= figures.items()
 
     return result is not None and all(
-        good(result.get(split), split) for split in config.eval.splits
+        good(result.get(split), panels[split]) for split in settings.eval.splits
     )
 
 
-def measure_judge(
-    config: FrozenConfigDict, judging: LoadedModel, conversations: Sequence[Conversation]
-) -> dict[str, object]:
-    """`agreement.figures` of a judge over the turns of a panel of episodes, and how it was asked.
+# --- Of a training run --------------------------------------------------------------------------
+
+
+def evaluate_others(
+    settings: Settings,
+    student: LoadedModel,
+    untrained: Params,
+    teacher: LoadedModel | None,
+    *,
+    panels: Panels,
+    workdir: Path,
+    after_split: Callable[[], None],
+) -> dict[str, Figures]:
+    """Everyone but the trained student: before, teacher, expert, random; once a workdir.
 
     Args:
-      config: of the run; `judge` says how the question is put and answered.
-      judging: the teacher.
-      conversations: episodes with their turns and the environment's labels.
-
-    Raises:
-      ValueError: the environment has no oracle.
+      settings: of the run; `eval.who` says who.
+      student: its sizes, tokenizer and frozen parameters.
+      untrained: what is trained, before any update.
+      teacher: None where there is none.
+      panels: the tasks of each split.
+      workdir: whose `summary.json` is read first, and written after each of them.
+      after_split: see `evaluate_model`.
     """
-    judgement = judge(
-        judging.params,
-        conversations,
-        by=experiment.make_judge(judging, config.judge),
-        max_turns=config.env.max_turns,
-        decode=config.judge.decode,
+    write = processes.is_first()
+    # Read by one process: others might find what it has written meanwhile, and take another path.
+    stored = read_summary(workdir / "summary.json") if write else {}
+    results = processes.first(stored.get("eval", {}))
+    done = partial(is_evaluated, settings=settings, panels=panels, update=0)
+    play = partial(evaluate_model, settings, panels=panels, update=0, judging=teacher)
+    for who in settings.eval.who:
+        if done(results.get(who)):
+            continue
+        if who == "before":
+            sampling = build.make_sampling_params(untrained, student, settings)
+            results[who] = play(student, sampling, after_split=after_split)
+        elif who == "teacher" and teacher:
+            results[who] = play(teacher, teacher.params, after_split=after_split)
+        else:
+            results[who] = evaluate_player(settings, who, panels=panels, after_split=after_split)
+        write_summary(workdir / "summary.json", {"eval": {who: results[who]}}, write=write)
+        shares = ", ".join(f"{s} {r['success']:.1%}" for s, r in results[who].items())
+        processes.say(f"{who}: success {shares}")
+        after_split()
+    return results
+
+
+def evaluate_trained(
+    settings: Settings,
+    student: LoadedModel,
+    trained: Params,
+    teacher: LoadedModel | None,
+    *,
+    panels: Panels,
+    update: int,
+    known: Figures | None,
+    after_split: Callable[[], None],
+) -> Figures:
+    """The student after `update` updates: `known`, if those figures are still what is asked for.
+
+    Args:
+      settings: of the run.
+      student: see `evaluate_others`.
+      trained: what was trained.
+      teacher: judges with `eval.judge`.
+      panels: the tasks of each split.
+      update: how many updates `trained` has seen.
+      known: figures of before; None for none.
+      after_split: see `evaluate_model`.
+    """
+    if known is not None and is_evaluated(known, settings, panels=panels, update=update):
+        return known
+    return evaluate_model(
+        settings,
+        student,
+        build.make_sampling_params(trained, student, settings),
+        panels=panels,
+        update=update,
+        judging=teacher,
+        after_split=after_split,
     )
-    try:
-        figures = agreement.figures(agreement.confusion(judgement, conversations))
-    except ValueError as error:
-        raise ValueError(f"`eval.judge`: {error}") from None
-    return figures | _judged_by(config)
 
 
-def _judged_by(config: FrozenConfigDict) -> dict[str, object]:
-    """What a judge's figures depend on, besides the teacher and the turns."""
-    return {name: config.judge[name] for name in ("context", "decode", "admissible_shown")}
+# --- The command --------------------------------------------------------------------------------
 
 
-def evaluate_player(
-    config: FrozenConfigDict, who: str, *, after_split: Callable[[], None] | None = None
-) -> dict[str, Any]:
-    """`summarize` of a player on every split of `eval.splits`, with `digest`, and of all.
-
-    Args:
-      config: of the run.
-      who: the player's name.
-      after_split: as of `evaluate_model`.
-
-    Returns:
-      Figures by split.
-
-    Raises:
-      ValueError: as of `make_player` or `summarize`.
-    """
-    results = {}
-    for split in config.eval.splits:
-        results[split] = _figures(config, split, play_player(config, who, split))
-        if after_split:
-            after_split()
-    return _with_average(config, results)
-
-
-def run(config: FrozenConfigDict, workdir: Path, policy: str) -> dict[str, dict]:
+def run(config: FrozenConfigDict, workdir: Path, policy: str) -> dict[str, Figures]:
     """Evaluate one policy and merge its figures into `summary.json`.
 
     Raises:
       ValueError: the workdir holds a run in another environment, of another student, ...: figures
         of the two would stand side by side as if they were of one.
     """
-    check_same_run(config, workdir, ignore=_FREE_FIELDS)
-    for split in config.eval.splits:  # one that does not exist is named before anything is played
-        processes.say(environments.describe(split, _panel(config, split)))
+    settings = read_settings(config)
+    check_same_run(config, workdir, binds=binds_an_evaluation)
+    panels = build.panels(
+        settings
+    )  # a split that does not exist is named before anything is played
+    for split in settings.eval.splits:
+        processes.say(describe(split, panels[split]))
     if policy == "model":
-        mesh = make_mesh(**config.mesh)
+        mesh = make_mesh(**dataclasses.asdict(settings.mesh))
         with jax.set_mesh(mesh):
-            results = _evaluate_student(config, workdir, mesh)
+            results = _evaluate_student(settings, workdir, mesh, panels)
     else:
-        results = {policy: evaluate_player(config, policy)}
+        results = {policy: evaluate_player(settings, policy, panels=panels)}
     write_summary(workdir / "summary.json", {"eval": results}, write=processes.is_first())
     return results
 
 
 def _evaluate_student(
-    config: FrozenConfigDict, workdir: Path, mesh: jax.sharding.Mesh
-) -> dict[str, dict]:
+    settings: Settings, workdir: Path, mesh: jax.sharding.Mesh, panels: Panels
+) -> dict[str, Figures]:
     """The student `after` the workdir's newest checkpoint, or `before` any update."""
-    from opd_jax.runtime.checkpoint import Checkpoints
-
-    student = experiment.load_student(config, mesh)
-    judging = experiment.load_teacher(config, mesh) if config.eval.judge else None
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-    untrained = experiment.initial_params(student, config, mesh)
+    student = load_student(settings, mesh)
+    judging = load_teacher(settings, mesh) if settings.eval.judge else None
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
+    untrained = build.initial_params(student, settings, mesh)
     restored = checkpoints.restore_latest({"params": untrained}, partial=True)
     who = "after" if restored else "before"
     update, state, _ = restored or (0, {"params": untrained}, {})
-    sampling = experiment.make_sampling_params(state["params"], student, config)
+    sampling = build.make_sampling_params(state["params"], student, settings)
     # Nothing else is needed on the devices from here on.
     student = dataclasses.replace(student, params={})
     del untrained, restored, state
-    return {who: evaluate_model(config, student, sampling, update=update, judging=judging)}
+    figures = evaluate_model(
+        settings, student, sampling, panels=panels, update=update, judging=judging
+    )
+    return {who: figures}
 
 
 def main(argv: Sequence[str]) -> None:
     """The command `python -m opd_jax.evaluate`."""
     try:
         config, workdir, flags = parse_command_line(argv, usage=__doc__, policy=POLICIES)
-        validate(config)
+        read_settings(config)
         processes.start()
         with processes.ending_together():
             results = run(config, workdir, flags["policy"])

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from ml_collections import FrozenConfigDict
 
-from opd_jax import config as cfg
 from opd_jax import hf
-from opd_jax.config import build as experiment
+from opd_jax.config import build, fail, parse_command_line, read_stored
+from opd_jax.config.models import load_student, model_folder, new_sizes, student_sizes
+from opd_jax.config.settings import Settings, read_settings
 from opd_jax.model import ModelConfig, Params, is_spec, param_specs
 from opd_jax.model.lora import lora_specs, with_adapters
 from opd_jax.runtime.checkpoint import Checkpoints
@@ -33,36 +33,36 @@ def export(workdir: Path, out: Path) -> int:
     stored = workdir / "config.json"
     if not stored.is_file():
         raise ValueError(f"`--workdir`: `{workdir}` has no config.json; give a run's workdir")
-    config = cfg.read_stored(stored)
-    sizes = experiment.student_sizes(config)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-    restored = checkpoints.restore_latest({"params": _trained(config, sizes)}, partial=True)
+    settings = read_settings(read_stored(stored))
+    sizes = student_sizes(settings)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
+    restored = checkpoints.restore_latest({"params": _trained(settings, sizes)}, partial=True)
     if restored is None:
         raise ValueError(f"`--workdir`: `{workdir}` has no checkpoint yet; let the run save one")
     step, state, _ = restored
-    params = with_adapters(_frozen(config), state["params"], experiment.make_lora(config.lora))
-    new = config.student == "new"
-    tokenizer = experiment.new_sizes(config)[1] if new else experiment.model_folder(config.student)
-    hf.save_model(out, params, sizes, dtype=config.dtype, tokenizer_from=tokenizer)
+    params = with_adapters(_frozen(settings), state["params"], build.adapters(settings))
+    new = settings.student == "new"
+    tokenizer = new_sizes(settings)[1] if new else model_folder(settings.student)
+    hf.save_model(out, params, sizes, dtype=jnp.dtype(settings.dtype), tokenizer_from=tokenizer)
     return step
 
 
-def _trained(config: FrozenConfigDict, sizes: ModelConfig) -> Params:
+def _trained(settings: Settings, sizes: ModelConfig) -> Params:
     """Shapes of what was trained, without a placement: to be read to the host."""
-    lora = experiment.make_lora(config.lora)
+    lora = build.adapters(settings)
     return jax.tree.map(
-        lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(config.dtype)),
+        lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(settings.dtype)),
         lora_specs(sizes, lora) if lora else param_specs(sizes),
         is_leaf=is_spec,
     )
 
 
-def _frozen(config: FrozenConfigDict) -> Params | None:
+def _frozen(settings: Settings) -> Params | None:
     """What adapters adapt, on the host; None where all parameters were trained."""
-    if not config.lora.rank:
+    if not settings.lora.rank:
         return None
     host = make_mesh(data=1, fsdp=1, tensor=1, devices=jax.local_devices(backend="cpu")[:1])
-    return experiment.load_student(config, host).params
+    return load_student(settings, host).params
 
 
 def main(argv: Sequence[str]) -> None:
@@ -70,11 +70,11 @@ def main(argv: Sequence[str]) -> None:
     # Else it would take the memory of accelerators, which it does not use.
     jax.config.update("jax_platforms", "cpu")
     try:
-        _, workdir, flags = cfg.parse_command_line(argv, usage=__doc__, needs_config=False, out=str)
+        _, workdir, flags = parse_command_line(argv, usage=__doc__, needs_config=False, out=str)
         step = export(workdir, Path(flags["out"]))
         print(f"update {step} of {workdir} written to {flags['out']}")
     except ValueError as error:
-        cfg.fail(error)
+        fail(error)
 
 
 if __name__ == "__main__":

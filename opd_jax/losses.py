@@ -1,18 +1,20 @@
 """The objective of SAGE-OPD (arXiv 2606.19659) and of its baselines, as pure functions on arrays.
 
-The loss is one line: an unreduced divergence per token, times a weight that says why the token
-counts as it does, summed and divided by the number of student tokens N:
+The loss is one line. Each student token has a divergence and a weight; their products are summed
+and divided by the number N of student tokens:
 
-    loss = (1/N) Σ_token weight · divergence,    weight = z · i_turn · c_turn [· e_token]
+    loss = (1/N) Σ_token weight · divergence,    weight = z · s,    s = i_turn · c_turn [· e_token]
 
-`i` is the turn's intervention (verdict), `c` the teacher's confidence over the turn, and `z` keeps
-the mean weight at one, the scale of plain OPD (weight = 1 everywhere). Every ablation sets one
-factor to one; methods that weigh single tokens bring one factor more (`entropy_factor`). All
-weights are constants to the gradient; so is everything of the teacher.
+`i` is the turn's intervention (its verdict) and `c` the teacher's confidence over the turn. `z`
+keeps the mean weight at one, the scale of plain OPD (weight = 1 everywhere). An ablation sets one
+factor to one. A method that weighs single tokens brings a factor `e` (`entropy_factor`).
 
-Which tokens belong to the student is `turn_id`: k for a token that the student sampled in its k-th
-turn, `NO_TURN` for prompts, observations, forced tokens and padding. Such positions may hold
-anything, NaN included.
+Two functions make every weight. `raw_weights` gives s and its totals. `scale` makes z from totals,
+which add up over micro-batches and devices. `sage_weights` is the two together, for one batch.
+Weights are constants to the gradient, and so is everything of the teacher.
+
+`turn_id` says which tokens are the student's: k for a token sampled in turn k, `NO_TURN` for
+prompts, observations, forced tokens and padding. Those positions may hold anything, even NaN.
 
 This file imports JAX only. Inputs may be any float dtype; arithmetic is float32, logs are natural.
 """
@@ -25,6 +27,9 @@ import jax
 import jax.numpy as jnp
 
 NO_TURN = -1
+
+NORMALIZERS = ("all_tokens", "active_tokens", "none")
+SCOPES = ("batch", "trajectory")
 
 # Takes the place of ∞ in gradients, where 0 · ∞ would be NaN for a token whose weight is 0. Far
 # beyond any finite log-ratio, and finite when multiplied by one.
@@ -447,30 +452,50 @@ def entropy_factor(teacher_entropy: jax.Array, *, bonus: float, threshold: float
     return 1.0 + bonus * uncertain.astype(jnp.float32)
 
 
+class WeightTotals(NamedTuple):
+    """What the scale Z needs to know of a batch; float32, all of one shape.
+
+    Totals add: those of a batch are the sums over its micro-batches and devices.
+
+    Attributes:
+      weight: Σ s over the student's tokens.
+      tokens: N, the student's tokens; those of skipped turns count.
+      active: the student's tokens with s > 0.
+    """
+
+    weight: jax.Array
+    tokens: jax.Array
+    active: jax.Array
+
+
 def raw_weights(
     turn_id: jax.Array,
     verdict: jax.Array,
     confidence: jax.Array,
     *,
-    weak_weight: float = 0.5,
-    token_factor: jax.Array | None = None,
-) -> jax.Array:
-    """s = i · c of each token's turn, times its own factor; 0 where `turn_id` is `NO_TURN`.
+    weak_weight: float,
+    token_factor: jax.Array | None,
+    scope: str,
+) -> tuple[jax.Array, WeightTotals]:
+    """s = i · c of each token's turn, times the token's own factor, and the totals of s.
 
     Args:
       turn_id: int [B, T].
-      verdict: int [B, K].
+      verdict: int [B, K], codes of `Verdict`.
       confidence: float [B, K], 0..1.
       weak_weight: α.
       token_factor: float [B, T], multiplies s; None for 1. May hold anything where `turn_id` is
         `NO_TURN`.
+      scope: "batch": totals over the batch, []; "trajectory": over each row, [B].
 
     Returns:
-      float32 [B, T]. No gradient.
+      (s float32 [B, T], 0 where `turn_id` is `NO_TURN`; its totals). No gradient.
 
     Raises:
-      ValueError: shapes that do not match.
+      ValueError: shapes that do not match, or an unknown `scope`.
     """
+    if scope not in SCOPES:
+        raise ValueError(f"`scope`: expected one of {', '.join(SCOPES)}, got {scope!r}")
     if verdict.shape != confidence.shape or verdict.shape[:1] != turn_id.shape[:1]:
         raise ValueError(
             f"`verdict` {verdict.shape} and `confidence` {confidence.shape}: expected both [B, K] "
@@ -478,51 +503,46 @@ def raw_weights(
         )
     turn_weight = intervention_weight(verdict, weak_weight=weak_weight) * confidence
     turn_weight = jax.lax.stop_gradient(turn_weight).astype(jnp.float32)
-    token_weight = jnp.take_along_axis(turn_weight, jnp.maximum(turn_id, 0), axis=1)
+    s = jnp.take_along_axis(turn_weight, jnp.maximum(turn_id, 0), axis=1)
     if token_factor is not None:
         _check_same_shape("token_factor", token_factor, "turn_id", turn_id)
-        token_weight *= jax.lax.stop_gradient(token_factor)
-    return jnp.where(turn_id == NO_TURN, 0.0, token_weight)
+        s *= jax.lax.stop_gradient(token_factor)
+    s = jnp.where(turn_id == NO_TURN, 0.0, s)
+    axis = None if scope == "batch" else 1
+    totals = WeightTotals(
+        weight=jnp.sum(s, axis=axis),
+        tokens=jnp.sum(turn_id != NO_TURN, axis=axis).astype(jnp.float32),
+        active=jnp.sum(s > 0, axis=axis).astype(jnp.float32),
+    )
+    return s, totals
 
 
-def normalizer(
-    weight_sum: jax.Array,
-    num_tokens: jax.Array,
-    num_active: jax.Array,
-    *,
-    normalize: str = "all_tokens",
-    eps: float = 1e-8,
-    max_z: float | None = None,
-) -> jax.Array:
+def scale(totals: WeightTotals, *, normalize: str, eps: float, max_z: float | None) -> jax.Array:
     """Z = N / max(Σ s, ε), which brings the mean token weight to one.
 
-    Takes sums instead of arrays so that micro-batches and devices can add theirs up first.
-
     Args:
-      weight_sum: float [...], Σ s over tokens.
-      num_tokens: float [...], N: all student tokens, those of skipped turns included.
-      num_active: float [...], student tokens of turns with s > 0.
-      normalize: "all_tokens" (the paper's), "active_tokens" (N counts active tokens only; its
+      totals: of the whole batch, or of each trajectory.
+      normalize: "all_tokens" (the paper's), "active_tokens" (counts active tokens only; the paper's
         ablation) or "none" (Z = 1).
-      eps: ε, keeps an all-skipped batch finite: its weights are 0, whatever Z.
+      eps: ε keeps an all-skipped batch finite: its weights are 0, whatever Z.
       max_z: upper bound on Z, or None; ours.
 
     Returns:
-      float32 [...].
+      float32 in the shape of the totals.
 
     Raises:
       ValueError: an unknown `normalize`.
 
     Source: arXiv 2606.19659, normalized loss; ε is not stated there.
     """
-    if normalize not in ("all_tokens", "active_tokens", "none"):
+    if normalize not in NORMALIZERS:
         raise ValueError(
-            f"`normalize`: expected all_tokens, active_tokens or none, got {normalize!r}"
+            f"`normalize`: expected one of {', '.join(NORMALIZERS)}, got {normalize!r}"
         )
     if normalize == "none":
-        return jnp.ones_like(weight_sum, jnp.float32)
-    count = num_tokens if normalize == "all_tokens" else num_active
-    z = count / jnp.maximum(weight_sum, eps)
+        return jnp.ones_like(totals.weight, jnp.float32)
+    count = totals.tokens if normalize == "all_tokens" else totals.active
+    z = count / jnp.maximum(totals.weight, eps)
     return z if max_z is None else jnp.minimum(z, max_z)
 
 
@@ -538,18 +558,18 @@ def sage_weights(
     max_z: float | None = None,
     token_factor: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The weight of every token: z · i · c of its turn.
+    """The weight of every token, z · i · c: `raw_weights` times `scale` of their totals.
 
     Args:
       turn_id: int [B, T].
       verdict: int [B, K], codes of `Verdict`.
       confidence: float [B, K], from `turn_confidence`; ones switch it off.
       weak_weight: α, the weight of WEAK.
-      normalize: "all_tokens", "active_tokens" or "none" (see `normalizer`).
+      normalize: see `scale`.
       scope: "batch": one Z over the batch; "trajectory": one for each row.
-      eps: see `normalizer`.
-      max_z: see `normalizer`.
-      token_factor: see `raw_weights`; z then keeps the mean of the product at one.
+      eps: see `scale`.
+      max_z: see `scale`.
+      token_factor: see `raw_weights`; z keeps the mean of the product at one.
 
     Returns:
       (weight float32 [B, T], 0 where `turn_id` is `NO_TURN`; z float32, [] or [B] by scope). No
@@ -561,20 +581,15 @@ def sage_weights(
 
     Source: arXiv 2606.19659: intervention, confidence and normalized loss.
     """
-    if scope not in ("batch", "trajectory"):
-        raise ValueError(f"`scope`: expected batch or trajectory, got {scope!r}")
-    axis = None if scope == "batch" else 1
-    s = raw_weights(
-        turn_id, verdict, confidence, weak_weight=weak_weight, token_factor=token_factor
+    s, totals = raw_weights(
+        turn_id,
+        verdict,
+        confidence,
+        weak_weight=weak_weight,
+        token_factor=token_factor,
+        scope=scope,
     )
-    z = normalizer(
-        jnp.sum(s, axis=axis),
-        jnp.sum(turn_id != NO_TURN, axis=axis).astype(jnp.float32),
-        jnp.sum(s > 0, axis=axis).astype(jnp.float32),
-        normalize=normalize,
-        eps=eps,
-        max_z=max_z,
-    )
+    z = scale(totals, normalize=normalize, eps=eps, max_z=max_z)
     return s * (z if scope == "batch" else z[:, None]), z
 
 

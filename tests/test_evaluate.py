@@ -20,7 +20,7 @@ from opd_jax.config import load, read_stored, to_json
 from opd_jax.envs.search.searchqa_data import SETS
 from opd_jax.experience import environments
 from opd_jax.learner.train_state import abstract_state
-from opd_jax.report.figures import judge_table, results_table
+from opd_jax.report.tables import judge_table, results_table
 from opd_jax.runtime.checkpoint import Checkpoints
 from opd_jax.runtime.mesh import make_mesh
 

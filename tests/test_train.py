@@ -25,7 +25,7 @@ from opd_jax.experience import environments
 from opd_jax.experience.source import make_source
 from opd_jax.learner.train_state import abstract_state, init_state
 from opd_jax.learner.train_step import make_train_step
-from opd_jax.report.metrics import Stopwatch
+from opd_jax.report.stopwatch import Stopwatch
 from opd_jax.runtime.checkpoint import Checkpoints
 from opd_jax.runtime.mesh import make_mesh
 

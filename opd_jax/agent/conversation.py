@@ -1,14 +1,11 @@
-"""The contract between rollout, teacher and objective.
+"""The contract between rollout, judge and objective: an episode, token by token.
 
-Written once, when tokens are sampled, and never edited: which token belongs to which turn is
-recorded at that moment and not re-derived from text. What the teacher adds is a second pytree.
+Which token belongs to which turn is recorded when the token is sampled. It is never edited and
+never derived again from text.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
-from flax import struct
 
 from opd_jax.envs.base import BROKEN, Observation, Task
 from opd_jax.losses import NO_TURN
@@ -139,102 +136,3 @@ def record_turn(
     conversation.score = after.score
     conversation.measures = after.measures
     conversation.end = after.end
-
-
-@struct.dataclass
-class Trajectory:
-    """A batch of episodes, padded on the right.
-
-    Attributes:
-      tokens: int32 [B, T]; padding is 0.
-      turn_id: int32 [B, T]; k for a token sampled in the k-th turn, else `NO_TURN`; `NO_TURN`
-        throughout an episode whose environment broke, which therefore carries no loss.
-      sampled_logprobs: float32 [B, T], nats; 0 where `turn_id` is `NO_TURN`.
-      lengths: int32 [B], tokens before the padding.
-      num_turns: int32 [B].
-      failed: bool [B, K], deterministic failure of each turn; False where the environment broke.
-      success: bool [B].
-      score: float32 [B].
-    """
-
-    tokens: np.ndarray
-    turn_id: np.ndarray
-    sampled_logprobs: np.ndarray
-    lengths: np.ndarray
-    num_turns: np.ndarray
-    failed: np.ndarray
-    success: np.ndarray
-    score: np.ndarray
-
-
-def pack(
-    conversations: Sequence[Conversation], *, max_turns: int, length_multiple: int
-) -> Trajectory:
-    """Conversations as arrays `[B, T]`, T the longest rounded up to a multiple.
-
-    Rounding bounds the number of shapes, and so of compiled programs, that training meets.
-
-    Args:
-      conversations: B of them, at least one.
-      max_turns: K.
-      length_multiple: T is a multiple of this.
-
-    Raises:
-      ValueError: a conversation has more turns than `max_turns`.
-    """
-    longest = max(len(c.tokens) for c in conversations)
-    T = -(-longest // length_multiple) * length_multiple
-    B = len(conversations)
-    out = Trajectory(
-        tokens=np.zeros((B, T), np.int32),
-        turn_id=np.full((B, T), NO_TURN, np.int32),
-        sampled_logprobs=np.zeros((B, T), np.float32),
-        lengths=np.array([len(c.tokens) for c in conversations], np.int32),
-        num_turns=np.array([len(c.turns) for c in conversations], np.int32),
-        failed=np.zeros((B, max_turns), bool),
-        success=np.array([c.success for c in conversations]),
-        score=np.array([c.score for c in conversations], np.float32),
-    )
-    for row, c in enumerate(conversations):
-        if len(c.turns) > max_turns:
-            raise ValueError(
-                f"`max_turns`: trajectory {row} has {len(c.turns)} turns, expected at most "
-                f"{max_turns}"
-            )
-        out.tokens[row, : len(c.tokens)] = c.tokens
-        if c.broken:
-            continue
-        out.turn_id[row, : len(c.tokens)] = c.turn_id
-        out.sampled_logprobs[row, : len(c.tokens)] = c.logprobs
-        out.failed[row, : len(c.turns)] = [bool(t.failure) for t in c.turns]
-    return out
-
-
-def check(trajectory: Trajectory, *, vocab_size: int) -> None:
-    """Host-side check of everything the compiled world takes for granted.
-
-    Args:
-      trajectory: a batch, on the host.
-      vocab_size: of the model that will read it.
-
-    Raises:
-      ValueError: naming the field and the first offending row.
-    """
-    t = trajectory
-    T = t.tokens.shape[1]
-    K = t.failed.shape[1]
-    padding = np.arange(T) >= t.lengths[:, None]
-    rules = {
-        "tokens": ((t.tokens < 0) | (t.tokens >= vocab_size), f"expected 0..{vocab_size - 1}"),
-        "turn_id": ((t.turn_id < NO_TURN) | (t.turn_id >= K), f"expected {NO_TURN}..{K - 1}"),
-        "turn_id[:, 0]": (t.turn_id[:, :1] != NO_TURN, "nothing precedes the first token"),
-        "turn_id in padding": (padding & (t.turn_id != NO_TURN), f"expected {NO_TURN}"),
-        "sampled_logprobs": (
-            ~(np.isfinite(t.sampled_logprobs) & (t.sampled_logprobs <= 0)),
-            "expected finite log-probabilities, at most 0",
-        ),
-    }
-    for name, (wrong, expected) in rules.items():
-        if wrong.any():
-            row, column = np.argwhere(wrong)[0]
-            raise ValueError(f"`{name}` of trajectory {row}, position {column}: {expected}")

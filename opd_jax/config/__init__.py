@@ -7,7 +7,8 @@ value. What comes out is frozen, so nothing can change it once the run has start
 
 - `flags`: words of a command line, and the typed values in them.
 - `loading`: a file, its argument and overrides, to a frozen config.
-- `validation`: every relation between fields, checked before anything is built.
+- `settings`: the config as frozen dataclasses, with every relation between fields checked.
+- `models`, `build`: from settings to live objects.
 - `stored`: ``config.json`` in a workdir, and whether a run may go on under another config.
 - `command_line`: what ``train``, ``evaluate`` and ``export`` share.
 """
@@ -16,7 +17,6 @@ from opd_jax.config.command_line import fail, parse_command_line
 from opd_jax.config.flags import given_fields
 from opd_jax.config.loading import load, parse_arg
 from opd_jax.config.stored import check_same_run, differences, from_json, read_stored, to_json
-from opd_jax.config.validation import validate
 
 __all__ = [
     "check_same_run",
@@ -29,5 +29,4 @@ __all__ = [
     "parse_command_line",
     "read_stored",
     "to_json",
-    "validate",
 ]

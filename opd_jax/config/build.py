@@ -1,309 +1,271 @@
-"""From a config to live objects: models, agents, judges, objectives, demonstrations.
+"""From settings to live objects: models, agents, judges, sources of experience, compiled updates.
 
-Everything it calls takes keyword arguments: below this file nothing knows of configs.
+The only room in which settings meet what they configure. Everything below takes keyword arguments.
 """
 
 import dataclasses
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache, partial
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from ml_collections import FrozenConfigDict
 
-from opd_jax import hf
+from opd_jax import model
+from opd_jax.agent.agent import Agent
 from opd_jax.agent.chat import ChatFormat
 from opd_jax.agent.conversation import Conversation
-from opd_jax.agent.generate import Sampling, sampling_params
-from opd_jax.agent.rollout import Agent
+from opd_jax.agent.generate import sampling_params
+from opd_jax.agent.rollout import make_envs, rollout, row_keys
+from opd_jax.config.models import LoadedModel
+from opd_jax.config.settings import Settings
 from opd_jax.envs.base import Env
+from opd_jax.envs.make import make_env
+from opd_jax.envs.players import make_player
 from opd_jax.experience.demonstrations import demonstrate
-from opd_jax.experience.environments import make_env, split_size
-from opd_jax.experience.players import make_player
-from opd_jax.judge.prompt import PHRASES, Judge
-from opd_jax.learner import optimizer
-from opd_jax.learner.objective import Objective
-from opd_jax.model import ModelConfig, Params, init_arrays, init_params, param_specs
+from opd_jax.experience.source import Episodes, Play, Played, Source, TaskOrder, play_expert
+from opd_jax.experience.stream import Stream, judge_example
+from opd_jax.experience.tasks import Panel, find_panels, split_size
+from opd_jax.judge.answer import LABELS
+from opd_jax.judge.labellers import Labeller, no_judge, teacher_judge
+from opd_jax.judge.prompt import Judge
+from opd_jax.learner.batch import Batch, pack
+from opd_jax.learner.optimizer import make_optimizer
+from opd_jax.learner.teacher import Teacher, make_teacher_pass
+from opd_jax.learner.train_state import TrainState, placement_of
+from opd_jax.learner.train_step import make_train_step
+from opd_jax.model import ModelConfig, Params, init_arrays
 from opd_jax.model.lora import Lora, lora_specs, with_adapters
-from opd_jax.runtime.mesh import param_shardings
+from opd_jax.runtime.mesh import param_shardings, shard_batch
 
-EMBEDDED = Path(__file__).parents[1] / "pair"
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model folder in memory.
-
-    Attributes:
-      folder: where it came from.
-      config: its sizes.
-      params: its parameters.
-      tokenizer: a `transformers` tokenizer.
-      chat: its chat format.
-    """
-
-    folder: Path
-    config: ModelConfig
-    params: Params
-    tokenizer: Any
-    chat: ChatFormat
+# --- What is trained ----------------------------------------------------------------------------
 
 
-def model_folder(name: str) -> Path:
-    """The folder a config's model name stands for: `embedded:NAME` ships with the package."""
-    return EMBEDDED / name.removeprefix("embedded:") if name.startswith("embedded:") else Path(name)
+def adapters(settings: Settings) -> Lora | None:
+    """The adapters that are trained; None where all parameters are."""
+    return settings.lora if settings.lora.rank else None
 
 
-def load_model(
-    name: str, *, dtype: str, mesh: jax.sharding.Mesh, vocab_size: int | None = None
-) -> LoadedModel:
-    """Read a model folder; errors as in `hf`.
-
-    Args:
-      name: a folder of Hugging Face safetensors, or `embedded:student` or `embedded:teacher`.
-      dtype: of the parameters; "int8" is `quantize` over bfloat16.
-      mesh: over which they are split.
-      vocab_size: tokens that are read, without rows that pad the vocabulary beyond; None: all.
-    """
-    folder = model_folder(name)
-    config = hf.read_config(folder)
-    tokenizer = hf.load_tokenizer(folder)
-    if vocab_size is not None:
-        config = dataclasses.replace(config, vocab_size=vocab_size)
-    hf.check_vocab(folder, tokenizer, config)
-    return LoadedModel(
-        folder=folder,
-        config=config,
-        params=hf.load_params(
-            folder,
-            config,
-            dtype=jnp.dtype("bfloat16" if dtype == "int8" else dtype),
-            int8=dtype == "int8",
-            mesh=mesh,
-        ),
-        tokenizer=tokenizer,
-        chat=ChatFormat.from_tokenizer(tokenizer),
-    )
-
-
-def load_pair(
-    config: FrozenConfigDict, mesh: jax.sharding.Mesh
-) -> tuple[LoadedModel, LoadedModel | None]:
-    """Student and teacher as the config names them; no teacher where its name is empty."""
-    return load_student(config, mesh), load_teacher(config, mesh)
-
-
-def load_student(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> LoadedModel:
-    """The student that the config names, for use beside its teacher, as it is before any update.
-
-    Raises:
-      ValueError: its tokenizer differs from the teacher's, before any weight is read; else as in
-        `hf`.
-    """
-    if config.student == "new":
-        return new_model(config, mesh)
-    if config.teacher:
-        hf.check_same_tokenizer(model_folder(config.student), model_folder(config.teacher))
-    return load_model(
-        config.student, dtype=student_dtype(config), mesh=mesh, vocab_size=_shared_vocab(config)
-    )
-
-
-def student_sizes(config: FrozenConfigDict) -> ModelConfig:
-    """Sizes of the student that `load_student` gives; no weight is read.
-
-    Raises:
-      ValueError: as `hf.read_config`.
-    """
-    if config.student == "new":
-        return new_sizes(config)[0]
-    sizes = hf.read_config(model_folder(config.student))
-    return dataclasses.replace(sizes, vocab_size=_shared_vocab(config))
-
-
-def student_dtype(config: FrozenConfigDict) -> str:
-    """What the student is loaded in, as `load_model` takes it: frozen weights need no more."""
-    if not config.lora.rank:
-        return config.dtype
-    return "int8" if config.lora.int8 else config.compute_dtype
-
-
-def load_teacher(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> LoadedModel | None:
-    """The teacher that the config names, or None."""
-    if not config.teacher:
-        return None
-    return load_model(
-        config.teacher, dtype=config.teacher_dtype, mesh=mesh, vocab_size=_shared_vocab(config)
-    )
-
-
-def _shared_vocab(config: FrozenConfigDict) -> int:
-    """The smaller vocabulary: models of one tokenizer may be padded to different sizes."""
-    names = [name for name in (config.student, config.teacher) if name]
-    return min(hf.read_config(model_folder(name)).vocab_size for name in names)
-
-
-def new_model(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> LoadedModel:
-    """A random model of `config.new_model` with the household's tokenizer."""
-    sizes, tokenizer = new_sizes(config)
-    init = jax.jit(
-        partial(init_params, sizes, dtype=jnp.dtype(config.dtype)),
-        out_shardings=param_shardings(param_specs(sizes), mesh),
-    )
-    return LoadedModel(
-        folder=EMBEDDED,
-        config=sizes,
-        params=init(jax.random.key(config.seed)),
-        tokenizer=tokenizer,
-        chat=ChatFormat.from_tokenizer(tokenizer),
-    )
-
-
-def new_sizes(config: FrozenConfigDict) -> tuple[ModelConfig, Any]:
-    """Sizes of `new_model`, and its tokenizer."""
-    from opd_jax.envs.household.tokenizer import build
-
-    tokenizer = build(phrases=PHRASES)
-    return ModelConfig(vocab_size=len(tokenizer), rope_scaling=None, **config.new_model), tokenizer
-
-
-def make_lora(settings: FrozenConfigDict) -> Lora | None:
-    """The adapters of `config.lora`; None where all parameters are trained."""
-    if not settings.rank:
-        return None
-    return Lora(rank=settings.rank, alpha=settings.alpha, targets=tuple(settings.targets))
-
-
-def initial_params(
-    student: LoadedModel, config: FrozenConfigDict, mesh: jax.sharding.Mesh
-) -> Params:
+def initial_params(student: LoadedModel, settings: Settings, mesh: jax.sharding.Mesh) -> Params:
     """What is trained, before any update: the student's parameters, or adapters for them.
 
     Raises:
       ValueError: the student cannot have such adapters, or they do not divide over the mesh.
     """
-    lora = make_lora(config.lora)
+    lora = adapters(settings)
     if lora is None:
         return student.params
     specs = lora_specs(student.config, lora)
     init = jax.jit(
-        partial(init_arrays, specs, dtype=jnp.dtype(config.dtype)),
+        partial(init_arrays, specs, dtype=jnp.dtype(settings.dtype)),
         out_shardings=param_shardings(specs, mesh),
     )
     # A key that no update's number leads to.
-    return init(jax.random.fold_in(jax.random.key(config.seed), 2**32 - 1))
+    return init(jax.random.fold_in(jax.random.key(settings.seed), 2**32 - 1))
 
 
-def student_params(trained: Params, student: LoadedModel, config: FrozenConfigDict) -> Params:
-    """The parameters that the student computes with: those trained, or its own beside them."""
-    lora = make_lora(config.lora)
-    return with_adapters(student.params if lora else None, trained, lora)
+def make_sampling_params(trained: Params, student: LoadedModel, settings: Settings) -> Params:
+    """The student's parameters as it samples with them, from those being trained."""
+    lora = adapters(settings)
+    return sampling_params(
+        with_adapters(student.params if lora else None, trained, lora),
+        config=student.config,
+        dtype=jnp.dtype(settings.compute_dtype),
+        gather=settings.rollout.gather_weights,
+    )
 
 
-def make_optimizer(config: FrozenConfigDict) -> optax.GradientTransformation:
-    """AdamW from `config.optimizer`, over `train.updates` updates."""
-    return optimizer.make_optimizer(total_updates=config.train.updates, **config.optimizer)
+def optimizer(settings: Settings) -> optax.GradientTransformation:
+    """The optimizer of the run."""
+    return make_optimizer(settings.optimizer, total_updates=settings.train.updates)
+
+
+Update = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
+
+
+def make_update(
+    settings: Settings, student: LoadedModel, teacher: LoadedModel | None, state: TrainState
+) -> Update:
+    """One update, from a batch on the host to metrics on the host; donates its state.
+
+    The teacher's pass and the train step are two compiled programs.
+    """
+    train = settings.train
+    how: dict[str, Any] = dict(
+        micro_batches=train.micro_batches,
+        # A batch of demonstrations has however many rows fit.
+        batch_rows=None if settings.shows_players else settings.rollout.batch,
+        query_chunk=train.query_chunk,
+    )
+    train_step = make_train_step(
+        student=student.config,
+        objective=settings.objective,
+        optimizer=optimizer(settings),
+        placement=placement_of(state),
+        dtype=jnp.dtype(settings.compute_dtype),
+        loss_chunk=train.loss_chunk,
+        remat=train.remat,
+        lora=adapters(settings),
+        **how,
+    )
+    reads = teacher if settings.objective.needs_teacher else None
+    teacher_pass = make_teacher_pass(reads.config, **how) if reads else None
+    base = student.params if adapters(settings) else None
+
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        rows = shard_batch(batch)
+        said = None
+        if reads and teacher_pass:
+            said = Teacher(teacher_pass(reads.params, rows), model.head_params(reads.params))
+        state, raw = train_step(state, said, rows, base)
+        return state, jax.device_get(raw)
+
+    return update
+
+
+def make_pack(settings: Settings, sizes: ModelConfig) -> Callable[[Played, np.ndarray], Batch]:
+    """The function from episodes and their verdicts [B, K] to the batch of an update.
+
+    Args:
+      settings: of the run.
+      sizes: of the student, who reads the tokens.
+    """
+
+    def packed(played: Played, verdict: np.ndarray) -> Batch:
+        return pack(
+            played.rows,
+            verdict[played.episode],
+            length_multiple=played.length_multiple,
+            response_multiple=settings.train.response_multiple,
+            vocab_size=sizes.vocab_size,
+        )
+
+    return packed
+
+
+# --- Who acts and who judges ----------------------------------------------------------------------
 
 
 def make_agent(
-    model: LoadedModel, rollout: FrozenConfigDict, *, temperature: float | None = None
+    loaded: LoadedModel, settings: Settings, *, temperature: float | None = None
 ) -> Agent:
-    """An agent from `config.rollout`; `temperature` replaces the one for training.
+    """A model as an agent; `temperature` replaces the one for training.
 
     Raises:
-      ValueError: the cache is longer than what the model was made for.
+      ValueError: the context is longer than what the model was made for.
     """
-    if rollout.context_tokens > model.config.max_positions:
+    decoding, most = settings.rollout, loaded.config.max_positions
+    if decoding.context_tokens > most:
         raise ValueError(
-            f"`rollout.context_tokens` = {rollout.context_tokens} exceeds the "
-            f"{model.config.max_positions} positions of `{model.folder}`; lower it"
+            f"`rollout.context_tokens` = {decoding.context_tokens} exceeds the {most} positions of "
+            f"`{loaded.folder}`; lower it"
         )
-    return Agent(
-        model=model.config,
-        tokenizer=model.tokenizer,
-        chat=model.chat,
-        sampling=Sampling(
-            temperature=rollout.temperature if temperature is None else temperature,
-            top_k=rollout.top_k,
-            top_p=rollout.top_p,
-        ),
-        turn_tokens=rollout.turn_tokens,
-        context_tokens=rollout.context_tokens,
-        cache_step=rollout.cache_step,
-        extend_widths=tuple(rollout.extend_widths),
-        chunk=rollout.chunk,
-        history_turns=rollout.history_turns,
-    )
+    if temperature is not None:
+        decoding = dataclasses.replace(decoding, temperature=temperature)
+    return Agent(loaded.config, loaded.tokenizer, loaded.chat, decoding)
 
 
-def make_sampling_params(trained: Params, student: LoadedModel, config: FrozenConfigDict) -> Params:
-    """The student's parameters as it samples with them, from those being trained."""
-    return sampling_params(
-        student_params(trained, student, config),
-        config=student.config,
-        dtype=jnp.dtype(config.compute_dtype),
-        gather=config.rollout.gather_weights,
-    )
+def make_judge(loaded: LoadedModel, settings: Settings) -> Judge:
+    """A model as a judge."""
+    return Judge(loaded.config, loaded.tokenizer, loaded.chat, settings.judge)
 
 
-def make_judge(model: LoadedModel, settings: FrozenConfigDict) -> Judge:
-    """A judge from `config.judge`."""
-    return Judge(
-        model=model.config,
-        tokenizer=model.tokenizer,
-        chat=model.chat,
-        context=settings.context,
-        admissible_shown=settings.admissible_shown,
-        batch=settings.batch,
-        length_multiple=settings.length_multiple,
-        max_new_tokens=settings.max_new_tokens,
-    )
+def make_labeller(settings: Settings, teacher: LoadedModel | None) -> Labeller:
+    """What gives the turns of an update their verdicts."""
+    max_turns = settings.env.max_turns
+    if not settings.objective.intervention or teacher is None:
+        return no_judge(max_turns=max_turns)
+    return teacher_judge(teacher.params, by=make_judge(teacher, settings), max_turns=max_turns)
 
 
-def make_objective(settings: FrozenConfigDict) -> Objective:
-    """The objective from `config.objective`."""
-    return Objective(
-        divergence=settings.divergence,
-        beta=settings.beta,
-        intervention=settings.intervention,
-        confidence=settings.confidence,
-        confidence_temperature=settings.confidence_temperature,
-        weak_weight=settings.weak_weight,
-        entropy_bonus=settings.entropy_bonus,
-        entropy_threshold=settings.entropy_threshold,
-        normalize=settings.normalize,
-        scope=settings.scope,
-        eps=settings.eps,
-        max_z=settings.max_z or None,
-    )
+# --- Where tokens come from -----------------------------------------------------------------------
 
 
-def train_tasks(size: int, *, seed: int, start: int, count: int) -> list[int]:
-    """Tasks number `start` to `start + count` of an endless series of shuffled epochs."""
-    tasks = []
-    for number in range(start, start + count):
-        epoch, place = divmod(number, size)
-        tasks.append(int(_permutation(size, seed, epoch)[place]))
-    return tasks
+def panels(settings: Settings) -> dict[str, Panel]:
+    """The tasks of every split that the settings name; errors as in `tasks.find_panels`."""
+    splits = dict.fromkeys(settings.eval.splits, "eval.splits")
+    return find_panels(make_env(settings.env), {settings.data.split: "data.split", **splits})
 
 
-@lru_cache(maxsize=2)  # a batch may span two epochs
-def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(size)
+def check_players(settings: Settings) -> None:
+    """Finds every player that the settings name, or raises as `make_player` does."""
+    wanted = [("eval.who", who) for who in settings.eval.who if who not in ("before", "teacher")]
+    habits: Any = {}
+    if settings.data.source == "expert":
+        wanted.append(("data.source", "expert"))
+    if settings.shows_players and (shown := settings.demonstrations):
+        habits = shown.habits
+        wanted.append(("demonstrations.player", shown.player))
+        wanted += [("demonstrations.distractors", name) for name in shown.distractors]
+    for field, name in wanted:
+        make_player(name, settings.env, field=field, habits=habits)
 
 
-def make_expert(config: FrozenConfigDict, agent: Agent) -> Callable[[Env, str, int], Conversation]:
-    """`demonstrate` bound to the environment's expert, undisturbed: (env, split, index).
+def make_source(
+    settings: Settings,
+    student: LoadedModel,
+    teacher: LoadedModel | None,
+    *,
+    tasks: Panel,
+    cursor: Sequence[int],
+) -> Source:
+    """The source named by `data.source`.
 
     Args:
-      config: names the environment, and the seed of the expert's draws.
-      agent: whose tokenizer, chat format and context the conversations have.
+      settings: of the run.
+      student: who plays on-policy, and whose tokenizer and chat format the tokens have.
+      teacher: who plays where the settings say so.
+      tasks: of `data.split`.
+      cursor: where the first call starts, as from `Source.cursor`; [0, 0] at the beginning.
+    """
+    if settings.shows_players:
+        return _demonstrations(settings, student, cursor=cursor)
+    how, source = settings.rollout, settings.data.source
+    player = teacher if source == "teacher" and teacher else student
+    agent = make_agent(player, settings)
+    envs = make_envs(partial(make_env, settings.env), how.batch)
+    play = play_expert(make_expert(settings, agent), envs)
+    if source != "expert":
+        play = _play_model(settings, player, agent, envs)
+    return Episodes(
+        play,
+        envs=envs,
+        tasks=TaskOrder(
+            split=settings.data.split,
+            size=tasks.size,
+            seed=settings.seed,
+            count=how.batch // how.per_task,
+            per_task=how.per_task,
+        ),
+        agent=agent,
+        length_multiple=settings.train.length_multiple,
+        cursor=cursor,
+    )
+
+
+def _play_model(
+    settings: Settings, player: LoadedModel, agent: Agent, envs: Sequence[Env | None]
+) -> Play:
+    """`Play` of the student being trained, or of the teacher."""
+    on_policy = settings.data.source == "on_policy"
+
+    def play(state: TrainState, tasks: Sequence[tuple[str, int]]) -> list[Conversation]:
+        params = player.params
+        if on_policy:
+            params = make_sampling_params(state.params, player, settings)
+        update = int(state.step)
+        keys = row_keys(jax.random.fold_in(state.rng, state.step), range(len(tasks)))
+        depth = settings.rollout.depth(update)
+        return rollout(params, keys, agent=agent, envs=envs, tasks=tasks, depth=depth)
+
+    return play
+
+
+def make_expert(settings: Settings, agent: Agent) -> Callable[[Env, str, int], Conversation]:
+    """`demonstrate` bound to the environment's expert, undisturbed: (env, split, index).
 
     Raises:
       ValueError: when called, where the environment has no expert or a prompt does not fit.
@@ -314,46 +276,83 @@ def make_expert(config: FrozenConfigDict, agent: Agent) -> Callable[[Env, str, i
             env,
             split,
             index,
-            player=make_player("expert", config, field="data.source"),
+            player=make_player("expert", settings.env, field="data.source", habits={}),
             distractor=None,
             distraction=0.0,
-            rng=random.Random(f"{config.seed}/expert/{split}/{index}"),
+            rng=random.Random(f"{settings.seed}/expert/{split}/{index}"),
             tokenizer=agent.tokenizer,
             chat=agent.chat,
-            context_tokens=agent.context_tokens,
+            context_tokens=agent.decoding.context_tokens,
         )
 
     return episode
 
 
-def make_demonstrator(config: FrozenConfigDict, *, tokenizer: Any, chat: ChatFormat):
-    """`demonstrate` bound to `config.data`: episode number n, a pure function of n.
+def make_demonstrator(settings: Settings, *, tokenizer: Any, chat: ChatFormat):
+    """`demonstrate` bound to `demonstrations`: episode number n, a pure function of n.
 
-    Sizes of rooms are drawn evenly from the first of `data.sizes`, and from one more of them from
-    each of the episodes `data.sizes_from` on: what has been learnt in small rooms, where texts are
-    short, is a small step from there in large ones. The share of strayed turns is drawn anew for
-    each episode, between none and `data.distraction`, so that the player is seen going on from
-    every degree of disorder.
+    The size of rooms is drawn for each episode: at first the first of `sizes`, and from each of the
+    episodes `sizes_from` on one more of them. What was learnt in small rooms, where texts are
+    short, is a small step from there in large ones. The share of strayed turns is drawn too,
+    between none and `distraction`, so that the player goes on from every degree of disorder.
     """
-    data = config.data
-    envs = [make_env(FrozenConfigDict({**config.env, "size": size})) for size in data.sizes]
+    shown = settings.demonstrations
+    assert shown is not None  # as settings are checked
+    envs = [make_env(settings.env, size=size) for size in shown.sizes]
+    player = partial(make_player, env=settings.env, habits=shown.habits)
 
     def episode(number: int) -> Conversation:
-        rng = random.Random(f"{config.seed}/episode/{number}")
-        env = rng.choice(envs[: 1 + sum(number >= start for start in data.sizes_from)])
-        distraction = data.distraction * rng.random()
-        distractor = rng.choice(data.distractors) if distraction else None
+        rng = random.Random(f"{settings.seed}/episode/{number}")
+        env = rng.choice(envs[: 1 + sum(number >= start for start in shown.sizes_from)])
+        distraction = shown.distraction * rng.random()
+        distractor = rng.choice(shown.distractors) if distraction else None
+        split = settings.data.split
         return demonstrate(
             env,
-            data.split,
-            number % split_size(env, "data.split", data.split),
-            player=make_player(data.player, config, field="data.player"),
-            distractor=distractor and make_player(distractor, config, field="data.distractors"),
+            split,
+            number % split_size(env, split, field="data.split"),
+            player=player(shown.player, field="demonstrations.player"),
+            distractor=(
+                player(distractor, field="demonstrations.distractors") if distractor else None
+            ),
             distraction=distraction,
             rng=rng,
             tokenizer=tokenizer,
             chat=chat,
-            context_tokens=config.rollout.context_tokens,
+            context_tokens=settings.rollout.context_tokens,
         )
 
     return episode
+
+
+def _demonstrations(settings: Settings, student: LoadedModel, *, cursor: Sequence[int]) -> Stream:
+    """Demonstrations by players, and judge examples: supervised data that builds a model."""
+    shown = settings.demonstrations
+    assert shown is not None  # as settings are checked
+    asking = [
+        dataclasses.replace(
+            make_judge(student, settings),
+            settings=dataclasses.replace(settings.judge, context=context),
+        )
+        for context in shown.judge_contexts
+    ]
+
+    def make_example(number: int, conversation: Conversation, index: int) -> Conversation:
+        # The labels take turns too: so each context gets every label.
+        by = asking[number // len(LABELS) % len(asking)]
+        prompt = [*by.prefix(conversation, index), *by.question(conversation, index)]
+        label = conversation.turns[index].oracle
+        answer = student.tokenizer.encode(label, add_special_tokens=False)
+        return judge_example(prompt, [*answer, student.chat.stop_ids[0]])
+
+    return Stream(
+        make_episode=make_demonstrator(settings, tokenizer=student.tokenizer, chat=student.chat),
+        make_example=make_example if shown.judge_examples else None,
+        seed=settings.seed,
+        window=shown.window,
+        judge_examples=shown.judge_examples,
+        tokens_per_batch=shown.tokens_per_batch,
+        length_multiple=settings.train.length_multiple,
+        rows_multiple=settings.train.micro_batches * settings.mesh.batch_shards,
+        cursor=cursor,
+    )

@@ -1,7 +1,7 @@
 """The config in a workdir: written as JSON, read back, and compared with the one given now."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -53,46 +53,51 @@ def read_stored(path: Path) -> FrozenConfigDict:
         raise ValueError(f"`{path}`: {error}; choose another --workdir") from None
 
 
-def check_same_run(config: ConfigDict, workdir: Path, *, ignore: Sequence[str]) -> None:
+def check_same_run(config: ConfigDict, workdir: Path, *, binds: Callable[[str], bool]) -> None:
     """Makes sure that a workdir's ``config.json``, if there is one, agrees with `config`.
 
     Args:
       config: given now.
       workdir: of a run.
-      ignore: as in `differences`.
+      binds: as in `differences`.
 
     Raises:
       ValueError: they differ; names the workdir and every field.
     """
     path = workdir / "config.json"
-    if path.exists() and (changed := differences(read_stored(path), config, ignore=ignore)):
+    if path.exists() and (changed := differences(read_stored(path), config, binds=binds)):
         raise ValueError(
             f"workdir `{workdir}` holds a run with another config ({'; '.join(changed)}); "
             "choose another --workdir, or the config it was started with"
         )
 
 
-def differences(saved: ConfigDict, now: ConfigDict, *, ignore: Sequence[str]) -> list[str]:
-    """Lists the fields in which two configs differ, each as ``"field: saved -> now"``.
+def store(config: ConfigDict, workdir: Path) -> None:
+    """Writes ``config.json``; whoever reads it finds the old file or the new one."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / "config.json"
+    partial = path.with_name("config.json.tmp")
+    partial.write_text(to_json(config), encoding="utf-8")
+    partial.replace(path)
 
-    A run is resumed only under the config it was started with, or the metrics on either side of the
-    interruption would belong to different experiments.
+
+def differences(saved: ConfigDict, now: ConfigDict, *, binds: Callable[[str], bool]) -> list[str]:
+    """Lists the fields in which two configs differ, each as ``"field: saved -> now"``.
 
     Args:
       saved: the config the run was started with.
       now: the config given this time.
-      ignore: fields that may differ; the name of a group (``"report"``) covers everything in it.
+      binds: whether a field, by its dotted name, has to be the same.
 
     Returns:
-      One line a field, sorted by field; empty when the run may be resumed. A field that only one
-      side has shows as ``absent`` on the other.
+      One line a field, sorted by field; empty when the two agree. A field that only one side has
+      shows as ``absent`` on the other.
     """
     old, new = flatten(saved), flatten(now)
     lines = []
     for field in sorted(old.keys() | new.keys()):
-        harmless = any(field == name or field.startswith(f"{name}.") for name in ignore)
         before, after = old.get(field, _ABSENT), new.get(field, _ABSENT)
-        if not harmless and before != after:
+        if before != after and binds(field):
             lines.append(f"{field}: {before!r} -> {after!r}")
     return lines
 

@@ -4,7 +4,8 @@ An environment owns its prompts, its action parser and its failure test: it rece
 that the model wrote and returns the next user message. The loop knows nothing of action grammars.
 """
 
-from collections.abc import Mapping
+import random
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -105,3 +106,14 @@ class Env(Protocol):
     def step(self, response: str) -> Observation:
         """Act on the model's whole response text."""
         ...
+
+
+class Player(Protocol):
+    """Answers observations in text, from what a player may know."""
+
+    def respond(self, observation: Observation) -> str:
+        """The whole response to the latest observation."""
+        ...
+
+
+MakePlayer = Callable[[Task, Observation, random.Random], Player]

@@ -5,24 +5,13 @@ A player reads observations and answers in text. Its responses become the sample
 """
 
 import random
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from opd_jax.agent.chat import ChatFormat
 from opd_jax.agent.conversation import Conversation, open_conversation, record_turn
-from opd_jax.envs.base import Env, Observation, Task
+from opd_jax.envs.base import Env, MakePlayer, Observation
 from opd_jax.losses import NO_TURN
-
-
-class Player(Protocol):
-    """Answers observations in text, from what a player may know."""
-
-    def respond(self, observation: Observation) -> str:
-        """The whole response to the latest observation."""
-        ...
-
-
-MakePlayer = Callable[[Task, Observation, random.Random], Player]
 
 
 class Step(NamedTuple):

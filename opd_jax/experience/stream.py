@@ -6,10 +6,53 @@ window w is a pure function of the seed, so (w, b) is all that resuming needs.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
-from opd_jax.agent.conversation import Conversation, Trajectory, pack
+from opd_jax.agent.conversation import Conversation
+from opd_jax.experience.source import Played
+from opd_jax.judge.prompt import FIELDS
+from opd_jax.learner.train_state import TrainState
+from opd_jax.report.update import sequence_tokens
+from opd_jax.runtime.fields import check_choice, check_within
+
+
+@dataclass(frozen=True)
+class DemonstrationSettings:
+    """Which players demonstrate, and how their episodes become batches.
+
+    Attributes:
+      sizes: of rooms; one is drawn for each episode.
+      sizes_from: episodes from which on the second, the third, ... size is drawn too.
+      player: whose turns are learnt from.
+      distraction: share of turns that a distractor plays, at most.
+      distractors: players, one of which is drawn for each episode.
+      habits: keyword arguments of players, by name.
+      window: episodes generated together.
+      judge_examples: examples of judging a turn, a window; 0: none.
+      judge_contexts: of these in turn (`judge.prompt.FIELDS`).
+      tokens_per_batch: padded tokens a batch holds at most.
+    """
+
+    sizes: tuple[str, ...]
+    sizes_from: tuple[int, ...]
+    player: str
+    distraction: float
+    distractors: tuple[str, ...]
+    habits: Mapping[str, Mapping[str, Any]]
+    window: int
+    judge_examples: int
+    judge_contexts: tuple[str, ...]
+    tokens_per_batch: int
+
+    def __post_init__(self):
+        check_within(1, window=self.window, tokens_per_batch=self.tokens_per_batch)
+        check_within(0, judge_examples=self.judge_examples)
+        check_within(0, 1, distraction=self.distraction)
+        for context in self.judge_contexts:
+            check_choice(FIELDS, judge_contexts=context)
 
 
 def judge_example(prompt: Sequence[int], answer: Sequence[int]) -> Conversation:
@@ -81,7 +124,7 @@ def group_by_length(
 
 
 class Stream:
-    """An iterator over supervised batches with a cursor.
+    """A source of supervised batches; see `source.Source`.
 
     Args:
       make_episode: the demonstration number n, a pure function of n.
@@ -93,7 +136,6 @@ class Stream:
       tokens_per_batch: padded tokens a batch holds at most.
       length_multiple: lengths are padded to multiples of this.
       rows_multiple: into how many parts a batch has to divide, over micro-batches and devices.
-      max_turns: K of the trajectories.
       cursor: (window, batch) to start from.
     """
 
@@ -108,31 +150,34 @@ class Stream:
         tokens_per_batch: int,
         length_multiple: int,
         rows_multiple: int,
-        max_turns: int,
-        cursor: tuple[int, int],
+        cursor: Sequence[int],
     ):
         self._make_episode, self._make_example = make_episode, make_example
         self._seed, self._window, self._judge_examples = seed, window, judge_examples
         self._tokens_per_batch, self._length_multiple = tokens_per_batch, length_multiple
-        self._rows_multiple, self._max_turns = rows_multiple, max_turns
-        self.cursor = cursor
+        self._rows_multiple = rows_multiple
+        self.cursor = list(cursor)
         # One thread generates the next window while the device trains on this one.
         self._pool = ThreadPoolExecutor(max_workers=1)
-        self._batches = self._generate(cursor[0])
-        self._next = self._pool.submit(self._generate, cursor[0] + 1)
+        self._batches = self._generate(self.cursor[0])
+        self._next = self._pool.submit(self._generate, self.cursor[0] + 1)
 
-    def __next__(self) -> Trajectory:
+    def play(self, state: TrainState) -> Played:
+        """The next batch; it does not depend on the state."""
         window, batch = self.cursor
         if batch >= len(self._batches):
             window, batch = window + 1, 0
             self._batches = self._next.result()
             self._next = self._pool.submit(self._generate, window + 1)
-        self.cursor = (window, batch + 1)
+        self.cursor = [window, batch + 1]
         conversations, padded = self._batches[batch]
-        return pack(conversations, max_turns=self._max_turns, length_multiple=padded)
-
-    def __iter__(self) -> "Stream":
-        return self
+        return Played(
+            conversations,
+            rows=conversations,
+            episode=list(range(len(conversations))),
+            length_multiple=padded,
+            metrics={"tokens/sequence": sequence_tokens(conversations)},
+        )
 
     def close(self) -> None:
         """Ends the generating thread."""

@@ -4,33 +4,32 @@ An environment's oracle labels a turn SKIP, WEAK or STRONG from hidden knowledge
 distance to the goal. The judge never sees those labels; here the two are compared.
 """
 
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from opd_jax.agent.conversation import Conversation
 from opd_jax.judge.answer import LABELS
+from opd_jax.judge.labels import NO_LABEL, EnvLabels
 from opd_jax.judge.verdicts import Judgement
 from opd_jax.losses import Verdict
 
 _RESAMPLES = 1000
+VERDICT_NAMES = {verdict: verdict.name.lower() for verdict in Verdict}
 
 
-def confusion(judgement: Judgement, conversations: Sequence[Conversation]) -> np.ndarray:
+def confusion(judgement: Judgement, oracle: np.ndarray) -> np.ndarray:
     """Counts of turns by the oracle's label and the judge's, over turns that have both.
 
     Args:
       judgement: `verdict` and `asked`, [B, K] each.
-      conversations: the B episodes judged, of at most K turns.
+      oracle: int [B, K], `labels.EnvLabels.oracle` of the same conversations.
 
     Returns:
       int64 [B, 3, 3]: conversation, oracle's label, judge's label, in the order of `LABELS`.
     """
-    counts = np.zeros((len(conversations), len(LABELS), len(LABELS)), np.int64)
-    for row, conversation in enumerate(conversations):
-        for index, turn in enumerate(conversation.turns):
-            if turn.oracle and judgement.asked[row, index]:
-                counts[row, Verdict[turn.oracle], judgement.verdict[row, index]] += 1
+    counts = np.zeros((len(oracle), len(LABELS), len(LABELS)), np.int64)
+    row, turn = np.nonzero(judgement.asked & (oracle != NO_LABEL))
+    np.add.at(counts, (row, oracle[row, turn], judgement.verdict[row, turn]), 1)
     return counts
 
 
@@ -103,3 +102,34 @@ def figures(counts: np.ndarray) -> dict[str, object]:
 
 def _share(part: int, whole: int) -> float | None:
     return float(part / whole) if whole else None
+
+
+def judge_metrics(judgement: Judgement, labels: EnvLabels) -> dict[str, Any]:
+    """Shares of verdicts, over all turns and by turn index, and agreement with the oracle.
+
+    Args:
+      judgement: verdict, asked and unparsable, [B, K] each.
+      labels: the environment's, of the same turns.
+
+    Returns:
+      Name to (sum, count) or to a scalar; arrays [K] under `by_turn/`.
+    """
+    exists = labels.played
+    metrics: dict[str, Any] = {
+        "judge/asked": (judgement.asked.sum(), exists.sum()),
+        "judge/unparsable": (judgement.unparsable.sum(), judgement.asked.sum()),
+    }
+    for verdict, name in VERDICT_NAMES.items():
+        given = (judgement.verdict == verdict) & exists
+        metrics[f"verdict/{name}"] = (given.sum(), exists.sum())
+        metrics[f"by_turn/{name}"] = (given.sum(axis=0), exists.sum(axis=0))
+    counts = confusion(judgement, labels.oracle).sum(axis=0)
+    if counts.any():
+        metrics["judge/precision"] = precision(counts)
+        metrics["judge/recall"] = recall(counts)
+        # What the two are shares of, so that they can be pooled over updates.
+        metrics["judge/corrected"] = precision(counts)[1]
+        metrics["judge/wrong"] = recall(counts)[1]
+        for row, label in enumerate(LABELS):
+            metrics[f"judge/recall_{label.lower()}"] = (counts[row, row], counts[row].sum())
+    return metrics

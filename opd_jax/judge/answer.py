@@ -23,6 +23,8 @@ from opd_jax.runtime.mesh import replicate, shard_batch
 
 LABELS = ("SKIP", "WEAK", "STRONG")
 UNPARSABLE = -1
+# `score_labels` and `generate_labels`.
+DECODINGS = ("constrained", "generate")
 
 
 def parse_label(answer: str) -> int:

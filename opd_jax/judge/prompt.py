@@ -5,15 +5,23 @@ conversation so far, only what the conversation does not hold already. There the
 see what was tried before, without which going back to a place is no worse than going to a new one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from opd_jax.agent.chat import ChatFormat
 from opd_jax.agent.conversation import Conversation, Turn
 from opd_jax.envs.base import Task
 from opd_jax.envs.turns import listed
-from opd_jax.judge.answer import LABELS
+from opd_jax.judge.answer import DECODINGS, LABELS
 from opd_jax.model import ModelConfig
+from opd_jax.runtime.fields import (
+    FIGURES,
+    LAYOUT,
+    METHOD,
+    affects,
+    check_choice,
+    check_within,
+)
 
 # The fixed lines of the prompt. The wording is ours; the fields and the rubric's meaning are the
 # paper's (Table 9).
@@ -75,6 +83,42 @@ def judge_prompt(task: Task, turn: Turn, *, admissible_shown: int, context: str)
 
 
 @dataclass(frozen=True)
+class JudgeSettings:
+    """How the judge is asked.
+
+    Attributes:
+      decode: "constrained" or "generate" (`answer`).
+      context: see `judge_prompt`.
+      admissible_shown: see `judge_prompt`.
+      batch: questions asked at a time, with "history" conversations; at most.
+      length_multiple: questions are padded to a multiple of this, and conversations read in pieces
+        of it.
+      max_new_tokens: longest answer of the `generate` decoding.
+      agreement_every: updates between two in which the other decoding is asked too; 0: never.
+    """
+
+    decode: str = field(metadata=affects(METHOD, FIGURES))
+    context: str = field(metadata=affects(METHOD, FIGURES))
+    admissible_shown: int = field(metadata=affects(METHOD, FIGURES))
+    batch: int = field(metadata=affects(LAYOUT))
+    length_multiple: int = field(metadata=affects(LAYOUT))
+    max_new_tokens: int = field(metadata=affects(METHOD, FIGURES))
+    agreement_every: int = field(metadata=affects(FIGURES))
+
+    def __post_init__(self):
+        check_choice(DECODINGS, decode=self.decode)
+        check_choice(FIELDS, context=self.context)
+        check_within(0, admissible_shown=self.admissible_shown)
+        check_within(0, agreement_every=self.agreement_every)
+        check_within(
+            1,
+            batch=self.batch,
+            length_multiple=self.length_multiple,
+            max_new_tokens=self.max_new_tokens,
+        )
+
+
+@dataclass(frozen=True)
 class Judge:
     """Everything but the parameters that turns the teacher into a judge.
 
@@ -82,22 +126,13 @@ class Judge:
       model: the teacher's sizes.
       tokenizer: the teacher's.
       chat: its chat format.
-      context: see `judge_prompt`.
-      admissible_shown: see `judge_prompt`.
-      batch: questions asked at a time, with "history" conversations; at most.
-      length_multiple: questions are padded to a multiple of this, and conversations read in pieces
-        of it.
-      max_new_tokens: longest answer of the `generate` decoding.
+      settings: how it is asked.
     """
 
     model: ModelConfig
     tokenizer: Any
     chat: ChatFormat
-    context: str
-    admissible_shown: int
-    batch: int
-    length_multiple: int
-    max_new_tokens: int
+    settings: JudgeSettings
 
     def question(self, conversation: Conversation, index: int) -> list[int]:
         """The question about one turn, up to where the answer starts.
@@ -106,15 +141,14 @@ class Judge:
         """
         task, turn = conversation.task, conversation.turns[index]
         assert task is not None  # a row that only fills a batch has no turns
-        text = judge_prompt(
-            task, turn, admissible_shown=self.admissible_shown, context=self.context
-        )
-        if self.context != "history":
+        how = self.settings
+        text = judge_prompt(task, turn, admissible_shown=how.admissible_shown, context=how.context)
+        if how.context != "history":
             return self.chat.first("", text)
         return self.chat.follow(text, ended=turn.stop == "stop_token")
 
     def prefix(self, conversation: Conversation, index: int) -> list[int]:
         """What stands before the question: with "history" all tokens up to the turn's end."""
-        if self.context != "history":
+        if self.settings.context != "history":
             return []
         return conversation.tokens[: conversation.spans[index][1]]

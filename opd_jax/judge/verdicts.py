@@ -1,9 +1,7 @@
-"""The teacher as a judge: a verdict for every turn of a batch of conversations.
+"""The judge's verdict on every turn of a batch of conversations.
 
-A turn that failed deterministically is never asked about (`Verdict.DET_FAIL`). What the teacher is
-shown of the others is in `gatekeeper`, and how it answers in `labels`.
-
-Scoring the student's tokens is not here: it is part of the compiled train step.
+A turn that failed deterministically gets `Verdict.DET_FAIL`, and the judge is not asked. Of the
+others the teacher is shown what `prompt` writes, and answers as `answer` reads it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,10 +12,18 @@ import numpy as np
 from opd_jax import model
 from opd_jax.agent import generate as gen
 from opd_jax.agent.conversation import Conversation
-from opd_jax.judge.answer import UNPARSABLE, generate_labels, label_tokens, score_labels
+from opd_jax.judge.answer import (
+    DECODINGS,
+    UNPARSABLE,
+    generate_labels,
+    label_tokens,
+    score_labels,
+)
+from opd_jax.judge.labels import env_labels
 from opd_jax.judge.prompt import Judge
 from opd_jax.losses import Verdict
 from opd_jax.model import KVCache, Params
+from opd_jax.runtime.fields import check_choice
 from opd_jax.runtime.mesh import batch_multiple, shard_batch
 
 
@@ -37,7 +43,7 @@ class Judgement:
     unparsable: np.ndarray
 
 
-def judge(
+def judge_turns(
     params: Params,
     conversations: Sequence[Conversation],
     *,
@@ -52,28 +58,19 @@ def judge(
       conversations: finished ones.
       by: see `Judge`.
       max_turns: K.
-      decode: "constrained" or "generate".
+      decode: "constrained" or "generate", in the place of `by.settings.decode`.
 
     Raises:
       ValueError: an unknown `decode`.
 
     Source: arXiv 2606.19659, section 3.3. Constrained decoding is ours.
     """
-    if decode not in ("constrained", "generate"):
-        raise ValueError(f"`judge.decode`: expected constrained or generate, got {decode!r}")
-    shape = (len(conversations), max_turns)
-    verdict = np.full(shape, Verdict.SKIP, np.int32)
-    asked = np.zeros(shape, bool)
-    unparsable = np.zeros(shape, bool)
-    for row, conversation in enumerate(conversations):
-        if conversation.task is None or conversation.broken:  # a row that carries no loss
-            continue
-        for index, turn in enumerate(conversation.turns):
-            if turn.failure:
-                verdict[row, index] = Verdict.DET_FAIL
-            else:
-                asked[row, index] = True
-    ask = _behind_conversations if by.context == "history" else _one_by_one
+    check_choice(DECODINGS, decode=decode)
+    labels = env_labels(conversations, max_turns=max_turns)
+    asked = labels.played & ~labels.failed
+    verdict = np.where(labels.failed, Verdict.DET_FAIL, Verdict.SKIP).astype(np.int32)
+    unparsable = np.zeros_like(asked)
+    ask = _behind_conversations if by.settings.context == "history" else _one_by_one
     for place, label in ask(params, conversations, asked, by=by, decode=decode):
         unparsable[place] = label == UNPARSABLE
         verdict[place] = Verdict.STRONG if label == UNPARSABLE else label
@@ -97,14 +94,14 @@ def _one_by_one(
         for row, index in np.argwhere(asked)
     }
     order = sorted(questions, key=lambda place: len(questions[place]))
-    for start in range(0, len(order), by.batch):
-        places = order[start : start + by.batch]
-        rows: list[list[int]] = [[] for _ in range(by.batch)]
+    for start in range(0, len(order), by.settings.batch):
+        places = order[start : start + by.settings.batch]
+        rows: list[list[int]] = [[] for _ in range(by.settings.batch)]
         rows[: len(places)] = [questions[place] for place in places]
         tokens, counts = _padded(rows, by)
         _check_room(int(counts.max()), by, decode)
         slots = tokens.shape[1] + _answer_tokens(by, decode)
-        cache = _empty_cache(params, by, rows=by.batch, slots=slots)
+        cache = _empty_cache(params, by, rows=by.settings.batch, slots=slots)
         labels, _ = _answer(params, cache, tokens, counts, by=by, decode=decode)
         yield from zip(places, labels, strict=False)
 
@@ -124,7 +121,7 @@ def _behind_conversations(
     conversation is read twice.
     """
     rows = [row for row in range(len(conversations)) if asked[row].any()]
-    size = min(by.batch, -(-len(conversations) // batch_multiple()) * batch_multiple())
+    size = min(by.settings.batch, -(-len(conversations) // batch_multiple()) * batch_multiple())
     for start in range(0, len(rows), size):
         slots = {row: slot for slot, row in enumerate(rows[start : start + size])}
         turns = {row: np.flatnonzero(asked[row]).tolist() for row in slots}
@@ -151,7 +148,7 @@ def _read(
     params: Params, prefixes: Sequence[Sequence[int]], *, rows: int, room: int, by: Judge
 ) -> KVCache:
     """A cache of at least `room` slots a row, with a prefix in each of its first rows."""
-    width, sharded = by.length_multiple, model.is_sharded(params)
+    width, sharded = by.settings.length_multiple, model.is_sharded(params)
     coarse = 4 * width  # few shapes, since each is a program to compile
     cache = _empty_cache(params, by, rows=rows, slots=-(-room // coarse) * coarse)
     for start in range(0, max(map(len, prefixes)), width):
@@ -185,14 +182,14 @@ def _answer(
         config=by.model,
         tokenizer=by.tokenizer,
         stop_ids=by.chat.stop_ids,
-        max_new_tokens=by.max_new_tokens,
+        max_new_tokens=by.settings.max_new_tokens,
     )
 
 
 def _answer_tokens(by: Judge, decode: str) -> int:
     """Slots that an answer takes."""
     if decode == "generate":
-        return by.max_new_tokens
+        return by.settings.max_new_tokens
     return label_tokens(by.tokenizer)[0].shape[1]
 
 
@@ -216,7 +213,9 @@ def _padded(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Questions as int32 [rows, width], by default wide enough for all, and their lengths."""
     counts = np.array([len(question) for question in questions], np.int32)
-    width = width or -(-int(counts.max()) // by.length_multiple) * by.length_multiple
+    width = (
+        width or -(-int(counts.max()) // by.settings.length_multiple) * by.settings.length_multiple
+    )
     tokens = np.zeros((len(questions), width), np.int32)
     for row, question in enumerate(questions):
         tokens[row, : len(question)] = question

@@ -1,11 +1,14 @@
 """What one update consumes, as arrays: tokens, turns, verdicts, the places of student tokens."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from opd_jax.agent.conversation import Trajectory
+from opd_jax.agent.conversation import Conversation
 from opd_jax.losses import NO_TURN
 from opd_jax.runtime.mesh import constrain
 
@@ -15,15 +18,15 @@ Array = jax.Array | np.ndarray
 
 @struct.dataclass
 class Batch:
-    """What one update consumes.
+    """What one update consumes: B rows, padded on the right.
 
     Attributes:
-      tokens: int32 [B, T].
-      turn_id: int32 [B, T].
-      sampled_logprobs: float32 [B, T]; compared with the recomputed ones as a check.
-      verdict: int32 [B, K].
+      tokens: int32 [B, T]; padding is 0.
+      turn_id: int32 [B, T]; k for a token that the student sampled in turn k, else `NO_TURN`.
+      sampled_logprobs: float32 [B, T], nats, as sampled; compared with the recomputed ones.
+      verdict: int32 [B, K], codes of `Verdict`.
       response: int32 [B, R], positions of the student's tokens, ascending; T where a row has
-        fewer. Most tokens of an agent's trajectory are observations: gathering the others before
+        fewer. Most tokens of an agent's episode are observations. Gathering the student's before
         the vocabulary-sized part saves most of its cost.
     """
 
@@ -34,47 +37,114 @@ class Batch:
     response: Array
 
 
-def make_batch(trajectory: Trajectory, verdict: np.ndarray, *, response_multiple: int) -> Batch:
-    """The compiled step's view of a `Trajectory` and its verdicts.
+def pack(
+    conversations: Sequence[Conversation],
+    verdict: np.ndarray,
+    *,
+    length_multiple: int,
+    response_multiple: int,
+    vocab_size: int,
+) -> Batch:
+    """Conversations and their verdicts as a batch.
+
+    T and R are the longest rounded up to a multiple. That bounds the number of shapes, and so of
+    compiled programs, that training meets. An episode whose environment broke carries no loss.
 
     Args:
-      trajectory: a batch.
+      conversations: B of them, at least one.
       verdict: int32 [B, K].
-      response_multiple: R is rounded up to a multiple of this, which bounds recompilation.
+      length_multiple: T is a multiple of this.
+      response_multiple: R is a multiple of this, and at most T.
+      vocab_size: of the model that will read the tokens.
+
+    Raises:
+      ValueError: tokens, turns or log-probabilities that the compiled update must not see; names
+        the field and the first row.
     """
-    student = trajectory.turn_id != NO_TURN
+    longest = max(len(c.tokens) for c in conversations)
+    shape = len(conversations), -(-longest // length_multiple) * length_multiple
+    tokens = np.zeros(shape, np.int32)
+    turn_id = np.full(shape, NO_TURN, np.int32)
+    logprobs = np.zeros(shape, np.float32)
+    for row, c in enumerate(conversations):
+        tokens[row, : len(c.tokens)] = c.tokens
+        if not c.broken:
+            turn_id[row, : len(c.tokens)] = c.turn_id
+            logprobs[row, : len(c.tokens)] = c.logprobs
+    response = _response(turn_id != NO_TURN, response_multiple)
+    batch = Batch(tokens, turn_id, logprobs, verdict, response)
+    _check(batch, vocab_size)
+    return batch
+
+
+def _response(student: np.ndarray, multiple: int) -> np.ndarray:
+    """The positions where `student` [B, T] is true, int32 [B, R], filled up with T."""
     T = student.shape[1]
-    most = max(int(student.sum(axis=1).max()), 1)
-    R = min(-(-most // response_multiple) * response_multiple, T)
-    # Stable sort brings the student's positions to the front in their order.
-    order = np.argsort(~student, axis=1, kind="stable")[:, :R].astype(np.int32)
-    response = np.where(np.arange(R) < student.sum(axis=1)[:, None], order, T).astype(np.int32)
-    return Batch(
-        trajectory.tokens, trajectory.turn_id, trajectory.sampled_logprobs, verdict, response
-    )
+    counts = student.sum(axis=1)
+    R = min(-(-max(int(counts.max()), 1) // multiple) * multiple, T)
+    # A stable sort brings the student's positions to the front in their order.
+    order = np.argsort(~student, axis=1, kind="stable")[:, :R]
+    return np.where(np.arange(R) < counts[:, None], order, T).astype(np.int32)
 
 
-def split(batch: Batch, parts: int) -> Batch:
+def _check(batch: Batch, vocab_size: int) -> None:
+    """Checks on the host what the compiled update takes for granted."""
+    tokens, turn_id, logprobs = batch.tokens, batch.turn_id, batch.sampled_logprobs
+    K = batch.verdict.shape[1]
+    rules = {
+        "tokens": ((tokens < 0) | (tokens >= vocab_size), f"expected 0..{vocab_size - 1}"),
+        "turn_id": ((turn_id < NO_TURN) | (turn_id >= K), f"expected {NO_TURN}..{K - 1}"),
+        "turn_id[:, 0]": (turn_id[:, :1] != NO_TURN, "nothing precedes the first token"),
+        "sampled_logprobs": (
+            ~(np.isfinite(logprobs) & (logprobs <= 0)),
+            "expected finite log-probabilities, at most 0",
+        ),
+    }
+    for name, (wrong, expected) in rules.items():
+        if wrong.any():
+            row, column = np.argwhere(wrong)[0]
+            raise ValueError(f"`{name}` of row {row}, position {column}: {expected}")
+
+
+def split_rows(tree: Any, parts: int) -> Any:
     """A leading axis of micro-batches on every array: [B, ...] -> [parts, B/parts, ...].
 
     A part takes every parts-th row: each device then has its share of every part.
 
     Args:
-      batch: of B rows.
+      tree: a `Batch`, or arrays [B, ...] of the same rows.
       parts: how many micro-batches.
 
     Raises:
       ValueError: B does not divide by `parts`.
     """
-    rows = batch.tokens.shape[0]
-    if rows % parts:
-        raise ValueError(
-            f"`train.micro_batches`: a batch of {rows} trajectories does not divide into {parts} "
-            f"micro-batches; choose a divisor of {rows}"
-        )
 
     def part(x: jax.Array) -> jax.Array:
+        rows = x.shape[0]
+        if rows % parts:
+            raise ValueError(
+                f"`train.micro_batches`: a batch of {rows} rows does not divide into {parts} "
+                f"micro-batches; choose a divisor of {rows}"
+            )
         apart = jnp.moveaxis(jnp.reshape(x, (rows // parts, parts, *x.shape[1:])), 1, 0)
         return constrain(apart, None, "batch", *(None,) * (x.ndim - 1))
 
-    return jax.tree.map(part, batch)
+    return jax.tree.map(part, tree)
+
+
+def merge_rows(x: jax.Array) -> jax.Array:
+    """The inverse of `split_rows` for one array: [parts, B/parts, ...] -> [B, ...]."""
+    parts, rows = x.shape[:2]
+    together = jnp.reshape(jnp.moveaxis(x, 0, 1), (parts * rows, *x.shape[2:]))
+    return constrain(together, "batch", *(None,) * (x.ndim - 2))
+
+
+def num_parts(batch: Batch, *, micro_batches: int, batch_rows: int | None) -> int:
+    """How many micro-batches a batch has.
+
+    Args:
+      batch: of any number of rows.
+      micro_batches: for a batch of `batch_rows` rows; as many times more for a multiple of them.
+      batch_rows: rows of a batch of whole episodes. None: `micro_batches` for every batch.
+    """
+    return micro_batches * (len(batch.tokens) // batch_rows if batch_rows else 1)

@@ -1,11 +1,9 @@
-"""What is minimized, on a batch: both models' scores of the student's tokens, times their weights.
+"""What is minimized: divergences of the student's tokens from the teacher, times their weights.
 
 The objective of a micro-batch comes as sums, which add up over any split (`train_step`).
 """
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +11,14 @@ from flax import struct
 
 from opd_jax import losses, model
 from opd_jax.learner.batch import Array, Batch
-from opd_jax.losses import NO_TURN, TokenScores, Verdict
+from opd_jax.learner.teacher import Teacher, response_hidden
+from opd_jax.losses import NO_TURN, TokenScores, Verdict, WeightTotals
 from opd_jax.model import ModelConfig, Params
 from opd_jax.model.projections import cast
+from opd_jax.runtime.fields import check_choice, check_within
 from opd_jax.runtime.mesh import constrain
+
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "sampled_reverse_kl", "cross_entropy")
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,14 @@ class Objective:
       weak_weight: α.
       entropy_bonus: of e, for tokens at which the teacher is uncertain; 0: e = 1.
       entropy_threshold: of e, nats (`losses.entropy_factor`).
-      normalize: see `losses.normalizer`.
+      normalize: see `losses.scale`.
       scope: see `losses.sage_weights`.
-      eps: see `losses.normalizer`.
-      max_z: see `losses.normalizer`.
+      eps: see `losses.scale`.
+      max_z: see `losses.scale`; 0 for no bound.
     """
 
     divergence: str
-    beta: float | None
+    beta: float
     intervention: bool
     confidence: bool
     confidence_temperature: float
@@ -50,12 +52,37 @@ class Objective:
     normalize: str
     scope: str
     eps: float
-    max_z: float | None
+    max_z: float
+
+    def __post_init__(self):
+        check_choice(DIVERGENCES, divergence=self.divergence)
+        check_choice(losses.NORMALIZERS, normalize=self.normalize)
+        check_choice(losses.SCOPES, scope=self.scope)
+        check_within(0, 1, beta=self.beta, weak_weight=self.weak_weight)
+        check_within(
+            0,
+            confidence_temperature=self.confidence_temperature,
+            entropy_bonus=self.entropy_bonus,
+            entropy_threshold=self.entropy_threshold,
+            max_z=self.max_z,
+        )
+        check_within(1e-30, 1, eps=self.eps)
+        if not self.needs_teacher and (self.intervention or self.confidence or self.entropy_bonus):
+            raise ValueError(
+                "`divergence` = 'cross_entropy' has no verdicts, confidence or teacher's entropy: "
+                "set `intervention` and `confidence` to False, and `entropy_bonus` to 0"
+            )
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the teacher's forward pass is part of the step."""
+        """Whether the teacher scores the student's tokens."""
         return self.divergence != "cross_entropy"
+
+    def scale(self, totals: WeightTotals) -> jax.Array:
+        """`losses.scale` of totals."""
+        return losses.scale(
+            totals, normalize=self.normalize, eps=self.eps, max_z=self.max_z or None
+        )
 
 
 @struct.dataclass
@@ -64,12 +91,10 @@ class Sums:
 
     Attributes:
       loss: Σ s·d, or Σ z·s·d where z is a trajectory's own.
-      weight: Σ s, or Σ z·s.
-      tokens: N.
-      active: tokens with s > 0.
+      totals: of s.
       divergence: Σ d by turn index [K].
       tokens_by_turn: [K].
-      weight_by_turn: `weight` by turn index [K].
+      weight_by_turn: Σ s by turn index [K].
       confidence: Σ c over turns, by turn index [K].
       turns: number of turns, by turn index [K].
       student_entropy: Σ, nats.
@@ -78,9 +103,7 @@ class Sums:
     """
 
     loss: jax.Array
-    weight: jax.Array
-    tokens: jax.Array
-    active: jax.Array
+    totals: WeightTotals
     divergence: jax.Array
     tokens_by_turn: jax.Array
     weight_by_turn: jax.Array
@@ -93,11 +116,10 @@ class Sums:
 
 def score(
     params: Params,
-    teacher_params: Params | None,
+    teacher: Teacher | None,
     batch: Batch,
     *,
     student: ModelConfig,
-    teacher: ModelConfig | None,
     objective: Objective,
     dtype: jnp.dtype,
     query_chunk: int,
@@ -106,43 +128,44 @@ def score(
 ) -> TokenScores:
     """Divergence and all other scores of the response tokens, float32 [B, R].
 
-    One forward pass of each model over the exact tokens; only `divergence` and `student_logprob`
+    One forward pass of the student over the exact tokens. Only `divergence` and `student_logprob`
     carry gradients, and only to `params`. The student computes in `dtype`, whatever its parameters
     are kept in.
 
     Args:
       params: the student's.
-      teacher_params: the teacher's; None where the objective needs none.
+      teacher: what it says at the response tokens; None where the objective needs none.
       batch: [B, T] tokens, of which [B, R] are scored.
-      student, teacher: sizes of the two.
+      student: its sizes.
       objective: whose divergence, and whose temperature of confidence.
       dtype: that the student computes in.
       query_chunk: see `model.attention`.
       loss_chunk: positions whose logits exist at a time (`losses.fused_scores`).
-      remat: see `model.forward`; for the student.
+      remat: see `model.forward`.
 
     Raises:
       ValueError: the objective needs a teacher and there is none.
     """
     targets = _take(batch.tokens, batch.response, fill=0).reshape(-1)
-    run = partial(model.forward, tokens=jnp.asarray(batch.tokens), query_chunk=query_chunk)
-    hidden = _gather_hidden(run(cast(params, dtype), config=student, remat=remat), batch.response)
+    hidden = response_hidden(
+        cast(params, dtype), batch, config=student, query_chunk=query_chunk, remat=remat
+    )
+    hidden = _positions(hidden)
     head = _gathered_head(params)
     if not objective.needs_teacher:
         scores = _fine_tuning_scores(hidden, head, targets, loss_chunk=loss_chunk)
-    elif teacher is None or teacher_params is None:
+    elif teacher is None:
         raise ValueError(
             f"`objective.divergence` = {objective.divergence!r} compares the student with a "
-            "teacher: expected `teacher` and `teacher_params`, got None; give both, or choose "
-            "cross_entropy"
+            "teacher: expected `teacher`, got None; give one, or choose cross_entropy"
         )
     else:
-        frozen = jax.lax.stop_gradient(teacher_params)
+        frozen = jax.lax.stop_gradient(teacher)
         scores = _distillation_scores(
             hidden,
             head,
-            _gather_hidden(run(frozen, config=teacher, remat="none"), batch.response),
-            _gathered_head(frozen),
+            _positions(frozen.hidden),
+            _gathered_head(frozen.head),
             targets,
             objective=objective,
             loss_chunk=loss_chunk,
@@ -150,28 +173,21 @@ def score(
     return jax.tree.map(lambda x: x.reshape(batch.response.shape), scores)
 
 
+def _positions(hidden_BRD: jax.Array) -> jax.Array:
+    """[B, R, D] as [B·R, D], sharded over the rows."""
+    return constrain(hidden_BRD.reshape(-1, hidden_BRD.shape[-1]), "batch", None)
+
+
 def _take(x_BT: Array, index_BR: Array, *, fill: float) -> jax.Array:
     return jnp.take_along_axis(x_BT, index_BR, axis=1, mode="fill", fill_value=fill)
 
 
-def _gather_hidden(hidden_BTD: jax.Array, response_BR: Array) -> jax.Array:
-    """Hidden states that predict the response tokens, [B·R, D]: those one position earlier.
-
-    Zeros for slots that hold no response: what stands at the last position, which may be padding,
-    would reach the gradient as 0 · NaN where it is not finite.
-    """
-    T = hidden_BTD.shape[1]
-    before = jnp.where(response_BR < T, jnp.maximum(response_BR - 1, 0), T)
-    gathered = jnp.take_along_axis(hidden_BTD, before[..., None], axis=1, mode="fill", fill_value=0)
-    return constrain(gathered.reshape(-1, hidden_BTD.shape[-1]), "batch", None)
-
-
 def _gathered_head(params: Params) -> jax.Array:
-    """The head whole along `fsdp`, once: left alone it would be gathered for every chunk.
+    """The head, all-gathered along `fsdp` once: the compiler would gather it for every chunk.
 
-    This binds its gradient as well, which is summed over devices once, when all chunks have added
-    to it. Split as the head is, it would be summed for every chunk: 116 GB an update instead of 5,
-    in a plan of a 1.7B student on 32 chips.
+    The constraint holds for its gradient too, which is then summed over devices once, after all
+    chunks. Sharded as the head is, it would be summed for every chunk: 116 GB an update instead of
+    5, in a plan of a 1.7B student on 32 chips.
     """
     return constrain(model.head(params), None, "vocab")
 
@@ -219,7 +235,7 @@ def objective_sums(scores: TokenScores, batch: Batch, *, objective: Objective) -
 
     Args:
       scores: float32 [B, R].
-      batch: the same trajectories.
+      batch: the same rows.
       objective: which factors the weight has.
     """
     turn_id = _take(batch.turn_id, batch.response, fill=NO_TURN)
@@ -230,9 +246,8 @@ def objective_sums(scores: TokenScores, batch: Batch, *, objective: Objective) -
         confidence = losses.turn_confidence(scores.teacher_top1_prob, turn_id, K)
     else:
         confidence = exists.astype(jnp.float32)
-    verdict = jnp.asarray(batch.verdict)
-    weight = _token_weights(
-        turn_id, verdict, confidence, scores.teacher_entropy, objective=objective
+    weight, totals = _weights(
+        turn_id, batch.verdict, confidence, scores.teacher_entropy, objective=objective
     )
     mine = turn_id != NO_TURN
 
@@ -245,9 +260,7 @@ def objective_sums(scores: TokenScores, batch: Batch, *, objective: Objective) -
     sampled = _take(batch.sampled_logprobs, batch.response, fill=0.0)
     return Sums(
         loss=losses.weighted_sum(scores.divergence, weight, turn_id),
-        weight=jnp.sum(weight),
-        tokens=jnp.sum(mine).astype(jnp.float32),
-        active=jnp.sum(weight > 0).astype(jnp.float32),
+        totals=totals,
         divergence=by_turn(clean(scores.divergence)),
         tokens_by_turn=by_turn(mine.astype(jnp.float32)),
         weight_by_turn=by_turn(weight),
@@ -259,32 +272,35 @@ def objective_sums(scores: TokenScores, batch: Batch, *, objective: Objective) -
     )
 
 
-def _token_weights(
+def _weights(
     turn_id: jax.Array,
-    verdict: jax.Array,
+    verdict: Array,
     confidence: jax.Array,
     teacher_entropy: jax.Array,
     *,
     objective: Objective,
-) -> jax.Array:
-    """i · c · e of every token, [B, R]; with z where each trajectory has a Z of its own."""
+) -> tuple[jax.Array, WeightTotals]:
+    """s = i · c · e of every token, [B, R], and its totals over the micro-batch.
+
+    Where each trajectory has a scale of its own, it is applied here: a trajectory is one row, so
+    nothing has to be added up first.
+    """
+    verdict = jnp.asarray(verdict)
     if not objective.intervention:
         verdict = jnp.full_like(verdict, Verdict.STRONG)
     factor = None
     if objective.entropy_bonus:
         bonus, threshold = objective.entropy_bonus, objective.entropy_threshold
         factor = losses.entropy_factor(teacher_entropy, bonus=bonus, threshold=threshold)
-    factors: dict[str, Any] = dict(weak_weight=objective.weak_weight, token_factor=factor)
-    if objective.scope != "trajectory":
-        return losses.raw_weights(turn_id, verdict, confidence, **factors)
-    weight, _ = losses.sage_weights(
+    weight, totals = losses.raw_weights(
         turn_id,
         verdict,
         confidence,
-        **factors,
-        normalize=objective.normalize,
-        scope="trajectory",
-        eps=objective.eps,
-        max_z=objective.max_z,
+        weak_weight=objective.weak_weight,
+        token_factor=factor,
+        scope=objective.scope,
     )
-    return weight
+    if objective.scope == "trajectory":
+        weight = weight * objective.scale(totals)[:, None]
+        totals = jax.tree.map(jnp.sum, totals)
+    return weight, totals

@@ -1,57 +1,76 @@
 """The optimizer: AdamW with a schedule, behind a clip of the gradient."""
 
+from dataclasses import dataclass
+
 import jax
 import optax
 
 from opd_jax.model import Params
+from opd_jax.runtime.fields import check_choice, check_within
+
+# A moment with a decay of 1 has no estimate.
+_BELOW_ONE = 1 - 1e-9
 
 
-def make_optimizer(
-    *,
-    learning_rate: float,
-    schedule: str,
-    warmup_updates: int,
-    total_updates: int,
-    weight_decay: float,
-    b1: float,
-    b2: float,
-    eps: float,
-    clip_norm: float,
-) -> optax.GradientTransformation:
-    """AdamW with a warm-up, behind a clip of the gradient's global norm.
+@dataclass(frozen=True)
+class AdamW:
+    """AdamW's settings.
 
-    Weight decay spares norms and biases.
-
-    Args:
+    Attributes:
       learning_rate: peak.
-      schedule: after the warm-up: "constant", "cosine" or "linear" to 0 at `total_updates`.
-      warmup_updates: linear, reaching the peak after so many.
-      total_updates: length of the run.
-      weight_decay: AdamW's.
+      schedule: after the warm-up: "constant", or "cosine" or "linear" to 0 at the last update.
+      warmup_updates: the rate rises linearly to its peak, which it reaches after so many.
+      weight_decay: spares norms and biases.
       b1: decay of the first moment.
-      b2: decay of the second.
-      eps: AdamW's.
-      clip_norm: 0 switches clipping off.
-
-    Raises:
-      ValueError: an unknown schedule.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
+      clip_norm: bound on the gradient's global norm; 0 for none.
     """
+
+    learning_rate: float
+    schedule: str
+    warmup_updates: int
+    weight_decay: float
+    b1: float
+    b2: float
+    eps: float
+    clip_norm: float
+
+    def __post_init__(self):
+        check_choice(("constant", "cosine", "linear"), schedule=self.schedule)
+        check_within(
+            0,
+            learning_rate=self.learning_rate,
+            warmup_updates=self.warmup_updates,
+            weight_decay=self.weight_decay,
+            clip_norm=self.clip_norm,
+        )
+        check_within(0, _BELOW_ONE, b1=self.b1, b2=self.b2)
+        check_within(1e-30, eps=self.eps)
+
+
+def make_optimizer(adamw: AdamW, *, total_updates: int) -> optax.GradientTransformation:
+    """The optimizer of a run of `total_updates`."""
+    peak, warmup_updates = adamw.learning_rate, adamw.warmup_updates
     decay_updates = max(total_updates - warmup_updates, 1)
     after = {
-        "constant": optax.constant_schedule(learning_rate),
-        "cosine": optax.cosine_decay_schedule(learning_rate, decay_updates),
-        "linear": optax.linear_schedule(learning_rate, 0.0, decay_updates),
-    }
-    if schedule not in after:
-        raise ValueError(
-            f"`optimizer.schedule`: expected one of {', '.join(after)}, got {schedule!r}"
-        )
-    # From the first update on the rate is above 0: an update at rate 0 would be lost.
-    first = learning_rate / (warmup_updates + 1)
-    warmup = optax.linear_schedule(first, learning_rate, max(warmup_updates, 1))
-    rate = optax.join_schedules([warmup, after[schedule]], [warmup_updates])
-    adamw = optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=_decayed)
-    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw
+        "constant": optax.constant_schedule(peak),
+        "cosine": optax.cosine_decay_schedule(peak, decay_updates),
+        "linear": optax.linear_schedule(peak, 0.0, decay_updates),
+    }[adamw.schedule]
+    # The first rate is above 0: an update at rate 0 would be lost.
+    warmup = optax.linear_schedule(peak / (warmup_updates + 1), peak, max(warmup_updates, 1))
+    optimizer = optax.adamw(
+        optax.join_schedules([warmup, after], [warmup_updates]),
+        b1=adamw.b1,
+        b2=adamw.b2,
+        eps=adamw.eps,
+        weight_decay=adamw.weight_decay,
+        mask=_decayed,
+    )
+    if not adamw.clip_norm:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(adamw.clip_norm), optimizer)
 
 
 def _decayed(params: Params) -> Params:

@@ -11,6 +11,7 @@ from flax import struct
 from jax.sharding import NamedSharding
 
 from opd_jax.model import Params
+from opd_jax.runtime.checkpoint import Checkpoints
 from opd_jax.runtime.mesh import replicated
 
 
@@ -47,6 +48,28 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, *, seed:
 
     placement = placement_of(abstract_state(params, optimizer))
     return jax.jit(fresh, out_shardings=placement)(params)
+
+
+def restore_or_init(
+    checkpoints: Checkpoints,
+    untrained: Params,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state and the stored object of the newest checkpoint, or the beginning and {}.
+
+    Args:
+      checkpoints: of the run.
+      untrained: what is trained, before any update.
+      optimizer: see `init_state`.
+      seed: see `init_state`.
+    """
+    restored = checkpoints.restore_latest(abstract_state(untrained, optimizer))
+    if restored is None:
+        return init_state(untrained, optimizer, seed=seed), {}
+    _, state, meta = restored
+    return state, meta
 
 
 def abstract_state(params: Params, optimizer: optax.GradientTransformation) -> Any:

@@ -1,12 +1,13 @@
-"""One update as one compiled program: student forward, teacher forward, objective, optimizer.
+"""One update as one compiled program: the student's forward pass, the objective, the optimizer.
 
-Micro-batches are exact. Each contributes the sums Σ s·d, Σ s and N with its gradient of Σ s·d; the
-normalizer Z and the division by N, which need the sums of the whole batch, are applied once, to
-the accumulated gradient. Any split of a batch gives the same update up to rounding.
+Micro-batches are exact. Each contributes the sums Σ s·d, Σ s and N with its gradient of Σ s·d. The
+scale Z and the division by N need the sums of the whole batch, so they are applied once, to the
+accumulated gradient. Any split of a batch gives the same update up to rounding.
 """
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,19 +15,48 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from opd_jax import losses
-from opd_jax.learner.batch import Batch, split
+from opd_jax.learner.batch import Batch, num_parts, split_rows
 from opd_jax.learner.objective import Objective, Sums, objective_sums, score
+from opd_jax.learner.teacher import Teacher
 from opd_jax.learner.train_state import TrainState
-from opd_jax.model import ModelConfig, Params
+from opd_jax.losses import WeightTotals
+from opd_jax.model import REMAT, ModelConfig, Params
 from opd_jax.model.lora import Lora, with_adapters
+from opd_jax.runtime.fields import EXTENT, LAYOUT, affects, check_choice, check_within
 from opd_jax.runtime.mesh import replicate
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How many updates there are, and how one is computed.
+
+    Attributes:
+      updates: of the run.
+      micro_batches: parts of a batch of episodes (`make_train_step`).
+      query_chunk: queries attended at a time.
+      loss_chunk: positions whose logits exist at a time.
+      remat: what the backward pass computes again (`model.REMAT`).
+      length_multiple: T of a batch is a multiple of this.
+      response_multiple: R of a batch is a multiple of this.
+    """
+
+    updates: int = field(metadata=affects(EXTENT))
+    micro_batches: int = field(metadata=affects(LAYOUT))
+    query_chunk: int = field(metadata=affects(LAYOUT))
+    loss_chunk: int = field(metadata=affects(LAYOUT))
+    remat: str = field(metadata=affects(LAYOUT))
+    length_multiple: int = field(metadata=affects(LAYOUT))
+    response_multiple: int = field(metadata=affects(LAYOUT))
+
+    def __post_init__(self):
+        check_choice(REMAT, remat=self.remat)
+        counts = {k: v for k, v in dataclasses.asdict(self).items() if k != "remat"}
+        check_within(1, **counts)
 
 
 def make_train_step(
     *,
     student: ModelConfig,
-    teacher: ModelConfig | None,
     objective: Objective,
     optimizer: optax.GradientTransformation,
     placement: Any,
@@ -38,26 +68,25 @@ def make_train_step(
     remat: str,
     lora: Lora | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
-    """The jitted update `(state, teacher_params, batch) -> (state, metrics)`; donates `state`.
+    """The jitted update `(state, teacher, batch) -> (state, metrics)`; donates `state`.
 
-    With `lora` it is `(state, teacher_params, batch, base) -> (state, metrics)`: what is trained
-    are the adapters of `base`, which are the student's own parameters, only read.
+    `teacher` is a `Teacher`, or None where the objective needs none. With `lora` the update is
+    `(state, teacher, batch, base) -> (state, metrics)`: what is trained are adapters of `base`, the
+    student's own parameters, which are only read.
 
     Args:
       student: sizes of the trained model.
-      teacher: sizes of the frozen one; None where the objective needs none.
       objective: what is minimized.
       optimizer: e.g. from `make_optimizer`.
       placement: the sharding of every array of the new state: that of the old one, as from
-        `placement_of`. None leaves it to the compiler, which on several devices may gather the
+        `placement_of`. None leaves it to the compiler, which on several devices may all-gather the
         parameters and compile a second time for what came out.
       micro_batches: into how many equal parts a batch is split; bounds memory, changes nothing.
-      batch_rows: rows of a batch of whole episodes; one with a multiple of them, where episodes
-        have several rows, is split into as many times more parts. None: no batch is.
+      batch_rows: rows of a batch of whole episodes (`batch.num_parts`).
       dtype: that the student computes in; its parameters, gradient and optimizer keep theirs.
       query_chunk: see `model.forward`.
       loss_chunk: positions whose logits exist at a time (`losses.fused_scores`).
-      remat: see `model.forward`; for the student.
+      remat: see `model.forward`.
       lora: what the state's parameters adapt; None where they are the student's own.
 
     Raises:
@@ -68,7 +97,6 @@ def make_train_step(
     score_with = partial(
         score,
         student=student,
-        teacher=teacher,
         objective=objective,
         dtype=dtype,
         query_chunk=query_chunk,
@@ -78,22 +106,25 @@ def make_train_step(
 
     @partial(jax.jit, donate_argnums=0, out_shardings=placement and (placement, None))
     def train_step(
-        state: TrainState, teacher_params: Params | None, batch: Batch, base: Params | None = None
+        state: TrainState, teacher: Teacher | None, batch: Batch, base: Params | None = None
     ):
-        def loss_and_sums(trained: Params, part: Batch):
-            params = with_adapters(base, trained, lora)
-            scores = score_with(params, teacher_params, part)
-            sums = objective_sums(scores, part, objective=objective)
+        def loss_and_sums(trained: Params, part: tuple[Batch, jax.Array | None]):
+            rows, hidden = part
+            read = Teacher(hidden, teacher.head) if teacher and hidden is not None else None
+            scores = score_with(with_adapters(base, trained, lora), read, rows)
+            sums = objective_sums(scores, rows, objective=objective)
             return sums.loss, sums
 
-        parts = micro_batches * (len(batch.tokens) // batch_rows if batch_rows else 1)
-        gradient, sums = _accumulate(loss_and_sums, state.params, split(batch, parts))
-        z = _batch_normalizer(sums, objective)
-        scale = z / jnp.maximum(sums.tokens, 1)
-        gradient = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), gradient, state.params)
+        parts = num_parts(batch, micro_batches=micro_batches, batch_rows=batch_rows)
+        rows = (batch, None if teacher is None else teacher.hidden)
+        gradient, sums = _accumulate(loss_and_sums, state.params, split_rows(rows, parts))
+        # A trajectory's own scale is in its weights already.
+        z = objective.scale(sums.totals) if objective.scope == "batch" else jnp.ones(())
+        factor = z / jnp.maximum(sums.totals.tokens, 1)
+        gradient = jax.tree.map(lambda g, p: (g * factor).astype(p.dtype), gradient, state.params)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         metrics = {
-            "loss": sums.loss * scale,
+            "loss": sums.loss * factor,
             "z": z,
             "sums": sums,
             "grad_norm": optax.global_norm(gradient),
@@ -110,31 +141,38 @@ def make_train_step(
     return train_step
 
 
-def _accumulate(loss_and_sums, params: Params, parts: Batch) -> tuple[Params, Sums]:
+def _accumulate(loss_and_sums, params: Params, parts: tuple) -> tuple[Params, Sums]:
     """Σ over micro-batches of the gradient, in float32, and of the sums.
 
     Args:
-      loss_and_sums: (params, batch) to what is differentiated, and `Sums`.
+      loss_and_sums: (params, part) to what is differentiated, and `Sums`.
       params: what is differentiated with respect to.
       parts: micro-batches along a leading axis.
     """
 
-    def one(carry: tuple[Params, Sums], part: Batch):
+    def one(carry: tuple[Params, Sums], part: tuple):
         gradient, sums = jax.grad(loss_and_sums, has_aux=True)(params, part)
         total = jax.tree.map(lambda t, g: t + g.astype(jnp.float32), carry[0], gradient)
         return (total, _add(carry[1], sums)), None
 
     zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    return jax.lax.scan(one, (zero, _zeros(parts.verdict.shape[-1])), parts)[0]
+    batch, _ = parts
+    return jax.lax.scan(one, (zero, _zeros(batch.verdict.shape[-1])), parts)[0]
 
 
 def _zeros(turns: int) -> Sums:
-    by_turn = {"divergence", "tokens_by_turn", "weight_by_turn", "confidence", "turns"}
+    zero, by_turn = jnp.zeros((), jnp.float32), jnp.zeros(turns, jnp.float32)
     return Sums(
-        **{
-            name: jnp.zeros((turns,) if name in by_turn else (), jnp.float32)
-            for name in Sums.__dataclass_fields__
-        }
+        loss=zero,
+        totals=WeightTotals(zero, zero, zero),
+        divergence=by_turn,
+        tokens_by_turn=by_turn,
+        weight_by_turn=by_turn,
+        confidence=by_turn,
+        turns=by_turn,
+        student_entropy=zero,
+        teacher_entropy=zero,
+        logprob_error=zero,
     )
 
 
@@ -142,17 +180,3 @@ def _add(total: Sums, part: Sums) -> Sums:
     added = jax.tree.map(jnp.add, total, part)
     largest = jnp.maximum(total.logprob_error, part.logprob_error)
     return dataclasses.replace(added, logprob_error=largest)
-
-
-def _batch_normalizer(sums: Sums, objective: Objective) -> jax.Array:
-    """Z of the whole batch; 1 where each trajectory has been given its own."""
-    if objective.scope != "batch":
-        return jnp.ones(())
-    return losses.normalizer(
-        sums.weight,
-        sums.tokens,
-        sums.active,
-        normalize=objective.normalize,
-        eps=objective.eps,
-        max_z=objective.max_z,
-    )

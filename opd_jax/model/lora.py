@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from opd_jax.model import ModelConfig, Params, ParamSpec, param_specs
 from opd_jax.model.int8 import contracted_axes, dequantize_weight, int8_spec
 from opd_jax.model.projections import CONTRACTED, Int8Weight, LoraWeight
+from opd_jax.runtime.fields import check_choice, check_within
 
 # Experts have no adapters: each would see only the few tokens of a batch that are routed to it.
 TARGETS = tuple(key for key in CONTRACTED if not key.startswith("expert_"))
@@ -28,14 +29,31 @@ class Lora:
     """Which projections have adapters, and their size; static under `jit`.
 
     Attributes:
-      rank: r, columns of A and rows of B.
+      rank: r, columns of A and rows of B; 0 trains all parameters instead.
       alpha: α; the adapters' product is scaled by α / r.
-      targets: names of projections, from `TARGETS`.
+      targets: names of projections, from `TARGETS`, each once.
+      int8: the frozen projections are rounded to 8 bits.
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
+    int8: bool
+
+    def __post_init__(self):
+        check_within(0, rank=self.rank)
+        check_within(1e-9, alpha=self.alpha)
+        for target in self.targets:
+            check_choice(TARGETS, targets=target)
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError(
+                f"`targets`: expected one or more projections, each once, got {[*self.targets]}"
+            )
+        if self.int8 and not self.rank:
+            raise ValueError(
+                "`int8` rounds weights that are not trained, but `rank` = 0 trains them all: give "
+                "a rank, or set `int8` to False"
+            )
 
 
 def lora_specs(config: ModelConfig, lora: Lora) -> Params:

@@ -109,6 +109,12 @@ def head(params: Params) -> jax.Array:
     return params["head"] if "head" in params else params["embed"].T
 
 
+def head_params(params: Params) -> Params:
+    """The part of the parameters that `head` reads."""
+    key = "head" if "head" in params else "embed"
+    return {key: params[key]}
+
+
 def logits(params: Params, hidden: jax.Array, *, sharded: bool) -> jax.Array:
     """`hidden @ head(params)` of a few tokens, float32 [B, ..., V].
 

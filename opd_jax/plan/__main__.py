@@ -25,7 +25,7 @@ from opd_jax.config.flags import flag_pairs
 from opd_jax.plan import chips, compiling, report, smallest, tables
 from opd_jax.plan.analysis import Analysis, analyze
 from opd_jax.plan.verdict import MISFIT
-from opd_jax.report.writers import table
+from opd_jax.report.tables import table
 
 _SWITCHES = ("json", "smallest", "compile")
 

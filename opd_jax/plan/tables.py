@@ -5,7 +5,7 @@ from typing import Any
 
 from opd_jax.plan.chips import GIB
 from opd_jax.plan.program import COPY
-from opd_jax.report.writers import table
+from opd_jax.report.tables import table
 
 COMPILED = "Compiled, not run; times are bounds, not predictions."
 NOT_COMPILED = "Nothing was compiled; times are bounds, not predictions."

@@ -11,15 +11,33 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from opd_jax.runtime import processes
+from opd_jax.runtime.fields import WORLD, affects, check_within
 
 # An error of the storage layer can run to pages; its beginning names the file and the defect.
 _MAX_CAUSE_CHARS = 300
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """When a run saves.
+
+    Attributes:
+      every: updates between two checkpoints.
+      keep: how many checkpoints stay.
+    """
+
+    every: int = field(metadata=affects(WORLD))
+    keep: int = field(metadata=affects(WORLD))
+
+    def __post_init__(self):
+        check_within(1, every=self.every, keep=self.keep)
 
 
 class _AnotherRun(ValueError):

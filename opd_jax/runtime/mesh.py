@@ -10,13 +10,17 @@ sharding of arrays that the compiler would otherwise be free to all-gather. With
 nothing, so the same functions serve one device.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from opd_jax.runtime.fields import LAYOUT, affects, check_within
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -47,6 +51,29 @@ RULES: Rules = {
 # Sampling reads every weight for every token. A copy of the student for sampling may be replicated
 # over `fsdp`, so that no token waits for weights or activations of other devices.
 SAMPLING_RULES: Rules = {**RULES, "embed": None}
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """Sizes of the mesh axes.
+
+    Attributes:
+      data: replicates parameters, splits the batch.
+      fsdp: splits both.
+      tensor: splits heads, feed-forward width and vocabulary.
+    """
+
+    data: int = field(metadata=affects(LAYOUT))
+    fsdp: int = field(metadata=affects(LAYOUT))
+    tensor: int = field(metadata=affects(LAYOUT))
+
+    def __post_init__(self):
+        check_within(1, **dataclasses.asdict(self))
+
+    @property
+    def batch_shards(self) -> int:
+        """Parts that the rows of a batch are split into."""
+        return self.data * self.fsdp
 
 
 def make_mesh(

@@ -28,7 +28,8 @@ from opd_jax.judge.verdicts import Judgement
 from opd_jax.learner.batch import make_batch
 from opd_jax.learner.train_state import TrainState, init_state
 from opd_jax.losses import NO_TURN, Verdict
-from opd_jax.report.metrics import Metrics, Stopwatch
+from opd_jax.report.metrics import means
+from opd_jax.report.stopwatch import Stopwatch
 from opd_jax.runtime.mesh import make_mesh
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -155,13 +156,11 @@ def test_figures_of_the_judge() -> None:
 
 
 def test_shares_of_verdicts_add_up_and_turns_nobody_had_are_null() -> None:
-    metrics = Metrics()
-    metrics.add(judge_metrics(*judged()))
-    means = metrics.means()
-    assert sum(means[f"verdict/{v.name.lower()}"] for v in Verdict) == pytest.approx(1)
+    shares = means(judge_metrics(*judged()))
+    assert sum(shares[f"verdict/{v.name.lower()}"] for v in Verdict) == pytest.approx(1)
     for k in range(3):
-        assert sum(means[f"by_turn/{v.name.lower()}"][k] for v in Verdict) == pytest.approx(1)
-    assert all(means[f"by_turn/{v.name.lower()}"][3] is None for v in Verdict)
+        assert sum(shares[f"by_turn/{v.name.lower()}"][k] for v in Verdict) == pytest.approx(1)
+    assert all(shares[f"by_turn/{v.name.lower()}"][3] is None for v in Verdict)
 
 
 def test_without_labels_of_an_oracle_nothing_is_said_of_precision() -> None:

@@ -20,7 +20,7 @@ from opd_jax import config as cfg
 from opd_jax import evaluate, model
 from opd_jax.config import build as experiment
 from opd_jax.hf import gguf, gguf_file
-from opd_jax.report.figures import results_table
+from opd_jax.report.tables import results_table
 from opd_jax.runtime.mesh import make_mesh
 
 pytestmark = [

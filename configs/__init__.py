@@ -1,0 +1,1 @@
+"""Experiments, one file each; installed as `opd_jax.configs`."""

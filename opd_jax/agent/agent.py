@@ -1,0 +1,126 @@
+"""A model that acts: its tokenizer and chat format, and how it is sampled from."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from opd_jax.agent import history
+from opd_jax.agent.chat import ChatFormat
+from opd_jax.agent.conversation import Conversation
+from opd_jax.agent.generate import Sampling
+from opd_jax.model import ModelConfig
+from opd_jax.runtime.fields import LAYOUT, affects, check_within
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How responses are sampled.
+
+    Attributes:
+      temperature: see `generate.Sampling`.
+      top_k: see `generate.Sampling`.
+      top_p: see `generate.Sampling`.
+      turn_tokens: most tokens sampled in one turn.
+      context_tokens: most tokens in a context, prompts and observations included.
+      cache_step: the cache grows by so many slots, up to `context_tokens`, as conversations do. A
+        token reads all slots that there are; the programs are compiled for each size.
+      extend_widths: ascending widths in which new tokens are appended; one compiled program each.
+      chunk: tokens sampled between two looks at which rows are done.
+      history_turns: earlier turns that a response is sampled from, at most; 0: all. Fewer than all
+        cost a prefill of the context in each turn (`history`).
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    turn_tokens: int
+    context_tokens: int
+    cache_step: int = field(metadata=affects(LAYOUT))
+    extend_widths: tuple[int, ...] = field(metadata=affects(LAYOUT))
+    chunk: int = field(metadata=affects(LAYOUT))
+    history_turns: int
+
+    def __post_init__(self):
+        _ = self.sampling  # checks its own values
+        check_within(1, turn_tokens=self.turn_tokens, cache_step=self.cache_step, chunk=self.chunk)
+        check_within(0, history_turns=self.history_turns)
+        if self.turn_tokens >= self.context_tokens:
+            raise ValueError(
+                f"`turn_tokens` = {self.turn_tokens}: expected less than the cache, "
+                f"`context_tokens` = {self.context_tokens}"
+            )
+        widths = list(self.extend_widths)
+        if not widths or widths != sorted(set(widths)) or widths[0] < 1:
+            raise ValueError(f"`extend_widths`: expected ascending widths, got {widths}")
+
+    @property
+    def sampling(self) -> Sampling:
+        """How a token is drawn."""
+        return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+
+
+@dataclass(frozen=True)
+class RolloutSettings(Decoding):
+    """How the episodes of an update are played.
+
+    Attributes:
+      batch: episodes of an update.
+      gather_weights: sample with weights all-gathered along `fsdp`: faster, more memory.
+      per_task: episodes of each task.
+      depth_start: turns that episodes are cut to in the first update; 0: never cut.
+      depth_every: updates until they may have one more.
+    """
+
+    batch: int
+    gather_weights: bool = field(metadata=affects(LAYOUT))
+    per_task: int
+    depth_start: int
+    depth_every: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_within(1, batch=self.batch, per_task=self.per_task, depth_every=self.depth_every)
+        check_within(0, depth_start=self.depth_start)
+        if self.batch % self.per_task:
+            raise ValueError(
+                f"`batch` = {self.batch} does not divide by `per_task` = {self.per_task}; choose a "
+                "divisor"
+            )
+
+    def depth(self, update: int) -> int:
+        """How many turns episodes may have: start + ⌊n / every⌋ in update n; 0 for no limit.
+
+        Long episodes of an untrained student are mostly histories that a trained one never sees.
+
+        Source: TCOD-F2B (arXiv 2604.24005), a baseline of arXiv 2606.19659, where every = 1.
+        """
+        return self.depth_start and self.depth_start + update // self.depth_every
+
+
+@dataclass(frozen=True)
+class Agent:
+    """Everything but the parameters that turns a model into an agent.
+
+    Attributes:
+      model: its sizes.
+      tokenizer: a `transformers` tokenizer; reads responses, and never tokenizes them again.
+      chat: how messages become tokens.
+      decoding: how responses are sampled.
+    """
+
+    model: ModelConfig
+    tokenizer: Any
+    chat: ChatFormat
+    decoding: Decoding
+
+    def context(self, conversation: Conversation) -> list[int]:
+        """The tokens that the conversation's next response is sampled from."""
+        return history.context(
+            conversation,
+            turns=len(conversation.spans),
+            history_turns=self.decoding.history_turns,
+            left_out=self.chat.left_out,
+        )
+
+    def text(self, tokens: list[int], stop: str) -> str:
+        """The text of a response, without the token that ended it."""
+        return self.tokenizer.decode(tokens[:-1] if stop == "stop_token" else tokens)

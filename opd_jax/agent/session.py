@@ -1,0 +1,160 @@
+"""The device's side of a batch of conversations: one cache that lives as long as the episodes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from opd_jax import model
+from opd_jax.agent import generate as gen
+from opd_jax.agent.agent import Agent
+from opd_jax.model import KVCache, Params
+from opd_jax.runtime.mesh import shard_batch
+
+
+class Response(NamedTuple):
+    """One response as sampled.
+
+    Attributes:
+      tokens: with the stop token, if there was one.
+      logprobs: one a token, nats.
+      stop: why it ended: "stop_token", "turn_budget" or "context".
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    stop: str
+
+
+class CacheSession:
+    """The cache of a batch of conversations between calls: what each row holds, and room for more.
+
+    Args:
+      params: of `agent.model`.
+      agent: who samples.
+      rows: conversations.
+    """
+
+    def __init__(self, params: Params, agent: Agent, rows: int):
+        self.params, self.agent = params, agent
+        self.sharded = model.is_sharded(params)
+        self.cache: KVCache = model.init_cache(
+            agent.model,
+            batch=rows,
+            slots=min(agent.decoding.cache_step, agent.decoding.context_tokens),
+            dtype=params["embed"].dtype,
+            layout=model.backend_cache_layout(),
+        )
+        self.contexts: list[list[int]] = [[] for _ in range(rows)]
+        self.held = np.zeros(rows, np.int32)
+        self.stop_ids = jnp.asarray(agent.chat.stop_ids, jnp.int32)
+
+    def extend(self, contexts: Mapping[int, list[int]]) -> None:
+        """Bring the cache up to all tokens but the last of every row's context."""
+        self._roll_back(contexts)
+        while True:
+            new = [
+                context[held:-1] if row in contexts else []
+                for row, (context, held) in enumerate(zip(self.contexts, self.held, strict=True))
+            ]
+            longest = max(map(len, new))
+            if longest == 0:
+                return
+            widths = self.agent.decoding.extend_widths
+            width = next((w for w in widths if w >= longest), widths[-1])
+            tokens = np.zeros((len(new), width), np.int32)
+            for row, pending in enumerate(new):
+                tokens[row, : len(pending[:width])] = pending[:width]
+            counts = np.array([min(len(pending), width) for pending in new], np.int32)
+            self._make_room(counts)
+            self.cache = gen.extend(
+                self.params,
+                self.cache,
+                *shard_batch((tokens, counts)),
+                config=self.agent.model,
+                sharded=self.sharded,
+            )
+            self.held += counts
+
+    def _make_room(self, counts: np.ndarray) -> None:
+        """Grow the cache by whole steps, until each row has slots for so many tokens more."""
+        step, needed = self.agent.decoding.cache_step, int((self.held + counts).max())
+        slots = min(-(-needed // step) * step, self.agent.decoding.context_tokens)
+        if slots > self.cache.slots:
+            self.cache = model.grow_cache(self.cache, slots=slots)
+
+    def _roll_back(self, contexts: Mapping[int, list[int]]) -> None:
+        """Give rows new contexts; of what they hold, what the two have in common stays."""
+        held = self.held.copy()
+        for row, context in contexts.items():
+            held[row] = _common(self.contexts[row][: held[row]], context[:-1])
+            self.contexts[row] = context
+        if (held < self.held).any():
+            self.held = held
+            self.cache = replace(self.cache, lengths=shard_batch(held.copy()))
+
+    def sample(self, rows: Sequence[int], keys: jax.Array) -> dict[int, Response]:
+        """One response for each of `rows`.
+
+        Args:
+          rows: that sample; the others stay as they are.
+          keys: a PRNG key for each row of the batch, of this turn.
+        """
+        agent = self.agent
+        budget, last = self._start_turn(rows)
+        full = budget < agent.decoding.turn_tokens
+        stopped = np.zeros(len(self.held), bool)
+        tokens: dict[int, list[int]] = {row: [] for row in rows}
+        logprobs: dict[int, list[float]] = {row: [] for row in rows}
+        while budget.any():
+            self._make_room(np.minimum(budget, agent.decoding.chunk))
+            self.cache, out = gen.generate(
+                self.params,
+                self.cache,
+                *shard_batch((last, budget)),
+                keys,
+                self.stop_ids,
+                config=agent.model,
+                sampling=agent.decoding.sampling,
+                chunk=agent.decoding.chunk,
+                sharded=self.sharded,
+            )
+            out = jax.device_get(out)
+            for row in rows:
+                count = int(out.counts[row])
+                tokens[row] += out.tokens[row, :count].tolist()
+                logprobs[row] += out.logprobs[row, :count].tolist()
+                if count:
+                    last[row] = tokens[row][-1]
+            self.held += out.counts
+            stopped |= out.stopped
+            budget = np.where(stopped, 0, budget - out.counts)
+
+        for row in rows:
+            self.contexts[row] = [*self.contexts[row], *tokens[row]]
+
+        def why(row: int) -> str:
+            return "stop_token" if stopped[row] else "context" if full[row] else "turn_budget"
+
+        return {row: Response(tokens[row], logprobs[row], why(row)) for row in rows}
+
+    def _start_turn(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Of every row: how many tokens it may sample, 0 if not in `rows`, and its last token."""
+        budget = np.zeros(len(self.held), np.int32)
+        last = np.zeros(len(self.held), np.int32)
+        for row in rows:
+            room = self.agent.decoding.context_tokens - len(self.contexts[row])
+            budget[row] = min(self.agent.decoding.turn_tokens, room)
+            last[row] = self.contexts[row][-1]
+        return budget, last
+
+
+def _common(held: list[int], context: list[int]) -> int:
+    """How many tokens at their start the two have in common."""
+    if held == context[: len(held)]:
+        return len(held)
+    pairs = enumerate(zip(held, context, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(held), len(context)))

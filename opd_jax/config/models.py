@@ -1,0 +1,158 @@
+"""The models that settings name, in memory or as sizes."""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from opd_jax import hf
+from opd_jax.agent.chat import ChatFormat
+from opd_jax.config.settings import Settings
+from opd_jax.judge.prompt import PHRASES
+from opd_jax.model import ModelConfig, Params, init_params, param_specs
+from opd_jax.runtime.mesh import param_shardings
+
+EMBEDDED = Path(__file__).parents[1] / "pair"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model folder in memory.
+
+    Attributes:
+      folder: where it came from.
+      config: its sizes.
+      params: its parameters.
+      tokenizer: a `transformers` tokenizer.
+      chat: its chat format.
+    """
+
+    folder: Path
+    config: ModelConfig
+    params: Params
+    tokenizer: Any
+    chat: ChatFormat
+
+
+def model_folder(reference: str) -> Path:
+    """The folder of a model reference: a path, or `embedded:NAME`, which ships with the package."""
+    if reference.startswith("embedded:"):
+        return EMBEDDED / reference.removeprefix("embedded:")
+    return Path(reference)
+
+
+def load_model(
+    reference: str, *, dtype: str, mesh: jax.sharding.Mesh, vocab_size: int | None = None
+) -> LoadedModel:
+    """Read a model folder; errors as in `hf`.
+
+    Args:
+      reference: see `model_folder`; a folder of Hugging Face safetensors.
+      dtype: of the parameters; "int8" is `int8.quantize_params` over bfloat16.
+      mesh: over which they are sharded.
+      vocab_size: tokens that are read, without rows that pad the vocabulary beyond; None: all.
+    """
+    folder = model_folder(reference)
+    config = hf.read_config(folder)
+    tokenizer = hf.load_tokenizer(folder)
+    if vocab_size is not None:
+        config = dataclasses.replace(config, vocab_size=vocab_size)
+    hf.check_vocab(folder, tokenizer, config)
+    return LoadedModel(
+        folder=folder,
+        config=config,
+        params=hf.load_params(
+            folder,
+            config,
+            dtype=jnp.dtype("bfloat16" if dtype == "int8" else dtype),
+            int8=dtype == "int8",
+            mesh=mesh,
+        ),
+        tokenizer=tokenizer,
+        chat=ChatFormat.from_tokenizer(tokenizer),
+    )
+
+
+def load_student(settings: Settings, mesh: jax.sharding.Mesh) -> LoadedModel:
+    """The student, for use beside its teacher, as it is before any update.
+
+    Raises:
+      ValueError: its tokenizer differs from the teacher's, before any weight is read; else as in
+        `hf`.
+    """
+    if settings.student == "new":
+        return new_model(settings, mesh)
+    if settings.teacher:
+        hf.check_same_tokenizer(model_folder(settings.student), model_folder(settings.teacher))
+    return load_model(
+        settings.student,
+        dtype=student_dtype(settings),
+        mesh=mesh,
+        vocab_size=_shared_vocab(settings),
+    )
+
+
+def load_teacher(settings: Settings, mesh: jax.sharding.Mesh) -> LoadedModel | None:
+    """The teacher; None without one."""
+    if not settings.teacher:
+        return None
+    return load_model(
+        settings.teacher,
+        dtype=settings.teacher_dtype,
+        mesh=mesh,
+        vocab_size=_shared_vocab(settings),
+    )
+
+
+def student_sizes(settings: Settings) -> ModelConfig:
+    """Sizes of the student that `load_student` gives; no weight is read.
+
+    Raises:
+      ValueError: as `hf.read_config`.
+    """
+    if settings.student == "new":
+        return new_sizes(settings)[0]
+    sizes = hf.read_config(model_folder(settings.student))
+    return dataclasses.replace(sizes, vocab_size=_shared_vocab(settings))
+
+
+def student_dtype(settings: Settings) -> str:
+    """What the student is loaded in, as `load_model` takes it: frozen weights need no more."""
+    if not settings.lora.rank:
+        return settings.dtype
+    return "int8" if settings.lora.int8 else settings.compute_dtype
+
+
+def _shared_vocab(settings: Settings) -> int:
+    """The smaller vocabulary: models of one tokenizer may be padded to different sizes."""
+    names = [name for name in (settings.student, settings.teacher) if name]
+    return min(hf.read_config(model_folder(name)).vocab_size for name in names)
+
+
+def new_model(settings: Settings, mesh: jax.sharding.Mesh) -> LoadedModel:
+    """A random model with the household's tokenizer."""
+    sizes, tokenizer = new_sizes(settings)
+    init = jax.jit(
+        partial(init_params, sizes, dtype=jnp.dtype(settings.dtype)),
+        out_shardings=param_shardings(param_specs(sizes), mesh),
+    )
+    return LoadedModel(
+        folder=EMBEDDED,
+        config=sizes,
+        params=init(jax.random.key(settings.seed)),
+        tokenizer=tokenizer,
+        chat=ChatFormat.from_tokenizer(tokenizer),
+    )
+
+
+def new_sizes(settings: Settings) -> tuple[ModelConfig, Any]:
+    """Sizes of `new_model`, and its tokenizer."""
+    from opd_jax.envs.household.tokenizer import build
+
+    assert settings.new_model is not None  # as settings are checked
+    tokenizer = build(phrases=PHRASES)
+    return dataclasses.replace(settings.new_model, vocab_size=len(tokenizer)), tokenizer

@@ -1,0 +1,373 @@
+"""A config as typed settings: each section becomes the frozen dataclass of the room that reads it.
+
+A dataclass checks its own values. Relations between sections are checked here, before anything is
+loaded.
+"""
+
+import dataclasses
+import re
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from ml_collections import ConfigDict
+
+from opd_jax.agent.agent import RolloutSettings
+from opd_jax.config.flags import closest
+from opd_jax.envs.make import EnvSettings
+from opd_jax.experience.source import DataSettings
+from opd_jax.experience.stream import DemonstrationSettings
+from opd_jax.judge.prompt import JudgeSettings
+from opd_jax.learner.objective import Objective
+from opd_jax.learner.optimizer import AdamW
+from opd_jax.learner.train_step import TrainSettings
+from opd_jax.model import ModelConfig
+from opd_jax.model.lora import Lora
+from opd_jax.runtime.checkpoint import CheckpointSettings
+from opd_jax.runtime.fields import (
+    EXTENT,
+    FIGURES,
+    LAYOUT,
+    METHOD,
+    affects,
+    check_choice,
+    check_within,
+)
+from opd_jax.runtime.mesh import MeshShape
+
+EVALUATED = ("before", "teacher", "expert", "random")
+FLOATS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """Who is evaluated, on what.
+
+    Attributes:
+      who: of `EVALUATED`, beside the trained student.
+      splits: of the environment.
+      tasks: of each split, at most.
+      batch: played at a time.
+      temperature: of a model's tokens.
+      seed: of a model's tokens.
+      judge: also measure the judge on the turns that a model plays.
+    """
+
+    who: tuple[str, ...] = field(metadata=affects(FIGURES))
+    splits: tuple[str, ...] = field(metadata=affects(FIGURES))
+    tasks: int = field(metadata=affects(FIGURES))
+    batch: int = field(metadata=affects(FIGURES))
+    temperature: float = field(metadata=affects(FIGURES))
+    seed: int = field(metadata=affects(FIGURES))
+    judge: bool = field(metadata=affects(FIGURES))
+
+    def __post_init__(self):
+        for who in self.who:
+            check_choice(EVALUATED, who=who)
+        if not self.splits:
+            raise ValueError("`splits`: expected at least one split, got none")
+        check_within(1, tasks=self.tasks, batch=self.batch)
+        check_within(0, temperature=self.temperature)
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """Which runs a comparison has.
+
+    Attributes:
+      methods: names of variants; () for a single run.
+      seeds: one run each.
+      variants: the fields in which each method differs, by name.
+    """
+
+    methods: tuple[str, ...] = field(metadata=affects(FIGURES))
+    seeds: tuple[int, ...] = field(metadata=affects(FIGURES))
+    variants: Mapping[str, Any] = field(metadata=affects(FIGURES))
+
+    def __post_init__(self):
+        for method in self.methods:
+            check_choice(self.variants, methods=method)
+        if self.methods and not self.seeds:
+            raise ValueError("`seeds`: expected at least one seed, got none")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A whole run.
+
+    Attributes:
+      seed: of everything that a run draws.
+      dtype: of the student's parameters and its optimizer.
+      compute_dtype: that the student computes in.
+      teacher_dtype: of the teacher's parameters; "int8" rounds its projections to 8 bits.
+      student: a model reference, or "new".
+      teacher: a model reference; "" for none.
+      new_model: sizes of a new student; its vocabulary comes with the tokenizer.
+      demonstrations: of players, where `data.source` is players.
+    """
+
+    seed: int
+    dtype: str
+    compute_dtype: str
+    teacher_dtype: str
+    student: str
+    teacher: str
+    mesh: MeshShape
+    lora: Lora
+    env: EnvSettings
+    data: DataSettings
+    rollout: RolloutSettings
+    objective: Objective
+    judge: JudgeSettings
+    optimizer: AdamW
+    train: TrainSettings
+    eval: EvalSettings
+    checkpoint: CheckpointSettings
+    compare: CompareSettings
+    new_model: ModelConfig | None = None
+    demonstrations: DemonstrationSettings | None = None
+
+    def __post_init__(self):
+        check_within(0, 2**31 - 1, seed=self.seed)
+        check_choice(FLOATS, dtype=self.dtype, compute_dtype=self.compute_dtype)
+        check_choice((*FLOATS, "int8"), teacher_dtype=self.teacher_dtype)
+        _check_student(self)
+        _check_batches(self)
+        _check_source(self)
+        _check_teacher(self)
+
+    @property
+    def shows_players(self) -> bool:
+        """Whether the student learns from demonstrations of players, and not from episodes."""
+        return self.data.source == "players"
+
+
+# Not given in a config: what they say comes with the tokenizer.
+_NEW_MODEL = {"vocab_size": 1, "rope_scaling": None}
+
+
+def read_settings(config: ConfigDict) -> Settings:
+    """The settings that a config stands for.
+
+    Raises:
+      ValueError: a field is missing, unknown, of another type or out of range, or fields contradict
+        each other; names them.
+    """
+    hints = get_type_hints(Settings)
+    optional = {"new_model", "demonstrations"}
+    sections = {name: config[name] for name in config}
+    _check_names("", hints.keys() - optional, hints.keys(), sections)
+    values: dict[str, Any] = {}
+    for name, given in sections.items():
+        kind = _plain(hints[name])
+        if not dataclasses.is_dataclass(kind):
+            values[name] = _typed(name, kind, given)
+            continue
+        if not isinstance(given, ConfigDict):
+            raise ValueError(f"`{name}`: expected a group of fields, got {given!r}")
+        fields = dict(given.items())
+        if kind is EnvSettings:
+            fields = _with_options(fields)
+        values[name] = _section(name, kind, fields)
+    return Settings(**values)
+
+
+def _with_options(env: dict[str, Any]) -> dict[str, Any]:
+    """Fields that are the environment's own become its `options`."""
+    own = {f.name for f in dataclasses.fields(EnvSettings)} - {"options"}
+    options = {name: value for name, value in env.items() if name not in own}
+    return {name: value for name, value in env.items() if name in own} | {"options": options}
+
+
+T = TypeVar("T")
+
+
+def _section(section: str, kind: type[T], given: Mapping[str, Any]) -> T:
+    hints = get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if kind is ModelConfig:
+        given = {**_NEW_MODEL, **given}
+    needed = {name for name, f in fields.items() if f.default is dataclasses.MISSING}
+    _check_names(f"{section}.", needed, fields.keys(), given)
+    values = {
+        name: _typed(f"{section}.{name}", _plain(hints[name]), value)
+        for name, value in given.items()
+    }
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(_named(str(error), section, fields)) from None
+
+
+def _named(message: str, section: str, fields: Mapping[str, Any]) -> str:
+    """A dataclass names its fields; a config names them with their section."""
+    return re.sub(
+        r"`(\w+)`",
+        lambda word: f"`{section}.{word[1]}`" if word[1] in fields else word[0],
+        message,
+    )
+
+
+def _check_names(prefix: str, needed: Any, known: Any, given: Mapping[str, Any]) -> None:
+    for name in given:
+        if name not in known:
+            near = closest(prefix + name, [prefix + other for other in known])
+            raise ValueError(f"`{prefix}{name}`: there is no such setting{near}")
+    for name in known:
+        if name in needed and name not in given:
+            raise ValueError(
+                f"`{prefix}{name}`: the config has no such field, and every run needs it; add it "
+                "to the config file (configs/quickstart.py has every field, with what it means)"
+            )
+
+
+def _plain(hint: Any) -> Any:
+    """The type of an annotation, without its None and its elements."""
+    if isinstance(hint, types.UnionType):
+        hint = next(part for part in get_args(hint) if part is not types.NoneType)
+    return get_origin(hint) or hint
+
+
+def _typed(name: str, kind: Any, value: Any) -> Any:
+    """A value of a field, once it is known to have the field's type."""
+    if isinstance(value, ConfigDict):
+        value = value.to_dict()
+    if value is None or kind is Any:
+        return value
+    if kind is tuple and isinstance(value, list):
+        value = tuple(value)
+    accepted: Any = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"`{name}`: expected {kind.__name__}, got {value!r}")
+    return value
+
+
+# --- What a field affects ---------------------------------------------------------------------
+
+
+def affected_by(name: str) -> frozenset[str]:
+    """What a change of a config field changes (`runtime.fields`).
+
+    Args:
+      name: dotted, such as `train.updates`; a field of an environment's own affects the method.
+    """
+    section, _, rest = name.partition(".")
+    kind = _plain(get_type_hints(Settings).get(section, str))
+    fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    own = rest.partition(".")[0]
+    metadata: Mapping = next((f.metadata for f in fields if f.name == own), {})
+    return metadata.get("affects", frozenset([METHOD]))
+
+
+def binds_a_run(settings: Settings) -> Callable[[str], bool]:
+    """Whether a run can only be resumed with the same value of a field.
+
+    Batches of demonstrations are cut to fit micro-batches and mesh, so there the layout binds too.
+    """
+    kinds = {METHOD, EXTENT} | ({LAYOUT} if settings.shows_players else set())
+    return lambda name: not kinds.isdisjoint(affected_by(name))
+
+
+def binds_an_evaluation(name: str) -> bool:
+    """Whether figures of a workdir's run need the same value of a field."""
+    return METHOD in affected_by(name) and FIGURES not in affected_by(name)
+
+
+# --- Relations between sections ---------------------------------------------------------------
+
+
+def _check_student(s: Settings) -> None:
+    """A new student has its sizes, and nothing that only a pretrained one can have."""
+    if s.student != "new":
+        return
+    if s.new_model is None:
+        raise ValueError(
+            "`student` = 'new' needs its sizes in `new_model`, as in configs/household_pair.py"
+        )
+    if s.lora.rank:
+        raise ValueError(
+            f"`lora.rank` = {s.lora.rank} adapts a pretrained student, but `student` = 'new': set "
+            "it to 0, or name a model folder"
+        )
+
+
+def _check_batches(s: Settings) -> None:
+    """Batches divide into micro-batches and over the mesh."""
+    batch, parts, ways = s.rollout.batch, s.train.micro_batches, s.mesh.batch_shards
+    if not s.shows_players and batch % parts:
+        raise ValueError(
+            f"`rollout.batch` = {batch} does not divide into `train.micro_batches` = {parts}; "
+            "choose a divisor"
+        )
+    sizes = {
+        "rollout.batch": batch,
+        "eval.batch": s.eval.batch,
+        "judge.batch": s.judge.batch,
+        "rollout.batch` / `train.micro_batches": batch // parts,
+    }
+    for name, size in sizes.items():
+        if size % ways:
+            raise ValueError(
+                f"`{name}` = {size} does not divide over `mesh.data` × `mesh.fsdp` = {ways}"
+            )
+
+
+def _check_source(s: Settings) -> None:
+    """The objective and the rollout fit where the tokens come from."""
+    objective, rollout, source = s.objective, s.rollout, s.data.source
+    problems = {
+        "`rollout.per_task` above 1 would repeat the expert's episode of a task: set it to 1, or "
+        "`data.source` to on_policy or teacher": rollout.per_task > 1 and source == "expert",
+        "`data.source` = 'players' trains on whole histories: set `rollout.history_turns` to 0": (
+            rollout.history_turns and source == "players"
+        ),
+        "`objective.scope` = 'trajectory' needs each episode in one row, which it is not with "
+        "`rollout.history_turns`: set the one to batch, or the other to 0": (
+            rollout.history_turns and objective.scope == "trajectory"
+        ),
+        "`judge.context` = 'history' asks behind the whole conversation, of which "
+        "`rollout.history_turns` lets the student see a part: change one of them": (
+            rollout.history_turns and s.judge.context == "history"
+        ),
+        "`rollout.depth_start` cuts the student's episodes: set it to 0, or `data.source` to "
+        "on_policy": rollout.depth_start and source != "on_policy",
+        "`objective.divergence` = 'sampled_reverse_kl' is an estimate from the student's own "
+        "samples: set `data.source` to on_policy": (
+            objective.divergence == "sampled_reverse_kl" and source != "on_policy"
+        ),
+        "`objective.divergence` = 'cross_entropy' on the student's own episodes teaches nothing: "
+        "set `data.source` to teacher, expert or players": (
+            not objective.needs_teacher and source == "on_policy"
+        ),
+        "`data.source` = 'players' needs `objective.divergence` = cross_entropy": (
+            objective.needs_teacher and source == "players"
+        ),
+        "`data.source` = 'players' draws rooms of several sizes, as household has them; got "
+        f"`env.by` = {s.env.by!r}: for episodes of its expert set `data.source` to expert": (
+            source == "players" and s.env.by != "household"
+        ),
+        "`data.source` = 'players' needs the section `demonstrations`, as in "
+        "configs/household_pair.py; for episodes of the expert set `data.source` to expert": (
+            source == "players" and s.demonstrations is None
+        ),
+    }
+    for message, wrong in problems.items():
+        if wrong:
+            raise ValueError(message)
+
+
+def _check_teacher(s: Settings) -> None:
+    """There is a teacher wherever one is needed."""
+    needs = {
+        "the objective or `data.source` needs a teacher": (
+            s.objective.needs_teacher or s.data.source == "teacher" or s.objective.intervention
+        ),
+        "`eval.who` names the teacher": "teacher" in s.eval.who,
+        "`eval.judge` needs a teacher": s.eval.judge,
+    }
+    for need, is_needed in needs.items():
+        if is_needed and s.student == "new":
+            raise ValueError(f"{need}, but `student` = 'new' has none")
+        if is_needed and not s.teacher:
+            raise ValueError(f"{need}, but `teacher` is empty")

@@ -1,0 +1,75 @@
+"""Environments from their settings: one of ours by name, or anybody's by `module:Class`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from opd_jax.envs.base import Env
+from opd_jax.envs.workers import Worker
+from opd_jax.runtime import by as named
+from opd_jax.runtime.fields import WORLD, affects, check_within
+
+# Imported when asked for: all but the household need an extra.
+ENVS = {
+    "household": "opd_jax.envs.household.env:Household",
+    "alfworld": "opd_jax.envs.alfworld.env:AlfWorld",
+    "scienceworld": "opd_jax.envs.scienceworld.env:ScienceWorld",
+    "searchqa": "opd_jax.envs.search.searchqa:open_searchqa",
+    "factbookqa": "opd_jax.envs.search.factbook:FactbookQA",
+}
+
+
+@dataclass(frozen=True)
+class EnvSettings:
+    """Which environment, and how it is run.
+
+    Attributes:
+      by: a key of `ENVS`, or `module:Class`.
+      workers: each environment in a process of its own.
+      start_timeout_s: of a worker's start; see `workers.Worker`.
+      step_timeout_s: of a worker's step.
+      max_turns: K, of an episode.
+      options: further keyword arguments of the environment.
+    """
+
+    by: str
+    workers: bool = field(metadata=affects(WORLD))
+    start_timeout_s: float = field(metadata=affects(WORLD))
+    step_timeout_s: float = field(metadata=affects(WORLD))
+    max_turns: int
+    options: Mapping[str, Any]
+
+    def __post_init__(self):
+        check_within(1, max_turns=self.max_turns)
+
+
+def make_env(settings: EnvSettings, **changes: Any) -> Env:
+    """A new environment; in a process of its own with `workers`.
+
+    Args:
+      settings: see `EnvSettings`.
+      **changes: take the place of some of its options.
+
+    Raises:
+      ValueError: an unknown name, options that are another environment's, or what the environment
+        itself misses, such as its extra.
+    """
+    arguments = {**settings.options, "max_turns": settings.max_turns, **changes}
+    kind = named.find(settings.by, ENVS)
+    named.check_arguments(settings.by, kind, arguments)
+    make = partial(kind, **arguments)
+    if not settings.workers:
+        return make()
+    return Worker(
+        make, start_timeout_s=settings.start_timeout_s, step_timeout_s=settings.step_timeout_s
+    )
+
+
+def benchmark_splits(by: str) -> tuple[str, ...]:
+    """The splits whose mean is a benchmark's figure; () where each split stands for itself."""
+    if by != "searchqa":
+        return ()
+    from opd_jax.envs.search.searchqa_data import SETS
+
+    return tuple(SETS)

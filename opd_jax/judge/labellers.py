@@ -1,0 +1,53 @@
+"""What gives every turn of an update its verdict: the teacher, or nobody."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from opd_jax.agent.conversation import Conversation
+from opd_jax.judge.agreement import judge_metrics
+from opd_jax.judge.labels import env_labels
+from opd_jax.judge.prompt import Judge
+from opd_jax.judge.verdicts import judge_turns
+from opd_jax.losses import Verdict
+from opd_jax.model import Params
+
+# (conversations, updates done) to `Verdict` codes int32 [B, K] and metrics as (sum, count).
+Labeller = Callable[[Sequence[Conversation], int], tuple[np.ndarray, dict[str, Any]]]
+
+
+def no_judge(*, max_turns: int) -> Labeller:
+    """Every turn is STRONG: plain OPD, and supervised data."""
+
+    def label(conversations: Sequence[Conversation], update: int):
+        return np.full((len(conversations), max_turns), Verdict.STRONG, np.int32), {}
+
+    return label
+
+
+def teacher_judge(params: Params, *, by: Judge, max_turns: int) -> Labeller:
+    """The teacher's verdicts (`judge_turns`), and now and then those of the other decoding too.
+
+    Args:
+      params: the teacher's.
+      by: how it is asked.
+      max_turns: K.
+    """
+    ask = partial(judge_turns, params, by=by, max_turns=max_turns)
+    how = by.settings
+
+    def label(conversations: Sequence[Conversation], update: int):
+        judgement = ask(conversations, decode=how.decode)
+        metrics = judge_metrics(judgement, env_labels(conversations, max_turns=max_turns))
+        if how.agreement_every and update % how.agreement_every == 0:
+            other = "generate" if how.decode == "constrained" else "constrained"
+            second = ask(conversations, decode=other)
+            answered = judgement.asked & ~judgement.unparsable & ~second.unparsable
+            same = (second.verdict == judgement.verdict) & answered
+            metrics["judge/decodings_agree"] = (same.sum(), answered.sum())
+            metrics[f"judge/unparsable_{other}"] = (second.unparsable.sum(), second.asked.sum())
+        return judgement.verdict, metrics
+
+    return label

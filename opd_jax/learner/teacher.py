@@ -1,0 +1,77 @@
+"""The teacher's pass: one forward over the student's tokens, a program of its own.
+
+It needs no weights and no student, so it can run as soon as a batch is packed. What it returns,
+hidden states at the student's tokens, is all that the update needs of the teacher beside its head.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from opd_jax import model
+from opd_jax.learner.batch import Array, Batch, merge_rows, num_parts, split_rows
+from opd_jax.model import ModelConfig, Params
+
+
+@struct.dataclass
+class Teacher:
+    """What an update knows of the teacher.
+
+    Attributes:
+      hidden: float [B, R, D'], the hidden states that predict the response tokens.
+      head: the part of the teacher's parameters that `model.head` reads.
+    """
+
+    hidden: jax.Array
+    head: Params
+
+
+def make_teacher_pass(
+    config: ModelConfig, *, micro_batches: int, batch_rows: int | None, query_chunk: int
+) -> Callable[[Params, Batch], jax.Array]:
+    """The compiled pass `(params, batch) -> hidden` [B, R, D'], for `Teacher.hidden`.
+
+    Args:
+      config: the teacher's sizes.
+      micro_batches: bounds the memory of a pass; see `batch.num_parts`.
+      batch_rows: see `batch.num_parts`.
+      query_chunk: queries attended at a time.
+    """
+
+    @jax.jit
+    def teacher_pass(params: Params, batch: Batch) -> jax.Array:
+        parts = num_parts(batch, micro_batches=micro_batches, batch_rows=batch_rows)
+        run = partial(response_hidden, params, config=config, query_chunk=query_chunk, remat="none")
+        return merge_rows(jax.lax.map(run, split_rows(batch, parts)))
+
+    return teacher_pass
+
+
+def response_hidden(
+    params: Params, batch: Batch, *, config: ModelConfig, query_chunk: int, remat: str
+) -> jax.Array:
+    """Hidden states that predict the response tokens, [B, R, D]: those one position earlier.
+
+    Slots that hold no response get zeros. The last position may be padding, and what is not finite
+    there would reach the gradient as 0 · NaN.
+
+    Args:
+      params: a model's.
+      batch: its `tokens` [B, T] are read, and `response` [B, R] says where.
+      config: the model's sizes.
+      query_chunk: queries attended at a time.
+      remat: see `model.forward`.
+    """
+    hidden_BTD = model.forward(
+        params, jnp.asarray(batch.tokens), config=config, query_chunk=query_chunk, remat=remat
+    )
+    return _before(hidden_BTD, batch.response)
+
+
+def _before(hidden_BTD: jax.Array, response_BR: Array) -> jax.Array:
+    T = hidden_BTD.shape[1]
+    before = jnp.where(response_BR < T, jnp.maximum(response_BR - 1, 0), T)
+    return jnp.take_along_axis(hidden_BTD, before[..., None], axis=1, mode="fill", fill_value=0)

@@ -1,0 +1,56 @@
+"""One rule for what can be chosen or brought along: `by` is a known name or `module:name`.
+
+The other fields of its section are the keyword arguments of what it names. They are compared with
+its signature before anything is called.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def find(by: str, known: Mapping[str, str]) -> Callable[..., Any]:
+    """The function or class that `by` names; its module is imported.
+
+    Args:
+      by: a key of `known`, or `module:name`.
+      known: name to `module:name`.
+
+    Raises:
+      ValueError: an unknown name, or a module or an attribute that does not exist.
+    """
+    target = known.get(by, by)
+    module, colon, name = target.partition(":")
+    if not colon:
+        raise ValueError(f"`by`: expected one of {', '.join(known)}, or module:name; got {by!r}")
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if by in known or error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, and what it imports is not
+        raise ValueError(
+            f"`by` = {by!r}: there is no module `{module}`; is it installed?"
+        ) from None
+    if not hasattr(found, name):
+        raise ValueError(f"`by` = {by!r}: module `{module}` has no `{name}`")
+    return getattr(found, name)
+
+
+def check_arguments(by: str, target: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Compares keyword arguments with the signature of `target`.
+
+    Raises:
+      ValueError: names what is missing and what is not taken.
+    """
+    parameters = inspect.signature(target).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    needed = [name for name, p in parameters.items() if p.default is p.empty]
+    wrong = [f"`{name}` is none of its fields" for name in given if name not in parameters]
+    wrong += [f"`{name}` is missing" for name in needed if name not in given]
+    if wrong:
+        raise ValueError(
+            f"`by` = {by!r} does not fit the rest of its section: {', '.join(wrong)}; it takes "
+            f"{', '.join(parameters)}"
+        )
