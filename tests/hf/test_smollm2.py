@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from test_gguf import NUMBERS_AFTER_SPACES, PASSAGE, TEXTS, installed, logits, logits_by_torch
 
-from opd_jax import config as cfg
 from opd_jax import evaluate, model
-from opd_jax.config import build as experiment
+from opd_jax.config import build, load
+from opd_jax.config.models import LoadedModel, load_model
+from opd_jax.config.settings import read_settings
 from opd_jax.hf import gguf, gguf_file
 from opd_jax.report.tables import results_table
 from opd_jax.runtime.mesh import make_mesh
@@ -46,9 +47,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def student(folder: Path) -> experiment.LoadedModel:
+def student(folder: Path) -> LoadedModel:
     one = make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
-    return experiment.load_model(str(folder), dtype="float32", mesh=one)
+    return load_model(str(folder), dtype="float32", mesh=one)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def reference(folder: Path) -> Any:
 
 
 def test_weights_and_logits_are_those_that_transformers_reads_from_the_file(
-    reference: Any, student: experiment.LoadedModel
+    reference: Any, student: LoadedModel
 ) -> None:
     pytest.importorskip("accelerate")
     import torch
@@ -88,7 +89,7 @@ def test_weights_and_logits_are_those_that_transformers_reads_from_the_file(
     assert np.abs(logits(student.params, ids, student.config) - want).max() <= 2e-4
 
 
-def test_transformers_has_the_same_tokenizer(student: experiment.LoadedModel, folder: Path) -> None:
+def test_transformers_has_the_same_tokenizer(student: LoadedModel, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer, path = student.tokenizer, gguf_file.find("smollm2")
@@ -131,7 +132,7 @@ READING = (
 
 
 def test_int8_weights_predict_what_bfloat16_weights_predict(
-    folder: Path, student: experiment.LoadedModel
+    folder: Path, student: LoadedModel
 ) -> None:
     one = make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
     texts = [student.tokenizer.encode(text) for text in READING]
@@ -147,8 +148,7 @@ def test_int8_weights_predict_what_bfloat16_weights_predict(
     want, got = (
         np.asarray(jax.jit(log_probs)(loaded.params), np.float64)[real]
         for loaded in (
-            experiment.load_model(str(folder), dtype=dtype, mesh=one)
-            for dtype in ("bfloat16", "int8")
+            load_model(str(folder), dtype=dtype, mesh=one) for dtype in ("bfloat16", "int8")
         )
     )
     assert len(want) == 300
@@ -201,7 +201,7 @@ def assert_nothing_worked(figures: dict, said: str) -> None:
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_an_episode_in_each_benchmark(
-    name: str, folder: Path, student: experiment.LoadedModel, tmp_path: Path
+    name: str, folder: Path, student: LoadedModel, tmp_path: Path
 ) -> None:
     split, packages = BENCHMARKS[name]
     missing = [package for package in packages if not installed(package)]
@@ -217,6 +217,9 @@ def test_an_episode_in_each_benchmark(
 
         games.main([f"--out={tmp_path / 'games'}", "--games=1", "--seed=0"])
         words.append(f"--config.env.data={tmp_path / 'games'}")
-    config = cfg.load(f"{CONFIGS / name}.py:runlocal", words)
-    figures = evaluate.evaluate_model(config, student, student.params, update=0, judging=None)
+    settings = read_settings(load(f"{CONFIGS / name}.py:runlocal", words))
+    panels = build.panels(settings)
+    figures = evaluate.evaluate_model(
+        settings, student, student.params, panels=panels, update=0, judging=None
+    )
     assert_nothing_worked(figures[split], results_table({"before": figures}))

@@ -15,7 +15,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from objectives import SAGE
 from passes import cached_logits, dequantized, dequantized_params, logits
 from scipy.special import log_softmax
-from updates import KEEPER, train_step
+from updates import KEEPER, teacher_of, train_step
 
 from opd_jax import hf, model
 from opd_jax.hf.published import PUBLISHED
@@ -214,8 +214,8 @@ def updated(student: Params, teacher: Params, mesh: Any = None) -> tuple[Params,
         rows = shard_batch(rows, mesh)
     state = init_state(student, KEEPER, seed=0)
     placement, objective = placement_of(state) if mesh else None, replace(SAGE, intervention=False)
-    step = train_step(CONFIG, CONFIG, objective, placement=placement, loss_chunk=8)
-    state, metrics = jax.device_get(step(state, teacher, rows))
+    step = train_step(CONFIG, objective, placement=placement, loss_chunk=8)
+    state, metrics = jax.device_get(step(state, teacher_of(CONFIG, teacher, rows), rows))
     return state.opt_state.trace, metrics["loss"]
 
 

@@ -1,5 +1,6 @@
 """Low-rank adapters: against the merged model, torch and hand arithmetic; and a run with them."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -19,17 +20,18 @@ from models import TINY
 from numpy.testing import assert_allclose, assert_array_equal
 from objectives import OPD, SAGE
 from passes import dequantized, logits
-from updates import KEEPER, train_step
+from updates import KEEPER, teacher_of, train_step
 
 from opd_jax import evaluate, export, hf, model, train
 from opd_jax.agent import generate as gen
 from opd_jax.agent.generate import Sampling
-from opd_jax.config import build as experiment
-from opd_jax.config import load, validate
-from opd_jax.config import validation as checks
+from opd_jax.config import build, load
+from opd_jax.config.models import LoadedModel, load_student
+from opd_jax.config.settings import read_settings
 from opd_jax.learner.batch import Batch
 from opd_jax.learner.objective import Objective
-from opd_jax.learner.optimizer import make_optimizer
+from opd_jax.learner.optimizer import AdamW, make_optimizer
+from opd_jax.learner.teacher import Teacher
 from opd_jax.learner.train_state import abstract_state, init_state
 from opd_jax.losses import NO_TURN
 from opd_jax.model import ModelConfig, Params, init_arrays, is_spec, param_specs
@@ -44,7 +46,7 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 CONFIG = replace(TINY, tied=True)
 MIXTURE = replace(CONFIG, experts=Experts(count=4, per_token=2, d_ff=8, normalized=True))
-LORA = Lora(rank=3, alpha=6.0, targets=TARGETS)
+LORA = Lora(rank=3, alpha=6.0, targets=TARGETS, int8=False)
 ROWS, LENGTH = 4, 12
 
 
@@ -161,15 +163,17 @@ def test_untrained_adapters_change_no_bit(
 # --- One update -----------------------------------------------------------------------------------
 
 ADAMW = make_optimizer(
-    learning_rate=1e-2,
-    schedule="constant",
-    warmup_updates=0,
+    AdamW(
+        learning_rate=1e-2,
+        schedule="constant",
+        warmup_updates=0,
+        weight_decay=0.1,
+        b1=0.9,
+        b2=0.95,
+        eps=1e-8,
+        clip_norm=1.0,
+    ),
     total_updates=10,
-    weight_decay=0.1,
-    b1=0.9,
-    b2=0.95,
-    eps=1e-8,
-    clip_norm=1.0,
 )
 
 
@@ -188,16 +192,20 @@ def batch(sampled_tokens: np.ndarray | None = None, logprobs: np.ndarray | None 
 
 @cache
 def step_function(objective: Objective, **options: Any) -> Callable:
-    return train_step(CONFIG, CONFIG, objective, **({"lora": LORA} | options))
+    return train_step(CONFIG, objective, **({"lora": LORA} | options))
+
+
+def reading(teacher: Params, rows: Batch) -> Teacher:
+    return teacher_of(CONFIG, teacher, rows)
 
 
 def test_the_gradient_is_the_merged_models_by_the_chain_rule(base: Params, teacher: Params) -> None:
     adapters = random_adapters(scale=0.2)
     state = init_state(adapters, KEEPER, seed=0)
-    state, metrics = step_function(SAGE)(state, teacher, batch(), base)
+    state, metrics = step_function(SAGE)(state, reading(teacher, batch()), batch(), base)
     plain = plain_params(with_adapters(base, adapters, LORA))
     whole = init_state(plain, KEEPER, seed=0)
-    whole, want = step_function(SAGE, lora=None)(whole, teacher, batch())
+    whole, want = step_function(SAGE, lora=None)(whole, reading(teacher, batch()), batch())
     assert_allclose(metrics["loss"], want["loss"], rtol=1e-5)
     assert metrics["loss"] > 0.1
     for key, gradient in state.opt_state.trace.items():
@@ -220,7 +228,7 @@ def test_an_update_changes_the_adapters_and_nothing_else(base: Params, teacher: 
     assert jax.tree.structure(state.params) == jax.tree.structure(start)
     step = step_function(SAGE, optimizer=ADAMW)
     for _ in range(2):  # B is zero at first, and A gets no gradient
-        state, _ = step(state, teacher, batch(), base)
+        state, _ = step(state, reading(teacher, batch()), batch(), base)
     # They can still be read: the updates did not donate them.
     jax.tree.map(assert_array_equal, jax.device_get((base, teacher)), before)
     for old, new in zip(jax.tree.leaves(start), jax.tree.leaves(state.params), strict=True):
@@ -254,9 +262,9 @@ def test_the_state_takes_the_bytes_of_the_adapters(base: Params) -> None:
 def test_an_update_needs_what_is_adapted(base: Params, teacher: Params) -> None:
     state = init_state(untrained(), KEEPER, seed=0)
     with pytest.raises(ValueError, match=r"`base` is what `lora` adapts: .* got `base` None"):
-        step_function(SAGE)(state, teacher, batch())
+        step_function(SAGE)(state, reading(teacher, batch()), batch())
     with pytest.raises(ValueError, match="`base` given, `lora` None"):
-        step_function(SAGE, lora=None)(state, teacher, batch(), base)
+        step_function(SAGE, lora=None)(state, reading(teacher, batch()), batch(), base)
 
 
 @pytest.mark.parametrize("frozen", ["base", "int8"])
@@ -267,11 +275,11 @@ def test_what_is_sampled_is_what_the_update_recomputes(
     adapters = random_adapters(scale=0.2)
     rows = batch(*sampled(with_adapters(own, adapters, LORA), dtype="float32"))
     state = init_state(adapters, KEEPER, seed=0)
-    _, metrics = step_function(SAGE)(state, teacher, rows, own)
+    _, metrics = step_function(SAGE)(state, reading(teacher, rows), rows, own)
     assert metrics["sums"].logprob_error < 1e-5
     # Sampling from the base alone would be far off.
     state = init_state(untrained(), KEEPER, seed=0)
-    _, metrics = step_function(SAGE)(state, teacher, rows, own)
+    _, metrics = step_function(SAGE)(state, reading(teacher, rows), rows, own)
     assert metrics["sums"].logprob_error > 0.1
 
 
@@ -326,7 +334,7 @@ def test_adapted_and_merged_logits_are_those_of_torch(
     reference = references[name]
     config = hf.read_config(reference.folder)
     params = hf.load_params(reference.folder, config, dtype=jnp.float32)
-    lora = Lora(rank=4, alpha=6.0, targets=targets)
+    lora = Lora(rank=4, alpha=6.0, targets=targets, int8=False)
     adapters = random_adapters(config, lora, scale=0.1)
     want = adapted_torch(reference, adapters, lora, wide)
     assert np.abs(want - adapted_torch(reference, {}, lora, wide)).max() > 0.1
@@ -370,9 +378,7 @@ def test_export_merges_adapters_and_rounds_once(
 @pytest.mark.parametrize(
     ("config", "changed", "text"),
     [
-        (CONFIG, {"targets": ("q", "embed")}, "`lora.targets`: .* q, k, v, o, gate.* got 'embed'"),
         (MIXTURE, {"targets": ("gate",)}, "for q, k, v, o, got 'gate'; its experts cannot"),
-        (MIXTURE, {"targets": ("expert_up",)}, "got 'expert_up'; its experts cannot be adapted"),
         (CONFIG, {"rank": 16}, r"`lora.rank`: .* less than 16, .*`q` \[16, 32\], got 16"),
         (CONFIG, {"rank": 0}, "`lora.rank`: expected 1 or more .* got 0"),
     ],
@@ -400,17 +406,13 @@ QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.py")
 def test_mistakes_in_a_config_name_their_field(flags: str, text: str) -> None:
     config = load(QUICKSTART, [f"--config.lora.{flag}" for flag in flags.split()])
     with pytest.raises(ValueError, match=text):
-        validate(config)
+        read_settings(config)
 
 
 def test_a_new_student_has_no_adapters() -> None:
     path = QUICKSTART.replace("quickstart", "household_pair")
     with pytest.raises(ValueError, match=r"`lora.rank` = 4 .* `student` = 'new'"):
-        validate(load(path, ["--config.lora.rank=4"]))
-
-
-def test_a_config_may_name_the_projections_that_have_adapters() -> None:
-    assert checks._LORA_TARGETS == TARGETS
+        read_settings(load(path, ["--config.lora.rank=4"]))
 
 
 def test_specs_of_a_student_are_those_of_its_arrays(base: Params) -> None:
@@ -440,9 +442,7 @@ def adapting(small: tuple[str, ...]) -> FrozenConfigDict:
         *("--config.train.updates=3", "--config.checkpoint.every=1"),
         *("--config.eval.who=before", "--config.eval.splits=valid_seen"),
     )
-    config = load(f"{QUICKSTART}:runlocal", flags)
-    validate(config)
-    return config
+    return load(f"{QUICKSTART}:runlocal", flags)
 
 
 def train_here(config: FrozenConfigDict, workdir: Path) -> None:
@@ -459,13 +459,14 @@ def finished(adapting: FrozenConfigDict, tmp_path_factory: pytest.TempPathFactor
     return workdir
 
 
-def saved(config: FrozenConfigDict, workdir: Path) -> tuple[experiment.LoadedModel, Any]:
+def saved(config: FrozenConfigDict, workdir: Path) -> tuple[LoadedModel, Any]:
     """The student as it was loaded, and the state of the newest checkpoint."""
-    mesh = make_mesh(**config.mesh)
-    student = experiment.load_student(config, mesh)
-    start = experiment.initial_params(student, config, mesh)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-    abstract = abstract_state(start, experiment.make_optimizer(config))
+    settings = read_settings(config)
+    mesh = make_mesh(**dataclasses.asdict(settings.mesh))
+    student = load_student(settings, mesh)
+    start = build.initial_params(student, settings, mesh)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
+    abstract = abstract_state(start, build.optimizer(settings))
     _, state, _ = checkpoints.restore_latest(abstract)
     checkpoints.close()
     return student, state.replace(rng=jax.random.key_data(state.rng))
@@ -510,7 +511,7 @@ def test_a_run_is_evaluated_and_exported_as_one_model(
 
     assert export.export(finished, tmp_path / "model") == 3
     student, state = saved(adapting, finished)
-    params = experiment.student_params(state.params, student, adapting)
+    params = with_adapters(student.params, state.params, read_settings(adapting).lora)
     want = logits(params, wide, student.config)
     assert np.abs(want - logits(student.params, wide, student.config)).max() > 0.1
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
@@ -520,12 +521,15 @@ def test_a_run_is_evaluated_and_exported_as_one_model(
 
 
 def test_a_frozen_student_is_kept_in_what_it_computes_in(adapting: FrozenConfigDict) -> None:
-    def loaded(**changed: Any) -> Params:
-        config = adapting.to_dict() | changed
-        return experiment.load_student(FrozenConfigDict(config), make_mesh(**adapting.mesh)).params
+    settings = read_settings(adapting)
 
-    lora = adapting.lora.to_dict()
+    def loaded(**changed: Any) -> Params:
+        mesh = make_mesh(**dataclasses.asdict(settings.mesh))
+        return load_student(replace(settings, **changed), mesh).params
+
+    lora = settings.lora
     assert loaded(compute_dtype="bfloat16")["embed"].dtype == jnp.bfloat16
-    assert loaded(compute_dtype="bfloat16", lora=lora | {"rank": 0})["embed"].dtype == jnp.float32
-    int8 = loaded(lora=lora | {"int8": True})["layers"]
+    everything = loaded(compute_dtype="bfloat16", lora=replace(lora, rank=0))
+    assert everything["embed"].dtype == jnp.float32
+    int8 = loaded(lora=replace(lora, int8=True))["layers"]
     assert all(isinstance(int8[key], Int8Weight) for key in TARGETS)

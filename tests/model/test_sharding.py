@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import Mesh
 from models import TINY
 from objectives import SAGE
-from updates import KEEPER, train_step
+from updates import KEEPER, teacher_of, train_step
 
 from opd_jax import model
 from opd_jax.agent import generate as gen
@@ -38,7 +38,7 @@ STUDENT = replace(TINY, vocab_size=64, d_model=32, num_heads=8, num_kv_heads=4, 
 TEACHER = replace(STUDENT, d_model=64, tied=False)
 # Each of its matrices is larger than the activations of a batch.
 WIDE = replace(STUDENT, d_model=256, num_kv_heads=8, head_dim=32, d_ff=256)
-LORA = Lora(rank=3, alpha=6.0, targets=TARGETS)
+LORA = Lora(rank=3, alpha=6.0, targets=TARGETS, int8=False)
 ROWS, LENGTH, TURNS = 16, 16, 2
 MESHES = [(1, 8, 1), (2, 2, 2), (1, 2, 4)]
 SLOTS = 32
@@ -98,7 +98,7 @@ def placed_adapters(mesh: Mesh) -> Params:
 
 def step_on(placement: Any, lora: Lora | None = None) -> Callable:
     options = dict(micro_batches=2, batch_rows=ROWS, query_chunk=8, remat="layers", lora=lora)
-    return train_step(STUDENT, TEACHER, SAGE, placement=placement, **options)
+    return train_step(STUDENT, SAGE, placement=placement, **options)
 
 
 def update(mesh: Mesh, lora: Lora | None = None) -> Updated:
@@ -107,7 +107,8 @@ def update(mesh: Mesh, lora: Lora | None = None) -> Updated:
     placement = placement_of(state)
     step = step_on(placement, lora)
     rows, base = shard_batch(batch(), mesh), own if lora else None
-    state, metrics = step(state, placed(TEACHER, 1, mesh), rows, base)
+    teacher = teacher_of(TEACHER, placed(TEACHER, 1, mesh), rows)
+    state, metrics = step(state, teacher, rows, base)
     assert jax.tree.leaves(placement_of(state)) == jax.tree.leaves(placement)
     return Updated(jax.device_get(state.opt_state.trace), jax.device_get(metrics))
 
@@ -215,9 +216,9 @@ def test_one_update(mesh: Mesh, how: Callable[[Mesh], Updated]) -> None:
 @pytest.mark.parametrize("mesh", [(1, 2, 4)], indirect=True)
 def test_the_loss_psums_over_a_sharded_vocabulary(mesh: Mesh) -> None:
     state = init_state(placed(STUDENT, 0, mesh), KEEPER, seed=0)
-    lowered = step_on(placement_of(state)).lower(
-        state, placed(TEACHER, 1, mesh), shard_batch(batch(), mesh), None
-    )
+    rows = shard_batch(batch(), mesh)
+    teacher = teacher_of(TEACHER, placed(TEACHER, 1, mesh), rows)
+    lowered = step_on(placement_of(state)).lower(state, teacher, rows, None)
     found = collectives(parse(lowered.compile().as_text()))
     of_loss = [part for part in found if "losses.py" in part.source]
     # One number or one gradient of a hidden state for each position, and the gradient of a device's
