@@ -22,7 +22,7 @@ import jax
 
 from opd_jax import config as cfg
 from opd_jax.plan import chips, screen
-from opd_jax.plan.compiling import compile_programs, default_cache, has_compiler
+from opd_jax.plan.compiling import DEFAULT_CACHE, compile_programs, has_compiler
 from opd_jax.plan.program import Run
 from opd_jax.plan.programs import plan_run
 from opd_jax.plan.report import describe
@@ -66,8 +66,8 @@ def _run(config: Any, given: Sequence[str], flags: dict[str, Any]) -> None:
     def plan(run: Run) -> dict[str, Any]:
         if not flags["compile"] or not has_compiler(topology):
             return describe(run, None)
-        cache = Path(flags["cache"]) if flags["cache"] else default_cache()
         results = {}
+        cache = Path(flags["cache"] or DEFAULT_CACHE)
         for program, result in compile_programs(run, cache=cache, limit_s=flags["limit_s"]):
             results[program.name] = result
             if flags["smallest"] and verdict(run, program, result) == MISFIT:
@@ -88,7 +88,7 @@ def _run(config: Any, given: Sequence[str], flags: dict[str, Any]) -> None:
         print(table(rows, list(rows[0])), end="\n\n")
     if result is None:
         raise ValueError(f"`--smallest`: the run fits no slice of {family}")
-    print(screen.text(result, verbose=flags["verbose"], can_compile=has_compiler(topology)))
+    print(screen.text(result, verbose=flags["verbose"]))
 
 
 if __name__ == "__main__":

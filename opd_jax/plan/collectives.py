@@ -41,20 +41,14 @@ def collectives(module: Module) -> list[Collective]:
             channel = found.instruction.attribute(r"channel_id=(\d+)") or name
             if channel not in by_channel or found.times < by_channel[channel].times:
                 by_channel[channel] = found
-    alike: dict[tuple, list[Collective]] = {}
+    rows: dict[tuple, Collective] = {}
     for found in by_channel.values():
         row = _describe(module, found)
-        alike.setdefault(row[:4], []).append(row)
-    merged = [
-        Collective(
-            *parts[0][:4],
-            bytes=sum(part.bytes for part in parts),
-            in_sequence=sum(part.in_sequence for part in parts),
-            known=all(part.known for part in parts),
-        )
-        for parts in alike.values()
-    ]
-    return sorted(merged, key=lambda row: -row.bytes)
+        if other := rows.get(row[:4]):
+            sent, count = row.bytes + other.bytes, row.in_sequence + other.in_sequence
+            row = Collective(*row[:4], sent, count, row.known and other.known)
+        rows[row[:4]] = row
+    return sorted(rows.values(), key=lambda row: -row.bytes)
 
 
 def _describe(module: Module, found: Running) -> Collective:

@@ -26,6 +26,7 @@ from opd_jax.plan.program import Program, Run
 from opd_jax.plan.programs import plan_run
 
 PACKAGE = Path(__file__).parents[1]
+DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "opd_jax/plan")
 
 # Lets the TPU compiler start on a machine without a TPU, and beside others of its kind.
 _TPU_ENVIRONMENT = {
@@ -39,12 +40,6 @@ _TPU_ENVIRONMENT = {
 def has_compiler(topology: str) -> bool:
     """Whether this machine can compile programs for a topology."""
     return topology == LOCAL or util.find_spec("libtpu") is not None
-
-
-def default_cache() -> Path:
-    """The directory of remembered results, in the user's cache directory."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "opd_jax" / "plan"
 
 
 def compile_programs(

@@ -7,16 +7,16 @@ from opd_jax.plan.chips import GIB
 from opd_jax.report.writers import table
 
 _SHOWN = 5  # collectives on one screen
-_HOW = {
-    True: "compiled, not run; times are bounds, not predictions",
-    False: "nothing was compiled; times are bounds, not predictions",
-}
-_WITHOUT_COMPILER = "the TPU compiler, for temporaries and collectives: pip install -e '.[plan]'"
+_PEAKS = (
+    ("memory", GIB, "GiB usable"),
+    ("flops", 1e12, "TFLOP/s bf16"),
+    ("bandwidth", 1e9, "GB/s"),
+)
 
 
-def text(report: Mapping[str, Any], *, verbose: bool, can_compile: bool) -> str:
+def text(report: Mapping[str, Any], *, verbose: bool) -> str:
     """The tables of a plan."""
-    parts = [_heading(report, can_compile), _memory(report, verbose), _seconds(report)]
+    parts = [_heading(report), _memory(report, verbose), _seconds(report)]
     if report["collectives"]:
         parts.append(_collectives(report["collectives"], None if verbose else _SHOWN))
     if verbose:
@@ -33,17 +33,16 @@ def _table(rows: list[dict[str, Any]]) -> str:
     return table(rows, list(rows[0]))
 
 
-def _heading(report: Mapping[str, Any], can_compile: bool) -> str:
+def _heading(report: Mapping[str, Any]) -> str:
     chip, work = report["chip"], report["work"]
-    each = [f"{report['chips']} × {chip['name']}"]
-    each += [f"{chip['memory'] / GIB:.2f} GiB usable"] if chip["memory"] else []
-    each += [f"{chip['flops'] / 1e12:.0f} TFLOP/s bfloat16"] if chip["flops"] else []
-    each += [f"{chip['bandwidth'] / 1e9:.0f} GB/s"] if chip["bandwidth"] else []
-    residents = [f"{name} {size / GIB:.2f} GiB" for name, size in report["residents"].items()]
+    how = "compiled, not run"
+    if not report["compiled"]:
+        how = "nothing was compiled; with `pip install -e '.[plan]'` the TPU compiler says more"
+    peaks = [f"{chip[name] / unit:,.4g} {of}" for name, unit, of in _PEAKS if chip[name]]
+    residents = [f"{k} {size / GIB:.2f} GiB" for k, size in report["residents"].items() if size]
     lines = {
-        "verdict": f"{report['verdict']} ({_HOW[report['compiled']]})",
-        "missing": "" if can_compile else _WITHOUT_COMPILER,
-        report["topology"]: ", ".join(each),
+        "verdict": f"{report['verdict']} ({how})",
+        report["topology"]: ", ".join([f"{report['chips']} × {chip['name']}", *peaks]),
         "mesh": " × ".join(f"{name} {size}" for name, size in report["mesh"].items()),
         "changed": "; ".join(report["changed"]),
         "update": (
@@ -61,12 +60,14 @@ def _heading(report: Mapping[str, Any], can_compile: bool) -> str:
 
 
 def _memory(report: Mapping[str, Any], verbose: bool) -> str:
-    columns = ["arguments", "beside", "least", "temporaries", "code", "peak", "total"]
+    columns = ["arguments", "beside", "temporaries", "code", "peak", "total"]
     if not verbose:
         columns = ["arguments", "temporaries", "peak", "total"]
+    if not report["compiled"]:
+        columns = ["arguments", "beside", "least"]
     rows = [
         {"GiB on a device": program["name"], "runs": round(program["runs"])}
-        | {name: program[name] and program[name] / GIB for name in columns}
+        | {name: None if program[name] is None else program[name] / GIB for name in columns}
         | {"verdict": program["verdict"]}
         for program in report["programs"]
     ]
@@ -89,7 +90,8 @@ def _seconds(report: Mapping[str, Any]) -> str:
         if program["seconds"] is not None
     ]
     share = f"{report['sampling_share']:.0%} of it is sampling"
-    return f"{_table(rows)}\nAn update takes at least {total:.3g} s; {share}."
+    end = f"An update takes at least {total:.3g} s; {share}. Times are bounds, not predictions."
+    return f"{_table(rows)}\n{end}"
 
 
 def _collectives(rows: list[dict[str, Any]], most: int | None) -> str:
