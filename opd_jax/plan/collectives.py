@@ -7,15 +7,8 @@ from typing import NamedTuple
 from opd_jax.plan.hlo import Array, Instruction, Module
 from opd_jax.plan.loops import Running, running
 
-KINDS = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
+_ALL = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all")
+KINDS = (*_ALL, "collective-permute", "collective-broadcast")
 
 
 class Collective(NamedTuple):

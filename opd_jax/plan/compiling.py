@@ -69,12 +69,13 @@ def compile_programs(
 
 def _key(run: Run, program: Program) -> str:
     """A hash of everything that the result depends on."""
+    lowered = run.trace(program).lower(lowering_platforms=(run.where.chip.platform,)).as_text()
     # The lowered text has no places in our source, but the result names them.
     source = [path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))]
     names = ("jax", "jaxlib", "libtpu")
     packages = sorted((p.name, p.version) for p in metadata.distributions() if p.name in names)
     flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-    parts = [run.lower(program).as_text(), str(run.where), str(run.mesh.shape), str(packages)]
+    parts = [lowered, str(run.where), str(run.mesh.shape), str(packages)]
     return hashlib.sha256("\n".join([*parts, *flags, *source]).encode()).hexdigest()
 
 
@@ -119,7 +120,8 @@ def compile_one(config: FrozenConfigDict, where: Slice, name: str) -> dict[str, 
     """
     try:
         run = plan_run(config, where, devices=_devices(where))
-        compiled = run.compile(next(p for p in run.programs if p.name == name))
+        program = next(program for program in run.programs if program.name == name)
+        compiled = run.trace(program).lower().compile()
     # A mesh that the slice has no wires for is a NotImplementedError.
     except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
         return {"refused": " ".join(str(error).split())}

@@ -5,8 +5,8 @@ import re
 from typing import NamedTuple
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
-# ROOT, name, type, opcode, and the rest of the line after the opcode's parenthesis.
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
+# ROOT, name, type, opcode, what is in its parentheses, and the rest of the line.
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\(([^)]*)(.*)$")
 _CALLED = re.compile(
     r"\b(calls|to_apply|body|condition|branch_computations|called_computations"
     r"|true_computation|false_computation)=(\{[^}]*\}|%?[\w.-]+)"
@@ -89,22 +89,12 @@ def parse(text: str) -> Module:
                 current = computations.setdefault(header[2], {})
                 entry = header[2] if header[1] else entry
         elif match := _INSTRUCTION.match(line):
-            root, name, kind, opcode, rest = match.groups()
-            current[name] = Instruction(name, opcode, kind, *_inside(rest), bool(root))
+            root, name, kind, opcode, inside, rest = match.groups()
+            current[name] = Instruction(name, opcode, kind, inside, rest, bool(root))
     if not entry:
         raise ValueError("compiled text: expected an ENTRY computation, got none")
     partitions = re.search(r"\bnum_partitions=(\d+)", text.split("\n", 1)[0])
     return Module(computations, entry, int(partitions[1]) if partitions else 1, _frames(text))
-
-
-def _inside(text: str) -> tuple[str, str]:
-    """The text before and after the parenthesis that closes one before `text`."""
-    depth = 1
-    for match in re.finditer(r"[()]", text):
-        depth += 1 if match[0] == "(" else -1
-        if not depth:
-            return text[: match.start()], text[match.end() :]
-    return text, ""
 
 
 def _array(dtype: str, shape: str) -> Array:

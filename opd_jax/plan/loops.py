@@ -17,15 +17,9 @@ MOST_TRIPS = 2**16  # of a loop that is run here
 _Value = Callable[[int | None], int | None]
 _SAME = {"copy", "copy-start", "copy-done", "bitcast", "convert", "reshape", "optimization-barrier"}
 _OPERATORS = {
-    "add": operator.add,
-    "subtract": operator.sub,
-    "LT": operator.lt,
-    "LE": operator.le,
-    "GT": operator.gt,
-    "GE": operator.ge,
-    "NE": operator.ne,
-    "EQ": operator.eq,
+    name: getattr(operator, name.lower()) for name in ("LT", "LE", "GT", "GE", "NE", "EQ")
 }
+_OPERATORS |= {"add": operator.add, "subtract": operator.sub}
 
 
 class Running(NamedTuple):
@@ -33,9 +27,9 @@ class Running(NamedTuple):
 
     where: str  # its computation
     instruction: Instruction
-    times: int  # product of the trip counts of the loops around it; unknown ones count as 1
+    times: int  # product of the trips of the loops around it; unknown ones count as 1
     known: bool  # whether all of them are known
-    source: str | None  # where it, or what runs its computation, comes from
+    source: str | None  # place in the source of it, or of what runs its computation
 
 
 def running(module: Module) -> Iterator[Running]:

@@ -1,7 +1,6 @@
 """Sizes of the models that a config names; no weights are read."""
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ml_collections import FrozenConfigDict
@@ -40,12 +39,10 @@ def planned_pair(config: FrozenConfigDict) -> tuple[PlannedModel, PlannedModel |
     teacher = _planned(config.teacher, "teacher")
     # As they are loaded: models with one tokenizer may pad its vocabulary differently.
     vocab = min(student.sizes.vocab_size, teacher.sizes.vocab_size)
-    return _cut(student, vocab), _cut(teacher, vocab)
-
-
-def _cut(model: PlannedModel, vocab_size: int) -> PlannedModel:
-    sizes = dataclasses.replace(model.sizes, vocab_size=vocab_size)
-    return dataclasses.replace(model, sizes=sizes)
+    student, teacher = (
+        replace(model, sizes=replace(model.sizes, vocab_size=vocab)) for model in (student, teacher)
+    )
+    return student, teacher
 
 
 def _planned(name: str, field: str) -> PlannedModel:
@@ -56,10 +53,8 @@ def _planned(name: str, field: str) -> PlannedModel:
             width = _label_width(hf.load_tokenizer(folder))
         return PlannedModel(hf.read_config(folder), f"sizes from config.json in `{name}`", width)
     if folder.name not in PUBLISHED:
-        raise ValueError(
-            f"`{field}`: expected a folder with a config.json, or a name that ends in one of "
-            f"{', '.join(PUBLISHED)}; got `{name}`: `{folder}` does not exist"
-        )
+        known = ", ".join(PUBLISHED)
+        raise ValueError(f"`{field}`: expected a folder, or one of {known}; got `{name}`")
     source = f"published sizes of {folder.name}; the folder `{name}` is not here"
     return PlannedModel(PUBLISHED[folder.name], source, _USUAL_LABEL_WIDTH)
 

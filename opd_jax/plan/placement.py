@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from opd_jax.model import KVCache, ModelConfig, cache_specs, is_spec, param_specs
+from opd_jax.model import ModelConfig, is_spec, param_specs
 from opd_jax.model.int8 import int8_specs, quantize_params
 from opd_jax.runtime.mesh import (
     RULES,
@@ -26,14 +26,12 @@ def device_bytes(tree: Any) -> int:
     Raises:
       ValueError: an array does not divide over its mesh.
     """
-    return sum(_bytes(leaf) for leaf in jax.tree.leaves(tree))
-
-
-def _bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-    # A PRNG key is two 32-bit words.
-    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return math.prod(shape) * (8 if is_key else leaf.dtype.itemsize)
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # two 32-bit words
+        total += math.prod(shape) * (8 if is_key else leaf.dtype.itemsize)
+    return total
 
 
 @dataclass(frozen=True)
@@ -74,13 +72,6 @@ class Placement:
             shapes,
             param_shardings(specs, self.mesh, rules=rules),
         )
-
-    def cache(self, sizes: ModelConfig, params: Any, *, rows: int, slots: int) -> Any:
-        """What `model.init_cache` returns for these parameters."""
-        spec = cache_specs(sizes, batch=rows, slots=slots, layout=self.layout)
-        buffer = self.arrays({"cache": spec}, params["embed"].dtype)["cache"]
-        buffers = (buffer,) * sizes.num_layers
-        return KVCache(buffers, buffers, self.rows(rows), self.layout)
 
     def rows(self, rows: int, *shape: int, dtype: Any = jnp.int32) -> Any:
         """An array whose rows are sharded as a batch is."""

@@ -1,11 +1,10 @@
 """A run on a slice: its programs, before they are compiled, and what it keeps in memory."""
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh
 from ml_collections import FrozenConfigDict
 
 from opd_jax.plan.chips import Slice
@@ -78,20 +77,7 @@ class Run:
 
     def trace(self, program: Program) -> Any:
         """A program traced with the mesh set as a run sets it."""
-        with self._mesh():
+        is_abstract = isinstance(self.mesh, AbstractMesh)
+        use: Any = jax.sharding.use_abstract_mesh if is_abstract else jax.set_mesh
+        with use(self.mesh):
             return program.function.trace(*program.args, **program.static)
-
-    def lower(self, program: Program) -> Any:
-        """A program lowered for the slice's platform, which need not be here."""
-        with self._mesh():
-            return self.trace(program).lower(lowering_platforms=(self.where.chip.platform,))
-
-    def compile(self, program: Program) -> Any:
-        """A program compiled for the devices of the mesh, which must not be abstract."""
-        with self._mesh():
-            return self.trace(program).lower().compile()
-
-    def _mesh(self) -> AbstractContextManager:
-        if isinstance(self.mesh, Mesh):
-            return jax.set_mesh(self.mesh)
-        return jax.sharding.use_abstract_mesh(self.mesh)

@@ -63,33 +63,27 @@ def _model(model: PlannedModel, dtype: str) -> dict[str, Any]:
 
 
 def _program(run: Run, program: Program, result: Mapping[str, Any] | None) -> dict[str, Any]:
-    chip, found = run.where.chip, result or {}
-    least, beside = run.least(program), run.beside(program)
+    chip, found, beside = run.where.chip, result or {}, run.beside(program)
     flops = run.flops(program) if program.runs else None
-    bounds = {
-        "by_flops": _ratio(flops, chip.flops),
-        "by_bandwidth": _ratio(sum(program.moved.values()), chip.bandwidth),
-    }
-    known = [bound for bound in bounds.values() if bound is not None]
+    by_flops = flops / chip.flops if flops is not None and chip.flops else None
+    by_bandwidth = sum(program.moved.values()) / chip.bandwidth if chip.bandwidth else None
+    known = [bound for bound in (by_flops, by_bandwidth) if bound is not None]
     return {
         "name": program.name,
         "runs": program.runs,
         "arguments": device_bytes(program.args),
         "beside": beside,
-        "least": least,
+        "least": run.least(program),
         **{name: found.get(name) for name in ("temporaries", "code", "peak")},
         "total": found["total"] + beside if "total" in found else None,
         "verdict": verdict(run, program, result),
         "refused": found.get("refused", ""),
         "flops": flops,
         "moved": program.moved,
-        **bounds,
+        "by_flops": by_flops,
+        "by_bandwidth": by_bandwidth,
         "seconds": max(known, default=None) if program.runs else None,
     }
-
-
-def _ratio(work: float | None, peak: float | None) -> float | None:
-    return None if work is None or peak is None else work / peak
 
 
 def _collectives(run: Run, results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from ml_collections import FrozenConfigDict
 
 from opd_jax.agent import generate
 from opd_jax.agent.generate import Sampling
-from opd_jax.model import ModelConfig, is_sharded
+from opd_jax.model import KVCache, ModelConfig, cache_specs, is_sharded
 from opd_jax.plan.placement import Placement, device_bytes
 from opd_jax.plan.program import COPY, Program, passes
 from opd_jax.plan.workload import Workload
@@ -28,8 +28,12 @@ class Player:
     beside: tuple[str, ...]  # the residents other than these parameters
 
     def cache(self, *, rows: int, slots: int) -> Any:
-        """An empty cache."""
-        return self.place.cache(self.sizes, self.params, rows=rows, slots=slots)
+        """What `model.init_cache` returns."""
+        place, layout = self.place, self.place.layout
+        spec = cache_specs(self.sizes, batch=rows, slots=slots, layout=layout)
+        buffer = place.arrays({"cache": spec}, self.params["embed"].dtype)["cache"]
+        buffers = (buffer,) * self.sizes.num_layers
+        return KVCache(buffers, buffers, place.rows(rows), layout)
 
     def read(self, name: str, cache: Any, width: int, *, runs: float) -> Program:
         """Appends up to `width` tokens to every row of a cache."""
@@ -60,15 +64,13 @@ class Player:
         share: float = 1.0,
         **static: Any,
     ) -> Program:
-        """A program that goes through all weights and the cache.
+        """A program that passes `times` over all weights and over a `share` of the cache.
 
-        Of a mixture these are all experts: with many rows, some token asks for each.
+        Of a mixture it reads all experts: with many rows, some token asks for each.
 
         Args:
           rows: shapes of one row of the arguments that are sharded as a batch.
           more: arguments behind these.
-          times: passes over weights and cache.
-          share: of the cache that a pass reads.
           static: keyword arguments beside those that all these programs have.
         """
         # With an untied head, only single rows of the embedding are read.

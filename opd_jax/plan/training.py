@@ -31,29 +31,41 @@ def training(
       base: abstract, the student's own parameters if the state's are adapters; else None.
       teacher: None if the objective has no teacher.
     """
-    batch = Batch(
-        tokens=place.rows(work.rows, work.sequence),
-        turn_id=place.rows(work.rows, work.sequence),
-        sampled_logprobs=place.rows(work.rows, work.sequence, dtype=jnp.float32),
-        verdict=place.rows(work.rows, work.turns),
-        response=place.rows(work.rows, work.response),
-    )
+    train, parts = config.train, config.train.micro_batches
     teacher_params = teacher and teacher.params
-    parts = config.train.micro_batches
-    held = _held(config, state, student, teacher, place, work)
-    arrays = {
-        "parameters": (
-            device_bytes((state.params, base)),
-            parts * (3 if config.train.remat == "layers" else 2),
-        ),
+
+    def head(sizes: ModelConfig, dtype: str) -> int:
+        """Bytes of a head that is replicated along `fsdp`."""
+        # The embedding has the head's shape, and its axes in another order.
+        return device_bytes(place.params(sizes, dtype, gathered=True)["embed"])
+
+    shape = work.rows // parts, work.sequence, student.d_model
+    inputs = student.num_layers * device_bytes(place.rows(*shape, dtype=config.compute_dtype))
+    # Summed over micro-batches in float32; sharded as the parameters.
+    gradient = 4 * (device_bytes(state.params) // jnp.dtype(config.dtype).itemsize)
+    # Of a head that is trained, summed over chunks in float32.
+    head_gradient = 0 if config.lora.rank else head(student, "float32")
+    teacher_head = head(teacher.sizes, config.teacher_dtype) if teacher else 0
+    chunks = parts * -(-work.rows // parts * work.response // train.loss_chunk)
+    # What exists at once in the backward pass: bytes, and passes over them.
+    held = {
+        "inputs of layers": (inputs, 2 * parts),
+        "gradient": (gradient, 2 * parts),
+        # Read for logits, for logits again, and for the gradient of hidden states.
+        "student's head": (head(student, config.compute_dtype), 3 * chunks),
+        "gradient of the head": (head_gradient, 2 * chunks),
+        "teacher's head": (teacher_head, 2 * chunks),
+    }
+    forward_and_backward = parts * (3 if train.remat == "layers" else 2)
+    arrays = held | {
+        "parameters": (device_bytes((state.params, base)), forward_and_backward),
         "teacher": (device_bytes(teacher_params), parts),
         "optimizer": (device_bytes((state.params, state.opt_state)), 2),
-        **held,
     }
     return Program(
         "train step",
         step,
-        (state, teacher_params, batch, base),
+        (state, teacher_params, _batch(place, work), base),
         {name: passes(*array) for name, array in arrays.items()},
         () if teacher else (TEACHER,),
         1,
@@ -61,36 +73,11 @@ def training(
     )
 
 
-def _held(
-    config: FrozenConfigDict,
-    state: Any,
-    student: ModelConfig,
-    teacher: Player | None,
-    place: Placement,
-    work: Workload,
-) -> dict[str, tuple[int, int]]:
-    """Arrays that exist at once in the backward pass: bytes on one device, and passes over them.
-
-    Layers keep at least their inputs. The gradient is summed over micro-batches, in float32, and
-    sharded as the parameters. Heads are replicated along `fsdp`, and so is the gradient of a head
-    that is trained, which is summed over chunks in float32.
-    """
-
-    def head(sizes: ModelConfig, dtype: str) -> int:
-        # The embedding has the head's shape, and its axes in another order.
-        return device_bytes(place.params(sizes, dtype, gathered=True)["embed"])
-
-    train, parts = config.train, config.train.micro_batches
-    chunks = parts * -(-work.rows // parts * work.response // train.loss_chunk)
-    shape = work.rows // parts, work.sequence, student.d_model
-    inputs = student.num_layers * device_bytes(place.rows(*shape, dtype=config.compute_dtype))
-    parameters = device_bytes(state.params) // jnp.dtype(config.dtype).itemsize
-    head_gradient = 0 if config.lora.rank else head(student, "float32")
-    return {
-        "inputs of layers": (inputs, 2 * parts),
-        "gradient": (4 * parameters, 2 * parts),
-        # Chunks of logits read it forward, recomputed, and for the gradient of hidden states.
-        "student's head": (head(student, config.compute_dtype), 3 * chunks),
-        "gradient of the head": (head_gradient, 2 * chunks),
-        "teacher's head": (head(teacher.sizes, config.teacher_dtype) if teacher else 0, 2 * chunks),
-    }
+def _batch(place: Placement, work: Workload) -> Batch:
+    return Batch(
+        tokens=place.rows(work.rows, work.sequence),
+        turn_id=place.rows(work.rows, work.sequence),
+        sampled_logprobs=place.rows(work.rows, work.sequence, dtype=jnp.float32),
+        verdict=place.rows(work.rows, work.turns),
+        response=place.rows(work.rows, work.response),
+    )
