@@ -107,16 +107,12 @@ def _environment(where: Slice) -> dict[str, str]:
 
 
 def compile_one(config: FrozenConfigDict, where: Slice, name: str) -> dict[str, Any]:
-    """Memory (bytes on a device) and collectives of a program, or why the compiler refused it.
-
-    Args:
-      config: fitted to the slice.
-      name: of the program.
+    """What the compiler says of the program `name`.
 
     Returns:
-      Either `refused`, or an empty one with `temporaries`: all of them, as if none shared memory
-      with another; `code`: the program itself; `peak`: most in use at any time; `total`: everything
-      at once; `collectives`: rows of `collectives.Collective`.
+      Why it `refused`, if it did. Else bytes on a device: `arguments`; `temporaries`, as if none
+      shared memory; `code`; `peak`, most in use at any time; `total`, everything at once. And
+      `collectives`, from `collectives.collectives`.
     """
     try:
         run = plan_run(config, where, devices=_devices(where))

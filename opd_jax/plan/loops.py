@@ -13,8 +13,8 @@ from opd_jax.plan.hlo import Instruction, Module
 
 MOST_TRIPS = 2**16  # of a loop that is run here
 
-# Element `index` of a tuple of integers, or with None the integer itself; None if not known.
-_Value = Callable[[int | None], int | None]
+# Called with `index`: the integer at that place of a tuple, or with None the integer itself.
+_Value = Callable[..., int | None]
 _SAME = {"copy", "copy-start", "copy-done", "bitcast", "convert", "reshape", "optimization-barrier"}
 _OPERATORS = {
     name: getattr(operator, name.lower()) for name in ("LT", "LE", "GT", "GE", "NE", "EQ")
@@ -43,8 +43,9 @@ def running(module: Module) -> Iterator[Running]:
             place = module.source(instruction) or source
             yield Running(where, instruction, times, known, place)
             trips = trip_count(module, where, instruction) if instruction.opcode == "while" else 1
+            each, sure = (times, False) if trips is None else (times * trips, known)
             for called in instruction.called():
-                yield from walk(called, times * (trips or 1), known and trips is not None, place)
+                yield from walk(called, each, sure, place)
 
     return walk(module.entry, 1, True, None)
 
@@ -87,7 +88,7 @@ def _read(
         text = instruction.inside.strip()
         return int(text) if text.lstrip("-").isdigit() else None
     if opcode == "parameter":
-        return arguments[int(instruction.inside)](index) if arguments else None
+        return arguments[int(instruction.inside)](index=index) if arguments else None
     if opcode == "get-tuple-element" and index is None:
         return read(operands[0], index=int(instruction.attribute(r"index=(\d+)") or 0))
     if opcode == "tuple" and index is not None:
@@ -96,7 +97,7 @@ def _read(
         return read(operands[0], index=index)
     if opcode in ("fusion", "call"):
         inner = next(iter(instruction.called()))
-        values = [partial(_element, read, operand) for operand in operands]
+        values = [partial(read, operand) for operand in operands]
         return _read(module, inner, module.root(inner).name, values, index)
     if opcode in ("add", "subtract", "compare", "and"):
         sides = [side for side in map(read, operands) if side is not None]
@@ -105,7 +106,3 @@ def _read(
         do = _OPERATORS[instruction.attribute(r"direction=(\w+)") or opcode]
         return do(*sides) if len(sides) == 2 else None
     return None
-
-
-def _element(read: Callable[..., int | None], name: str, index: int | None) -> int | None:
-    return read(name, index=index)

@@ -13,33 +13,32 @@ def smallest(
 ) -> tuple[list[dict[str, str]], dict[str, Any] | None]:
     """Tries the slices of a family, from the smallest to the first that fits.
 
-    Without a compiler it ends at the first slice that is no certain misfit: whether the run fits
-    there is not known, only that it fits no smaller one.
+    Without a compiler it ends at the first slice that is no certain misfit: the run fits no smaller
+    one, and perhaps not this one.
 
     Args:
       fit: the run on a slice; raises ValueError if something does not divide.
       plan: the report of a run.
 
     Returns:
-      A row (slice, verdict, why) for each slice tried, and the report of the last one; None if that
-      is a misfit.
+      A row (slice, verdict, why) for each slice tried, and the report of the last one unless it is
+      a misfit.
     """
     rows, report = [], None
     for where in slices(family):
-        report = None
+        found, report = MISFIT, None
         try:
             run = fit(where)
+            most = max(run.programs, key=run.least)
+            why = f"{most.name} needs at least {run.least(most) / GIB:.2f} GiB"
+            if verdict(run, most, None) != MISFIT:
+                report = plan(run)
+                found = report["verdict"]
+                if report["compiled"]:
+                    why = ", ".join(p["name"] for p in report["programs"] if p["verdict"] == found)
         except ValueError as error:
-            rows.append({"slice": where.name, "verdict": MISFIT, "why": str(error)})
-            continue
-        most = max(run.programs, key=run.least)
-        found, why = MISFIT, f"{most.name} needs at least {run.least(most) / GIB:.2f} GiB"
-        if verdict(run, most, None) != MISFIT:
-            report = plan(run)
-            found = report["verdict"]
-            if report["compiled"]:
-                why = ", ".join(p["name"] for p in report["programs"] if p["verdict"] == found)
+            why = str(error)
         rows.append({"slice": where.name, "verdict": found, "why": why})
         if found == FITS or (report and not report["compiled"]):
             break
-    return rows, report if rows[-1]["verdict"] != MISFIT else None
+    return rows, None if found == MISFIT else report

@@ -198,6 +198,11 @@ def test_the_source_is_the_caller_of_what_constrains_shardings():
     assert found.source == "model/transformer.py:70"
 
 
+def test_what_never_runs_sends_nothing():
+    (found,) = collectives(parse(HEADER + ADD + loop(body=REDUCE, bound=0) + entry()))
+    assert (found.in_sequence, found.bytes) == (0, 0)
+
+
 @pytest.mark.parametrize(
     ("groups", "expected"),
     [
