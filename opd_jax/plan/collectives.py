@@ -4,7 +4,7 @@ import math
 import re
 from typing import NamedTuple
 
-from opd_jax.plan.hlo import Array, Instruction, Module
+from opd_jax.plan.hlo import Instruction, Module
 from opd_jax.plan.loops import Running, running
 
 _ALL = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all")
@@ -47,7 +47,11 @@ def collectives(module: Module) -> list[Collective]:
 def _describe(module: Module, found: Running) -> Collective:
     instruction = found.instruction
     kind, group = _kind(instruction), _group(instruction, module.partitions)
-    arrays = _result(instruction)
+    arrays, operands = instruction.arrays(), len(instruction.operands)
+    # An asynchronous start may also give its operands.
+    starts = instruction.opcode in ("all-gather-start", "collective-permute-start")
+    if starts and len(arrays) > operands:
+        arrays = arrays[operands : 2 * operands]
     size = sum(array.bytes for array in arrays)
     if kind == "reduce-scatter":
         size *= group  # the result is one device's part
@@ -63,13 +67,6 @@ def _kind(instruction: Instruction) -> str:
     """The kind of a collective or of its asynchronous start; empty for all else."""
     kind = instruction.opcode.removesuffix("-start")
     return kind if kind in KINDS else ""
-
-
-def _result(instruction: Instruction) -> list[Array]:
-    """Arrays of the result, without the operands that an asynchronous start repeats."""
-    arrays, operands = instruction.arrays(), len(instruction.operands)
-    starts = instruction.opcode in ("all-gather-start", "collective-permute-start")
-    return arrays[operands : 2 * operands] if starts and len(arrays) > operands else arrays
 
 
 def _ring_bytes(kind: str, size: int, group: int) -> float:

@@ -28,14 +28,6 @@ from opd_jax.plan.programs import plan_run
 PACKAGE = Path(__file__).parents[1]
 DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "opd_jax/plan")
 
-# Lets the TPU compiler start on a machine without a TPU, and beside others of its kind.
-_TPU_ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-
 
 def has_compiler(topology: str) -> bool:
     """Whether this machine can compile programs for a topology."""
@@ -99,7 +91,9 @@ def _in_process(run: Run, program: Program, limit_s: float) -> tuple[dict[str, A
 
 def _environment(where: Slice) -> dict[str, str]:
     if where.name != LOCAL:
-        return _TPU_ENVIRONMENT
+        # The TPU compiler starts on a machine without a TPU, and beside others of its kind.
+        start = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1"}
+        return {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", **start}
     if where.chip.platform == "cpu":
         return {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(where.chips)}
     # The process that waits holds the device too.

@@ -5,10 +5,12 @@ counts the body of every loop once, so it cannot be used here.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
+import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
+
+_JAXPRS = (Jaxpr, ClosedJaxpr)
 
 
 def count_flops(jaxpr: Jaxpr | ClosedJaxpr, *, while_trips: int | None) -> int:
@@ -36,7 +38,8 @@ def _equation(equation: Any, while_trips: int | None) -> int:
         numbers = params["ragged_dot_dimension_numbers"]
         (_, contracted), (_, batch) = numbers.dot_dimension_numbers
         return _product(equation, {*contracted, *batch, *numbers.rhs_group_dimensions})
-    inside = [count_flops(part, while_trips=while_trips) for part in _jaxprs(params)]
+    parts = [part for part in jax.tree.leaves([*params.values()]) if isinstance(part, _JAXPRS)]
+    inside = [count_flops(part, while_trips=while_trips) for part in parts]
     if name == "cond":
         return max(inside)
     if name == "while" and sum(inside):
@@ -67,10 +70,3 @@ def _times(name: str, params: dict[str, Any]) -> int:
     if name == "pallas_call":
         return math.prod(params["grid_mapping"].grid)
     return 1
-
-
-def _jaxprs(params: dict[str, Any]) -> Iterator[Jaxpr | ClosedJaxpr]:
-    for value in params.values():
-        for part in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(part, (Jaxpr, ClosedJaxpr)):
-                yield part

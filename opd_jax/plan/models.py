@@ -1,7 +1,6 @@
 """Sizes of the models that a config names; no weights are read."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from ml_collections import FrozenConfigDict
 
@@ -32,7 +31,8 @@ def planned_pair(config: FrozenConfigDict) -> tuple[PlannedModel, PlannedModel |
     """
     if config.student == "new":
         sizes, tokenizer = new_sizes(config)
-        return PlannedModel(sizes, "sizes from `new_model`", _label_width(tokenizer)), None
+        width = label_tokens(tokenizer)[0].shape[1]
+        return PlannedModel(sizes, "sizes from `new_model`", width), None
     student = _planned(config.student, "student")
     if not config.teacher:
         return student, None
@@ -50,14 +50,10 @@ def _planned(name: str, field: str) -> PlannedModel:
     if folder.is_dir():
         width = _USUAL_LABEL_WIDTH
         if (folder / "tokenizer.json").is_file():
-            width = _label_width(hf.load_tokenizer(folder))
+            width = label_tokens(hf.load_tokenizer(folder))[0].shape[1]
         return PlannedModel(hf.read_config(folder), f"sizes from config.json in `{name}`", width)
     if folder.name not in PUBLISHED:
         known = ", ".join(PUBLISHED)
         raise ValueError(f"`{field}`: expected a folder, or one of {known}; got `{name}`")
     source = f"published sizes of {folder.name}; the folder `{name}` is not here"
     return PlannedModel(PUBLISHED[folder.name], source, _USUAL_LABEL_WIDTH)
-
-
-def _label_width(tokenizer: Any) -> int:
-    return label_tokens(tokenizer)[0].shape[1]

@@ -10,14 +10,7 @@ import jax.numpy as jnp
 
 from opd_jax.model import ModelConfig, is_spec, param_specs
 from opd_jax.model.int8 import int8_specs, quantize_params
-from opd_jax.runtime.mesh import (
-    RULES,
-    SAMPLING_RULES,
-    AnyMesh,
-    batch_sharding,
-    param_shardings,
-    replicated,
-)
+from opd_jax.runtime import mesh as meshes
 
 
 def device_bytes(tree: Any) -> int:
@@ -42,7 +35,7 @@ class Placement:
     ValueError if a dimension does not divide over the mesh.
     """
 
-    mesh: AnyMesh
+    mesh: meshes.AnyMesh
     layout: str
 
     def params(
@@ -66,21 +59,21 @@ class Placement:
         return self._place(_shapes(specs, dtype), specs, gathered)
 
     def _place(self, shapes: Any, specs: Any, gathered: bool) -> Any:
-        rules = SAMPLING_RULES if gathered else RULES
+        rules = meshes.SAMPLING_RULES if gathered else meshes.RULES
         return jax.tree.map(
             lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
             shapes,
-            param_shardings(specs, self.mesh, rules=rules),
+            meshes.param_shardings(specs, self.mesh, rules=rules),
         )
 
     def rows(self, rows: int, *shape: int, dtype: Any = jnp.int32) -> Any:
         """An array whose rows are sharded as a batch is."""
-        sharding = batch_sharding(self.mesh)
+        sharding = meshes.batch_sharding(self.mesh)
         return jax.ShapeDtypeStruct((rows, *shape), jnp.dtype(dtype), sharding=sharding)
 
     def replicated(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
         """An array with a copy on each device."""
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self.mesh))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.replicated(self.mesh))
 
 
 def _shapes(specs: Any, dtype: Any) -> Any:

@@ -46,10 +46,8 @@ class Player:
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), cache.lengths.size))
         more = self.place.replicated(keys.shape, keys.dtype), self.place.replicated((2,))
         static = {"sampling": how, "chunk": chunk}
-        function, rows = generate.generate, [(), ()]
-        program = self.program(
-            name, function, cache, rows, *more, runs=runs, times=chunk, share=share, **static
-        )
+        args = generate.generate, cache, [(), ()], *more
+        program = self.program(name, *args, runs=runs, times=chunk, share=share, **static)
         return replace(program, trips=chunk)
 
     def program(
