@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from ml_collections import FrozenConfigDict
 
 from opd_jax import hf
-from opd_jax.config.build import model_folder, new_sizes
+from opd_jax.config.build import model_folder, new_sizes, student_dtype
 from opd_jax.hf.published import PUBLISHED
 from opd_jax.judge.answer import label_tokens
 from opd_jax.model import ModelConfig
@@ -19,6 +19,7 @@ class PlannedModel:
     """What is known of a model before it is loaded."""
 
     sizes: ModelConfig
+    dtype: str  # that it is loaded in; may be "int8"
     source: str  # where they are from, in words
     label_width: int  # most tokens of a label's word; without a tokenizer the usual number
 
@@ -32,11 +33,11 @@ def planned_pair(config: FrozenConfigDict) -> tuple[PlannedModel, PlannedModel |
     if config.student == "new":
         sizes, tokenizer = new_sizes(config)
         width = label_tokens(tokenizer)[0].shape[1]
-        return PlannedModel(sizes, "sizes from `new_model`", width), None
-    student = _planned(config.student, "student")
+        return PlannedModel(sizes, config.dtype, "sizes from `new_model`", width), None
+    student = _planned(config.student, student_dtype(config), "student")
     if not config.teacher:
         return student, None
-    teacher = _planned(config.teacher, "teacher")
+    teacher = _planned(config.teacher, config.teacher_dtype, "teacher")
     # As they are loaded: models with one tokenizer may pad its vocabulary differently.
     vocab = min(student.sizes.vocab_size, teacher.sizes.vocab_size)
     student, teacher = (
@@ -45,15 +46,16 @@ def planned_pair(config: FrozenConfigDict) -> tuple[PlannedModel, PlannedModel |
     return student, teacher
 
 
-def _planned(name: str, field: str) -> PlannedModel:
+def _planned(name: str, dtype: str, field: str) -> PlannedModel:
     folder = model_folder(name)
     if folder.is_dir():
         width = _USUAL_LABEL_WIDTH
         if (folder / "tokenizer.json").is_file():
             width = label_tokens(hf.load_tokenizer(folder))[0].shape[1]
-        return PlannedModel(hf.read_config(folder), f"sizes from config.json in `{name}`", width)
+        source = f"sizes from config.json in `{name}`"
+        return PlannedModel(hf.read_config(folder), dtype, source, width)
     if folder.name not in PUBLISHED:
         known = ", ".join(PUBLISHED)
         raise ValueError(f"`{field}`: expected a folder, or one of {known}; got `{name}`")
     source = f"published sizes of {folder.name}; the folder `{name}` is not here"
-    return PlannedModel(PUBLISHED[folder.name], source, _USUAL_LABEL_WIDTH)
+    return PlannedModel(PUBLISHED[folder.name], dtype, source, _USUAL_LABEL_WIDTH)

@@ -48,11 +48,11 @@ def plan_run(
     place, work = Placement(mesh, cache_layout(where.chip.platform)), workload(config)
     student, teacher = planned_pair(config)
     lora = experiment.make_lora(config.lora)
-    loaded = place.params(student.sizes, experiment.student_dtype(config))
+    loaded = place.params(student.sizes, student.dtype)
     trained = place.arrays(lora_specs(student.sizes, lora), config.dtype) if lora else loaded
     state = train_state.abstract_state(trained, experiment.make_optimizer(config))
     base = loaded if lora else None
-    frozen = teacher and place.params(teacher.sizes, config.teacher_dtype)
+    frozen = teacher and place.params(teacher.sizes, teacher.dtype)
     copy = _copy(config, student.sizes, place)
     residents = {
         PARAMETERS: device_bytes(state.params),

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 
-from opd_jax.config.build import student_dtype
 from opd_jax.model import is_spec, param_specs
 from opd_jax.plan.models import PlannedModel
 from opd_jax.plan.placement import device_bytes
@@ -32,7 +31,7 @@ def describe(run: Run, compiled: Mapping[str, Mapping[str, Any]] | None) -> dict
     Args:
       compiled: by program, from `compiling`; None if nothing was compiled.
     """
-    results, config = compiled or {}, run.config
+    results = compiled or {}
     programs = [_program(run, program, results.get(program.name)) for program in run.programs]
     seconds = {p["name"]: p["runs"] * p["seconds"] for p in programs if p["seconds"] is not None}
     update = sum(seconds.values()) if seconds else None
@@ -42,10 +41,10 @@ def describe(run: Run, compiled: Mapping[str, Mapping[str, Any]] | None) -> dict
         "topology": run.where.name,
         "chips": run.where.chips,
         "chip": dataclasses.asdict(run.where.chip),
-        "mesh": mesh_sizes(config),
+        "mesh": mesh_sizes(run.config),
         "changed": run.changes,
-        "student": _model(run.student, student_dtype(config)),
-        "teacher": run.teacher and _model(run.teacher, config.teacher_dtype),
+        "student": _model(run.student),
+        "teacher": run.teacher and _model(run.teacher),
         "work": dataclasses.asdict(run.work),
         "assumed": ASSUMED,
         "residents": run.residents,
@@ -56,10 +55,10 @@ def describe(run: Run, compiled: Mapping[str, Mapping[str, Any]] | None) -> dict
     }
 
 
-def _model(model: PlannedModel, dtype: str) -> dict[str, Any]:
+def _model(model: PlannedModel) -> dict[str, Any]:
     specs = jax.tree.leaves(param_specs(model.sizes), is_leaf=is_spec)
     parameters = sum(math.prod(spec.shape) for spec in specs)
-    return {"parameters": parameters, "dtype": dtype, "source": model.source}
+    return {"parameters": parameters, "dtype": model.dtype, "source": model.source}
 
 
 def _program(run: Run, program: Program, result: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class Player:
         """Samples up to `chunk` tokens for every row of a cache; `share` as in `program`."""
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), cache.lengths.size))
         more = self.place.replicated(keys.shape, keys.dtype), self.place.replicated((2,))
-        static = {"sampling": how, "chunk": chunk}
+        static: dict[str, Any] = {"sampling": how, "chunk": chunk}
         args = generate.generate, cache, [(), ()], *more
         program = self.program(name, *args, runs=runs, times=chunk, share=share, **static)
         return replace(program, trips=chunk)

@@ -68,13 +68,13 @@ def loop(
 """
 
 
-def entry(*, start: int = 0, more: str = "", loops: str = "%state") -> str:
+def entry(*, start: int = 0, more: str = "") -> str:
     return f"""ENTRY %main (x: f32[4,8]) -> f32[4,8] {{
   %x = f32[4,8]{{1,0:T(8,128)}} parameter(0)
   %zero = s32[] constant({start})
   %begin = s32[]{{:T(128)}} copy(%zero)
   %state = (s32[], f32[4,8]{{1,0}}) tuple(%begin, %x)
-{more}  %while = (s32[], f32[4,8]{{1,0}}) while({loops}), condition=%cond, body=%body
+{more}  %while = (s32[], f32[4,8]{{1,0}}) while(%state), condition=%cond, body=%body
   ROOT %result = f32[4,8]{{1,0}} get-tuple-element(%while), index=1
 }}
 """
@@ -194,13 +194,9 @@ def test_loops_inside_loops_multiply():
 
 
 def test_the_source_is_the_caller_of_what_constrains_shardings():
-    (found,) = collectives(parse(HEADER + ADD + loop(body=REDUCE) + entry()))
-    assert found.source == "model/transformer.py:70"
-
-
-def test_what_never_runs_sends_nothing():
     (found,) = collectives(parse(HEADER + ADD + loop(body=REDUCE, bound=0) + entry()))
-    assert (found.in_sequence, found.bytes) == (0, 0)
+    assert found.source == "model/transformer.py:70"
+    assert (found.in_sequence, found.bytes) == (0, 0)  # the loop never runs
 
 
 @pytest.mark.parametrize(
@@ -222,46 +218,25 @@ def test_groups_are_read_in_every_way_they_are_printed(groups, expected):
     assert found.group == expected
 
 
-def in_entry(line: str, kind: str = "f32[4,8]{1,0:T(8,128)}") -> str:
-    return f"  %sent = {kind} {line}, channel_id=7, replica_groups={{{{0,1,2,3}},{{4,5,6,7}}}}\n"
-
-
 @pytest.mark.parametrize(
-    ("line", "kind", "name", "sent"),
+    ("line", "kind", "sent"),
     [
-        ("all-gather(%x), dimensions={0}", "f32[16,8]{1,0}", "all-gather", 512 * 3 / 4),
-        ("reduce-scatter(%x), to_apply=%add", "f32[1,8]{1,0}", "reduce-scatter", 128 * 3 / 4),
-        ("all-to-all(%x), dimensions={0}", "f32[4,8]{1,0}", "all-to-all", 128 * 3 / 4),
-        (
-            "collective-permute(%x), source_target_pairs={{0,1}}",
-            "f32[4,8]",
-            "collective-permute",
-            128,
-        ),
-        (
-            "all-gather-start(%x), dimensions={0}",
-            "(bf16[4,8]{1,0}, bf16[16,8]{1,0})",
-            "all-gather",
-            256 * 3 / 4,
-        ),
-        (
-            "collective-permute-start(%x), source_target_pairs={{0,1}}",
-            "(f32[4,8]{1,0}, f32[4,8]{1,0}, u32[], u32[])",
-            "collective-permute",
-            128,
-        ),
-        (
-            "all-reduce(%x, %x), to_apply=%add",
-            "(f32[4,8]{1,0}, /*index=1*/bf16[4,8]{1,0})",
-            "all-reduce",
-            2 * (128 + 64) * 3 / 4,
-        ),
+        ("all-gather(%x), dimensions={0}", "f32[16,8]{1,0}", 512 * 3 / 4),
+        ("reduce-scatter(%x), to_apply=%add", "f32[1,8]{1,0}", 128 * 3 / 4),
+        ("all-to-all(%x), dimensions={0}", "f32[4,8]{1,0:T(8,128)}", 128 * 3 / 4),
+        ("collective-permute(%x), source_target_pairs={{0,1}}", "f32[4,8]", 128),
+        # The result of a start begins with its operands.
+        ("all-gather-start(%x)", "(bf16[4,8]{1,0}, bf16[16,8]{1,0})", 256 * 3 / 4),
+        ("collective-permute-start(%x)", "(f32[4,8]{1,0}, f32[4,8]{1,0}, u32[], u32[])", 128),
+        ("all-reduce(%x, %x)", "(f32[4,8]{1,0}, /*index=1*/bf16[4,8]{1,0})", 2 * 192 * 3 / 4),
     ],
 )
-def test_each_kind_sends_what_a_ring_sends(line, kind, name, sent):
-    text = HEADER + ADD + loop() + entry(more=in_entry(line, kind))
-    (found,) = collectives(parse(text))
-    assert (found.kind, found.bytes, found.in_sequence) == (name, sent, 1)
+def test_each_kind_sends_what_a_ring_sends(line, kind, sent):
+    groups = "channel_id=7, replica_groups={{0,1,2,3},{4,5,6,7}}"
+    more = f"  %sent = {kind} {line}, {groups}\n"
+    (found,) = collectives(parse(HEADER + ADD + loop() + entry(more=more)))
+    assert found.kind == line.partition("(")[0].removesuffix("-start")
+    assert (found.bytes, found.in_sequence) == (sent, 1)
 
 
 def test_a_collective_that_is_printed_often_counts_once_where_it_runs_least():
@@ -303,13 +278,8 @@ def test_metadata_of_a_kernel_does_not_end_a_computation():
 }}, backend_config={"flag": {
 }}
 """
-    body = kernel + REDUCE
-    (found,) = collectives(parse(HEADER + ADD + loop(body=body) + entry()))
-    assert found.in_sequence == 28
-
-
-def test_like_collectives_from_one_place_are_one_row():
-    body = REDUCE + REDUCE.replace("%sum", "%sum.2").replace("channel_id=1", "channel_id=2")
+    # Like collectives from one place are one row.
+    body = kernel + REDUCE + REDUCE.replace("%sum", "%sum.2").replace("id=1", "id=2")
     (found,) = collectives(parse(HEADER + ADD + loop(body=body) + entry()))
     assert (found.in_sequence, found.bytes) == (2 * 28, 2 * 28 * 192)
 
