@@ -33,7 +33,8 @@ def planned_pair(config: FrozenConfigDict) -> tuple[PlannedModel, PlannedModel |
     if config.student == "new":
         sizes, tokenizer = new_sizes(config)
         width = label_tokens(tokenizer)[0].shape[1]
-        return PlannedModel(sizes, config.dtype, "sizes from `new_model`", width), None
+        source = "sizes from `new_model`"
+        return PlannedModel(sizes, student_dtype(config), source, width), None
     student = _planned(config.student, student_dtype(config), "student")
     if not config.teacher:
         return student, None
