@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from opd_jax import config as cfg
+from opd_jax.config.settings import read_settings
 from opd_jax.hf.published import PUBLISHED
 from opd_jax.model import is_spec, param_specs
 from opd_jax.plan import screen
@@ -94,14 +95,14 @@ def test_what_does_not_divide_is_refused_and_given_fields_are_kept(fields, chips
 
 
 def test_an_update_fills_its_contexts():
-    work = workload(load(PAPER))
+    work = workload(read_settings(load(PAPER)))
     # The first message takes 512 tokens, each of the 29 later ones 128; the rest is sampled.
     assert work.sampled == 16384 - 512 - 29 * 128
     assert (work.sequence, work.response) == (16384, 12288)
     assert work.longest_question == 512 + 4096
     # In steps of 64 tokens: 56 of the 248 into 4,096 slots, then 64 into each larger cache.
     assert work.slots_read == 4096 * (56 + 64 * (2 + 3 + 4)) / 248
-    short = workload(load(PAPER, "rollout.turn_tokens=100"))
+    short = workload(read_settings(load(PAPER, "rollout.turn_tokens=100")))
     assert (short.sampled, short.response) == (3000, 3072)
 
 
@@ -135,12 +136,15 @@ def test_parameters_optimizer_and_teacher_are_counted_on_each_device():
         norms = 2 * sizes.num_layers * sizes.head_dim
         return width * ((count(sizes) - norms) // 16 + norms)
 
+    head = 2 * teacher.d_model * teacher.vocab_size // 16
     assert plan(f"{PAPER}:teacher=32b", chips=16).residents == {
         "parameters": each(student, 4),
         # Two moments, and the number of updates twice: of Adam, and of its schedule.
         "optimizer": 2 * each(student, 4) + 2 * 4,
         "frozen weights": 0,
-        "teacher": each(teacher, 2),
+        # The update takes the head, which is untied, and not the body.
+        "teacher's body": each(teacher, 2) - head,
+        "teacher's head": head,
         # Replicated along `fsdp`, in bfloat16.
         "copy to sample with": 2 * count(student),
     }
@@ -211,13 +215,14 @@ def test_programs_are_those_that_the_method_runs():
         for who in ("student", "teacher")
         for what in ("first message", "sampling")
     ]
-    assert list(programs(QUICKSTART)) == [*rollout, "judging", "train step", *evaluated]
-    assert list(programs(f"{QUICKSTART}:method=opd")) == [*rollout, "train step", *evaluated]
+    update = ["teacher's pass", "train step"]
+    assert list(programs(QUICKSTART)) == [*rollout, "judging", *update, *evaluated]
+    assert list(programs(f"{QUICKSTART}:method=opd")) == [*rollout, *update, *evaluated]
     # The teacher plays, so nothing is copied; the train step does without it.
     found = programs(f"{QUICKSTART}:method=sft")
     assert list(found) == [*rollout[1:], "train step", *evaluated]
     assert found["train step"].args[1] is None
-    holds = {name for name, program in found.items() if "teacher" not in program.beside}
+    holds = {name for name, program in found.items() if "teacher's body" not in program.beside}
     assert holds == {*rollout[1:], *evaluated[2:]}
     # A turn may be far longer than the mean.
     assert "judging: longest question" in programs(PAPER, chips=8)
@@ -231,19 +236,21 @@ def test_models_built_from_nothing_are_planned_too():
     found = programs(path)
     assert "sampling" not in found
     assert found["train step"].args[2].tokens.shape == (4096 // 896, 896)
-    with pytest.raises(ValueError, match=r"`data.tokens_per_batch` = 512: expected at least 896"):
-        programs(path, "data.tokens_per_batch=512")
+    with pytest.raises(
+        ValueError, match=r"`demonstrations.tokens_per_batch` = 512: expected at least 896"
+    ):
+        programs(path, "demonstrations.tokens_per_batch=512")
 
 
 def test_sizes_come_from_a_folder_or_are_the_published_ones():
-    student, teacher = planned_pair(load(QUICKSTART))
+    student, teacher = planned_pair(read_settings(load(QUICKSTART)))
     assert "config.json" in student.source
     assert (student.sizes.d_model, teacher.sizes.d_model) == (64, 96)
     assert teacher.label_width == 1  # its tokenizer has the labels' words
-    student, _ = planned_pair(load(PAPER))
+    student, _ = planned_pair(read_settings(load(PAPER)))
     assert "published sizes of Qwen3-1.7B" in student.source
     with pytest.raises(ValueError, match=r"`teacher`.*Qwen3-32B.*models/Nobody-7B"):
-        planned_pair(load(PAPER, "teacher=models/Nobody-7B"))
+        planned_pair(read_settings(load(PAPER, "teacher=models/Nobody-7B")))
 
 
 # --- Bounds and verdicts
