@@ -348,17 +348,9 @@ def test_a_compiled_plan_is_one_screen_and_verbose_has_all_of_it():
     report = describe(run, results | {"train step": step})
     assert report["verdict"] == "fits"
     # Those that send most come first; a count that is not known is none.
-    table = {row["bytes"] // 10**6: row["in_sequence"] for row in report["collectives"]}
-    assert list(table.items()) == [
-        (8, 8),
-        (7, 7),
-        (6, 6),
-        (5, 5),
-        (4, 4),
-        (3, None),
-        (2, 2),
-        (1, 1),
-    ]
+    assert [row["bytes"] for row in report["collectives"]] == [n * 10**6 for n in range(8, 0, -1)]
+    counts = [row["in_sequence"] for row in report["collectives"]]
+    assert counts == [8, 7, 6, 5, 4, None, 2, 1]
     assert {row["program"] for row in report["collectives"]} == {"train step"}
 
     text = screen.text(report, verbose=False)
@@ -371,10 +363,11 @@ def test_a_compiled_plan_is_one_screen_and_verbose_has_all_of_it():
     for word in ("bf16[1,2048]", "student's head", "assumed: every episode takes all its turns"):
         assert word in verbose
 
-    refused = {"train step": {"refused": "RESOURCE_EXHAUSTED: Ran out of memory on HBM"}}
-    text = screen.text(describe(run, results | refused), verbose=False)
-    assert "does not fit" in text
-    assert "train step: RESOURCE_EXHAUSTED: Ran out" in text
+    first = replace(run, programs=run.programs[:1])
+    refused = {first.programs[0].name: {"refused": "RESOURCE_EXHAUSTED: Ran out of memory on HBM"}}
+    text = screen.text(describe(first, refused), verbose=False)
+    assert text.startswith("verdict   does not fit")
+    assert "copy to sample with: RESOURCE_EXHAUSTED: Ran out" in text
 
 
 def test_the_command_plans_a_paper_run_without_a_compiler(command):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from opd_jax.plan.collectives import collectives
+from opd_jax.plan.collectives import Collective, collectives
 from opd_jax.plan.hlo import parse
 from opd_jax.plan.loops import trip_count
 
@@ -14,11 +14,6 @@ FileNames
 2 "/usr/lib/site-packages/opd_jax/model/transformer.py"
 3 "/usr/lib/site-packages/opd_jax/runtime/mesh.py"
 
-FunctionNames
-1 "_logits"
-2 "forward.<locals>.block"
-3 "constrain"
-
 FileLocations
 1 {file_name_id=1 function_name_id=1 line=35 end_line=35 column=4 end_column=9}
 2 {file_name_id=2 function_name_id=2 line=70 end_line=70 column=4 end_column=9}
@@ -28,13 +23,6 @@ StackFrames
 1 {file_location_id=1 parent_frame_id=1}
 2 {file_location_id=2 parent_frame_id=2}
 3 {file_location_id=3 parent_frame_id=3}
-
-"""
-ADD = """%add (a: f32[], b: f32[]) -> f32[] {
-  %a = f32[] parameter(0)
-  %b = f32[] parameter(1)
-  ROOT %sum = f32[] add(%a, %b)
-}
 
 """
 
@@ -78,6 +66,10 @@ def entry(*, start: int = 0, more: str = "") -> str:
   ROOT %result = f32[4,8]{{1,0}} get-tuple-element(%while), index=1
 }}
 """
+
+
+def found_in(text: str) -> list[Collective]:
+    return collectives(parse(HEADER + text))
 
 
 def trips(text: str) -> int | None:
@@ -162,10 +154,10 @@ def test_a_bound_in_the_loops_own_state_is_found():
 
 
 def test_a_loop_whose_bound_is_computed_is_unknown_and_says_so():
-    text = loop(body=REDUCE) + ADD + entry()
+    text = loop(body=REDUCE) + entry()
     text = text.replace("constant(28)", 'custom-call(), custom_call_target="Ask"')
     assert trips(text) is None
-    (found,) = collectives(parse(HEADER + text))
+    (found,) = found_in(text)
     assert (found.in_sequence, found.known) == (1, False)
 
 
@@ -183,18 +175,18 @@ def test_loops_inside_loops_multiply():
   %again = ({state}) while(%fresh), condition=%cond.in, body=%body.in
 """
     innermost = loop(name=".in", bound=36, body=REDUCE.replace("%x)", "%x.in)"))
-    text = HEADER + ADD + innermost + loop(bound=4, body=inner) + entry()
-    (found,) = collectives(parse(text))
+    text = innermost + loop(bound=4, body=inner) + entry()
+    (found,) = found_in(text)
     assert (found.kind, found.group, found.in_sequence) == ("all-reduce", 4, 4 * 36)
     # Twice three quarters of 128 bytes each time: once to add up, once to send the sum.
     assert (found.bytes, found.known) == (144 * 2 * 128 * 3 // 4, True)
     # A loop that starts from the counter of the loop around it is not known.
-    (found,) = collectives(parse(text.replace("while(%fresh)", "while(%p.b)")))
+    (found,) = found_in(text.replace("while(%fresh)", "while(%p.b)"))
     assert (found.in_sequence, found.known) == (4, False)
 
 
 def test_the_source_is_the_caller_of_what_constrains_shardings():
-    (found,) = collectives(parse(HEADER + ADD + loop(body=REDUCE, bound=0) + entry()))
+    (found,) = found_in(loop(body=REDUCE, bound=0) + entry())
     assert found.source == "model/transformer.py:70"
     assert (found.in_sequence, found.bytes) == (0, 0)  # the loop never runs
 
@@ -214,7 +206,7 @@ def test_the_source_is_the_caller_of_what_constrains_shardings():
 )
 def test_groups_are_read_in_every_way_they_are_printed(groups, expected):
     body = REDUCE.replace("{{0,1,2,3},{4,5,6,7}}", groups)
-    (found,) = collectives(parse(HEADER + ADD + loop(body=body) + entry()))
+    (found,) = found_in(loop(body=body) + entry())
     assert found.group == expected
 
 
@@ -234,7 +226,7 @@ def test_groups_are_read_in_every_way_they_are_printed(groups, expected):
 def test_each_kind_sends_what_a_ring_sends(line, kind, sent):
     groups = "channel_id=7, replica_groups={{0,1,2,3},{4,5,6,7}}"
     more = f"  %sent = {kind} {line}, {groups}\n"
-    (found,) = collectives(parse(HEADER + ADD + loop() + entry(more=more)))
+    (found,) = found_in(loop() + entry(more=more))
     assert found.kind == line.partition("(")[0].removesuffix("-start")
     assert (found.bytes, found.in_sequence) == (sent, 1)
 
@@ -250,7 +242,7 @@ def test_a_collective_that_is_printed_often_counts_once_where_it_runs_least():
     outside = "".join(
         f"  %f{n} = f32[16,8] fusion(%x), kind=kCustom, calls=%async_{n}\n" for n in (1, 2)
     )
-    (found,) = collectives(parse(HEADER + fused + loop(body=body) + entry(more=outside)))
+    (found,) = found_in(fused + loop(body=body) + entry(more=outside))
     assert (found.in_sequence, found.bytes) == (1, 512 * 3 // 4)
 
 
@@ -266,7 +258,7 @@ def test_an_all_reduce_that_keeps_its_own_part_is_a_reduce_scatter():
         "  %own = f32[1,8] fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1, "
         "metadata={stack_frame_id=1}\n"
     )
-    (found,) = collectives(parse(HEADER + ADD + fused + loop() + entry(more=more)))
+    (found,) = found_in(fused + loop() + entry(more=more))
     assert (found.kind, found.bytes) == ("reduce-scatter", 128 * 3 // 4)
     assert found.source == "losses.py:35"  # the fusion's: the reduction has none
 
@@ -280,7 +272,7 @@ def test_metadata_of_a_kernel_does_not_end_a_computation():
 """
     # Like collectives from one place are one row.
     body = kernel + REDUCE + REDUCE.replace("%sum", "%sum.2").replace("id=1", "id=2")
-    (found,) = collectives(parse(HEADER + ADD + loop(body=body) + entry()))
+    (found,) = found_in(loop(body=body) + entry())
     assert (found.in_sequence, found.bytes) == (2 * 28, 2 * 28 * 192)
 
 
