@@ -356,7 +356,7 @@ def test_a_compiled_plan_is_one_screen_and_verbose_has_all_of_it():
     text = screen.text(report, verbose=False)
     assert text.startswith("verdict  ")
     assert text.count("\n") < 40
-    for word in ("fits (compiled, not run)", "% of it is sampling", "3 more: --verbose"):
+    for word in ("fits (compiled, not run)", "% of it is sampling", "4 more: --verbose"):
         assert word in text
     assert "bf16[8,2048]" not in text
     verbose = screen.text(report, verbose=True)
@@ -389,7 +389,7 @@ def test_the_command_plans_a_paper_run_without_a_compiler(command):
     weights = [count(PUBLISHED[name]) for name in ("Qwen3-1.7B", "Qwen3-32B")]
     least = 2 * tokens * (3 * weights[0] + weights[1] - 2 * 151_936 * 5120)
     step = by_name["train step"]
-    assert least < step["flops"] < 3 * least
+    assert least < step["flops"] + by_name["teacher's pass"]["flops"] < 3 * least
     assert step["seconds"] == step["by_flops"] == step["flops"] / 197e12 > step["by_bandwidth"]
     sampling = by_name["sampling"]
     assert sampling["seconds"] == sum(sampling["moved"].values()) / 819e9 > sampling["by_flops"]
