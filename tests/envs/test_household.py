@@ -1,4 +1,4 @@
-"""The household world: scenes and tasks, engine, oracle and players."""
+"""The household: scenes and tasks, the world, the environment, the oracle and the players."""
 
 import ast
 import dataclasses
@@ -20,21 +20,15 @@ from opd_jax.envs.household import scenes, tables, thoughts
 from opd_jax.envs.household import world as worlds
 from opd_jax.envs.household.env import Household
 from opd_jax.envs.household.expert import Expert, Memory
-from opd_jax.envs.household.habits import Careless, Clumsy, Mistaken
+from opd_jax.envs.household.habits import Careless, Clumsy, Forgetful, Mistaken
 from opd_jax.envs.household.oracle import Learnt, distance, label
 from opd_jax.envs.household.world import World
-from opd_jax.envs.react import RESPONSE, Random, parse_response
+from opd_jax.envs.react import Random, parse_response
 
 SPLITS = tuple(tables.SPLIT_SIZES)
-# Texts of fixed playthroughs. Changing these means changing every task: raise `VERSION` with it.
+# SHA-256 of fixed playthroughs. Whoever changes it changes every task, and has to raise `VERSION`.
 PLAYTHROUGH = "848483effc8ef38a81afaaa3252e8710dca591260d037b356a781b86b0993468"
-NO_HABITS = {
-    "skip_step": 0.0,
-    "list_order": 0.0,
-    "ignore_closed": 0.0,
-    "idle": 0.0,
-    "forget": 0.0,
-}
+HABITS = ("skip_step", "list_order", "ignore_closed", "idle", "forget")
 
 
 def make_env(size="large", max_turns=30, show_admissible=0):
@@ -63,16 +57,14 @@ def expert(task, first):
 
 
 def careless(seed, **habits):
-    def make(task, first):
-        return Careless(task, first, rng=random.Random(seed), **{**NO_HABITS, **habits})
-
-    return make
+    habits = dict.fromkeys(HABITS, 0.0) | habits
+    return lambda task, first: Careless(task, first, rng=random.Random(seed), **habits)
 
 
 def playthrough_digest():
     """SHA-256 over the texts of an expert's, a careless and a random player's episodes."""
     digest = hashlib.sha256()
-    habits = dict.fromkeys(NO_HABITS, 0.4)
+    habits = dict.fromkeys(HABITS, 0.4)
     for size in tables.SIZES:
         env = make_env(size=size, show_admissible=5)
         for split in SPLITS:
@@ -146,8 +138,6 @@ def test_a_digest_names_version_size_and_split(monkeypatch):
     assert digests() == before
     monkeypatch.setattr(household, "VERSION", tables.VERSION + 1)
     assert not digests() & before
-    with pytest.raises(ValueError, match="valid_unseen"):
-        Household(size="small", max_turns=9, show_admissible=0).digest("test")
 
 
 @pytest.mark.parametrize("size", tables.SIZES)
@@ -186,14 +176,6 @@ def test_the_object_table_is_ordered_and_every_word_has_one_role():
         "[a-z]+", " ".join((*household.PHRASES, *worlds.PHRASES, *worlds.COMMANDS)).lower()
     )
     assert not set(fixed) & (set(tables.OBJECTS) | set(tables.RECEPTACLES))
-
-
-def test_tasks_are_a_pure_function_of_their_arguments():
-    assert scenes.task("train", 17, "large") == scenes.task("train", 17, "large")
-    ids = {scenes.task(split, 17, size) for split in SPLITS for size in tables.SIZES}
-    assert len(ids) == len(SPLITS) * len(tables.SIZES)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        scenes.task("train", 17, "large").goal = ""
 
 
 def test_playthroughs_are_pinned_and_independent_of_hash_order():
@@ -269,40 +251,35 @@ def test_texts_have_the_documented_forms():
     )
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
+def test_move_and_put_are_both_understood():
+    world = kitchen()
+    for step in ("go to countertop 1", "take apple 1 from countertop 1"):
+        world.act(step)
+    for command in (
         "move apple 1 to countertop 1",
         "put apple 1 in/on countertop 1",
         "put apple 1 in countertop 1",
         "put apple 1 on countertop 1",
         "  PUT   Apple 1  on\tcountertop 1 . ",
-    ],
-)
-def test_move_and_put_are_both_understood(command):
+    ):
+        assert world.act(command) == "You move the apple 1 to the countertop 1."
+        world.act("take apple 1 from countertop 1")
+
+
+def test_impossible_commands_change_nothing():
     world = kitchen()
-    for step in ("go to countertop 1", "take apple 1 from countertop 1"):
-        world.act(step)
-    assert world.act(command) == "You move the apple 1 to the countertop 1."
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
+    world.act("go to countertop 1")
+    before = state_key(world)
+    for command in (
         "", ".", "go", "go to", "go to countertop", "go to countertop 1", "go to countertop 9",
         "go cabinet 1", "take apple 1", "take egg 1 from fridge 1", "take egg 1 from countertop 1",
         "put bread 1 on countertop 1", "put apple 1 to countertop 1", "open countertop 1",
         "open fridge 1", "close countertop 1", "heat apple 1 with microwave 1", "use apple 1",
         "examine egg 1", "examine fridge 1", "look around", "inventory now", "dance",
         "take apple 1 from countertop 1 now", "move apple 1 to fridge 1",
-    ],
-)  # fmt: skip
-def test_impossible_commands_change_nothing(command):
-    world = kitchen()
-    world.act("go to countertop 1")
-    before = state_key(world)
-    assert world.act(command) == worlds.NOTHING
-    assert state_key(world) == before
+    ):  # fmt: skip
+        assert world.act(command) == worlds.NOTHING, command
+        assert state_key(world) == before
 
 
 def state_key(world):
@@ -326,46 +303,25 @@ def every_command(world):
 
 
 @pytest.mark.parametrize("size", tables.SIZES)
-def test_a_command_is_admissible_exactly_if_something_happens(size):
+def test_admissible_are_the_commands_that_do_something_and_they_are_ordered(size):
     rng = random.Random(2)
+    groups = {"go": 1, "examine": 2, "look": 2, "inventory": 2}
     for index in range(6):
         world = World(scenes.task("train", index, size))
         for step in range(12):
             admissible = world.admissible()
             assert len(set(admissible)) == len(admissible)
-            if step % 3 == 2:
-                possible = {
-                    c for c in every_command(world) if world.copy().act(c) != "Nothing happens."
-                }
-                assert possible == set(admissible)
-            world.act(random_command(world, rng))
-
-
-def test_admissible_commands_come_in_the_documented_order():
-    rng = random.Random(3)
-    groups = {"go": 1, "examine": 2, "look": 2, "inventory": 2}
-    for index in range(12):
-        world = World(scenes.task("train", index, "medium"))
-        for _ in range(15):
-            commands = world.admissible()
-            order = [groups.get(command.split()[0], 0) for command in commands]
+            order = [groups.get(command.split()[0], 0) for command in admissible]
             assert order == sorted(order)
-            going = [command for command in commands if command.startswith("go to ")]
+            going = [command for command in admissible if command.startswith("go to ")]
             assert going == [c for i, c in enumerate(world.room.go) if i != world.at]
+            if step % 3 == 2:
+                before = state_key(world)
+                commands = [*every_command(world)]
+                possible = {c for c in commands if world.copy().act(c) != worlds.NOTHING}
+                assert possible == set(admissible)
+                assert state_key(world) == before  # copies share no state
             world.act(random_command(world, rng))
-
-
-def test_a_copy_shares_no_state():
-    rng = random.Random(4)
-    world = World(scenes.task("train", 5, "medium"))
-    for _ in range(60):
-        before, text = state_key(world), world.act("look")
-        other = world.copy()
-        for _ in range(5):
-            other.act(random_command(other, rng))
-        assert state_key(world) == before
-        assert world.act("look") == text
-        world.act(random_command(world, rng))
 
 
 def hide(spec, seed):
@@ -379,8 +335,10 @@ def hide(spec, seed):
 
 
 def test_nothing_shows_what_is_hidden():
-    """Two worlds that differ inside closed receptacles look the same until one is opened, to a
-    random player and to the expert, who must then also respond the same."""
+    """Worlds that differ only inside closed receptacles look the same until one is opened.
+
+    The expert then responds the same in both, too.
+    """
     opened = 0
     for index in range(60):
         spec = scenes.task("train", index, "large")
@@ -412,9 +370,8 @@ def test_nothing_shows_what_is_hidden():
 # Environment
 
 
-@pytest.mark.parametrize(
-    ("response", "parsed"),
-    [
+def test_the_last_action_line_counts():
+    for response, parsed in (
         ("Thought: a.\nAction: go to cabinet 1", ("go to cabinet 1", "")),
         ("action:look\nACTION:  inventory  \nbye", ("inventory", "")),
         ("Action: look\nAction:", ("", "no_action")),
@@ -422,10 +379,8 @@ def test_nothing_shows_what_is_hidden():
         ("look", ("", "no_action")),
         ("", ("", "empty")),
         (" \n\t", ("", "empty")),
-    ],
-)
-def test_the_last_action_line_counts(response, parsed):
-    assert parse_response(response) == parsed
+    ):
+        assert parse_response(response) == parsed
 
 
 def test_failed_turns_are_told_apart_and_change_nothing():
@@ -461,6 +416,8 @@ def test_messages_hold_text_goal_and_admissible_commands():
 
 def test_episodes_end_at_success_or_after_max_turns():
     env = make_env(max_turns=3)
+    with pytest.raises(ValueError, match="`step`"):
+        env.step("Action: look")
     env.reset("train", 0)
     assert [env.step("Action: look").end for _ in range(3)] == ["", "", "turn_limit"]
     with pytest.raises(ValueError, match="`reset`"):
@@ -468,32 +425,28 @@ def test_episodes_end_at_success_or_after_max_turns():
     observations, _ = run_episode(make_env(), "train", 0, expert)
     last = observations[-1]
     assert (last.end, last.done, last.success, last.score) == ("success", True, True, 1.0)
-    assert {(o.end, o.done, o.success, o.score) for o in observations[:-1]} == {
-        ("", False, False, 0.0)
-    }
+    for observation in observations[:-1]:
+        assert (observation.end, observation.success, observation.score) == ("", False, 0.0)
 
 
-def test_errors_name_what_was_wrong():
-    with pytest.raises(ValueError, match=r"`size`.*small, medium, large.*'huge'"):
-        make_env(size="huge")
-    with pytest.raises(ValueError, match=r"`max_turns`.*0"):
-        make_env(max_turns=0)
-    with pytest.raises(ValueError, match=r"`show_admissible`.*-1"):
-        make_env(show_admissible=-1)
-    env = make_env()
-    with pytest.raises(ValueError, match="`step`"):
-        env.step("Action: look")
-    with pytest.raises(ValueError, match=r"`split`.*valid_unseen.*'test'"):
-        env.size("test")
-    with pytest.raises(ValueError, match="`split`"):
-        env.reset("test", 0)
-    for index in (-1, env.size("valid_seen")):
-        with pytest.raises(ValueError, match=f"`index`.*999.*{index}"):
-            env.reset("valid_seen", index)
-    with pytest.raises(ValueError, match=r"`room`.*'attic'"):
-        scenes.scene("attic", 1, "small")
-    with pytest.raises(ValueError, match=r"`number`.*125.*126"):
-        scenes.scene("kitchen", 126, "small")
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: make_env(size="huge"), r"`size`.*small, medium, large.*'huge'"),
+        (lambda: make_env(max_turns=0), r"`max_turns`.*0"),
+        (lambda: make_env(show_admissible=-1), r"`show_admissible`.*-1"),
+        (lambda: make_env().size("test"), r"`split`.*valid_unseen.*'test'"),
+        (lambda: make_env().digest("test"), r"`split`.*valid_unseen.*'test'"),
+        (lambda: make_env().reset("test", 0), "`split`"),
+        (lambda: make_env().reset("valid_seen", -1), r"`index`.*999.*-1"),
+        (lambda: make_env().reset("valid_seen", 1000), r"`index`.*999.*1000"),
+        (lambda: scenes.scene("attic", 1, "small"), r"`room`.*'attic'"),
+        (lambda: scenes.scene("kitchen", 126, "small"), r"`number`.*125.*126"),
+    ],
+)
+def test_errors_name_what_was_wrong(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 # Oracle
@@ -535,8 +488,7 @@ TINY = {
 
 @pytest.mark.parametrize("name", TINY)
 def test_distance_is_exact_in_every_reachable_state(name):
-    """Breadth-first search over the whole state space of the real engine, backwards from all
-    solved states."""
+    """The reference is a breadth-first search of all states of the world, from the solved ones."""
     start = World(TINY[name])
     worlds, parents, queue = {state_key(start): start}, {}, deque([start])
     while queue:
@@ -568,7 +520,7 @@ def test_distance_is_exact_in_every_reachable_state(name):
 
 @pytest.mark.parametrize("size", tables.SIZES)
 def test_distance_is_one_more_than_the_best_next_state(size):
-    """Together with 0 at the goal alone this makes it the length of a shortest way."""
+    """With 0 at the goal alone, this makes it the length of a shortest way."""
     rng = random.Random(5)
     for index in range(30):
         world = World(scenes.task("train", index, size))
@@ -580,24 +532,21 @@ def test_distance_is_one_more_than_the_best_next_state(size):
                 assert (distance(other) == 0) == other.solved
                 after.append((distance(other), command))
             assert distance(world) == 1 + min(after)[0]
-            # Half-way towards the goal: pure chance would hardly ever reach the late states.
+            # Often towards the goal: chance alone would hardly ever reach the late states.
             best = rng.random() < 0.4
             world.act(min(after)[1] if best else random_command(world, rng))
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "novel", "searching", "expected"),
-    [
+def test_label_rules():
+    for before, after, novel, searching, expected in (
         (5, 4, False, False, "SKIP"),
         (5, 5, True, True, "SKIP"),
         (5, 5, True, False, "WEAK"),
         (5, 5, False, True, "STRONG"),
         (5, 5, False, False, "STRONG"),
         (5, 6, True, True, "STRONG"),
-    ],
-)
-def test_label_rules(before, after, novel, searching, expected):
-    assert label(before, after, novel=novel, searching=searching) == expected
+    ):
+        assert label(before, after, novel=novel, searching=searching) == expected
 
 
 def labels_of(spec, commands):
@@ -682,21 +631,16 @@ def test_closed_places_are_to_be_opened_not_collected():
 
 
 def test_players_know_nothing_of_the_world():
-    tree = ast.parse(Path(experts.__file__).read_text())
-    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    modules |= {
-        a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names
-    }
+    nodes = list(ast.walk(ast.parse(Path(experts.__file__).read_text())))
+    from_imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    modules = {node.module for node in from_imports}
+    modules |= {a.name for node in nodes if isinstance(node, ast.Import) for a in node.names}
     assert {module for module in modules if module.startswith("opd_jax")} == {
         "opd_jax.envs.base",
         "opd_jax.envs.household.tables",
         "opd_jax.envs.household.thoughts",
         "opd_jax.envs.react",
     }
-    names = {
-        a.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for a in node.names
-    }
-    assert not names & {"task", "scene", "TaskSpec", "Draw"}
 
 
 @pytest.mark.parametrize("size", tables.SIZES)
@@ -746,7 +690,7 @@ def test_the_expert_solves_every_type_and_no_turn_needs_correction(size):
 
 
 def claims_of(thought: str, memory: Memory) -> list[bool]:
-    """Every claim of a thought, checked against what the texts have told."""
+    """For every claim of a thought, whether the texts so far bear it out."""
 
     def claims(pattern: str) -> list[str]:
         return re.findall(pattern, thought)
@@ -823,50 +767,58 @@ def test_the_expert_recovers_after_somebody_else_has_acted(size):
     assert labels["SKIP"] >= 0.97 * sum(labels.values())
 
 
-def test_bad_habits_cost_success_and_are_seen_by_the_oracle():
+@pytest.mark.parametrize(
+    ("habits", "won", "skipped"),
+    [
+        ({}, 90, (1.0, 1.0)),
+        ({"skip_step": 1.0}, 45, (0.0, 0.9)),  # clean, heat and cool are half of the types
+        ({"forget": 1.0}, 75, (0.0, 0.9)),  # one type in six asks for two objects
+        ({"ignore_closed": 1.0}, range(85), (0.0, 0.9)),
+        ({"idle": 0.3}, range(91), (0.0, 0.75)),
+        ({"list_order": 1.0}, range(90), (0.0, 1.0)),
+    ],
+)
+def test_bad_habits_cost_success_and_the_oracle_sees_them(habits, won, skipped):
+    env, wins, labels = make_env(), 0, Counter()
+    for index in range(90):
+        observations, _ = run_episode(env, "valid_seen", index, careless(index, **habits))
+        wins += observations[-1].success
+        assert not any(observation.failure for observation in observations)
+        labels.update(observation.oracle for observation in observations[1:])
+    assert wins == won if isinstance(won, int) else wins in won
+    least, most = skipped
+    assert least <= labels["SKIP"] / labels.total() <= most
+
+
+def test_a_forgetful_player_differs_from_the_expert_only_where_a_step_is_forgotten():
     env = make_env()
+    for index in range(12):
+        played = run_episode(env, "train", index, expert)
 
-    def rate(**habits):
-        won, labels = 0, Counter()
-        for index in range(90):
-            observations, _ = run_episode(env, "valid_seen", index, careless(index, **habits))
-            won += observations[-1].success
-            assert not any(observation.failure for observation in observations)
-            labels.update(observation.oracle for observation in observations[1:])
-        return won, labels["SKIP"] / sum(labels.values())
+        def forgetful(task, first):
+            return Forgetful(task, first, rng=random.Random(0), skip_step=1.0, forget=1.0)
 
-    good, skip = rate()
-    assert good == 90
-    assert skip == 1
-    for habit in ("skip_step", "ignore_closed", "forget"):
-        won, skip = rate(**{habit: 1.0})
-        assert won < 85, habit
-        assert skip < 0.9, habit
-    won, skip = rate(idle=0.3)
-    assert skip < 0.75
-    assert rate(skip_step=1.0)[0] == 45  # clean, heat and cool are half of the types
-    assert rate(forget=1.0)[0] == 75
-    assert rate(list_order=1.0)[0] < 90
-
-
-def test_without_bad_habits_the_careless_player_is_the_expert():
-    env = make_env()
-    for index in range(20):
-        assert run_episode(env, "train", index, careless(index)) == run_episode(
-            env, "train", index, expert
-        )
+        other = run_episode(env, "train", index, forgetful)
+        if env.task.type in (*tables.TREATMENTS, tables.TWO):
+            assert not other[0][-1].success
+        else:
+            assert other == played
 
 
 @pytest.mark.parametrize("kind", [Clumsy, Mistaken])
 def test_most_of_what_others_try_fails_or_does_not_help(kind):
-    env, labels = make_env(max_turns=60), Counter()
+    aims = [aim.partition("%s")[0] for aim in (thoughts.FIND, thoughts.FIND_ANOTHER, thoughts.HAVE)]
+    env, labels, same = make_env(max_turns=60), Counter(), set()
     for index in range(60):
         observation = env.reset("train", index)
-        player, other = expert(env.task, observation), random.Random(index)
+        player, chance = expert(env.task, observation), random.Random(index)
         strayed = kind(env.task, observation, rng=random.Random(index))
         while not observation.done:
             good, bad = player.respond(observation), strayed.respond(observation)
-            strays = other.random() < 0.3
+            same.add(good == bad)
+            if kind is Mistaken:  # it speaks as the expert does
+                assert any(bad.startswith(f"Thought: {aim}") for aim in aims)
+            strays = chance.random() < 0.3
             observation = env.step(bad if strays else good)
             if strays:
                 labels[observation.oracle or "failed"] += 1
@@ -874,53 +826,8 @@ def test_most_of_what_others_try_fails_or_does_not_help(kind):
             assert vars(strayed.memory) == vars(player.memory)
         assert observation.success
     assert labels.keys() >= {"failed", "STRONG"}
-    assert labels["SKIP"] < 0.5 * sum(labels.values())
-
-
-def test_a_mistaken_player_speaks_as_the_expert_does():
-    aims = [aim.partition("%s")[0] for aim in (thoughts.FIND, thoughts.FIND_ANOTHER, thoughts.HAVE)]
-    env, said = make_env(), set()
-    for index in range(60):
-        observation = env.reset("train", index)
-        player, strayed = (
-            kind(env.task, observation, rng=random.Random(index)) for kind in (Expert, Mistaken)
-        )
-        while not observation.done:
-            response = strayed.respond(observation)
-            assert any(response.startswith(f"Thought: {aim}") for aim in aims)
-            good = player.respond(observation)
-            said.add(response == good)
-            observation = env.step(good)
-    assert said == {False, True}  # some mistakes change nothing
-
-
-def test_every_word_can_be_enumerated():
-    fixed = [*household.PHRASES, *worlds.PHRASES, *worlds.COMMANDS, *thoughts.THOUGHTS, RESPONSE]
-    fixed += [template for pair in tables.GOALS.values() for template in pair]
-    fixed += [state for _, state, _ in tables.TREATMENTS.values()]
-    known = set(re.findall("[a-z]+", " ".join(fixed).lower()))
-    known |= {*tables.OBJECTS, *tables.RECEPTACLES, "in", "on"}
-    words, numbers = set(), set()
-    habits = dict.fromkeys(NO_HABITS, 0.4)
-
-    def chance(task, first):
-        return Random(random.Random(8))
-
-    def mistaken(task, first):
-        return Mistaken(task, first, rng=random.Random(8))
-
-    for size in tables.SIZES:
-        env = make_env(size=size, show_admissible=10)
-        for index in range(60):
-            for make in (careless(index, **habits), chance, mistaken):
-                observations, responses = run_episode(env, "train", index, make)
-                text = " ".join([env.system, *(o.message for o in observations), *responses])
-                text = re.sub(r"\(\+\d+ more\)", "more", text)
-                words |= set(re.findall("[a-z]+", text.lower()))
-                numbers |= set(re.findall(r"\d+", text))
-    assert words <= known
-    # A search may ask for the number after a type's last.
-    assert max(map(int, numbers)) <= 1 + max(tables.MAX_RECEPTACLE_NUMBER, tables.MAX_OBJECT_NUMBER)
+    assert labels["SKIP"] < 0.5 * labels.total()
+    assert same == ({False, True} if kind is Mistaken else {False})  # some mistakes change nothing
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The search protocol, the scoring of answers, and the published question sets."""
+"""The search environment: how answers are scored, the turns, and the published question sets."""
 
 import dataclasses
 import hashlib
@@ -37,7 +37,7 @@ OPEN = dataclasses.replace(TWO_HOPS, id="test/2", supporting=())
 
 
 class Words:
-    """Finds the passages that share most words with a query."""
+    """Finds the passages that share the most words with a query."""
 
     waits = False
 
@@ -60,19 +60,18 @@ class Dead:
         raise RetrievalError("no answer from nowhere")
 
 
-def make_env(retriever=None, asked=(TWO_HOPS, OPEN), **settings):
-    defaults = {
-        "max_turns": 16,
-        "max_searches": 8,
-        "passages": 3,
-        "passage_words": 40,
-        "retry_wrong": False,
-    }
-    return SearchEnv(
-        panels={"test": lambda: asked},
-        retriever=retriever or Words(),
-        **{**defaults, **settings},
-    )
+SETTINGS = {
+    "retriever": Words(),
+    "max_turns": 16,
+    "max_searches": 8,
+    "passages": 3,
+    "passage_words": 40,
+    "retry_wrong": False,
+}
+
+
+def make_env(**settings):
+    return SearchEnv(panels={"test": lambda: (TWO_HOPS, OPEN)}, **{**SETTINGS, **settings})
 
 
 def search(query):
@@ -86,9 +85,8 @@ def answer(text):
 # Answers
 
 
-@pytest.mark.parametrize(
-    ("text", "normal"),
-    [
+def test_answers_are_normalized_as_in_squad():
+    for text, normal in (
         ("The Beatles!", "beatles"),
         ("  A  tale of   two Cities ", "tale of two cities"),
         ("U.S.A.", "usa"),
@@ -97,15 +95,13 @@ def answer(text):
         ("the", ""),
         ("rock-n-roll", "rocknroll"),
         ("Malé", "malé"),
-        ("“quoted”", "“quoted”"),  # punctuation is ASCII's only, as in the original
-    ],
-)
-def test_answers_are_normalized_as_in_squad(text, normal):
-    assert normalize(text) == normal
+        ("“quoted”", "“quoted”"),  # only ASCII punctuation goes, as in the original
+    ):
+        assert normalize(text) == normal
 
 
 def other_normalize(text):
-    """Character by character and word by word, with neither translate nor regular expressions."""
+    """The same without `translate` and regular expressions."""
     kept = "".join(c for c in text.lower() if c not in "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
     return [word for word in kept.split() if word not in ("a", "an", "the")]
 
@@ -145,9 +141,8 @@ def test_scores_agree_with_an_independent_count():
 # Responses
 
 
-@pytest.mark.parametrize(
-    ("response", "parsed"),
-    [
+def test_the_first_action_block_counts():
+    for response, parsed in (
         (search("river Ode"), ("search", "river Ode", "")),
         (answer("Ode"), ("answer", "Ode", "")),
         ("<action> Search [ two\n lines ] </action>", ("search", "two lines", "")),
@@ -163,15 +158,8 @@ def test_scores_agree_with_an_independent_count():
         ("<action></action>", ("", "", "bad_action")),
         ("<action>search[ ]</action>", ("", "", "no_argument")),
         ("<action>answer[]</action>", ("", "", "no_argument")),
-    ],
-)
-def test_the_first_action_block_counts(response, parsed):
-    assert parse_response(response) == parsed
-
-
-def test_texts_are_cut_between_words_and_keep_their_lines():
-    assert shorten("one two\nthree", 3) == "one two\nthree"
-    assert shorten("one two\nthree four", 3) == "one two\nthree ..."
+    ):
+        assert parse_response(response) == parsed
 
 
 # Episodes
@@ -211,7 +199,7 @@ def test_a_wrong_answer_ends_the_episode_with_its_f1():
     assert last.measures["f1"] == pytest.approx(2 * 2 / (5 + 2))
 
 
-def test_wrong_answers_may_be_allowed_and_are_announced():
+def test_the_prompt_says_whether_one_may_go_on_after_a_wrong_answer():
     env = make_env(retry_wrong=True)
     assert search_env.MORE_ANSWERS in env.system
     assert search_env.MORE_ANSWERS not in make_env().system
@@ -235,16 +223,15 @@ def test_searches_are_counted_and_then_refused():
     assert env.step(answer("Ode")).success
 
 
-@pytest.mark.parametrize("response", ["", search("river"), search("zebra"), "nonsense"])
-def test_an_episode_ends_at_the_turn_limit(response):
+def test_an_episode_ends_at_the_turn_limit():
     env = make_env(max_turns=4, max_searches=3)
-    env.reset("test", 0)
-    ends = [env.step(response).end for _ in range(4)]
-    assert ends == ["", "", "", "turn_limit"]
-    env.reset("test", 0)
-    for _ in range(3):
-        env.step(response)
-    assert env.step(answer("Ode")).end == "success"  # an answer in the last turn still counts
+    for response in ("", search("river"), search("zebra"), "nonsense"):
+        env.reset("test", 0)
+        assert [env.step(response).end for _ in range(4)] == ["", "", "", "turn_limit"]
+        env.reset("test", 0)
+        for _ in range(3):
+            env.step(response)
+        assert env.step(answer("Ode")).end == "success"  # in the last turn
 
 
 def test_every_failure_of_the_table_is_emitted_with_its_text():
@@ -279,12 +266,14 @@ def test_a_search_engine_that_is_down_breaks_the_episode_not_the_run():
     assert not env.reset("test", 1).done
 
 
-def test_long_passages_are_cut():
+def test_long_passages_are_cut_between_words_and_keep_their_lines():
     env = make_env(passage_words=6, passages=5)
     env.reset("test", 0)
     shown = dict(documents(env.step(search("river flows")).text))
     assert shown["Ode"] == "The Ode is a river. It ..."
     assert shown["Marnfeld"] == "Marnfeld is a town on the ..."
+    assert shorten("one two\nthree", 3) == "one two\nthree"
+    assert shorten("one two\nthree four", 3) == "one two\nthree ..."
 
 
 def test_the_oracle_knows_which_searches_helped():
@@ -297,7 +286,7 @@ def test_the_oracle_knows_which_searches_helped():
             search("tern"),  # and again
             search("Brandt clockmaker"),
             search("Marnfeld market"),
-            search("Ode on flows"),  # nothing was missing any more
+            search("Ode on flows"),  # nothing is missing any more
             answer("Ode"),
         )
     ]
@@ -352,13 +341,11 @@ def test_numbers_below_one_are_refused(name):
 
 
 def test_unknown_splits_and_indices_are_named():
-    env = make_env()
-    assert env.size("test") == 2
     with pytest.raises(ValueError, match="expected one of test; got 'dev'"):
-        env.size("dev")
+        make_env().size("dev")
     for index in (-1, 2):
         with pytest.raises(ValueError, match=r"expected 0\.\.1; got"):
-            env.reset("test", index)
+            make_env().reset("test", index)
 
 
 # Panels
@@ -368,14 +355,14 @@ def some_questions(count):
     return [Question(f"q/{n}", "t", f"Question {n}?", (f"{n}",)) for n in range(count)]
 
 
-def test_a_panel_does_not_depend_on_the_order_of_files():
+def test_a_panel_does_not_depend_on_the_order_of_the_questions():
     asked = some_questions(200)
     shuffled = random.Random(0).sample(asked, len(asked))
     assert panel(asked, 50) == panel(shuffled, 50)
     assert panel(asked, 50) == panel(asked, 120)[:50]
     assert len(panel(asked, 500)) == 200
     numbers = [int(q.id.partition("/")[2]) for q in panel(asked, 50)]
-    assert 60 < sum(numbers) / 50 < 140  # drawn from everywhere
+    assert 60 < sum(numbers) / 50 < 140  # from the whole range
     with pytest.raises(ValueError, match="'q/3' twice"):
         panel([*asked, asked[3]], 10)
 
@@ -419,20 +406,11 @@ def published(tmp_path):
 
 
 def make_searchqa(data, **settings):
-    defaults = {
-        "train_questions": 30,
-        "test_questions": 5,
-        "retriever": Words(),
-        "max_turns": 16,
-        "max_searches": 8,
-        "passages": 3,
-        "passage_words": 100,
-        "retry_wrong": False,
-    }
-    return SearchQA(data=str(data), **{**defaults, **settings})
+    counts = {"train_questions": 30, "test_questions": 5}
+    return SearchQA(data=str(data), **{**SETTINGS, **counts, **settings})
 
 
-def test_the_seven_sets_are_splits_of_at_most_so_many_questions(published):
+def test_the_seven_sets_are_splits_with_a_limited_number_of_questions(published):
     env = make_searchqa(published)
     assert {name: env.size(name) for name in SETS} == {
         name: min(count, 5) for count, name in enumerate(SETS, start=3)
@@ -459,7 +437,7 @@ def test_training_questions_are_those_of_nq_and_hotpotqa(published):
     assert shorter.reset("train", 9) == env.reset("train", 9)
 
 
-def test_splits_are_read_when_they_are_used(published):
+def test_a_split_is_read_at_its_first_use(published):
     (published / "musique/dev.jsonl").unlink()
     env = make_searchqa(published)
     assert env.size("nq") == 3
@@ -475,29 +453,22 @@ def test_a_folder_that_is_missing_is_named(data):
         make_searchqa(data)
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "[]",
-        '{"id": "1", "question": "q?"}',
-        '{"id": "1", "question": "q?", "golden_answers": []}',
-        '{"id": "1", "question": "q?", "golden_answers": "text"}',
-        '{"id": "1", "question": "q?", "golden_answers": [3]}',
-        '{"question": "q?", "golden_answers": ["a"]}',
-        '{"id": "1", "question": null, "golden_answers": ["a"]}',
-    ],
-)
-def test_a_line_that_is_no_question_is_named(published, line):
-    with (published / "nq/test.jsonl").open("a") as file:
-        file.write(line + "\n")
-    with pytest.raises(ValueError, match=r"nq/test\.jsonl`, line 4: expected .*golden_answers"):
-        questions(published, "nq", 500)
-
-
-def test_a_line_that_is_not_json_is_named(published):
-    (published / "nq/test.jsonl").write_text('\n{"id": 1,\n')
-    with pytest.raises(ValueError, match=r"nq/test\.jsonl`, line 2: Expecting"):
-        questions(published, "nq", 500)
+def test_a_line_that_is_no_question_is_named(published):
+    file = published / "nq/test.jsonl"
+    good = file.read_text()
+    for line, said in (
+        ('{"id": 1,', "Expecting"),
+        ("[]", "expected .*golden_answers"),
+        ('{"id": "1", "question": "q?"}', "expected .*golden_answers"),
+        ('{"id": "1", "question": "q?", "golden_answers": []}', "expected .*golden_answers"),
+        ('{"id": "1", "question": "q?", "golden_answers": "text"}', "expected .*golden_answers"),
+        ('{"id": "1", "question": "q?", "golden_answers": [3]}', "expected .*golden_answers"),
+        ('{"question": "q?", "golden_answers": ["a"]}', "expected .*golden_answers"),
+        ('{"id": "1", "question": null, "golden_answers": ["a"]}', "expected .*golden_answers"),
+    ):
+        file.write_text(f"{good}{line}\n")
+        with pytest.raises(ValueError, match=rf"nq/test\.jsonl`, line 4: {said}"):
+            questions(published, "nq", 500)
 
 
 def test_a_retriever_must_be_named_and_exist(tmp_path):

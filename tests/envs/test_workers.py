@@ -54,28 +54,8 @@ def message(body: bytes) -> bytes:
     return struct.pack(">Q", len(body)) + body
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def exit_3() -> None:
-    sys.exit(3)
-
-
-def burn() -> None:
-    raise RuntimeError("the engine is in flames")
-
-
 def hang() -> None:
     time.sleep(3600)
-
-
-def hold_the_lock() -> None:
-    re.match("(a+)+$", "a" * 60 + "b")
-
-
-def stop() -> None:
-    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def send_half() -> None:
@@ -90,23 +70,7 @@ def trickle() -> None:
         time.sleep(0.01)
 
 
-def scribble() -> None:
-    write(b"\xff" * 64)
-
-
-def send_prose() -> None:
-    write(message(b"You see a desk."))
-
-
-def send_a_list() -> None:
-    write(message(b"[]"))
-
-
-def send_another_form() -> None:
-    write(message(b'{"value": {"text": "You see a desk."}}'))
-
-
-def send_a_number(name: str, value: str) -> None:
+def send_a_field(name: str, value: str) -> None:
     fields = {"text": "", "message": "", "admissible": [], name: json.loads(value)}
     write(message(json.dumps({"value": fields}).encode()))
 
@@ -117,28 +81,34 @@ def close_the_socket() -> None:
     hang()
 
 
+def burn() -> None:
+    raise RuntimeError("the engine is in flames")
+
+
 # Name -> what happens, the kind under which it is counted, what the observation says.
-FAULTS: dict[str, tuple[Callable[[], None], str, str]] = {
-    "die": (die, DIED, "killed by SIGKILL"),
-    "exit": (exit_3, DIED, "ended with status 3"),
-    "burn": (burn, EXCEPTION, r"RuntimeError: the engine is in flames \(test_workers.py, line"),
-    "scribble": (scribble, GARBAGE, "bytes are announced"),
-    "prose": (send_prose, GARBAGE, "is no message"),
-    "list": (send_a_list, GARBAGE, "is no answer"),
-    "form": (send_another_form, GARBAGE, "is no answer: KeyError"),
-    "nan": (functools.partial(send_a_number, "score", "NaN"), GARBAGE, "a finite number"),
-    "text": (functools.partial(send_a_number, "score", '"high"'), GARBAGE, "a finite number"),
-    "f1": (functools.partial(send_a_number, "measures", '{"f1": null}'), GARBAGE, "a finite num"),
+FAULTS: dict[str, tuple[Callable[[], object], str, str]] = {
+    "die": (lambda: os.kill(os.getpid(), signal.SIGKILL), DIED, "killed by SIGKILL"),
+    "exit": (lambda: sys.exit(3), DIED, "ended with status 3"),
+    "burn": (burn, EXCEPTION, r"RuntimeError: the engine is in flames \(test_workers.py, l"),
+    "scribble": (lambda: write(b"\xff" * 64), GARBAGE, "bytes are announced"),
+    "prose": (lambda: write(message(b"You see a desk.")), GARBAGE, "is no message"),
+    "list": (lambda: write(message(b"[]")), GARBAGE, "is no answer"),
+    "form": (lambda: write(message(b'{"value": {"text": ""}}')), GARBAGE, "no answer: KeyError"),
+    "nan": (lambda: send_a_field("score", "NaN"), GARBAGE, "a finite number"),
+    "text": (lambda: send_a_field("score", '"high"'), GARBAGE, "a finite number"),
+    "f1": (lambda: send_a_field("measures", '{"f1": null}'), GARBAGE, "a finite number"),
+}
+SLOW_FAULTS: dict[str, Callable[[], object]] = {
+    "hang": hang,
+    "hold": lambda: re.match("(a+)+$", "a" * 60 + "b"),  # never releases the interpreter's lock
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "half": send_half,
+    "trickle": trickle,
+    "close": close_the_socket,
 }
 LATE = r"no answer within 3 s \(`step_timeout_s`\)"
-SLOW_FAULTS: dict[str, tuple[Callable[[], None], str, str]] = {
-    "hang": (hang, TIMEOUT, LATE),
-    "hold": (hold_the_lock, TIMEOUT, LATE),
-    "stop": (stop, TIMEOUT, LATE),
-    "half": (send_half, TIMEOUT, LATE),
-    "trickle": (trickle, TIMEOUT, LATE),
-    "close": (close_the_socket, TIMEOUT, LATE),
-}
+FAULTS |= {name: (fault, TIMEOUT, LATE) for name, fault in SLOW_FAULTS.items()}
+QUICK_FAULTS = [name for name in FAULTS if name not in SLOW_FAULTS]
 
 
 class Faulty(Household):
@@ -155,7 +125,7 @@ class Faulty(Household):
         self._fail(at_start)
 
     def _fail(self, name: str) -> None:
-        fault = (FAULTS | SLOW_FAULTS).get(name)
+        fault = FAULTS.get(name)
         if fault is None or (self.once and os.path.exists(self.once)):
             return
         if self.once:
@@ -401,7 +371,7 @@ def check_a_step_that_breaks(worker: Worker, fault: str) -> None:
     before = [worker.reset("train", 0), worker.step(LOOK)]
     first = worker.pid
     after = worker.step(fault)
-    _, kind, text = (FAULTS | SLOW_FAULTS)[fault]
+    _, kind, text = FAULTS[fault]
     assert (after.end, after.done, after.success) == (BROKEN, True, False)
     assert (after.score, after.failure, after.action, after.oracle) == (0.0, "", "", "")
     assert re.search(text, after.text), after.text
@@ -419,9 +389,9 @@ def check_a_step_that_breaks(worker: Worker, fault: str) -> None:
 
 def test_a_step_that_breaks_costs_only_its_episode(make: Callable) -> None:
     worker = make(faulty())
-    for fault in FAULTS:
+    for fault in QUICK_FAULTS:
         check_a_step_that_breaks(worker, fault)
-    assert worker.breaks.total() == len(FAULTS)
+    assert worker.breaks.total() == len(QUICK_FAULTS)
 
 
 def test_a_step_that_does_not_return_costs_only_its_episode(make: Callable) -> None:
@@ -435,7 +405,7 @@ def test_a_reset_that_breaks_is_tried_once_more(make: Callable, tmp_path: Path, 
     worker = make(faulty(once=tmp_path / "broke"), start_s=5.0 if fault == "hang" else LONG_S)
     assert worker.reset(fault, 3) == HOUSEHOLD().reset("train", 3)
     assert worker.task.id == "household/small/train/3"
-    assert (worker.breaks, worker.restarts) == ({(FAULTS | SLOW_FAULTS)[fault][1]: 1}, 1)
+    assert (worker.breaks, worker.restarts) == ({FAULTS[fault][1]: 1}, 1)
     assert not worker.step(LOOK).done
 
 
