@@ -1,4 +1,4 @@
-"""ScienceWorld: tasks and splits, what the engine says, its death and replacement, players."""
+"""ScienceWorld: tasks and splits, what the engine says, how it is replaced, and the expert."""
 
 import gc
 import importlib.util
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from opd_jax.envs.base import BROKEN
+from opd_jax.envs.base import BROKEN, Observation
 from opd_jax.envs.react import RESPONSE, Random
 from opd_jax.envs.scienceworld import prompts
 from opd_jax.envs.scienceworld import tasks as sets
@@ -42,26 +42,33 @@ DIGESTS = {
 
 
 @pytest.fixture(scope="module")
-def env():
-    made = ScienceWorld(**SETTINGS)
-    yield made
-    made.close()
+def open_env():
+    """Makes environments that are closed after the module."""
+    made = []
+
+    def make(**settings):
+        made.append(ScienceWorld(**{**SETTINGS, **settings}))
+        return made[-1]
+
+    yield make
+    for env in made:
+        env.close()
 
 
 @pytest.fixture(scope="module")
-def listing_env():
-    made = ScienceWorld(**{**SETTINGS, "list_admissible": 60})
-    yield made
-    made.close()
+def env(open_env):
+    return open_env()
 
 
 @pytest.fixture(scope="module")
-def plain_env():
-    """Without simplifications, and with as many turns as the demonstration has."""
-    turns = len(prompts.DEMONSTRATION)
-    made = ScienceWorld(**{**SETTINGS, "simplifications": "", "max_turns": turns})
-    yield made
-    made.close()
+def listing_env(open_env):
+    return open_env(list_admissible=60)
+
+
+@pytest.fixture(scope="module")
+def plain_env(open_env):
+    """Without simplifications; an episode may take as many turns as the demonstration."""
+    return open_env(simplifications="", max_turns=len(prompts.DEMONSTRATION))
 
 
 def start(env, kind, variation):
@@ -76,7 +83,7 @@ def act(env, command):
 
 
 def java(env):
-    """The process behind an environment, to do harm to."""
+    """The Java process behind an environment."""
     return env._engine._jvm
 
 
@@ -92,16 +99,9 @@ def test_splits_hold_every_variation_once_and_the_panel_five_of_each_type():
     assert set(Counter(kind for kind, _ in panel).values()) == {5}
     assert not set(panel) & set(parts[0])
     assert [task for task in panel if task not in parts[2]] == [("identify-life-stages-2", 5)]
-
-
-@pytest.mark.parametrize("split", sets.SPLITS)
-def test_the_first_tasks_of_a_split_are_of_all_types(split):
-    kinds = [kind for kind, _ in sets.tasks(split)]
-    assert kinds[:30] == kinds[30:60] == sorted(sets.TYPES)
-    assert len(set(kinds[:30])) == 30
-
-
-def test_digests_are_pinned():
+    for part in (*parts, panel):  # the first tasks are of all types
+        kinds = [kind for kind, _ in part]
+        assert kinds[:30] == kinds[30:60] == sorted(sets.TYPES)
     assert {split: sets.digest(split) for split in sets.SPLITS} == DIGESTS
 
 
@@ -114,9 +114,9 @@ def test_names_of_tasks_can_be_read_back():
 
 
 @needs_engine
-def test_the_engine_splits_its_variations_as_we_do(env):
+def test_splits_are_the_engines(env):
     for kind in sets.TYPES:
-        start(env, kind, 0)  # raises where the number of variations differs
+        start(env, kind, 0)  # raises if the number of variations differs
         server = java(env)._server
         theirs = {
             "train": server.getVariationsTrain,
@@ -267,47 +267,49 @@ def test_scores_are_the_engines_and_start_anew(env):
 
 
 @needs_engine
-@pytest.mark.parametrize(
-    ("response", "reason"),
-    [("", "empty"), (" \n ", "empty"), ("Thought: hm", "no_action"), ("Action:", "no_action")],
-)
-def test_a_response_without_a_command_changes_nothing(env, response, reason):
+def test_a_response_without_a_command_changes_nothing(env):
     start(env, "boil", 0)
     act(env, "go to kitchen")
     asked = act(env, "focus on orange")
     assert asked.text.startswith("Ambiguous request: ")
-    assert asked.failure == ""  # a question back
-    after = env.step(response)
-    assert (after.failure, after.text, after.action) == (reason, NO_ACTION, "")
-    assert after.message.endswith("Inventory: an orange")
+    assert asked.failure == ""  # the engine asks back
+    for response, reason in (
+        ("", "empty"),
+        (" \n ", "empty"),
+        ("Thought: hm", "no_action"),
+        ("Action:", "no_action"),
+    ):
+        after = env.step(response)
+        assert (after.failure, after.text, after.action) == (reason, NO_ACTION, "")
+        assert after.message.endswith("Inventory: an orange")
     # The engine still waits for the number.
     assert act(env, "0").end == "failed"
 
 
 @needs_engine
-@pytest.mark.parametrize("command", ["reset task", "Reset the  TASK", "reset task."])
-def test_progress_cannot_be_reset(env, command):
+def test_progress_cannot_be_reset(env):
     start(env, "find-non-living-thing", 0)
     act(env, "go to kitchen")
     before = act(env, "focus on cupboard")
-    after = act(env, command)
-    assert (after.failure, after.score) == ("unknown", before.score)
+    for command in ("reset task", "Reset the  TASK", "reset task."):
+        after = act(env, command)
+        assert (after.failure, after.score) == ("unknown", before.score)
     assert act(env, "move cupboard to red box").success
     start(env, "find-non-living-thing", 0)
     assert "reset task" not in act(env, "help").text
 
 
 @needs_engine
-@pytest.mark.parametrize("command", ["看 \ud800 \x00 !ye", "move " + "orange to " * 500, "\\n\\e"])
-def test_any_text_may_be_a_command(env, command):
+def test_any_text_may_be_a_command(env):
     first = start(env, "boil", 0)
-    assert act(env, command).failure == "unknown"
-    assert act(env, "look around").text == first.text
+    for command in ("看 \ud800 \x00 !ye", "move " + "orange to " * 500, "\\n\\e"):
+        assert act(env, command).failure == "unknown"
+        assert act(env, "look around").text == first.text
 
 
 # Failures
 
-# (task, variation, commands): between them they bring out every text of the table.
+# (task, variation, commands): together they provoke every text of the table.
 TROUBLE = (
     (
         "boil",
@@ -360,8 +362,8 @@ def test_every_text_of_the_table_is_the_engines(env):
 
 @needs_engine
 def test_what_the_engine_lists_as_impossible_is_recognized(env):
-    # The engine's own lists of things and of admissible commands are the reference: a command
-    # outside the second, made of the first, must either fail, or be another name for one inside.
+    # The reference is the engine's list of admissible commands. A command about things in sight
+    # that is not in the list must fail, unless it is another name for one in the list.
     rng = random.Random(0)
     templates = (
         *("activate %s", "close %s", "deactivate %s", "eat %s", "flush %s", "open %s", "read %s"),
@@ -376,9 +378,8 @@ def test_what_the_engine_lists_as_impossible_is_recognized(env):
         admissible = set(java(env).admissible())
         for _ in range(45):
             template = rng.choice(templates)
-            command = template % tuple(
-                rng.choice(things).strip() for _ in range(template.count("%s"))
-            )
+            words = [rng.choice(things).strip() for _ in range(template.count("%s"))]
+            command = template % tuple(words)
             if command in admissible:
                 continue
             after = act(env, command)
@@ -386,10 +387,7 @@ def test_what_the_engine_lists_as_impossible_is_recognized(env):
             if after.text.startswith("Ambiguous request"):
                 act(env, "none of them")
             elif not after.failure:
-                assert re.match(r"You (move|pour|dunk)|Inside the|The .* is now", after.text), (
-                    command,
-                    after.text,
-                )
+                assert re.match(r"You (move|pour|dunk)|Inside the|The .* is now", after.text)
     assert tried > 80
 
 
@@ -436,11 +434,13 @@ def test_spreading_keeps_every_command_and_the_order_within_a_kind():
 # The engine's process
 
 
-def script(env, kind, variation, seed, turns):
-    """Observations of an episode at random, by listed commands but for a focus."""
+def script(env, kind, variation, *, seed, turns, kill_after=None):
+    """Observations of a random episode; it draws listed commands other than `focus`."""
     rng = random.Random(seed)
     seen = [start(env, kind, variation)]
     while len(seen) <= turns and not seen[-1].done:
+        if len(seen) == kill_after:
+            os.kill(env._engine.pid, signal.SIGKILL)
         choices = [c for c in seen[-1].admissible if not c.startswith("focus")]
         seen.append(act(env, rng.choice(choices)))
     return seen
@@ -448,16 +448,14 @@ def script(env, kind, variation, seed, turns):
 
 @needs_engine
 def test_episodes_are_the_same_in_every_process(listing_env):
-    # These show lists whose order, in Java's own way of hashing, is by chance.
+    # These rooms show lists that the original orders by Java's hashes, which are random.
     rooms = {"identify-life-stages-2": "outside", "power-component": "workshop"}
 
     def play(kind):
         seen = script(listing_env, kind, 0, seed=1, turns=5)
         start(listing_env, kind, 0)
-        return [
-            *seen,
-            *(act(listing_env, c) for c in (f"teleport to {rooms[kind]}", "look around")),
-        ]
+        commands = (f"teleport to {rooms[kind]}", "look around")
+        return [*seen, *(act(listing_env, command) for command in commands)]
 
     seen = {kind: play(kind) for kind in rooms}
     listing_env.close()
@@ -467,28 +465,17 @@ def test_episodes_are_the_same_in_every_process(listing_env):
 
 @needs_engine
 def test_a_killed_process_is_replaced_and_nobody_notices(listing_env):
-    undisturbed = script(listing_env, "grow-plant", 4, seed=2, turns=10)
-    rng, restarts = random.Random(2), listing_env.restarts
-    seen = [start(listing_env, "grow-plant", 4)]
-    while len(seen) < len(undisturbed):
-        if len(seen) == 6:
-            os.kill(listing_env._engine.pid, signal.SIGKILL)
-        choices = [c for c in seen[-1].admissible if not c.startswith("focus")]
-        seen.append(act(listing_env, rng.choice(choices)))
-    assert seen == undisturbed
+    seen = script(listing_env, "grow-plant", 4, seed=2, turns=10)
+    restarts = listing_env.restarts
+    assert script(listing_env, "grow-plant", 4, seed=2, turns=10, kill_after=6) == seen
     assert listing_env.restarts == restarts + 1
+    os.kill(listing_env._engine.pid, signal.SIGKILL)  # between episodes
+    assert start(listing_env, "grow-plant", 4) == seen[0]
+    assert listing_env.restarts == restarts + 2
 
 
 @needs_engine
-def test_a_process_killed_between_episodes_is_replaced(env):
-    first, restarts = start(env, "boil", 0), env.restarts
-    os.kill(env._engine.pid, signal.SIGKILL)
-    assert start(env, "boil", 0) == first
-    assert env.restarts == restarts + 1
-
-
-@needs_engine
-def test_a_hung_process_is_not_waited_for_and_the_last_ends_without_a_trace(monkeypatch, tmp_path):
+def test_a_hung_process_is_replaced_and_the_last_leaves_nothing_behind(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     env = ScienceWorld(**{**SETTINGS, "timeout_s": 15.0})
     start(env, "boil", 0)
@@ -510,7 +497,7 @@ def test_a_hung_process_is_not_waited_for_and_the_last_ends_without_a_trace(monk
 def test_an_episode_that_cannot_be_repeated_ends_as_broken(env):
     start(env, "boil", 0)
     act(env, "go to kitchen")
-    java(env).act("open fridge")  # behind the environment's back
+    java(env).act("open fridge")  # the environment does not know of it
     before = act(env, "open fridge")
     assert before.failure == "already"
     os.kill(env._engine.pid, signal.SIGKILL)
@@ -524,8 +511,10 @@ def test_an_episode_that_cannot_be_repeated_ends_as_broken(env):
 
 
 @needs_engine
-def test_a_fault_inside_the_simulator_ends_the_episode_as_broken(env):
+def test_memory_is_bounded_and_a_fault_of_the_simulator_breaks_the_episode(env):
     start(env, "boil", 0)
+    runtime = java(env)._gateway.jvm.java.lang.Runtime.getRuntime()
+    assert runtime.maxMemory() <= SETTINGS["heap_mb"] * 2**20
     java(env)._server.agentInterface().get().setErrorState("java.lang.StackOverflowError")
     after = act(env, "wait")
     assert (after.end, after.score) == (BROKEN, 0.0)
@@ -535,13 +524,6 @@ def test_a_fault_inside_the_simulator_ends_the_episode_as_broken(env):
 
 def alive(pid):
     return Path(f"/proc/{pid}").exists()
-
-
-@needs_engine
-def test_memory_is_bounded(env):
-    start(env, "boil", 0)
-    runtime = java(env)._gateway.jvm.java.lang.Runtime.getRuntime()
-    assert runtime.maxMemory() <= SETTINGS["heap_mb"] * 2**20
 
 
 @needs_engine
@@ -562,7 +544,7 @@ def test_the_process_does_not_outlive_a_killed_python():
     assert not alive(pid)
 
 
-# Players
+# The expert
 
 
 @needs_engine
@@ -591,16 +573,12 @@ def test_paths_of_the_same_settings_are_found_once():
     assert gold_paths(**settings) is not gold_paths(**{**settings, "simplifications": ""})
 
 
-@needs_engine
-def test_an_expert_at_the_end_of_its_path_looks_around(env):
-    first = start(env, "boil", 0)
+def test_an_expert_at_the_end_of_its_path_looks_around():
     player = Expert(["wait1"])
-    assert player.respond(first).endswith("\nAction: wait1")
-    assert player.respond(first).endswith("\nAction: look around")
-
-
-def test_a_number_has_its_own_thought():
-    assert thought("0") == thought("12") != thought("wait")
+    seen = Observation("", "", ())
+    assert player.respond(seen).endswith("\nAction: wait1")
+    assert player.respond(seen).endswith("\nAction: look around")
+    assert thought("0") == thought("12") != thought("wait")  # a number has its own thought
 
 
 @needs_engine
@@ -617,9 +595,9 @@ def test_the_random_player_plays_what_is_listed(env, listing_env):
 
 @pytest.mark.slow
 @needs_engine
-def test_gold_paths_reach_the_goal_of_at_least_27_of_30_types():
+def test_gold_paths_reach_the_goal_of_at_least_27_of_30_types(open_env):
     paths = GoldPaths(simplifications="easy", heap_mb=256, timeout_s=300)
-    env = ScienceWorld(**{**SETTINGS, "timeout_s": 300})
+    env = open_env(timeout_s=300)
     solved, failed_turns = [], 0
     for kind in sets.TYPES:
         observation = start(env, kind, 0)
@@ -632,4 +610,3 @@ def test_gold_paths_reach_the_goal_of_at_least_27_of_30_types():
     assert len(solved) >= 27, set(sets.TYPES) - set(solved)
     assert failed_turns <= 30
     paths.close()
-    env.close()

@@ -1,8 +1,7 @@
-"""ScienceWorld's episodes, which outlive the Java process that they are played in.
+"""ScienceWorld's episodes, which outlive their Java process.
 
-A process that dies or hangs is replaced, and the new one plays the episode again up to where it
-was: the simulator gives the same replies to the same commands (see `jvm`), which is
-checked one by one.
+If the process dies or hangs, a new one plays the episode again up to the same point. The simulator
+gives the same replies to the same commands (see `jvm`); each reply is checked.
 """
 
 from collections.abc import Callable
@@ -17,17 +16,17 @@ LOOK = "look around"
 
 
 class Engine:
-    """One episode at a time, in a Java process that serves any number of them.
+    """Plays one episode at a time, any number of them in one Java process.
 
-    A process that is lost is replaced once for each call, so that a command which kills or hangs
-    every process ends the episode.
+    A lost process is replaced once in each call. So a command that kills or hangs every process
+    ends the episode.
 
     Args:
       simplifications: names joined by commas, as the simulator takes them.
       heap_mb, timeout_s: see `Jvm`.
 
     Attributes:
-      restarts: how many processes were replaced.
+      restarts: number of processes that were replaced.
     """
 
     def __init__(self, *, simplifications: str, heap_mb: int, timeout_s: float):
@@ -35,22 +34,22 @@ class Engine:
         self._heap_mb, self._timeout_s = heap_mb, timeout_s
         self._jvm: Jvm | None = None
         self._task: tuple[str, int] | None = None
-        # What was asked of this episode; None stands for a list of admissible commands, which
-        # draws from the simulator's random numbers and so belongs to what is played again.
+        # The commands of this episode with their replies. (None, None) is a request for the
+        # admissible commands: it draws from the simulator's random numbers, so it is replayed too.
         self._log: list[tuple[str | None, Reply | None]] = []
         self.restarts = 0
 
     @property
     def pid(self) -> int | None:
-        """The Java process; None before the first episode."""
+        """The id of the Java process; None before the first episode."""
         return self._jvm.process.pid if self._jvm else None
 
     def load(self, kind: str, variation: int) -> tuple[str, Reply]:
         """Start an episode: the task in words, and the first look around.
 
         Raises:
-          ValueError: the package or Java is missing, or of another version.
-          EpisodeLost: it could not be started, twice.
+          ValueError: the package or Java is missing, or has the wrong version.
+          EpisodeLost: it could not be started in two processes.
         """
         self._task, self._log = None, []
         if self._jvm is None:
@@ -110,7 +109,7 @@ class Engine:
         return Jvm(heap_mb=self._heap_mb, timeout_s=self._timeout_s)
 
     def _surely(self, ask: Callable[[Jvm], T]) -> T:
-        """Ask the process, and if it is lost its replacement."""
+        """Ask the process; if it is lost, ask its replacement."""
         if self._jvm is None:
             raise EpisodeLost("there is no running episode")
         try:

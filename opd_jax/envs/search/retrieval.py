@@ -1,7 +1,7 @@
-"""Passages, and BM25 over them: the part of a search engine that runs in this process.
+"""Passages, and a search engine that runs in this process.
 
-A corpus is a JSONL file in the form of Search-R1's `wiki-18.jsonl`, one passage a line: `id`, and
-`contents`, whose first line is the title. Lines with `title` and `text` are read as well.
+A corpus is a JSONL file in the form of Search-R1's `wiki-18.jsonl`: one passage a line, with `id`
+and `contents`, whose first line is the title. Lines with `title` and `text` are read as well.
 """
 
 import json
@@ -25,7 +25,7 @@ class Passage:
     Attributes:
       id: unique in its corpus; "" where the corpus gives none.
       title: what it is about.
-      text: without the title; may have several lines.
+      text: the rest; may have several lines.
     """
 
     id: str
@@ -39,14 +39,14 @@ class Passage:
 
 
 class RetrievalError(Exception):
-    """The search engine did not answer; no fault of who asked."""
+    """The search engine did not answer, whatever was asked."""
 
 
 class Retriever(Protocol):
-    """Finds passages; may be called by several threads at once.
+    """Finds passages. Several threads may call it at once.
 
     Attributes:
-      waits: it waits for somebody else's answers, so that it should be.
+      waits: it waits for another process or a server, so threads should call it side by side.
     """
 
     waits: bool
@@ -55,7 +55,7 @@ class Retriever(Protocol):
         """For each query at most `top` passages, best first.
 
         Raises:
-          RetrievalError: no answer can be had.
+          RetrievalError: there is no answer.
         """
         ...
 
@@ -64,7 +64,7 @@ def passage_from(document: Mapping[str, Any]) -> Passage:
     """A passage from a line of a corpus or a server's reply.
 
     Raises:
-      ValueError: it has neither `contents` nor `title` and `text`, as strings.
+      ValueError: it has neither the string `contents` nor the strings `title` and `text`.
     """
     if isinstance(document.get("contents"), str):
         title, _, text = document["contents"].partition("\n")
@@ -83,7 +83,7 @@ def read_corpus(path: Path) -> Iterator[Passage]:
     """The passages of a JSONL file in order.
 
     Raises:
-      ValueError: the file is missing, or a line is no passage; names file and line.
+      ValueError: the file is missing, or a line is not a passage; names file and line.
     """
     if not path.is_file():
         raise ValueError(f"`corpus`: no file `{path}`; give a JSONL file with a passage a line")
@@ -174,5 +174,5 @@ def _words(text: str) -> list[str]:
 
 
 def load_bm25(path: Path) -> BM25:
-    """BM25 over a JSONL file; errors as in `read_corpus` and `BM25`."""
+    """BM25 over a JSONL file; raises as `read_corpus` and `BM25`."""
     return BM25(list(read_corpus(path)))
