@@ -1,8 +1,8 @@
 """The household's expert, and the memory that every player keeps.
 
-A player reads what an agent reads: the task, and the text, command and failure of each
-observation. It never touches the world. Its memory follows the texts, so it stays right when
-somebody else has acted in between, and when an action failed.
+A player reads what an agent reads: the task, and the text and command of each observation. It never
+touches the world. Its memory follows the texts, so it stays right if another player has acted in
+between, or if an action has failed.
 """
 
 import itertools
@@ -64,11 +64,11 @@ class Memory:
 
     Attributes:
       places: receptacles in listed order.
-      at: where the player stands; "" in the middle of the room.
+      at: the receptacle where the player stands; "" in the middle of the room.
       hand: the object in hand; "" for none.
-      content: per receptacle seen inside, its objects in listed order.
-      shut: receptacles known to be closed, or believed to be (openable and never seen open).
-      states: per object, the states known to hold.
+      content: receptacle whose content has been seen -> its objects in listed order.
+      shut: receptacles known or believed to be closed; openable ones are until they are seen open.
+      states: object -> the states known to hold.
     """
 
     def __init__(self, scene: str):
@@ -79,7 +79,7 @@ class Memory:
         self.states: dict[str, set[str]] = {}
 
     def update(self, observation: Observation) -> None:
-        """Take in one observation, whoever acted."""
+        """Read one observation, whoever acted."""
         text = observation.text
         if match := _ARRIVE.match(text) or _FACING.match(text):
             self.at = match[1]
@@ -95,7 +95,7 @@ class Memory:
         elif match := _CARRYING.match(text):
             self.hand = match[1]
         elif match := _EXAMINED.match(text):
-            # The text names the type only; the number is in the command that led to it.
+            # The text names only the type; the number is in the command.
             name = " ".join(observation.action.lower().rstrip(" .\t").split()[1:])
             self.states[name] = set(match[1].split(" and "))
         else:
@@ -119,14 +119,15 @@ class Memory:
 class Expert:
     """Solves every task by searching likely places first.
 
-    Receptacle types are searched in the public order of `search_order`, beginning with the type at
-    hand, numbers ascending, then everything else in listed order. Closed receptacles are opened.
-    The expert explores only while it knows no object that serves the goal.
+    It searches only while it knows no object that serves the goal. It goes through the receptacle
+    types in the public order of `search_order`, beginning with the type where it stands, and
+    through the numbers of a type in ascending order. All other receptacles follow in listed order.
+    It opens the closed ones.
 
     Args:
-      task: the task; its type and goal are read, nothing else.
+      task: only its type and goal are read.
       first: the observation that `reset` returned.
-      rng: source of randomness; the expert itself draws nothing from it.
+      rng: source of randomness for players derived from this one; the expert draws nothing.
     """
 
     def __init__(self, task: Task, first: Observation, *, rng: random.Random):
@@ -167,7 +168,7 @@ class Expert:
         return aim + plan, command
 
     def put_down(self, hand: str) -> tuple[str, str]:
-        """Get rid of something useless: here if that is possible, else where the way leads."""
+        """Put a useless object down: here if possible, else at the next place on the way."""
         memory, best = self.memory, self.best_object()
         if memory.at and memory.at not in memory.shut:
             return PUT_DOWN, f"move {hand} to {memory.at}"
@@ -207,7 +208,7 @@ class Expert:
         return PLACE % self.target, f"move {hand} to {target}"
 
     def use_lamp(self) -> tuple[str, str]:
-        """Bring what is in hand to the lamp, searching for the lamp if need be."""
+        """Bring what is in hand to the lamp; search for the lamp if its place is not known."""
         lamps = self.known(self.lamp)
         if not lamps:
             return self.search(self.lamp)
@@ -217,7 +218,7 @@ class Expert:
         return FETCH % (lamp, place), f"go to {place}"
 
     def search(self, wanted: str) -> tuple[str, str]:
-        """Open the closed receptacle at hand, or go to the next one."""
+        """Open the closed receptacle here, or go to the next one."""
         memory = self.memory
         if memory.at in memory.shut and memory.at not in memory.content:
             return IS_CLOSED % memory.at, f"open {memory.at}"
@@ -228,12 +229,14 @@ class Expert:
         return NONE_HERE % (tested, place), f"go to {place}"
 
     def next_place(self, wanted: str) -> tuple[list[str], str]:
-        """The next receptacle to search; "" when all have been seen.
+        """The next receptacle to search.
 
-        Of each likely type the first number not searched yet is tested: is it in the room?
+        For each likely type, take the lowest number not searched yet and ask whether the room has
+        it.
 
         Returns:
-          Likely places tested that the room lacks, and the first one that it has.
+          The likely places that the room lacks, and the first one that it has; "" if all
+          receptacles have been seen.
         """
         memory = self.memory
         missing: list[str] = []
@@ -250,7 +253,7 @@ class Expert:
         return missing, next(unseen, "")
 
     def likely_types(self, wanted: str) -> tuple[str, ...]:
-        """Receptacle types where `wanted` may be, as they are searched from here."""
+        """Receptacle types where `wanted` may be, in the order in which to search from here."""
         kinds = search_order(wanted)
         here = kind_of(self.memory.at)
         first = kinds.index(here) if here in kinds else 0
@@ -265,7 +268,7 @@ class Expert:
         return items[int(self.rng.random() * len(items))]
 
     def known(self, kind: str) -> list[tuple[str, str]]:
-        """Objects of a type that have been seen lying somewhere, each with its place."""
+        """Objects of a type that have been seen, each with its place."""
         return [
             (name, place)
             for place, names in self.memory.content.items()
@@ -274,7 +277,7 @@ class Expert:
         ]
 
     def fullest_target(self) -> str:
-        """The target with most of the wanted objects known to be in it; "" if all have none."""
+        """The target known to hold the most wanted objects; "" if none holds any."""
         counts = dict.fromkeys(self.of_type(self.target), 0)
         for _, place in self.known(self.wanted):
             if place in counts:
@@ -283,7 +286,7 @@ class Expert:
         return fullest if fullest and counts[fullest] else ""
 
     def best_object(self) -> tuple[str, str] | None:
-        """The known object, with its place, that takes the fewest actions to bring to the goal."""
+        """The known object with the fewest actions to the goal, and its place."""
         candidates = self.known(self.wanted)
         if self.goal_count == 2:
             fullest = self.fullest_target()
@@ -291,7 +294,7 @@ class Expert:
         return min(candidates, key=self.effort, default=None)
 
     def effort(self, candidate: tuple[str, str]) -> int:
-        """Actions that a known object needs before it can be placed, up to a constant."""
+        """Actions that an object needs before it can be placed, up to a constant."""
         name, place = candidate
         effort = (place != self.memory.at) + (place in self.memory.shut)
         if self.state and self.state not in self.memory.states.get(name, ()):
@@ -299,7 +302,7 @@ class Expert:
         return effort
 
     def best_target(self) -> str:
-        """The target that takes the fewest actions to place something in."""
+        """The target that takes the fewest actions to put something in."""
         if self.goal_count == 2 and (fullest := self.fullest_target()):
             return fullest
         memory = self.memory

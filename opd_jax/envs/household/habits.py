@@ -1,7 +1,7 @@
-"""Players of the household with habits: they act as the expert does, but for something.
+"""Players of the household with bad habits: they act as the expert does, with one exception each.
 
-Their episodes and turns show mistakes: for a student to have learnt, for a teacher to recover from,
-and for a judge to be taught by.
+Their mistakes are what a student is made to learn, what a teacher has to recover from, and what
+trains a judge.
 """
 
 import copy
@@ -27,20 +27,20 @@ from opd_jax.envs.react import TRY
 
 
 class Careless(Expert):
-    """An expert with bad habits: it reads and acts as well, but its policy is poor.
+    """Reads and acts as well as the expert, but its policy is poor.
 
-    Its thoughts say honestly what it is going to do. When it wrongly believes that the task is
-    done it takes the object out and puts it back, or walks about.
+    Its thoughts say honestly what it is going to do. If it wrongly believes that the task is done,
+    it takes the object out and puts it back, or walks about.
 
     Args:
       task, first: as for `Expert`.
       rng: source of all randomness.
-      skip_step: probability that for the whole episode it forgets to clean, heat or cool.
-      list_order: probability that for the whole episode it searches in listed order.
-      ignore_closed: probability, for each closed receptacle met while searching, of never opening
-        it, unless it is the only one left; with several left it walks between them.
-      idle: probability, for each turn, of a pointless action.
-      forget: probability that for the whole episode it takes one of two objects to be enough.
+      skip_step: probability of an episode in which it forgets to clean, heat or cool.
+      list_order: probability of an episode in which it searches in listed order.
+      ignore_closed: probability that it passes by a closed receptacle met in a search. It opens it
+        only if no other is left; with several left it walks between them.
+      idle: probability of a pointless action in each turn.
+      forget: probability of an episode in which it takes one of two objects to be enough.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Careless(Expert):
         forget: float,
     ):
         super().__init__(task, first, rng=rng)
-        # All four are drawn always, so that one habit does not change the draws of another.
+        # All three are always drawn, so that one habit does not change the draws of another.
         skips, lists, forgets = (rng.random() < p for p in (skip_step, list_order, forget))
         if skips:
             self.verb = self.state = self.tool = ""
@@ -65,8 +65,8 @@ class Careless(Expert):
         self.by_list = lists
         self.ignore_closed = ignore_closed
         self.idle = idle
-        self.weighed: set[str] = set()  # closed receptacles it has decided about
-        self.passed: set[str] = set()  # those that it has decided not to open
+        self.weighed: set[str] = set()  # closed receptacles about which it has decided
+        self.passed: set[str] = set()  # those of them that it will not open
 
     def decide(self) -> tuple[str, str]:
         """The next thought and command."""
@@ -77,7 +77,7 @@ class Careless(Expert):
         return super().decide()
 
     def search(self, wanted: str) -> tuple[str, str]:
-        """As the expert, except that closed receptacles may be passed by."""
+        """Search as the expert does, but pass some closed receptacles by."""
         at = self.memory.at
         if at in self.memory.shut and at not in self.memory.content:
             if at not in self.weighed:
@@ -89,7 +89,7 @@ class Careless(Expert):
         return super().search(wanted)
 
     def next_place(self, wanted: str) -> tuple[list[str], str]:
-        """In listed order with probability `list_order`; those passed by come again at the end."""
+        """The expert's, or the next in listed order. Receptacles passed by come last."""
         memory = self.memory
         missing, place = super().next_place(wanted)
         if not self.by_list and place not in self.passed:
@@ -99,7 +99,7 @@ class Careless(Expert):
         return [], next((p for p in unseen if p not in self.passed), last_resort)
 
     def believed_done(self) -> tuple[str, str] | None:
-        """An object in a target that, to this player, means that the task is done."""
+        """The object whose place makes this player believe that the task is done, if any."""
         if self.goal_count == 2 or self.state or self.type == LOOK:
             return None
         placed = [pair for pair in self.known(self.wanted) if kind_of(pair[1]) == self.target]
@@ -129,16 +129,15 @@ class Careless(Expert):
 
 
 class Forgetful(Careless):
-    """An expert but for one habit: it forgets a step of the task, then loops.
+    """Acts as the expert does, but forgets a step of the task and then loops.
 
-    Where `Careless` is disorderly, this one is as orderly as the expert: a model that has learnt
-    from it can read and act, and lacks only the part of the policy that was forgotten. Believing
-    the task done, it takes the object out and puts it back, again and again.
+    It is as orderly as the expert, unlike `Careless`. So a model that has learnt from it can read
+    and act, and lacks only the forgotten part of the policy. Once it believes that the task is
+    done, it takes the object out and puts it back, again and again.
 
     Args:
       task, first, rng: as for `Expert`.
-      skip_step: probability that for the whole episode it forgets to clean, heat or cool.
-      forget: probability that for the whole episode it takes one of two objects to be enough.
+      skip_step, forget: as for `Careless`.
     """
 
     def __init__(
@@ -174,14 +173,14 @@ class Forgetful(Careless):
 class Clumsy(Expert):
     """Knows the grammar and the words but not what is there: most of its commands fail.
 
-    It goes to places that the room lacks, back to where it imagines what it wants, takes what it
-    does not see and puts down what it does not hold, as a weak model does; a demonstration that
-    goes on from it shows how to recover. The places are near misses, since those are a weak
-    model's mistakes: a likely type that the room lacks, or the number after a type's last.
+    As a weak model does, it goes to places that the room lacks, goes back to places it has seen,
+    takes what is not there and puts down what it does not hold. A demonstration that continues
+    after such a turn shows how to recover. The places are a weak model's near misses: a likely type
+    that the room lacks, or the number after a type's last.
     """
 
     def decide(self) -> tuple[str, str]:
-        """A command that would suit another situation."""
+        """A command that does not suit the situation."""
         return TRY, self.misfit()
 
     def misfit(self) -> str:
@@ -200,21 +199,20 @@ class Clumsy(Expert):
         return f"move {name} to {memory.at}"
 
 
-# Puts a mistake into a mind.
+# Changes one belief of a player.
 Mistake = Callable[[], object]
 
 
 class Mistaken(Expert):
-    """Thinks as the expert does, from a picture of the world in which one thing is wrong.
+    """Thinks as the expert does, but in each turn one of its beliefs is wrong.
 
-    Each turn another thing: it sees what is not there, believes its hand full or empty, or an
-    untreated object treated, counts one place too many, has forgotten where it searched, or mixes
-    up what the goal asks for. So its thoughts claim something false in the expert's own
-    words, as a model's mistakes do.
+    It sees an object that is not there, takes its hand for full or empty or an object for treated
+    or not, counts one place too many, forgets where it has searched, or mixes up the goal. So its
+    thoughts say something false in the expert's words, as a model's mistakes do.
     """
 
     def decide(self) -> tuple[str, str]:
-        """What the expert would do if the world were as this player believes."""
+        """What the expert would do in the world as this player believes it to be."""
         mind = copy.copy(self)
         mind.memory = copy.deepcopy(self.memory)
         mistakes = self.holding(mind) if mind.memory.hand else self.searching(mind)
@@ -222,7 +220,7 @@ class Mistaken(Expert):
         return Expert.decide(mind)
 
     def holding(self, mind: Expert) -> list[Mistake]:
-        """Mistakes that can be made with something in hand."""
+        """Possible mistakes with something in hand."""
         memory = mind.memory
         elsewhere = self.random_item(sorted({kind_of(place) for place in memory.places}))
         mistakes: list[Mistake] = [partial(setattr, memory, "hand", "")]
@@ -236,7 +234,7 @@ class Mistaken(Expert):
         return mistakes
 
     def searching(self, mind: Expert) -> list[Mistake]:
-        """Mistakes that can be made with an empty hand."""
+        """Possible mistakes with an empty hand."""
         memory, at = mind.memory, mind.memory.at
         imagined = f"{mind.wanted} {1 + int(self.rng.random() * 2)}"
         searched = mind.of_type(mind.likely_types(mind.wanted)[0])

@@ -1,14 +1,13 @@
-"""Tables of the household world: rooms, receptacles, objects, task types and where things lie.
+"""Tables of the household: rooms, receptacles, objects, task types, and where things lie.
 
-The task types, room kinds and vocabulary follow ALFWorld (Shridhar et al., 2021,
-arXiv:2010.03768); the tables and the placements are this project's own, so results here are not
-ALFWorld results.
+Task types, kinds of rooms and vocabulary follow ALFWorld (Shridhar et al., 2021, arXiv:2010.03768).
+The tables and placements are this project's own, so results here are not ALFWorld results.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# Changing a table or the order of the draws changes every task: raise VERSION with it.
+# Raise it with every change of a table or of the order of draws: both change all tasks.
 VERSION = 1
 
 SIZES = ("small", "medium", "large")
@@ -23,7 +22,7 @@ HEAT = "pick_heat_then_place_in_recep"
 COOL = "pick_cool_then_place_in_recep"
 TWO = "pick_two_obj_and_place"
 
-# Task type -> the room kinds that can host it.
+# Task type -> the kinds of rooms that can host it.
 TASK_ROOMS = {
     SIMPLE: ("kitchen", "livingroom", "bedroom", "bathroom"),
     LOOK: ("livingroom", "bedroom"),
@@ -52,11 +51,11 @@ GOALS = {
 }
 
 OPENABLE = ("cabinet", "drawer", "fridge", "laundryhamper", "microwave", "safe")
-# Receptacle types one puts things "in"; "on" for all others.
+# Receptacle types with the preposition "in"; all others take "on".
 INSIDE = (*OPENABLE, "bathtubbasin", "garbagecan", "sinkbasin")
 
-# Room kind -> receptacle type -> (how many at least, weight of one more, and how many at most in a
-# small, medium and large room).
+# Room kind -> receptacle type -> (least number, weight of one more, greatest number in a small,
+# medium and large room).
 ROOMS: Mapping[str, Mapping[str, tuple[int, float, tuple[int, int, int]]]] = {
     "kitchen": {
         "cabinet": (0, 6.0, (2, 3, 7)),
@@ -130,7 +129,7 @@ LARGE_KITCHEN = (22, 28)
 CLUTTER = {"small": (3, 6), "medium": (7, 12), "large": (12, 25)}
 MAX_COPIES = 3  # objects of one type in a room, at most
 
-# Places of a room that make a sensible goal for any object found there.
+# Receptacle types of a room that are a sensible target for any object there.
 SURFACES = {
     "kitchen": ("countertop", "diningtable", "sidetable"),
     "livingroom": ("armchair", "coffeetable", "diningtable", "sidetable", "sofa"),
@@ -144,10 +143,10 @@ class ObjectKind:
     """One row of the object table.
 
     Attributes:
-      rooms: room kinds in which it is found.
-      abilities: of `clean`, `heat` and `cool`, what can be done to it.
-      prior: (receptacle type, weight of each receptacle of that type), heaviest first; of two
-        with the same weight the one that need not be opened.
+      rooms: kinds of rooms in which it is found.
+      abilities: those of `clean`, `heat` and `cool` that can be done to it.
+      prior: (receptacle type, weight of each receptacle of that type), heaviest first; at equal
+        weights, types that need not be opened come first.
     """
 
     rooms: tuple[str, ...]
@@ -164,8 +163,8 @@ def _row(rooms: str, abilities: str, prior: str) -> ObjectKind:
     )
 
 
-# The order of the receptacle types is public knowledge: the expert player searches by it, and as
-# weights are those of a single receptacle, likeliest first is also the best order.
+# The order of the receptacle types is public: the expert searches by it. A weight is that of a
+# single receptacle, so likeliest first is the best order.
 OBJECT_TABLE: Mapping[str, ObjectKind] = {
     # Food.
     "apple": _row(
@@ -337,7 +336,7 @@ OBJECT_TABLE: Mapping[str, ObjectKind] = {
     "towel": _row(
         "bathroom", "", "towelholder 4, laundryhamper 3, bathtubbasin 2, shelf 2, cabinet 2"
     ),
-    # Lamps stay where they are and are only switched on.
+    # Lamps cannot be taken, only switched on.
     "desklamp": _row("bedroom", "", "desk 3, dresser 3, sidetable 3, shelf 2"),
     "floorlamp": _row(
         "livingroom", "", "sidetable 3, armchair 3, sofa 3, coffeetable 2, desk 2, dresser 2"
@@ -347,16 +346,16 @@ LAMPS = ("desklamp", "floorlamp")
 
 RECEPTACLES = tuple(sorted({name for room in ROOMS.values() for name in room}))
 OBJECTS = tuple(sorted(OBJECT_TABLE))
-# The highest number that can follow a receptacle's or an object's name.
+# The highest numbers in names of receptacles and objects.
 MAX_RECEPTACLE_NUMBER = max(caps[-1] for room in ROOMS.values() for _, _, caps in room.values())
 MAX_OBJECT_NUMBER = MAX_COPIES
 
 
 def search_order(object_type: str) -> tuple[str, ...]:
-    """Receptacle types in which `object_type` can be found, likeliest first."""
+    """Receptacle types that may hold `object_type`, likeliest first."""
     return tuple(place for place, _ in OBJECT_TABLE[object_type].prior)
 
 
 def preposition(receptacle_type: str) -> str:
-    """`in` or `on`, whichever goes with the receptacle type."""
+    """The preposition of a receptacle type, `in` or `on`."""
     return "in" if receptacle_type in INSIDE else "on"
