@@ -21,7 +21,6 @@ from opd_jax.envs.scienceworld import prompts
 from opd_jax.envs.scienceworld import tasks as sets
 from opd_jax.envs.scienceworld.env import FAILURES, NO_ACTION, ScienceWorld, failure, spread
 from opd_jax.envs.scienceworld.players import Expert, GoldPaths, gold_paths, thought
-from opd_jax.experience.demonstrations import play_out
 
 HAVE_ENGINE = bool(importlib.util.find_spec("scienceworld") and shutil.which("java"))
 needs_engine = pytest.mark.skipif(not HAVE_ENGINE, reason="needs scienceworld and java")
@@ -114,19 +113,19 @@ def test_names_of_tasks_can_be_read_back():
 
 
 @needs_engine
-def test_splits_are_the_engines(env):
-    for kind in sets.TYPES:
-        start(env, kind, 0)  # raises if the number of variations differs
-        server = java(env)._server
-        theirs = {
-            "train": server.getVariationsTrain,
-            "dev": server.getVariationsDev,
-            "test": server.getVariationsTest,
-        }
-        for split, get in theirs.items():
-            ours = sets.variations(split, kind)
-            found = get()
-            assert (len(found), found[0], found[len(found) - 1]) == (len(ours), ours[0], ours[-1])
+def test_variations_and_their_splits_are_the_engines(env):
+    start(env, "boil", 0)
+    server = java(env)._server
+    assert {kind: server.getTaskMaxVariations(kind) for kind in sets.TYPES} == sets.VARIATIONS
+    # The smallest number of variations, and every remainder by 4 that occurs.
+    for kind in ("identify-life-stages-2", "chemistry-mix", "lifespan-shortest-lived", "boil"):
+        start(env, kind, 0)
+        for split, theirs in (
+            ("train", server.getVariationsTrain()),
+            ("dev", server.getVariationsDev()),
+            ("test", server.getVariationsTest()),
+        ):
+            assert tuple(theirs) == sets.variations(split, kind)
 
 
 # Errors of the user
@@ -229,15 +228,13 @@ def test_teleporting_is_offered_where_it_is_possible():
 
 
 @needs_engine
-def test_messages_hold_task_observation_and_inventory(env):
+def test_an_episode_from_the_first_message_to_a_wrong_focus(env):
     first = start(env, "boil", 0)
-    assert (
-        first.message == f"Task: {env.task.goal}\nObservation: {first.text}\nInventory: an orange"
-    )
-    assert env.task.id == "scienceworld/boil/0"
-    assert env.task.type == "boil"
-    assert env.task.scene == first.text
-    assert env.task.goal.startswith("boil water.")
+    task = env.task
+    assert first.message == f"Task: {task.goal}\nObservation: {first.text}\nInventory: an orange"
+    assert (task.id, task.type, task.scene) == ("scienceworld/boil/0", "boil", first.text)
+    assert task.goal.startswith("boil water.")
+    assert not any(line != line.rstrip() for line in first.text.splitlines())
     act(env, "teleport to kitchen")
     after = act(env, "pick up thermometer.")
     assert after.action == "pick up thermometer"
@@ -245,25 +242,9 @@ def test_messages_hold_task_observation_and_inventory(env):
         "Observation: You move the thermometer to the inventory.\nInventory: an orange; a "
         "thermometer, currently reading a temperature of 10 degrees celsius"
     )
-    assert not any(line != line.rstrip() for line in first.text.splitlines())
-
-
-@needs_engine
-def test_a_wrong_focus_fails_with_minus_a_hundred(env):
-    start(env, "boil", 0)
-    act(env, "teleport to kitchen")
-    after = act(env, "focus on table")
-    assert (after.end, after.score, after.success) == ("failed", -100.0, False)
-    assert not after.failure  # what is wrong with it is for the judge to see
-
-
-@needs_engine
-def test_scores_are_the_engines_and_start_anew(env):
-    start(env, "find-non-living-thing", 0)
-    scores = [act(env, command).score for command in ("go to kitchen", "focus on cupboard")]
-    assert scores == [25.0, 75.0]
-    assert start(env, "boil", 0).score == 0.0
-    assert start(env, "find-non-living-thing", 0).score == 8.0
+    last = act(env, "focus on table")
+    assert (last.end, last.score, last.success) == ("failed", -100.0, False)
+    assert not last.failure  # the judge says what is wrong with it
 
 
 @needs_engine
@@ -287,15 +268,15 @@ def test_a_response_without_a_command_changes_nothing(env):
 
 
 @needs_engine
-def test_progress_cannot_be_reset(env):
-    start(env, "find-non-living-thing", 0)
-    act(env, "go to kitchen")
-    before = act(env, "focus on cupboard")
+def test_scores_are_the_engines_and_progress_cannot_be_reset(env):
+    assert start(env, "find-non-living-thing", 0).score == 8.0
+    scores = [act(env, command).score for command in ("go to kitchen", "focus on cupboard")]
+    assert scores == [25.0, 75.0]
     for command in ("reset task", "Reset the  TASK", "reset task."):
         after = act(env, command)
-        assert (after.failure, after.score) == ("unknown", before.score)
+        assert (after.failure, after.score) == ("unknown", 75.0)
     assert act(env, "move cupboard to red box").success
-    start(env, "find-non-living-thing", 0)
+    assert start(env, "boil", 0).score == 0.0
     assert "reset task" not in act(env, "help").text
 
 
@@ -312,39 +293,27 @@ def test_any_text_may_be_a_command(env):
 # (task, variation, commands): together they provoke every text of the table.
 TROUBLE = (
     (
-        "boil",
-        1,
-        (
-            *("open it", "teleport to kitchen", "go to kitchen", "focus on orange", "look around"),
-            *("look in fridge", "look in soap", "pick up air", "close cupboard", "open counter"),
-            *("close counter", "eat lighter", "read lighter", "flush sink", "activate lighter"),
-            *("activate oven", "activate oven", "deactivate sink", "activate stove"),
-            *("move lighter to fridge", "move lighter to lighter", "move sink to lighter"),
-            *("move lighter to soap", "use counter on sink", "use thermometer on agent"),
-            *("pour glass jar in fridge", "pour lighter in sink", "pour bowl in soap"),
-            *("dunk lighter in lighter", "dunk lighter in sink", "dunk bowl in stove"),
-            *("mix glass jar", "mix soap", "go to counter", "open freezer", "open freezer"),
-            *("move soap to bowl", "pour soap in sink", "teleport to bathroom", "pick up water"),
-            *("flush toilet", "flush toilet"),
-        ),
+        "boil", 1,
+        "open it; teleport to kitchen; go to kitchen; focus on orange; look around; look in fridge;"
+        "look in soap; pick up air; close cupboard; open counter; close counter; eat lighter;"
+        "read lighter; flush sink; activate lighter; activate oven; activate oven; deactivate sink;"
+        "activate stove; move lighter to fridge; move lighter to lighter; move sink to lighter;"
+        "move lighter to soap; use counter on sink; use thermometer on agent;"
+        "pour glass jar in fridge; pour lighter in sink; pour bowl in soap;"
+        "dunk lighter in lighter; dunk lighter in sink; dunk bowl in stove; mix glass jar;"
+        "mix soap; go to counter;"
+        "open freezer; open freezer; move soap to bowl; pour soap in sink; teleport to bathroom;"
+        "pick up water; flush toilet; flush toilet",
     ),
     (
-        "power-component",
-        0,
-        (
-            *("teleport to workshop", "teleport to battery", "connect battery to black wire"),
-            *("connect battery anode to black wire terminal 1",),
-            *("connect battery anode to blue wire terminal 1",),
-            *("connect battery anode to battery anode", "dunk switch in battery anode"),
-            *("disconnect anode in battery",),
-        ),
+        "power-component", 0,
+        "teleport to workshop; teleport to battery; connect battery to black wire;"
+        "connect battery anode to black wire terminal 1;"
+        "connect battery anode to blue wire terminal 1; connect battery anode to battery anode;"
+        "dunk switch in battery anode; disconnect anode in battery",
     ),
-    ("find-plant", 0, ("teleport to greenhouse", "pick up shovel", "use shovel on sink")),
-)
-
-
-def as_pattern(text):
-    return re.escape(text).replace(r"\*", ".+")
+    ("find-plant", 0, "teleport to greenhouse; pick up shovel; use shovel on sink"),
+)  # fmt: skip
 
 
 @needs_engine
@@ -352,11 +321,11 @@ def test_every_text_of_the_table_is_the_engines(env):
     heard = []
     for kind, variation, commands in TROUBLE:
         start(env, kind, variation)
-        heard += [act(env, command) for command in commands]
+        heard += [act(env, command.strip()) for command in commands.split(";")]
     for reason, texts in FAILURES.items():
         answers = [re.sub(" +", " ", o.text) for o in heard if o.failure == reason]
         for text in texts:
-            pattern = re.compile(as_pattern(text), re.DOTALL)
+            pattern = re.compile(re.escape(text).replace(r"\*", ".+"), re.DOTALL)
             assert any(pattern.fullmatch(answer) for answer in answers), text
 
 
@@ -409,16 +378,17 @@ def test_ordinary_answers_are_no_failures():
 
 
 @needs_engine
-def test_admissible_commands_are_listed_only_when_asked_for(env, listing_env):
-    assert start(env, "boil", 0).admissible == ()
-    assert env._engine._log[-1][0] == "look around"  # nothing was asked after it
+def test_admissible_commands_are_listed_only_on_request(env, listing_env):
+    unlisted = start(env, "boil", 0)
+    assert unlisted.admissible == ()
+    assert env._engine._log[-1][0] == "look around"  # the engine was asked nothing after it
+    with pytest.raises(ValueError, match=r"`env\.list_admissible` above 0"):
+        Random(random.Random(3)).respond(unlisted)
     first = start(listing_env, "boil", 0)
-    assert first.message == start(env, "boil", 0).message
+    assert first.message == unlisted.message
     assert len(first.admissible) == len(set(first.admissible)) == 60
-    kinds = {command.split()[0] for command in java(listing_env).admissible()}
-    assert {command.split()[0] for command in first.admissible[: len(kinds) - 1]} == (
-        kinds - {"reset"}
-    )
+    verbs = {command.split()[0] for command in java(listing_env).admissible()} - {"reset"}
+    assert {command.split()[0] for command in first.admissible[: len(verbs)]} == verbs
     assert act(listing_env, "focus on something").admissible == first.admissible
     assert act(listing_env, "teleport to kitchen").admissible != first.admissible
     assert act(listing_env, "focus on orange").admissible == ("0", "1")
@@ -458,20 +428,19 @@ def test_episodes_are_the_same_in_every_process(listing_env):
         return [*seen, *(act(listing_env, command) for command in commands)]
 
     seen = {kind: play(kind) for kind in rooms}
-    listing_env.close()
+    restarts = listing_env.restarts
+    os.kill(listing_env._engine.pid, signal.SIGKILL)
     start(listing_env, "freeze", 3)  # another history
+    assert listing_env.restarts == restarts + 1
     assert {kind: play(kind) for kind in reversed(rooms)} == seen
 
 
 @needs_engine
-def test_a_killed_process_is_replaced_and_nobody_notices(listing_env):
+def test_a_process_killed_in_an_episode_is_replaced_and_nobody_notices(listing_env):
     seen = script(listing_env, "grow-plant", 4, seed=2, turns=10)
     restarts = listing_env.restarts
     assert script(listing_env, "grow-plant", 4, seed=2, turns=10, kill_after=6) == seen
     assert listing_env.restarts == restarts + 1
-    os.kill(listing_env._engine.pid, signal.SIGKILL)  # between episodes
-    assert start(listing_env, "grow-plant", 4) == seen[0]
-    assert listing_env.restarts == restarts + 2
 
 
 @needs_engine
@@ -547,23 +516,26 @@ def test_the_process_does_not_outlive_a_killed_python():
 # The expert
 
 
+def play_the_expert(env, paths, kind):
+    """The last observation, the responses, and how many of them failed."""
+    observation, responses, failures = start(env, kind, 0), [], 0
+    player = Expert(paths(env.task.id))
+    while not observation.done:
+        responses.append(player.respond(observation))
+        observation = env.step(responses[-1])
+        failures += bool(observation.failure)
+    return observation, responses, failures
+
+
 @needs_engine
 def test_the_expert_reaches_the_goal_without_a_failed_turn(env):
     paths = GoldPaths(simplifications="easy", heap_mb=256, timeout_s=60)
     for kind, most in (("lifespan-shortest-lived", 5), ("melt", 32)):
-        index = sets.tasks("train").index((kind, 0))
-        conversation = play_out(
-            env,
-            "train",
-            index,
-            player=lambda task, first, rng: Expert(paths(task.id)),
-            rng=random.Random(0),
-        )
-        assert (conversation.end, conversation.score) == ("success", 100.0)
-        assert len(conversation.turns) <= most
-        for turn in conversation.turns:
-            assert re.fullmatch(r"Thought: [^\n]+\nAction: [^\n]+", turn.response)
-            assert not turn.failure
+        last, responses, failures = play_the_expert(env, paths, kind)
+        assert (last.end, last.score, failures) == ("success", 100.0, 0)
+        assert len(responses) <= most
+        for response in responses:
+            assert re.fullmatch(r"Thought: [^\n]+\nAction: [^\n]+", response)
     paths.close()
 
 
@@ -581,32 +553,13 @@ def test_an_expert_at_the_end_of_its_path_looks_around():
     assert thought("0") == thought("12") != thought("wait")  # a number has its own thought
 
 
-@needs_engine
-def test_the_random_player_plays_what_is_listed(env, listing_env):
-    observation = start(listing_env, "boil", 0)
-    player = Random(random.Random(3))
-    for _ in range(4):
-        listed = observation.admissible
-        observation = listing_env.step(player.respond(observation))
-        assert observation.action in listed
-    with pytest.raises(ValueError, match=r"`env\.list_admissible` above 0"):
-        player.respond(start(env, "boil", 0))
-
-
 @pytest.mark.slow
 @needs_engine
 def test_gold_paths_reach_the_goal_of_at_least_27_of_30_types(open_env):
     paths = GoldPaths(simplifications="easy", heap_mb=256, timeout_s=300)
     env = open_env(timeout_s=300)
-    solved, failed_turns = [], 0
-    for kind in sets.TYPES:
-        observation = start(env, kind, 0)
-        player = Expert(paths(env.task.id))
-        while not observation.done:
-            observation = env.step(player.respond(observation))
-            failed_turns += bool(observation.failure)
-        if observation.success:
-            solved.append(kind)
-    assert len(solved) >= 27, set(sets.TYPES) - set(solved)
-    assert failed_turns <= 30
+    played = {kind: play_the_expert(env, paths, kind) for kind in sets.TYPES}
+    unsolved = [kind for kind, (last, _, _) in played.items() if not last.success]
+    assert len(unsolved) <= 3, unsolved
+    assert sum(failures for _, _, failures in played.values()) <= 30
     paths.close()

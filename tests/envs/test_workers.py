@@ -111,42 +111,8 @@ FAULTS |= {name: (fault, TIMEOUT, LATE) for name, fault in SLOW_FAULTS.items()}
 QUICK_FAULTS = [name for name in FAULTS if name not in SLOW_FAULTS]
 
 
-class Faulty(Household):
-    """The household; a response or a split that names a fault brings it about.
-
-    Args:
-      once: a file that the first fault leaves and that prevents others; "" for a fault every time.
-      at_start: a fault in the constructor.
-    """
-
-    def __init__(self, *, once: str, at_start: str):
-        super().__init__(**HOUSEHOLD.keywords)
-        self.once = once
-        self._fail(at_start)
-
-    def _fail(self, name: str) -> None:
-        fault = FAULTS.get(name)
-        if fault is None or (self.once and os.path.exists(self.once)):
-            return
-        if self.once:
-            Path(self.once).touch()
-        fault[0]()
-
-    def size(self, split: str) -> int:
-        self._fail(split)
-        return super().size("train")
-
-    def reset(self, split: str, index: int) -> Observation:
-        self._fail(split)
-        return super().reset("train", index)
-
-    def step(self, response: str) -> Observation:
-        self._fail(response)
-        return super().step(response)
-
-
 class Telling:
-    """An environment that calls a function of this file and tells what it returns."""
+    """An environment that makes one of `CALLS` and tells what it returns."""
 
     system = "Tell."
     waits = False
@@ -171,31 +137,22 @@ class Telling:
 
     def _call(self, words: str) -> str:
         name, _, argument = words.partition(" ")
-        return str(globals()[name](argument))
+        return str(CALLS[name](argument))
 
 
-def echo(text: str) -> str:
-    return text
-
-
-def modules(_: str) -> str:
-    return " ".join(sorted({name.partition(".")[0] for name in sys.modules}))
+def fail_once(words: str) -> str:
+    """Fail if the file is not there yet, and leave it."""
+    name, file = words.split()
+    if not os.path.exists(file):
+        Path(file).touch()
+        FAULTS[name][0]()
+    return "at last"
 
 
 def devices_of_jax(_: str) -> str:
     import jax
 
     return " ".join(device.platform for device in jax.devices())
-
-
-def speak(text: str) -> str:
-    print(text, flush=True)
-    return ""
-
-
-def start_an_engine(_: str) -> int:
-    """Start a process that survives the death of its parent."""
-    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"]).pid
 
 
 def meet(argument: str) -> str:
@@ -208,22 +165,39 @@ def meet(argument: str) -> str:
     return f"{start} {time.monotonic()}"
 
 
-def linger(path: str) -> str:
+def linger(path: str) -> None:
     Path(path).touch()
-    time.sleep(3600)
-    return ""
+    hang()
 
 
-def refuse(text: str) -> str:
+def refuse(text: str) -> None:
     raise ValueError(text)
 
 
-def read_json(_: str) -> str:
-    return json.loads("{")
+CALLS: dict[str, Callable[[str], object]] = {
+    "echo": str,
+    "fail": lambda name: FAULTS[name][0](),
+    "fail_once": fail_once,
+    "modules": lambda _: " ".join(sorted({name.partition(".")[0] for name in sys.modules})),
+    "devices_of_jax": devices_of_jax,
+    "speak": lambda text: print(text, flush=True),
+    # A process that survives the death of its parent.
+    "start_an_engine": lambda _: (
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"]).pid
+    ),
+    "meet": meet,
+    "linger": linger,
+    "refuse": refuse,
+    "read_json": lambda _: json.loads("{"),  # raises a subclass of ValueError
+    "read_an_address": ipaddress.ip_address,  # raises a plain ValueError, in another package
+}
 
 
-def read_an_address(text: str) -> str:
-    return str(ipaddress.ip_address(text))  # raises a plain ValueError in the standard library
+def starting(words: str) -> Env:
+    """An environment whose making calls a function."""
+    env = Telling()
+    env.reset(words, 0)
+    return env
 
 
 def no_extra() -> Env:
@@ -251,10 +225,6 @@ def make() -> Iterator[Callable[..., Worker]]:
     yield make
     for worker in made:
         worker.close()
-
-
-def faulty(once: object = "", at_start: str = "") -> Callable[[], Env]:
-    return functools.partial(Faulty, once=str(once), at_start=at_start)
 
 
 def alive(pid: int) -> bool:
@@ -368,9 +338,9 @@ def found(path: Path) -> dict:
 
 def check_a_step_that_breaks(worker: Worker, fault: str) -> None:
     breaks, restarts = worker.breaks.copy(), worker.restarts
-    before = [worker.reset("train", 0), worker.step(LOOK)]
+    worker.reset("echo", 0)
     first = worker.pid
-    after = worker.step(fault)
+    after = worker.step(f"fail {fault}")
     _, kind, text = FAULTS[fault]
     assert (after.end, after.done, after.success) == (BROKEN, True, False)
     assert (after.score, after.failure, after.action, after.oracle) == (0.0, "", "", "")
@@ -381,75 +351,74 @@ def check_a_step_that_breaks(worker: Worker, fault: str) -> None:
     assert worker.pid is None
     assert not alive(first)
     with pytest.raises(ValueError, match="call `reset` first"):
-        worker.step(LOOK)
-    assert [worker.reset("train", 0), worker.step(LOOK)] == before
+        worker.step("echo")
+    assert worker.reset("echo again", 1).text == "again"
+    assert worker.step("echo on").text == "on"
     assert worker.pid != first
     assert worker.restarts == restarts + 1
 
 
 def test_a_step_that_breaks_costs_only_its_episode(make: Callable) -> None:
-    worker = make(faulty())
+    worker = make(Telling)
     for fault in QUICK_FAULTS:
         check_a_step_that_breaks(worker, fault)
     assert worker.breaks.total() == len(QUICK_FAULTS)
 
 
 def test_a_step_that_does_not_return_costs_only_its_episode(make: Callable) -> None:
-    workers = [make(faulty(), step_s=3.0) for _ in SLOW_FAULTS]
+    workers = [make(Telling, step_s=3.0) for _ in SLOW_FAULTS]
     with ThreadPoolExecutor(len(workers)) as pool:
         list(pool.map(check_a_step_that_breaks, workers, SLOW_FAULTS))
 
 
 @pytest.mark.parametrize("fault", ["die", "hang"])
 def test_a_reset_that_breaks_is_tried_once_more(make: Callable, tmp_path: Path, fault: str) -> None:
-    worker = make(faulty(once=tmp_path / "broke"), start_s=5.0 if fault == "hang" else LONG_S)
-    assert worker.reset(fault, 3) == HOUSEHOLD().reset("train", 3)
-    assert worker.task.id == "household/small/train/3"
+    worker = make(Telling, start_s=5.0 if fault == "hang" else LONG_S)
+    assert worker.reset(f"fail_once {fault} {tmp_path / 'broke'}", 3).text == "at last"
+    assert worker.task.id == "telling/3"
     assert (worker.breaks, worker.restarts) == ({FAULTS[fault][1]: 1}, 1)
-    assert not worker.step(LOOK).done
+    assert not worker.step("echo").done
 
 
 def test_a_reset_that_breaks_twice_returns_a_broken_observation(make: Callable) -> None:
-    worker = make(faulty())
-    first = worker.reset("burn", 3)
+    worker = make(Telling)
+    first = worker.reset("fail burn", 3)
     assert (first.end, first.admissible) == (BROKEN, ())
     assert "`reset`: RuntimeError: the engine is in flames" in first.text
-    assert worker.task == Task(id="burn/3", type="", goal="", scene="")
+    assert worker.task == Task(id="fail burn/3", type="", goal="", scene="")
     assert (worker.breaks, worker.restarts) == ({EXCEPTION: 2}, 1)
     with pytest.raises(ValueError, match="call `reset` first"):
-        worker.step(LOOK)
-    assert worker.reset("train", 3) == HOUSEHOLD().reset("train", 3)
+        worker.step("echo")
+    assert worker.reset("echo again", 3).text == "again"
     assert (worker.breaks.total(), worker.restarts) == (2, 2)
 
 
 def test_a_process_that_does_not_start_is_a_reset_that_breaks(
     make: Callable, tmp_path: Path
 ) -> None:
-    never = make(faulty(at_start="die"))
-    assert never.reset("train", 3).end == BROKEN
+    never = make(functools.partial(starting, "fail die"))
+    assert never.reset("echo", 3).end == BROKEN
     assert never.breaks == {DIED: 2}
-    later = make(faulty(once=tmp_path / "came", at_start="burn"))
-    assert later.reset("train", 3) == HOUSEHOLD().reset("train", 3)
+    later = make(functools.partial(starting, f"fail_once burn {tmp_path / 'broke'}"))
+    assert later.reset("echo again", 3).text == "again"
 
 
-def test_a_size_that_breaks_twice_is_an_error(make: Callable, tmp_path: Path) -> None:
-    worker = make(faulty())
+def test_a_size_that_breaks_twice_is_an_error(make: Callable) -> None:
+    worker = make(Telling)
     with pytest.raises(RuntimeError, match=r"broke in `size`, twice: .* in flames"):
-        worker.size("burn")
+        worker.size("fail burn")
     assert worker.breaks == {EXCEPTION: 2}
-    assert worker.size("train") == HOUSEHOLD().size("train")
-    once = make(faulty(once=tmp_path / "broke"))
-    assert once.size("die") == HOUSEHOLD().size("train")
+    assert worker.size("echo 7") == 7
 
 
 def test_a_fault_is_logged_once(
     make: Callable, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture
 ) -> None:
-    worker = make(faulty())
-    worker.reset("train", 3)
-    worker.step("burn")
+    worker = make(Telling)
+    worker.reset("echo", 3)
+    worker.step("fail burn")
     (record,) = caplog.records
-    assert "`step` of household/small/train/3: RuntimeError: the engine" in record.getMessage()
+    assert "`step` of telling/3: RuntimeError: the engine" in record.getMessage()
     assert "in flames" in capfd.readouterr().err.partition("Traceback")[2]
 
 
@@ -501,7 +470,6 @@ def test_errors_of_an_engine_are_faults(make: Callable) -> None:
     worker = make(Telling)
     with pytest.raises(ValueError, match=r"^said so$"):
         worker.reset("refuse said so", 0)
-    # A subclass of ValueError, and a ValueError of another package.
     for words in ("read_json", "read_an_address nowhere"):
         assert worker.reset(words, 0).end == BROKEN
     assert worker.breaks == {EXCEPTION: 4}
@@ -598,12 +566,12 @@ from opd_jax.envs.workers import Worker
 workers = [
     Worker(test_workers.Telling, start_timeout_s=60, step_timeout_s=60),
     Worker(test_workers.Telling, start_timeout_s=60, step_timeout_s=3600),
-    Worker(test_workers.faulty(), start_timeout_s=60, step_timeout_s=4),
+    Worker(test_workers.Telling, start_timeout_s=60, step_timeout_s=4),
 ]
 engines = [worker.reset("start_an_engine", 0).text for worker in workers[:2]]
-workers[2].reset("train", 0)
+workers[2].reset("echo", 0)
 pids = [str(worker.pid) for worker in workers]
-busy = [(workers[1], "linger " + sys.argv[1]), (workers[2], "hold")]
+busy = [(workers[1], "linger " + sys.argv[1]), (workers[2], "fail hold")]
 for worker, words in busy:
     threading.Thread(target=worker.step, args=(words,), daemon=True).start()
 test_workers.wait_for(lambda: test_workers.Path(sys.argv[1]).exists())
