@@ -260,7 +260,7 @@ class _Process:
         except TimeoutError:
             raise _BreakError(TIMEOUT, f"no answer within {seconds:g} s (`{setting}`)") from None
         except (OSError, EOFError):
-            raise _BreakError(DIED, self._obituary()) from None
+            raise _BreakError(DIED, self._how_it_ended()) from None
         except (ValueError, RecursionError) as error:
             raise _BreakError(GARBAGE, f"what it sent is no message: {error}") from error
         match answer:
@@ -273,7 +273,7 @@ class _Process:
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise _BreakError(GARBAGE, f"what it sent is no answer: {error!r}") from error
 
-    def _obituary(self) -> str:
+    def _how_it_ended(self) -> str:
         self.kill()
         status = self._popen.returncode
         if status is None:

@@ -528,15 +528,18 @@ def play_the_expert(env, paths, kind):
 
 
 @needs_engine
-def test_the_expert_reaches_the_goal_without_a_failed_turn(env):
+@pytest.mark.parametrize(
+    ("kind", "most"),
+    [("lifespan-shortest-lived", 5), pytest.param("melt", 32, marks=pytest.mark.slow)],
+)
+def test_the_expert_reaches_the_goal_without_a_failed_turn(env, kind, most):
     paths = GoldPaths(simplifications="easy", heap_mb=256, timeout_s=60)
-    for kind, most in (("lifespan-shortest-lived", 5), ("melt", 32)):
-        last, responses, failures = play_the_expert(env, paths, kind)
-        assert (last.end, last.score, failures) == ("success", 100.0, 0)
-        assert len(responses) <= most
-        for response in responses:
-            assert re.fullmatch(r"Thought: [^\n]+\nAction: [^\n]+", response)
+    last, responses, failures = play_the_expert(env, paths, kind)
     paths.close()
+    assert (last.end, last.score, failures) == ("success", 100.0, 0)
+    assert len(responses) <= most
+    for response in responses:
+        assert re.fullmatch(r"Thought: [^\n]+\nAction: [^\n]+", response)
 
 
 def test_paths_of_the_same_settings_are_found_once():

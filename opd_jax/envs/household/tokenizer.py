@@ -54,7 +54,7 @@ def build(*, phrases: Sequence[str]) -> "PreTrainedTokenizerFast":
     fused = sorted({p for p in pieces if not re.fullmatch(_WORD, p)}, key=lambda p: (-len(p), p))
     special = (PAD, UNKNOWN, START, END)
     tokens = (*special, *sorted({*_alphabet(), *words, *fused}))
-    pattern = "|".join([*map(_whole, fused), _WORD])
+    pattern = "|".join([*map(_as_pattern, fused), _WORD])
 
     backend = Tokenizer(
         models.WordLevel({token: n for n, token in enumerate(tokens)}, unk_token=UNKNOWN)
@@ -124,6 +124,6 @@ def _alphabet() -> list[str]:
     return [*string.punctuation, " ", "\n", *string.digits, *(f" {d}" for d in string.digits)]
 
 
-def _whole(piece: str) -> str:
+def _as_pattern(piece: str) -> str:
     """A pattern for `piece` that does not end inside a word."""
     return re.escape(piece) + (r"(?!\w)" if re.match(r"\w", piece[-1]) else "")

@@ -51,15 +51,13 @@ class Engine:
           ValueError: the package or Java is missing, or has the wrong version.
           EpisodeLost: it could not be started in two processes.
         """
-        self._task, self._log = None, []
-        if self._jvm is None:
-            self._jvm = self._start()
+        self._begin()
 
         def load(jvm: Jvm) -> tuple[str, Reply]:
             jvm.load(kind, variation, self._simplifications)
             return jvm.description(), jvm.act(LOOK)
 
-        description, first = self._surely(load)
+        description, first = self._ask(load)
         self._task, self._log = (kind, variation), [(LOOK, first)]
         return description, first
 
@@ -69,7 +67,7 @@ class Engine:
         Raises:
           EpisodeLost: the episode cannot go on.
         """
-        reply = self._surely(lambda jvm: jvm.act(command))
+        reply = self._ask(lambda jvm: jvm.act(command))
         self._log.append((command, reply))
         return reply
 
@@ -79,7 +77,7 @@ class Engine:
         Raises:
           EpisodeLost: the episode cannot go on.
         """
-        commands = self._surely(lambda jvm: jvm.admissible())
+        commands = self._ask(lambda jvm: jvm.admissible())
         self._log.append((None, None))
         return commands
 
@@ -89,15 +87,13 @@ class Engine:
         Raises:
           ValueError, EpisodeLost: as for `load`.
         """
-        self._task, self._log = None, []
-        if self._jvm is None:
-            self._jvm = self._start()
+        self._begin()
 
         def find(jvm: Jvm) -> list[str]:
             jvm.load(kind, variation, self._simplifications, gold=True)
             return jvm.gold_path()
 
-        return self._surely(find)
+        return self._ask(find)
 
     def close(self) -> None:
         """End the Java process; the next episode starts another."""
@@ -105,10 +101,15 @@ class Engine:
             self._jvm.close()
             self._jvm = None
 
+    def _begin(self) -> None:
+        self._task, self._log = None, []
+        if self._jvm is None:
+            self._jvm = self._start()
+
     def _start(self) -> Jvm:
         return Jvm(heap_mb=self._heap_mb, timeout_s=self._timeout_s)
 
-    def _surely(self, ask: Callable[[Jvm], T]) -> T:
+    def _ask(self, ask: Callable[[Jvm], T]) -> T:
         """Ask the process; if it is lost, ask its replacement."""
         if self._jvm is None:
             raise EpisodeLost("there is no running episode")
@@ -119,13 +120,13 @@ class Engine:
             self.restarts += 1
             try:
                 self._jvm = self._start()
-                self._play_again(self._jvm)
+                self._replay(self._jvm)
                 return ask(self._jvm)
             except (EngineLost, EpisodeLost, ValueError) as again:
                 self.close()
                 raise EpisodeLost(f"{lost}; its replacement did not help: {again}") from again
 
-    def _play_again(self, jvm: Jvm) -> None:
+    def _replay(self, jvm: Jvm) -> None:
         if self._task is None:
             return
         jvm.load(*self._task, self._simplifications)

@@ -51,7 +51,7 @@ class Clue:
       country: code of the country to be found.
       words: the clue as the question words it.
       value: the property's value, or the neighbour's name.
-      named: code of the country whose passage holds the clue.
+      source: code of the country whose passage holds the clue.
       passage: id of that passage.
     """
 
@@ -59,7 +59,7 @@ class Clue:
     country: str
     words: str
     value: str
-    named: str
+    source: str
     passage: str
 
 
@@ -148,7 +148,7 @@ def questions(corpus: Sequence[Passage]) -> dict[str, tuple[Question, ...]]:
             if fact is None or clue.kind == asked.name or _holds(clue.value, fact.answers):
                 continue
             question = Question(
-                id=f"factbookqa/{split}/{asked.name}/{clue.kind}/{clue.named}",
+                id=f"factbookqa/{split}/{asked.name}/{clue.kind}/{clue.source}",
                 type=f"{asked.name}_by_{clue.kind}",
                 text=ASKED % (asked.noun, clue.words),
                 answers=fact.answers,

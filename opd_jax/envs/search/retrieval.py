@@ -137,14 +137,14 @@ class BM25:
                 words.append(self._numbers.setdefault(word, len(self._numbers)))
                 holders.append(holder)
                 counts.append(count)
-        word, holder, count = map(np.asarray, (words, holders, counts))
-        having = np.bincount(word, minlength=len(self._numbers))
+        word_of, holder_of, tf = map(np.asarray, (words, holders, counts))
+        having = np.bincount(word_of, minlength=len(self._numbers))
         idf = np.log(1 + (len(passages) - having + 0.5) / (having + 0.5)).astype(np.float32)
         norm = _K1 * (1 - _B + _B * lengths / (lengths.mean() or 1.0))
-        scores = (idf[word] * (count / (count + norm[holder]))).astype(np.float32)
+        scores = (idf[word_of] * (tf / (tf + norm[holder_of]))).astype(np.float32)
         # Sorted by word: the passages that hold word i are those from start i to start i + 1.
-        order = np.argsort(word, kind="stable")
-        self._holders, self._scores = holder[order], scores[order]
+        order = np.argsort(word_of, kind="stable")
+        self._holders, self._scores = holder_of[order], scores[order]
         self._starts = np.concatenate([[0], np.cumsum(having)])
 
     def search(self, queries: Sequence[str], *, top: int) -> list[list[Passage]]:

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from http.client import HTTPException
 
@@ -22,14 +23,12 @@ _SHOWN_BYTES = 200  # of what a server says about an error
 
 
 @dataclass(eq=False)
-class _Asked:
+class _Query:
     """A query that waits for its passages."""
 
-    query: str
+    text: str
     top: int
-    found: list[Passage] = field(default_factory=list)
-    error: str = "not asked"
-    done: bool = False
+    found: Future[list[Passage]] = field(default_factory=Future)
 
 
 class HttpRetriever:
@@ -64,7 +63,7 @@ class HttpRetriever:
         self._url, self._timeout_s, self._batch = url, timeout_s, batch
         self._waits = [wait_s * 2**n for n in range(retries)]
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
-        self._waiting: deque[_Asked] = deque()
+        self._waiting: deque[_Query] = deque()
         self._sending = threading.Lock()
         try:
             self.search(["first query"], top=1)
@@ -80,30 +79,27 @@ class HttpRetriever:
         Raises:
           RetrievalError: no attempt brought an answer in the expected form.
         """
-        asked = [_Asked(query, top) for query in queries]
+        asked = [_Query(query, top) for query in queries]
         self._waiting.extend(asked)
-        for one in asked:
+        for query in asked:
             with self._sending:
-                while not one.done:  # else another thread has sent it along
+                while not query.found.done():  # another thread may have sent it along
                     self._send_waiting()
-        for one in asked:
-            if one.error:
-                raise RetrievalError(one.error)
-        return [one.found for one in asked]
+        return [query.found.result() for query in asked]
 
     def _send_waiting(self) -> None:
         """Send the queries that have waited longest; the caller holds `_sending`."""
-        together = [self._waiting.popleft() for _ in range(min(self._batch, len(self._waiting)))]
+        batch = [self._waiting.popleft() for _ in range(min(self._batch, len(self._waiting)))]
         try:
-            results = self._request([one.query for one in together], max(o.top for o in together))
-            for one, found in zip(together, results, strict=True):
-                one.found, one.error = found[: one.top], ""
-        except RetrievalError as error:
-            for one in together:
-                one.error = str(error)
-        finally:
-            for one in together:
-                one.done = True
+            results = self._request([q.text for q in batch], max(q.top for q in batch))
+        except BaseException as error:
+            for query in batch:
+                query.found.set_exception(error)
+            if not isinstance(error, RetrievalError):
+                raise
+        else:
+            for query, found in zip(batch, results, strict=True):
+                query.found.set_result(found[: query.top])
 
     def _request(self, queries: list[str], top: int) -> list[list[Passage]]:
         # Nobody reads the scores, but Search-R1's dense server fails without this field.
