@@ -22,7 +22,7 @@ from opd_jax.envs.alfworld.engine import Engine, alfworld_module
 from opd_jax.envs.alfworld.env import AlfWorld
 from opd_jax.envs.alfworld.expert import Expert, parameters
 from opd_jax.envs.alfworld.panel import GAME_FILE, SPLITS, TASK_FILE, TASK_TYPES, data_folder, panel
-from opd_jax.envs.alfworld.problem import Goal, Receptacle, Thing, names, problem, write_game
+from opd_jax.envs.alfworld.problem import Goal, Receptacle, Thing, problem, write_game
 from opd_jax.envs.base import Task
 from opd_jax.envs.household.tables import LOOK, SIMPLE, TWO
 from opd_jax.envs.household.world import NOTHING
@@ -197,42 +197,37 @@ def folder(tmp_path_factory):
     return folder
 
 
-def rooms(split, count=60):
-    return [alfworld_games.draw_room(split, index, seed=1) for index in range(count)]
-
-
 @needs_engine
-def test_unseen_rooms_are_never_trained_on():
-    scenes = {split: {room.scene.number for room in rooms(split)} for split in SPLITS}
-    assert scenes["valid_unseen"].isdisjoint(scenes["train"] | scenes["valid_seen"])
+def test_rooms_are_balanced_make_sense_and_those_of_valid_unseen_are_never_trained_on():
     constants = alfworld_module("alfworld.gen.constants")
+    scenes = {}
+    for split in SPLITS:
+        drawn = [alfworld_games.draw_room(split, index, seed=1) for index in range(60)]
+        assert Counter(room.goal.type for room in drawn) == dict.fromkeys(TASK_TYPES, 10)
+        for room in drawn:
+            check_room(room, constants.VAL_RECEPTACLE_OBJECTS)
+        scenes[split] = {room.scene.number for room in drawn}
     assert scenes["train"] | scenes["valid_seen"] <= set(constants.TRAIN_SCENE_NUMBERS)
     assert scenes["valid_unseen"] <= set(constants.TEST_SCENE_NUMBERS)
+    assert not set(constants.TRAIN_SCENE_NUMBERS) & set(constants.TEST_SCENE_NUMBERS)
     assert len(scenes["train"]) > 20
 
 
-@needs_engine
-@pytest.mark.parametrize("split", ["train", "valid_unseen"])
-def test_rooms_are_balanced_and_make_sense(split):
-    drawn = rooms(split)
-    assert Counter(room.goal.type for room in drawn) == dict.fromkeys(TASK_TYPES, 10)
-    constants = alfworld_module("alfworld.gen.constants")
-    for room in drawn:
-        goal, wanted = room.goal, [t for t in room.things if t.kind == room.goal.object]
-        assert len(wanted) >= (2 if goal.type == TWO else 1)
-        if goal.type in (SIMPLE, TWO):
-            assert goal.target not in {thing.place.kind for thing in wanted}
-        if goal.type == LOOK:
-            assert sum(thing.kind == goal.lamp for thing in room.things) == 1
-        else:
-            assert goal.object in constants.VAL_RECEPTACLE_OBJECTS[goal.target]
-            assert room.scene.of_kind(goal.target)
-        for thing in room.things:
-            assert thing.place in room.scene.receptacles
-            fits = constants.VAL_RECEPTACLE_OBJECTS[thing.place.kind]
-            assert thing.kind in fits or "toggleable" in thing.abilities
-        ids = [entity.id for entity in (*room.scene.receptacles, *room.things)]
-        assert len(set(ids)) == len(ids)
+def check_room(room, fits):
+    goal, wanted = room.goal, [t for t in room.things if t.kind == room.goal.object]
+    assert len(wanted) >= (2 if goal.type == TWO else 1)
+    if goal.type in (SIMPLE, TWO):
+        assert goal.target not in {thing.place.kind for thing in wanted}
+    if goal.type == LOOK:
+        assert sum(thing.kind == goal.lamp for thing in room.things) == 1
+    else:
+        assert goal.object in fits[goal.target]
+        assert room.scene.of_kind(goal.target)
+    for thing in room.things:
+        assert thing.place in room.scene.receptacles
+        assert thing.kind in fits[thing.place.kind] or "toggleable" in thing.abilities
+    ids = [entity.id for entity in (*room.scene.receptacles, *room.things)]
+    assert len(set(ids)) == len(ids)
 
 
 def files_of(folder):
@@ -385,18 +380,9 @@ def test_the_table_of_failures_is_the_engines(folder):
     observation = env.reset("train", smallest(folder, "train"))
     names = re.findall(r"[a-z]+ \d+", observation.text)
     failures = Counter()
-    for _ in range(12):
+    for _ in range(6):
         admissible = observation.admissible
-        wrong = [
-            "dance",
-            "go",
-            "go to",
-            "go to moon 1",
-            "take",
-            "open sesame",
-            "help me",
-            "x" * 999,
-        ]
+        wrong = ["dance", "go to", "go to moon 1", "take", "open sesame", "help me", "x" * 999]
         place, other = rng.sample(names, 2)
         wrong += [f"go to {place}", f"open {place}", f"take {place} from {other}", f"use {place}"]
         for command in set(wrong) - set(admissible):
@@ -496,16 +482,6 @@ def test_the_demonstration_of_the_prompt_is_what_the_engine_says(tmp_path):
     assert observation.success
 
 
-@needs_engine
-def test_names_count_down_in_order_of_id():
-    shelf = Receptacle("Shelf|-00.10|+01.00|+00.00", "Shelf", "loc|1", False)
-    basin = Receptacle("Sink|+00.10|+01.00|+00.00|SinkBasin", "SinkBasin", "loc|2", False)
-    things = [Thing(f"Cup|{x}", "Cup", shelf, ()) for x in ("+00.50", "-00.50", "+00.40")]
-    shown = names([shelf, basin], things)
-    assert [shown[thing.id] for thing in things] == ["cup 1", "cup 3", "cup 2"]
-    assert (shown[shelf.id], shown[basin.id]) == ("shelf 1", "sinkbasin 1")
-
-
 # The expert
 
 
@@ -586,13 +562,6 @@ def test_the_expert_wins_95_of_100_games_within_30_turns(tmp_path):
 
 
 @needs_engine
-def test_the_expert_reads_the_parameters_of_a_task_from_its_instruction(folder):
-    for game in panel(folder.resolve(), "train"):
-        grammar = json.loads(game.path.read_text())["grammar"]
-        goal = re.search(r"Your task is to: (.*?\.)", grammar)[1]
-        asked = json.loads((game.path.parent / TASK_FILE).read_text())["pddl_params"]
-        read = parameters(Task(game.id, game.type, goal, ""))
-        assert read.pop("task_type") == game.type
-        assert read == {k: v.lower() if isinstance(v, str) else v for k, v in asked.items()}
+def test_an_instruction_in_other_words_is_refused():
     with pytest.raises(ValueError, match="wordings"):
         parameters(Task("alfworld/a", SIMPLE, "tidy up.", ""))
