@@ -30,7 +30,7 @@ _PIECE = 1 << 16  # bytes read at once
 
 
 def encode(message: Any) -> bytes:
-    """A message as bytes for `send`. Mappings become dicts; TypeError for other than plain data."""
+    """A message as bytes for `send`. Mappings become dicts; TypeError unless it is plain data."""
     return json.dumps(message, default=dict).encode()
 
 
@@ -80,7 +80,7 @@ def _set_timeout(channel: socket.socket, deadline: float | None) -> None:
 
 
 def defining_module(make: Callable[[], Env]) -> str:
-    """The module that defines a factory; for a `functools.partial`, the one of what it calls."""
+    """The module that defines a factory, or the function that a `functools.partial` calls."""
     while isinstance(make, functools.partial):
         make = make.func
     return getattr(make, "__module__", None) or type(make).__module__
@@ -99,9 +99,8 @@ def serve(fd: int) -> None:
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             request = receive(channel, deadline=None)
-            # The run enforces the limit. This one is for an engine that never releases the
-            # interpreter's lock after the run has died: the thread above could not end it, while
-            # faulthandler needs no lock.
+            # The run enforces the limit. But if the run is dead and an engine never releases the
+            # interpreter's lock, the thread above cannot act. `faulthandler` needs no lock.
             faulthandler.dump_traceback_later(2 * request["limit_s"], exit=True, file=2)
             answer = served.answer(request["name"], request["arguments"])
             faulthandler.cancel_dump_traceback_later()

@@ -36,9 +36,9 @@ class Worker:
     `reset` starts a new process. A `reset` that breaks is tried once more before it returns such an
     observation.
 
-    A user's mistake is raised here as a `ValueError` with the environment's message. Two kinds
-    count, when the environment is made, reset or asked for a size: a `ValueError` raised by the
-    environment's own package, and a missing package.
+    A user's mistake is raised here as a `ValueError` with the environment's message. Two errors
+    count as mistakes if a call other than `step` raises them: a `ValueError` of the environment's
+    own package, and an `ImportError`.
 
     Workers run side by side if each is called from its own thread; one worker serves one thread at
     a time. The first call starts the process. The process ends when the worker is collected, and
@@ -285,7 +285,7 @@ class _Process:
 
 
 def _kill(popen: subprocess.Popen, channel: socket.socket) -> None:
-    """Kill the group and wait for its leader, which keeps its status if it was dead already."""
+    """Kill the group and wait for its leader. A leader that was dead keeps its own exit status."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(popen.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):

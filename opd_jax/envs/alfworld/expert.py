@@ -88,7 +88,7 @@ class Known:
         self.states: dict[str, set[str]] = {}
 
     def update(self, text: str) -> None:
-        """Take in one text of the environment."""
+        """Read one text of the environment."""
         if match := _TOOK.match(text):
             self.hand = match[1]
             self.place.pop(match[1], None)
@@ -113,7 +113,7 @@ class Known:
             states.add("ishot" if verb == "heat" else "iscool")
 
     def facts(self) -> list[Fact]:
-        """The same as facts."""
+        """What is known, in the engine's form."""
         facts = [Fact("inreceptacle", pair) for pair in self.place.items()]
         facts += [Fact(state, (name,)) for name, held in self.states.items() for state in held]
         return [*facts, Fact("holds", ("agent1", self.hand))] if self.hand else facts

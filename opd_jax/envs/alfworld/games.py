@@ -6,8 +6,8 @@ The installed `alfworld` package supplies domain, grammar, goals, rooms with the
 kinds of objects in each room and what fits where. Which objects there are and where they lie is
 drawn here. So these are not ALFWorld's games and scores on them are not ALFWorld scores; each game
 says so in its file and its id. As in ALFWorld, only `valid_unseen` has the rooms held out for it.
-Two things the package does not tell. A receptacle without a listed place gets its own, one of each
-kind. Lamps stand on tables, desks and dressers.
+The package leaves two things open. Here a receptacle without a listed place gets its own, one of
+each kind, and lamps stand on tables, desks and dressers.
 """
 
 import argparse

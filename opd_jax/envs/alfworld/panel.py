@@ -23,7 +23,8 @@ TASK_TYPES = (
     "pick_cool_then_place_in_recep",
     "pick_two_obj_and_place",
 )
-# The size of ALFWorld's evaluation splits. Their figures need all games; training needs no number.
+# Number of games in ALFWorld's evaluation splits. A benchmark figure needs all of them; training
+# may use any part of its games.
 OFFICIAL_SIZES = {"valid_seen": 140, "valid_unseen": 134}
 
 VARIABLE = "ALFWORLD_DATA"

@@ -89,7 +89,7 @@ class Careless(Expert):
         return super().search(wanted)
 
     def next_place(self, wanted: str) -> tuple[list[str], str]:
-        """The expert's, or the next in listed order. Receptacles passed by come last."""
+        """The expert's next place, or the next in listed order. Those passed by come last."""
         memory = self.memory
         missing, place = super().next_place(wanted)
         if not self.by_list and place not in self.passed:
@@ -206,8 +206,8 @@ Mistake = Callable[[], object]
 class Mistaken(Expert):
     """Thinks as the expert does, but in each turn one of its beliefs is wrong.
 
-    It sees an object that is not there, takes its hand for full or empty or an object for treated
-    or not, counts one place too many, forgets where it has searched, or mixes up the goal. So its
+    It sees an object that is not there, is wrong about what it holds or whether an object is
+    treated, counts one place too many, forgets where it has searched, or mixes up the goal. So its
     thoughts say something false in the expert's words, as a model's mistakes do.
     """
 

@@ -93,7 +93,7 @@ class Facts:
         }
 
     def clues(self) -> Iterator[Clue]:
-        """Clues by facts that are one country's alone and do not hold its name; then by borders."""
+        """All clues: facts that only one country has, without its name in them; then borders."""
         for prop in CLUES:
             stated = self.stated[prop.name]
             shared = Counter(normalize(fact.answers[0]) for fact in stated.values())

@@ -105,8 +105,8 @@ class Expert:
             return _queries(self._country, self._asked)
         if self._clue:
             return _queries(self._value, self._clue)
-        # Two countries list each other: the wanted passage also names every country whose own list
-        # names this one.
+        # Borders are mutual: a country whose list names this one is in the wanted list, too, so its
+        # name is a good search word.
         neighbours = [country for country, _, text in self._shown if self._value in borders(text)]
         names = " ".join([self._value, *dict.fromkeys(neighbours)])
         return [f"{names} border countries", f"{names} {BORDERS}", f"{self._value} {names}"]

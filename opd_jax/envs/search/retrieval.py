@@ -39,7 +39,7 @@ class Passage:
 
 
 class RetrievalError(Exception):
-    """The search engine did not answer, whatever was asked."""
+    """The search engine did not answer."""
 
 
 class Retriever(Protocol):
