@@ -40,6 +40,14 @@ DIGESTS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def java_compiles_quickly():
+    """Each Java process runs for seconds; optimizing its code would take a third of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1")
+        yield
+
+
 @pytest.fixture(scope="module")
 def open_env():
     """Makes environments that are closed after the module."""
