@@ -314,18 +314,15 @@ def _first_observation(value: Any) -> tuple[Observation, Task, str]:
     return _observation(value["observation"]), Task(**value["task"]), _text(value["system"])
 
 
-def _whole_number(value: Any) -> int:
-    if type(value) is not int:
-        raise TypeError(f"expected a whole number, got {value!r}")
-    return value
+def _exactly(kind: type[Read]) -> Callable[[Any], Read]:
+    """Reads a value of this type and no other."""
+
+    def read(value: Any) -> Read:
+        if type(value) is not kind:
+            raise TypeError(f"expected {kind.__name__}, got {value!r}")
+        return value
+
+    return read
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"expected a text, got {value!r}")
-    return value
-
-
-def _nothing(value: Any) -> None:
-    if value is not None:
-        raise TypeError(f"expected nothing, got {value!r}")
+_whole_number, _text, _nothing = _exactly(int), _exactly(str), _exactly(type(None))

@@ -48,42 +48,17 @@ def _line(pattern: str) -> re.Pattern[str]:
 _NAME = r"([A-Z][^;,()\d]*?)(?: \([^()]*\))?"
 PROPERTIES = (
     Property("capital", "capital", "Capital", "name", _line(rf"name: (?!.* in ){_NAME}")),
-    Property(
-        "highest_point",
-        "highest point",
-        "Elevation",
-        "highest point",
-        _line(rf"highest point: {_NAME} -?[\d,]+(?: m)?"),
-    ),
-    Property(
-        "anthem",
-        "national anthem",
-        "National anthem(s)",
-        "title",
-        _line(r"title: [\"“]([^\"“”]+)[\"”](?: \([^()]*\))?"),
-    ),
-    Property(
-        "currency",
-        "currency",
-        "Exchange rates",
-        "currency per US dollar",
-        _line(r"Currency: ((.+?)s?) \(([A-Z]{3})\) per US dollar.*"),
-    ),
-    Property(
-        "internet_code",
-        "internet country code",
-        "Internet country code",
-        "",
-        _line(r"(\.[a-z]{2})"),
-    ),
-    Property(
-        "aircraft_prefix",
-        "aircraft registration prefix",
-        "Civil aircraft registration country code prefix",
-        "",
-        _line(r"([A-Z0-9]{2,3})"),
-    ),
-)
+    Property("highest_point", "highest point", "Elevation", "highest point",
+             _line(rf"highest point: {_NAME} -?[\d,]+(?: m)?")),
+    Property("anthem", "national anthem", "National anthem(s)", "title",
+             _line(r"title: [\"“]([^\"“”]+)[\"”](?: \([^()]*\))?")),
+    Property("currency", "currency", "Exchange rates", "currency per US dollar",
+             _line(r"Currency: ((.+?)s?) \(([A-Z]{3})\) per US dollar.*")),
+    Property("internet_code", "internet country code", "Internet country code", "",
+             _line(r"(\.[a-z]{2})")),
+    Property("aircraft_prefix", "aircraft registration prefix",
+             "Civil aircraft registration country code prefix", "", _line(r"([A-Z0-9]{2,3})")),
+)  # fmt: skip
 
 BORDERS = "Land boundaries"
 _BORDERS = _line(r"border countries: (.+)")
