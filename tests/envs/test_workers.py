@@ -283,21 +283,19 @@ def test_one_process_plays_the_episodes_of_the_environment_itself(make: Callable
     assert not worker.breaks
 
 
-def test_texts_and_measures_arrive_as_they_are(make: Callable) -> None:
+def test_texts_and_measures_arrive_as_they_are_and_prints_go_to_stderr(
+    make: Callable, capfd: pytest.CaptureFixture
+) -> None:
     worker = make(Telling)
     assert worker.digest("train") == "digest of train"
-    worker.reset("echo", 0)
+    worker.reset("speak loudly", 0)
+    out, err = capfd.readouterr()
+    assert "loudly" not in out
+    assert "loudly" in err
     for text in ("", "naïve\n\t\x00\x1b", "\ud800 \U0001d54f", "long " * 200_000):
         assert worker.step(f"echo {text}") == Observation(text, text, (f"echo {text}",))
     assert worker.step("echo").measures == {}
     assert worker.step("measure 0.1").measures == {"f1": 0.1, "em": 0.0}
-
-
-def test_what_an_engine_prints_goes_to_stderr(make: Callable, capfd: pytest.CaptureFixture) -> None:
-    make(Telling).reset("speak loudly", 0)
-    out, err = capfd.readouterr()
-    assert "loudly" not in out
-    assert "loudly" in err
 
 
 def test_jax_in_a_process_leaves_the_accelerator_to_the_run(
