@@ -313,11 +313,11 @@ def test_the_engine_says_what_textworld_says(folder):
         reply, (state, _, _) = ours.act(command), plain.step(command)
 
 
-def playthrough(env, index, turns):
-    """SHA-256 of every message of an episode with a random player."""
+def playthrough(env, index):
+    """SHA-256 of the first messages of an episode with a random player."""
     observation = env.reset("valid_seen", index)
     player, messages = Random(random.Random(index)), [observation.message]
-    while not observation.done and len(messages) <= turns:
+    while not observation.done and len(messages) < 9:
         observation = env.step(player.respond(observation))
         messages.append(observation.message)
     return hashlib.sha256("\n".join(messages).encode()).hexdigest()
@@ -325,28 +325,30 @@ def playthrough(env, index, turns):
 
 @needs_engine
 def test_an_episode_is_the_same_again_in_threads_and_in_another_process(env, folder):
-    expected = [playthrough(env, index, 8) for index in (0, 1)]
+    index = smallest(folder, "valid_seen")
+    expected = playthrough(env, index)
     envs = [env, make_env(folder, show_admissible=5)]
     with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(playthrough, envs, (0, 1), (8, 8))) == expected
+        assert list(pool.map(playthrough, envs, (index, index))) == [expected] * 2
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import test_alfworld as t; "
         "env = t.make_env(sys.argv[2], show_admissible=5); "
-        "print([t.playthrough(env, index, 8) for index in (0, 1)])"
+        "print(t.playthrough(env, int(sys.argv[3])))"
     )
     tests = Path(__file__).parent
-    assert run_python(code, tests, folder, PYTHONHASHSEED="11") == str(expected)
+    assert run_python(code, tests, folder, index, PYTHONHASHSEED="11") == expected
 
 
 @needs_engine
 def test_messages_hold_task_observation_and_the_first_admissible_commands(env, folder):
-    first = env.reset("valid_unseen", 0)
+    index = smallest(folder, "valid_unseen")
+    first = env.reset("valid_unseen", index)
     task = env.task
     assert task.id.startswith("alfworld-generated/valid_unseen/")
     assert task.type in TASK_TYPES
     assert task.scene == first.text
     assert task.scene.startswith("You are in the middle of a room.")
-    game = json.loads(env.games("valid_unseen")[0].path.read_text())
+    game = json.loads(env.games("valid_unseen")[index].path.read_text())
     assert f"Your task is to: {task.goal}" in game["grammar"]
     player = Random(random.Random(0))
     observation = first
@@ -358,7 +360,7 @@ def test_messages_hold_task_observation_and_the_first_admissible_commands(env, f
         )
         observation = env.step(player.respond(observation))
     for shown in (0, 999):
-        observation = make_env(folder, show_admissible=shown).reset("valid_unseen", 0)
+        observation = make_env(folder, show_admissible=shown).reset("valid_unseen", index)
         for command in observation.admissible:
             assert (command in observation.message) == bool(shown)
         assert "more)" not in observation.message
@@ -527,8 +529,8 @@ def test_the_expert_goes_on_from_what_others_do_and_draws_from_its_own_generator
     env = make_env(folder, max_turns=120)
     index = smallest(folder, "train")
     random.seed(1)
-    plays = [play(env, "train", index, seed=seed, strays=0.3) for seed in range(6)]
-    assert sum(observations[-1].success for observations, _ in plays) >= 5
+    plays = [play(env, "train", index, seed=seed, strays=0.3) for seed in range(3)]
+    assert all(observations[-1].success for observations, _ in plays)
     random.seed(2)
     assert play(env, "train", index, seed=0, strays=0.3) == plays[0]
 

@@ -437,6 +437,7 @@ def test_a_process_killed_in_an_episode_is_replaced_and_nobody_notices(listing_e
     assert listing_env.restarts == restarts + 1
 
 
+@pytest.mark.slow  # waits for the timeout, which a busy machine needs to start Java
 @needs_engine
 def test_a_hung_process_is_replaced_and_the_last_leaves_nothing_behind(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
