@@ -178,7 +178,7 @@ CALLS: dict[str, Callable[[str], object]] = {
 
 
 def starting(words: str) -> Env:
-    """An environment whose making calls a function."""
+    """An environment that makes one of `CALLS` before it starts."""
     env = Telling()
     env.reset(words, 0)
     return env

@@ -34,8 +34,7 @@ needs_engine = pytest.mark.skipif(
     reason="needs the extra alfworld",
 )
 GAMES = 6  # of each split: one of each type
-# Games of seed 0 with alfworld 0.4.2. Whoever changes it changes every game, and has to raise
-# `VERSION`.
+# Games of seed 0 with alfworld 0.4.2. If it changes, all games have changed: raise `VERSION`.
 PANEL = "generated-ee0d82ea2ead35152a34c4562c5ac0e9eb7af664c2a397e23dbbd2644f7e6481"
 
 

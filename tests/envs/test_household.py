@@ -26,7 +26,7 @@ from opd_jax.envs.household.world import World
 from opd_jax.envs.react import Random, parse_response
 
 SPLITS = tuple(tables.SPLIT_SIZES)
-# SHA-256 of fixed playthroughs. Whoever changes it changes every task, and has to raise `VERSION`.
+# SHA-256 of fixed playthroughs. If it changes, all tasks have changed: raise `VERSION`.
 PLAYTHROUGH = "848483effc8ef38a81afaaa3252e8710dca591260d037b356a781b86b0993468"
 HABITS = ("skip_step", "list_order", "ignore_closed", "idle", "forget")
 

@@ -412,7 +412,7 @@ def script(env, kind, variation, *, seed, turns, kill_after=None):
 
 @needs_engine
 def test_episodes_are_the_same_in_every_process(listing_env):
-    # These rooms show lists that the original orders by Java's hashes, which are random.
+    # These rooms show lists in the order of Java's hashes, which are random in the original.
     rooms = {"identify-life-stages-2": "outside", "power-component": "workshop"}
 
     def play(kind):
@@ -437,7 +437,7 @@ def test_a_process_killed_in_an_episode_is_replaced_and_nobody_notices(listing_e
     assert listing_env.restarts == restarts + 1
 
 
-@pytest.mark.slow  # waits for the timeout, which a busy machine needs to start Java
+@pytest.mark.slow  # it waits 15 s; with less, a busy machine could not start Java
 @needs_engine
 def test_a_hung_process_is_replaced_and_the_last_leaves_nothing_behind(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

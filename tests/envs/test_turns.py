@@ -10,7 +10,7 @@ def test_an_episode_lasts_max_turns_unless_it_ends_before() -> None:
     for ends, told in (
         (["", "", ""], ["", "", "turn_limit"]),
         (["", "success"], ["", "success"]),
-        (["", "", "success"], ["", "", "success"]),  # in the last turn the goal goes before
+        (["", "", "success"], ["", "", "success"]),  # the goal still counts in the last turn
     ):
         clock.start()
         for why, end in zip(ends, told, strict=True):
