@@ -10,6 +10,7 @@ import random
 import re
 
 from opd_jax.envs.base import Observation, Task
+from opd_jax.envs.household import thoughts
 from opd_jax.envs.household.tables import (
     LAMPS,
     LOOK,
@@ -19,24 +20,6 @@ from opd_jax.envs.household.tables import (
     TREATMENTS,
     TWO,
     search_order,
-)
-from opd_jax.envs.household.thoughts import (
-    FETCH,
-    FIND,
-    FIND_ANOTHER,
-    GO_ON,
-    HAVE,
-    IS_CLOSED,
-    IT_IS,
-    IT_IS_NOT,
-    NONE_HERE,
-    NOT_THERE,
-    NOTHING_LEFT,
-    PLACE,
-    PUT_DOWN,
-    TAKE,
-    TREAT,
-    USE_LAMP,
 )
 from opd_jax.envs.react import RESPONSE
 
@@ -152,18 +135,19 @@ class Expert:
         if not hand:
             placed = self.goal_count == 2 and self.fullest_target()
             plan, command = self.find_object()
-            return (FIND_ANOTHER if placed else FIND) % self.wanted + plan, command
-        aim = HAVE % hand
+            aim = thoughts.FIND_ANOTHER if placed else thoughts.FIND
+            return aim % self.wanted + plan, command
+        aim = thoughts.HAVE % hand
         if kind_of(hand) != self.wanted:
             plan, command = self.put_down(hand)
         elif self.type == LOOK:
-            aim += FIND % self.lamp
+            aim += thoughts.FIND % self.lamp
             plan, command = self.use_lamp()
         elif self.state and self.state not in self.memory.states.get(hand, ()):
-            aim += IT_IS_NOT % self.state
+            aim += thoughts.IT_IS_NOT % self.state
             plan, command = self.treat(hand)
         else:
-            aim += IT_IS % self.state if self.state else ""
+            aim += thoughts.IT_IS % self.state if self.state else ""
             plan, command = self.place(hand)
         return aim + plan, command
 
@@ -171,12 +155,12 @@ class Expert:
         """Put a useless object down: here if possible, else at the next place on the way."""
         memory, best = self.memory, self.best_object()
         if memory.at and memory.at not in memory.shut:
-            return PUT_DOWN, f"move {hand} to {memory.at}"
+            return thoughts.PUT_DOWN, f"move {hand} to {memory.at}"
         if not best:
             return self.search(self.wanted)
         if best[1] == memory.at:
-            return IS_CLOSED % memory.at, f"open {memory.at}"
-        return FETCH % best, f"go to {best[1]}"
+            return thoughts.IS_CLOSED % memory.at, f"open {memory.at}"
+        return thoughts.FETCH % best, f"go to {best[1]}"
 
     def find_object(self) -> tuple[str, str]:
         """Take an object that serves the goal, fetch a known one, or search for one."""
@@ -186,26 +170,26 @@ class Expert:
             return self.search(self.wanted)
         name, place = best
         if place != memory.at:
-            return FETCH % best, f"go to {place}"
+            return thoughts.FETCH % best, f"go to {place}"
         if place in memory.shut:
-            return IS_CLOSED % place, f"open {place}"
-        return TAKE % name, f"take {name} from {place}"
+            return thoughts.IS_CLOSED % place, f"open {place}"
+        return thoughts.TAKE % name, f"take {name} from {place}"
 
     def treat(self, hand: str) -> tuple[str, str]:
         """Clean, heat or cool what is in hand."""
         memory = self.memory
         if kind_of(memory.at) == self.tool:
-            return TREAT % (self.tool, self.verb), f"{self.verb} {hand} with {memory.at}"
-        return GO_ON % self.tool, f"go to {self.of_type(self.tool)[0]}"
+            return thoughts.TREAT % (self.tool, self.verb), f"{self.verb} {hand} with {memory.at}"
+        return thoughts.GO_ON % self.tool, f"go to {self.of_type(self.tool)[0]}"
 
     def place(self, hand: str) -> tuple[str, str]:
         """Put what is in hand where the goal wants it."""
         memory, target = self.memory, self.best_target()
         if target != memory.at:
-            return GO_ON % self.target, f"go to {target}"
+            return thoughts.GO_ON % self.target, f"go to {target}"
         if target in memory.shut:
-            return IS_CLOSED % target, f"open {target}"
-        return PLACE % self.target, f"move {hand} to {target}"
+            return thoughts.IS_CLOSED % target, f"open {target}"
+        return thoughts.PLACE % self.target, f"move {hand} to {target}"
 
     def use_lamp(self) -> tuple[str, str]:
         """Bring what is in hand to the lamp; search for the lamp if its place is not known."""
@@ -214,19 +198,19 @@ class Expert:
             return self.search(self.lamp)
         lamp, place = next((pair for pair in lamps if pair[1] == self.memory.at), lamps[0])
         if place == self.memory.at:
-            return USE_LAMP % lamp, f"use {lamp}"
-        return FETCH % (lamp, place), f"go to {place}"
+            return thoughts.USE_LAMP % lamp, f"use {lamp}"
+        return thoughts.FETCH % (lamp, place), f"go to {place}"
 
     def search(self, wanted: str) -> tuple[str, str]:
         """Open the closed receptacle here, or go to the next one."""
         memory = self.memory
         if memory.at in memory.shut and memory.at not in memory.content:
-            return IS_CLOSED % memory.at, f"open {memory.at}"
+            return thoughts.IS_CLOSED % memory.at, f"open {memory.at}"
         missing, place = self.next_place(wanted)
         if not place:
-            return NOTHING_LEFT, "look"
-        tested = "".join(NOT_THERE % name for name in missing)
-        return NONE_HERE % (tested, place), f"go to {place}"
+            return thoughts.NOTHING_LEFT, "look"
+        tested = "".join(thoughts.NOT_THERE % name for name in missing)
+        return thoughts.NONE_HERE % (tested, place), f"go to {place}"
 
     def next_place(self, wanted: str) -> tuple[list[str], str]:
         """The next receptacle to search.

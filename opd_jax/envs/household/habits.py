@@ -10,19 +10,9 @@ from collections.abc import Callable
 from functools import partial
 
 from opd_jax.envs.base import Observation, Task
+from opd_jax.envs.household import thoughts
 from opd_jax.envs.household.expert import Expert, kind_of
 from opd_jax.envs.household.tables import LOOK, search_order
-from opd_jax.envs.household.thoughts import (
-    DONE_GO,
-    DONE_TAKE,
-    FETCH,
-    IDLE_EXAMINE,
-    IDLE_INVENTORY,
-    IDLE_LOOK,
-    IDLE_REVISIT,
-    IS_CLOSED,
-    PASS_CLOSED,
-)
 from opd_jax.envs.react import TRY
 
 
@@ -85,7 +75,7 @@ class Careless(Expert):
                 if self.rng.random() < self.ignore_closed:
                     self.passed.add(at)
             if at in self.passed and (place := self.next_place(wanted)[1]):
-                return PASS_CLOSED % at, f"go to {place}"
+                return thoughts.PASS_CLOSED % at, f"go to {place}"
         return super().search(wanted)
 
     def next_place(self, wanted: str) -> tuple[list[str], str]:
@@ -110,21 +100,21 @@ class Careless(Expert):
         memory, (name, place) = self.memory, done
         if self.rng.random() < 0.5:
             if place != memory.at:
-                return FETCH % done, f"go to {place}"
+                return thoughts.FETCH % done, f"go to {place}"
             if place not in memory.shut:
-                return DONE_TAKE % name, f"take {name} from {place}"
+                return thoughts.DONE_TAKE % name, f"take {name} from {place}"
         elsewhere = self.random_item([p for p in memory.places if p != memory.at])
-        return DONE_GO % (name, elsewhere), f"go to {elsewhere}"
+        return thoughts.DONE_GO % (name, elsewhere), f"go to {elsewhere}"
 
     def idle_action(self) -> tuple[str, str]:
         """Something possible that cannot help: looking again, or going back."""
         memory = self.memory
-        choices = [(IDLE_LOOK, "look"), (IDLE_INVENTORY, "inventory")]
+        choices = [(thoughts.IDLE_LOOK, "look"), (thoughts.IDLE_INVENTORY, "inventory")]
         if memory.at:
-            choices.append((IDLE_EXAMINE % memory.at, f"examine {memory.at}"))
+            choices.append((thoughts.IDLE_EXAMINE % memory.at, f"examine {memory.at}"))
         if back := [place for place in memory.content if place != memory.at]:
             place = self.random_item(back)
-            choices.append((IDLE_REVISIT % place, f"go to {place}"))
+            choices.append((thoughts.IDLE_REVISIT % place, f"go to {place}"))
         return self.random_item(choices)
 
 
@@ -149,25 +139,17 @@ class Forgetful(Careless):
         skip_step: float,
         forget: float,
     ):
-        super().__init__(
-            task,
-            first,
-            rng=rng,
-            skip_step=skip_step,
-            list_order=0.0,
-            ignore_closed=0.0,
-            idle=0.0,
-            forget=forget,
-        )
+        others = {"list_order": 0.0, "ignore_closed": 0.0, "idle": 0.0}
+        super().__init__(task, first, rng=rng, skip_step=skip_step, forget=forget, **others)
 
     def fidget(self, done: tuple[str, str]) -> tuple[str, str]:
         """Take the placed object out again."""
         memory, (name, place) = self.memory, done
         if place != memory.at:
-            return DONE_GO % done, f"go to {place}"
+            return thoughts.DONE_GO % done, f"go to {place}"
         if place in memory.shut:
-            return IS_CLOSED % place, f"open {place}"
-        return DONE_TAKE % name, f"take {name} from {place}"
+            return thoughts.IS_CLOSED % place, f"open {place}"
+        return thoughts.DONE_TAKE % name, f"take {name} from {place}"
 
 
 class Clumsy(Expert):
