@@ -57,8 +57,8 @@ def _by_spans(
     outputs = []
     for start in range(0, T, span):
         end = min(start + span, T)
-        q, k, v = q_BTNH[:, start:end], k_BTGH[:, :end], v_BTGH[:, :end]
         position = jnp.arange(start, end)[None]
+        q, k, v = q_BTNH[:, start:end], k_BTGH[:, :end], v_BTGH[:, :end]
         outputs.append(_by_chunks(q, k, v, position, layout="BSGH", query_chunk=query_chunk))
     return jnp.concatenate(outputs, axis=1)
 
@@ -72,7 +72,7 @@ def _by_chunks(
     layout: str,
     query_chunk: int,
 ) -> jax.Array:
-    """A loop over chunks of queries. The compiler might run separate chunks at the same time."""
+    """Chunk by chunk, in a loop: unrolled, the compiler could hold the scores of many at once."""
     if q_BTNH.shape[1] <= query_chunk:
         return jax.checkpoint(partial(_at_once, layout=layout))(q_BTNH, k, v, position_BT)
 

@@ -1,7 +1,7 @@
-"""One rule for what can be chosen or brought along: `by` is a known name or `module:name`.
+"""One rule for choosing or adding an implementation: `by` is a known name or `module:name`.
 
-The other fields of its section are the keyword arguments of what it names. They are compared with
-its signature before anything is called.
+The other fields of its section are keyword arguments of what `by` names. They are checked against
+its signature before it is called.
 """
 
 import importlib
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def find(by: str, known: Mapping[str, str]) -> Callable[..., Any]:
-    """The function or class that `by` names; its module is imported.
+    """Imports and returns the function or class that `by` names.
 
     Args:
       by: a key of `known`, or `module:name`.
@@ -28,7 +28,7 @@ def find(by: str, known: Mapping[str, str]) -> Callable[..., Any]:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if by in known or error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # the module is there, and what it imports is not
+            raise  # the module exists, but something that it imports does not
         raise ValueError(
             f"`by` = {by!r}: there is no module `{module}`; is it installed?"
         ) from None
@@ -38,10 +38,10 @@ def find(by: str, known: Mapping[str, str]) -> Callable[..., Any]:
 
 
 def check_arguments(by: str, target: Callable[..., Any], given: Mapping[str, Any]) -> None:
-    """Compares keyword arguments with the signature of `target`.
+    """Checks keyword arguments against the signature of `target`.
 
     Raises:
-      ValueError: names what is missing and what is not taken.
+      ValueError: an argument is missing or unknown. The message names them.
     """
     parameters = inspect.signature(target).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):

@@ -58,9 +58,9 @@ class MeshShape:
     """Sizes of the mesh axes.
 
     Attributes:
-      data: replicates parameters, splits the batch.
-      fsdp: splits both.
-      tensor: splits heads, feed-forward width and vocabulary.
+      data: replicates parameters and shards the batch.
+      fsdp: shards both.
+      tensor: shards heads, feed-forward width and vocabulary.
     """
 
     data: int = field(metadata=affects(LAYOUT))
@@ -72,7 +72,7 @@ class MeshShape:
 
     @property
     def batch_shards(self) -> int:
-        """Parts that the rows of a batch are split into."""
+        """The number of shards of a batch."""
         return self.data * self.fsdp
 
 
