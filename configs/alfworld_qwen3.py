@@ -36,7 +36,8 @@ falls from 32 % to 13 %.
 """
 
 from ml_collections import ConfigDict
-from paper import paper_config
+
+from opd_jax.configs.paper import paper_config
 
 ENV = dict(
     by="alfworld",

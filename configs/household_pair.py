@@ -21,15 +21,15 @@ Arguments: who=teacher|student, runlocal.
 """
 
 from ml_collections import ConfigDict
-from quickstart import get_config as quickstart
 
 from opd_jax.config import parse_arg
+from opd_jax.configs import quickstart
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config that trains one of the two."""
     args = parse_arg(arg, runlocal=False, who="teacher")
-    config = quickstart("runlocal" if args.runlocal else "")
+    config = quickstart.get_config("runlocal" if args.runlocal else "")
     is_teacher = {"teacher": True, "student": False}.get(args.who)
     if is_teacher is None:
         raise ValueError(f"config argument `who`: expected teacher or student, got {args.who!r}")

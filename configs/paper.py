@@ -29,23 +29,23 @@ Source: arXiv 2606.19659, its experimental setup and appendices.
 from typing import Any
 
 from ml_collections import ConfigDict
-from quickstart import OPD, variant, variant_name
-from quickstart import VARIANTS as SHARED
-from quickstart import get_config as quickstart
 
 from opd_jax.config import parse_arg
+from opd_jax.configs import quickstart
 
 STUDENTS = {"0.6b": "models/Qwen3-0.6B", "1.7b": "models/Qwen3-1.7B"}
 TEACHERS = {"8b": "models/Qwen3-8B", "32b": "models/Qwen3-32B"}
 
 # The quickstart's, and the paper's other baselines: plain OPD with one thing added.
-VARIANTS: dict[str, Any] = SHARED | {
+VARIANTS: dict[str, Any] = quickstart.VARIANTS | {
     # Half as many tasks an update: the teacher scores as many episodes as otherwise.
-    "opd_two_rollouts": variant(objective=OPD, rollout=dict(per_task=2)),
+    "opd_two_rollouts": quickstart.variant(objective=quickstart.OPD, rollout=dict(per_task=2)),
     # The paper takes the entropy of the teacher's top K and does not say how many they are; here it
     # is that of the whole vocabulary.
-    "entropy_aware": variant(objective=OPD | dict(entropy_bonus=1.0)),
-    "tcod_f2b": variant(objective=OPD, rollout=dict(depth_start=1, depth_every=1)),
+    "entropy_aware": quickstart.variant(objective=quickstart.OPD | dict(entropy_bonus=1.0)),
+    "tcod_f2b": quickstart.variant(
+        objective=quickstart.OPD, rollout=dict(depth_start=1, depth_every=1)
+    ),
 }
 
 
@@ -73,8 +73,8 @@ def paper_config(
     args = parse_arg(
         arg, runlocal=False, student="1.7b", teacher="8b", method="sage", ablate="none"
     )
-    method = variant_name(args.method, args.ablate)
-    config = quickstart()
+    method = quickstart.variant_name(args.method, args.ablate)
+    config = quickstart.get_config()
     config.student = _choice("`student`", args.student, STUDENTS)
     config.teacher = _choice("`teacher`", args.teacher, TEACHERS)
     config.env = ConfigDict(env)

@@ -22,7 +22,8 @@ and -16.01. The paper does not say which variations it evaluates, nor which simp
 """
 
 from ml_collections import ConfigDict
-from paper import paper_config
+
+from opd_jax.configs.paper import paper_config
 
 ENV = dict(
     by="scienceworld",

@@ -28,7 +28,8 @@ from 8B 25.46 and 25.31, 1.7B from 8B 30.09 and 30.77.
 """
 
 from ml_collections import ConfigDict
-from paper import paper_config
+
+from opd_jax.configs.paper import paper_config
 
 # In this process: environments share an index, or a client of the server.
 PROTOCOL = dict(

@@ -1,0 +1,1 @@
+"""The configs that ship. Others build on them: `from opd_jax.configs import quickstart`."""
