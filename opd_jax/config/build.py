@@ -7,6 +7,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -39,6 +40,8 @@ from opd_jax.learner.train_state import TrainState, placement_of
 from opd_jax.learner.train_step import make_train_step
 from opd_jax.model import ModelConfig, Params, init_arrays
 from opd_jax.model.lora import Lora, lora_specs, with_adapters
+from opd_jax.report.log import UpdateLog
+from opd_jax.report.update import unmeasured
 from opd_jax.runtime.mesh import param_shardings, shard_batch
 
 # --- What is trained ----------------------------------------------------------------------------
@@ -144,6 +147,17 @@ def make_pack(settings: Settings, sizes: ModelConfig) -> Callable[[Played, np.nd
         )
 
     return packed
+
+
+def make_log(settings: Settings, workdir: Path, *, done: int) -> UpdateLog:
+    """The log of a run that resumes after `done` updates."""
+    on_policy = settings.data.source == "on_policy"
+    return UpdateLog(
+        workdir,
+        done=done,
+        updates=settings.train.updates,
+        leave_out=unmeasured(settings.objective, on_policy=on_policy),
+    )
 
 
 # --- Who acts and who judges ----------------------------------------------------------------------

@@ -105,7 +105,7 @@ def group_by_length(
     longest = -(-len(waiting[-1].tokens) // length_multiple) * length_multiple if waiting else 0
     if longest * rows_multiple > tokens_per_batch:
         raise ValueError(
-            f"`data.tokens_per_batch`: expected at least {longest * rows_multiple}, which is "
+            f"`demonstrations.tokens_per_batch`: expected at least {longest * rows_multiple}, which is "
             f"{rows_multiple} times the longest example of {len(waiting[-1].tokens)} tokens, "
             f"padded; got {tokens_per_batch}"
         )
