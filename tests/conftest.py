@@ -232,18 +232,18 @@ def _run(command: Command, workdir: Path, *flags: str) -> Run:
 def trained(command: Command, small: tuple, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """An uninterrupted run of the quickstart, for tests to read or to copy."""
     workdir = tmp_path_factory.mktemp("runs") / "quickstart"
-    return _run(command, workdir, "--config=configs/quickstart.py:runlocal", *small)
+    return _run(command, workdir, "--config=quickstart:runlocal", *small)
 
 
 @pytest.fixture(scope="session")
 def built(command: Command, small: tuple, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """An uninterrupted run of the config that builds a teacher, with a smaller one."""
     flags = (
-        "--config=configs/household_pair.py:runlocal,who=teacher",
+        "--config=household_pair:runlocal,who=teacher",
         *small,
         # An episode of demonstrations is kept up to the length that fits.
-        "--config.data.sizes=small",
-        "--config.data.window=4",
+        "--config.demonstrations.sizes=small",
+        "--config.demonstrations.window=4",
         "--config.new_model.d_model=32",
         "--config.new_model.num_layers=1",
         "--config.new_model.d_ff=64",
