@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -178,6 +179,19 @@ def command() -> Command:
         return subprocess.run(words, **_settings(**variables))
 
     return run
+
+
+@pytest.fixture
+def in_process(capsys: pytest.CaptureFixture) -> Iterator[Callable[..., str]]:
+    """Runs a command's `main` in this process; returns what it printed."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(main: Callable, *words: object) -> str:
+        main([str(word) for word in words])
+        return capsys.readouterr().out
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,9 @@ from scipy.stats import binomtest, sem, t
 from opd_jax import compare
 from opd_jax.config import load
 
-CONFIGS = Path(__file__).parents[1] / "configs"
-
 
 def comparison(*overrides: str) -> FrozenConfigDict:
-    return load(f"{CONFIGS / 'quickstart.py'}:compare,runlocal", overrides)
+    return load("quickstart:compare,runlocal", overrides)
 
 
 def cells(text: str) -> list[list[str]]:
@@ -210,7 +208,7 @@ def test_a_small_comparison_from_end_to_end_and_again(
     command: Callable, is_finished: Callable, small: tuple, tmp_path: Path
 ) -> None:
     flags = (
-        f"--config={CONFIGS / 'quickstart.py'}:compare,runlocal",
+        "--config=quickstart:compare,runlocal",
         *small,
         "--config.compare.methods=sft,sage",
         "--config.compare.seeds=0,1",
