@@ -66,7 +66,7 @@ def initial_params(student: LoadedModel, settings: Settings, mesh: jax.sharding.
         partial(init_arrays, specs, dtype=jnp.dtype(settings.dtype)),
         out_shardings=param_shardings(specs, mesh),
     )
-    # A key that no update's number leads to.
+    # Folded with a number that no update has.
     return init(jax.random.fold_in(jax.random.key(settings.seed), 2**32 - 1))
 
 
@@ -92,7 +92,7 @@ Update = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 def make_update(
     settings: Settings, student: LoadedModel, teacher: LoadedModel | None, state: TrainState
 ) -> Update:
-    """One update, from a batch on the host to metrics on the host; donates its state.
+    """The function that makes one update; it takes a batch on the host and donates its state.
 
     The teacher's pass and the train step are two compiled programs.
     """
@@ -305,10 +305,11 @@ def make_expert(settings: Settings, agent: Agent) -> Callable[[Env, str, int], C
 def make_demonstrator(settings: Settings, *, tokenizer: Any, chat: ChatFormat):
     """`demonstrate` bound to `demonstrations`: episode number n, a pure function of n.
 
-    The size of rooms is drawn for each episode: at first the first of `sizes`, and from each of the
-    episodes `sizes_from` on one more of them. What was learnt in small rooms, where texts are
-    short, is a small step from there in large ones. The share of strayed turns is drawn too,
-    between none and `distraction`, so that the player goes on from every degree of disorder.
+    Each episode draws the size of its rooms. At first there is only the first of `sizes`; each
+    number in `sizes_from` is the episode from which on there is one more. Texts of small rooms are
+    short, and what was learnt in them needs little change for large ones. Each episode also draws
+    its share of strayed turns, between none and `distraction`: the model learns to go on from every
+    degree of disorder.
     """
     shown = settings.demonstrations
     assert shown is not None  # as settings are checked
@@ -352,7 +353,7 @@ def _demonstrations(settings: Settings, student: LoadedModel, *, cursor: Sequenc
     ]
 
     def make_example(number: int, conversation: Conversation, index: int) -> Conversation:
-        # The labels take turns too: so each context gets every label.
+        # Labels take turns, and the context changes after each round: it gets every label.
         by = asking[number // len(LABELS) % len(asking)]
         prompt = [*by.prefix(conversation, index), *by.question(conversation, index)]
         label = conversation.turns[index].oracle

@@ -33,8 +33,8 @@ def find(by: str, known: Mapping[str, str], *, section: str) -> Callable[..., An
         if by in known or error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # the module exists, and one that it imports does not
         raise ValueError(
-            f"`{section}.by` = {by!r}: there is no module `{module}`; install it, or put its folder "
-            "into PYTHONPATH"
+            f"`{section}.by` = {by!r}: there is no module `{module}`; install it, or put it beside "
+            "the config"
         ) from None
     if not hasattr(found, name):
         raise ValueError(f"`{section}.by` = {by!r}: module `{module}` has no `{name}`")

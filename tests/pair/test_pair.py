@@ -152,7 +152,6 @@ def test_a_shortened_rebuild_learns(who: str, command: Callable, tmp_path: Path)
         "--config.train.length_multiple=512",  # one shape: compiling takes longer than padding
         "--config.optimizer.warmup_updates=20",
         "--config.demonstrations.sizes=small",
-        "--config.demonstrations.sizes_from=",
         "--config.demonstrations.tokens_per_batch=4096",
         "--config.env.size=small",
         # Losses say it all; one task there must be.
