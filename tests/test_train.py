@@ -1,7 +1,6 @@
 """Whole runs by the command: what they leave, and that no interruption changes how they end."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -15,17 +14,13 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import FrozenConfigDict
-from safetensors.numpy import load_file, save_file
 
 from opd_jax import train
 from opd_jax.config import build, differences, load, read_stored
-from opd_jax.config.models import EMBEDDED, load_model, load_student, load_teacher
-from opd_jax.config.settings import Settings, read_settings
+from opd_jax.config.models import EMBEDDED, load_model, load_student
+from opd_jax.config.settings import read_settings
 from opd_jax.envs.make import make_env
-from opd_jax.experience.source import Played
-from opd_jax.learner.train_state import abstract_state, init_state
-from opd_jax.report.metrics import Stopwatch
-from opd_jax.report.update import unmeasured, update_metrics
+from opd_jax.learner.train_state import abstract_state
 from opd_jax.runtime.checkpoint import Checkpoints
 from opd_jax.runtime.mesh import make_mesh
 
@@ -93,11 +88,12 @@ def assert_ended_alike(workdir: Path, uninterrupted: Path) -> None:
 # --- What a run leaves
 
 
-def test_the_config_and_the_tasks_are_stored(trained: Any) -> None:
+def test_config_tasks_and_events_are_there(trained: Any) -> None:
     stored = read_stored(trained.workdir / "config.json")
     config = load(trained.flags[0].removeprefix("--config="), trained.flags[1:])
     assert differences(stored, config, binds=lambda field: True) == []
     env = make_env(read_settings(config).env)
+    assert any((trained.workdir / "events").iterdir())
     digests = json.loads((trained.workdir / "tasks.json").read_text())
     assert digests == {s: env.digest(s) for s in ("train", "valid_seen", "valid_unseen")}
     for split, digest in digests.items():
@@ -153,22 +149,6 @@ def test_checkpoints_are_those_asked_for_and_hold_a_student_that_moved(trained: 
     after = {name: raw for name, _, _, raw in arrays if name.startswith(".params")}
     assert after.keys() == before.keys()
     assert all(after[name] != before[name] for name in after)
-
-
-def test_events_hold_the_updates(trained: Any) -> None:
-    from tensorboardX.proto.event_pb2 import Event
-
-    (file,) = (trained.workdir / "events").iterdir()
-    raw, found = file.read_bytes(), {}
-    while raw:  # a record: length (8), its checksum (4), data, checksum of the data (4)
-        length = int.from_bytes(raw[:8], "little")
-        event = Event.FromString(raw[12 : 12 + length])
-        for value in event.summary.value:
-            found.setdefault(value.tag, {})[event.step] = value.simple_value
-        raw = raw[12 + length + 4 :]
-    losses = {line["step"]: line["loss"] for line in lines_of(trained.workdir)}
-    assert found["loss"] == pytest.approx(losses)
-    assert {"z", "by_turn/divergence/0", "verdict/skip", "tokens_per_s/update"} <= found.keys()
 
 
 def test_everybody_is_evaluated_on_every_split_and_a_person_is_told(trained: Any) -> None:
@@ -444,68 +424,6 @@ def test_a_run_that_diverges_stops_and_keeps_what_was_good(
     assert [line["step"] for line in lines_of(tmp_path)] == [1, 2]
 
 
-# --- Methods, in this process and without the command
-
-
-def read(name: str, flags: tuple[str, ...]) -> Settings:
-    return read_settings(load(name, flags))
-
-
-@pytest.fixture(scope="module")
-def first_update(small: tuple[str, ...]) -> Callable[[str], dict[str, Any]]:
-    """The line of the first update of a method, on one set of episodes and verdicts for all."""
-    base = read("quickstart:runlocal", small)
-    student, teacher = load_student(base, one_device()), load_teacher(base, one_device())
-    state = init_state(student.params, build.optimizer(base), seed=0)
-    tasks = build.panels(base)["train"]
-    source = build.make_source(base, student, teacher, tasks=tasks, cursor=[0, 0])
-    played: Played = source.play(state)
-    verdict, _ = build.make_labeller(base, teacher)(played.conversations, 1)
-    # One turn of each kind that counts, whatever the judge says of so few.
-    verdict = np.where(np.arange(3) == np.arange(4)[:, None] % 3, [0, 1, 2], verdict)
-    batch = build.make_pack(base, student.config)(played, verdict)
-
-    def update(arg: str) -> dict[str, Any]:
-        settings = read(f"quickstart:runlocal,{arg}", small)
-        state = init_state(student.params, build.optimizer(settings), seed=0)
-        state, raw = build.make_update(settings, student, teacher, state)(state, batch)
-        assert int(state.step) == 1
-        assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
-        leave_out = unmeasured(settings.objective, on_policy=settings.data.source == "on_policy")
-        return update_metrics(raw, played.metrics, Stopwatch(), leave_out=leave_out)
-
-    return update
-
-
-METHODS = {
-    "": {"z": None, "raw_weight": None, "confidence": None},
-    "ablate=intervention": {"active_tokens": 1.0, "z": None},
-    "ablate=confidence": {"z": None},
-    "ablate=normalizer": {"z": 1.0, "raw_weight": None},
-    "method=opd": {"z": 1.0, "raw_weight": 1.0, "active_tokens": 1.0},
-    "method=sft": {"z": 1.0, "raw_weight": 1.0, "active_tokens": 1.0},
-}
-
-
-@pytest.mark.parametrize("arg", METHODS)
-def test_every_method_trains(arg: str, first_update: Callable) -> None:
-    line = first_update(arg)
-    assert np.isfinite(line["loss"])
-    assert line["grad_norm"] > 0
-    assert line["update_norm"] > 0
-    for name, value in METHODS[arg].items():
-        assert line[name] == value or (value is None and line[name] not in (0, 1)), name
-    if line["z"] == line["raw_weight"] == 1:
-        assert line["loss"] == pytest.approx(line["divergence"], rel=1e-5)
-    elif arg != "ablate=normalizer":
-        assert line["z"] * line["raw_weight"] == pytest.approx(1, abs=1e-4)
-    else:
-        assert 0 < line["loss"] < line["divergence"]
-    assert ("confidence" in line) == (arg in ("", "ablate=intervention", "ablate=normalizer"))
-    assert ("teacher_entropy" in line) == ("logprob_error" in line) == (arg != "method=sft")
-    assert line.get("logprob_error", 0) < 1e-4
-
-
 # --- Mistakes
 
 
@@ -574,60 +492,15 @@ def test_a_mistake_is_one_line_that_names_it(
     assert all(word in message for word in words), message
 
 
-def without_weights(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-
-
-def with_half_the_weights(folder: Path) -> None:
-    raw = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(raw[: len(raw) // 2])
-
-
-def without_a_tensor(folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["model.norm.weight"]
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
-def with_broken_settings(folder: Path) -> None:
-    (folder / "config.json").write_text("{")
-
-
-def without_a_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer.json").unlink()
-
-
-@pytest.mark.parametrize(
-    ("who", "damage", "word"),
-    [
-        ("student", without_weights, "safetensors"),
-        ("teacher", with_half_the_weights, "model.safetensors"),
-        ("student", without_a_tensor, "model.norm.weight"),
-        ("teacher", with_broken_settings, "config.json"),
-        ("student", without_a_tokenizer, "tokenizer"),
-    ],
-)
+@pytest.mark.parametrize("who", ["student", "teacher"])
 def test_a_model_folder_that_cannot_be_read_is_named(
-    who: str, damage: Callable, word: str, tmp_path: Path, refused: Callable
+    who: str, tmp_path: Path, refused: Callable
 ) -> None:
     folder = Path(shutil.copytree(EMBEDDED / who, tmp_path / who))
-    damage(folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
     message = refused(f"--config.{who}={folder}")
-    assert str(folder) in message
-    assert word in message
-
-
-def test_a_teacher_with_another_tokenizer_is_refused(tmp_path: Path, refused: Callable) -> None:
-    folder = Path(shutil.copytree(EMBEDDED / "teacher", tmp_path / "other"))
-    settings = json.loads((folder / "tokenizer.json").read_text())
-    vocabulary = settings["model"]["vocab"]
-    one, other = list(vocabulary)[-2:]
-    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
-    (folder / "tokenizer.json").write_text(json.dumps(settings))
-    message = refused(f"--config.teacher={folder}")
-    assert str(folder) in message
-    assert "same tokenizer" in message
-    assert repr(one) in message
+    assert str(weights) in message
 
 
 def test_a_mistake_that_is_corrected_is_forgotten(tmp_path: Path, refused: Callable) -> None:
@@ -657,32 +530,17 @@ def test_a_run_is_not_continued_under_another_config(
     assert files_of(copy) == before
 
 
-def test_a_run_is_not_continued_on_other_tasks(trained: Any, copy: Path, refused: Callable) -> None:
+def test_a_run_is_not_continued_on_other_tasks_or_beside_files_that_cannot_be_read(
+    trained: Any, copy: Path, refused: Callable
+) -> None:
     digests = json.loads((copy / "tasks.json").read_text())
     (copy / "tasks.json").write_text(json.dumps(digests | {"train": "another-0123"}))
     before = files_of(copy)
     message = refused(*trained.flags, workdir=copy)
     for word in ("`data.split`", "another-0123", digests["train"], str(copy)):
         assert word in message
-    (copy / "tasks.json").write_text("[]")
-    assert str(copy / "tasks.json") in refused(*trained.flags, workdir=copy)
-    assert files_of(copy) == before | {"tasks.json": b"[]"}
-
-
-def test_a_stored_config_that_cannot_be_read_is_named(
-    trained: Any, copy: Path, refused: Callable
-) -> None:
-    (copy / "config.json").write_text("{")
-    assert str(copy / "config.json") in refused(*trained.flags, workdir=copy)
-
-
-def test_a_checkpoint_that_cannot_be_read_is_named_and_nothing_is_lost(
-    trained: Any, copy: Path, refused: Callable
-) -> None:
-    for file in (copy / "checkpoints" / str(UPDATES)).rglob("d/*"):
-        os.truncate(file, 8)
-    before = files_of(copy)
-    message = refused(*trained.flags, workdir=copy)
-    assert str(copy / "checkpoints" / str(UPDATES)) in message
-    assert str(copy / "checkpoints" / "2") in message, "the older one should be offered"
     assert files_of(copy) == before
+    for name, text in (("tasks.json", "[]"), ("config.json", "{")):
+        (copy / name).write_text(text)
+        assert str(copy / name) in refused(*trained.flags, workdir=copy)
+    assert files_of(copy) == before | {"tasks.json": b"[]", "config.json": b"{"}

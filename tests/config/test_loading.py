@@ -49,18 +49,11 @@ def one_line(error: pytest.ExceptionInfo) -> str:
 # --- parse_arg
 
 
-@pytest.mark.parametrize("arg", [None, "", " , "])
-def test_no_argument_leaves_the_defaults(arg):
-    assert parse_arg(arg, runlocal=False, n=3, rate=0.5, who="x").to_dict() == {
-        "runlocal": False,
-        "n": 3,
-        "rate": 0.5,
-        "who": "x",
-    }
-
-
 def test_argument_values_have_the_types_of_their_defaults():
-    parsed = parse_arg("runlocal, n=4,rate=1,who=1.7b", runlocal=False, n=3, rate=0.5, who="x")
+    defaults = {"runlocal": False, "n": 3, "rate": 0.5, "who": "x"}
+    for empty in (None, "", " , "):
+        assert parse_arg(empty, **defaults).to_dict() == defaults
+    parsed = parse_arg("runlocal, n=4,rate=1,who=1.7b", **defaults)
     assert parsed.to_dict() == {"runlocal": True, "n": 4, "rate": 1.0, "who": "1.7b"}
     assert isinstance(parsed.rate, float)
     assert parse_arg("runlocal=false", runlocal=True).runlocal is False
@@ -86,46 +79,31 @@ def test_bad_arguments_name_themselves(arg, words):
 # --- load
 
 
-def test_structure_comes_from_the_argument_and_scalars_from_flags(path):
-    config = load(
-        f"{path}:runlocal,ablate=confidence",
-        ["--config.seed=7", "--config.train.learning_rate", "-1e-4", "--config.name=a=b"],
-    )
+def test_structure_comes_from_the_argument_and_values_from_flags_in_their_default_type(path):
+    flags = {
+        "seed": "7",
+        "name": "a=b",
+        "clip": "0.5",
+        "limit": "3",
+        "train.learning_rate": "1",
+        "train.remat": "false",
+        "train.betas": "(0.5,1)",
+        "train.splits": "x",
+    }
+    words = [f"--config.{name}={text}" for name, text in flags.items()]
+    config = load(f"{path}:runlocal,ablate=confidence", words)
     assert (config.ablate, config.train.updates, config.seed) == ("confidence", 2, 7)
-    assert (config.train.learning_rate, config.name) == (-1e-4, "a=b")
-
-
-def test_values_take_the_type_of_their_default(path):
-    config = load(
-        path,
-        [
-            "--config.train.learning_rate=1",
-            "--config.train.remat=false",
-            "--config.train.betas=(0.5,1)",
-            "--config.train.splits=x",
-            "--config.name=12",
-            "--config.limit=3",
-            "--config.clip=0.5",
-        ],
-    )
-    values = [config.train.learning_rate, config.train.remat, *config.train.betas]
-    assert repr(values) == "[1.0, False, 0.5, 1.0]"
-    assert (config.train.splits, config.name, repr(config.limit)) == (("x",), "12", "3.0")
-    assert config.clip == 0.5
-    assert load(path, ["--config.limit=none", "--config.clip=none"]).limit is None
-
-
-def test_the_last_override_wins_and_derived_fields_follow(path):
-    config = load(path, ["--config.train.updates=10", "--config.train.updates=40"])
-    assert (config.train.updates, config.train.warmup) == (40, 20)
-
-
-def test_a_loaded_config_cannot_change(path):
-    config = load(path, [])
-    with pytest.raises(AttributeError):
-        config.train.updates = 3
-    with pytest.raises(AttributeError):
-        config.new = 3
+    values = [config.train.learning_rate, config.train.remat, *config.train.betas, config.limit]
+    assert repr(values) == "[1.0, False, 0.5, 1.0, 3.0]"
+    assert (config.train.splits, config.name, config.clip) == (("x",), "a=b", 0.5)
+    # A flag and its value may be two words. The last one wins, and what depends on it follows.
+    more = ["--config.limit=none", "--config.train.updates=10", "--config.train.updates", "40"]
+    config = load(path, [*words, *more, "--config.train.learning_rate", "-1e-4"])
+    assert (config.limit, config.train.updates, config.train.warmup) == (None, 40, 20)
+    assert config.train.learning_rate == -1e-4
+    for node in (config, config.train):
+        with pytest.raises(AttributeError):
+            node.updates = 3
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def of_length(length: int, first: int = 0) -> Conversation:
 
 
 @pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(10))
 def test_every_conversation_is_in_exactly_one_batch(seed: int, parts: int) -> None:
     rng = random.Random(seed)
     multiple = rng.choice([1, 8, 32])
@@ -108,12 +108,6 @@ def test_labels_that_no_turn_has_are_left_out() -> None:
     drawn = balanced_turns(played, 10, random.Random(0))
     assert Counter(c.turns[index].oracle for c, index in drawn) == {"SKIP": 5, "WEAK": 5}
     assert balanced_turns([Conversation(TASK, turns=[turn()])], 10, random.Random(0)) == []
-
-
-def test_a_judge_example_supervises_its_answer_only() -> None:
-    example = judge_example([7, 8, 9], [3, 2])
-    assert example.tokens == [7, 8, 9, 3, 2]
-    assert example.turn_id == [NO_TURN, NO_TURN, NO_TURN, 0, 0]
 
 
 # --- The stream -----------------------------------------------------------------------------------
