@@ -7,6 +7,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -39,6 +40,8 @@ from opd_jax.learner.train_state import TrainState, placement_of
 from opd_jax.learner.train_step import make_train_step
 from opd_jax.model import ModelConfig, Params, init_arrays
 from opd_jax.model.lora import Lora, lora_specs, with_adapters
+from opd_jax.report.log import UpdateLog
+from opd_jax.report.update import unmeasured
 from opd_jax.runtime.mesh import param_shardings, shard_batch
 
 # --- What is trained ----------------------------------------------------------------------------
@@ -63,7 +66,7 @@ def initial_params(student: LoadedModel, settings: Settings, mesh: jax.sharding.
         partial(init_arrays, specs, dtype=jnp.dtype(settings.dtype)),
         out_shardings=param_shardings(specs, mesh),
     )
-    # A key that no update's number leads to.
+    # Folded with a number that no update has.
     return init(jax.random.fold_in(jax.random.key(settings.seed), 2**32 - 1))
 
 
@@ -160,6 +163,17 @@ def make_pack(settings: Settings, sizes: ModelConfig) -> Callable[[Played, np.nd
         )
 
     return packed
+
+
+def make_log(settings: Settings, workdir: Path, *, done: int) -> UpdateLog:
+    """The log of a run that resumes after `done` updates."""
+    on_policy = settings.data.source == "on_policy"
+    return UpdateLog(
+        workdir,
+        done=done,
+        updates=settings.train.updates,
+        leave_out=unmeasured(settings.objective, on_policy=on_policy),
+    )
 
 
 # --- Who acts and who judges ----------------------------------------------------------------------
@@ -307,10 +321,11 @@ def make_expert(settings: Settings, agent: Agent) -> Callable[[Env, str, int], C
 def make_demonstrator(settings: Settings, *, tokenizer: Any, chat: ChatFormat):
     """`demonstrate` bound to `demonstrations`: episode number n, a pure function of n.
 
-    The size of rooms is drawn for each episode: at first the first of `sizes`, and from each of the
-    episodes `sizes_from` on one more of them. What was learnt in small rooms, where texts are
-    short, is a small step from there in large ones. The share of strayed turns is drawn too,
-    between none and `distraction`, so that the player goes on from every degree of disorder.
+    Each episode draws the size of its rooms. At first there is only the first of `sizes`; each
+    number in `sizes_from` is the episode from which on there is one more. Texts of small rooms are
+    short, and what was learnt in them needs little change for large ones. Each episode also draws
+    its share of strayed turns, between none and `distraction`: the model learns to go on from every
+    degree of disorder.
     """
     shown = settings.demonstrations
     assert shown is not None  # as settings are checked
@@ -354,7 +369,7 @@ def _demonstrations(settings: Settings, student: LoadedModel, *, cursor: Sequenc
     ]
 
     def make_example(number: int, conversation: Conversation, index: int) -> Conversation:
-        # The labels take turns too: so each context gets every label.
+        # Labels take turns, and the context changes after each round: it gets every label.
         by = asking[number // len(LABELS) % len(asking)]
         prompt = [*by.prefix(conversation, index), *by.question(conversation, index)]
         label = conversation.turns[index].oracle

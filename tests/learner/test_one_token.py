@@ -29,7 +29,7 @@ CHANGES = [
     f"--config.objective.entropy_bonus={BONUS}",
     f"--config.objective.entropy_threshold={THRESHOLD}",
 ]
-I = {Verdict.SKIP: 0.0, Verdict.WEAK: 0.5, Verdict.STRONG: 1.0, Verdict.DET_FAIL: 1.0}
+INTERVENTION = {Verdict.SKIP: 0.0, Verdict.WEAK: 0.5, Verdict.STRONG: 1.0, Verdict.DET_FAIL: 1.0}
 
 
 def logprobs(loaded: LoadedModel, tokens: np.ndarray) -> np.ndarray:
@@ -70,7 +70,7 @@ def test_a_token_from_its_logits_to_its_share_of_the_loss() -> None:
 
     # 5. The factors of its weight. i and c belong to its turn k, e is its own.
     def i(b: int, k: int) -> float:
-        return I[verdict[b, k]]
+        return INTERVENTION[verdict[b, k]]
 
     def c(b: int, k: int) -> float:
         return np.mean([np.exp(log_t[b, t]).max() for t in np.flatnonzero(turn_id[b] == k)])

@@ -267,9 +267,14 @@ def test_an_objective_without_the_teacher_it_needs_is_refused() -> None:
     [{"remat": "all"}]
     + [
         {name: 0}
-        for name in (
-            "updates micro_batches query_chunk loss_chunk length_multiple response_multiple"
-        ).split()
+        for name in [
+            "updates",
+            "micro_batches",
+            "query_chunk",
+            "loss_chunk",
+            "length_multiple",
+            "response_multiple",
+        ]
     ],
 )
 def test_a_value_out_of_range_is_named(wrong: dict[str, Any]) -> None:
