@@ -1,1 +1,1 @@
-"""Experiments, one file each; installed as `opd_jax.configs`."""
+"""The configs that ship. Others build on them: `from opd_jax.configs import quickstart`."""

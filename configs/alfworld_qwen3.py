@@ -1,8 +1,8 @@
 """The paper's main experiment: ALFWorld, Qwen3 students from larger Qwen3 teachers.
 
-    python -m opd_jax.train --config=configs/alfworld_qwen3.py --workdir=runs/alfworld
-    python -m opd_jax.train --config=configs/alfworld_qwen3.py:student=0.6b,method=opd --workdir=...
-    python -m opd_jax.evaluate --config=configs/alfworld_qwen3.py --workdir=... --policy=expert
+    python -m opd_jax.train --config=alfworld_qwen3 --workdir=runs/alfworld
+    python -m opd_jax.train --config=alfworld_qwen3:student=0.6b,method=opd --workdir=...
+    python -m opd_jax.evaluate --config=alfworld_qwen3 --workdir=... --policy=expert
 
 Arguments, and the sweeps that give the paper's tables: see `paper.py`. Models are local folders:
 `hf download Qwen/Qwen3-1.7B --local-dir models/Qwen3-1.7B`, and so on for Qwen/Qwen3-8B.
@@ -36,7 +36,8 @@ falls from 32 % to 13 %.
 """
 
 from ml_collections import ConfigDict
-from paper import paper_config
+
+from opd_jax.configs.paper import paper_config
 
 ENV = dict(
     by="alfworld",

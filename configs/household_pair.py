@@ -1,35 +1,35 @@
 """Builds the embedded pair from nothing, with our own fine-tuning objective.
 
-    ./launch/local.sh --config=configs/household_pair.py:who=teacher --workdir=runs/teacher
-    ./launch/local.sh --config=configs/household_pair.py:who=student --workdir=runs/student
+    ./launch/local.sh --config=household_pair:who=teacher --workdir=runs/teacher
+    ./launch/local.sh --config=household_pair:who=student --workdir=runs/student
     .venv/bin/python -m opd_jax.export --workdir=runs/teacher --out=runs/teacher/model
 
 The folders `runs/*/model` then take the places of those in `opd_jax/pair`.
 
-The teacher imitates the household's expert, whose turns carry the "Thought:" line, on episodes
-that other players disturb: their turns stay in the history without loss, so it learns to go on from
-anybody's mistakes. Between them it answers the judge's question about turns of those episodes,
-labelled from the exact distance to the goal, so that at distillation it judges through the very
-prompt a large model would see.
+The teacher imitates the household's expert, whose turns have a "Thought:" line. Other players
+disturb the episodes. Their turns stay in the history without loss, so the teacher learns to go on
+from anybody's mistakes. It also learns to judge: it answers the judge's question about turns of
+those episodes, labelled by the exact distance to the goal. The prompt is the one that a large model
+would get.
 
-The student imitates a forgetful player: one that reads, searches and acts as the expert does, but
-most times forgets to clean, heat or cool, or that there was a second object, and then takes things
-out and puts them back. So it has the skills, knows every word of the world, and lacks a part of the
-policy, which is what distillation is for.
+The student imitates a forgetful player. That one reads, searches and acts as the expert does. But
+most times it forgets to clean, heat or cool, or that there is a second object; then it takes things
+out and puts them back. So the student has the skills and knows every word, and lacks a part of the
+policy. Distillation is for that part.
 
 Arguments: who=teacher|student, runlocal.
 """
 
 from ml_collections import ConfigDict
-from quickstart import get_config as quickstart
 
 from opd_jax.config import parse_arg
+from opd_jax.configs import quickstart
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config that trains one of the two."""
     args = parse_arg(arg, runlocal=False, who="teacher")
-    config = quickstart("runlocal" if args.runlocal else "")
+    config = quickstart.get_config("runlocal" if args.runlocal else "")
     is_teacher = {"teacher": True, "student": False}.get(args.who)
     if is_teacher is None:
         raise ValueError(f"config argument `who`: expected teacher or student, got {args.who!r}")

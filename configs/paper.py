@@ -1,7 +1,7 @@
 """What the experiments of the SAGE-OPD paper share: models, hyper-parameters, methods.
 
-No experiment itself: `alfworld_qwen3.py`, `scienceworld_qwen3.py` and `searchqa_qwen3.py` add an
-environment each. Their arguments, after a colon, separated by commas:
+This is no config. `alfworld_qwen3`, `scienceworld_qwen3` and `searchqa_qwen3` build on it, each
+with an environment. Their arguments, after a colon, separated by commas:
 
   student=1.7b|0.6b   a Qwen3 model, untuned, in the folder models/Qwen3-1.7B or models/Qwen3-0.6B
   teacher=8b|32b      the same, models/Qwen3-8B or models/Qwen3-32B
@@ -29,23 +29,23 @@ Source: arXiv 2606.19659, its experimental setup and appendices.
 from typing import Any
 
 from ml_collections import ConfigDict
-from quickstart import OPD, variant, variant_name
-from quickstart import VARIANTS as SHARED
-from quickstart import get_config as quickstart
 
 from opd_jax.config import parse_arg
+from opd_jax.configs import quickstart
 
 STUDENTS = {"0.6b": "models/Qwen3-0.6B", "1.7b": "models/Qwen3-1.7B"}
 TEACHERS = {"8b": "models/Qwen3-8B", "32b": "models/Qwen3-32B"}
 
 # The quickstart's, and the paper's other baselines: plain OPD with one thing added.
-VARIANTS: dict[str, Any] = SHARED | {
-    # Half as many tasks an update: the teacher scores as many episodes as otherwise.
-    "opd_two_rollouts": variant(objective=OPD, rollout=dict(per_task=2)),
+VARIANTS: dict[str, Any] = quickstart.VARIANTS | {
+    # Half as many tasks an update: the teacher scores as many episodes as in the other methods.
+    "opd_two_rollouts": quickstart.variant(objective=quickstart.OPD, rollout=dict(per_task=2)),
     # The paper takes the entropy of the teacher's top K and does not say how many they are; here it
     # is that of the whole vocabulary.
-    "entropy_aware": variant(objective=OPD | dict(entropy_bonus=1.0)),
-    "tcod_f2b": variant(objective=OPD, rollout=dict(depth_start=1, depth_every=1)),
+    "entropy_aware": quickstart.variant(objective=quickstart.OPD | dict(entropy_bonus=1.0)),
+    "tcod_f2b": quickstart.variant(
+        objective=quickstart.OPD, rollout=dict(depth_start=1, depth_every=1)
+    ),
 }
 
 
@@ -73,8 +73,8 @@ def paper_config(
     args = parse_arg(
         arg, runlocal=False, student="1.7b", teacher="8b", method="sage", ablate="none"
     )
-    method = variant_name(args.method, args.ablate)
-    config = quickstart()
+    method = quickstart.variant_name(args.method, args.ablate)
+    config = quickstart.get_config()
     config.student = _choice("`student`", args.student, STUDENTS)
     config.teacher = _choice("`teacher`", args.teacher, TEACHERS)
     config.env = ConfigDict(env)
@@ -100,13 +100,13 @@ def paper_config(
     config.optimizer.clip_norm = 1.0
     config.eval.who = ("before", "teacher")
 
-    # How it is computed. The student's weights are not kept in bfloat16, in which an update of 1e-6
-    # would be rounded away in 98 of 100 of them.
+    # How it is computed. In bfloat16 an update of 1e-6 would be rounded away in 98 of 100 of the
+    # student's weights.
     config.dtype = "float32"
     config.compute_dtype = "bfloat16"
     config.teacher_dtype = "bfloat16"  # int8 halves what a large teacher takes; see `quantize`
     config.mesh.fsdp = 8
-    # A token reads the whole cache: smaller steps save more of that, for more programs to compile.
+    # A token reads the whole cache. Smaller steps read less and compile more programs.
     config.rollout.cache_step = 4096
     config.rollout.extend_widths = (128, 512)
     config.rollout.chunk = 64

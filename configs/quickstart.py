@@ -1,6 +1,6 @@
 """SAGE-OPD on the embedded household task: the whole method on a laptop's CPU.
 
-    ./launch/local.sh --config=configs/quickstart.py
+    ./launch/local.sh --config=quickstart
 
 The embedded student (`opd_jax/pair/student`) plays training tasks, the embedded teacher judges its
 turns and scores its tokens, and the student is evaluated before and after on scenes it was trained

@@ -1,16 +1,16 @@
 """The paper's second experiment: ScienceWorld, Qwen3 students from larger Qwen3 teachers.
 
-    python -m opd_jax.train --config=configs/scienceworld_qwen3.py --workdir=runs/scienceworld
-    python -m opd_jax.evaluate --config=configs/scienceworld_qwen3.py --workdir=... --policy=expert
+    python -m opd_jax.train --config=scienceworld_qwen3 --workdir=runs/scienceworld
+    python -m opd_jax.evaluate --config=scienceworld_qwen3 --workdir=... --policy=expert
 
 Arguments, and the sweeps that give the paper's tables: see `paper.py`. Models are local folders:
 `hf download Qwen/Qwen3-1.7B --local-dir models/Qwen3-1.7B`, and so on for Qwen/Qwen3-8B.
 
-Needs the extra `scienceworld` and a Java runtime; there is nothing to download. Evaluated is
-`panel`: five variations of each of the 30 task types, spread evenly over its test variations. One
-type, identify-life-stages-2, has only four of those, and its fifth is the last of its dev
-variations. `score` is the engine's, from -100 to 100; success is a score of 100. The expert follows
-the engine's own path, which in many tasks is longer than 30 turns.
+Needs the extra `scienceworld` and a Java runtime; there is nothing to download. The split `panel`
+is evaluated: five variations of each of the 30 task types, spread evenly over its test variations.
+One type, identify-life-stages-2, has only four; its fifth is the last of its dev variations.
+`score` is the engine's, from -100 to 100; success is a score of 100. The expert follows the
+engine's own path, which in many tasks is longer than 30 turns.
 
 Hardware: meant for eight accelerators of 80 GB (`mesh.fsdp`), and on the host 64 environments of
 about 450 MB, each with a Java process. It has not been run at this size by us; there is no wall
@@ -22,14 +22,15 @@ and -16.01. The paper does not say which variations it evaluates, nor which simp
 """
 
 from ml_collections import ConfigDict
-from paper import paper_config
+
+from opd_jax.configs.paper import paper_config
 
 ENV = dict(
     by="scienceworld",
     simplifications="easy",
     max_turns=30,
-    # For the judge and the random player. What the engine draws by chance depends on whether they
-    # are listed, so they are for every method.
+    # For the judge and the random player. Listing them changes what the engine draws by chance, so
+    # every method lists them.
     list_admissible=30,
     heap_mb=256,
     timeout_s=60.0,

@@ -1,8 +1,8 @@
 """The paper's third experiment: SearchQA, Qwen3 students from larger Qwen3 teachers.
 
-    python -m opd_jax.train --config=configs/searchqa_qwen3.py --workdir=runs/searchqa \
+    python -m opd_jax.train --config=searchqa_qwen3 --workdir=runs/searchqa \
         --config.env.data=data/searchqa
-    python -m opd_jax.evaluate --config=configs/searchqa_qwen3.py:runlocal --workdir=... \
+    python -m opd_jax.evaluate --config=searchqa_qwen3:runlocal --workdir=... \
         --policy=expert
 
 Arguments, and the sweeps that give the paper's tables: see `paper.py`. Models are local folders:
@@ -28,7 +28,8 @@ from 8B 25.46 and 25.31, 1.7B from 8B 30.09 and 30.77.
 """
 
 from ml_collections import ConfigDict
-from paper import paper_config
+
+from opd_jax.configs.paper import paper_config
 
 # In this process: environments share an index, or a client of the server.
 PROTOCOL = dict(

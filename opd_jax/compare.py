@@ -67,9 +67,9 @@ def comparison_table(
 ) -> str:
     """Markdown: a row for each reference and each method.
 
-    The interval of a method is Student's over its seeds; with few seeds it is wide, and honest.
-    Beside it the Wilson interval over all episodes, which takes them as independent although the
-    seeds share their tasks.
+    A method has two intervals. Wilson's is over all episodes; it takes them as independent,
+    although seeds share their tasks. Student's is over seeds; with few of them it is wide, and
+    honest.
 
     Args:
       references: `{who: {split: figures}}`, figures as from `figures.summarize`.
@@ -101,7 +101,7 @@ def comparison_table(
         row |= judge.get(method, {})
         rows.append(row)
     every = [run for runs in results.values() for run in runs]
-    # Shown where they say more than success.
+    # Scores are shown where they say more than success.
     scored = [score] if any(run[last]["score"] != run[last]["success"] for run in every) else []
     columns = ["method", *labels.values(), *scored, turns, repeated]
     columns += ["skipped", "judge precision", "judge recall"]

@@ -1,6 +1,6 @@
 """Success, score, turns and repetition of a model or a player on a split, with intervals.
 
-    python -m opd_jax.evaluate --config=configs/quickstart.py --workdir=DIR --policy=expert
+    python -m opd_jax.evaluate --config=quickstart --workdir=DIR --policy=expert
 
 With `--policy=model` the student of the newest checkpoint in the workdir plays, or the config's
 untrained student where there is none. `--config.eval.judge=true` also measures how the teacher's
@@ -40,7 +40,7 @@ from opd_jax.runtime.checkpoint import Checkpoints
 from opd_jax.runtime.mesh import make_mesh
 
 POLICIES = ("model", "expert", "random")
-# Beside the splits, where all those of a benchmark are evaluated (`envs.make.benchmark_splits`).
+# Stands beside the splits of a benchmark that has such a figure (`envs.make.benchmark_splits`).
 MACRO_AVERAGE = "macro_average"
 
 Panels = Mapping[str, Panel]
@@ -62,8 +62,8 @@ def play_model(
 ) -> list[Conversation]:
     """The first `tasks` tasks of a split, `batch` conversations at a time.
 
-    Each is sampled with `rng` folded with its task's index, so that what is played does not depend
-    on how many are played, or on how many at a time.
+    Each episode is sampled with `rng` folded with its task's index. So it depends neither on how
+    many tasks are played nor on how many at a time.
 
     Args:
       params: the model's.
@@ -93,7 +93,7 @@ def play_model(
 
 
 def play_player(settings: Settings, who: str, split: str, *, tasks: int) -> list[Conversation]:
-    """The tasks that `play_model` plays, played by the expert or the random player.
+    """A player's episodes of the tasks that `play_model` plays.
 
     Args:
       settings: of the run.
@@ -135,11 +135,12 @@ def evaluate_model(
     judging: LoadedModel | None,
     after_split: Callable[[], None] | None = None,
 ) -> Figures:
-    """`summarize` of a model on every split of `eval.splits`, and of all (`MACRO_AVERAGE`).
+    """`summarize` of a model on every split of `eval.splits`, and `MACRO_AVERAGE` over them.
 
     Beside the figures stands what they depend on: the `digest` of the split's tasks, `update`,
-    `temperature` and `seed`. With `eval.judge` the model `judging` also judges every turn played,
-    and how it agrees with the environment's own labels is put under `judge` (`agreement.figures`).
+    `temperature` and `seed`. With `eval.judge` the model `judging` judges every turn that was
+    played. Its agreement with the environment's own labels comes under `judge`
+    (`agreement.figures`).
 
     Args:
       settings: of the run.
@@ -148,7 +149,7 @@ def evaluate_model(
       panels: the tasks of each split.
       update: after how many updates the parameters are.
       judging: the teacher; None for none.
-      after_split: called when a split is done, which takes minutes: what it raises ends all.
+      after_split: called after each split, which takes minutes. What it raises ends the evaluation.
 
     Raises:
       ValueError: as of `summarize`, `measure_judge` or the environment.
@@ -243,7 +244,7 @@ def _judged_by(settings: Settings) -> dict[str, object]:
 
 
 def _with_average(settings: Settings, results: Figures) -> Figures:
-    """With the average of a benchmark's splits, or None in its place where some are missing."""
+    """Adds the average of a benchmark's splits; None where some of them are missing."""
     splits = benchmark_splits(settings.env.by)
     if not splits:
         return results
@@ -296,19 +297,19 @@ def evaluate_others(
     workdir: Path,
     after_split: Callable[[], None],
 ) -> dict[str, Figures]:
-    """Everyone but the trained student: before, teacher, expert, random; once a workdir.
+    """Evaluates everyone in `eval.who`, once in a workdir: all but the trained student.
 
     Args:
-      settings: of the run; `eval.who` says who.
+      settings: of the run.
       student: its sizes, tokenizer and frozen parameters.
       untrained: what is trained, before any update.
       teacher: None where there is none.
       panels: the tasks of each split.
-      workdir: whose `summary.json` is read first, and written after each of them.
+      workdir: its `summary.json` is read first, and written after each of them.
       after_split: see `evaluate_model`.
     """
     write = processes.is_first()
-    # Read by one process: others might find what it has written meanwhile, and take another path.
+    # One process reads for all: a later one might find what the first has written meanwhile.
     stored = read_summary(workdir / "summary.json") if write else {}
     results = processes.first(stored.get("eval", {}))
     done = partial(is_evaluated, settings=settings, panels=panels, update=0)
@@ -341,7 +342,7 @@ def evaluate_trained(
     known: Figures | None,
     after_split: Callable[[], None],
 ) -> Figures:
-    """The student after `update` updates: `known`, if those figures are still what is asked for.
+    """Evaluates the student after `update` updates, unless `known` is what is asked for.
 
     Args:
       settings: of the run.
@@ -373,14 +374,12 @@ def run(config: FrozenConfigDict, workdir: Path, policy: str) -> dict[str, Figur
     """Evaluate one policy and merge its figures into `summary.json`.
 
     Raises:
-      ValueError: the workdir holds a run in another environment, of another student, ...: figures
-        of the two would stand side by side as if they were of one.
+      ValueError: the workdir holds a run in another environment, of another student, ... Figures of
+        the two would stand side by side as if they were of one run.
     """
     settings = read_settings(config)
     check_same_run(config, workdir, binds=binds_an_evaluation)
-    panels = build.panels(
-        settings
-    )  # a split that does not exist is named before anything is played
+    panels = build.panels(settings)
     for split in settings.eval.splits:
         processes.say(describe(split, panels[split]))
     if policy == "model":

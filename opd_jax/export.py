@@ -3,8 +3,8 @@
     python -m opd_jax.export --workdir=DIR --out=DIR
 
 `transformers` opens the result, and so do `student` and `teacher` of a config. Adapters are merged
-into the weights that they adapt. No accelerator is used: the host reads the parameters, however
-many devices they were trained on, without the optimizer's moments, and writes them file by file.
+into the weights that they adapt. No accelerator is used: the host reads the parameters, without the
+optimizer's moments, and writes them file by file. Any number of devices may have trained them.
 """
 
 import sys
@@ -67,7 +67,7 @@ def _frozen(settings: Settings) -> Params | None:
 
 def main(argv: Sequence[str]) -> None:
     """The command `python -m opd_jax.export`."""
-    # Else it would take the memory of accelerators, which it does not use.
+    # JAX would otherwise take the memory of accelerators.
     jax.config.update("jax_platforms", "cpu")
     try:
         _, workdir, flags = parse_command_line(argv, usage=__doc__, needs_config=False, out=str)

@@ -1,11 +1,11 @@
-"""Train a student agent: roll out, judge, pack, update, write, save.
+"""Train a student agent: roll out, judge, pack, step, write, save.
 
-    python -m opd_jax.train --config=configs/NAME.py[:arg] --workdir=DIR [--config.x.y=v]
+    python -m opd_jax.train --config=NAME[:arg] --workdir=DIR [--config.x.y=v]
 
-A run that finds a checkpoint in its workdir resumes, and ends with the very parameters that an
-uninterrupted run ends with: whatever an update draws is a function of the seed and of the update's
-number. SIGTERM saves after the update under way, or ends an evaluation after the split under way,
-and exits with status 0.
+A run that finds a checkpoint in its workdir resumes. It ends with the same parameters, to the bit,
+as a run that was never interrupted: what an update draws depends on the seed and on the update's
+number alone. SIGTERM saves after the update under way, or ends an evaluation after the split under
+way. The command then exits with status 0.
 """
 
 import dataclasses
@@ -27,10 +27,10 @@ from opd_jax.evaluate import evaluate_others, evaluate_trained
 from opd_jax.experience.source import Source
 from opd_jax.judge.labellers import Labeller
 from opd_jax.learner.train_state import TrainState, restore_or_init
+from opd_jax.report.log import UpdateLog
 from opd_jax.report.stopwatch import Stopwatch
 from opd_jax.report.tables import results_table
-from opd_jax.report.update import check_finite, describe, unmeasured, update_metrics
-from opd_jax.report.writers import EventWriter, JsonlWriter, write_summary
+from opd_jax.report.writers import write_summary
 from opd_jax.runtime import processes
 from opd_jax.runtime.checkpoint import Checkpoints
 from opd_jax.runtime.mesh import make_mesh
@@ -44,43 +44,36 @@ def train(
     source: Source,
     judge: Labeller,
     pack: Callable,
-    update: build.Update,
+    step: build.Update,
+    log: UpdateLog,
     checkpoints: Checkpoints,
-    workdir: Path,
     stop: Stop,
+    workdir: Path,
 ) -> TrainState:
-    """The algorithm: all updates from the state's own up to `train.updates`."""
+    """The algorithm: every update from the state's own number up to `train.updates`."""
     done, updates = int(state.step), settings.train.updates
-    log: dict[str, Any] = dict(resume_step=done or None, write=processes.is_first())
-    lines = JsonlWriter(workdir / "metrics.jsonl", **log)
-    events = EventWriter(workdir / "events", **log)
-    on_policy = settings.data.source == "on_policy"
-    leave_out = unmeasured(settings.objective, on_policy=on_policy)
-    with closing(lines), closing(events):
-        while done < updates:
-            clock = Stopwatch()
-            with clock.measure("rollout"):
-                played = source.play(state)
-            with clock.measure("judge"):
-                verdict, judged = judge(played.conversations, done)
-            batch = pack(played, verdict)
-            with clock.measure("update"):
-                state, raw = update(state, batch)
-            done += 1
+    while done < updates:
+        clock = Stopwatch()
+        with clock.measure("rollout"):
+            # The student plays an episode of each of the next tasks.
+            played = source.play(state)
+        with clock.measure("judge"):
+            # The teacher gives every turn a verdict, [B, K].
+            verdict, judged = judge(played.conversations, done)
+        batch = pack(played, verdict)
+        with clock.measure("update"):
+            # The teacher reads the batch, tokens are weighted, the optimizer takes one step.
+            state, raw = step(state, batch)
+        done += 1
+        log.write(done, raw, played.metrics | judged, clock)
 
-            metrics = update_metrics(raw, played.metrics | judged, clock, leave_out=leave_out)
-            lines.write(done, metrics)
-            events.write(done, metrics)
-            check_finite(raw, update=done, checkpoints=checkpoints.directory)
-            processes.say(describe(metrics, update=done, updates=updates))
-
-            stopping = stop.anywhere()  # read once: the signal may come at any moment
-            if done % settings.checkpoint.every == 0 or done == updates or stopping:
-                checkpoints.save(done, state, {"cursor": source.cursor})
-            if stopping:
-                checkpoints.wait()
-                processes.say(f"stopped by SIGTERM; update {done} is saved in {workdir}")
-                raise SystemExit(0)
+        stopping = stop.anywhere()  # read once: the signal may come at any moment
+        if done % settings.checkpoint.every == 0 or done == updates or stopping:
+            checkpoints.save(done, state, {"cursor": source.cursor})
+        if stopping:
+            checkpoints.wait()
+            processes.say(f"stopped by SIGTERM; update {done} is saved in {workdir}")
+            raise SystemExit(0)
     return state
 
 
@@ -113,19 +106,21 @@ def _run(
     how: dict[str, Any] = dict(panels=panels, after_split=stop.exit_if_set)
     results = evaluate_others(settings, student, untrained, teacher, workdir=workdir, **how)
     del untrained
+    log = build.make_log(settings, workdir, done=done)
     tasks, cursor = panels[settings.data.split], meta.get("cursor", [0, 0])
     source = build.make_source(settings, student, teacher, tasks=tasks, cursor=cursor)
-    with closing(source), closing(checkpoints):
+    with closing(source), closing(log), closing(checkpoints):
         state = train(
             settings,
             state,
             source=source,
             judge=build.make_labeller(settings, teacher),
             pack=build.make_pack(settings, student.config),
-            update=build.make_update(settings, student, teacher, state),
+            step=build.make_update(settings, student, teacher, state),
+            log=log,
             checkpoints=checkpoints,
-            workdir=workdir,
             stop=stop,
+            workdir=workdir,
         )
     how |= dict(update=int(state.step), known=results.get("after"))
     results["after"] = evaluate_trained(settings, student, state.params, teacher, **how)

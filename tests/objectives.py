@@ -1,4 +1,4 @@
-"""The objective of SAGE-OPD and what it is compared with, for tests of whatever computes it."""
+"""SAGE-OPD and the objectives it is compared with, for tests of whatever computes them."""
 
 from dataclasses import replace
 

@@ -10,14 +10,12 @@ import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 from scipy.stats import binomtest, sem, t
 
-from opd_jax import compare
+from opd_jax import compare, train
 from opd_jax.config import load
-
-CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def comparison(*overrides: str) -> FrozenConfigDict:
-    return load(f"{CONFIGS / 'quickstart.py'}:compare,runlocal", overrides)
+    return load("quickstart:compare,runlocal", overrides)
 
 
 def cells(text: str) -> list[list[str]]:
@@ -207,10 +205,10 @@ def test_figures_of_the_judge_are_pooled_over_updates_and_seeds(tmp_path: Path) 
 
 
 def test_a_small_comparison_from_end_to_end_and_again(
-    command: Callable, is_finished: Callable, small: tuple, tmp_path: Path
+    command: Callable, in_process: Callable, is_finished: Callable, small: tuple, tmp_path: Path
 ) -> None:
     flags = (
-        f"--config={CONFIGS / 'quickstart.py'}:compare,runlocal",
+        "--config=quickstart:compare,runlocal",
         *small,
         "--config.compare.methods=sft,sage",
         "--config.compare.seeds=0,1",
@@ -229,31 +227,22 @@ def test_a_small_comparison_from_end_to_end_and_again(
 
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["eval"].keys() == {"before", "expert"}
-    assert {method: len(runs) for method, runs in summary["compare"].items()} == {
-        "sft": 2,
-        "sage": 2,
-    }
-    pairs = [(method, seed) for method in ("sft", "sage") for seed in (0, 1)]
-    runs = [tmp_path / method / f"seed-{seed}" for method, seed in pairs]
-    losses = [json.loads((run / "metrics.jsonl").read_text())["loss"] for run in runs]
-    assert len(set(losses)) == 4, "methods and seeds should differ"
-    for run, (method, seed) in zip(runs, pairs, strict=True):
-        after = json.loads((run / "summary.json").read_text())["eval"]["after"]
-        assert summary["compare"][method][seed] == after
-        assert json.loads((run / "config.json").read_text())["seed"] == seed
+    assert summary["compare"].keys() == {"sft", "sage"}
+    losses, kept = set(), {}
+    for method, results in summary["compare"].items():
+        for seed, result in enumerate(results):
+            run = tmp_path / method / f"seed-{seed}"
+            files = ("metrics.jsonl", "summary.json", "config.json")
+            line, figures, config = (json.loads((run / name).read_text()) for name in files)
+            assert result == figures["eval"]["after"]
+            assert config["seed"] == seed
+            losses.add(line["loss"])
+            saved = (path for path in (run / "checkpoints").rglob("*") if path.is_file())
+            kept |= {path: path.read_bytes() for path in (run / "metrics.jsonl", *saved)}
+    assert len(losses) == 4, "methods and seeds should differ"
 
-    def kept() -> dict[str, bytes]:
-        return {
-            str(path): path.read_bytes()
-            for run in runs
-            for path in [run / "metrics.jsonl", *(run / "checkpoints").rglob("*")]
-            if path.is_file()
-        }
-
-    before = kept()
-    again = command("train", *flags)
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.count("resuming after update 1 of 1") == 4
-    assert "tok/s" not in again.stdout
-    assert kept() == before
+    again = in_process(train.main, *flags)
+    assert again.count("resuming after update 1 of 1") == 4
+    assert "tok/s" not in again
+    assert {path: path.read_bytes() for path in kept} == kept
     assert (tmp_path / "comparison.md").read_text() == text

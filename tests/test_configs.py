@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict
 
 from opd_jax.compare import variant
-from opd_jax.config import differences, from_json, load, to_json, validate
+from opd_jax.config import from_json, load, to_json
+from opd_jax.config.loading import flatten
+from opd_jax.config.settings import read_settings
 from opd_jax.envs.alfworld.env import AlfWorld
 from opd_jax.envs.alfworld.panel import OFFICIAL_SIZES
 from opd_jax.envs.base import Env
@@ -20,197 +22,131 @@ from opd_jax.envs.search.searchqa_data import SETS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
-SHARED = {"paper.py"}  # what configs build on, and no experiment
-PAPER = ["alfworld_qwen3.py", "scienceworld_qwen3.py", "searchqa_qwen3.py"]
-METHODS = ["sage", "opd", "sft", "opd_two_rollouts", "entropy_aware", "tcod_f2b"]
-ABLATIONS = ["intervention", "confidence", "normalizer"]
-ARGUMENTS = {
-    "quickstart.py": [
-        "",
-        "method=sage",
-        "method=opd",
-        "method=sft",
-        "ablate=intervention",
-        "ablate=confidence",
-        "ablate=normalizer",
-        "compare",
-    ],
-    "household_pair.py": ["", "who=teacher", "who=student"],
-    **{
-        file: [
-            *("", "student=0.6b", "teacher=32b"),
-            *(f"method={method}" for method in METHODS),
-            *(f"ablate={factor}" for factor in ABLATIONS),
-        ]
-        for file in PAPER
-    },
+SHARED = {"__init__", "paper"}  # what configs build on, and no experiment
+PAPER = ["alfworld_qwen3", "scienceworld_qwen3", "searchqa_qwen3"]
+
+# Argument -> the fields in which the method differs from SAGE, and how.
+OPD = {
+    "objective.intervention": False,
+    "objective.confidence": False,
+    "objective.normalize": "none",
 }
-CASES = [(file, arg) for file, args in ARGUMENTS.items() for arg in args]
+METHODS: dict[str, dict[str, object]] = {
+    "method=sage": {},
+    **{f"ablate={name.split('.')[1]}": {name: OPD[name]} for name in list(OPD)[:2]},
+    "ablate=normalizer": {"objective.normalize": "none"},
+    "method=opd": OPD,
+    "method=sft": OPD | {"objective.divergence": "cross_entropy", "data.source": "teacher"},
+}
+BASELINES: dict[str, dict[str, object]] = {
+    "method=opd_two_rollouts": OPD | {"rollout.per_task": 2},
+    "method=entropy_aware": OPD | {"objective.entropy_bonus": 1.0},
+    "method=tcod_f2b": OPD | {"rollout.depth_start": 1},
+}
+OF = {"quickstart": METHODS} | dict.fromkeys(PAPER, METHODS | BASELINES)
+CASES = [
+    *((name, arg) for name, methods in OF.items() for arg in methods),
+    *(("household_pair", who) for who in ("who=teacher", "who=student")),
+    ("quickstart", "compare"),
+    *((name, "student=0.6b,teacher=32b") for name in PAPER),
+]
 
 
-def quickstart(arg: str = "", *overrides: str) -> FrozenConfigDict:
-    return load(f"{CONFIGS / 'quickstart.py'}:{arg}", overrides)
-
-
-def changed(before: ConfigDict, after: ConfigDict) -> set[str]:
-    return {line.split(":")[0] for line in differences(before, after, ignore=())}
+def changed(before: ConfigDict, after: ConfigDict) -> dict[str, object]:
+    """The fields in which two configs differ, with their values in the second."""
+    old, new = flatten(before), flatten(after)
+    assert old.keys() == new.keys()
+    return {name: value for name, value in new.items() if value != old[name]}
 
 
 def test_every_config_file_is_looked_at_here() -> None:
-    assert set(ARGUMENTS) | SHARED == {path.name for path in CONFIGS.glob("*.py")}
+    assert {name for name, _ in CASES} | SHARED == {path.stem for path in CONFIGS.glob("*.py")}
 
 
-@pytest.mark.parametrize(("file", "arg"), CASES)
-@pytest.mark.parametrize("runlocal", ["", "runlocal"])
-def test_loads_validates_and_survives_storage(file: str, arg: str, runlocal: str) -> None:
-    config = load(f"{CONFIGS / file}:{arg},{runlocal}", [])
-    validate(config)
-    assert differences(from_json(to_json(config)), config, ignore=()) == []
-
-
-@pytest.mark.parametrize(("file", "arg"), CASES)
-def test_runlocal_is_smaller_and_checkpoints_every_other_update(file: str, arg: str) -> None:
-    whole = load(f"{CONFIGS / file}:{arg}", [])
-    local = load(f"{CONFIGS / file}:{arg},runlocal", [])
+@pytest.mark.parametrize(("name", "arg"), CASES)
+def test_a_config_holds_together_survives_storage_and_shrinks(name: str, arg: str) -> None:
+    whole, local = (load(f"{name}:{arg}{more}", []) for more in ("", ",runlocal"))
+    for config in (whole, local):
+        read_settings(config)
+        assert changed(from_json(to_json(config)), config) == {}
     assert local.checkpoint.every == 2
     assert local.train.updates < whole.train.updates / 10
     assert local.eval.tasks < whole.eval.tasks / 10
     # What is measured stays what it was.
     assert local.objective == whole.objective
     assert local.compare.methods == whole.compare.methods
-
-
-@pytest.mark.parametrize(("file", "arg"), CASES)
-def test_two_calls_share_nothing(file: str, arg: str) -> None:
-    path = f"{CONFIGS / file}:{arg}"
-    first = ConfigDict(load(path, []).to_dict())
-    untouched = to_json(first)
+    # Two calls share nothing.
+    first, untouched = ConfigDict(whole.to_dict()), to_json(whole)
     first.compare.variants.sage = dict(objective=dict(weak_weight=0.9))
     first.compare.variants.opd.objective.normalize = "active_tokens"
     first.optimizer.learning_rate = 9.0
-    assert to_json(load(path, [])) == untouched
-
-
-@pytest.mark.parametrize("file", ARGUMENTS)
-@pytest.mark.parametrize(
-    ("arg", "overrides", "words"),
-    [
-        ("runlocl", [], ["`runlocl`", "`runlocal`"]),
-        ("runlocal=maybe", [], ["`runlocal`", "bool"]),
-        ("", ["--config.train.update=3"], ["`train.update`", "`train.updates`"]),
-        ("", ["--config.nothing=3"], ["`nothing`"]),
-        ("", ["--config.train.updates=many"], ["`train.updates`", "int", "many"]),
-    ],
-)
-def test_a_mistake_is_named(file: str, arg: str, overrides: list, words: list) -> None:
-    with pytest.raises(ValueError, match="config") as error:
-        load(f"{CONFIGS / file}:{arg}", overrides)
-    assert all(word in str(error.value) for word in words), error.value
+    assert to_json(load(f"{name}:{arg}", [])) == untouched
 
 
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("quickstart.py:method=ppo", ["method=ppo", "sage", "opd", "sft"]),
-        ("quickstart.py:ablate=nothing", ["ablate=nothing", "intervention"]),
-        ("quickstart.py:method=opd,ablate=confidence", ["method=opd", "sage only"]),
+        ("quickstart:method=ppo", ["method=ppo", "sage", "opd", "sft"]),
+        ("quickstart:ablate=nothing", ["ablate=nothing", "intervention"]),
+        ("quickstart:method=opd,ablate=confidence", ["method=opd", "sage only"]),
         # The variants are changes to SAGE: on another base their names would be wrong.
-        ("quickstart.py:compare,method=opd", ["`compare`", "`method`"]),
-        ("quickstart.py:compare,ablate=confidence", ["`compare`", "`ablate`"]),
-        ("household_pair.py:who=judge", ["`who`", "teacher", "student", "judge"]),
-        ("alfworld_qwen3.py:student=4b", ["`student`", "0.6b", "1.7b", "4b"]),
-        ("scienceworld_qwen3.py:teacher=14b", ["`teacher`", "8b", "32b", "14b"]),
-        ("searchqa_qwen3.py:method=ppo", ["`method`", "tcod_f2b", "ppo"]),
-        ("alfworld_qwen3.py:method=opd,ablate=confidence", ["`ablate`", "opd_without_confidence"]),
-        ("alfworld_qwen3.py:ablate=nothing", ["`ablate`", "sage_without_normalizer", "nothing"]),
+        ("quickstart:compare,method=opd", ["`compare`", "`method`"]),
+        ("quickstart:compare,ablate=confidence", ["`compare`", "`ablate`"]),
+        ("household_pair:who=judge", ["`who`", "teacher", "student", "judge"]),
+        ("alfworld_qwen3:student=4b", ["`student`", "0.6b", "1.7b", "4b"]),
+        ("scienceworld_qwen3:teacher=14b", ["`teacher`", "8b", "32b", "14b"]),
+        ("searchqa_qwen3:method=ppo", ["`method`", "tcod_f2b", "ppo"]),
+        ("alfworld_qwen3:method=opd,ablate=confidence", ["`ablate`", "opd_without_confidence"]),
+        ("alfworld_qwen3:ablate=nothing", ["`ablate`", "sage_without_normalizer", "nothing"]),
     ],
 )
 def test_a_choice_that_does_not_exist_is_named(path: str, words: list[str]) -> None:
     with pytest.raises(ValueError, match="config") as error:
-        load(str(CONFIGS / path), [])
+        load(path, [])
     assert all(word in str(error.value) for word in words), error.value
 
 
 # --- Methods differ in what their names say, and in nothing else
 
-FACTORS = {
-    "intervention": ("objective.intervention", False),
-    "confidence": ("objective.confidence", False),
-    "normalizer": ("objective.normalize", "none"),
-}
-
-
-def field(config: ConfigDict, name: str) -> object:
-    group, leaf = name.split(".")
-    return config[group][leaf]
-
 
 def test_sage_has_every_factor() -> None:
-    sage = quickstart()
-    assert [field(sage, name) for name, _ in FACTORS.values()] == [True, True, "all_tokens"]
-    assert (sage.objective.divergence, sage.objective.weak_weight) == ("reverse_kl", 0.5)
-    assert (sage.data.source, sage.objective.scope, sage.objective.max_z) == (
-        "on_policy",
-        "batch",
-        0.0,
-    )
+    for name in OF:
+        objective, source = load(name, []).objective, load(name, []).data.source
+        assert (objective.intervention, objective.confidence) == (True, True)
+        assert (objective.normalize, objective.max_z) == ("all_tokens", 0.0)
+        assert (objective.divergence, objective.weak_weight) == ("reverse_kl", 0.5)
+        assert (objective.scope, source) == ("batch", "on_policy")
 
 
-@pytest.mark.parametrize("factor", FACTORS)
-def test_an_ablation_sets_its_factor_to_one_and_changes_nothing_else(factor: str) -> None:
-    name, off = FACTORS[factor]
-    ablated = quickstart(f"ablate={factor}")
-    assert changed(quickstart(), ablated) == {name}
-    assert field(ablated, name) == off
-
-
-def test_plain_distillation_is_sage_without_any_factor() -> None:
-    opd = quickstart("method=opd")
-    assert changed(quickstart(), opd) == {name for name, _ in FACTORS.values()}
-    assert all(field(opd, name) == off for name, off in FACTORS.values())
-
-
-def test_fine_tuning_is_cross_entropy_on_the_teachers_episodes() -> None:
-    sft = quickstart("method=sft")
-    assert changed(quickstart("method=opd"), sft) == {"objective.divergence", "data.source"}
-    assert (sft.objective.divergence, sft.data.source) == ("cross_entropy", "teacher")
+@pytest.mark.parametrize("runlocal", ["", ",runlocal"])
+@pytest.mark.parametrize(
+    ("name", "arg"), [case for case in CASES if case[1] in BASELINES | METHODS]
+)
+def test_a_method_differs_from_sage_in_its_own_fields(name: str, arg: str, runlocal: str) -> None:
+    sage, method = load(f"{name}:{runlocal}", []), load(f"{name}:{arg}{runlocal}", [])
+    assert changed(sage, method) == OF[name][arg]
+    # A comparison runs the same.
+    kind, which = arg.split("=")
+    label = which if kind == "method" else f"sage_without_{which}"
+    assert changed(variant(sage, label, seed=7), method) == {"seed": 0}
+    assert len(sage.compare.variants) == len(OF[name])
 
 
 def test_the_comparison_holds_every_method_and_otherwise_changes_only_evaluation() -> None:
-    config = quickstart("compare")
+    config = load("quickstart:compare", [])
     assert set(config.compare.methods) == set(config.compare.variants)
-    assert len(config.compare.methods) == 6
     assert len(config.compare.seeds) >= 3
     assert config.eval.tasks >= 400
-    assert changed(quickstart(), config) == {
-        "compare.methods",
-        "compare.seeds",
-        "eval.tasks",
-    }
-
-
-@pytest.mark.parametrize(
-    ("method", "arg"),
-    [
-        ("sft", "method=sft"),
-        ("opd", "method=opd"),
-        ("sage", "method=sage"),
-        ("sage_without_intervention", "ablate=intervention"),
-        ("sage_without_confidence", "ablate=confidence"),
-        ("sage_without_normalizer", "ablate=normalizer"),
-    ],
-)
-def test_a_run_of_the_comparison_is_the_run_of_its_argument(method: str, arg: str) -> None:
-    one = variant(quickstart("compare"), method, seed=7)
-    assert changed(one, quickstart(arg, "--config.seed=7")) == {"eval.tasks"}
+    differing = changed(load("quickstart", []), config)
+    assert differing.keys() == {"compare.methods", "compare.seeds", "eval.tasks"}
 
 
 def test_teacher_and_student_of_the_pair_differ_in_size_and_in_whom_they_imitate() -> None:
-    teacher = load(str(CONFIGS / "household_pair.py:who=teacher"), [])
-    student = load(str(CONFIGS / "household_pair.py:who=student"), [])
-    assert (teacher.data.player, student.data.player) == ("expert", "forgetful")
-    assert teacher.data.judge_examples > 0
-    assert student.data.judge_examples == 0
+    teacher = load("household_pair:who=teacher", [])
+    student = load("household_pair:who=student", [])
+    assert teacher.demonstrations.player == "expert"
+    assert student.demonstrations.player == "forgetful"
+    assert teacher.demonstrations.judge_examples > 0 == student.demonstrations.judge_examples
     assert student.new_model.d_model < teacher.new_model.d_model
     for config in (teacher, student):
         assert (config.student, config.teacher) == ("new", "")
@@ -218,10 +154,6 @@ def test_teacher_and_student_of_the_pair_differ_in_size_and_in_whom_they_imitate
 
 
 # --- The paper's experiments
-
-
-def paper(file: str, arg: str = "", *overrides: str) -> FrozenConfigDict:
-    return load(f"{CONFIGS / file}:{arg}", overrides)
 
 
 # Of its table of hyper-parameters; the rest is the environment's.
@@ -242,14 +174,14 @@ STATED = {
 }
 
 
-@pytest.mark.parametrize("file", PAPER)
-def test_the_papers_numbers(file: str) -> None:
-    config = paper(file)
-    assert {name: field(config, name) for name in STATED} == STATED
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_numbers(name: str) -> None:
+    config = flatten(load(name, []))
+    assert {stated: config[stated] for stated in STATED} == STATED
 
 
 def test_the_papers_protocols() -> None:
-    alfworld, scienceworld, searchqa = map(paper, PAPER)
+    alfworld, scienceworld, searchqa = (load(name, []) for name in PAPER)
     assert (alfworld.env.max_turns, alfworld.env.show_admissible) == (30, 30)
     assert set(alfworld.eval.splits) == OFFICIAL_SIZES.keys()
     assert alfworld.eval.tasks == max(OFFICIAL_SIZES.values())
@@ -265,71 +197,34 @@ def test_the_papers_protocols() -> None:
     assert not searchqa.env.retry_wrong
 
 
-@pytest.mark.parametrize("file", PAPER)
-def test_an_epoch_is_as_long_as_its_tasks(file: str) -> None:
+@pytest.mark.parametrize("name", PAPER)
+def test_an_epoch_is_as_long_as_its_tasks(name: str) -> None:
     tasks = {
-        "alfworld_qwen3.py": 3553,  # games in ALFWorld's download
-        "scienceworld_qwen3.py": len(scienceworld_tasks.tasks("train")),
-        "searchqa_qwen3.py": 10_000,
+        "alfworld_qwen3": 3553,  # games in ALFWorld's download
+        "scienceworld_qwen3": len(scienceworld_tasks.tasks("train")),
+        "searchqa_qwen3": 10_000,
     }
-    config = paper(file)
-    assert config.train.updates == tasks[file] // config.rollout.batch
+    config = load(name, [])
+    assert config.train.updates == tasks[name] // config.rollout.batch
 
 
-@pytest.mark.parametrize(("file", "env"), [(PAPER[0], AlfWorld), (PAPER[1], ScienceWorld)])
-def test_an_environments_fields_are_its_arguments(file: str, env: type[Env]) -> None:
+@pytest.mark.parametrize(("name", "env"), [(PAPER[0], AlfWorld), (PAPER[1], ScienceWorld)])
+def test_an_environments_fields_are_its_arguments(name: str, env: type[Env]) -> None:
     # Those of search are tried out where they are played.
-    around = {"name", "workers", "start_timeout_s", "step_timeout_s"}
-    assert set(paper(file).env) - around == set(inspect.signature(env).parameters)
+    around = {"by", "workers", "start_timeout_s", "step_timeout_s"}
+    assert set(load(name, []).env) - around == set(inspect.signature(env).parameters)
 
 
-@pytest.mark.parametrize("file", PAPER)
-def test_sizes_name_folders_and_change_nothing_else(file: str) -> None:
-    small = paper(file, "student=0.6b,teacher=32b")
-    assert (small.student, small.teacher) == ("models/Qwen3-0.6B", "models/Qwen3-32B")
-    assert changed(paper(file, "student=1.7b,teacher=8b"), small) == {"student", "teacher"}
-
-
-@pytest.mark.parametrize("file", PAPER)
-@pytest.mark.parametrize(
-    ("method", "field_name", "value"),
-    [
-        ("opd_two_rollouts", "rollout.per_task", 2),
-        ("entropy_aware", "objective.entropy_bonus", 1.0),
-        ("tcod_f2b", "rollout.depth_start", 1),
-    ],
-)
-@pytest.mark.parametrize("runlocal", ["", ",runlocal"])
-def test_a_baseline_is_plain_distillation_but_for_one_field(
-    file: str, method: str, field_name: str, value: float, runlocal: str
-) -> None:
-    baseline = paper(file, f"method={method}{runlocal}")
-    assert changed(paper(file, f"method=opd{runlocal}"), baseline) == {field_name}
-    assert field(baseline, field_name) == value
-    assert baseline.rollout.depth_every == 1
-    assert baseline.rollout.batch % baseline.rollout.per_task == 0
-
-
-@pytest.mark.parametrize("file", PAPER)
-def test_methods_differ_as_they_do_in_the_quickstart(file: str) -> None:
-    for arg in ("method=opd", "method=sft", *(f"ablate={factor}" for factor in ABLATIONS)):
-        assert changed(paper(file), paper(file, arg)) == changed(quickstart(), quickstart(arg))
-
-
-@pytest.mark.parametrize("file", PAPER)
-def test_a_sweep_over_the_methods_is_a_run_for_each(file: str) -> None:
-    flags = (f"--config.compare.methods={','.join(METHODS)}", "--config.compare.seeds=0")
-    config = paper(file, "", *flags)
-    validate(config)
-    for method in METHODS:
-        assert changed(variant(config, method, 0), paper(file, f"method={method}")) == set()
-    ablated = [f"sage_without_{factor}" for factor in ABLATIONS]
-    assert set(config.compare.variants) == {*METHODS, *ablated}
+@pytest.mark.parametrize("name", PAPER)
+def test_sizes_name_folders_and_change_nothing_else(name: str) -> None:
+    small = load(f"{name}:student=0.6b,teacher=32b", [])
+    folders = {"student": "models/Qwen3-0.6B", "teacher": "models/Qwen3-32B"}
+    assert changed(load(name, []), small) == folders
 
 
 def test_what_a_search_is_called_without_searchqas_data() -> None:
-    local = paper("searchqa_qwen3.py", "runlocal")
-    assert local.env.name == "factbookqa"
+    local = load("searchqa_qwen3:runlocal", [])
+    assert local.env.by == "factbookqa"
     assert not set(local.eval.splits) & SETS.keys()
 
 
@@ -355,5 +250,5 @@ def test_runlocal_of_a_benchmark_trains_and_evaluates_in_the_real_environment(
             assert (figures["n"], figures["broken"]) == (2, 0)
             assert figures["turns"] <= config.env.max_turns == 3
     labels = {"alfworld": "(generated)", "factbookqa": "(FactbookQA)"}
-    assert labels.get(config.env.name, "panel") in done.stdout
+    assert labels.get(config.env.by, "panel") in done.stdout
     assert "SearchQA" not in done.stdout

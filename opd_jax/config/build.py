@@ -7,6 +7,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -39,6 +40,8 @@ from opd_jax.learner.train_state import TrainState, placement_of
 from opd_jax.learner.train_step import make_train_step
 from opd_jax.model import ModelConfig, Params, init_arrays
 from opd_jax.model.lora import Lora, lora_specs, with_adapters
+from opd_jax.report.log import UpdateLog
+from opd_jax.report.update import unmeasured
 from opd_jax.runtime.mesh import param_shardings, shard_batch
 
 # --- What is trained ----------------------------------------------------------------------------
@@ -63,7 +66,7 @@ def initial_params(student: LoadedModel, settings: Settings, mesh: jax.sharding.
         partial(init_arrays, specs, dtype=jnp.dtype(settings.dtype)),
         out_shardings=param_shardings(specs, mesh),
     )
-    # A key that no update's number leads to.
+    # Folded with a number that no update has.
     return init(jax.random.fold_in(jax.random.key(settings.seed), 2**32 - 1))
 
 
@@ -86,12 +89,16 @@ def optimizer(settings: Settings) -> optax.GradientTransformation:
 Update = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 
 
-def make_update(
-    settings: Settings, student: LoadedModel, teacher: LoadedModel | None, state: TrainState
-) -> Update:
-    """One update, from a batch on the host to metrics on the host; donates its state.
+def compile_update(
+    settings: Settings, *, student: ModelConfig, teacher: ModelConfig | None, placement: Any
+) -> tuple[Callable, Callable | None]:
+    """The programs of an update: the train step, and the teacher's pass if the objective has one.
 
-    The teacher's pass and the train step are two compiled programs.
+    Args:
+      settings: of the run.
+      student: its sizes.
+      teacher: its sizes; None without one.
+      placement: see `make_train_step`.
     """
     train = settings.train
     how: dict[str, Any] = dict(
@@ -101,25 +108,37 @@ def make_update(
         query_chunk=train.query_chunk,
     )
     train_step = make_train_step(
-        student=student.config,
+        student=student,
         objective=settings.objective,
         optimizer=optimizer(settings),
-        placement=placement_of(state),
+        placement=placement,
         dtype=jnp.dtype(settings.compute_dtype),
         loss_chunk=train.loss_chunk,
         remat=train.remat,
         lora=adapters(settings),
         **how,
     )
-    reads = teacher if settings.objective.needs_teacher else None
-    teacher_pass = make_teacher_pass(reads.config, **how) if reads else None
+    if teacher is None or not settings.objective.needs_teacher:
+        return train_step, None
+    return train_step, make_teacher_pass(teacher, **how)
+
+
+def make_update(
+    settings: Settings, student: LoadedModel, teacher: LoadedModel | None, state: TrainState
+) -> Update:
+    """One update, from a batch on the host to metrics on the host; donates its state."""
+    train_step, teacher_pass = compile_update(
+        settings,
+        student=student.config,
+        teacher=teacher.config if teacher else None,
+        placement=placement_of(state),
+    )
     base = student.params if adapters(settings) else None
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        rows = shard_batch(batch)
-        said = None
-        if reads and teacher_pass:
-            said = Teacher(teacher_pass(reads.params, rows), model.head_params(reads.params))
+        rows, said = shard_batch(batch), None
+        if teacher and teacher_pass:
+            said = Teacher(teacher_pass(teacher.params, rows), model.head_params(teacher.params))
         state, raw = train_step(state, said, rows, base)
         return state, jax.device_get(raw)
 
@@ -144,6 +163,17 @@ def make_pack(settings: Settings, sizes: ModelConfig) -> Callable[[Played, np.nd
         )
 
     return packed
+
+
+def make_log(settings: Settings, workdir: Path, *, done: int) -> UpdateLog:
+    """The log of a run that resumes after `done` updates."""
+    on_policy = settings.data.source == "on_policy"
+    return UpdateLog(
+        workdir,
+        done=done,
+        updates=settings.train.updates,
+        leave_out=unmeasured(settings.objective, on_policy=on_policy),
+    )
 
 
 # --- Who acts and who judges ----------------------------------------------------------------------
@@ -291,10 +321,11 @@ def make_expert(settings: Settings, agent: Agent) -> Callable[[Env, str, int], C
 def make_demonstrator(settings: Settings, *, tokenizer: Any, chat: ChatFormat):
     """`demonstrate` bound to `demonstrations`: episode number n, a pure function of n.
 
-    The size of rooms is drawn for each episode: at first the first of `sizes`, and from each of the
-    episodes `sizes_from` on one more of them. What was learnt in small rooms, where texts are
-    short, is a small step from there in large ones. The share of strayed turns is drawn too,
-    between none and `distraction`, so that the player goes on from every degree of disorder.
+    Each episode draws the size of its rooms. At first there is only the first of `sizes`; each
+    number in `sizes_from` is the episode from which on there is one more. Texts of small rooms are
+    short, and what was learnt in them needs little change for large ones. Each episode also draws
+    its share of strayed turns, between none and `distraction`: the model learns to go on from every
+    degree of disorder.
     """
     shown = settings.demonstrations
     assert shown is not None  # as settings are checked
@@ -338,7 +369,7 @@ def _demonstrations(settings: Settings, student: LoadedModel, *, cursor: Sequenc
     ]
 
     def make_example(number: int, conversation: Conversation, index: int) -> Conversation:
-        # The labels take turns too: so each context gets every label.
+        # Labels take turns, and the context changes after each round: it gets every label.
         by = asking[number // len(LABELS) % len(asking)]
         prompt = [*by.prefix(conversation, index), *by.question(conversation, index)]
         label = conversation.turns[index].oracle

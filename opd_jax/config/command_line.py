@@ -1,9 +1,8 @@
 """The command lines of ``python -m opd_jax.train`` and its siblings, and how they end in error."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, overload
+from typing import Any, Literal, overload
 
 from ml_collections import FrozenConfigDict
 
@@ -39,9 +38,9 @@ def parse_command_line(
 ) -> tuple[FrozenConfigDict | None, Path | None, dict[str, Any]]:
     """Reads the command line of ``python -m opd_jax.train`` and its siblings.
 
-    Flags are written ``--name=value`` or ``--name value``; one that is true or false also alone,
-    as ``--name``. ``--help`` prints `usage`, the flags and, when ``--config`` is given too, every
-    field of that config, and exits with status 0.
+    Flags are written ``--name=value`` or ``--name value``. One that is true or false may stand
+    alone: ``--name``. ``--help`` prints `usage`, the flags and, when ``--config`` is given too,
+    every field of that config, and exits with status 0.
 
     Args:
       argv: the arguments after the program name.
@@ -57,8 +56,8 @@ def parse_command_line(
       and the value of every flag in `flags`.
 
     Raises:
-      ValueError: an unknown, missing or repeated flag or a value out of place. The caller ends with
-        `fail`.
+      ValueError: an unknown, missing or repeated flag, or a value that it does not take. The caller
+        ends with `runtime.exits.fail`.
     """
     required = ["config"] * needs_config + ["workdir"] * needs_workdir
     known = [*required, *flags]
@@ -89,15 +88,6 @@ def parse_command_line(
     return config, Path(given["workdir"]) if needs_workdir else None, extra
 
 
-def fail(message: object) -> NoReturn:
-    """Ends a command because of a user's error: one line to stderr, exit status 2.
-
-    A command wraps its body in ``try: ... except ValueError as error: fail(error)``.
-    """
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(2)
-
-
 def _flag_value(name: str, default: Any, text: str | None) -> Any:
     """Reads one extra flag of `parse_command_line`."""
     if isinstance(default, tuple):
@@ -109,7 +99,7 @@ def _flag_value(name: str, default: Any, text: str | None) -> Any:
 
 
 def _placeholder(name: str) -> str:
-    return {"config": "configs/NAME.py[:arg]", "workdir": "DIR"}.get(name, name.upper())
+    return {"config": "NAME[:arg]", "workdir": "DIR"}.get(name, name.upper())
 
 
 def _help_text(

@@ -56,7 +56,7 @@ def read_value(text: str, kind: type, name: str) -> Any:
 
 
 def read_sequence(text: str, default: tuple | list, name: str) -> tuple | list:
-    """Reads ``1,2,3`` or ``(1,2,3)``; elements have the type the default's elements have."""
+    """Reads ``1,2,3`` or ``(1,2,3)``; elements have the type of the default's elements."""
     body = text.strip()
     if body[:1] + body[-1:] in ("()", "[]"):
         body = body[1:-1]
@@ -73,7 +73,7 @@ def read_sequence(text: str, default: tuple | list, name: str) -> tuple | list:
 
 
 def read_optional(text: str, kind: type, name: str) -> Any:
-    """Reads a value for a field whose default is None: typed if a placeholder, guessed if not."""
+    """Reads a value for a field whose default is None; guesses its type without a placeholder."""
     if text.strip().lower() == "none":
         return None
     return _guess(text) if kind is type(None) else read_value(text, kind, name)

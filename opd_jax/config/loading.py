@@ -1,16 +1,21 @@
 """A config file, its argument and overrides, to a frozen config."""
 
+import importlib.util
 import re
 import runpy
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
+import opd_jax
 from opd_jax.config.flags import closest, flag_pairs, read_optional, read_sequence, read_value
+
+# A wheel holds the configs as `opd_jax.configs`. A checkout has them beside the package.
+if importlib.util.find_spec("opd_jax.configs") is None:
+    opd_jax.__path__.append(str(Path(opd_jax.__file__).parents[1]))
 
 
 def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> ConfigDict:
@@ -46,11 +51,12 @@ def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> ConfigDi
     return ConfigDict(parsed)
 
 
-def load(path_with_arg: str, overrides: Sequence[str]) -> FrozenConfigDict:
+def load(name: str, overrides: Sequence[str]) -> FrozenConfigDict:
     """Builds the config of one experiment.
 
     Args:
-      path_with_arg: ``path/to/NAME.py`` or ``path/to/NAME.py:arg``.
+      name: ``NAME`` of a config in `opd_jax.configs`, or ``path/to/NAME.py``; an argument may
+        follow after a colon.
       overrides: ``--config.x.y=value``, or ``--config.x.y`` followed by ``value``. A value is read
         as the type of the default it replaces; an int literal is accepted for a float, ``1,2,3``
         or ``(1,2,3)`` for a tuple. The last one wins.
@@ -59,57 +65,55 @@ def load(path_with_arg: str, overrides: Sequence[str]) -> FrozenConfigDict:
       The config with the overrides applied, immutable; lists have become tuples.
 
     Raises:
-      ValueError: no such file, no `get_config` in it, an unknown field, or a value of another type.
+      ValueError: no such config, no `get_config` in it, an unknown field, or a value of another
+        type.
     """
-    config = _build(path_with_arg)
-    for name, text in flag_pairs(overrides):
-        if not name.startswith("config."):
-            raise ValueError(f"a config override starts with `--config.`; got `--{name}`")
-        _override(config, name.removeprefix("config."), text)
+    config = _build(name)
+    for flag, text in flag_pairs(overrides):
+        if not flag.startswith("config."):
+            raise ValueError(f"a config override starts with `--config.`; got `--{flag}`")
+        _override(config, flag.removeprefix("config."), text)
     return FrozenConfigDict(config)
 
 
-def _build(path_with_arg: str) -> ConfigDict:
-    """Runs `get_config(arg)` of the file named in ``path.py[:arg]``."""
-    match = re.fullmatch(r"(.+?\.py)(?::(.*))?", path_with_arg)
+def _build(text: str) -> ConfigDict:
+    """Runs `get_config(arg)` of the config that `NAME[:arg]` or `path/to/NAME.py[:arg]` names."""
+    match = re.fullmatch(r"(\w+|.+?\.py)(?::(.*))?", text)
     if not match:
         raise ValueError(
-            f"`--config` expects a Python file, `configs/NAME.py[:arg]`; got `{path_with_arg}`"
+            "`--config` expects the name of a config or the path of a Python file, such as "
+            f"`quickstart:runlocal` or `path/to/mine.py`; got `{text}`"
         )
-    path, arg = Path(match[1]), match[2]
+    name, arg = match[1], match[2]
+    path = Path(name) if name.endswith(".py") else _shipped() / f"{name}.py"
     if not path.is_file():
-        there = sorted(file.name for file in path.parent.glob("*.py"))
+        there = _config_names(path.parent)
         raise ValueError(
-            f"config file `{path}` does not exist{closest(path.name, there)}; "
-            f"files in `{path.parent}`: {', '.join(there) or 'none'}"
+            f"config `{name}` does not exist{closest(path.stem, there)}; configs in "
+            f"`{path.parent}`: {', '.join(there) or 'none'}"
         )
-    with _siblings_importable(path.parent):
-        module = runpy.run_path(str(path), run_name=f"experiment_{path.stem}")
-        if "get_config" not in module:
-            raise ValueError(f"config file `{path}` must define `get_config(arg)`; it does not")
-        config = module["get_config"](arg)
+    # As with `python FILE`: a config may import what lies beside it.
+    if (folder := str(path.parent.resolve())) not in sys.path:
+        sys.path.insert(0, folder)
+    module = runpy.run_path(str(path), run_name=f"experiment_{path.stem}")
+    if "get_config" not in module:
+        raise ValueError(f"config file `{path}` must define `get_config(arg)`; it does not")
+    config = module["get_config"](arg)
     if not isinstance(config, ConfigDict):
         kind = type(config).__name__
         raise ValueError(f"`get_config` in `{path}` must return a ConfigDict, got {kind}")
     return config.lock()
 
 
-@contextmanager
-def _siblings_importable(folder: Path) -> Iterator[None]:
-    """A config may build on another one beside it, which is forgotten again afterwards.
+def _shipped() -> Path:
+    """The folder of `opd_jax.configs`."""
+    return Path(next(iter(importlib.import_module("opd_jax.configs").__path__)))
 
-    A config in another folder may have a base of the same name.
-    """
-    before = set(sys.modules)
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
-        files = {str(file) for file in folder.glob("*.py")}
-        for name in set(sys.modules) - before:
-            if getattr(sys.modules[name], "__file__", None) in files:
-                del sys.modules[name]
+
+def _config_names(folder: Path) -> list[str]:
+    """The configs in a folder, without the files that they share."""
+    files = sorted(folder.glob("*.py"))
+    return [file.stem for file in files if "def get_config(" in file.read_text("utf-8")]
 
 
 def _override(config: ConfigDict, field: str, text: str) -> None:

@@ -54,7 +54,7 @@ def load_model(
       reference: see `model_folder`; a folder of Hugging Face safetensors.
       dtype: of the parameters; "int8" is `int8.quantize_params` over bfloat16.
       mesh: over which they are sharded.
-      vocab_size: tokens that are read, without rows that pad the vocabulary beyond; None: all.
+      vocab_size: rows of the vocabulary that are read; those behind them are padding. None: all.
     """
     folder = model_folder(reference)
     config = hf.read_config(folder)
@@ -78,7 +78,7 @@ def load_model(
 
 
 def load_student(settings: Settings, mesh: jax.sharding.Mesh) -> LoadedModel:
-    """The student, for use beside its teacher, as it is before any update.
+    """The student before any update, with the vocabulary that it shares with its teacher.
 
     Raises:
       ValueError: its tokenizer differs from the teacher's, before any weight is read; else as in
@@ -121,7 +121,7 @@ def student_sizes(settings: Settings) -> ModelConfig:
 
 
 def student_dtype(settings: Settings) -> str:
-    """What the student is loaded in, as `load_model` takes it: frozen weights need no more."""
+    """The dtype that the student is loaded in; frozen weights need no more than computing does."""
     if not settings.lora.rank:
         return settings.dtype
     return "int8" if settings.lora.int8 else settings.compute_dtype

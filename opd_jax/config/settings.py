@@ -143,7 +143,7 @@ class Settings:
         return self.data.source == "players"
 
 
-# Not given in a config: what they say comes with the tokenizer.
+# A config does not give these: they come with the tokenizer.
 _NEW_MODEL = {"vocab_size": 1, "rope_scaling": None}
 
 

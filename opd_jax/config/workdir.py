@@ -29,9 +29,9 @@ def check_workdir(
 def store_run(
     config: FrozenConfigDict, settings: Settings, panels: Mapping[str, Panel], workdir: Path
 ) -> None:
-    """Writes `config.json` and the digests of the tasks, once everything that they name was found.
+    """Writes `config.json` and the digests of the tasks. Everything that they name was found.
 
-    Figures of a run that was corrected before it trained are dropped: they are of something else.
+    A run that was corrected before its first checkpoint loses its figures: they are of another run.
     """
     if processes.is_first():
         stored, binds = workdir / "config.json", binds_a_run(settings)

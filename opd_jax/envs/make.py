@@ -56,8 +56,8 @@ def make_env(settings: EnvSettings, **changes: Any) -> Env:
         itself misses, such as its extra.
     """
     arguments = {**settings.options, "max_turns": settings.max_turns, **changes}
-    kind = named.find(settings.by, ENVS)
-    named.check_arguments(settings.by, kind, arguments)
+    kind = named.find(settings.by, ENVS, section="env")
+    named.check_arguments(settings.by, kind, arguments, section="env")
     make = partial(kind, **arguments)
     if not settings.workers:
         return make()

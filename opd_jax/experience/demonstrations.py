@@ -1,7 +1,7 @@
 """Episodes written by a player instead of a model: data for off-policy fine-tuning, and baselines.
 
 A player reads observations and answers in text. Its responses become the sampled tokens of a
-`Conversation`, so demonstrations and rollouts share everything from here on.
+`Conversation`: all later code takes demonstrations and rollouts alike.
 """
 
 import random

@@ -151,8 +151,8 @@ class Episodes:
             history_turns=self._agent.decoding.history_turns,
             left_out=self._agent.chat.left_out,
         )
-        # With part of the history the number of rows varies: a multiple of the batch bounds the
-        # number of compiled programs.
+        # With part of the history the number of rows varies. Multiples of the batch are few, and so
+        # are the programs to compile.
         missing = -len(rows) % len(conversations)
         rows += [Conversation(task=None)] * missing
         return Played(

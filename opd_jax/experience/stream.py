@@ -1,8 +1,8 @@
 """Endless supervised batches: demonstrations, and examples of judging them.
 
-Data is generated a window at a time: a window's episodes, and judge examples drawn from their
-turns, are grouped by length so that little is padding, and the groups are shuffled. Batch b of
-window w is a pure function of the seed, so (w, b) is all that resuming needs.
+Data is generated a window at a time. A window's episodes, and judge examples drawn from their
+turns, are grouped by length, so that little is padding. The groups are shuffled. Batch b of window
+w is a pure function of the seed, so a run resumes from (w, b) alone.
 """
 
 import random
@@ -66,12 +66,12 @@ def judge_example(prompt: Sequence[int], answer: Sequence[int]) -> Conversation:
 def balanced_turns(
     conversations: Sequence[Conversation], count: int, rng: random.Random
 ) -> list[tuple[Conversation, int]]:
-    """`count` turns that carry an oracle's label, drawn with equal shares of the three labels.
+    """Draws `count` turns that carry an oracle's label, equally many of each label.
 
-    Each is its conversation and its index.
+    Most turns are SKIP: without balance a judge that has learnt little answers SKIP to everything.
 
-    Unbalanced, a judge that has learnt little answers SKIP to everything and is right most times.
-    Labels that no turn has are left out.
+    Returns:
+      (conversation, index of the turn). Labels that no turn has are left out.
     """
     by_label: dict[str, list[tuple[Conversation, int]]] = {}
     for conversation in conversations:
@@ -91,11 +91,11 @@ def group_by_length(
     length_multiple: int,
     rows_multiple: int,
 ) -> list[tuple[list[Conversation], int]]:
-    """Batches of like length, each with the length to pad to, within `tokens_per_batch`.
+    """Batches of conversations of like length, each with the length to pad to.
 
-    All batches of one padded length have equally many rows, a multiple of `rows_multiple`, filled
-    up with empty ones where conversations run out, so the number of compiled shapes is the number
-    of lengths.
+    All batches of one padded length have equally many rows: as many as `tokens_per_batch` holds,
+    and a multiple of `rows_multiple`. Empty rows fill up the last one. So there are as many
+    compiled shapes as lengths.
 
     Raises:
       ValueError: `rows_multiple` rows of the longest conversation, padded, exceed
@@ -105,9 +105,9 @@ def group_by_length(
     longest = -(-len(waiting[-1].tokens) // length_multiple) * length_multiple if waiting else 0
     if longest * rows_multiple > tokens_per_batch:
         raise ValueError(
-            f"`data.tokens_per_batch`: expected at least {longest * rows_multiple}, which is "
-            f"{rows_multiple} times the longest example of {len(waiting[-1].tokens)} tokens, "
-            f"padded; got {tokens_per_batch}"
+            f"`demonstrations.tokens_per_batch`: expected at least {longest * rows_multiple}, "
+            f"which is {rows_multiple} times the longest example of {len(waiting[-1].tokens)} "
+            f"tokens, padded; got {tokens_per_batch}"
         )
     batches = []
     while waiting:
@@ -135,7 +135,7 @@ class Stream:
       judge_examples: judge examples for each window.
       tokens_per_batch: padded tokens a batch holds at most.
       length_multiple: lengths are padded to multiples of this.
-      rows_multiple: into how many parts a batch has to divide, over micro-batches and devices.
+      rows_multiple: rows of a batch are a multiple of this; micro-batches times devices.
       cursor: (window, batch) to start from.
     """
 

@@ -72,8 +72,8 @@ def describe(split: str, tasks: Panel) -> str:
 def check_same_tasks(split: str, tasks: Panel, workdir: Path) -> None:
     """Makes sure that the training tasks are those that a workdir's run was started on.
 
-    A config may be the same and name other tasks: the files in a folder change, and `ALFWORLD_DATA`
-    names another folder.
+    The same config may name other tasks: files in a folder change, or `ALFWORLD_DATA` names another
+    folder.
 
     Args:
       split: `data.split`.

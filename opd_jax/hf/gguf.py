@@ -22,12 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax.config import fail
 from opd_jax.hf.gguf_file import GgufFile, find, read
 from opd_jax.hf.gguf_tokenizer import SPLITS, build_tokenizer
 from opd_jax.hf.layout import leaves, read_slice, stack_shape, stored_shape
 from opd_jax.hf.save import save_model
 from opd_jax.model import ModelConfig, Params, ParamSpec, is_spec, param_specs
+from opd_jax.runtime.exits import fail
 
 # Our parameter -> name of its tensors.
 _NAMES = {

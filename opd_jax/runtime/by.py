@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def find(by: str, known: Mapping[str, str]) -> Callable[..., Any]:
-    """Imports and returns the function or class that `by` names.
+def find(by: str, known: Mapping[str, str], *, section: str) -> Callable[..., Any]:
+    """The function or class that `by` names; its module is imported.
 
     Args:
       by: a key of `known`, or `module:name`.
       known: name to `module:name`.
+      section: of the settings, for errors.
 
     Raises:
       ValueError: an unknown name, or a module or an attribute that does not exist.
@@ -23,22 +24,33 @@ def find(by: str, known: Mapping[str, str]) -> Callable[..., Any]:
     target = known.get(by, by)
     module, colon, name = target.partition(":")
     if not colon:
-        raise ValueError(f"`by`: expected one of {', '.join(known)}, or module:name; got {by!r}")
+        raise ValueError(
+            f"`{section}.by`: expected one of {', '.join(known)}, or module:name; got {by!r}"
+        )
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if by in known or error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # the module exists, but something that it imports does not
+            raise  # the module exists, and one that it imports does not
         raise ValueError(
-            f"`by` = {by!r}: there is no module `{module}`; is it installed?"
+            f"`{section}.by` = {by!r}: there is no module `{module}`; install it, or put it beside "
+            "the config"
         ) from None
     if not hasattr(found, name):
-        raise ValueError(f"`by` = {by!r}: module `{module}` has no `{name}`")
+        raise ValueError(f"`{section}.by` = {by!r}: module `{module}` has no `{name}`")
     return getattr(found, name)
 
 
-def check_arguments(by: str, target: Callable[..., Any], given: Mapping[str, Any]) -> None:
-    """Checks keyword arguments against the signature of `target`.
+def check_arguments(
+    by: str, target: Callable[..., Any], given: Mapping[str, Any], *, section: str
+) -> None:
+    """Compares the fields of a section with the signature of what its `by` names.
+
+    Args:
+      by: the section's.
+      target: what it names.
+      given: the keyword arguments that the section holds for it.
+      section: of the settings, for errors.
 
     Raises:
       ValueError: an argument is missing or unknown. The message names them.
@@ -47,10 +59,12 @@ def check_arguments(by: str, target: Callable[..., Any], given: Mapping[str, Any
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
     needed = [name for name, p in parameters.items() if p.default is p.empty]
-    wrong = [f"`{name}` is none of its fields" for name in given if name not in parameters]
-    wrong += [f"`{name}` is missing" for name in needed if name not in given]
+    wrong = [
+        f"`{section}.{name}` is none of its fields" for name in given if name not in parameters
+    ]
+    wrong += [f"`{section}.{name}` is missing" for name in needed if name not in given]
     if wrong:
         raise ValueError(
-            f"`by` = {by!r} does not fit the rest of its section: {', '.join(wrong)}; it takes "
-            f"{', '.join(parameters)}"
+            f"`{section}.by` = {by!r} does not fit the rest of its section: {', '.join(wrong)}; it "
+            f"takes {', '.join(parameters)}"
         )

@@ -49,18 +49,11 @@ def one_line(error: pytest.ExceptionInfo) -> str:
 # --- parse_arg
 
 
-@pytest.mark.parametrize("arg", [None, "", " , "])
-def test_no_argument_leaves_the_defaults(arg):
-    assert parse_arg(arg, runlocal=False, n=3, rate=0.5, who="x").to_dict() == {
-        "runlocal": False,
-        "n": 3,
-        "rate": 0.5,
-        "who": "x",
-    }
-
-
 def test_argument_values_have_the_types_of_their_defaults():
-    parsed = parse_arg("runlocal, n=4,rate=1,who=1.7b", runlocal=False, n=3, rate=0.5, who="x")
+    defaults = {"runlocal": False, "n": 3, "rate": 0.5, "who": "x"}
+    for empty in (None, "", " , "):
+        assert parse_arg(empty, **defaults).to_dict() == defaults
+    parsed = parse_arg("runlocal, n=4,rate=1,who=1.7b", **defaults)
     assert parsed.to_dict() == {"runlocal": True, "n": 4, "rate": 1.0, "who": "1.7b"}
     assert isinstance(parsed.rate, float)
     assert parse_arg("runlocal=false", runlocal=True).runlocal is False
@@ -86,46 +79,31 @@ def test_bad_arguments_name_themselves(arg, words):
 # --- load
 
 
-def test_structure_comes_from_the_argument_and_scalars_from_flags(path):
-    config = load(
-        f"{path}:runlocal,ablate=confidence",
-        ["--config.seed=7", "--config.train.learning_rate", "-1e-4", "--config.name=a=b"],
-    )
+def test_structure_comes_from_the_argument_and_values_from_flags_in_their_default_type(path):
+    flags = {
+        "seed": "7",
+        "name": "a=b",
+        "clip": "0.5",
+        "limit": "3",
+        "train.learning_rate": "1",
+        "train.remat": "false",
+        "train.betas": "(0.5,1)",
+        "train.splits": "x",
+    }
+    words = [f"--config.{name}={text}" for name, text in flags.items()]
+    config = load(f"{path}:runlocal,ablate=confidence", words)
     assert (config.ablate, config.train.updates, config.seed) == ("confidence", 2, 7)
-    assert (config.train.learning_rate, config.name) == (-1e-4, "a=b")
-
-
-def test_values_take_the_type_of_their_default(path):
-    config = load(
-        path,
-        [
-            "--config.train.learning_rate=1",
-            "--config.train.remat=false",
-            "--config.train.betas=(0.5,1)",
-            "--config.train.splits=x",
-            "--config.name=12",
-            "--config.limit=3",
-            "--config.clip=0.5",
-        ],
-    )
-    values = [config.train.learning_rate, config.train.remat, *config.train.betas]
-    assert repr(values) == "[1.0, False, 0.5, 1.0]"
-    assert (config.train.splits, config.name, repr(config.limit)) == (("x",), "12", "3.0")
-    assert config.clip == 0.5
-    assert load(path, ["--config.limit=none", "--config.clip=none"]).limit is None
-
-
-def test_the_last_override_wins_and_derived_fields_follow(path):
-    config = load(path, ["--config.train.updates=10", "--config.train.updates=40"])
-    assert (config.train.updates, config.train.warmup) == (40, 20)
-
-
-def test_a_loaded_config_cannot_change(path):
-    config = load(path, [])
-    with pytest.raises(AttributeError):
-        config.train.updates = 3
-    with pytest.raises(AttributeError):
-        config.new = 3
+    values = [config.train.learning_rate, config.train.remat, *config.train.betas, config.limit]
+    assert repr(values) == "[1.0, False, 0.5, 1.0, 3.0]"
+    assert (config.train.splits, config.name, config.clip) == (("x",), "a=b", 0.5)
+    # A flag and its value may be two words. The last one wins, and what depends on it follows.
+    more = ["--config.limit=none", "--config.train.updates=10", "--config.train.updates", "40"]
+    config = load(path, [*words, *more, "--config.train.learning_rate", "-1e-4"])
+    assert (config.limit, config.train.updates, config.train.warmup) == (None, 40, 20)
+    assert config.train.learning_rate == -1e-4
+    for node in (config, config.train):
+        with pytest.raises(AttributeError):
+            node.updates = 3
 
 
 @pytest.mark.parametrize(
@@ -157,14 +135,15 @@ def test_bad_overrides_name_the_field(path, overrides, words):
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("exampel.py", None, ["exampel.py", "does not exist", "`example.py`"]),
-        ("example", None, ["configs/NAME.py"]),
+        ("exampel.py", None, ["exampel.py", "does not exist", "closest: `example`"]),
+        ("no/where.py", None, ["no/where.py", "does not exist", "none"]),
+        ("example", None, ["example", "`quickstart:runlocal`"]),
         ("none.py", "x = 1", ["none.py", "get_config"]),
         ("wrong.py", "def get_config(arg): return {}", ["wrong.py", "ConfigDict", "dict"]),
     ],
 )
 def test_bad_config_files_are_named(path, name, text, words):
-    file = Path(path).with_name(name)
+    file = Path(path).parent / name
     if text:
         file.write_text(text)
     with pytest.raises(ValueError) as error:  # noqa: PT011
@@ -172,21 +151,35 @@ def test_bad_config_files_are_named(path, name, text, words):
     assert [word for word in words if word not in one_line(error)] == []
 
 
-def test_configs_of_two_folders_have_bases_of_their_own(tmp_path):
-    names = {}
-    for folder in ("one", "other"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "base.py").write_text(f"NAME = {folder!r}")
-        (tmp_path / folder / "late.py").write_text(f"NAME = {folder!r}")
-        (tmp_path / folder / "run.py").write_text(
-            "from base import NAME\n"
-            "from ml_collections import ConfigDict\n"
-            "def get_config(arg):\n"
-            "    import late\n"
-            "    return ConfigDict(dict(base=NAME, late=late.NAME))\n"
-        )
-        names[folder] = load(str(tmp_path / folder / "run.py"), []).to_dict()
-    assert names == {folder: {"base": folder, "late": folder} for folder in names}
+@pytest.mark.parametrize("name", ["quickstart", "quickstart:runlocal"])
+def test_a_bare_name_is_that_of_a_shipped_config(name, tmp_path, monkeypatch):
+    file = Path(__file__).parents[2] / "configs" / "quickstart.py"
+    expected = load(str(file) + name.removeprefix("quickstart"), [])
+    monkeypatch.chdir(tmp_path)
+    assert load(name, []) == expected
+    for mistake, closest in (("quickstrat", "quickstart"), ("papper", None)):
+        with pytest.raises(ValueError, match=f"`{mistake}` does not exist") as error:
+            load(mistake, [])
+        # What configs share is no config.
+        assert "`paper`" not in one_line(error)
+        assert (f"closest: `{closest}`" in one_line(error)) == bool(closest)
+
+
+def test_a_config_in_any_folder_builds_on_a_shipped_one_and_on_what_lies_beside_it(tmp_path):
+    (tmp_path / "beside.py").write_text("RATE = 0.5")
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import beside\n"
+        "from opd_jax.configs import quickstart\n"
+        "def get_config(arg=None):\n"
+        "    config = quickstart.get_config(arg)\n"
+        "    config.optimizer.learning_rate = beside.RATE\n"
+        "    config.compare.variants = quickstart.VARIANTS\n"
+        "    return config\n"
+    )
+    mine, base = load(f"{file}:runlocal", []), load("quickstart:runlocal", [])
+    changed = differences(base, mine, binds=lambda field: True)
+    assert changed == ["optimizer.learning_rate: 0.001 -> 0.5"]
 
 
 def test_an_error_inside_the_config_keeps_its_own_message(path):
@@ -202,7 +195,7 @@ def test_the_stored_config_is_json_and_reads_back(path):
     text = to_json(config)
     assert json.loads(text)["train"]["betas"] == [0.9, 0.95]
     again = from_json(text)
-    assert differences(config, again, ignore=[]) == []
+    assert differences(config, again, binds=lambda field: True) == []
     assert to_json(again) == text
 
 
@@ -218,13 +211,12 @@ def test_a_damaged_stored_config_is_an_error(text):
         from_json(text)
 
 
-def test_differences_list_every_changed_field_once():
+def test_differences_list_every_field_that_binds_once():
     saved = ConfigDict({"seed": 0, "train": {"lr": 0.1, "n": 1}, "log": {"every": 1}, "old": 1})
     now = ConfigDict({"seed": 0, "train": {"lr": 0.2, "n": 1}, "log": {"every": 5}, "new": "x"})
-    assert differences(saved, now, ignore=["log"]) == [
+    assert differences(saved, now, binds=lambda field: not field.startswith("log.")) == [
         "new: absent -> 'x'",
         "old: 1 -> absent",
         "train.lr: 0.1 -> 0.2",
     ]
-    assert "log.every: 1 -> 5" in differences(saved, now, ignore=["lo", "train"])
-    assert differences(saved, now, ignore=["log.every", "train.lr", "old", "new"]) == []
+    assert differences(saved, now, binds={"log.every"}.__contains__) == ["log.every: 1 -> 5"]

@@ -1,0 +1,238 @@
+"""Configs as settings: mistakes are refused by name, and every field says what it affects."""
+
+import dataclasses
+import typing
+
+import pytest
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from opd_jax.config import load
+from opd_jax.config.loading import flatten
+from opd_jax.config.settings import (
+    Settings,
+    affected_by,
+    binds_a_run,
+    binds_an_evaluation,
+    read_settings,
+)
+from opd_jax.runtime import fields as kinds
+
+# The household checks these itself. Members of `compare.variants` are the user's to choose.
+ELSEWHERE = ("env.size", "env.show_admissible", "compare.variants.")
+
+
+def read(name: str, *overrides: str) -> Settings:
+    return read_settings(load(name, [f"--config.{word}" for word in overrides]))
+
+
+def edited(config: FrozenConfigDict, field: str, value: object = None) -> FrozenConfigDict:
+    """The config with another value of a field; None: without it."""
+    changed = ConfigDict(config.to_dict(), type_safe=False)
+    *groups, leaf = field.split(".")
+    node = changed
+    for group in groups:
+        node = node[group]
+    if value is None:
+        del node[leaf]
+    else:
+        node[leaf] = value
+    return FrozenConfigDict(changed)
+
+
+def test_settings_have_the_attributes_of_their_config() -> None:
+    for name in ("quickstart", "household_pair", "alfworld_qwen3", "searchqa_qwen3:runlocal"):
+        config = load(name, [])
+        settings = read_settings(config)
+        for field, value in flatten(config).items():
+            node: typing.Any = settings
+            for part in field.split("."):
+                # What an environment takes for itself, variants and habits are mappings.
+                if isinstance(node, typing.Mapping):
+                    node = node[part]
+                elif part in {f.name for f in dataclasses.fields(node)}:
+                    node = getattr(node, part)
+                else:
+                    node = node.options[part]
+            assert node == value, field
+
+
+@pytest.mark.parametrize("name", ["quickstart", "household_pair"])
+def test_a_missing_field_is_named(name: str) -> None:
+    config = load(name, [])
+    fields = [f for f in flatten(config) if not f.startswith((*ELSEWHERE, "demonstrations.habits"))]
+    groups = {field.partition(".")[0] for field in fields}
+    for field in (*fields, *groups):
+        made_up = field in ("new_model", "demonstrations")
+        expected = rf"`{field}`.*household_pair" if made_up else rf"`{field}`.*no such field.*quick"
+        with pytest.raises(ValueError, match=expected):
+            read_settings(edited(config, field))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "text"),
+    [
+        # Unknown: the closest one is offered.
+        ("train.update", 3, "`train.update`: there is no such setting; closest: `train.updates`"),
+        ("updates", 3, "`updates`: there is no such setting"),
+        ("judge.context_tokens", 3, "`judge.context_tokens`: .*closest: .*`judge.context`"),
+        ("optimiser", {"b1": 0.9}, "`optimiser`: there is no such setting; .*`optimizer`"),
+        # Of another type.
+        ("train.updates", 2.5, "`train.updates`: expected int, got 2.5"),
+        ("train.updates", True, "`train.updates`: expected int, got True"),
+        (
+            "optimizer.learning_rate",
+            "fast",
+            "`optimizer.learning_rate`: expected float, got 'fast'",
+        ),
+        ("objective.confidence", 1, "`objective.confidence`: expected bool, got 1"),
+        ("eval.splits", "train", "`eval.splits`: expected tuple, got 'train'"),
+        ("student", 3, "`student`: expected str, got 3"),
+        ("mesh", 8, "`mesh`: expected a group of fields, got 8"),
+    ],
+)
+def test_a_field_that_is_unknown_or_of_another_type_is_named(
+    field: str, value: object, text: str
+) -> None:
+    with pytest.raises(ValueError, match=text):
+        read_settings(edited(load("quickstart", []), field, value))
+
+
+def test_whole_numbers_serve_as_floats_and_lists_as_tuples() -> None:
+    config = edited(load("quickstart", []), "optimizer.learning_rate", 1)
+    assert read_settings(edited(config, "eval.splits", ["train"])).eval.splits == ("train",)
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        ("judge.context=all", "`judge.context`: .* table9, .feedback, history, got 'all'"),
+        ("judge.decode=vote", "`judge.decode`: .* constrained, .*, got 'vote'"),
+        ("judge.batch=0", "`judge.batch`: expected at least 1, got 0"),
+        ("dtype=int8", "`dtype`: expected one of float32, bfloat16, got 'int8'"),
+        ("teacher_dtype=int4", "`teacher_dtype`: .* float32, bfloat16, int8, got 'int4'"),
+        ("mesh.fsdp=0", "`mesh.fsdp`: expected at least 1, got 0"),
+        ("seed=-1", r"`seed`: expected 0\.\.2147483647, got -1"),
+        ("objective.weak_weight=1.5", r"`objective.weak_weight`: expected 0\.\.1, got 1.5"),
+        ("objective.beta=2", r"`objective.beta`: expected 0\.\.1, got 2"),
+        ("objective.divergence=l2", "`objective.divergence`: .*reverse_kl, .* got 'l2'"),
+        ("objective.normalize=l2", "`objective.normalize`: .*all_tokens, .* got 'l2'"),
+        ("objective.scope=token", "`objective.scope`: .*trajectory, got 'token'"),
+        ("objective.entropy_bonus=-1", "`objective.entropy_bonus`: expected at least 0, got -1.0"),
+        ("optimizer.schedule=step", "`optimizer.schedule`: .*cosine.* got 'step'"),
+        ("optimizer.clip_norm=-1", "`optimizer.clip_norm`: expected at least 0, got -1.0"),
+        ("optimizer.b1=2", r"`optimizer.b1`: expected 0\.\.0.999999999, got 2.0"),
+        ("optimizer.b2=1", r"`optimizer.b2`: expected 0\.\.0.999999999, got 1.0"),
+        ("optimizer.eps=0", "`optimizer.eps`: expected at least 1e-30, got 0.0"),
+        ("train.updates=0", "`train.updates`: expected at least 1, got 0"),
+        ("checkpoint.keep=0", "`checkpoint.keep`: expected at least 1, got 0"),
+        ("data.source=books", "`data.source`: .*on_policy, .* got 'books'"),
+        ("env.max_turns=0", "`env.max_turns`: expected at least 1, got 0"),
+        ("rollout.top_p=0", "`rollout.top_p`: expected above 0 and at most 1, got 0.0"),
+        ("rollout.context_tokens=32", "`rollout.turn_tokens` = 32.*`rollout.context_tokens` = 32"),
+        ("rollout.extend_widths=", r"`rollout.extend_widths`: .* ascending widths, got \[\]"),
+        ("rollout.extend_widths=8,8", r"`rollout.extend_widths`: .* ascending .* got \[8, 8\]"),
+        ("rollout.per_task=3", "`rollout.batch` = 16 .* `rollout.per_task` = 3; .* divisor"),
+        ("rollout.per_task=0", "`rollout.per_task`: expected at least 1, got 0"),
+        ("rollout.depth_every=0", "`rollout.depth_every`: expected at least 1, got 0"),
+        ("eval.who=before,judge", "`eval.who`: expected one of before, .* got 'judge'"),
+        ("eval.splits=", "`eval.splits`: expected at least one split"),
+        ("compare.methods=sage", "`compare.seeds`: expected at least one seed"),
+        ("compare.methods=sage,ppo", "`compare.methods`: expected one of opd, .* got 'ppo'"),
+        # Of several sections.
+        ("train.micro_batches=3", "`rollout.batch` = 16 .* `train.micro_batches` = 3; .* divisor"),
+        ("mesh.data=2 mesh.fsdp=3", "`rollout.batch` = 16 .*`mesh.data` × `mesh.fsdp` = 6"),
+        ("mesh.data=8", "`eval.batch` = 100 .*`mesh.data` × `mesh.fsdp` = 8"),
+        (
+            "train.micro_batches=16 mesh.data=2",
+            "`rollout.batch` / `train.micro_batches` = 1 .*`mesh.data` × `mesh.fsdp` = 2",
+        ),
+        ("teacher=", "the objective .* needs a teacher, but `teacher` is empty"),
+        ("student=new", "`student` = 'new' needs its sizes in `new_model`"),
+        ("objective.divergence=cross_entropy", "'cross_entropy' has no verdicts, confidence"),
+        (
+            "rollout.history_turns=2 objective.scope=trajectory",
+            "`objective.scope` = 'trajectory' .*`rollout.history_turns`",
+        ),
+        (
+            "rollout.history_turns=2 judge.context=history",
+            "`judge.context` = 'history' .*`rollout.history_turns`",
+        ),
+        ("rollout.depth_start=1 data.source=teacher", "`rollout.depth_start` .*`data.source`"),
+        ("rollout.per_task=2 data.source=expert", "`rollout.per_task` .*`data.source`"),
+        (
+            "objective.divergence=sampled_reverse_kl data.source=teacher",
+            "'sampled_reverse_kl' .* set `data.source` to on_policy",
+        ),
+        (
+            "objective.divergence=cross_entropy objective.intervention=0 objective.confidence=0",
+            "'cross_entropy' on the student's own episodes teaches nothing",
+        ),
+        ("data.source=players", "`data.source` = 'players' needs .* cross_entropy"),
+    ],
+)
+def test_a_mistake_names_its_fields(flags: str, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        read("quickstart", *flags.split())
+
+
+def test_a_teacher_is_needed_only_where_it_is_used() -> None:
+    tuning = ("data.source=expert", "teacher=", "eval.who=expert")
+    read("quickstart:method=sft", *tuning)
+    with pytest.raises(ValueError, match=r"`eval.judge` needs a teacher, but `teacher` is empty"):
+        read("quickstart:method=sft", *tuning, "eval.judge=true")
+    with pytest.raises(ValueError, match="names the teacher, but `teacher` is empty"):
+        read("quickstart:method=sft", *tuning[:2], "eval.who=teacher")
+    with pytest.raises(ValueError, match="names the teacher, but `student` = 'new' has none"):
+        read("household_pair", "eval.who=expert,teacher")
+
+
+def test_players_need_their_section_and_the_household() -> None:
+    with pytest.raises(ValueError, match=r"'players' needs the section `demonstrations`.*_pair"):
+        read("quickstart:method=sft", "data.source=players")
+    with pytest.raises(ValueError, match=r"'players' .*household.*`env.by` = 'alfworld'"):
+        read("household_pair", "env.by=alfworld")
+    with pytest.raises(ValueError, match=r"`demonstrations.judge_contexts`: .* got 'all'"):
+        read("household_pair", "demonstrations.judge_contexts=all")
+
+
+# --- What a field affects
+
+
+def test_what_fields_affect_by_a_sample_of_each_kind() -> None:
+    samples = {
+        kinds.METHOD: ["seed", "optimizer.learning_rate", "env.by", "env.size", "rollout.batch"],
+        kinds.EXTENT: ["train.updates"],
+        kinds.LAYOUT: ["mesh.fsdp", "train.micro_batches", "train.remat", "rollout.cache_step"],
+        kinds.WORLD: ["env.step_timeout_s", "env.workers", "checkpoint.every"],
+        kinds.FIGURES: ["eval.tasks", "eval.splits", "compare.variants.opd.objective.confidence"],
+    }
+    for kind, fields in samples.items():
+        assert all(kind in affected_by(field) for field in fields), kind
+    assert affected_by("judge.context") == {kinds.METHOD, kinds.FIGURES}
+
+
+def test_a_resumed_run_may_differ_in_layout_world_and_figures_only() -> None:
+    config = load("quickstart", [])
+    binding = {field for field in flatten(config) if binds_a_run(read_settings(config))(field)}
+    free = set(flatten(config)) - binding
+    assert {"seed", "student", "env.size", "train.updates", "optimizer.b2", "judge.context"} <= (
+        binding
+    )
+    assert {"mesh.data", "train.micro_batches", "env.start_timeout_s", "eval.seed"} <= free
+    assert not any(
+        field.startswith(("objective.", "optimizer.", "lora.", "data.")) for field in free
+    )
+
+
+def test_batches_of_demonstrations_are_cut_to_fit_the_layout_which_then_binds() -> None:
+    binds = binds_a_run(read("household_pair"))
+    assert binds("mesh.data")
+    assert binds("train.micro_batches")
+    assert not binds("checkpoint.every")
+
+
+def test_an_evaluation_needs_the_same_method_but_for_what_figures_say_themselves() -> None:
+    assert binds_an_evaluation("env.size")
+    assert binds_an_evaluation("student")
+    for field in ("train.updates", "eval.tasks", "judge.context", "mesh.data", "env.workers"):
+        assert not binds_an_evaluation(field), field

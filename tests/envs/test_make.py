@@ -1,0 +1,134 @@
+"""Environments from settings: ours by name, anybody's by `module:Class`, and their players."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from opd_jax.config import build, load
+from opd_jax.config.settings import Settings, read_settings
+from opd_jax.envs.make import EnvSettings, make_env
+from opd_jax.envs.players import make_player
+from opd_jax.envs.workers import Worker
+from opd_jax.experience.demonstrations import play_out
+from opd_jax.experience.tasks import Panel
+
+
+def read(name: str, *overrides: str) -> Settings:
+    return read_settings(load(name, [f"--config.{word}" for word in overrides]))
+
+
+@pytest.mark.parametrize(
+    ("config", "by", "wrong"),
+    [
+        ("quickstart", "alfworld", "`env.size` is none .*`env.data` is missing"),
+        ("quickstart", "scienceworld", "`env.size` is none .*`env.heap_mb` is missing"),
+        ("quickstart", "factbookqa", "`env.size` is none .*`env.max_searches` is missing"),
+        ("quickstart", "searchqa", "`env.size` is none .*`env.retriever` is missing"),
+        ("alfworld_qwen3", "household", "`env.data` is none .*`env.size` is missing"),
+    ],
+)
+def test_fields_of_another_environment_are_named(config: str, by: str, wrong: str) -> None:
+    with pytest.raises(ValueError, match=rf"`env.by` = '{by}' does not fit .*{wrong}"):
+        make_env(read(config, f"env.by={by}").env)
+
+
+def test_unknown_names_are_errors() -> None:
+    with pytest.raises(ValueError, match=r"`env.by`: expected one of household, .*'office'"):
+        make_env(read("quickstart", "env.by=office").env)
+    with pytest.raises(ValueError, match=r"`eval.who`.*household.*'nobody'.*expert"):
+        make_player("nobody", read("quickstart").env, field="eval.who", habits={})
+
+
+# --- Somebody else's
+
+CORRIDOR = """
+from opd_jax.envs.base import Observation, Task
+
+
+class Corridor:
+    system = "Walk."
+    waits = False
+
+    def __init__(self, *, length, max_turns):
+        self.length, self.max_turns = length, max_turns
+
+    def size(self, split):
+        return {"train": 5, "test": 2}[split]
+
+    def digest(self, split):
+        return f"{split}-{self.length}"
+
+    def reset(self, split, index):
+        self.task = Task(f"corridor/{split}/{index}", "walk", "reach the end", "corridor")
+        self.place = 0
+        return self._see("")
+
+    def step(self, response):
+        self.place += 1
+        return self._see(response)
+
+    def _see(self, action):
+        text = f"You are at {self.place} of {self.length}."
+        end = {self.length: "success", self.max_turns: "turn_limit"}.get(self.place, "")
+        return Observation(text, text, ("go",), end, float(end == "success"), action)
+"""
+CONFIG = """
+from opd_jax.configs import quickstart
+
+
+def get_config(arg=None):
+    config = quickstart.get_config("runlocal")
+    config.env = dict(
+        by="corridor:Corridor",
+        length=3,
+        max_turns=5,
+        workers=arg == "workers",
+        start_timeout_s=60.0,
+        step_timeout_s=10.0,
+    )
+    config.eval.splits = ("test",)
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config with an environment beside it."""
+    folder = tmp_path_factory.mktemp("mine")
+    (folder / "corridor.py").write_text(CORRIDOR)
+    (folder / "mine.py").write_text(CONFIG)
+    return folder / "mine.py"
+
+
+def episode(settings: EnvSettings) -> list[str]:
+    """What the random player was told in one episode."""
+    env = make_env(settings)
+    assert isinstance(env, Worker) == settings.workers
+    player = make_player("random", settings, field="eval.who", habits={})
+    played = play_out(env, "train", 4, player=player, rng=random.Random(0))
+    if isinstance(env, Worker):
+        env.close()
+    assert played.task is not None
+    assert played.task.id == "corridor/train/4"
+    return [turn.feedback for turn in played.turns] + [played.end]
+
+
+@pytest.mark.parametrize("where", ["in_process", "workers"])
+def test_an_environment_of_ones_own_plays(where: str, mine: Path) -> None:
+    settings = read(f"{mine}:{where}")
+    assert build.panels(settings) == {"train": Panel(5, "train-3"), "test": Panel(2, "test-3")}
+    walked = [f"You are at {place} of 3." for place in (1, 2, 3)]
+    assert episode(settings.env) == [*walked, "success"]
+    assert episode(read(f"{mine}:{where}", "env.length=9").env)[-1] == "turn_limit"
+
+
+def test_mistakes_about_an_environment_of_ones_own_are_named(mine: Path) -> None:
+    with pytest.raises(ValueError, match=r"`env.by` = 'corridor:Office': .*`corridor` has no"):
+        make_env(read(str(mine), "env.by=corridor:Office").env)
+    with pytest.raises(ValueError, match=r"`env.by` = 'coridor:Corridor': there is no module"):
+        make_env(read(str(mine), "env.by=coridor:Corridor").env)
+    with pytest.raises(ValueError, match=r"`env.size` is none .*`env.length` is missing.* takes"):
+        make_env(read("quickstart", "env.by=corridor:Corridor").env)
+    with pytest.raises(ValueError, match=r"corridor:Corridor has no player 'expert'.* random"):
+        build.check_players(read(str(mine), "eval.who=expert"))
