@@ -475,6 +475,7 @@ def lines_of(workdir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_trains_adapters_and_scores_what_it_sampled(
     adapting: FrozenConfigDict, finished: Path
 ) -> None:
@@ -488,6 +489,7 @@ def test_a_run_trains_adapters_and_scores_what_it_sampled(
     assert all(jnp.abs(adapter["b"]).max() > 1e-3 for adapter in state.params.values())
 
 
+@pytest.mark.slow
 def test_a_continued_run_ends_with_the_same_bits(
     adapting: FrozenConfigDict, finished: Path, tmp_path: Path
 ) -> None:
@@ -499,6 +501,7 @@ def test_a_continued_run_ends_with_the_same_bits(
     )
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_and_exported_as_one_model(
     adapting: FrozenConfigDict, finished: Path, tmp_path: Path, wide: np.ndarray
 ) -> None:
