@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# Sourced, without arguments of its own: takes --dry-run, anywhere among those of the script, out of
-# them, and sets `dry_run`.
+# Sourced without arguments: takes --dry-run, wherever it stands, out of the arguments of the script
+# and sets `dry_run`.
 
-# shellcheck disable=SC2034 # the script's
+# shellcheck disable=SC2034 # the script reads it
 dry_run="" words=()
 for word in "$@"; do
   # shellcheck disable=SC2034

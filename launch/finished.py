@@ -1,10 +1,10 @@
-"""Whether a run is finished: the answer that a status of 0 does not give.
+"""Whether a run is finished. A status of 0 from training does not say so.
 
     .venv/bin/python launch/finished.py [the arguments of opd_jax.train]
 
-Training that SIGTERM stops exits with 0 as well. This exits with 0 if the student is evaluated
-after the last update, in every run of a comparison, and with 75 (the "try again later" of
-sysexits.h) if giving the same training command again would go on with something.
+Training exits with 0 when SIGTERM stops it, too. This script exits with 0 if the student is
+evaluated after the last update, in every run of a comparison. It exits with 75 ("try again later"
+in sysexits.h) if the same training command would find more to do.
 """
 
 import sys

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A slice of TPUs on Google Kubernetes Engine, one pod a host, as a JobSet:
+# Train on a TPU slice of Google Kubernetes Engine, as a JobSet with one pod a host:
 #   ./launch/gke.sh run --config=... --workdir=/runs/NAME [--config.x.y=v]
 #   ./launch/gke.sh status          the JobSet, its pods, and the last lines of the first pod
 #   ./launch/gke.sh stop            delete the JobSet; its pods save on SIGTERM
-# The cluster needs JobSet 0.6 or newer. GKE_CLAIM is mounted at /runs. When a pod is preempted or
-# fails, all pods are made anew and resume, at most GKE_RESTARTS times; a mistake in the command or
-# the config (status 2) fails the JobSet at once. --dry-run prints the commands and the manifest.
+# The cluster needs JobSet 0.6 or newer. GKE_CLAIM is mounted at /runs. If a pod is preempted or
+# fails, all pods restart and resume, at most GKE_RESTARTS times. A mistake in the command or the
+# config (status 2) fails the JobSet at once. --dry-run prints the commands and the manifest.
 # Settings: launch/env.example.
 set -euo pipefail
 cd "$(dirname "$0")/.."

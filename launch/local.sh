@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Make .venv if absent, install the package, and train:
 #   ./launch/local.sh --config=configs/quickstart.py [--workdir=DIR] [--config.x.y=v]
-# Without --workdir the run goes to runs/NAME of the config. PYTHON chooses the interpreter (3.11 or
-# newer), EXTRAS the extras, for example EXTRAS=cuda. --dry-run prints the commands.
+# The workdir is runs/NAME by default, with the config's NAME. PYTHON chooses the interpreter (3.11
+# or newer), EXTRAS the extras, such as EXTRAS=cuda. --dry-run prints the commands.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,12 +1,11 @@
 # shellcheck shell=bash
-# Sourced by tpu_vm.sh, gke.sh and slurm.sh, which set `verbs`: settings, and --dry-run.
-#   launch/env          its variables, exported; those already in the environment come before them
-#   --dry-run           anywhere among the arguments: taken out, and `call` prints and does not run
-#   verb                the first argument, one of `verbs`; taken out
-#   require NAME...     ends with an error when one of the variables is not set
-#   one_of NAME VALUES  ends with an error when the variable has none of the values
-#   call COMMAND...     runs a command, or prints the line that a shell would run
-#   retry COMMAND...    runs a command until it succeeds, ten times at most
+# Sourced by tpu_vm.sh, gke.sh and slurm.sh, which set `verbs`. It exports the variables of
+# launch/env unless the environment has them, takes --dry-run out of the arguments, and takes the
+# first argument, one of `verbs`, as `verb`. It defines:
+#   require NAME...      fail if one of these variables is not set
+#   one_of NAME VALUE... fail if the variable has none of these values
+#   call COMMAND...      run a command; in a dry run print it as a shell would read it
+#   retry COMMAND...     run a command until it succeeds, ten times at most
 
 if [[ -f launch/env ]]; then
   given=$(export -p)
@@ -18,7 +17,7 @@ if [[ -f launch/env ]]; then
 fi
 
 source launch/dry_run.sh
-exec 3>&1 # where `call` prints, also inside $(...)
+exec 3>&1 # `call` prints here, also inside $(...)
 
 fail() {
   echo "error: $1" >&2
@@ -26,7 +25,7 @@ fail() {
 }
 
 verb=${1:-}
-# shellcheck disable=SC2154 # `verbs` is the caller's
+# shellcheck disable=SC2154 # the caller sets `verbs`
 [[ -n $verb && " ${verbs[*]} " == *" $verb "* ]] ||
   fail "expected one of ${verbs[*]} first, got \`$verb\`"
 shift
@@ -48,7 +47,7 @@ require_workdir() {
     fail "\`--workdir=/DIR\` must be given, on a file system that all machines of the run mount"
 }
 
-quoted() { # the words as a shell reads them back
+quoted() { # quotes the words so that a shell reads them back
   local word line=""
   for word in "$@"; do
     [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word=${word@Q} # plain words are easier to read

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# GPU nodes of a Slurm cluster, one process a node or one a GPU:
+# Train on GPU nodes of a Slurm cluster, with one process a node or one a GPU:
 #   ./launch/slurm.sh run --config=... --workdir=/DIR [--config.x.y=v]
 #   ./launch/slurm.sh status        the jobs of JOB_NAME
 #   ./launch/slurm.sh stop          cancel them; training saves on SIGTERM
-# The checkout and the workdir must be on a file system that all nodes mount. The package is
-# installed here, before the job is submitted, since nodes often have no network. A job that is
-# preempted, loses a node or reaches JOB_TIME goes back into the queue and resumes, until the run is
-# finished; one whose training fails does not. Its log is runs/slurm-NUMBER.log. --dry-run prints
-# the commands. Settings: launch/env.example.
+# All nodes must mount the checkout and the workdir. `run` installs the package before it submits
+# the job, since nodes often have no network. A job that is preempted, loses a node or reaches
+# JOB_TIME goes back into the queue and resumes, until the run is finished. A job whose training
+# fails does not. The log is runs/slurm-NUMBER.log. --dry-run prints the commands.
+# Settings: launch/env.example.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 verbs=(run status stop)
@@ -22,8 +22,8 @@ case $verb in
     require_workdir "$@"
     call mkdir -p runs
     call bash -c 'source launch/venv.sh && ensure_venv cuda'
-    # Without --gpus-per-task: every process is to see all GPUs of its node, and JAX picks. TERM two
-    # minutes before the end of JOB_TIME goes to training, not to slurm_job.sh.
+    # No --gpus-per-task: JAX picks a process's GPUs, and so must see all of the node. --signal: two
+    # minutes before JOB_TIME ends, training gets SIGTERM; slurm_job.sh does not.
     call sbatch --job-name="$JOB_NAME" --partition="$JOB_PARTITION" --time="$JOB_TIME" \
       --nodes="$JOB_NODES" --gpus-per-node="$JOB_GPUS" --ntasks-per-node="$tasks" --exclusive \
       --mem=0 --requeue --signal=TERM@120 --open-mode=append --output=runs/slurm-%j.log \

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# A slice of TPU VMs by `gcloud compute tpus`, one process a host:
-#   ./launch/tpu_vm.sh create        ask for the slice: a queued resource
-#   ./launch/tpu_vm.sh sync          copy this checkout to every host; ends a run there, which saves
+# Train on a slice of TPU VMs, by `gcloud compute tpus`, with one process a host:
+#   ./launch/tpu_vm.sh create        request the slice, as a queued resource
+#   ./launch/tpu_vm.sh sync          stop a run on the hosts (it saves); copy this checkout to them
 #   ./launch/tpu_vm.sh run --config=... --workdir=/DIR [--config.x.y=v]
-#       create if need be, wait, sync, train on every host, show the log of the first; all of it
-#       again after a preemption, until the run is finished. Ctrl-C ends only the showing
+#       create if needed, wait, sync, train on every host, and show the log of the first; again
+#       after each preemption, until the run is finished. Ctrl-C does not stop the training
 #   ./launch/tpu_vm.sh status        the slice, and the last line of every host's log
-#   ./launch/tpu_vm.sh stop          end the run, which saves, and delete the slice
-# --dry-run prints the commands of an undisturbed course. Settings: launch/env.example. Hosts go
-# with all that they hold: the workdir must be on a file system that TPU_SETUP mounts.
+#   ./launch/tpu_vm.sh stop          stop the run (it saves), and delete the slice
+# --dry-run prints the commands of a run without preemptions. Settings: launch/env.example. A
+# preempted host loses its disk: put the workdir on a file system that TPU_SETUP mounts.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 verbs=(create sync run status stop)
@@ -26,11 +26,11 @@ create() {
     --accelerator-type="$TPU_TYPE" --runtime-version="$TPU_RUNTIME" ${spot[@]+"${spot[@]}"}
 }
 delete() { exists="" && tpus queued-resources delete "$TPU_NAME" "${where[@]}" --force --quiet; }
-list() { # KIND FIELD, and what a dry run takes for the answer
+list() { # KIND FIELD ANSWER: a dry run prints the command and takes ANSWER for its answer
   retry tpus "$1" list "${where[@]}" --filter="name~/$TPU_NAME\$" --format="value($2)" || return
   [[ -z $dry_run ]] || echo "${exists:+$3}"
 }
-state() { # of the request, and after a colon of the hosts if it is ACTIVE; empty if there is none
+state() { # of the request, such as WAITING; ACTIVE:STATE, with that of the hosts; "" without one
   local found
   found=$(list queued-resources state.state ACTIVE) || return
   [[ $found != ACTIVE ]] || found+=:$(list tpu-vm state READY) || return
@@ -43,7 +43,7 @@ make_ready() {
     case $now in
       "") exists=1 && create ;;
       SUSPENDED | ACTIVE:PREEMPTED | ACTIVE:TERMINATED) delete ;;
-      FAILED) fail "\`$TPU_NAME\` was refused: see \`status\`; \`stop\` deletes the request" ;;
+      FAILED) fail "\`$TPU_NAME\` was refused; \`status\` says why, \`stop\` deletes the request" ;;
       *) echo "$TPU_NAME is $now" >&2 && exists=1 && sleep 60 ;;
     esac
   done
@@ -64,17 +64,17 @@ run() {
     if sync && on all "$worker start $(quoted "$@")"; then
       on 0 "$worker follow $(quoted "$@")" && return || status=$?
     fi
-    [[ $status != 2 ]] || fail "a mistake in the command: see above"
-    for _ in {1..10}; do # hosts know of a preemption minutes before their state says so
+    [[ $status != 2 ]] || fail "the command has a mistake, named above"
+    for _ in {1..10}; do # a preemption shows in the state minutes after it ends the hosts
       [[ $(state) == ACTIVE:READY ]] || continue 2
       sleep 30
-    done # 75: stopped, or a host started anew; 255: the connection is lost; training resumes
-    [[ $status =~ ^(75|255)$ ]] || fail "it ended with status $status, and was not preempted"
+    done # 75: the run was stopped, or a host rebooted. 255: ssh lost the connection. Resume
+    [[ $status =~ ^(75|255)$ ]] || fail "the run ended with status $status, not by a preemption"
   done
 }
 case $verb in
   create | sync) "$verb" ;;
   run) require_workdir "$@"; run "$@" ;;
   status) tpus queued-resources describe "$TPU_NAME" "${where[@]}" && on all "tail -n 1 $log" ;;
-  stop) on all "$worker stop" || echo "no run was ended" >&2; delete ;;
+  stop) on all "$worker stop" || echo "no run was stopped" >&2; delete ;;
 esac

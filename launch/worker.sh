@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# On a host of a TPU slice, called by tpu_vm.sh: training that outlives the connection.
-#   launch/worker.sh start [arguments of training]    end what runs here, train in the background
-#   launch/worker.sh follow [the same arguments]      show the log; exit as the run did, and with 75
-#                                                     if it was stopped before it was finished
-#   launch/worker.sh stop                             SIGTERM, which saves; in five minutes SIGKILL
+# On a host of a TPU slice, called by tpu_vm.sh: train in the background, without the connection.
+#   launch/worker.sh start [arguments of training]    stop what runs here, then start
+#   launch/worker.sh follow [the same arguments]      show the log; exit with the run's status, or
+#                                                     with 75 if it was stopped before it finished
+#   launch/worker.sh stop                             SIGTERM (it saves); SIGKILL in five minutes
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p runs
 pid=runs/worker.pid log=runs/worker.log status=runs/worker.status
 
-running() { # by its folder: after a restart of the host its number may be somebody else's
+running() { # checks its folder too: after a reboot another process may have its number
   [[ -s $pid && /proc/$(<"$pid")/cwd -ef . ]]
 }
 stop() {
@@ -45,7 +45,7 @@ case $verb in
   follow)
     if running; then tail -n 1000 --pid="$(<"$pid")" -F "$log"; else tail -n 1000 "$log"; fi
     for _ in {1..50}; do [[ -s $status ]] || sleep 0.1; done
-    [[ -s $status ]] || exit 75 # gone without a word, as with its host
+    [[ -s $status ]] || exit 75 # no status: the host rebooted
     code=$(<"$status")
     [[ $code == 0 ]] || exit "$code"
     exec .venv/bin/python launch/finished.py "$@"

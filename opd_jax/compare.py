@@ -9,9 +9,9 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from opd_jax.config.settings import read_settings
-from opd_jax.report.figures import split_label
 from opd_jax.report.intervals import mean_interval, wilson_interval
-from opd_jax.report.writers import table, write_summary
+from opd_jax.report.tables import split_label, table
+from opd_jax.report.writers import write_summary
 from opd_jax.runtime import processes
 
 Run = Callable[[FrozenConfigDict, Path], dict[str, Any]]

@@ -32,7 +32,8 @@ from opd_jax.judge import agreement
 from opd_jax.judge.labels import env_labels
 from opd_jax.judge.verdicts import judge_turns
 from opd_jax.model import Params
-from opd_jax.report.figures import judge_table, macro_average, results_table, summarize
+from opd_jax.report.figures import macro_average, summarize
+from opd_jax.report.tables import judge_table, results_table
 from opd_jax.report.writers import read_summary, write_summary
 from opd_jax.runtime import processes
 from opd_jax.runtime.checkpoint import Checkpoints

@@ -27,9 +27,9 @@ from opd_jax.evaluate import evaluate_others, evaluate_trained
 from opd_jax.experience.source import Source
 from opd_jax.judge.labellers import Labeller
 from opd_jax.learner.train_state import TrainState, restore_or_init
-from opd_jax.report.figures import results_table
 from opd_jax.report.log import UpdateLog
-from opd_jax.report.metrics import Stopwatch
+from opd_jax.report.stopwatch import Stopwatch
+from opd_jax.report.tables import results_table
 from opd_jax.report.writers import write_summary
 from opd_jax.runtime import processes
 from opd_jax.runtime.checkpoint import Checkpoints

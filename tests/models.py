@@ -1,4 +1,4 @@
-"""The sizes of a model that compiles fast, for tests to take as they are or to change."""
+"""The sizes of a model that compiles fast. Tests take them as they are or change some."""
 
 from opd_jax.model import ModelConfig
 

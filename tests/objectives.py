@@ -1,4 +1,4 @@
-"""The objective of SAGE-OPD and what it is compared with, for tests of whatever computes it."""
+"""SAGE-OPD and the objectives it is compared with, for tests of whatever computes them."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ from opd_jax.learner.objective import Objective
 
 SAGE = Objective(
     divergence="reverse_kl",
-    beta=None,
+    beta=0.5,
     intervention=True,
     confidence=True,
     confidence_temperature=1.0,
@@ -16,7 +16,7 @@ SAGE = Objective(
     normalize="all_tokens",
     scope="batch",
     eps=1e-8,
-    max_z=None,
+    max_z=0.0,
 )
 OPD = replace(SAGE, intervention=False, confidence=False, normalize="none")  # the token mean
 SFT = replace(OPD, divergence="cross_entropy")

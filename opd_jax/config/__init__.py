@@ -14,10 +14,11 @@ The result is frozen: nothing can change it once the run has started.
 - `command_line`: what ``train``, ``evaluate`` and ``export`` share.
 """
 
-from opd_jax.config.command_line import fail, parse_command_line
+from opd_jax.config.command_line import parse_command_line
 from opd_jax.config.flags import given_fields
 from opd_jax.config.loading import load, parse_arg
 from opd_jax.config.stored import check_same_run, differences, from_json, read_stored, to_json
+from opd_jax.runtime.exits import fail
 
 __all__ = [
     "check_same_run",

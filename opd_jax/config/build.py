@@ -89,12 +89,16 @@ def optimizer(settings: Settings) -> optax.GradientTransformation:
 Update = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 
 
-def make_update(
-    settings: Settings, student: LoadedModel, teacher: LoadedModel | None, state: TrainState
-) -> Update:
-    """The function that makes one update; it takes a batch on the host and donates its state.
+def compile_update(
+    settings: Settings, *, student: ModelConfig, teacher: ModelConfig | None, placement: Any
+) -> tuple[Callable, Callable | None]:
+    """The programs of an update: the train step, and the teacher's pass if the objective has one.
 
-    The teacher's pass and the train step are two compiled programs.
+    Args:
+      settings: of the run.
+      student: its sizes.
+      teacher: its sizes; None without one.
+      placement: see `make_train_step`.
     """
     train = settings.train
     how: dict[str, Any] = dict(
@@ -104,25 +108,37 @@ def make_update(
         query_chunk=train.query_chunk,
     )
     train_step = make_train_step(
-        student=student.config,
+        student=student,
         objective=settings.objective,
         optimizer=optimizer(settings),
-        placement=placement_of(state),
+        placement=placement,
         dtype=jnp.dtype(settings.compute_dtype),
         loss_chunk=train.loss_chunk,
         remat=train.remat,
         lora=adapters(settings),
         **how,
     )
-    reads = teacher if settings.objective.needs_teacher else None
-    teacher_pass = make_teacher_pass(reads.config, **how) if reads else None
+    if teacher is None or not settings.objective.needs_teacher:
+        return train_step, None
+    return train_step, make_teacher_pass(teacher, **how)
+
+
+def make_update(
+    settings: Settings, student: LoadedModel, teacher: LoadedModel | None, state: TrainState
+) -> Update:
+    """One update, from a batch on the host to metrics on the host; donates its state."""
+    train_step, teacher_pass = compile_update(
+        settings,
+        student=student.config,
+        teacher=teacher.config if teacher else None,
+        placement=placement_of(state),
+    )
     base = student.params if adapters(settings) else None
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        rows = shard_batch(batch)
-        said = None
-        if reads and teacher_pass:
-            said = Teacher(teacher_pass(reads.params, rows), model.head_params(reads.params))
+        rows, said = shard_batch(batch), None
+        if teacher and teacher_pass:
+            said = Teacher(teacher_pass(teacher.params, rows), model.head_params(teacher.params))
         state, raw = train_step(state, said, rows, base)
         return state, jax.device_get(raw)
 

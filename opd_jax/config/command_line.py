@@ -1,9 +1,8 @@
 """The command lines of ``python -m opd_jax.train`` and its siblings, and how they end in error."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, overload
+from typing import Any, Literal, overload
 
 from ml_collections import FrozenConfigDict
 
@@ -58,7 +57,7 @@ def parse_command_line(
 
     Raises:
       ValueError: an unknown, missing or repeated flag, or a value that it does not take. The caller
-        ends with `fail`.
+        ends with `runtime.exits.fail`.
     """
     required = ["config"] * needs_config + ["workdir"] * needs_workdir
     known = [*required, *flags]
@@ -87,15 +86,6 @@ def parse_command_line(
     extra = {name: _flag_value(name, default, given.get(name)) for name, default in flags.items()}
     config = load(given["config"], overrides) if needs_config else None
     return config, Path(given["workdir"]) if needs_workdir else None, extra
-
-
-def fail(message: object) -> NoReturn:
-    """Ends a command because of a user's error: one line to stderr, exit status 2.
-
-    A command wraps its body in ``try: ... except ValueError as error: fail(error)``.
-    """
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(2)
 
 
 def _flag_value(name: str, default: Any, text: str | None) -> Any:

@@ -1,7 +1,7 @@
-"""What every environment looks like to the agent loop.
+"""The interface between environments and the agent loop.
 
-An environment owns its prompts, its action parser and its failure test: it receives the raw text
-that the model wrote and returns the next user message. The loop knows nothing of action grammars.
+An environment receives the text that the model wrote and returns the next user message. It owns its
+prompts, its action parser and its test for failed turns; the loop knows no action grammar.
 """
 
 import random
@@ -9,17 +9,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-# `Observation.end` of an episode that the environment, not the agent, has spoilt: it hung or died.
+# `Observation.end` of an episode that ended because the environment hung or died.
 BROKEN = "broken"
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task: what the judge is told about it (paper Table 9), and its name in records.
+    """One task: its name in records, and what the judge is told about it (paper Table 9).
 
     Attributes:
-      id: unique and stable name, for example `household/train/17`.
-      type: the task's type, for example `pick_heat_then_place`.
+      id: unique and stable, for example `household/small/train/17`.
+      type: for example `pick_heat_then_place_in_recep`.
       goal: the instruction in words.
       scene: the first observation, which describes the scene.
     """
@@ -38,18 +38,17 @@ class Observation:
       text: the environment's own words.
       message: the user message shown to the agent; contains `text`.
       admissible: commands that would succeed now, most specific first.
-      end: why the episode is over: "success" where the goal is reached, `BROKEN` where the
-        environment failed, else the environment's word for it, such as "turn_limit"; "" while it
-        goes on.
+      end: why the episode is over; "" while it goes on. "success" if the goal is reached, `BROKEN`
+        if the environment failed, otherwise the environment's own word, such as "turn_limit".
       score: the environment's score so far.
       action: the action parsed from the response that led here; "" if there was none.
-      failure: why the turn that led here failed deterministically, in the environment's own
-        terms; "" if it did not. Such a turn is never sent to the judge (paper section 3.3).
-      oracle: "SKIP", "WEAK" or "STRONG" for the turn that led here, computed with hidden
-        knowledge where the environment can; "" otherwise. For measuring the judge, and for
-        labelling training data of the embedded teacher; never shown to a model.
-      measures: further figures of the episode so far by name, for example `f1`; reported beside
-        the score.
+      failure: why the turn that led here failed, if the environment can tell for certain; "" if it
+        did not fail. The judge never sees failed turns (paper section 3.3).
+      oracle: "SKIP", "WEAK" or "STRONG" for the turn that led here, from hidden knowledge; "" if
+        the environment cannot tell. It measures the judge and labels training data of the embedded
+        teacher; no model is shown it.
+      measures: other figures of the episode so far by name, for example `f1`; reported with the
+        score.
     """
 
     text: str
@@ -79,8 +78,8 @@ class Env(Protocol):
     Attributes:
       system: the system message of the conversation; "" for none.
       task: the task of the current episode; set by `reset`.
-      waits: its answers come from elsewhere, a process or a server: many environments may be waited
-        for at once, each in a thread.
+      waits: its answers come from another process or a server, so the loop waits for many
+        environments at once, each in a thread.
     """
 
     system: str
@@ -92,15 +91,15 @@ class Env(Protocol):
         ...
 
     def digest(self, split: str) -> str:
-        """Identifies the tasks of `split`: equal digests, equal tasks.
+        """Identifies the tasks of `split`: equal digests mean equal tasks.
 
-        A hash; behind `LABEL-` where every table has to say what the tasks are, since figures of
-        them could be taken for others'.
+        It is a hash. An environment whose results could be mistaken for another's puts `LABEL-`
+        before it, so that every table says what was played.
         """
         ...
 
     def reset(self, split: str, index: int) -> Observation:
-        """Start task `index` of `split`, a pure function of the two."""
+        """Start task `index` of `split`. The task depends on these two alone."""
         ...
 
     def step(self, response: str) -> Observation:

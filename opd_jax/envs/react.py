@@ -1,7 +1,6 @@
-"""Turns in two lines, a thought and an action (ReAct: Yao et al., 2023, arXiv:2210.03629).
+"""Responses of two lines, a thought and an action (ReAct: Yao et al., 2023, arXiv:2210.03629).
 
-The text worlds speak this protocol; here are its form, its parser, and the one player that needs to
-know nothing else.
+Here are their form, their parser, and a random player, which needs to know nothing else.
 """
 
 import random
@@ -16,11 +15,11 @@ def parse_response(response: str) -> tuple[str, str]:
     """Find the command in a response.
 
     Args:
-      response: the model's whole text; the last line that starts with `Action:` (in any case)
-        holds the command, everything else is free.
+      response: the model's whole text. The last line that starts with `Action:`, in upper or lower
+        case, holds the command. All other lines are free.
 
     Returns:
-      The command and "", or "" and why there is none: `empty` or `no_action`.
+      The command and "". Without a command: "" and the reason, `empty` or `no_action`.
     """
     if not response.strip():
         return "", "empty"
@@ -33,11 +32,7 @@ def parse_response(response: str) -> tuple[str, str]:
 
 
 class Random:
-    """Picks a uniformly random admissible command.
-
-    Args:
-      rng: source of randomness.
-    """
+    """Picks a uniformly random admissible command, drawn from `rng`."""
 
     def __init__(self, rng: random.Random):
         self.rng = rng
@@ -46,7 +41,7 @@ class Random:
         """Return a response with a random admissible command.
 
         Raises:
-          ValueError: the environment lists none.
+          ValueError: the environment lists no commands.
         """
         commands = observation.admissible
         if not commands:

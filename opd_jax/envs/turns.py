@@ -1,4 +1,4 @@
-"""What environments do alike in every turn: count it, and list what can be done next."""
+"""What all environments do in a turn: count it, and list the admissible commands."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ MORE = " (+%d more)"
 
 
 class TurnClock:
-    """Counts the turns of one episode at a time, and knows whether one is running.
+    """Counts the turns of an episode, and knows whether one is running.
 
     Args:
       max_turns: an episode ends after this many.
@@ -24,25 +24,24 @@ class TurnClock:
         self._running = False
 
     def start(self) -> None:
-        """An episode begins."""
+        """Begin an episode."""
         self._turns = 0
         self._running = True
 
     def tick(self) -> None:
-        """A turn begins; ValueError if no episode is running."""
+        """Begin a turn; ValueError if no episode is running."""
         if not self._running:
             raise ValueError(NOT_RUNNING)
         self._turns += 1
 
     def end(self, why: str) -> str:
-        """Settle whether the episode is over; asked again in the same turn, the answer is the same.
+        """Decide whether the episode is over. A second call in the same turn returns the same.
 
         Args:
-          why: it is over whatever the number of turns, in the words of `Observation.end`; "" if it
-            is not.
+          why: why this turn ends the episode, as in `Observation.end`; "" if it does not.
 
         Returns:
-          `why`, or else "turn_limit" in the last turn, or else "": the episode goes on.
+          `why` if given, else "turn_limit" in the last turn, else "": the episode goes on.
         """
         if not why and self._turns >= self._max_turns:
             why = "turn_limit"
@@ -50,11 +49,11 @@ class TurnClock:
         return why
 
     def stop(self) -> None:
-        """No episode is running from here on."""
+        """End the episode at once."""
         self._running = False
 
 
 def listed(commands: Sequence[str], most: int) -> str:
-    """The first `most` commands in a line, and how many more there are: `open, look (+3 more)`."""
+    """The first `most` commands and the number of the rest, such as `open, look (+3 more)`."""
     line = ", ".join(commands[:most])
     return line + MORE % (len(commands) - most) if len(commands) > most else line

@@ -1,7 +1,8 @@
-"""The process of a `Worker`, seen from inside, and the messages that the two exchange.
+"""The process of a `Worker`, seen from inside, and the messages between the two.
 
-A message is JSON behind its length, so that nothing an engine writes can become code in the run,
-and half a message is noticed. Only the environment's factory is a pickle, and it travels inwards.
+A message is its length, then JSON. JSON cannot become code in the run, whatever an engine writes;
+the length shows when half a message is missing. Only the environment's factory is a pickle, and
+only the run sends one.
 """
 
 import base64
@@ -15,7 +16,6 @@ import select
 import signal
 import socket
 import struct
-import sys
 import threading
 import time
 import traceback
@@ -25,17 +25,17 @@ from typing import Any
 from opd_jax.envs.base import Env
 
 _LENGTH = struct.Struct(">Q")
-_LONGEST = 1 << 26  # bytes; a length beyond it was not written by `send`
-_PIECE = 1 << 16
+_LONGEST = 1 << 26  # bytes; `send` never announces more
+_PIECE = 1 << 16  # bytes read at once
 
 
 def encode(message: Any) -> bytes:
-    """What `send` takes; any mapping counts as a dict. TypeError for what is not plain data."""
+    """A message as bytes for `send`. Mappings become dicts; TypeError unless it is plain data."""
     return json.dumps(message, default=dict).encode()
 
 
 def send(channel: socket.socket, body: bytes, *, deadline: float | None) -> None:
-    """Send one message; errors as of sockets, `TimeoutError` past the deadline (monotonic)."""
+    """Send one message; raises as sockets do, `TimeoutError` past the deadline (monotonic)."""
     _set_timeout(channel, deadline)
     channel.sendall(_LENGTH.pack(len(body)) + body)
 
@@ -43,11 +43,15 @@ def send(channel: socket.socket, body: bytes, *, deadline: float | None) -> None
 def receive(channel: socket.socket, *, deadline: float | None) -> Any:
     """The next message.
 
+    Args:
+      channel: the socket.
+      deadline: monotonic time in seconds; None waits for ever.
+
     Raises:
-      TimeoutError: it was not whole at the deadline (monotonic; None for none).
+      TimeoutError: the message was not complete at the deadline.
       EOFError: the other end is closed.
       OSError: other trouble with the socket.
-      ValueError, RecursionError: what came is no message.
+      ValueError, RecursionError: what came is not a message.
     """
     (length,) = _LENGTH.unpack(_exactly(channel, _LENGTH.size, deadline))
     if length > _LONGEST:
@@ -70,24 +74,24 @@ def _set_timeout(channel: socket.socket, deadline: float | None) -> None:
     if deadline is None:
         return
     left = deadline - time.monotonic()
-    if left <= 0:  # a timeout of 0 would mean something else, and a trickle could go on for ever
+    if left <= 0:  # `settimeout(0)` would mean "do not block", and a trickle would never end
         raise TimeoutError
     channel.settimeout(left)
 
 
 def defining_module(make: Callable[[], Env]) -> str:
-    """The module that defines a factory; for a `functools.partial`, what it calls."""
+    """The module that defines a factory, or the function that a `functools.partial` calls."""
     while isinstance(make, functools.partial):
         make = make.func
     return getattr(make, "__module__", None) or type(make).__module__
 
 
 def serve(fd: int) -> None:
-    """Serve one environment over the socket `fd`, and die with the other end: a process's main.
+    """The main function of a worker's process: serve one environment over the socket `fd`.
 
-    The first request makes the environment, every other one calls a method of it.
+    The first request makes the environment, every other one calls a method of it. The process dies
+    when the other end closes.
     """
-    sys.meta_path.insert(0, _WithoutJax())
     channel = socket.socket(fileno=fd)
     channel.set_inheritable(False)
     threading.Thread(target=_die_with_the_run, args=(fd,), daemon=True).start()
@@ -95,8 +99,8 @@ def serve(fd: int) -> None:
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             request = receive(channel, deadline=None)
-            # The run keeps the time. This is for an engine that holds the interpreter's lock for
-            # ever while the run is gone: the thread above cannot end it, this one needs no lock.
+            # The run enforces the limit. But if the run is dead and an engine never releases the
+            # interpreter's lock, the thread above cannot act. `faulthandler` needs no lock.
             faulthandler.dump_traceback_later(2 * request["limit_s"], exit=True, file=2)
             answer = served.answer(request["name"], request["arguments"])
             faulthandler.cancel_dump_traceback_later()
@@ -104,22 +108,10 @@ def serve(fd: int) -> None:
     _die_with_the_run(fd)
 
 
-class _WithoutJax:
-    """Refuses to import JAX, for packages that use it wherever they find it, such as `bm25s`.
-
-    It would take the accelerator, which is the run's.
-    """
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        """Raises for JAX; knows nothing of other packages."""
-        if name.partition(".")[0] in ("jax", "jaxlib"):
-            raise ModuleNotFoundError(f"`{name}` is not for the process of an environment")
-
-
 def _die_with_the_run(fd: int) -> None:
-    # Asked for no event, it waits for the one that is always reported: the other end has closed.
-    # Linux can send a signal on the parent's death, but means by it the death of the thread that
-    # started this process.
+    # `poll` always reports that the other end has closed, even when it is asked for no event.
+    # Linux could send a signal when the parent dies, but it would do so when the thread that
+    # started this process ends.
     hangup = select.poll()
     hangup.register(fd, 0)
     hangup.poll()
@@ -127,13 +119,13 @@ def _die_with_the_run(fd: int) -> None:
 
 
 class _Served:
-    """The environment, and the package whose errors are messages to the user."""
+    """The environment, and the name of its package."""
 
     _env: Env
     _package = ""
 
     def answer(self, name: str, arguments: list[Any]) -> bytes:
-        """The encoded answer to one call: a value, the user's mistake, or an exception."""
+        """The encoded answer to one call: its value, the user's mistake, or an exception."""
         try:
             return encode({"value": self._call(name, arguments)})
         except Exception as error:
@@ -157,9 +149,9 @@ class _Served:
         return vars(value) if name == "step" else value
 
     def _is_mistake(self, error: Exception) -> bool:
-        """A missing package, or a plain `ValueError` of the environment's own code.
+        """Whether the user can mend it: a missing package, or a `ValueError` of our own code.
 
-        An engine that the environment calls may raise one for a mistake of its own.
+        A `ValueError` that an engine raises is a fault of the engine.
         """
         if isinstance(error, ImportError):
             return True
@@ -173,8 +165,8 @@ def _loaded(factory: str) -> Callable[[], Env]:
         return pickle.loads(base64.b64decode(factory))
     except Exception as error:
         raise ValueError(
-            "`make`: expected a factory that another process can import, without JAX; importing "
-            f"it there failed: {type(error).__name__}: {error}"
+            "`make`: expected a factory that another process can import; importing it there "
+            f"failed: {type(error).__name__}: {error}"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""An environment in a process of its own: one that hangs or dies costs its episode, not the run."""
+"""An environment in its own process: if it hangs or dies, only its episode is lost."""
 
 import base64
 import contextlib
@@ -27,35 +27,35 @@ Read = TypeVar("Read")
 
 
 class Worker:
-    """An `Env` that plays in a process of its own, in which `make` makes the environment.
+    """An `Env` that runs in its own process, where `make` makes the environment.
 
-    A call that takes too long, a process that dies, an exception that escapes the environment and
-    an answer that is none end the running episode and nothing else: the process is killed with its
-    group (an engine that starts a group of its own has to end by itself), the call returns an
-    `Observation` whose `end` is `BROKEN` and whose text says what happened, and the next `reset`
-    starts a new process. A `reset` that breaks is tried once more before it returns such an
+    Four faults end the running episode and nothing else: a call takes too long, the process dies,
+    an exception escapes the environment, or an answer is malformed. The worker then kills the
+    process with its group (an engine that starts its own group has to end by itself). The call
+    returns an `Observation` with `end` = `BROKEN` and a text that says what happened. The next
+    `reset` starts a new process. A `reset` that breaks is tried once more before it returns such an
     observation.
 
-    A user's mistake is raised here, as a `ValueError` with its message: a plain `ValueError` of the
-    environment's own code, or a package that is missing, when the environment is made, reset or
-    asked for a size.
+    A user's mistake is raised here as a `ValueError` with the environment's message. Two errors
+    count as mistakes if a call other than `step` raises them: a `ValueError` of the environment's
+    own package, and an `ImportError`.
 
-    Calls of several workers run at the same time when they are made by several threads; one worker
-    serves one thread at a time. The process is started by the first call. It ends with the worker,
-    when that is collected, and with the run, however that ends. POSIX only.
+    Workers run side by side if each is called from its own thread; one worker serves one thread at
+    a time. The first call starts the process. The process ends when the worker is collected, and
+    when the run ends, however it ends. JAX in the process sees only the CPU. POSIX only.
 
     Args:
-      make: makes the environment; it is pickled, and must not import JAX: a `functools.partial` of
-        the environment's class, for example.
-      start_timeout_s: seconds that starting a process and making the environment may take, and
-        then again a `reset` or a `size`.
-      step_timeout_s: seconds that a `step` may take.
+      make: makes the environment. It is pickled: for example a `functools.partial` of the
+        environment's class. Its module is imported in every process, so keep JAX out of it.
+      start_timeout_s: seconds for starting the process and making the environment; also the limit
+        of each `reset`, `size` and `digest`.
+      step_timeout_s: seconds for each `step`.
 
     Attributes:
       system: the environment's; "" before the first `reset`.
-      task: of the current episode; where `reset` broke, only its `id` is set.
-      breaks: how often something broke, by kind: `TIMEOUT`, `DIED`, `EXCEPTION` or `GARBAGE`.
-      restarts: processes started in place of one that broke.
+      task: the task of the current episode; if `reset` broke, only its `id` is set.
+      breaks: number of faults by kind: `TIMEOUT`, `DIED`, `EXCEPTION` or `GARBAGE`.
+      restarts: number of processes started to replace one that broke.
 
     Raises:
       ValueError: `make` cannot be pickled or is defined in the main module, or a time is not
@@ -86,7 +86,7 @@ class Worker:
         return self._query("size", split, read=_whole_number)
 
     def digest(self, split: str) -> str:
-        """The digest of a split, of an environment that has one; RuntimeError as for `size`."""
+        """The environment's digest of `split`; RuntimeError if it breaks twice."""
         return self._query("digest", split, read=_text)
 
     def reset(self, split: str, index: int) -> Observation:
@@ -118,7 +118,7 @@ class Worker:
         return observation
 
     def close(self) -> None:
-        """Kill the process, if there is one. A closed worker starts no other."""
+        """Kill the process, if there is one. A closed worker starts no new one."""
         self._closed = True
         self._drop()
 
@@ -135,10 +135,10 @@ class Worker:
             return self._ask(name, *arguments, read=read)
 
     def _ask(self, name: str, *arguments: Any, read: Callable[[Any], Read]) -> Read:
-        """What a method of the environment returned, read.
+        """Call a method of the environment and read its answer.
 
         Raises:
-          _BreakError: something broke; the process is gone.
+          _BreakError: a fault; the process is gone.
           ValueError: the user's mistake; the process goes on.
         """
         limit = "step_timeout_s" if name == "step" else "start_timeout_s"
@@ -156,7 +156,7 @@ class Worker:
             raise
         except ValueError:
             raise
-        except BaseException:  # interrupted: an answer that nobody waits for is on its way
+        except BaseException:  # interrupted: the answer would be taken for the next call's
             self._drop()
             raise
 
@@ -165,7 +165,7 @@ class Worker:
             raise ValueError("this worker is closed; make another")
         self.restarts += self._broke
         self._broke = False
-        # Kept before it is asked anything, so that whatever goes wrong drops it.
+        # Set before the first request, so that any error drops the process.
         self._process = process = _Process()
         limit = ("start_timeout_s", self._limits["start_timeout_s"])
         try:
@@ -200,7 +200,7 @@ def _pickled(make: Callable[[], Env]) -> str:
 
 
 class _BreakError(Exception):
-    """A process is of no more use: what went wrong, and its kind as `breaks` counts it."""
+    """A fault: what went wrong, and its kind as in `Worker.breaks`. The process is useless now."""
 
     def __init__(self, kind: str, text: str):
         super().__init__(text)
@@ -212,13 +212,13 @@ def _broken(doing: str, why: _BreakError) -> Observation:
     return Observation(text, text, (), end=BROKEN)
 
 
-# `multiprocessing` would import the main module of the run again in every process, and JAX with it.
-# The path goes along, so that the process finds what the factory is made of.
+# Not `multiprocessing`: it would import the run's main module in every process, and JAX with it.
+# The process gets our `sys.path`, so that it finds the factory's modules.
 _MAIN = (
     "import sys; sys.path[:] = sys.argv[2:]; "
     "from opd_jax.envs.worker_process import serve; serve(int(sys.argv[1]))"
 )
-# Killed and not gone after this, a process waits for a device, and is left to it.
+# A killed process that is still there after so many seconds waits for a device; we leave it.
 _REAP_S = 5.0
 
 
@@ -231,11 +231,13 @@ class _Process:
             try:
                 self._popen = subprocess.Popen(
                     [sys.executable, "-c", _MAIN, str(theirs.fileno()), *sys.path],
+                    # Some packages use JAX if it is there, and it would take the accelerator.
+                    env={**os.environ, "JAX_PLATFORMS": "cpu"},
                     stdin=subprocess.DEVNULL,
-                    stdout=2,  # what engines print is no output of the run's command
+                    stdout=2,  # to stderr: what engines print is not the run's output
                     pass_fds=[theirs.fileno()],
-                    # A group of its own: killed whole, with all that an engine starts, and out of
-                    # reach of a terminal's interrupt, which is the run's to handle.
+                    # Its own group, so that killing it also kills what the engine has started, and
+                    # Ctrl-C at the terminal reaches the run alone.
                     start_new_session=True,
                 )
             except OSError as error:
@@ -248,7 +250,7 @@ class _Process:
     def ask(
         self, name: str, *arguments: Any, limit: tuple[str, float], read: Callable[[Any], Read]
     ) -> Read:
-        """The answer to one call within a limit (setting, seconds); errors as of `Worker._ask`."""
+        """The answer to one call within a limit (setting, seconds); raises as `Worker._ask`."""
         setting, seconds = limit
         request = encode({"name": name, "arguments": arguments, "limit_s": seconds})
         deadline = time.monotonic() + seconds
@@ -258,7 +260,7 @@ class _Process:
         except TimeoutError:
             raise _BreakError(TIMEOUT, f"no answer within {seconds:g} s (`{setting}`)") from None
         except (OSError, EOFError):
-            raise _BreakError(DIED, self._obituary()) from None
+            raise _BreakError(DIED, self._how_it_ended()) from None
         except (ValueError, RecursionError) as error:
             raise _BreakError(GARBAGE, f"what it sent is no message: {error}") from error
         match answer:
@@ -271,7 +273,7 @@ class _Process:
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise _BreakError(GARBAGE, f"what it sent is no answer: {error!r}") from error
 
-    def _obituary(self) -> str:
+    def _how_it_ended(self) -> str:
         self.kill()
         status = self._popen.returncode
         if status is None:
@@ -283,7 +285,7 @@ class _Process:
 
 
 def _kill(popen: subprocess.Popen, channel: socket.socket) -> None:
-    """Kill the group and wait for its leader; one that was dead before keeps its own status."""
+    """Kill the group and wait for its leader. A leader that was dead keeps its own exit status."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(popen.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -291,7 +293,7 @@ def _kill(popen: subprocess.Popen, channel: socket.socket) -> None:
     channel.close()
 
 
-# --- Answers, each read or refused
+# --- Answers: each function checks one and raises if it is malformed
 
 
 def _observation(fields: Any) -> Observation:
@@ -312,18 +314,15 @@ def _first_observation(value: Any) -> tuple[Observation, Task, str]:
     return _observation(value["observation"]), Task(**value["task"]), _text(value["system"])
 
 
-def _whole_number(value: Any) -> int:
-    if type(value) is not int:
-        raise TypeError(f"expected a whole number, got {value!r}")
-    return value
+def _exactly(kind: type[Read]) -> Callable[[Any], Read]:
+    """Reads a value of this type and no other."""
+
+    def read(value: Any) -> Read:
+        if type(value) is not kind:
+            raise TypeError(f"expected {kind.__name__}, got {value!r}")
+        return value
+
+    return read
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"expected a text, got {value!r}")
-    return value
-
-
-def _nothing(value: Any) -> None:
-    if value is not None:
-        raise TypeError(f"expected nothing, got {value!r}")
+_whole_number, _text, _nothing = _exactly(int), _exactly(str), _exactly(type(None))

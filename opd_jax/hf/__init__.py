@@ -1,11 +1,12 @@
-"""Hugging Face model folders: read lazily into sharded arrays, and written back.
+"""Hugging Face model folders: read into sharded arrays, and written back.
 
-- `config_json`: `config.json` as a `ModelConfig`, and back.
-- `layout`: names and shapes of tensors, and how a parameter is cut into them.
-- `load`: safetensors files to arrays, each device's part read on its own.
-- `save`: a folder that `transformers` opens.
-- `gguf`: a Llama model in a GGUF file as such a folder.
-- `tokenizer`: the folder's tokenizer, and whether it fits a model or another tokenizer.
+- `config_json`: `config.json` to a `ModelConfig`, and back.
+- `layout`: names and shapes of the tensors that store each parameter.
+- `load`: safetensors files to arrays; reads each device's shard on its own.
+- `save`: arrays to a folder that `transformers` opens.
+- `gguf`: a Llama model in a GGUF file to such a folder.
+- `tokenizer`: loads a folder's tokenizer, and checks it against a model or another tokenizer.
+- `published`: sizes of well-known models.
 """
 
 from opd_jax.hf.config_json import FAMILIES, read_config

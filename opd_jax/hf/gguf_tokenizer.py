@@ -1,16 +1,16 @@
 """The tokenizer that a GGUF file describes, as a `transformers` tokenizer.
 
-A GGUF file holds the vocabulary, the merges and the chat template, but how text is split before
-the merges only as a name. `smollm` stands for what SmolLM's own `tokenizer.json` says: every digit
-apart, then GPT-2's byte-level split of what lies between. The order matters: two newlines before a
-digit are one token where digits are cut off first, and two where they are not.
+A GGUF file holds the vocabulary, the merges and the chat template. It only names the way in which
+text is split before the merges. `smollm` means what SmolLM's `tokenizer.json` does: first split off
+every digit, then apply GPT-2's byte-level split to the text between. The order matters: two
+newlines before a digit are one token this way, and two tokens the other way round.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 SPLITS = ("smollm",)
-_CONTROL = 3  # the token type of llama.cpp that is never made from text
+_CONTROL = 3  # llama.cpp's type for tokens that text never produces
 
 
 def build_tokenizer(
@@ -22,21 +22,21 @@ def build_tokenizer(
     chat_template: str,
     max_length: int,
 ) -> Any:
-    """A byte-level BPE with the split `smollm`.
+    """Builds a byte-level BPE with the split `smollm`.
 
-    A byte without a token (SmolLM2 has none for some control characters) is left out of the ids, as
-    the model's own tokenizer does it; there is no id that it could become.
+    SmolLM2 has no token for some control characters. Such a byte is dropped, as the model's own
+    tokenizer drops it.
 
     Args:
       tokens: the text of each id, in the byte-level alphabet.
-      token_types: the type of each id, as llama.cpp numbers them; control tokens become special.
-      merges: two tokens with a space between, the first merge first.
-      special: `bos_token`, `eos_token`, ... and its id.
-      chat_template: in jinja.
-      max_length: tokens that the model was made for.
+      token_types: llama.cpp's type of each id; control tokens become special tokens.
+      merges: pairs of tokens with a space between, in order of priority.
+      special: ids by name: `bos_token`, `eos_token`, ...
+      chat_template: a jinja template.
+      max_length: the longest context of the model, in tokens.
 
     Returns:
-      A `transformers` tokenizer, which adds no token of its own to a text.
+      A `transformers` tokenizer that adds no special tokens to a text.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

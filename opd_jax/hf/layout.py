@@ -1,8 +1,8 @@
-"""Names and shapes in a checkpoint, and how a parameter is cut into its tensors.
+"""Names and shapes of the tensors that store each parameter. Only this file knows them.
 
-Only this file knows them. A projection is stored as `[out, in]`, with the heads and the head size
-merged; ours are `[in, ...]` with them apart, and stacked over layers (`model.param_specs`). An
-embedding is stored as it is. Each expert of a mixture has tensors of its own.
+A projection is stored as one tensor for each layer, `[out, in]`, with heads and head size merged.
+Ours is `[L, in, ...]` with the two apart (`model.param_specs`). An embedding is stored as it is.
+Each expert of a mixture has its own tensors.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from opd_jax.model import ModelConfig, ParamSpec, is_spec, param_specs
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-# Our parameter -> tensor. The families differ in which of these they have, never in a name.
+# Our parameter -> name of its tensors. Families differ in which of these they have, not in names.
 _NAMES = {
     "embed": "model.embed_tokens.weight",
     "attn_norm": "model.layers.{}.input_layernorm.weight",
@@ -47,12 +47,12 @@ def leaves(config: ModelConfig) -> list[tuple[str, ParamSpec]]:
 
 
 def tensor_names(key: str, spec: ParamSpec) -> list[str]:
-    """The tensors of a parameter: one for each place in its stack, the last axis fastest."""
+    """The names of a parameter's tensors: one for each place in its stack, in row-major order."""
     return [_NAMES[key].format(*place) for place in np.ndindex(stack_shape(spec))]
 
 
 def stack_shape(spec: ParamSpec) -> tuple[int, ...]:
-    """Sizes of the leading axes whose every place is a tensor: layers, layers and experts, none."""
+    """Sizes of the axes over which tensors are stacked: (), (layers,) or (layers, experts)."""
     within = (axis for axis, name in enumerate(spec.axes) if name not in ("layer", "expert"))
     return spec.shape[: next(within)]
 
@@ -64,22 +64,22 @@ def stored_shape(key: str, spec: ParamSpec) -> tuple[int, ...]:
 
 
 def to_stored(key: str, spec: ParamSpec, layer: np.ndarray) -> np.ndarray:
-    """One place in the stack of a parameter as its tensor."""
+    """One layer (or expert) of a parameter as it is stored."""
     merged = layer.reshape(_merge_heads(layer.shape, _head_dim_axis(spec)))
     return np.ascontiguousarray(merged if key == "embed" else merged.T)
 
 
 def read_slice(tensor: Any, key: str, spec: ParamSpec, index: tuple[slice, ...]) -> np.ndarray:
-    """The part `index` of one tensor of a parameter, reading little more than that part.
+    """Reads the slice `index` of one tensor of a parameter, into our layout, and little else.
 
     Args:
-      tensor: the safetensors slice of its tensor.
+      tensor: a lazy slice of safetensors, or an array.
       index: a slice for each dimension of our layout, without the stack.
     """
     shape, axis = spec.shape[len(stack_shape(spec)) :], _head_dim_axis(spec)
     bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
     sizes = [stop - start for start, stop in bounds]
-    if axis is not None:  # Whole heads are read, then cut: they are rarely split.
+    if axis is not None:  # Reads all of each head and slices it after: heads are rarely sharded.
         start, stop = bounds[axis - 1]
         bounds[axis - 1 : axis + 1] = [(start * shape[axis], stop * shape[axis])]
         sizes[axis] = shape[axis]
@@ -90,7 +90,7 @@ def read_slice(tensor: Any, key: str, spec: ParamSpec, index: tuple[slice, ...])
 
 
 def _head_dim_axis(spec: ParamSpec) -> int | None:
-    """Axis, within one tensor, of the head size that is stored merged into the heads before it."""
+    """Axis of the head size within one tensor, if it is stored merged into the heads before it."""
     axes = spec.axes[len(stack_shape(spec)) :]
     return axes.index("head_dim") if "head_dim" in axes[1:] else None
 

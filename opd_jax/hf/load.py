@@ -1,7 +1,7 @@
-"""Weights of a Hugging Face folder as arrays, each created where it will live.
+"""Loads the weights of a Hugging Face folder into sharded arrays.
 
-Reading goes slice by slice: each device's part of each parameter is cut from the memory-mapped
-files, so a host holds one parameter at a time.
+Each device's shard of a parameter is read on its own from the memory-mapped files, so a host holds
+one parameter at a time.
 """
 
 import itertools
@@ -43,17 +43,18 @@ def load_params(
     int8: bool = False,
     mesh: Mesh | None = None,
 ) -> Params:
-    """The parameters of a Hugging Face folder, each created where it will live.
+    """Loads the parameters of a Hugging Face folder; each shard is created on its own device.
 
-    Every tensor's presence, shape and type is checked before any is read. Embedding rows beyond
-    `config.vocab_size` are padding and are left out, so models that share a tokenizer but pad
-    it differently load to one vocabulary with `dataclasses.replace(config, vocab_size=...)`.
+    All tensors are checked for presence, shape and type before any is read. Embedding rows beyond
+    `config.vocab_size` are padding and are not read. So two models with one tokenizer but different
+    padding load to the same vocabulary with `dataclasses.replace(config, vocab_size=...)`.
 
     Args:
+      folder: with safetensors files.
       config: what `read_config` gave for the folder.
-      dtype: of the arrays; the file may hold float32, float16 or bfloat16.
-      int8: projections of the layers become `linear.Int8Weight`, each as soon as it is there, so
-        that one of them at a time exists in `dtype`.
+      dtype: of the arrays; the files may hold float32, float16 or bfloat16.
+      int8: quantize the projections of the layers to `projections.Int8Weight`. Each is quantized
+        before the next is read, so only one of them at a time exists in `dtype`.
       mesh: shardings follow `mesh.RULES`; None puts everything on the first device.
 
     Raises:
@@ -90,14 +91,14 @@ def _load_leaf(
     tensors: dict[str, Any],
     dtype: np.dtype,
 ) -> jax.Array | Int8Weight:
-    """One parameter, where `sharding` says; quantized where it is that of an `Int8Weight`."""
+    """Loads one parameter to its sharding; quantizes it if that is an `Int8Weight`."""
     read = _reader(key, spec, tensors, dtype)
     if not isinstance(sharding, Int8Weight):
         return jax.make_array_from_callback(spec.shape, sharding, read)
-    # On the devices: a channel may be spread over them, and its largest weight is that of all.
+    # Quantized on the devices: a channel may be sharded, and its scale is the maximum over all.
     weight = jax.make_array_from_callback(spec.shape, sharding.values, read)
     quantize = partial(quantize_weight, contracted=contracted_axes(key, spec))
-    # Waited for, so that the float weight is gone before the next one is read.
+    # Wait, so that the float weight is freed before the next one is read.
     return jax.block_until_ready(jax.jit(quantize, out_shardings=sharding)(weight))
 
 
@@ -117,7 +118,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """Every tensor of the folder by name, as a lazy slice; nothing but headers is read."""
+    """All tensors of the folder by name, as lazy slices. Only headers are read."""
     tensors: dict[str, Any] = {}
     for path in _weight_files(folder):
         try:
@@ -128,14 +129,14 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
             ) from None
         except (OSError, SafetensorError) as error:
             raise ValueError(
-                f"`{path}` is not a whole safetensors file ({error}); fetch it again"
+                f"`{path}` is not a complete safetensors file ({error}); fetch it again"
             ) from None
         tensors |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
     return tensors
 
 
 def _check_tensors(folder: Path, config: ModelConfig, tensors: dict[str, Any]) -> None:
-    """Every tensor that `config` asks for is there, in its shape and a float type."""
+    """ValueError unless every tensor of `config` is there, in its shape and a float type."""
     expected = {
         name: (stored_shape(key, spec), "vocab" in spec.axes)
         for key, spec in leaves(config)
@@ -150,7 +151,7 @@ def _check_tensors(folder: Path, config: ModelConfig, tensors: dict[str, Any]) -
         )
     for name, (shape, vocab) in expected.items():
         got = tuple(tensors[name].get_shape())
-        # Rows beyond the vocabulary are padding, and are left out.
+        # Rows beyond the vocabulary are padding.
         fits = got[:1] >= shape[:1] and got[1:] == shape[1:] if vocab else got == shape
         if not fits:
             raise ValueError(
@@ -168,10 +169,10 @@ def _check_tensors(folder: Path, config: ModelConfig, tensors: dict[str, Any]) -
 def _reader(
     key: str, spec: ParamSpec, tensors: dict[str, Any], dtype: np.dtype
 ) -> Callable[[tuple[slice, ...] | None], np.ndarray]:
-    """The callback that reads one device's part of a parameter."""
+    """The callback that reads one device's shard of a parameter."""
     stack = stack_shape(spec)
     named = dict(zip(np.ndindex(stack), tensor_names(key, spec), strict=True))
-    parts: dict[tuple, np.ndarray] = {}  # devices along `data` hold the same part
+    shards: dict[tuple, np.ndarray] = {}  # devices along `data` hold the same shard
 
     def assemble(index: tuple[slice, ...]) -> np.ndarray:
         depth = len(stack)
@@ -185,10 +186,10 @@ def _reader(
         return out.reshape(*map(len, chosen), *part.shape)
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None  # JAX's type allows it, and JAX never passes it
-        seen = tuple((part.start, part.stop) for part in index)
-        if seen not in parts:
-            parts[seen] = assemble(index)
-        return parts[seen]
+        assert index is not None  # JAX's type allows None, but JAX never passes it
+        bounds = tuple((part.start, part.stop) for part in index)
+        if bounds not in shards:
+            shards[bounds] = assemble(index)
+        return shards[bounds]
 
     return read

@@ -1,4 +1,4 @@
-"""Sizes of well-known models, for plans made where their folders are not.
+"""Sizes of well-known models, for plans on machines without their folders.
 
 Source: `config.json` of Qwen/Qwen3-0.6B and its larger siblings on the Hugging Face hub.
 """
@@ -36,7 +36,7 @@ def _qwen3(
     )
 
 
-# By the name of the repository, which is that of the folder it is downloaded to.
+# By the name of the repository, usually also the name of the folder it was downloaded to.
 PUBLISHED = {
     "Qwen3-0.6B": _qwen3(28, 1024, 16, 3072, tied=True),
     "Qwen3-1.7B": _qwen3(28, 2048, 16, 6144, tied=True),

@@ -1,4 +1,4 @@
-"""Parameters written as a Hugging Face folder, one file of weights after another."""
+"""Writes parameters as a Hugging Face folder, one file of weights after another."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ from opd_jax.model.int8 import contracted_axes
 from opd_jax.model.lora import merged
 from opd_jax.model.projections import Int8Weight, LoraWeight
 
-# The Hub's usual limit; files are cut only between tensors.
+# The Hub's usual limit. A tensor is never divided between files.
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -45,17 +45,19 @@ def save_model(
 ) -> None:
     """Writes a folder that `transformers` opens: config.json, weights, tokenizer.
 
-    The folder is written beside its place and renamed into it, so it is whole or absent. Beside
-    `params` the host holds what goes into one file.
+    It is written under another name and then renamed, so it is complete or absent. Besides `params`
+    the host holds the content of one file at a time.
 
     Args:
-      params: arrays of jax or numpy; a `LoraWeight` is written as W + (α / r) · A B, an
-        `Int8Weight` as the float weight that it stands for, both summed in float32 and rounded
-        once.
+      folder: absent or empty.
+      params: arrays of jax or numpy. A `LoraWeight` is written as W + (α / r) · A B and an
+        `Int8Weight` as values · scale, computed in float32 and rounded once.
+      config: the sizes of `params`.
       dtype: of the stored tensors.
-      tokenizer_from: a folder, whose tokenizer files and generation_config.json are copied as
-        they are, or a `transformers` tokenizer. Its special token ids go into config.json.
-      max_shard_bytes: weights beyond this are split over several files with an index.
+      tokenizer_from: a folder, whose tokenizer files and generation_config.json are copied
+        unchanged, or a `transformers` tokenizer. Its special token ids go into config.json.
+      max_shard_bytes: the largest file of weights; more weights go into several files with an
+        index.
 
     Raises:
       ValueError: the folder exists and is not empty, `params` and `config` disagree, no
@@ -118,7 +120,7 @@ def _write_weights(
     tensors = _tensors(params, config, dtype)
     for file, group in itertools.groupby(tensors, key=lambda named: files[named[0]]):
         save_file(dict(group), folder / file, metadata={"format": "pt"})
-        # Written for the owner alone; the folder's other files are as the user wants them.
+        # safetensors writes files that only the owner can read; other files follow the umask.
         shutil.copymode(folder / "config.json", folder / file)
     if len(set(files.values())) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": files}
@@ -128,7 +130,7 @@ def _write_weights(
 def _plan_files(
     config: ModelConfig, itemsize: int, max_shard_bytes: int
 ) -> tuple[dict[str, str], int]:
-    """The file of each tensor, in the order of `_tensors`, and the bytes of all."""
+    """The file of each tensor, in the order of `_tensors`, and the total number of bytes."""
     shard, filled, total, shards = 0, 0, 0, {}
     for key, spec in leaves(config):
         size = int(np.prod(stored_shape(key, spec))) * itemsize
@@ -145,18 +147,18 @@ def _plan_files(
 def _tensors(
     params: Params, config: ModelConfig, dtype: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Each tensor to write, by name; made when it is asked for."""
+    """Yields each tensor to write with its name, one at a time."""
     weights = jax.tree.leaves(params, is_leaf=_is_parameter)
     for (key, spec), weight in zip(leaves(config), weights, strict=True):
         stack = np.ndindex(stack_shape(spec))
         for name, place in zip(tensor_names(key, spec), stack, strict=True):
-            # Cut where it lies: an array on a device keeps the copy that it gave to the host.
+            # Slice on the device: an array keeps every copy of itself that it gave to the host.
             part = jax.tree.map(operator.itemgetter(place), weight)
             yield name, to_stored(key, spec, _plain(key, spec, part).astype(dtype, copy=False))
 
 
 def _plain(key: str, spec: ParamSpec, weight: Any) -> np.ndarray:
-    """The weight in one place of the stack, as an array on the host."""
+    """A weight without its stack, merged or dequantized, as an array on the host."""
     if isinstance(weight, (Int8Weight, LoraWeight)):
         depth = len(stack_shape(spec))
         contracted = tuple(axis - depth for axis in contracted_axes(key, spec))

@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder, and whether it fits a model or another tokenizer."""
+"""Loads the tokenizer of a model folder, and checks it against a model or another tokenizer."""
 
 import os
 import shutil
@@ -21,14 +21,14 @@ _FILES = (
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The `transformers` tokenizer of a folder; nothing is downloaded.
+    """Loads the `transformers` tokenizer of a folder; downloads nothing.
 
-    A `tokenizer.json` is taken as it stands. `AutoTokenizer` goes by the architecture instead: in
-    the folder of a Qwen2 model it rebuilds a byte-level BPE from the vocabulary, whatever
-    the file says, without a warning.
+    A `tokenizer.json` is read as it is. `AutoTokenizer` would choose by architecture: for a Qwen2
+    model it rebuilds a byte-level BPE from the vocabulary, whatever the file says and without a
+    warning.
 
     Raises:
-      ValueError: the folder has none, or it cannot be read.
+      ValueError: the folder has no tokenizer, or it cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -51,7 +51,7 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 
 def write_tokenizer(folder: Path, tokenizer_from: str | os.PathLike[str] | Any) -> None:
-    """Copies the tokenizer files of one folder to another as they are, or writes a tokenizer's."""
+    """Copies tokenizer files from another folder unchanged, or saves a `transformers` tokenizer."""
     if not isinstance(tokenizer_from, (str, os.PathLike)):
         tokenizer_from.save_pretrained(folder)
         return
@@ -61,18 +61,18 @@ def write_tokenizer(folder: Path, tokenizer_from: str | os.PathLike[str] | Any) 
 
 
 def check_vocab(folder: str | Path, tokenizer: Any, config: ModelConfig) -> None:
-    """Every token has a row in the embedding.
+    """Checks that every token has a row in the embedding.
 
-    Rows without a token are padding and harmless. A token without a row would be read as another
-    one, since JAX clamps an index that is out of range.
+    Rows without a token are padding and harmless. A token without a row would get another token's
+    row, since JAX clamps indices that are out of range.
 
     Args:
-      folder: where the model came from, for the message.
+      folder: the model's folder, for the message.
       tokenizer: a `transformers` tokenizer.
-      config: the model's.
+      config: the model's sizes.
 
     Raises:
-      ValueError: the tokenizer has more tokens than the model has rows.
+      ValueError: the tokenizer has more tokens than the embedding has rows.
     """
     tokens = 1 + max(tokenizer.get_vocab().values())  # ids may have gaps
     if tokens > config.vocab_size:
@@ -84,13 +84,13 @@ def check_vocab(folder: str | Path, tokenizer: Any, config: ModelConfig) -> None
 
 
 def check_same_tokenizer(student_folder: str | Path, teacher_folder: str | Path) -> None:
-    """Teacher and student must read the same token ids the same way.
+    """Checks that student and teacher have the same tokens, special tokens and chat template.
 
-    Compares the token of every id, the special tokens, and the chat template. Divergences
-    compare the two models id by id, and the teacher scores the very tokens the student sampled.
+    Divergences compare the two models id by id, and the teacher scores the tokens that the student
+    sampled.
 
     Raises:
-      ValueError: they differ; names both folders and the first difference.
+      ValueError: they differ. The message names both folders and the first difference.
     """
     student = _views(load_tokenizer(student_folder))
     teacher = _views(load_tokenizer(teacher_folder))
@@ -107,7 +107,7 @@ def check_same_tokenizer(student_folder: str | Path, teacher_folder: str | Path)
 
 
 def _views(tokenizer: Any) -> dict[str, dict]:
-    """What has to agree, by the words that name it in a message."""
+    """What has to be equal, by its name in the error message."""
     return {
         "token": {i: token for token, i in tokenizer.get_vocab().items()},
         "special token": dict(tokenizer.special_tokens_map),

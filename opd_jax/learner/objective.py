@@ -139,7 +139,7 @@ def score(
       student: its sizes.
       objective: whose divergence, and whose temperature of confidence.
       dtype: that the student computes in.
-      query_chunk: see `model.causal_self_attention`.
+      query_chunk: see `model.attention`.
       loss_chunk: positions whose logits exist at a time (`losses.fused_scores`).
       remat: see `model.forward`.
 

@@ -1,12 +1,12 @@
 """The model: one decoder-only transformer, its parameters, its cache.
 
-- `sizes`, `params`: what a model is; shapes, logical axes and initialization of its parameters.
+- `sizes`: sizes and switches. `params`: shapes, logical axes, initialization.
 - `transformer`: the forward passes, over whole sequences and over a cache.
 - `attention`, `cache`, `projections`, `moe`: their parts.
-- `int8`, `lora`: frozen weights in 8 bits; adapters beside frozen weights.
+- `int8`: frozen weights in 8 bits. `lora`: adapters beside frozen weights.
 """
 
-from opd_jax.model.attention import attention, causal_self_attention, chunked_attention
+from opd_jax.model.attention import attention
 from opd_jax.model.cache import (
     KVCache,
     backend_cache_layout,
@@ -41,8 +41,6 @@ __all__ = [
     "backend_cache_layout",
     "cache_layout",
     "cache_specs",
-    "causal_self_attention",
-    "chunked_attention",
     "forward",
     "forward_cached",
     "grow_cache",

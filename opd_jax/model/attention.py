@@ -1,33 +1,94 @@
-"""Causal grouped-query attention, over a sequence or over a cache."""
+"""Causal grouped-query attention: of a sequence over itself, or of new tokens over a cache."""
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-# Where the cache keeps its slots. Heads first reads contiguously on CPU and GPU; TPU wants slots
-# first, and copies the other layout in and out of every program.
+# The einsums for each layout of keys and values. Heads before slots ("BGSH") reads contiguously on
+# CPU and GPU. TPU wants slots first, and would copy the other layout in and out of every program.
 _SCORES = {"BGSH": "btgrh,bgsh->bgrts", "BSGH": "btgrh,bsgh->bgrts"}
 _VALUES = {"BGSH": "bgrts,bgsh->btgrh", "BSGH": "bgrts,bsgh->btgrh"}
 
+# Split a sequence into at most 8 spans; each attends only to keys before its end. Half of all pairs
+# of query and key are masked; 8 spans skip 7/8 of those. Each span is a program to compile.
+_SPANS = 8
+
 
 def attention(
-    q_BTNH: jax.Array, k: jax.Array, v: jax.Array, position_BT: jax.Array, *, layout: str
+    q_BTNH: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    position_BT: jax.Array | None = None,
+    *,
+    layout: str,
+    query_chunk: int,
 ) -> jax.Array:
-    """Causal grouped-query attention of queries at `position_BT` over slots 0..S-1.
+    """softmax(q kᵀ / √H) v over the keys at or before each query, `query_chunk` queries at a time.
 
-    Slot s holds the key of position s, so the mask is `s <= position`; slots never written lie
-    beyond every position and need no mask of their own.
+    Slot s of the keys holds position s, so a query attends to slots `s <= position`. Slots never
+    written lie beyond every position and need no other mask. Each chunk is rematerialized in the
+    backward pass, so no `[T, S]` array outlives a chunk.
 
     Args:
-      q_BTNH: queries.
-      k: keys, in `layout`: "BGSH" or "BSGH".
+      q_BTNH: queries, float [B, T, N, H], rotated.
+      k: keys, rotated, in `layout`: [B, G, S, H] or [B, S, G, H]. G divides N.
       v: values, in `layout`.
-      position_BT: int32 position of each query; the leading axis may be 1.
+      position_BT: int32 position of each query; the leading axis may be 1. None for a sequence over
+        itself, whose positions are 0..T-1: then most masked pairs are skipped.
+      layout: "BGSH" or "BSGH"; "BSGH" without `position_BT`.
+      query_chunk: queries at a time, ≥ 1; T need not be a multiple of it.
 
     Returns:
       [B, T, N, H] in the dtype of the queries. Scores and softmax are float32.
     """
+    if position_BT is None:
+        return _by_spans(q_BTNH, k, v, query_chunk=query_chunk)
+    return _by_chunks(q_BTNH, k, v, position_BT, layout=layout, query_chunk=query_chunk)
+
+
+def _by_spans(
+    q_BTNH: jax.Array, k_BTGH: jax.Array, v_BTGH: jax.Array, *, query_chunk: int
+) -> jax.Array:
+    """A sequence over itself, span by span; a span is a whole number of chunks."""
+    T = q_BTNH.shape[1]
+    chunks = -(-T // query_chunk)
+    span = -(-chunks // _SPANS) * query_chunk
+    outputs = []
+    for start in range(0, T, span):
+        end = min(start + span, T)
+        position = jnp.arange(start, end)[None]
+        q, k, v = q_BTNH[:, start:end], k_BTGH[:, :end], v_BTGH[:, :end]
+        outputs.append(_by_chunks(q, k, v, position, layout="BSGH", query_chunk=query_chunk))
+    return jnp.concatenate(outputs, axis=1)
+
+
+def _by_chunks(
+    q_BTNH: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    position_BT: jax.Array,
+    *,
+    layout: str,
+    query_chunk: int,
+) -> jax.Array:
+    """Chunk by chunk, in a loop: unrolled, the compiler could hold the scores of many at once."""
+    if q_BTNH.shape[1] <= query_chunk:
+        return jax.checkpoint(partial(_at_once, layout=layout))(q_BTNH, k, v, position_BT)
+
+    @jax.checkpoint
+    def one(query: tuple[jax.Array, jax.Array]) -> jax.Array:
+        q_BNH, position_B = query
+        return _at_once(q_BNH[:, None], k, v, position_B[:, None], layout=layout)[:, 0]
+
+    queries = (jnp.moveaxis(q_BTNH, 1, 0), position_BT.T)
+    return jnp.moveaxis(jax.lax.map(one, queries, batch_size=query_chunk), 0, 1)
+
+
+def _at_once(
+    q_BTNH: jax.Array, k: jax.Array, v: jax.Array, position_BT: jax.Array, *, layout: str
+) -> jax.Array:
+    """The formula as it stands, with all scores `[B, N, T, S]` in memory."""
     B, T, N, H = q_BTNH.shape
     G = k.shape[layout.index("G")]
     S = k.shape[layout.index("S")]
@@ -37,83 +98,3 @@ def attention(
     scores = jnp.where(visible[:, None, None], scores * H**-0.5, jnp.finfo(jnp.float32).min)
     probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum(_VALUES[layout], probs, v).reshape(B, T, N, H)
-
-
-# Into at most so many spans a sequence is cut, each with keys of its own length: a program to
-# compile for each, for an eighth of the masked half of the work that the last cut would save.
-_SPANS = 8
-
-
-def causal_self_attention(
-    q_BTNH: jax.Array, k_BTGH: jax.Array, v_BTGH: jax.Array, *, query_chunk: int
-) -> jax.Array:
-    """Attention of a sequence over itself, `query_chunk` queries at a time.
-
-    A span of chunks sees only the keys up to its own end, which skips most of the masked half of
-    the work, and each chunk is rematerialized in the backward pass, so no `[T, T]` array outlives
-    a chunk.
-
-    Args:
-      q_BTNH: float [B, T, N, H], rotated.
-      k_BTGH: float [B, T, G, H], rotated.
-      v_BTGH: float [B, T, G, H].
-      query_chunk: queries at a time, ≥ 1; T need not divide by it.
-
-    Returns:
-      [B, T, N, H] in the dtype of the queries.
-    """
-    T = q_BTNH.shape[1]
-    chunks = -(-T // query_chunk)
-    span = -(-chunks // _SPANS) * query_chunk
-    outputs = []
-    for start in range(0, T, span):
-        end = min(start + span, T)
-        here, before = slice(start, end), slice(0, end)
-        position = jnp.arange(start, end)[None]
-        outputs.append(
-            chunked_attention(
-                q_BTNH[:, here],
-                k_BTGH[:, before],
-                v_BTGH[:, before],
-                position,
-                layout="BSGH",
-                query_chunk=query_chunk,
-            )
-        )
-    return jnp.concatenate(outputs, axis=1)
-
-
-def chunked_attention(
-    q_BTNH: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    position_BT: jax.Array,
-    *,
-    layout: str,
-    query_chunk: int,
-) -> jax.Array:
-    """`attention`, `query_chunk` queries at a time, each chunk rematerialized in a backward pass.
-
-    In a loop, not a list of pieces: those the compiler may compute side by side.
-
-    Args:
-      q_BTNH: queries, rotated.
-      k: keys, in `layout`.
-      v: values, in `layout`.
-      position_BT: int32 position of each query; the leading axis may be 1.
-      layout: "BGSH" or "BSGH".
-      query_chunk: queries at a time, ≥ 1.
-
-    Returns:
-      [B, T, N, H] in the dtype of the queries.
-    """
-    if q_BTNH.shape[1] <= query_chunk:
-        return jax.checkpoint(partial(attention, layout=layout))(q_BTNH, k, v, position_BT)
-
-    @jax.checkpoint
-    def one(query: tuple[jax.Array, jax.Array]) -> jax.Array:
-        q_BNH, position_B = query
-        return attention(q_BNH[:, None], k, v, position_B[:, None], layout=layout)[:, 0]
-
-    queries = (jnp.moveaxis(q_BTNH, 1, 0), position_BT.T)
-    return jnp.moveaxis(jax.lax.map(one, queries, batch_size=query_chunk), 0, 1)

@@ -16,15 +16,15 @@ _CACHE_AXES = {"B": "batch", "G": "kv_heads", "S": "slots", "H": "head_dim"}
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of B conversations that grow turn by turn.
+    """Keys and values of B conversations.
 
-    The slot of a token is its position, so rows of different lengths need no padding and rolling a
-    row back is lowering its length: what lies beyond is masked, then overwritten.
+    The slot of a token is its position. Rows of different lengths therefore need no padding, and
+    lowering a row's length rolls it back: what lies beyond is masked, then overwritten.
 
     Attributes:
-      keys: L buffers in `layout`, [B, G, S, H] or [B, S, G, H].
+      keys: one buffer for each of L layers, in `layout`: [B, G, S, H] or [B, S, G, H].
       values: the same.
-      lengths: int32 [B], tokens held by each row.
+      lengths: int32 [B], the number of tokens in each row.
       layout: static; "BGSH" or "BSGH".
     """
 
@@ -35,12 +35,12 @@ class KVCache:
 
     @property
     def slots(self) -> int:
-        """Slots a row, `S`."""
+        """Slots in each row, `S`."""
         return self.keys[0].shape[self.layout.index("S")]
 
 
 def cache_layout(platform: str) -> str:
-    """The layout that a platform, as JAX calls it, reads without copies (see `_SCORES`)."""
+    """The layout that `attention` reads without copies on a platform, as JAX calls it."""
     return "BSGH" if platform == "tpu" else "BGSH"
 
 
@@ -50,7 +50,7 @@ def backend_cache_layout() -> str:
 
 
 def cache_specs(config: ModelConfig, *, batch: int, slots: int, layout: str) -> ParamSpec:
-    """Shape and logical axes of one layer's keys, or values."""
+    """Shape and logical axes of the keys of one layer, which are those of its values."""
     sizes = {"B": batch, "G": config.num_kv_heads, "S": slots, "H": config.head_dim}
     shape = tuple(sizes[axis] for axis in layout)
     return ParamSpec(shape, tuple(_CACHE_AXES[axis] for axis in layout), 0.0)
@@ -60,10 +60,10 @@ def cache_specs(config: ModelConfig, *, batch: int, slots: int, layout: str) -> 
 def init_cache(
     config: ModelConfig, *, batch: int, slots: int, dtype: jnp.dtype, layout: str
 ) -> KVCache:
-    """An empty cache of `batch` rows with `slots` slots each, split over the current mesh.
+    """An empty cache of `batch` rows with `slots` slots each, sharded over the current mesh.
 
     Raises:
-      ValueError: the rows, or the heads, do not divide over the mesh.
+      ValueError: the rows or the heads do not divide over the mesh.
     """
     spec = cache_specs(config, batch=batch, slots=slots, layout=layout)
     check_divides({"cache": spec})
@@ -77,10 +77,13 @@ def init_cache(
 
 
 def grow_cache(cache: KVCache, *, slots: int) -> KVCache:
-    """The same conversations in a cache of `slots` slots, at least as many as it has.
+    """Copies the conversations into a cache with more slots; deletes `cache`, as if donated.
 
-    Buffer after buffer, each deleted when its successor is there: of all of them together there
-    are never two. So `cache` is lost, as if donated.
+    It copies one buffer after another and deletes each at once, so that two whole caches never
+    exist at the same time.
+
+    Args:
+      slots: the new number of slots, at least the old one.
     """
 
     def grown(buffer: jax.Array) -> jax.Array:
@@ -100,12 +103,12 @@ def _widened(buffer: jax.Array, *, slots: int, layout: str) -> jax.Array:
 
 
 def append(buffer: jax.Array, new_BTGH: jax.Array, slot_BT: jax.Array, layout: str) -> jax.Array:
-    """`buffer` with `new_BTGH` written at `slot_BT`; slots out of range are dropped."""
+    """Writes `new_BTGH` into a buffer at `slot_BT`, and drops what is out of range."""
     row = jnp.arange(buffer.shape[0])[:, None]
     if layout == "BSGH":
         grown = buffer.at[row, slot_BT].set(new_BTGH, mode="drop")
     else:
         group = jnp.arange(buffer.shape[1])
         grown = buffer.at[row[..., None], group, slot_BT[..., None]].set(new_BTGH, mode="drop")
-    # As the donated buffer is, so that it is written in place.
+    # The sharding of the donated buffer, so that it is written in place.
     return constrain(grown, *(_CACHE_AXES[axis] for axis in layout))

@@ -1,9 +1,9 @@
-"""Weights in int8: a frozen model in half the bytes of bfloat16.
+"""Int8 weights: a frozen model in half the bytes of bfloat16.
 
-Only projections inside the layers, those of experts too, are quantized, symmetrically and by
-output channel, to 8 bits; activations are not. Embedding, head, routers, norms and biases, which
-are few or looked up by row, stay as they are. There is nothing to calibrate: a scale is the largest
-magnitude of its channel / 127.
+The projections inside the layers, including those of experts, are quantized to 8 bits: symmetric,
+one scale for each output channel. Activations are not quantized. Embedding, head, routers, norms
+and biases keep their dtype: they are small or looked up by row. Nothing is calibrated: a scale is
+the largest magnitude of its channel / 127.
 """
 
 import jax
@@ -14,14 +14,14 @@ from opd_jax.model.projections import CONTRACTED, Int8Weight
 
 
 def quantize_weight(weight: jax.Array, *, contracted: tuple[int, ...]) -> Int8Weight:
-    """The nearest `values · scale`: each element is at most half a scale away.
+    """The nearest `values · scale`; no element moves by more than half a scale.
 
-    Scale = max |weight| / 127 over the contracted axes, values = round(weight / scale). A channel
-    of zeros has the smallest normal float as its scale, not 0, which would divide 0 by 0.
+    scale = max |weight| / 127 over the contracted axes, values = round(weight / scale). For a
+    channel of zeros the scale is the smallest normal float, since 0 would divide 0 by 0.
 
     Args:
-      weight: any float dtype and shape.
-      contracted: axes of `weight` that the projection sums over.
+      weight: array of any float dtype and shape.
+      contracted: the axes of `weight` that the projection sums over.
     """
     weight = weight.astype(jnp.float32)
     largest = jnp.max(jnp.abs(weight), axis=contracted, keepdims=True)
@@ -36,14 +36,15 @@ def dequantize_weight(weight: Int8Weight, *, contracted: tuple[int, ...]) -> jax
 
 
 def contracted_axes(key: str, spec: ParamSpec) -> tuple[int, ...]:
-    """The axes that the projection `key`, stacked over layers, sums over."""
+    """The axes of the weight `key`, stacked over layers, that the projection sums over."""
     return tuple(spec.axes.index(axis) for axis in CONTRACTED[key])
 
 
 def quantize_params(params: Params, config: ModelConfig) -> Params:
-    """The parameters with an `Int8Weight` in the place of each projection of the layers.
+    """Replaces the weight of each projection in the layers by an `Int8Weight`.
 
-    All float weights exist until it returns; `hf.load_params` reads one parameter at a time.
+    All float weights are in memory until it returns. `hf.load_params` reads and quantizes one
+    parameter at a time instead.
     """
     specs = param_specs(config)["layers"]
     layers = {
@@ -56,9 +57,9 @@ def quantize_params(params: Params, config: ModelConfig) -> Params:
 
 
 def int8_specs(config: ModelConfig) -> Params:
-    """`model.param_specs` of the quantized parameters: two specs where there are two arrays.
+    """`model.param_specs` of the quantized parameters: an `Int8Weight` of two specs each.
 
-    A scale keeps the logical axes of its output channels, so it is split as they are.
+    A scale has the logical axes of its output channels and is sharded like them.
     """
     specs = param_specs(config)
     layers = {key: int8_spec(key, spec) for key, spec in specs["layers"].items()}
@@ -66,7 +67,7 @@ def int8_specs(config: ModelConfig) -> Params:
 
 
 def int8_spec(key: str, spec: ParamSpec) -> ParamSpec | Int8Weight:
-    """`spec` of the parameter `key` when it is quantized; itself where it is no projection."""
+    """The spec of the parameter `key` after quantization; unchanged if it is no projection."""
     if key not in CONTRACTED:
         return spec
     contracted = contracted_axes(key, spec)

@@ -1,9 +1,8 @@
-"""Low-rank adapters: a student of which only small factors beside its projections are trained.
+"""Low-rank adapters (LoRA): only two small factors beside each projection are trained.
 
-A projection's weight W [in, out] stays as it is, and y = x W + (α / r) · (x A) B with A [in, r] and
-B [r, out]. B starts at zero, so the first student is the model it adapts. Gradients, optimizer
-moments and checkpoints are those of A and B alone; W is read, in the dtype that is computed in or
-in int8, and is never written.
+The weight W [in, out] of a projection is frozen: y = x W + (α / r) · (x A) B, with A [in, r] and
+B [r, out]. B starts at zero, so the student starts as the model it adapts. Gradients, optimizer
+moments and checkpoints hold only A and B. W may be in the compute dtype or in int8.
 
 Source: Hu et al., LoRA (arXiv 2106.09685).
 """
@@ -21,18 +20,18 @@ from opd_jax.model.int8 import contracted_axes, dequantize_weight, int8_spec
 from opd_jax.model.projections import CONTRACTED, Int8Weight, LoraWeight
 from opd_jax.runtime.fields import check_choice, check_within
 
-# Not those of experts: a token takes a few, so each adapter would see a small part of a batch.
+# Experts have no adapters: each would see only the few tokens of a batch that are routed to it.
 TARGETS = tuple(key for key in CONTRACTED if not key.startswith("expert_"))
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Which projections have adapters, and of what size; static under `jit`.
+    """Which projections have adapters, and their size; static under `jit`.
 
     Attributes:
       rank: r, columns of A and rows of B; 0 trains all parameters instead.
-      alpha: α; what is added is scaled by α / r.
-      targets: of `TARGETS`, each once.
+      alpha: α; the adapters' product is scaled by α / r.
+      targets: names of projections, from `TARGETS`, each once.
       int8: the frozen projections are rounded to 8 bits.
     """
 
@@ -58,13 +57,13 @@ class Lora:
 
 
 def lora_specs(config: ModelConfig, lora: Lora) -> Params:
-    """The tree of `ParamSpec` of the adapters: `{target: {"a": ..., "b": ...}}`, over all layers.
+    """The `ParamSpec` tree of the adapters, `{target: {"a": ..., "b": ...}}`, stacked over layers.
 
-    A is normal with variance 1 / in, so that x A is as large as x; B is zero.
+    A is normal with variance 1 / in, so that x A is as large as x. B is zero.
 
     Raises:
-      ValueError: a target that this model does not have or that cannot be adapted, or a rank that
-        is no lower than that of a weight.
+      ValueError: the model does not have a target, a target cannot be adapted, or the rank is not
+        below that of a weight.
     """
     layers = param_specs(config)["layers"]
     known = [key for key in TARGETS if key in layers]
@@ -96,15 +95,15 @@ def _adapter_specs(key: str, spec: ParamSpec, rank: int) -> dict[str, ParamSpec]
 
 
 def with_adapters(base: Params | None, trained: Params, lora: Lora | None) -> Params:
-    """The parameters that a student computes with: nothing is computed, only one tree made of two.
+    """The parameters that a student runs with: joins two trees and computes nothing.
 
     Args:
-      base: what is adapted; None without `lora`.
-      trained: adapters in the tree of `lora_specs`, or, without `lora`, all parameters.
-      lora: the scale of the adapters is of it.
+      base: the frozen parameters; None without `lora`.
+      trained: adapters in the tree of `lora_specs`; without `lora`, all parameters.
+      lora: gives the scale α / r.
 
     Returns:
-      `base` with a `LoraWeight` in the place of each weight that has an adapter, or `trained`.
+      `base` with a `LoraWeight` for each weight that has an adapter; without `lora`, `trained`.
 
     Raises:
       ValueError: one of `base` and `lora` is given without the other.
@@ -125,7 +124,7 @@ def with_adapters(base: Params | None, trained: Params, lora: Lora | None) -> Pa
 
 
 def specs_like(params: Params, config: ModelConfig) -> Params:
-    """`model.param_specs` in the tree of `params`, some of which may be quantized or adapted."""
+    """`model.param_specs` in the tree of `params`, whose weights may be quantized or adapted."""
     specs = param_specs(config)
     layers = {
         key: _spec_like(weight, key, specs["layers"][key])
@@ -146,13 +145,11 @@ def _spec_like(weight: Any, key: str, spec: ParamSpec) -> Any:
 
 @partial(jax.jit, static_argnames="contracted")
 def merged(weight: jax.Array | Int8Weight | LoraWeight, *, contracted: tuple[int, ...]):
-    """W + (α / r) · A B in float32: the one array that stands for an adapted weight.
-
-    An `Int8Weight`, adapted or not, becomes the float weight that it stands for.
+    """An adapted or quantized weight as one float32 array: W + (α / r) · A B.
 
     Args:
       weight: of a projection, stacked over layers or not.
-      contracted: its axes that the projection sums over; those before them are of the stack.
+      contracted: the axes that the projection sums over; those before them are the stack.
     """
     if isinstance(weight, Int8Weight):
         return dequantize_weight(weight, contracted=contracted)
@@ -162,6 +159,6 @@ def merged(weight: jax.Array | Int8Weight | LoraWeight, *, contracted: tuple[int
     rank = weight.a.shape[-1]
     a = weight.a.astype(jnp.float32).reshape(*stack, -1, rank)
     b = weight.b.astype(jnp.float32).reshape(*stack, rank, -1)
-    # Else an accelerator would multiply in less than float32.
+    # By default an accelerator multiplies in less than float32.
     product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
     return base + weight.scale * product.reshape(base.shape)

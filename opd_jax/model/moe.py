@@ -1,11 +1,11 @@
-"""Mixture of experts: a feed-forward layer in which each token takes a few of many networks.
+"""Mixture of experts: a feed-forward layer in which each token uses a few of many networks.
 
-Axes, beside those of `model`: `E` experts · `K` experts a token takes · `M` tokens, rows of a batch
-merged · `R` = M · K, pairs of a token and an expert.
+Axes besides those of `model`: `E` experts · `K` experts of a token · `M` tokens of all rows of a
+batch · `R` = M · K pairs of a token and an expert.
 
-The pairs are sorted by expert, so that the rows of an expert stand together and one ragged product
-multiplies each group by its own matrix. Nothing is padded to a capacity and no token is dropped: a
-token's output does not depend on the others.
+The pairs are sorted by expert, and one ragged product multiplies each expert's rows by its matrix.
+There is no capacity: nothing is padded and no token is dropped, so a token's output does not depend
+on other tokens.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax.model.projections import Int8Weight, project_groups
-from opd_jax.runtime.mesh import divides, on_each_device, total
+from opd_jax.runtime.mesh import divides, psum, shard_map
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Experts:
 
     Attributes:
       count: experts, `E`.
-      per_token: experts that a token takes, `K`.
-      d_ff: feed-forward width of each.
-      normalized: the weights of the experts that are taken are scaled to sum to one; else they are
-        their share of the softmax over all.
+      per_token: experts of a token, `K`.
+      d_ff: feed-forward width of each expert, `F`.
+      normalized: whether the K router probabilities are scaled to sum to one. If not, they are used
+        as the softmax over all experts gives them.
     """
 
     count: int
@@ -37,24 +37,22 @@ class Experts:
     normalized: bool
 
 
-def feed_forward(
-    layer: dict, x_BTD: jax.Array, experts: Experts, *, keep_sharded: bool
-) -> jax.Array:
-    """Σ over the K experts e with the highest router probability of p_e · FFN_e(x).
+def feed_forward(layer: dict, x_BTD: jax.Array, experts: Experts, *, all_gather: bool) -> jax.Array:
+    """Σ p_e · FFN_e(x) over the K experts e with the highest router probability p_e.
 
-    On a mesh each device sorts the tokens of its own rows: the compiler, left alone, would gather
-    those of all devices to sort them. Expert weights are gathered over the devices that share the
-    batch, and stay split by their width.
+    On a mesh each device sorts only the tokens of its own rows. The compiler alone would all-gather
+    the tokens of all devices to sort them.
 
     Args:
       layer: `router` [D, E], `expert_gate` and `expert_up` [E, D, F], `expert_down` [E, F, D].
       x_BTD: normalized activations.
-      keep_sharded: weights are gathered over no devices; each has all tokens, and a part of D too.
+      all_gather: whether weights are all-gathered over `fsdp`; F stays sharded over `tensor`. If
+        not, tokens are all-gathered over `fsdp` instead, with D sharded like the weights'.
 
     Returns:
       [B, T, D] in the dtype of `x_BTD`. Router probabilities are float32.
     """
-    batch, width = ("decode_batch", "embed") if keep_sharded else ("batch", None)
+    batch, width = ("batch", None) if all_gather else ("decode_batch", "embed")
     axes: dict[str, tuple] = {
         "router": (width, None),
         "expert_gate": (None, width, "mlp"),
@@ -62,7 +60,7 @@ def feed_forward(
         "expert_down": (None, "mlp", width),
     }
     tokens = (batch if divides(len(x_BTD), batch) else None, None, width)
-    mix = on_each_device(
+    mix = shard_map(
         partial(_mix, experts=experts, width=width),
         in_axes=({name: _axes(layer[name], axes[name]) for name in axes}, tokens),
         out_axes=tokens,
@@ -72,26 +70,26 @@ def feed_forward(
 
 
 def _axes(weight: Any, axes: tuple) -> Any:
-    """The axes of a weight's parts: a scale has those of its expert and its output channels."""
+    """Logical axes of a weight. An int8 scale has those of the expert and the output channels."""
     return Int8Weight(axes, (axes[0], axes[2])) if isinstance(weight, Int8Weight) else axes
 
 
 def _mix(layer: dict, x_BTD: jax.Array, experts: Experts, width: str | None) -> jax.Array:
-    """`feed_forward` of tokens that are all here; with a part of F, a part of the sum.
+    """`feed_forward` on one device: its shard of F gives a partial sum over F.
 
     Args:
-      width: the logical axis of D, where there is only a part of that as well.
+      width: the logical axis of D if D is sharded too; products over D are then psummed.
     """
 
     def product(x_RD: jax.Array, weight: Any) -> jax.Array:
         if not width:
             return project_groups(x_RD, weight, expert_R, sizes_E, dtype=x_RD.dtype)
         part = project_groups(x_RD, weight, expert_R, sizes_E, dtype=jnp.float32)
-        return total(part, width).astype(x_RD.dtype)
+        return psum(part, width).astype(x_RD.dtype)
 
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
     logits_ME = jnp.matmul(x_MD, layer["router"], preferred_element_type=jnp.float32)
-    weight_MK, expert_MK = route(total(logits_ME, width) if width else logits_ME, experts)
+    weight_MK, expert_MK = route(psum(logits_ME, width) if width else logits_ME, experts)
     order_R = jnp.argsort(expert_MK.ravel())  # stable: by expert, then by token
     expert_R = expert_MK.ravel()[order_R]
     sizes_E = jnp.bincount(expert_R, length=experts.count)
@@ -99,14 +97,14 @@ def _mix(layer: dict, x_BTD: jax.Array, experts: Experts, width: str | None) -> 
     gate, up = product(x_RD, layer["expert_gate"]), product(x_RD, layer["expert_up"])
     h_RF, down = jax.nn.silu(gate) * up, layer["expert_down"]
     out_RD = project_groups(h_RF, down, expert_R, sizes_E, dtype=h_RF.dtype)
-    # Back into the order of tokens by reading rather than by adding: K terms in a fixed order.
+    # A gather back into the order of tokens; a scatter-add would sum the K terms in any order.
     out_MKD = out_RD[jnp.argsort(order_R)].reshape(*expert_MK.shape, -1)
     mixed = jnp.einsum("mkd,mk->md", out_MKD, weight_MK, preferred_element_type=jnp.float32)
     return mixed.astype(x_BTD.dtype).reshape(x_BTD.shape)
 
 
 def route(logits_ME: jax.Array, experts: Experts) -> tuple[jax.Array, jax.Array]:
-    """(weights float32 [M, K], experts int32 [M, K]) of each token, the most probable first."""
+    """(weights float32 [M, K], experts int32 [M, K]) of each token, most probable expert first."""
     weight_MK, expert_MK = jax.lax.top_k(jax.nn.softmax(logits_ME), experts.per_token)
     if experts.normalized:
         weight_MK /= jnp.sum(weight_MK, axis=-1, keepdims=True)

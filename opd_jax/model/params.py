@@ -1,6 +1,6 @@
 """The parameter tree: shapes, logical axes, and initialization.
 
-A nested dict of arrays. Those of the layers are stacked, `[L, ...]`: training scans over them.
+A nested dict of arrays. Parameters of layers are stacked, `[L, ...]`: training scans over them.
 """
 
 import math
@@ -21,7 +21,7 @@ class ParamSpec(NamedTuple):
 
     Attributes:
       axes: a logical name for each dimension; `mesh.RULES` maps names to mesh axes.
-      scale: standard deviation of the normal initializer; 0 gives zeros, and `None` ones.
+      scale: standard deviation of the normal initializer; 0 gives zeros, None gives ones.
     """
 
     shape: tuple[int, ...]
@@ -30,7 +30,7 @@ class ParamSpec(NamedTuple):
 
 
 def is_spec(leaf: object) -> bool:
-    """True for a `ParamSpec`, which is itself a tuple and would else be flattened as a tree."""
+    """True for a `ParamSpec`. It is a tuple, so `jax.tree` needs this to treat it as a leaf."""
     return isinstance(leaf, ParamSpec)
 
 
@@ -39,7 +39,7 @@ def param_specs(config: ModelConfig) -> Params:
     c = config
     L, D, N, G, H, F = c.num_layers, c.d_model, c.num_heads, c.num_kv_heads, c.head_dim, c.d_ff
     std = 0.02 if D >= 400 else 1 / math.sqrt(D)
-    out = std / math.sqrt(2 * L)  # residual branches start small, so depth does not grow variance
+    out = std / math.sqrt(2 * L)  # small residual branches: depth does not increase the variance
     layers = {
         "attn_norm": ParamSpec((L, D), ("layer", "embed"), None),
         "q": ParamSpec((L, D, N, H), ("layer", "embed", "heads", "head_dim"), std),
@@ -77,22 +77,21 @@ def param_specs(config: ModelConfig) -> Params:
 
 
 def init_params(config: ModelConfig, rng: jax.Array, *, dtype: jnp.dtype) -> Params:
-    """Random parameters. Jit with `out_shardings` to make each one where it will live.
+    """Random parameters. Jit with `out_shardings` to create each shard on its own device.
 
     Args:
       config: sizes.
-      rng: a PRNG key, of which each parameter gets one of its own.
-      dtype: of the parameters; drawn in float32.
+      rng: a PRNG key; each parameter gets a key split from it.
+      dtype: of the parameters; they are drawn in float32.
 
     Returns:
-      The tree of `param_specs`, an array in the place of each spec: normal with the spec's standard
-      deviation, ones where that is None.
+      The tree of `param_specs` with an array for each spec, initialized by its `scale`.
     """
     return init_arrays(param_specs(config), rng, dtype=dtype)
 
 
 def init_arrays(specs: Params, rng: jax.Array, *, dtype: jnp.dtype) -> Params:
-    """`init_params` of any tree of `ParamSpec`."""
+    """`init_params` for any tree of `ParamSpec`."""
     leaves, treedef = jax.tree.flatten(specs, is_leaf=is_spec)
     keys = jax.random.split(rng, len(leaves))
     arrays = [_init_leaf(spec, key, dtype) for spec, key in zip(leaves, keys, strict=True)]
@@ -106,7 +105,7 @@ def _init_leaf(spec: ParamSpec, key: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def head(params: Params) -> jax.Array:
-    """The output projection `[D, V]`: the transposed embedding where the two are tied."""
+    """The output projection `[D, V]`; for tied weights, the transposed embedding."""
     return params["head"] if "head" in params else params["embed"].T
 
 
@@ -121,7 +120,8 @@ def logits(params: Params, hidden: jax.Array, *, sharded: bool) -> jax.Array:
 
     Args:
       hidden: [B, ..., D].
-      sharded: `is_sharded` of the parameters. Then hidden states come to the head.
+      sharded: static, `is_sharded(params)`. If true, hidden states are sent to the shards of the
+        head; the head is not all-gathered.
     """
     if sharded:
         hidden = constrain(hidden, "decode_batch", *(None,) * (hidden.ndim - 2), "embed")
@@ -130,8 +130,8 @@ def logits(params: Params, hidden: jax.Array, *, sharded: bool) -> jax.Array:
 
 
 def is_sharded(params: Params) -> bool:
-    """Whether each device has a part of every weight's width, as parameters are loaded.
+    """Whether the width of weights is sharded over the mesh axis `fsdp`, as it is when loaded.
 
-    Else they are whole along the mesh axis `fsdp` (`generate.sampling_params`).
+    A copy for sampling may be replicated over that axis instead (`generate.sampling_params`).
     """
     return mesh.is_sharded(params["embed"], "embed")

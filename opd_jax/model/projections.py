@@ -1,4 +1,8 @@
-"""The projections inside the layers: the one place where an activation meets a weight matrix."""
+"""The projections inside the layers: the one place where an activation meets a weight matrix.
+
+On a mesh a weight is sharded. Either it is all-gathered and then multiplied (`project`), or
+activations are sent to its shards (`project_sharded`).
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,11 +15,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from opd_jax.runtime.mesh import constrain
 
-# What a projection gives, to those that choose what the backward pass keeps (`model.REMAT`).
+# The name of every projection's output, by which `model.REMAT` chooses what to keep.
 PROJECTION = "projection"
 
-# The logical axes that each projection contracts. They stand behind those of the stack (layers,
-# experts) and before those of the output, in the order of `model.param_specs`.
+# The logical axes that each projection contracts. In the shape of a weight they come after those of
+# the stack (layers, experts) and before those of the output (`model.param_specs`).
 CONTRACTED: dict[str, tuple[str, ...]] = {
     "q": ("embed",),
     "k": ("embed",),
@@ -29,7 +33,8 @@ CONTRACTED: dict[str, tuple[str, ...]] = {
     "expert_down": ("mlp",),
 }
 
-# The logical axes of an activation's letters where it meets a weight that stays; of others, none.
+# Letter in an einsum -> logical axis of an activation that is sent to sharded weights. Axes of
+# other letters are replicated.
 _AXES = {"b": "decode_batch", "d": "embed", "n": "heads", "g": "kv_heads", "f": "mlp"}
 
 
@@ -37,13 +42,13 @@ _AXES = {"b": "decode_batch", "d": "embed", "n": "heads", "g": "kv_heads", "f": 
 class Int8Weight:
     """A projection's weight as `values · scale`, with one scale for each output channel.
 
-    A node of the parameter tree in the place of an array: leading axes of both parts are those of
-    the stack, so a scan over layers and an index into them take each layer's part of both. In a
-    tree of specs or shardings it holds two of those.
+    A node of the parameter tree where a float weight has an array. Both parts begin with the axes
+    of the stack, so scanning over layers or indexing a layer works on both. In a tree of specs or
+    shardings its two parts are specs or shardings.
 
     Attributes:
-      values: int8, in the shape of the weight, within ±127.
-      scale: float32, in that shape without the contracted axes (`CONTRACTED`).
+      values: int8 in the shape of the weight, -127..127.
+      scale: float32 in that shape without the contracted axes (`CONTRACTED`).
     """
 
     values: Any
@@ -52,15 +57,15 @@ class Int8Weight:
 
 @struct.dataclass
 class LoraWeight:
-    """A projection's weight as `base + scale · a b`, of which the two factors are trained.
+    """A projection's weight as `base + scale · a b`; only the two factors are trained.
 
-    A node of the parameter tree like `Int8Weight`. Nothing is ever added to `base`: a projection
-    multiplies by it and by the factors, and adds the results.
+    A node of the parameter tree like `Int8Weight`. The sum is never formed: a projection multiplies
+    by `base` and by the factors, and adds the two results.
 
     Attributes:
       base: the frozen weight, an array or an `Int8Weight`.
-      a: the stack's axes, then the contracted ones, then the rank.
-      b: the stack's axes, then the rank, then those of the output.
+      a: axes of the stack, contracted axes, rank.
+      b: axes of the stack, rank, axes of the output.
       scale: static.
     """
 
@@ -71,7 +76,7 @@ class LoraWeight:
 
 
 def cast(params: Any, dtype: jnp.dtype) -> Any:
-    """A tree of parameters in `dtype`, but for each `Int8Weight`, which has its own."""
+    """Casts a tree of parameters to `dtype`, except each `Int8Weight`."""
     return jax.tree.map(
         lambda p: p if isinstance(p, Int8Weight) else p.astype(dtype),
         params,
@@ -80,33 +85,36 @@ def cast(params: Any, dtype: jnp.dtype) -> Any:
 
 
 def project(x: jax.Array, weight: jax.Array | Int8Weight | LoraWeight, spec: str) -> jax.Array:
-    """`einsum(spec, x, weight)` in the dtype of `x`.
+    """`einsum(spec, x, weight)` in the dtype of `x`; a sharded weight is all-gathered over `fsdp`.
 
-    A scale belongs to an output channel, so it leaves the sum: Σ x·v·s = (Σ x·v)·s. Integers up to
-    127 are exact in bfloat16, so the product is that of a float weight; the scale multiplies it in
-    float32.
+    An int8 scale belongs to an output channel, so it factors out of the sum: Σ x·v·s = (Σ x·v)·s.
+    Integers up to 127 are exact in bfloat16, so `x·v` is as exact as with a float weight. The scale
+    multiplies in float32.
 
     Args:
-      spec: of `einsum`; its output ends with the weight's output axes, in their order.
+      x: an activation.
+      weight: an array, an `Int8Weight` or a `LoraWeight`, of one layer.
+      spec: of `einsum`. Its output ends with the output axes of the weight, in their order.
     """
     return checkpoint_name(_product(x, weight, spec, x.dtype), PROJECTION)
 
 
-def projection(keep_sharded: bool) -> Callable[[jax.Array, Any, str], jax.Array]:
-    """`project_sharded` where weights are to stay where they are, else `project`."""
-    return project_sharded if keep_sharded else project
+def projection(all_gather: bool) -> Callable[[jax.Array, Any, str], jax.Array]:
+    """`project` if sharded weights are to be all-gathered, else `project_sharded`."""
+    return project if all_gather else project_sharded
 
 
 def project_sharded(
     x: jax.Array, weight: jax.Array | Int8Weight | LoraWeight, spec: str
 ) -> jax.Array:
-    """`project`, on a mesh with each device multiplying by the part of the weight that it has.
+    """`project` without an all-gather: each device multiplies by its own shard of the weight.
 
-    What is sent are activations, here, and where the caller splits the product over the batch
-    again. Otherwise the devices that share a batch gather the weight, which is less to send only
-    where they have more tokens than the model is wide. The parts of a sum are float32: rounded,
-    they would take what is sampled further from what the update recomputes. The TPU compiler rounds
-    them nevertheless where the sum is rounded next, by its own rules of propagation.
+    Activations are sent instead: here to the shards, later by the caller back to the shards of the
+    batch. That is less to send than the weight if a device has fewer tokens than the model is wide.
+
+    Partial sums are psummed in float32: rounding them first would move what is sampled away from
+    what the update recomputes. The TPU compiler still rounds them first where the sum is rounded
+    right afterwards.
     """
     inputs, output = spec.split("->")
     parts = constrain(x, *map(_AXES.get, inputs.partition(",")[0]))
@@ -117,7 +125,7 @@ def project_sharded(
 def _product(
     x: jax.Array, weight: jax.Array | Int8Weight | LoraWeight, spec: str, dtype: jnp.dtype
 ) -> jax.Array:
-    """`project` in `dtype`, which sums over devices have as well."""
+    """`project` in `dtype`, which is also the dtype of sums over devices."""
     multiply = partial(jnp.einsum, preferred_element_type=dtype)
     if isinstance(weight, LoraWeight):
         into, out_of = _through_rank(spec)
@@ -130,9 +138,9 @@ def _product(
 
 
 def _through_rank(spec: str) -> tuple[str, str]:
-    """The two products of `spec` through a rank: "btd,dnh->btnh" by "btd,dr->btr", "btr,rnh->btnh".
+    """The specs of x A and (x A) B: "btd,dr->btr" and "btr,rnh->btnh" for "btd,dnh->btnh".
 
-    No `spec` of the model has an axis `r`.
+    No spec of the model uses the letter `r`.
     """
     inputs, output = spec.split("->")
     x, weight = inputs.split(",")
@@ -150,13 +158,14 @@ def project_groups(
     *,
     dtype: jnp.dtype,
 ) -> jax.Array:
-    """Each row by the matrix of its group, `x[r] @ weight[group[r]]`, [R, F] in `dtype`.
+    """Multiplies each row by the matrix of its group: `x[r] @ weight[group[r]]`, [R, F].
 
     Args:
-      x_RD: rows, those of a group together.
-      weight: [G, D, F], one matrix a group.
+      x_RD: rows sorted by group.
+      weight: [G, D, F], one matrix for each group.
       group_R: int32, the group of each row, ascending.
-      sizes_G: int32, rows of each group; some may have none.
+      sizes_G: int32, the number of rows in each group; may be 0.
+      dtype: of the result.
     """
     multiply = partial(jax.lax.ragged_dot, preferred_element_type=dtype)
     if not isinstance(weight, Int8Weight):

@@ -13,13 +13,14 @@ from opd_jax.model import moe
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama-3 frequency scaling: wavelengths beyond the original context are stretched.
+    """Llama-3 scaling of rotary frequencies: long wavelengths are stretched.
 
     Attributes:
-      factor: by which low frequencies are divided.
-      low_freq_factor: a wavelength above `original_max_positions` / this is of a low frequency.
-      high_freq_factor: one below `original_max_positions` / this is of a high frequency, and kept.
-      original_max_positions: longest sequence before the context was lengthened.
+      factor: divides the low frequencies.
+      low_freq_factor: low frequencies have a wavelength above `original_max_positions` / this.
+      high_freq_factor: high frequencies, which are kept, have one below `original_max_positions` /
+        this.
+      original_max_positions: the longest sequence before the context was extended.
     """
 
     factor: float
@@ -42,12 +43,12 @@ class ModelConfig:
       d_ff: F, width of the feed-forward layer.
       norm_eps: added to the mean square in every RMS norm.
       rope_theta: base of the rotary frequencies.
-      rope_scaling: of those frequencies; None for none.
+      rope_scaling: scaling of those frequencies, or None.
+      max_positions: the longest sequence the model was trained for.
       qk_norm: RMS norm on each query and key head before the rotation (Qwen3).
       qkv_bias: bias on the query, key and value projections (Qwen2.5).
       tied: the output head is the transposed embedding.
-      max_positions: longest sequence the model was trained for.
-      experts: in the place of the dense feed-forward layer of width `d_ff`; None where it is.
+      experts: a mixture of experts replaces the dense feed-forward layer; None for a dense model.
     """
 
     vocab_size: int

@@ -2,10 +2,10 @@
 
 One code path covers Qwen3 (RMS norm on queries and keys), Qwen2.5 (bias on the query, key and
 value projections) and Llama (neither): pre-norm blocks, grouped-query attention, rotary positions,
-SwiGLU, or a mixture of experts (`moe`).
+and SwiGLU or a mixture of experts.
 
-`forward` scans over stacked layers, which compiles one layer. `forward_cached` unrolls them over
-per-layer cache buffers: a cache carried through a scan would be copied at every step.
+`forward` scans over stacked layers, so only one layer is compiled. `forward_cached` unrolls the
+layers, with one cache buffer for each: a scan would copy the cache at every step.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax.model import moe
-from opd_jax.model.attention import causal_self_attention, chunked_attention
+from opd_jax.model.attention import attention
 from opd_jax.model.cache import KVCache, append
 from opd_jax.model.params import Params
 from opd_jax.model.projections import PROJECTION, projection
@@ -35,9 +35,10 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
       eps: added to the mean square.
 
     Returns:
-      [..., D]: what was normalized is rounded to the dtype of `x` before it is weighted.
+      [..., D] in the dtype of `x`. It is rounded to that dtype before `weight` multiplies it, as in
+      `transformers`.
 
-    Source: Zhang and Sennrich, arXiv 1910.07467; the order of rounding is that of `transformers`.
+    Source: Zhang and Sennrich, arXiv 1910.07467.
     """
     x32 = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
@@ -45,17 +46,18 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
-    """Angular frequencies `[H/2]`, radians a position; Llama-3 scaling where configured.
+    """Angular frequencies in radians per position, float32 [H/2]; Llama-3 scaling if configured.
 
-    Low frequencies (wavelength above original_max / low_freq_factor) are divided by `factor`, high
-    ones kept, and those between interpolated linearly in original_max / wavelength.
+    The scaling divides low frequencies (wavelength above original_max / low_freq_factor) by
+    `factor` and keeps high ones. In between it interpolates linearly in original_max / wavelength.
+
     Source: the reference code released with Llama 3.1.
     """
     exponent = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
     freq = config.rope_theta**-exponent
     s = config.rope_scaling
     if s is not None:
-        turns = s.original_max_positions * freq / (2 * np.pi)  # over the original context
+        turns = s.original_max_positions * freq / (2 * np.pi)  # in the original context
         mix = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
         mix = np.clip(mix, 0.0, 1.0)
         freq = (1 - mix) * freq / s.factor + mix * freq
@@ -63,7 +65,7 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
 
 
 def _rotate(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:
-    """Rotates the pairs (i, i + H/2), the layout of Hugging Face checkpoints."""
+    """Rotates the pairs (i, i + H/2): the convention of Hugging Face checkpoints."""
     x1, x2 = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos_BTH[:, :, None, :], sin_BTH[:, :, None, :]
     rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
@@ -76,9 +78,10 @@ def _qkv(
     cos: jax.Array,
     sin: jax.Array,
     config: ModelConfig,
-    keep_sharded: bool,
+    *,
+    all_gather: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    project = projection(keep_sharded)
+    project = projection(all_gather)
     x = rms_norm(x_BTD, layer["attn_norm"], config.norm_eps)
     q = project(x, layer["q"], "btd,dnh->btnh")
     k = project(x, layer["k"], "btd,dgh->btgh")
@@ -98,26 +101,27 @@ def _after_attention(
     x_BTD: jax.Array,
     mixed_BTNH: jax.Array,
     config: ModelConfig,
-    keep_sharded: bool,
+    *,
+    all_gather: bool,
 ) -> jax.Array:
-    x = x_BTD + projection(keep_sharded)(mixed_BTNH, layer["o"], "btnh,nhd->btd")
+    x = x_BTD + projection(all_gather)(mixed_BTNH, layer["o"], "btnh,nhd->btd")
     h = rms_norm(x, layer["mlp_norm"], config.norm_eps)
     if config.experts is None:
-        h = _feed_forward(layer, h, keep_sharded)
+        h = _feed_forward(layer, h, all_gather=all_gather)
     else:
-        h = moe.feed_forward(layer, h, config.experts, keep_sharded=keep_sharded)
+        h = moe.feed_forward(layer, h, config.experts, all_gather=all_gather)
     return constrain(x + h, "batch", None, None)
 
 
-def _feed_forward(layer: Params, x_BTD: jax.Array, keep_sharded: bool) -> jax.Array:
-    project = projection(keep_sharded)
+def _feed_forward(layer: Params, x_BTD: jax.Array, *, all_gather: bool) -> jax.Array:
+    project = projection(all_gather)
     gate, up = (project(x_BTD, layer[name], "btd,df->btf") for name in ("gate", "up"))
     h = constrain(jax.nn.silu(gate) * up, "batch", None, "mlp")
     return project(h, layer["down"], "btf,fd->btd")
 
 
 def _embed(params: Params, tokens_BT: jax.Array) -> jax.Array:
-    # Else the width would stay split as the table's is, over an axis that the batch needs.
+    # Without this the width stays sharded like the table's, over an axis that the batch needs.
     return constrain(params["embed"][tokens_BT], "batch", None, None)
 
 
@@ -130,8 +134,8 @@ def _rotation(position_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, j
 # --- A whole sequence: training and scoring -----------------------------------------------------
 
 
-# What is kept for the backward pass, by name: everything; of each layer its input and what its
-# projections gave; of each layer its input alone.
+# What the backward pass rematerializes: nothing; all of a layer but the outputs of its projections;
+# all of a layer, from its input.
 REMAT: dict[str, Callable[[Callable], Callable]] = {
     "none": lambda block: block,
     "projections": partial(
@@ -151,13 +155,13 @@ def forward(
 ) -> jax.Array:
     """Final hidden states of whole sequences.
 
-    Sequences are padded on the right: causality keeps padding out of every real position, so there
-    is no mask, and whatever stands in the padding cannot change a real position.
+    Sequences are padded on the right. Attention is causal, so no real position sees the padding and
+    no mask is needed.
 
     Args:
       tokens: int32 [B, T].
-      query_chunk: queries attended at a time (`causal_self_attention`).
-      remat: what the backward pass finds and what it computes again (`REMAT`).
+      query_chunk: queries at a time (`attention`).
+      remat: what the backward pass rematerializes, a key of `REMAT`.
 
     Returns:
       [B, T, D], normalized: `hidden @ head(params)` are the logits.
@@ -171,16 +175,19 @@ def forward(
     cos, sin = _rotation(jnp.arange(tokens.shape[1])[None], config)
 
     def block(x_BTD: jax.Array, layer: Params) -> tuple[jax.Array, None]:
-        q, k, v = _qkv(layer, x_BTD, cos, sin, config, keep_sharded=False)
-        mixed = causal_self_attention(q, k, v, query_chunk=query_chunk)
-        return _after_attention(layer, x_BTD, mixed, config, keep_sharded=False), None
+        q, k, v = _qkv(layer, x_BTD, cos, sin, config, all_gather=True)
+        mixed = attention(q, k, v, layout="BSGH", query_chunk=query_chunk)
+        return _after_attention(layer, x_BTD, mixed, config, all_gather=True), None
 
     x, _ = jax.lax.scan(REMAT[remat](block), x, params["layers"])
     return rms_norm(x, params["final_norm"], config.norm_eps)
 
 
-# Queries scored against a cache at a time: the scores of a long prefill, [B, N, T, S] in float32,
-# would be larger than the cache.
+# --- New tokens over a cache: sampling and judging ------------------------------------------------
+
+
+# Queries at a time: all scores of a long prefill, [B, N, T, S] in float32, would take more memory
+# than the cache.
 _CACHED_QUERIES = 128
 
 
@@ -193,38 +200,38 @@ def forward_cached(
     config: ModelConfig,
     sharded: bool,
 ) -> tuple[jax.Array, KVCache]:
-    """Append ragged tokens to the conversations and return their hidden states.
+    """Appends ragged tokens to conversations and returns the hidden states of the new tokens.
 
-    Row b appends its first `counts[b]` tokens; the others are dropped on write and their hidden
-    states are meaningless. The caller keeps `lengths + counts <= slots`.
+    Row b appends its first `counts[b]` tokens. The others are not written to the cache, and their
+    hidden states mean nothing. The caller ensures `lengths + counts <= slots`.
 
     Args:
+      cache: the conversations so far.
       tokens: int32 [B, T].
       counts: int32 [B], 0..T.
-      sharded: static, `is_sharded` of the parameters. Then few tokens are sent to the weights, and
-        for many the weights are all-gathered (`projections.project_sharded`).
+      sharded: static, `is_sharded(params)`. If true, weights are all-gathered for many tokens; for
+        few tokens the activations are sent to the weights (`projections.project_sharded`).
 
     Returns:
-      ([B, T, D] normalized hidden states, the grown cache).
+      ([B, T, D] normalized hidden states, the cache with the new tokens).
     """
     step = jnp.arange(tokens.shape[1])
     position_BT = cache.lengths[:, None] + step
-    # Out of range on purpose where nothing is to be written: the scatter drops those.
+    # Tokens beyond the count get a slot out of range, which the scatter drops.
     slot_BT = jnp.where(step < counts[:, None], position_BT, cache.slots)
     cos, sin = _rotation(position_BT, config)
     x = _embed(params, tokens)
-    keep_sharded = sharded and tokens.size <= config.d_model * mesh.shards("decode_batch")
+    few = tokens.size <= config.d_model * mesh.shards("decode_batch")
+    all_gather = not (sharded and few)
 
     def block(
         x_BTD: jax.Array, k: jax.Array, v: jax.Array, layer: Params
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q, new_k, new_v = _qkv(layer, x_BTD, cos, sin, config, keep_sharded)
+        q, new_k, new_v = _qkv(layer, x_BTD, cos, sin, config, all_gather=all_gather)
         k = append(k, new_k, slot_BT, cache.layout)
         v = append(v, new_v, slot_BT, cache.layout)
-        mixed = chunked_attention(
-            q, k, v, position_BT, layout=cache.layout, query_chunk=_CACHED_QUERIES
-        )
-        return _after_attention(layer, x_BTD, mixed, config, keep_sharded), k, v
+        mixed = attention(q, k, v, position_BT, layout=cache.layout, query_chunk=_CACHED_QUERIES)
+        return _after_attention(layer, x_BTD, mixed, config, all_gather=all_gather), k, v
 
     def unchanged(
         x_BTD: jax.Array, k: jax.Array, v: jax.Array, _: Params
@@ -234,10 +241,10 @@ def forward_cached(
     keys, values = [], []
     for index, (k, v) in enumerate(zip(cache.keys, cache.values, strict=True)):
         layer = jax.tree.map(lambda p, i=index: p[i], params["layers"])
-        if sharded and not keep_sharded:
-            # As good as always true, but what is computed under a condition is allocated under it:
-            # the TPU compiler would hold the gathered products of all layers from the very start.
-            # The price: no layer's weights are gathered while the one before computes.
+        if sharded and all_gather:
+            # Practically always true. The condition only delimits memory: without it the TPU
+            # compiler holds the all-gathered weights of all layers from the start. The price is
+            # that no all-gather overlaps with the layer before.
             x, k, v = jax.lax.cond(jnp.any(counts > 0), block, unchanged, x, k, v, layer)
         else:
             x, k, v = block(x, k, v, layer)

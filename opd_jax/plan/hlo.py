@@ -1,74 +1,52 @@
-"""Compiled HLO text as computations of instructions.
+"""Compiled HLO text as computations of instructions, for TPU, GPU and CPU (`as_text()`)."""
 
-Written for what the compilers of TPU, GPU and CPU print (`Compiled.as_text()`). A computation ends
-at a line that is exactly `}`: kernels print metadata over several lines, some of which start so.
-"""
-
+import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
-# A computation's name, before its parameters; its line ends in `{`.
-_HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
-_NAME = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*)$")
-_OPCODE = re.compile(r"^\s*([a-z][\w-]*)\(")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+# ROOT, name, type, opcode, what is in its parentheses, and the rest of the line.
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\(([^)]*)(.*)$")
 _CALLED = re.compile(
     r"\b(calls|to_apply|body|condition|branch_computations|called_computations"
     r"|true_computation|false_computation)=(\{[^}]*\}|%?[\w.-]+)"
 )
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
-_WIDTHS = {"pred": 8, "token": 0, "opaque": 0}
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 
 
-@dataclass(frozen=True)
-class Array:
-    """One array of an instruction's result.
+class Array(NamedTuple):
+    """One array of an instruction's result."""
 
-    Attributes:
-      text: dtype and shape, e.g. "bf16[4,128]".
-      bytes: without padding.
-      in_hbm: whether it lies in the device's main memory, not in a faster one beside the cores.
-    """
-
-    text: str
-    bytes: int
-    in_hbm: bool
+    text: str  # dtype and shape, e.g. "bf16[4,128]"
+    bytes: int  # without padding
 
 
-@dataclass(frozen=True)
-class Instruction:
-    """One line of a computation.
-
-    Attributes:
-      name: without the percent sign.
-      opcode: e.g. "all-gather".
-      type: text of the result's type.
-      operands: names.
-      literal: what stands between the parentheses, e.g. of a constant.
-      attributes: the rest of the line.
-      is_root: whether it is the computation's result.
-    """
+class Instruction(NamedTuple):
+    """One line of a computation."""
 
     name: str
     opcode: str
-    type: str
-    operands: tuple[str, ...]
-    literal: str
-    attributes: str
-    is_root: bool
+    type: str  # text of the result's type
+    inside: str  # text in the opcode's parentheses: operands, or a literal
+    attributes: str  # the rest of the line
+    is_root: bool  # whether it is the computation's result
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of the operands."""
+        return re.findall(r"%([\w.-]+)", self.inside)
 
     def arrays(self) -> list[Array]:
-        """The arrays of the result; several where it is a tuple."""
-        return [_array(*match.groups()) for match in _ARRAY.finditer(self.type)]
+        """The arrays of the result; several if it is a tuple."""
+        return [_array(dtype, shape) for dtype, shape in _ARRAY.findall(self.type)]
 
-    def called(self) -> list[tuple[str, str]]:
-        """(role, computation) for every computation that the instruction runs."""
-        return [
-            (role, name.strip().removeprefix("%"))
+    def called(self) -> dict[str, str]:
+        """The computations that the instruction runs, each with its role, e.g. "body"."""
+        return {
+            name: role
             for role, names in _CALLED.findall(self.attributes)
-            for name in names.strip("{}").split(",")
-            if name.strip()
-        ]
+            for name in re.findall(r"[\w.-]+", names)
+        }
 
     def attribute(self, pattern: str) -> str | None:
         """The first group of `pattern` in the attributes, or None."""
@@ -76,142 +54,76 @@ class Instruction:
         return match and match[1]
 
 
-@dataclass(frozen=True)
-class Module:
-    """A compiled program.
+class Module(NamedTuple):
+    """A compiled program."""
 
-    Attributes:
-      computations: by name; each its instructions by name, in order.
-      entry: the name of the one that is run.
-      partitions: number of devices.
-      frames: by `stack_frame_id`, where in the source: "file.py:line function".
-    """
+    computations: dict[str, dict[str, Instruction]]  # by name; instructions by name, in order
+    entry: str  # the computation that runs first
+    partitions: int  # number of devices
+    frames: dict[str, str]  # `stack_frame_id` -> "file.py:line"
 
-    computations: dict[str, dict[str, Instruction]]
-    entry: str
-    partitions: int
-    frames: dict[int, str]
+    def root(self, computation: str) -> Instruction:
+        """The result of a computation."""
+        return next(i for i in self.computations[computation].values() if i.is_root)
 
     def source(self, instruction: Instruction) -> str | None:
-        """Where an instruction comes from: place in the source, else the operation's path."""
+        """Where in the source an instruction comes from, else the path of its operation."""
         frame = instruction.attribute(r"stack_frame_id=(\d+)")
-        place = self.frames.get(int(frame)) if frame else None
-        path = instruction.attribute(r'op_name="([^"]*)"')
-        return place or _source_line(instruction) or path
+        return self.frames.get(frame or "") or instruction.attribute(r'op_name="([^"]*)"')
 
 
 def parse(text: str) -> Module:
     """Reads the text of a compiled program.
 
     Raises:
-      ValueError: there is no entry computation in it.
+      ValueError: the text has no entry computation.
     """
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
+        # Kernels print metadata over several lines that may start with, but never are, a brace.
         if line == "}":
             current = None
         elif current is None:
-            if header := _HEADER.match(line):
+            if header := _COMPUTATION.match(line):
                 current = computations.setdefault(header[2], {})
                 entry = header[2] if header[1] else entry
-        elif instruction := _instruction(line):
-            current[instruction.name] = instruction
+        elif match := _INSTRUCTION.match(line):
+            root, name, kind, opcode, inside, rest = match.groups()
+            current[name] = Instruction(name, opcode, kind, inside, rest, bool(root))
     if not entry:
         raise ValueError("compiled text: expected an ENTRY computation, got none")
     partitions = re.search(r"\bnum_partitions=(\d+)", text.split("\n", 1)[0])
     return Module(computations, entry, int(partitions[1]) if partitions else 1, _frames(text))
 
 
-def _instruction(line: str) -> Instruction | None:
-    match = _NAME.match(line)
-    if not match:
-        return None
-    kind, rest = _split_type(match[3])
-    opcode = _OPCODE.match(rest)
-    if not opcode:
-        return None
-    inside, attributes = _parenthesized(rest[opcode.end() - 1 :])
-    operands = tuple(re.findall(r"%([\w.-]+)", inside))
-    return Instruction(
-        match[2], opcode[1], kind, operands, inside, attributes, is_root=bool(match[1])
-    )
+def _array(dtype: str, shape: str) -> Array:
+    digits = re.search(r"\d+", dtype)
+    bits = 8 if dtype == "pred" else int(digits[0]) if digits else 0
+    size = math.prod(int(side) for side in shape.split(",") if side)
+    return Array(f"{dtype}[{shape}]", -(-size * bits // 8))
 
 
-def _split_type(text: str) -> tuple[str, str]:
-    """A tuple's type has spaces and parentheses in it, and so has an array's layout."""
-    if text.startswith("("):
-        inside, rest = _parenthesized(text)
-        return f"({inside})", rest
-    kind, _, rest = text.partition(" ")
-    return kind, " " + rest
+def _frames(text: str) -> dict[str, str]:
+    """Reads the tables of source places that stand before the computations."""
 
+    def rows(title: str, pattern: str) -> list[tuple[str, ...]]:
+        table = text.partition(f"\n{title}\n")[2].partition("\n\n")[0]
+        return re.findall(rf"^(\d+) {pattern}", table, re.MULTILINE)
 
-def _parenthesized(text: str) -> tuple[str, str]:
-    """What is inside the parenthesis that `text` starts with, and what follows it."""
-    depth = 0
-    for place, character in enumerate(text):
-        depth += (character == "(") - (character == ")")
-        if not depth:
-            return text[1:place], text[place + 1 :]
-    return text[1:], ""
-
-
-def _array(dtype: str, shape: str, layout: str | None) -> Array:
-    width = _WIDTHS.get(dtype)
-    if width is None:
-        digits = re.search(r"\d+", dtype)
-        width = int(digits[0]) if digits else 0
-    size = 1
-    for side in filter(None, shape.split(",")):
-        size *= int(side)
-    return Array(f"{dtype}[{shape}]", -(-size * width // 8), "S(" not in (layout or ""))
-
-
-def _source_line(instruction: Instruction) -> str | None:
-    # As older versions print it.
-    file = instruction.attribute(r'source_file="([^"]*)"')
-    line = instruction.attribute(r"source_line=(\d+)")
-    return file and f"{_short(file)}:{line}"
-
-
-def _short(path: str) -> str:
-    """A path from the name of the package on, which is the same on every machine."""
-    for anchor in ("opd_jax/", "site-packages/"):
-        if anchor in path:
-            return path.rpartition(anchor)[2]
-    return path.rpartition("/")[2]
-
-
-def _frames(text: str) -> dict[int, str]:
-    """The tables of source places that stand before the computations."""
-    files = {int(i): _short(name) for i, name in _table(text, "FileNames", r'(\d+) "(.*)"')}
-    functions = {int(i): name for i, name in _table(text, "FunctionNames", r'(\d+) "(.*)"')}
-    pattern = r"(\d+) \{file_name_id=(\d+) function_name_id=(\d+) line=(\d+)"
-    locations = {
-        i: f"{files.get(int(file), '?')}:{line} {functions.get(int(function), '?')}"
-        for i, file, function, line in _table(text, "FileLocations", pattern)
+    # Paths from the package on are the same on every machine.
+    files = {i: re.sub(r".*(opd_jax|-packages)/", "", p) for i, p in rows("FileNames", '"(.*)"')}
+    places = {
+        i: f"{files[file]}:{line}"
+        for i, file, line in rows("FileLocations", r"\{file_name_id=(\d+) .*?\bline=(\d+)")
     }
-    pattern = r"(\d+) \{file_location_id=(\d+) parent_frame_id=(\d+)"
-    rows = {int(i): (place, int(up)) for i, place, up in _table(text, "StackFrames", pattern)}
-    # Printed one too high: a frame without a parent names itself, or the first one does.
-    shift = 1 if rows.get(1, ("", 0))[1] == 1 else 0
-
-    def name(frame: int) -> str | None:
-        """Of what `mesh` does for others, theirs."""
-        place, up = rows[frame]
-        parent = up - shift
-        if locations.get(place, "").startswith("mesh.py") and parent in rows and parent < frame:
-            return name(parent)
-        return locations.get(place)
-
-    return {frame: found for frame in rows if (found := name(frame))}
-
-
-def _table(text: str, title: str, pattern: str) -> Iterator[tuple[str, ...]]:
-    start = text.find(f"\n{title}\n")
-    if start < 0:
-        return
-    for line in text[start + len(title) + 2 :].split("\n\n", 1)[0].splitlines():
-        if match := re.match(pattern, line):
-            yield match.groups()
+    frames: dict[str, str] = {}
+    shift = 0
+    for i, place, up in rows("StackFrames", r"\{file_location_id=(\d+) parent_frame_id=(\d+)"):
+        # Parents may be printed one too high: then the first frame names itself.
+        shift = 1 if i == up == "1" else shift
+        # `runtime/mesh.py` constrains the shardings of others, so their place is more useful.
+        is_helper = places[place].startswith("runtime/mesh.py")
+        caller = frames.get(str(int(up) - shift)) if is_helper else None
+        frames[i] = caller or places[place]
+    return frames

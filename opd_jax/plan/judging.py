@@ -1,94 +1,58 @@
-"""The programs in which the teacher judges an update's turns."""
+"""The programs with which the teacher judges an update's turns."""
 
 from collections.abc import Iterator
 from typing import Any
 
-from ml_collections import FrozenConfigDict
-
 from opd_jax.agent.generate import Sampling
-from opd_jax.judge import answer as labels
-from opd_jax.model import is_sharded
-from opd_jax.plan.placement import Placement
+from opd_jax.config.settings import Settings
+from opd_jax.judge.answer import LABELS, label_scores
 from opd_jax.plan.program import Program
-from opd_jax.plan.sampling import Player, generating, gone_through, reading
+from opd_jax.plan.sampling import Player
 from opd_jax.plan.workload import Workload
 
 
 def judging(
-    config: FrozenConfigDict,
-    teacher: Player,
-    place: Placement,
-    work: Workload,
-    *,
-    label_width: int,
+    settings: Settings, teacher: Player, work: Workload, *, label_width: int
 ) -> Iterator[Program]:
-    """The programs of `judge.decode` in `judge.context`.
+    """The programs of `judge.context` and `judge.decode`.
 
-    What `judge.agreement_every` asks for besides, the other decoding, is left out.
+    The second decoding that `judge.agreement_every` asks for is left out.
 
     Args:
-      label_width: tokens of the longest of the judge's words.
+      label_width: most tokens of a label's word.
     """
-    judge = config.judge
-    answer = judge.max_new_tokens if judge.decode == "generate" else label_width
-    if judge.context != "history":
-        calls = -(-work.rows * work.turns // judge.batch)
-        lengths = {"judging": (work.question, calls)}
-        if work.longest_question > work.question:
-            lengths["judging: longest question"] = (work.longest_question, 0)
-        for name, (width, runs) in lengths.items():
-            cache = place.cache(
-                teacher.sizes, teacher.params, rows=judge.batch, slots=width + answer
-            )
-            yield from _answering(judge, name, teacher, place, cache, width, answer, runs=runs)
-        return
-    # Conversations are read in pieces, then the questions behind them.
-    piece, width = judge.length_multiple, work.short_question
-    rows = min(judge.batch, work.rows)
-    calls = -(-work.rows // rows)
-    coarse = 4 * piece  # as in `teacher`
-    slots = -(-(work.slots + width + answer) // coarse) * coarse
-    cache = place.cache(teacher.sizes, teacher.params, rows=rows, slots=slots)
-    pieces = calls * -(-work.slots // piece)
-    yield reading("judging: conversation", teacher, place, cache, piece, runs=pieces)
-    asked = calls * work.turns
-    yield from _answering(judge, "judging", teacher, place, cache, width, answer, runs=asked)
+    judge = settings.judge
+    length = judge.max_new_tokens if judge.decode == "generate" else label_width
 
+    def answers(name: str, cache: Any, width: int, runs: float) -> Iterator[Program]:
+        """A question of `width` tokens in each row of a cache, and its answer."""
+        if judge.decode == "generate":
+            greedy = Sampling(temperature=0.0, top_k=0, top_p=1.0)
+            yield teacher.read(name, cache, width, runs=runs)
+            yield teacher.sample(f"{name}: answer", cache, greedy, length, runs=runs)
+            return
+        words = [
+            teacher.place.replicated(shape) for shape in ((len(LABELS), length), (len(LABELS),))
+        ]
+        # The model reads the question, then each label's word.
+        times, rows = 1 + len(LABELS), [(width,), ()]
+        yield teacher.program(name, label_scores, cache, rows, *words, runs=runs, times=times)
 
-def _answering(
-    judge: FrozenConfigDict,
-    name: str,
-    teacher: Player,
-    place: Placement,
-    cache: Any,
-    width: int,
-    answer: int,
-    *,
-    runs: float,
-) -> Iterator[Program]:
-    """Questions of `width` tokens, one in each row of a cache, and their answers."""
-    if judge.decode == "generate":
-        greedy = Sampling(temperature=0.0, top_k=0, top_p=1.0)
-        yield reading(name, teacher, place, cache, width, runs=runs)
-        name = f"{name}: answer"
-        yield generating(name, teacher, place, cache, greedy, answer, runs=runs, read=1)
+    if judge.context == "history":
+        # Conversations are read in pieces, then questions are asked behind them.
+        piece, width = judge.length_multiple, work.short_question
+        rows = min(judge.batch, work.rows)
+        calls = -(-work.rows // rows)
+        multiple = 4 * piece  # as `judge.verdicts` rounds its caches
+        slots = -(-(work.slots + width + length) // multiple) * multiple
+        cache = teacher.cache(rows=rows, slots=slots)
+        pieces = -(-work.slots // piece)
+        yield teacher.read("judging: conversation", cache, piece, runs=calls * pieces)
+        yield from answers("judging", cache, width, calls * work.turns)
         return
-    words, rows = len(labels.LABELS), cache.lengths.shape[0]
-    yield Program(
-        name,
-        labels.label_scores,
-        (
-            teacher.params,
-            cache,
-            place.rows(rows, width),
-            place.rows(rows),
-            place.whole((words, answer)),
-            place.whole((words,)),
-        ),
-        {"config": teacher.sizes, "sharded": is_sharded(teacher.params)},
-        runs=runs,
-        trips=None,
-        # Each word is read behind the question.
-        moved=gone_through(teacher, cache, times=1 + words, read=1),
-        beside=teacher.beside,
-    )
+    widths = {"judging": (work.question, -(-work.rows * work.turns // judge.batch))}
+    if work.longest_question > work.question:
+        widths["judging: longest question"] = (work.longest_question, 0)
+    for name, (width, runs) in widths.items():
+        cache = teacher.cache(rows=judge.batch, slots=width + length)
+        yield from answers(name, cache, width, runs)

@@ -1,87 +1,61 @@
-"""Sizes of the models that a config names; no weight is read."""
+"""Sizes of the models that a config names; no weights are read."""
 
-import dataclasses
-from dataclasses import dataclass
-
-from ml_collections import FrozenConfigDict
+from dataclasses import dataclass, replace
 
 from opd_jax import hf
-from opd_jax.config.build import model_folder, new_sizes
+from opd_jax.config.models import model_folder, new_sizes, student_dtype
+from opd_jax.config.settings import Settings
 from opd_jax.hf.published import PUBLISHED
 from opd_jax.judge.answer import label_tokens
 from opd_jax.model import ModelConfig
 
+# "SKIP", "WEAK" and "STRONG" take at most so many tokens in large vocabularies.
+_USUAL_LABEL_WIDTH = 2
+
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """What is known of a model before it is loaded.
+    """What is known of a model before it is loaded."""
 
-    Attributes:
-      name: as in the config.
-      sizes: its `ModelConfig`.
-      source: where they are from, in words.
-      label_width: tokens of the longest of the judge's words.
-      has_tokenizer: whether that was counted; else it is assumed.
-    """
-
-    name: str
     sizes: ModelConfig
-    source: str
-    label_width: int
-    has_tokenizer: bool
+    dtype: str  # that it is loaded in; may be "int8"
+    source: str  # where they are from, in words
+    label_width: int  # most tokens of a label's word; without a tokenizer the usual number
 
 
-def planned_pair(config: FrozenConfigDict) -> tuple[PlannedModel, PlannedModel | None]:
+def planned_pair(settings: Settings) -> tuple[PlannedModel, PlannedModel | None]:
     """Student and teacher of a config, with the vocabulary that they share.
 
     Raises:
       ValueError: a model is neither a folder nor one of `hf.published`; else as in `hf`.
     """
-    if config.student == "new":
-        return _new_model(config), None
-    student = _planned(config.student, "student")
-    if not config.teacher:
+    if settings.student == "new":
+        sizes, tokenizer = new_sizes(settings)
+        width = label_tokens(tokenizer)[0].shape[1]
+        source = "sizes from `new_model`"
+        return PlannedModel(sizes, student_dtype(settings), source, width), None
+    student = _planned(settings.student, student_dtype(settings), "student")
+    if not settings.teacher:
         return student, None
-    teacher = _planned(config.teacher, "teacher")
-    # As they are loaded: models of one tokenizer may be padded to different sizes.
+    teacher = _planned(settings.teacher, settings.teacher_dtype, "teacher")
+    # As they are loaded: models with one tokenizer may pad its vocabulary differently.
     vocab = min(student.sizes.vocab_size, teacher.sizes.vocab_size)
-    return _cut(student, vocab), _cut(teacher, vocab)
+    student, teacher = (
+        replace(model, sizes=replace(model.sizes, vocab_size=vocab)) for model in (student, teacher)
+    )
+    return student, teacher
 
 
-def _cut(model: PlannedModel, vocab_size: int) -> PlannedModel:
-    sizes = dataclasses.replace(model.sizes, vocab_size=vocab_size)
-    return dataclasses.replace(model, sizes=sizes)
-
-
-def _planned(name: str, field: str) -> PlannedModel:
+def _planned(name: str, dtype: str, field: str) -> PlannedModel:
     folder = model_folder(name)
     if folder.is_dir():
-        has_tokenizer = (folder / "tokenizer.json").is_file()
-        return PlannedModel(
-            name,
-            hf.read_config(folder),
-            f"sizes from config.json in `{name}`",
-            _label_width(hf.load_tokenizer(folder)) if has_tokenizer else _USUAL_LABEL_WIDTH,
-            has_tokenizer,
-        )
+        width = _USUAL_LABEL_WIDTH
+        if (folder / "tokenizer.json").is_file():
+            width = label_tokens(hf.load_tokenizer(folder))[0].shape[1]
+        source = f"sizes from config.json in `{name}`"
+        return PlannedModel(hf.read_config(folder), dtype, source, width)
     if folder.name not in PUBLISHED:
-        raise ValueError(
-            f"`{field}`: the folder `{folder}` does not exist, and no published sizes are known "
-            f"for `{folder.name}`; give a folder with a config.json, or one that is named as one "
-            f"of {', '.join(PUBLISHED)}"
-        )
+        known = ", ".join(PUBLISHED)
+        raise ValueError(f"`{field}`: expected a folder, or one of {known}; got `{name}`")
     source = f"published sizes of {folder.name}; the folder `{name}` is not here"
-    return PlannedModel(name, PUBLISHED[folder.name], source, _USUAL_LABEL_WIDTH, False)
-
-
-# "SKIP", "WEAK" and "STRONG" are words that large vocabularies split once.
-_USUAL_LABEL_WIDTH = 2
-
-
-def _label_width(tokenizer: object) -> int:
-    return label_tokens(tokenizer)[0].shape[1]
-
-
-def _new_model(config: FrozenConfigDict) -> PlannedModel:
-    sizes, tokenizer = new_sizes(config)
-    return PlannedModel("new", sizes, "sizes from `new_model`", _label_width(tokenizer), True)
+    return PlannedModel(PUBLISHED[folder.name], dtype, source, _USUAL_LABEL_WIDTH)

@@ -1,5 +1,6 @@
-"""Abstract arrays placed on a mesh as a run places the real ones."""
+"""Abstract arrays on a mesh, placed as a run places the real ones."""
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -7,101 +8,75 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from opd_jax import model
-from opd_jax.model import KVCache, ModelConfig, is_spec, param_specs
+from opd_jax.model import ModelConfig, is_spec, param_specs
 from opd_jax.model.int8 import int8_specs, quantize_params
-from opd_jax.plan.traffic import device_bytes
-from opd_jax.runtime.mesh import (
-    RULES,
-    SAMPLING_RULES,
-    AnyMesh,
-    batch_sharding,
-    param_shardings,
-    replicated,
-)
+from opd_jax.runtime import mesh as meshes
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes that one device holds of a tree of `ShapeDtypeStruct`s.
+
+    Raises:
+      ValueError: an array does not divide over its mesh.
+    """
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # two 32-bit words
+        total += math.prod(shape) * (8 if is_key else leaf.dtype.itemsize)
+    return total
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A mesh, which may be abstract, and how caches are laid out for its platform.
+    """A mesh, which may be abstract, and the layout of caches on its platform.
 
-    What it gives are `ShapeDtypeStruct`s in the place of arrays, hence the types.
+    The methods return `ShapeDtypeStruct`s where a run has arrays, hence the type `Any`. They raise
+    ValueError if a dimension does not divide over the mesh.
     """
 
-    mesh: AnyMesh
+    mesh: meshes.AnyMesh
     layout: str
 
     def params(
         self, sizes: ModelConfig, dtype: str, *, gathered: bool = False, floats: str = "bfloat16"
     ) -> Any:
-        """Parameters as they are loaded, or with `gathered` whole along `fsdp`.
+        """Parameters of a model.
 
         Args:
-          dtype: "int8" is `quantize` over `floats`.
-          floats: with int8, of what is not quantized.
-
-        Raises:
-          ValueError: a dimension does not divide over the mesh.
+          dtype: "int8" quantizes as `quantize_params` does.
+          gathered: replicate along `fsdp`.
+          floats: with "int8", the dtype of what is not quantized.
         """
         if dtype != "int8":
             return self.arrays(param_specs(sizes), dtype, gathered=gathered)
         shapes = _shapes(param_specs(sizes), floats)
         quantized = jax.eval_shape(partial(quantize_params, config=sizes), shapes)
-        return self._placed(quantized, int8_specs(sizes), gathered)
+        return self._place(quantized, int8_specs(sizes), gathered)
 
     def arrays(self, specs: Any, dtype: str, *, gathered: bool = False) -> Any:
-        """`params` of any tree of `model.ParamSpec`."""
-        return self._placed(_shapes(specs, dtype), specs, gathered)
+        """Arrays for a tree of `model.ParamSpec`."""
+        return self._place(_shapes(specs, dtype), specs, gathered)
 
-    def _placed(self, shapes: Any, specs: Any, gathered: bool) -> Any:
-        rules = SAMPLING_RULES if gathered else RULES
+    def _place(self, shapes: Any, specs: Any, gathered: bool) -> Any:
+        rules = meshes.SAMPLING_RULES if gathered else meshes.RULES
         return jax.tree.map(
             lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
             shapes,
-            param_shardings(specs, self.mesh, rules=rules),
+            meshes.param_shardings(specs, self.mesh, rules=rules),
         )
 
-    def cache(self, sizes: ModelConfig, params: Any, *, rows: int, slots: int) -> Any:
-        """`model.init_cache` without its arrays, for parameters of a dtype.
-
-        Raises:
-          ValueError: rows or heads do not divide over the mesh.
-        """
-        spec = model.cache_specs(sizes, batch=rows, slots=slots, layout=self.layout)
-        where = param_shardings({"cache": spec}, self.mesh)["cache"]
-        buffer: Any = jax.ShapeDtypeStruct(spec.shape, params["embed"].dtype, sharding=where)
-        buffers = (buffer,) * sizes.num_layers
-        return KVCache(buffers, buffers, self.rows(rows), self.layout)
-
     def rows(self, rows: int, *shape: int, dtype: Any = jnp.int32) -> Any:
-        """An array whose rows are split over the batch's axes of the mesh.
+        """An array whose rows are sharded as a batch is."""
+        sharding = meshes.batch_sharding(self.mesh)
+        return jax.ShapeDtypeStruct((rows, *shape), jnp.dtype(dtype), sharding=sharding)
 
-        Raises:
-          ValueError: they do not divide.
-        """
-        sharding = batch_sharding(self.mesh)
-        array = jax.ShapeDtypeStruct((rows, *shape), jnp.dtype(dtype), sharding=sharding)
-        try:
-            sharding.shard_shape(array.shape)
-        except ValueError:
-            sizes = self.mesh.shape
-            raise ValueError(
-                f"{rows} rows do not divide over `mesh.data` × `mesh.fsdp` = {sizes['data']} × "
-                f"{sizes['fsdp']}; change the batch or the mesh"
-            ) from None
-        return array
-
-    def whole(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
+    def replicated(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
         """An array with a copy on each device."""
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self.mesh))
-
-    def head_bytes(self, sizes: ModelConfig, dtype: str) -> int:
-        """Bytes on one device of an output head that is whole along `fsdp`."""
-        # Tied or not, the embedding has its shape and, turned, its axes.
-        return device_bytes(self.params(sizes, dtype, gathered=True)["embed"])
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.replicated(self.mesh))
 
 
-def _shapes(specs: Any, dtype: str) -> Any:
+def _shapes(specs: Any, dtype: Any) -> Any:
     return jax.tree.map(
         lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype)), specs, is_leaf=is_spec
     )

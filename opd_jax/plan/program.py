@@ -1,89 +1,85 @@
-"""One compiled program of a run before it is compiled, and all of them together."""
+"""A run on a slice: its programs, before they are compiled, and what it keeps in memory."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh
+from ml_collections import FrozenConfigDict
 
-from opd_jax.plan.traffic import Moved
+from opd_jax.plan.chips import Slice
+from opd_jax.plan.jaxpr_flops import count_flops
+from opd_jax.plan.models import PlannedModel
+from opd_jax.plan.placement import device_bytes
 from opd_jax.plan.workload import Workload
 from opd_jax.runtime.mesh import AnyMesh
 
-# What stays on the devices as long as the run.
-PARAMETERS, OPTIMIZER, TEACHER = "parameters", "optimizer", "teacher"
-# The student's own weights where adapters are trained.
-FROZEN = "frozen weights"
-# What the student samples with, while it does.
-COPY = "copy to sample with"
+# Residents: what stays on the devices between programs.
+PARAMETERS, OPTIMIZER = "parameters", "optimizer"
+# The update takes the teacher's head and not its body.
+TEACHER, TEACHER_HEAD = "teacher's body", "teacher's head"
+FROZEN = "frozen weights"  # the student's own, if adapters are trained
+COPY = "copy to sample with"  # the student's weights as it samples with them, during rollouts
+
+# The vector memory of v5e and v6e, the largest of any chip in `chips`.
+ON_CHIP = 128 * 2**20
+
+
+def passes(size: int, times: int) -> int:
+    """Bytes that `times` passes over an array of `size` bytes move, at least.
+
+    What fits on the chip may be read once and kept.
+    """
+    return size * (times if size > ON_CHIP else min(times, 1))
 
 
 @dataclass(frozen=True)
 class Program:
-    """One compiled program of a run.
-
-    Attributes:
-      name: for tables.
-      function: a jitted function.
-      args: abstract arguments.
-      kwargs: static arguments.
-      runs: how often it runs in an update; 0 for what runs beside updates.
-      trips: how often its `while` loop runs; None where it has none.
-      moved: see `Moved`.
-      beside: names of `Run.residents` that stand beside its arguments while it runs.
-      temporaries: bytes on each device that it needs beyond its arguments whatever the compiler
-        does, as far as they are known.
-    """
+    """One compiled program of a run."""
 
     name: str
-    function: Any
-    args: tuple
-    kwargs: Mapping[str, Any]
-    runs: float
-    trips: int | None
-    moved: tuple[Moved, ...]
-    beside: tuple[str, ...]
-    temporaries: int = 0
+    function: Any  # jitted
+    args: tuple  # abstract
+    # Bytes between a chip and its memory in one run, by array: all that no compiler can avoid.
+    # Activations that may stay on the chip are left out, and so is what other devices send.
+    moved: dict[str, int]
+    beside: tuple[str, ...]  # the residents that are not among its arguments
+    runs: float  # in one update; 0 for programs of evaluations
+    static: dict[str, Any] = field(default_factory=dict)  # keyword arguments
+    trips: int | None = None  # of its `while` loop
+    temporaries: int = 0  # bytes on each device that it needs beyond its arguments, at least
 
 
 @dataclass(frozen=True)
 class Run:
-    """All programs of a run, and what stays on the devices between them.
+    """All programs of a run on a slice. Sizes are bytes on one device."""
 
-    Attributes:
-      programs: in the order of an update, then those of evaluations.
-      residents: bytes on one device by name.
-      work: the shapes.
-      mesh: that they are placed on.
-    """
-
-    programs: tuple[Program, ...]
-    residents: dict[str, int]
+    where: Slice
+    config: FrozenConfigDict  # fitted to the slice
+    changes: list[str]  # what was changed for that, in words
+    student: PlannedModel
+    teacher: PlannedModel | None
     work: Workload
     mesh: AnyMesh
+    residents: dict[str, int]
+    programs: tuple[Program, ...]  # in the order of an update, then those of evaluations
 
     def beside(self, program: Program) -> int:
-        """Bytes on each device while `program` runs that are not its own."""
+        """Bytes in use while `program` runs that are not its own."""
         return sum(self.residents[name] for name in program.beside)
 
+    def least(self, program: Program) -> int:
+        """Bytes in use while `program` runs, whatever the compiler does."""
+        return device_bytes(program.args) + self.beside(program) + program.temporaries
+
+    def flops(self, program: Program) -> float:
+        """FLOPs of one device in one run of a program."""
+        jaxpr = self.trace(program).jaxpr
+        return count_flops(jaxpr, while_trips=program.trips) / self.where.chips
+
     def trace(self, program: Program) -> Any:
-        """A program traced, for its jaxpr."""
-        with _current(self.mesh):
-            return program.function.trace(*program.args, **program.kwargs)
-
-    def lower(self, program: Program, *, platform: str) -> Any:
-        """A program lowered for a platform, which need not be here."""
-        with _current(self.mesh):
-            return self.trace(program).lower(lowering_platforms=(platform,))
-
-    def compile(self, program: Program) -> Any:
-        """A program compiled for the devices of the mesh, which is then not abstract."""
-        with _current(self.mesh):
-            return self.trace(program).lower().compile()
-
-
-def _current(mesh: AnyMesh) -> AbstractContextManager:
-    """As a run sets its mesh."""
-    return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh)
+        """A program traced with the mesh set as a run sets it."""
+        is_abstract = isinstance(self.mesh, AbstractMesh)
+        use: Any = jax.sharding.use_abstract_mesh if is_abstract else jax.set_mesh
+        with use(self.mesh):
+            return program.function.trace(*program.args, **program.static)

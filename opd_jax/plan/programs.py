@@ -1,114 +1,116 @@
-"""The programs that a run compiles, with abstract arguments placed as the run places them.
+"""The programs of a run, with abstract arguments placed as the run places them.
 
 They are the very functions that training, rollout, judge and evaluation call, at the largest shapes
-of the `Workload`. Nothing here needs a device: a mesh may be abstract.
+of the `Workload`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+import jax
 from ml_collections import FrozenConfigDict
 
-from opd_jax.config import build as experiment
+from opd_jax.config import build
+from opd_jax.config.settings import Settings, read_settings
 from opd_jax.learner import train_state
-from opd_jax.model import ModelConfig
+from opd_jax.model import ModelConfig, cache_layout, head_params
 from opd_jax.model.lora import lora_specs, with_adapters
+from opd_jax.plan.chips import Slice
 from opd_jax.plan.judging import judging
-from opd_jax.plan.models import PlannedModel
-from opd_jax.plan.placement import Placement
+from opd_jax.plan.models import planned_pair
+from opd_jax.plan.placement import Placement, device_bytes
 from opd_jax.plan.program import (
     COPY,
     FROZEN,
     OPTIMIZER,
     PARAMETERS,
     TEACHER,
+    TEACHER_HEAD,
     Program,
     Run,
 )
 from opd_jax.plan.sampling import Player, copying, evaluation, rollout
-from opd_jax.plan.traffic import device_bytes
 from opd_jax.plan.training import training
-from opd_jax.plan.workload import Workload, workload
-from opd_jax.runtime.mesh import AnyMesh
+from opd_jax.plan.workload import fit_to_slice, mesh_sizes, workload
+from opd_jax.runtime.mesh import abstract_mesh, make_mesh
 
 
 def plan_run(
     config: FrozenConfigDict,
-    student: PlannedModel,
-    teacher: PlannedModel | None,
+    where: Slice,
     *,
-    mesh: AnyMesh,
-    layout: str,
+    given: Collection[str] = (),
+    devices: Sequence[jax.Device] | None = None,
 ) -> Run:
-    """Every program that a run of `config` compiles on `mesh`.
+    """A run of `config` on a slice.
 
     Args:
-      config: validated.
-      layout: of the cache, as the platform wants it.
+      given: fields that were set on the command line and may not be changed for the slice.
+      devices: of the mesh, if programs are to be compiled; without them it is abstract.
 
     Raises:
-      ValueError: a sharded dimension does not divide over the mesh.
+      ValueError: the config is not valid, or something does not divide over the slice.
     """
-    place, work = Placement(mesh, layout), workload(config)
-    lora = experiment.make_lora(config.lora)
-    loaded = place.params(student.sizes, experiment.student_dtype(config))
-    specs = lora and lora_specs(student.sizes, lora)
-    trained = place.arrays(specs, config.dtype) if lora else loaded
-    state = train_state.abstract_state(trained, experiment.make_optimizer(config))
-    frozen = teacher and place.params(teacher.sizes, config.teacher_dtype)
-    copy = _copy(config, student.sizes, place)
+    config, changes = fit_to_slice(config, chips=where.chips, given=given)
+    settings, sizes = read_settings(config), mesh_sizes(config)
+    mesh = make_mesh(**sizes, devices=devices) if devices else abstract_mesh(**sizes)
+    place, work = Placement(mesh, cache_layout(where.chip.platform)), workload(settings)
+    student, teacher = planned_pair(settings)
+    lora = build.adapters(settings)
+    loaded = place.params(student.sizes, student.dtype)
+    trained = place.arrays(lora_specs(student.sizes, lora), settings.dtype) if lora else loaded
+    state = train_state.abstract_state(trained, build.optimizer(settings))
+    base = loaded if lora else None
+    frozen = teacher and place.params(teacher.sizes, teacher.dtype)
+    head = device_bytes(head_params(frozen)) if frozen else 0
+    copy = _copy(settings, student.sizes, place)
     residents = {
         PARAMETERS: device_bytes(state.params),
         OPTIMIZER: device_bytes(state.opt_state),
-        FROZEN: device_bytes(loaded) if lora else 0,
-        TEACHER: device_bytes(frozen),
+        FROZEN: device_bytes(base),
+        TEACHER: device_bytes(frozen) - head,
+        TEACHER_HEAD: head,
         COPY: device_bytes(copy),
     }
-    sampling = Player(student.sizes, copy, (PARAMETERS, OPTIMIZER, FROZEN, TEACHER))
-    base = loaded if lora else None
-    programs = _programs(config, student, teacher, state, base, sampling, frozen, place, work)
-    return Run(tuple(programs), residents, work, mesh)
+    own = (PARAMETERS, OPTIMIZER, FROZEN)
+    sampler = Player(place, student.sizes, copy, (*own, TEACHER, TEACHER_HEAD))
+    expert = Player(place, teacher.sizes, frozen, own) if teacher else None
+
+    def programs() -> Iterator[Program]:
+        source = settings.data.source
+        # `read_settings` asks for a teacher wherever one is needed.
+        if source == "on_policy":
+            params = with_adapters(base, state.params, lora)
+            yield copying(settings, params, sampler, (OPTIMIZER, TEACHER, TEACHER_HEAD))
+            yield from rollout(settings, sampler, work)
+        elif source == "teacher" and expert:
+            yield from rollout(settings, expert, work)
+        if settings.objective.intervention and teacher and expert:
+            yield from judging(settings, expert, work, label_width=teacher.label_width)
+        scorer = expert if settings.objective.needs_teacher else None
+        compiled = build.compile_update(
+            settings,
+            student=student.sizes,
+            teacher=scorer.sizes if scorer else None,
+            placement=train_state.placement_of(state),
+        )
+        yield from training(settings, *compiled, state, base, student.sizes, scorer, place, work)
+        # A student of the same batch is evaluated with the programs of its updates.
+        if source != "on_policy" or settings.eval.batch != settings.rollout.batch:
+            yield from evaluation(settings, "student", sampler, work)
+        if "teacher" in settings.eval.who and expert:
+            yield from evaluation(settings, "teacher", expert, work)
+
+    return Run(where, config, changes, student, teacher, work, mesh, residents, tuple(programs()))
 
 
-def _copy(config: FrozenConfigDict, sizes: ModelConfig, place: Placement) -> Any:
-    """What the student samples with, as from `generate.sampling_params`."""
-    lora, floats = experiment.make_lora(config.lora), config.compute_dtype
-    gathered = config.rollout.gather_weights
-    kept = "int8" if config.lora.int8 else floats
+def _copy(settings: Settings, sizes: ModelConfig, place: Placement) -> Any:
+    """What the student samples with, as `generate.sampling_params` returns it."""
+    lora, floats = build.adapters(settings), settings.compute_dtype
+    gathered = settings.rollout.gather_weights
+    kept = "int8" if settings.lora.int8 else floats
     own = place.params(sizes, kept, gathered=gathered, floats=floats)
     if lora is None:
         return own
     adapters = place.arrays(lora_specs(sizes, lora), floats, gathered=gathered)
     return with_adapters(own, adapters, lora)
-
-
-def _programs(
-    config: FrozenConfigDict,
-    student: PlannedModel,
-    teacher: PlannedModel | None,
-    state: Any,
-    base: Any,
-    sampling: Player,
-    frozen: Any,
-    place: Placement,
-    work: Workload,
-) -> Iterator[Program]:
-    source, others = config.data.source, (PARAMETERS, OPTIMIZER, FROZEN)
-    # `config.validate` asks for a teacher wherever one is needed.
-    if source == "on_policy":
-        params = with_adapters(base, state.params, experiment.make_lora(config.lora))
-        yield copying(config, params, sampling, beside=(OPTIMIZER, TEACHER))
-        yield from rollout(config, sampling, place, work)
-    elif source == "teacher" and teacher:
-        yield from rollout(config, Player(teacher.sizes, frozen, others), place, work)
-    if config.objective.intervention and teacher:
-        judge = Player(teacher.sizes, frozen, others)
-        yield from judging(config, judge, place, work, label_width=teacher.label_width)
-    scores = config.objective.divergence != "cross_entropy"
-    scorer = teacher.sizes if teacher and scores else None
-    yield training(config, state, base, student.sizes, scorer, place, work)
-    if source != "on_policy" or config.eval.batch != config.rollout.batch:
-        # Else as in an update, but for the temperature.
-        yield from evaluation(config, "student", sampling, place, work)
-    if "teacher" in config.eval.who and teacher:
-        yield from evaluation(config, "teacher", Player(teacher.sizes, frozen, others), place, work)

@@ -1,4 +1,4 @@
-"""A plan as one dictionary of plain values."""
+"""A plan as one dictionary of plain values; sizes in bytes, times in seconds."""
 
 import dataclasses
 import math
@@ -7,133 +7,98 @@ from typing import Any
 
 import jax
 
-from opd_jax.config.build import student_dtype
 from opd_jax.model import is_spec, param_specs
-from opd_jax.plan.analysis import Analysis, Cost
 from opd_jax.plan.models import PlannedModel
-from opd_jax.plan.verdict import MISFIT, NOT_COMPILED, Memory, compiled_verdict, worst
+from opd_jax.plan.placement import device_bytes
+from opd_jax.plan.program import Program, Run
+from opd_jax.plan.sampling import SAMPLING
+from opd_jax.plan.verdict import verdict, worst
+from opd_jax.plan.workload import mesh_sizes
 
-# A collective of this many bytes is one of weights, or as large.
-_WEIGHTY = 16 * 2**20
+ASSUMED = (
+    "every episode takes all its turns and fills its context; a question to the judge is as long "
+    "as a first message and a response; FLOPs of attention are those of a full cache; not counted: "
+    "the second decoding of `judge.agreement_every`, what `rollout.history_turns` adds"
+)
 
-Compiled = Mapping[str, Mapping[str, Any]]
 
+def describe(run: Run, compiled: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Any]:
+    """Everything that is known of a run on a slice.
 
-def describe(analysis: Analysis, compiled: Compiled | None) -> dict[str, Any]:
-    """Everything that is known of a run on a slice; sizes in bytes, times in seconds.
+    Times are bounds: FLOPs over the chip's peak and bytes moved over its bandwidth, whichever is
+    longer. The programs of an update run one after another, so its bound is their sum.
 
     Args:
-      compiled: by program what `compiling.compile_program` gave; None where nothing was compiled.
+      compiled: by program, from `compiling`; None if nothing was compiled.
     """
-    config = analysis.config
-    programs = [
-        _program(analysis, cost, (compiled or {}).get(cost.program.name)) for cost in analysis.costs
-    ]
+    results = compiled or {}
+    programs = [_program(run, program, results.get(program.name)) for program in run.programs]
+    seconds = {p["name"]: p["runs"] * p["seconds"] for p in programs if p["seconds"] is not None}
+    update = sum(seconds.values()) if seconds else None
     return {
-        "topology": analysis.slice.name,
-        "chips": analysis.slice.chips,
-        "hosts": analysis.slice.hosts,
-        "chip": dataclasses.asdict(analysis.slice.chip),
-        "mesh": config.mesh.to_dict(),
-        "changed": analysis.changes,
-        "student": _model(analysis.student, student_dtype(config)),
-        "teacher": analysis.teacher and _model(analysis.teacher, config.teacher_dtype),
-        "compute_dtype": config.compute_dtype,
-        "work": dataclasses.asdict(analysis.run.work),
-        "assumed": _assumed(analysis),
-        "residents": analysis.run.residents,
-        "programs": programs,
-        "update_seconds": analysis.update_seconds(),
-        "compiled": compiled is not None,
         "verdict": worst(program["verdict"] for program in programs),
-        "warnings": [line for program in programs for line in _warnings(analysis, program)],
+        "compiled": compiled is not None,
+        "topology": run.where.name,
+        "chips": run.where.chips,
+        "chip": dataclasses.asdict(run.where.chip),
+        "mesh": mesh_sizes(run.config),
+        "changed": run.changes,
+        "student": _model(run.student),
+        "teacher": run.teacher and _model(run.teacher),
+        "work": dataclasses.asdict(run.work),
+        "assumed": ASSUMED,
+        "residents": run.residents,
+        "programs": programs,
+        "update_seconds": update,
+        "sampling_share": seconds.get(SAMPLING, 0.0) / update if update else None,
+        "collectives": _collectives(run, results),
     }
 
 
-def _model(model: PlannedModel, dtype: str) -> dict[str, Any]:
+def _model(model: PlannedModel) -> dict[str, Any]:
     specs = jax.tree.leaves(param_specs(model.sizes), is_leaf=is_spec)
-    return {
-        "name": model.name,
-        "source": model.source,
-        "parameters": sum(math.prod(spec.shape) for spec in specs),
-        "dtype": dtype,
-    }
+    parameters = sum(math.prod(spec.shape) for spec in specs)
+    return {"parameters": parameters, "dtype": model.dtype, "source": model.source}
 
 
-def _assumed(analysis: Analysis) -> list[str]:
-    """What the plan could not know, or leaves out."""
-    config, teacher = analysis.config, analysis.teacher
-    lines = []
-    if config.data.source != "players":
-        lines.append("every episode takes all its turns and fills its context")
-    work = analysis.run.work
-    if work.slots_read < work.slots:
-        lines.append(
-            f"a sampled token reads {work.slots_read:,.0f} of {work.slots:,} cache slots, the mean "
-            "over a context that grows evenly; operations are counted with all"
-        )
-    if config.objective.intervention and teacher:
-        lines.append("a question to the judge is as long as a first message and a response")
-        if not teacher.has_tokenizer:
-            lines.append(f"each of the judge's words has {teacher.label_width} tokens")
-        if config.judge.agreement_every:
-            lines.append("without the second decoding of `judge.agreement_every`")
-    if config.rollout.history_turns:
-        lines.append(
-            "without what `rollout.history_turns` adds: contexts read anew in each turn, and rows "
-            "beyond one an episode"
-        )
-    return lines
-
-
-def _program(analysis: Analysis, cost: Cost, result: Mapping[str, Any] | None) -> dict[str, Any]:
-    program, found = cost.program, None
-    verdict, limit = cost.verdict, analysis.slice.chip.memory
-    if result is not None:
-        found = dict(result)
-        if result["refused"] is None:
-            memory = Memory(**result["memory"])
-            found["total"] = memory.total + cost.beside
-            verdict = compiled_verdict(memory, beside=cost.beside, limit=limit)
-        elif verdict == NOT_COMPILED and "RESOURCE_EXHAUSTED" in result["refused"]:
-            verdict = MISFIT
+def _program(run: Run, program: Program, result: Mapping[str, Any] | None) -> dict[str, Any]:
+    chip, found, beside = run.where.chip, result or {}, run.beside(program)
+    flops = run.flops(program) if program.runs else None
+    by_flops = flops / chip.flops if flops is not None and chip.flops else None
+    by_bandwidth = sum(program.moved.values()) / chip.bandwidth if chip.bandwidth else None
+    known = [bound for bound in (by_flops, by_bandwidth) if bound is not None]
     return {
         "name": program.name,
         "runs": program.runs,
-        "arguments": cost.arguments,
-        "beside": cost.beside,
-        "least": cost.least,
-        "flops": cost.flops,
-        "moved": [dataclasses.asdict(part) | {"total": part.total} for part in program.moved],
-        "bound": cost.bound
-        and {
-            "compute": cost.bound.compute,
-            "memory": cost.bound.memory,
-            "seconds": cost.bound.seconds,
-            "term": cost.bound.term,
-        },
-        "compiled": found,
-        "verdict": verdict,
+        "arguments": device_bytes(program.args),
+        "beside": beside,
+        "least": run.least(program),
+        **{name: found.get(name) for name in ("temporaries", "code", "peak")},
+        "total": found["total"] + beside if "total" in found else None,
+        "verdict": verdict(run, program, result),
+        "refused": found.get("refused", ""),
+        "flops": flops,
+        "moved": program.moved,
+        "by_flops": by_flops,
+        "by_bandwidth": by_bandwidth,
+        "seconds": max(known, default=None) if program.runs else None,
     }
 
 
-def _warnings(analysis: Analysis, program: Mapping[str, Any]) -> list[str]:
-    """What compiled programs should not do."""
-    found, lines = program["compiled"], []
-    if not found or found["refused"] is not None:
-        return []
-    name, parts = program["name"], analysis.config.train.micro_batches
-    for part in found["collectives"]:
-        if not part["known"]:
-            lines.append(
-                f"{name}: unknown trip count around {part['kind']} {part['shape']} at "
-                f"{part['source']}; what it sends is counted once"
-            )
-        # In the loop over chunks of the loss; what is done once for a micro-batch is not.
-        once = part["sent"] / (part["times"] * part["instances"])
-        if part["source"].startswith("losses.py") and part["times"] > parts and once >= _WEIGHTY:
-            lines.append(
-                f"{name}: {part['kind']} {part['shape']} at {part['source']} in the loss's loop, "
-                f"{part['times']} times"
-            )
-    return lines
+def _collectives(run: Run, results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for like collectives of one program; those that send most in an update come first.
+
+    `bytes` is what a device sends in one run of the program, and `in_sequence` how many run in it,
+    one after another; None if the trip count of a loop is not known.
+    """
+    rows = [
+        {
+            "program": program.name,
+            "runs": program.runs,
+            **part,
+            "in_sequence": part["in_sequence"] if part["known"] else None,
+        }
+        for program in run.programs
+        for part in results.get(program.name, {}).get("collectives", ())
+    ]
+    return sorted(rows, key=lambda row: -row["bytes"] * row["runs"])

@@ -1,160 +1,125 @@
 """The programs of rollouts and evaluations: a copy of the parameters, reading, sampling."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import FrozenConfigDict
 
-from opd_jax.agent import generate as gen
+from opd_jax.agent import generate
 from opd_jax.agent.generate import Sampling
-from opd_jax.model import ModelConfig, is_sharded
-from opd_jax.plan.placement import Placement
-from opd_jax.plan.program import COPY, Program
-from opd_jax.plan.traffic import Moved, device_bytes
+from opd_jax.config.settings import Settings
+from opd_jax.model import KVCache, ModelConfig, cache_specs, is_sharded
+from opd_jax.plan.placement import Placement, device_bytes
+from opd_jax.plan.program import COPY, Program, passes
 from opd_jax.plan.workload import Workload
+
+SAMPLING = "sampling"
 
 
 @dataclass(frozen=True)
 class Player:
-    """Who reads and samples.
+    """A model that reads and samples."""
 
-    Attributes:
-      sizes: of the model.
-      params: abstract.
-      beside: names of residents that are not these parameters.
-    """
-
+    place: Placement
     sizes: ModelConfig
-    params: Any
-    beside: tuple[str, ...]
+    params: Any  # abstract
+    beside: tuple[str, ...]  # the residents other than these parameters
+
+    def cache(self, *, rows: int, slots: int) -> Any:
+        """What `model.init_cache` returns."""
+        place, layout = self.place, self.place.layout
+        spec = cache_specs(self.sizes, batch=rows, slots=slots, layout=layout)
+        buffer = place.arrays({"cache": spec}, self.params["embed"].dtype)["cache"]
+        buffers = (buffer,) * self.sizes.num_layers
+        return KVCache(buffers, buffers, place.rows(rows), layout)
+
+    def read(self, name: str, cache: Any, width: int, *, runs: float) -> Program:
+        """Appends up to `width` tokens to every row of a cache."""
+        return self.program(name, generate.extend, cache, [(width,), ()], runs=runs)
+
+    def sample(
+        self, name: str, cache: Any, how: Sampling, chunk: int, *, runs: float, share: float = 1.0
+    ) -> Program:
+        """Samples up to `chunk` tokens for every row of a cache; `share` as in `program`."""
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), cache.lengths.size))
+        more = self.place.replicated(keys.shape, keys.dtype), self.place.replicated((2,))
+        static: dict[str, Any] = {"sampling": how, "chunk": chunk}
+        args = generate.generate, cache, [(), ()], *more
+        program = self.program(name, *args, runs=runs, times=chunk, share=share, **static)
+        return replace(program, trips=chunk)
+
+    def program(
+        self,
+        name: str,
+        function: Any,
+        cache: Any,
+        rows: Sequence[tuple[int, ...]],
+        *more: Any,
+        runs: float,
+        times: int = 1,
+        share: float = 1.0,
+        **static: Any,
+    ) -> Program:
+        """A program that passes `times` over all weights and over a `share` of the cache.
+
+        Of a mixture it reads all experts: with many rows, some token asks for each.
+
+        Args:
+          rows: shapes of one row of the arguments that are sharded as a batch.
+          more: arguments behind these.
+          static: keyword arguments beside those that all these programs have.
+        """
+        # With an untied head, only single rows of the embedding are read.
+        read = {k: part for k, part in self.params.items() if k != "embed"}
+        weights = device_bytes(read if "head" in self.params else self.params)
+        slots = round(device_bytes((cache.keys, cache.values)) * share)
+        batch = [self.place.rows(cache.lengths.size, *shape) for shape in rows]
+        return Program(
+            name,
+            function,
+            (self.params, cache, *batch, *more),
+            {"parameters": passes(weights, times), "cache": passes(slots, times)},
+            self.beside,
+            runs,
+            {"config": self.sizes, "sharded": is_sharded(self.params), **static},
+        )
 
 
-def copying(
-    config: FrozenConfigDict, trained: Any, copy: Player, *, beside: tuple[str, ...]
-) -> Program:
-    """The program that makes the copy of the trained parameters to sample with."""
-    size = device_bytes(copy.params)
-    return Program(
-        COPY,
-        gen.sampling_params,
-        (trained,),
-        {
-            "config": copy.sizes,
-            "dtype": jnp.dtype(config.compute_dtype),
-            "gather": config.rollout.gather_weights,
-        },
-        runs=1,
-        trips=None,
-        moved=(Moved("parameters", device_bytes(trained), 1), Moved("copy", size, 1)),
-        beside=beside,
-        temporaries=size,
-    )
+def copying(settings: Settings, trained: Any, student: Player, beside: tuple) -> Program:
+    """The program that makes the copy to sample with from trained parameters."""
+    size = device_bytes(student.params)
+    static = {
+        "config": student.sizes,
+        "dtype": jnp.dtype(settings.compute_dtype),
+        "gather": settings.rollout.gather_weights,
+    }
+    moved = {"parameters": device_bytes(trained), "copy": size}
+    function = generate.sampling_params
+    return Program(COPY, function, (trained,), moved, beside, 1, static, temporaries=size)
 
 
-def rollout(
-    config: FrozenConfigDict, player: Player, place: Placement, work: Workload
-) -> Iterator[Program]:
+def rollout(settings: Settings, player: Player, work: Workload) -> Iterator[Program]:
     """The programs of an update's episodes."""
-    settings = config.rollout
-    narrow, wide = settings.extend_widths[0], settings.extend_widths[-1]
-    cache = place.cache(player.sizes, player.params, rows=work.rows, slots=work.slots)
+    decoding = settings.rollout
+    narrow, wide = decoding.extend_widths[0], decoding.extend_widths[-1]
+    cache = player.cache(rows=work.rows, slots=work.slots)
     if narrow == wide:
-        yield reading("observation", player, place, cache, wide, runs=work.turns)
+        yield player.read("observation", cache, wide, runs=work.turns)
     else:
-        yield reading("first message", player, place, cache, wide, runs=1)
-        yield reading("observation", player, place, cache, narrow, runs=work.turns - 1)
-    calls = work.sampled / settings.chunk
-    how = _how(settings, settings.temperature)
-    # Compiled for the cache at its largest, which most tokens do not read.
-    read, chunk = work.slots_read / work.slots, settings.chunk
-    yield generating("sampling", player, place, cache, how, chunk, runs=calls, read=read)
+        yield player.read("first message", cache, wide, runs=1)
+        yield player.read("observation", cache, narrow, runs=work.turns - 1)
+    how, runs = decoding.sampling, work.sampled / decoding.chunk
+    # The program is that of the full cache; most tokens read a smaller one.
+    share = work.slots_read / work.slots
+    yield player.sample(SAMPLING, cache, how, decoding.chunk, runs=runs, share=share)
 
 
-def evaluation(
-    config: FrozenConfigDict, who: str, player: Player, place: Placement, work: Workload
-) -> Iterator[Program]:
+def evaluation(settings: Settings, who: str, player: Player, work: Workload) -> Iterator[Program]:
     """The programs of an evaluation, which is no part of an update."""
-    settings = config.rollout
-    rows, how = config.eval.batch, _how(settings, config.eval.temperature)
-    cache = place.cache(player.sizes, player.params, rows=rows, slots=work.slots)
-    width, name = settings.extend_widths[-1], f"evaluating the {who}"
-    yield reading(f"{name}: first message", player, place, cache, width, runs=0)
-    chunk = settings.chunk
-    yield generating(f"{name}: sampling", player, place, cache, how, chunk, runs=0, read=1)
-
-
-def _how(settings: FrozenConfigDict, temperature: float) -> Sampling:
-    return Sampling(temperature=temperature, top_k=settings.top_k, top_p=settings.top_p)
-
-
-def reading(
-    name: str, player: Player, place: Placement, cache: Any, width: int, *, runs: float
-) -> Program:
-    """Appending up to `width` tokens to every row of a cache."""
-    rows = cache.lengths.shape[0]
-    return Program(
-        name,
-        gen.extend,
-        (player.params, cache, place.rows(rows, width), place.rows(rows)),
-        {"config": player.sizes, "sharded": is_sharded(player.params)},
-        runs=runs,
-        trips=None,
-        moved=gone_through(player, cache, times=1, read=1),
-        beside=player.beside,
-    )
-
-
-def generating(
-    name: str,
-    player: Player,
-    place: Placement,
-    cache: Any,
-    how: Sampling,
-    chunk: int,
-    *,
-    runs: float,
-    read: float,
-) -> Program:
-    """Sampling up to `chunk` tokens for every row of a cache; `read` as in `gone_through`."""
-    rows = cache.lengths.shape[0]
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-    stop_ids = place.whole((2,))  # a turn ends with one of one or two tokens
-    return Program(
-        name,
-        gen.generate,
-        (
-            player.params,
-            cache,
-            place.rows(rows),
-            place.rows(rows),
-            place.whole(keys.shape, keys.dtype),
-            stop_ids,
-        ),
-        {
-            "config": player.sizes,
-            "sampling": how,
-            "chunk": chunk,
-            "sharded": is_sharded(player.params),
-        },
-        runs=runs,
-        trips=chunk,
-        moved=gone_through(player, cache, times=chunk, read=read),
-        beside=player.beside,
-    )
-
-
-def gone_through(player: Player, cache: Any, *, times: int, read: float) -> tuple[Moved, ...]:
-    """All of a model's weights, and the slots of its cache, of which `read` is the share read.
-
-    Of a mixture all experts: with many rows each is asked for by some token.
-    """
-    params = player.params
-    # Of a table that is not the head as well only single rows are read.
-    used = {name: part for name, part in params.items() if name != "embed" or "head" not in params}
-    return (
-        Moved("parameters", device_bytes(used), times),
-        Moved("cache", round(device_bytes((cache.keys, cache.values)) * read), times),
-    )
+    decoding, name = settings.rollout, f"evaluating the {who}"
+    cache = player.cache(rows=settings.eval.batch, slots=work.slots)
+    yield player.read(f"{name}: first message", cache, decoding.extend_widths[-1], runs=0)
+    how = replace(decoding.sampling, temperature=settings.eval.temperature)
+    yield player.sample(f"{name}: sampling", cache, how, decoding.chunk, runs=0)

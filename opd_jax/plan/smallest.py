@@ -1,48 +1,44 @@
 """The smallest slice of a family that a run fits."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from ml_collections import FrozenConfigDict
-
-from opd_jax.plan.analysis import analyze
 from opd_jax.plan.chips import GIB, Slice, slices
-from opd_jax.plan.verdict import FITS, MISFIT, NOT_COMPILED
+from opd_jax.plan.program import Run
+from opd_jax.plan.verdict import FITS, MISFIT, verdict
 
 
-def tried(
-    config: FrozenConfigDict,
-    family: str,
-    *,
-    given: Collection[str],
-    plan: Callable[[Slice], dict[str, Any]],
-    compiles: bool,
-) -> Iterator[tuple[Slice, str, str]]:
-    """(slice, verdict, why) for the slices of a family, from the smallest to the first that fits.
+def smallest(
+    family: str, *, fit: Callable[[Slice], Run], plan: Callable[[Run], dict[str, Any]]
+) -> tuple[list[dict[str, str]], dict[str, Any] | None]:
+    """Tries the slices of a family, from the smallest to the first that fits.
 
-    Without a compiler the first that is no certain misfit is the last one: whether it fits is then
-    not known, only that no smaller one does.
+    Without a compiler it ends at the first slice that is no certain misfit: the run fits no smaller
+    one, and perhaps not this one.
 
     Args:
-      given: fields set on the command line.
-      plan: the report of a slice, compiled where that is possible.
+      fit: the run on a slice; raises ValueError if something does not divide.
+      plan: the report of a run.
+
+    Returns:
+      A row (slice, verdict, why) for each slice tried, and the report of the last one unless it is
+      a misfit.
     """
+    rows, report = [], None
     for where in slices(family):
+        found, report = MISFIT, None
         try:
-            analysis = analyze(config, where, given=given, flops=False)
+            run = fit(where)
+            most = max(run.programs, key=run.least)
+            why = f"{most.name} needs at least {run.least(most) / GIB:.2f} GiB"
+            if verdict(run, most, None) != MISFIT:
+                report = plan(run)
+                found = report["verdict"]
+                if report["compiled"]:
+                    why = ", ".join(p["name"] for p in report["programs"] if p["verdict"] == found)
         except ValueError as error:
-            yield where, MISFIT, str(error)
-            continue
-        largest = max(analysis.costs, key=lambda cost: cost.least)
-        least = f"{largest.program.name} needs at least {largest.least / GIB:.2f} GiB"
-        if largest.verdict == MISFIT:
-            yield where, MISFIT, least
-            continue
-        if not compiles:
-            yield where, NOT_COMPILED, least
-            return
-        report = plan(where)
-        worst = [p for p in report["programs"] if p["verdict"] == report["verdict"]]
-        yield where, report["verdict"], ", ".join(program["name"] for program in worst)
-        if report["verdict"] == FITS:
-            return
+            why = str(error)
+        rows.append({"slice": where.name, "verdict": found, "why": why})
+        if found == FITS or (report and not report["compiled"]):
+            break
+    return rows, None if found == MISFIT else report

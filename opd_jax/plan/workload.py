@@ -1,6 +1,6 @@
-"""How much one update does at most, and how a config is laid over a slice.
+"""How much one update does at most, and a config fitted to a slice.
 
-Texts are not known before a run, so lengths are the largest that the config allows: each episode
+Texts are not known before a run, so lengths are the largest that the config allows: every episode
 takes all its turns and fills its context.
 """
 
@@ -9,105 +9,98 @@ from dataclasses import dataclass
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from opd_jax.config import validate
+from opd_jax.config.settings import Settings, read_settings
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Shapes of an update's arrays, and how often programs run in it.
+    """Shapes of an update's arrays, and what decides how often programs run."""
 
-    Attributes:
-      rows: episodes of a batch; of demonstrations by players, rows of the longest.
-      turns: of an episode, K.
-      slots: of a row of the cache, at its largest.
-      slots_read: by a token that is sampled, the mean; the cache grows by `rollout.cache_step`.
-      sequence: tokens of a row that is trained on, padded, T.
-      response: the student's tokens of a row, padded, R.
-      sampled: tokens sampled in an episode.
-      question: tokens of a question to the judge, padded; the mean.
-      longest_question: the same of the longest response.
-      short_question: of one asked behind the conversation, without the response.
-    """
-
-    rows: int
-    turns: int
-    slots: int
-    slots_read: float
-    sequence: int
-    response: int
-    sampled: int
-    question: int
-    longest_question: int
-    short_question: int
+    rows: int  # of a batch: episodes, or demonstrations of the greatest length
+    turns: int  # of an episode, K
+    slots: int  # of a row of the full cache, S
+    slots_read: float  # by a sampled token, the mean; the cache grows by `rollout.cache_step`
+    sequence: int  # tokens of a row in training, padded, T
+    response: int  # the student's tokens of a row, padded, R
+    sampled: int  # tokens sampled in an episode
+    question: int  # tokens of a question to the judge about a mean response, padded
+    longest_question: int  # the same about the longest response
+    short_question: int  # the same without the response, which the judge has read before
 
 
-def workload(config: FrozenConfigDict) -> Workload:
+def workload(settings: Settings) -> Workload:
     """The largest update of a config.
 
-    The first message of an episode takes one call of the widest of `rollout.extend_widths`, each
-    later one a call of the narrowest, and the rest of the context is sampled, up to
-    `rollout.turn_tokens` a turn. A question to the judge is the first message and a response.
+    An episode's first message fills the widest of `rollout.extend_widths`, each later one the
+    narrowest. The rest of the context is sampled, at most `rollout.turn_tokens` a turn. A question
+    to the judge is the first message and a response.
     """
-    rollout, train = config.rollout, config.train
-    turns, slots = config.env.max_turns, rollout.context_tokens
-    given = rollout.extend_widths[-1] + (turns - 1) * rollout.extend_widths[0]
+    rollout, train = settings.rollout, settings.train
+    turns, slots = settings.env.max_turns, rollout.context_tokens
+    first, multiple = rollout.extend_widths[-1], settings.judge.length_multiple
+    given = first + (turns - 1) * rollout.extend_widths[0]
     sampled = max(min(slots - given, turns * rollout.turn_tokens), turns)
-    sequence = _up(slots, train.length_multiple)
-    first, multiple = rollout.extend_widths[-1], config.judge.length_multiple
+    sequence = _round_up(slots, train.length_multiple)
     return Workload(
-        rows=_rows(config, sequence),
+        rows=_rows(settings, sequence),
         turns=turns,
         slots=slots,
-        slots_read=_mean_slots(config, slots),
+        slots_read=_mean_slots(settings, slots),
         sequence=sequence,
-        response=min(_up(sampled, train.response_multiple), sequence),
+        response=min(_round_up(sampled, train.response_multiple), sequence),
         sampled=sampled,
-        question=_up(first + sampled // turns, multiple),
-        longest_question=_up(first + min(rollout.turn_tokens, sampled), multiple),
-        short_question=_up(first, multiple),
+        question=_round_up(first + sampled // turns, multiple),
+        longest_question=_round_up(first + min(rollout.turn_tokens, sampled), multiple),
+        short_question=_round_up(first, multiple),
     )
 
 
-def _mean_slots(config: FrozenConfigDict, slots: int) -> float:
-    """Of the cache, over a context that grows evenly from a first message until it is full."""
-    rollout = config.rollout
+def _mean_slots(settings: Settings, slots: int) -> float:
+    """Mean slots of the cache while a context grows evenly from its first message until full."""
+    rollout = settings.rollout
     ends = range(rollout.extend_widths[-1] + rollout.chunk, slots + 1, rollout.chunk)
-    sizes = [min(_up(end, rollout.cache_step), slots) for end in ends]
+    sizes = [min(_round_up(end, rollout.cache_step), slots) for end in ends]
     return sum(sizes) / len(sizes) if sizes else slots
 
 
-def _rows(config: FrozenConfigDict, sequence: int) -> int:
-    if config.data.source != "players":
-        return config.rollout.batch
-    ways = config.train.micro_batches * config.mesh.data * config.mesh.fsdp
-    rows = config.data.tokens_per_batch // (sequence * ways) * ways
+def _rows(settings: Settings, sequence: int) -> int:
+    shown = settings.demonstrations
+    if not settings.shows_players or shown is None:
+        return settings.rollout.batch
+    ways = settings.train.micro_batches * settings.mesh.batch_shards
+    rows = shown.tokens_per_batch // (sequence * ways) * ways
     if not rows:
         raise ValueError(
-            f"`data.tokens_per_batch` = {config.data.tokens_per_batch}: expected at least "
-            f"{sequence * ways}, {ways} rows of {sequence} tokens, the longest that "
-            "`rollout.context_tokens` allows, padded"
+            f"`demonstrations.tokens_per_batch` = {shown.tokens_per_batch}: expected at least "
+            f"{sequence * ways}, for {ways} rows of {sequence} tokens; raise it, or lower "
+            "`rollout.context_tokens`"
         )
     return rows
 
 
-def _up(size: int, multiple: int) -> int:
+def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def lay_over(
+def mesh_sizes(config: FrozenConfigDict) -> dict[str, int]:
+    """Axes of the mesh and their sizes."""
+    mesh = config.mesh
+    return {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
+
+
+def fit_to_slice(
     config: FrozenConfigDict, *, chips: int, given: Collection[str]
 ) -> tuple[FrozenConfigDict, list[str]]:
-    """The config on a slice of so many chips, validated, and what was changed for it, in words.
+    """The validated config on a slice of `chips`, and what was changed for it, in words.
 
-    Where the mesh has another number of devices, `mesh.fsdp` is set to fill the slice. Where
-    micro-batches then have fewer rows than the mesh splits them over, there are as many fewer of
-    them.
+    If the mesh has another number of devices, `mesh.fsdp` is set to fill the slice. If then
+    micro-batches have fewer rows than the mesh splits them over, there are fewer of them.
 
     Args:
       given: fields set on the command line; these are not changed.
 
     Raises:
-      ValueError: the slice cannot be filled, or as in `config.validate`.
+      ValueError: the mesh cannot fill the slice, or as in `read_settings`.
     """
     changed = ConfigDict(config.to_dict())
     mesh, notes = changed.mesh, []
@@ -127,9 +120,9 @@ def lay_over(
     episodes = changed.data.source != "players"
     if episodes and fits and parts not in fits and "train.micro_batches" not in given:
         notes.append(
-            f"`train.micro_batches` {parts} -> {fits[-1]}, so that each has a row for each of "
+            f"`train.micro_batches` {parts} -> {fits[-1]}, for a row on each of "
             f"`mesh.data` × `mesh.fsdp` = {ways}"
         )
         changed.train.micro_batches = fits[-1]
-    validate(changed)
+    read_settings(changed)
     return FrozenConfigDict(changed), notes

@@ -1,1 +1,1 @@
-"""What a run tells: metrics, figures with intervals, tables, and the files they go to."""
+"""What a run reports: metrics, figures with intervals, tables, and the files that hold them."""

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from opd_jax.report.metrics import Stopwatch
+from opd_jax.report.stopwatch import Stopwatch
 from opd_jax.report.update import check_finite, describe, update_metrics
 from opd_jax.report.writers import EventWriter, JsonlWriter
 from opd_jax.runtime import processes

@@ -10,8 +10,9 @@ from opd_jax.agent.conversation import Conversation
 from opd_jax.judge.agreement import VERDICT_NAMES
 from opd_jax.learner.objective import Objective
 from opd_jax.losses import NO_TURN
-from opd_jax.report.metrics import Metrics, Stopwatch
-from opd_jax.report.writers import progress_line
+from opd_jax.report.metrics import means
+from opd_jax.report.progress import progress_line
+from opd_jax.report.stopwatch import Stopwatch
 
 
 def episode_metrics(
@@ -91,10 +92,9 @@ def update_metrics(
     """
     sums = raw["sums"]
     totals = sums.totals
-    metrics = Metrics()
-    metrics.add(played)
-    metrics.add(
+    found = means(
         {
+            **played,
             "divergence": (sums.divergence.sum(), totals.tokens),
             "raw_weight": (totals.weight, totals.tokens),
             "active_tokens": (totals.active, totals.tokens),
@@ -106,18 +106,17 @@ def update_metrics(
             "by_turn/raw_weight": (sums.weight_by_turn, sums.tokens_by_turn),
             "by_turn/confidence": (sums.confidence, sums.turns),
             "by_turn/turns": (sums.turns, np.ones_like(sums.turns)),
+            **{name: raw[name] for name in ("loss", "z", "grad_norm", "update_norm")},
+            "logprob_error": sums.logprob_error,
+            **{f"seconds/{part}": seconds for part, seconds in clock.seconds.items()},
+            "seconds/compile": clock.compile_s,
         }
     )
-    scalars = {name: raw[name] for name in ("loss", "z", "grad_norm", "update_norm")}
-    metrics.add({**scalars, "logprob_error": sums.logprob_error})
-    metrics.add({f"seconds/{part}": seconds for part, seconds in clock.seconds.items()})
-    metrics.add({"seconds/compile": clock.compile_s})
-    means = metrics.means()
     for part, tokens in (("rollout", "tokens/sampled"), ("update", "tokens/sequence")):
-        count, seconds = means.get(tokens), clock.seconds.get(part)
+        count, seconds = found.get(tokens), clock.seconds.get(part)
         if isinstance(count, float) and seconds:
-            means[f"tokens_per_s/{part}"] = count / seconds
-    return {name: mean for name, mean in means.items() if name not in leave_out}
+            found[f"tokens_per_s/{part}"] = count / seconds
+    return {name: mean for name, mean in found.items() if name not in leave_out}
 
 
 def describe(metrics: Mapping[str, Any], *, update: int, updates: int) -> str:

@@ -1,6 +1,6 @@
-"""What a run tells: JSON lines, TensorBoard events, a summary, progress and tables.
+"""The files that a run writes: JSON lines, TensorBoard events, and a summary.
 
-In a run of several processes only process 0 writes: the writers take ``write=False`` elsewhere and
+In a run of several processes only process 0 writes. Elsewhere the writers take ``write=False`` and
 do nothing.
 """
 
@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,14 @@ import numpy as np
 class JsonlWriter:
     """Writes one JSON object a line, one line an update, and resumes without gap or duplicate.
 
-    A line reaches the operating system before `write` returns, so it survives a kill of the
-    process. A run that writes the line of step s before it saves checkpoint s therefore finds every
-    line up to s when it resumes there.
+    `write` hands the line to the operating system before it returns, so a kill of the process does
+    not lose it. Write the line of step s before you save checkpoint s: a run that resumes from it
+    then finds every line up to s.
 
     Args:
       path: the file, usually ``metrics.jsonl`` in the workdir; its directory is created.
-      resume_step: the step of the checkpoint resumed from: lines of later steps are dropped, as is
-        a last line torn by a kill. None starts an empty file.
+      resume_step: the step of the checkpoint to resume from. Lines of later steps are dropped, and
+        a last line that a kill cut short. None starts an empty file.
       write: false on all processes but one; the object then does nothing.
 
     Raises:
@@ -57,11 +57,11 @@ class JsonlWriter:
 
 
 class EventWriter:
-    """Writes the scalars of `JsonlWriter` as a TensorBoard event file, on disk after each `write`.
+    """Writes the scalars of `JsonlWriter` to a TensorBoard event file; each `write` flushes it.
 
     Args:
-      directory: where event files go; it is created. Every run or resumption adds one file.
-      resume_step: as in `JsonlWriter`; TensorBoard hides the events of later steps written before.
+      directory: where event files go; it is created. Every start of a run adds one file.
+      resume_step: as in `JsonlWriter`. TensorBoard then hides earlier events of later steps.
       write: false on all processes but one; the object then does nothing.
     """
 
@@ -69,8 +69,8 @@ class EventWriter:
         self._file = None
         if not write:
             return
-        # Imported late, since it takes seconds. Its `SummaryWriter` hands events to a thread and
-        # cannot wait for it, so a kill would lose steps that a checkpoint already covers.
+        # Imported late: it takes seconds. Not its `SummaryWriter`: that writes from a thread and
+        # cannot be waited for, so a kill would lose steps that a checkpoint already covers.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -87,13 +87,17 @@ class EventWriter:
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.proto.summary_pb2 import Summary
 
-        numbers = {}
+        scalars: dict[str, Any] = {}
         for name, value in _jsonable(values).items():
-            parts = enumerate(value) if isinstance(value, list) else [(None, value)]
-            for k, part in parts:
-                if isinstance(part, (int, float)):
-                    numbers[name if k is None else f"{name}/{k}"] = part
-        points = [Summary.Value(tag=tag, simple_value=number) for tag, number in numbers.items()]
+            if isinstance(value, list):
+                scalars |= {f"{name}/{k}": part for k, part in enumerate(value)}
+            else:
+                scalars[name] = value
+        points = [
+            Summary.Value(tag=tag, simple_value=value)
+            for tag, value in scalars.items()
+            if isinstance(value, (int, float))
+        ]
         event = Event(step=step, wall_time=time.time(), summary=Summary(value=points))
         self._file.write_event(event)
         self._file.flush()
@@ -110,9 +114,9 @@ def write_summary(path: str | Path, results: Mapping[str, Any], *, write: bool) 
 
     Args:
       path: usually ``summary.json`` in the workdir.
-      results: nested mappings, such as ``{"eval": {who: {split: {"success": ..., ...}}}}``.
-        Those of the first three levels merge key by key; what lies deeper, the figures of one
-        evaluation, replaces what was there as a whole. Non-finite numbers become null.
+      results: nested mappings, such as ``{"eval": {who: {split: {"success": ..., ...}}}}``. The
+        first three levels merge key by key. What lies deeper, the figures of one evaluation,
+        replaces the old as a whole. Non-finite numbers become null.
       write: false on all processes but one; then nothing happens.
 
     Raises:
@@ -127,7 +131,7 @@ def write_summary(path: str | Path, results: Mapping[str, Any], *, write: bool) 
 
 
 def read_summary(path: str | Path) -> dict[str, Any]:
-    """What `write_summary` has written so far; empty without a file.
+    """What `write_summary` has written so far; {} if there is no file.
 
     Raises:
       ValueError: the file does not hold a JSON object.
@@ -144,69 +148,11 @@ def read_summary(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def progress_line(
-    *,
-    step: int,
-    total_steps: int,
-    loss: float,
-    success: float | None,
-    verdicts: Mapping[str, float] | None,
-    tokens_per_s: float | None,
-    seconds_per_step: float,
-) -> str:
-    """One line about an update, for a person.
-
-    Args:
-      step: updates done.
-      total_steps: updates of the whole run.
-      loss: nats a student token.
-      success: share of the batch's episodes that succeeded, in [0, 1]; None where none was run.
-      verdicts: name to share of turns, in [0, 1]; None or empty where nothing was judged.
-      tokens_per_s: throughput shown; None where none was measured.
-      seconds_per_step: wall time of an update, from which the time left is estimated.
-
-    Returns:
-      Such as ``"12/200  loss 0.4321  success 25%  skip 50% weak 20%  1.2k tok/s  3m08s left"``.
-    """
-    parts = [f"{step:>{len(str(total_steps))}}/{total_steps}", f"loss {loss:.4f}"]
-    if success is not None:
-        parts.append(f"success {success:.0%}")
-    if verdicts:
-        parts.append(" ".join(f"{name} {share:.0%}" for name, share in verdicts.items()))
-    if tokens_per_s is not None:
-        parts.append(f"{_thousands(tokens_per_s)} tok/s")
-    parts.append(f"{_duration(seconds_per_step * (total_steps - step))} left")
-    return "  ".join(parts)
-
-
-def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """Formats rows as a Markdown table whose source is aligned too.
-
-    Args:
-      rows: each a mapping from column to cell; a missing cell or None shows as ``-``. A float shows
-        four significant digits, anything else as ``str``.
-      columns: headings, in order. A column of numbers only is aligned to the right.
-
-    Returns:
-      The table, without a final newline.
-    """
-    aligned = []
-    for column in columns:
-        values = [row.get(column) for row in rows]
-        numeric = all(isinstance(value, (int, float, type(None))) for value in values)
-        cells = [_cell(value) for value in values]
-        width = max(3, len(_cell(column)), *map(len, cells))
-        rule = "-" * (width - 1) + (":" if numeric else "-")
-        lines = [_cell(column), rule, *cells]
-        aligned.append([line.rjust(width) if numeric else line.ljust(width) for line in lines])
-    return "\n".join("| " + " | ".join(line) + " |" for line in zip(*aligned, strict=True))
-
-
 def _lines_until(path: Path, last_step: int) -> list[str]:
-    """Lines of a JSON-lines file with `step` at most `last_step`, without a torn last one."""
+    """Lines of a JSON-lines file with `step` at most `last_step`, without a last one cut short."""
     if not path.exists():
         return []
-    # What a complete file has after its last newline is the empty string.
+    # A complete file ends with a newline, so its last part is empty.
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     kept = []
     for number, line in enumerate(lines, start=1):
@@ -253,22 +199,3 @@ def _merge(old: dict[str, Any], new: dict[str, Any], levels: int) -> dict[str, A
         both = levels > 1 and isinstance(value, dict) and isinstance(merged.get(name), dict)
         merged[name] = _merge(merged[name], value, levels - 1) if both else value
     return merged
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _thousands(number: float) -> str:
-    return f"{number / 1000:.1f}k" if number >= 1000 else f"{number:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    whole = max(0, round(seconds))
-    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -1,7 +1,7 @@
-"""One rule for what can be chosen or brought along: `by` is a known name or `module:name`.
+"""One rule for choosing or adding an implementation: `by` is a known name or `module:name`.
 
-The other fields of its section are the keyword arguments of what it names. They are compared with
-its signature before anything is called.
+The other fields of its section are keyword arguments of what `by` names. They are checked against
+its signature before it is called.
 """
 
 import importlib
@@ -53,7 +53,7 @@ def check_arguments(
       section: of the settings, for errors.
 
     Raises:
-      ValueError: names what is missing and what is not taken.
+      ValueError: an argument is missing or unknown. The message names them.
     """
     parameters = inspect.signature(target).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):

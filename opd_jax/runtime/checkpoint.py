@@ -1,19 +1,16 @@
-"""Checkpoints of a training run: everything that resuming needs, committed together or not at all.
+"""Checkpoints of a training run: everything that resuming needs, saved atomically.
 
-Orbax writes each checkpoint into a temporary directory and renames it when complete, so a process
-killed at any moment loses at most the save in progress. On disk a checkpoint is
+Orbax writes each checkpoint into a temporary directory and renames it when complete. A process that
+is killed at any moment loses at most the save in progress. On disk a checkpoint is
 ``DIRECTORY/STEP/{state,meta}``: arrays in ``state``, one JSON object in ``meta`` (cursors,
 counters, host-side random state).
 """
 
-import contextlib
-import gc
-import io
+import functools
 import json
 import logging
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,10 +20,8 @@ import jax
 from opd_jax.runtime import processes
 from opd_jax.runtime.fields import WORLD, affects, check_within
 
-# An error from the storage layer can run to pages; its head names the file and the defect.
+# An error of the storage layer can run to pages; its beginning names the file and the defect.
 _MAX_CAUSE_CHARS = 300
-# Long enough for reads in flight to end; spent only before an error is raised.
-_ABANDONED_READS_S = 0.3
 
 
 @dataclass(frozen=True)
@@ -46,15 +41,16 @@ class CheckpointSettings:
 
 
 class _AnotherRun(ValueError):
-    """The files are sound but hold other arrays than the ones asked for."""
+    """The files are intact but hold other arrays than those asked for."""
 
 
 class Checkpoints:
     """The checkpoints of one run, newest `keep` of them.
 
     Args:
-      directory: where they live; created by the first save. All processes must see the same one.
-      keep: how many checkpoints stay; older ones are deleted once a newer one is complete.
+      directory: their directory, which the first save creates. All processes must see the same
+        one.
+      keep: the number of checkpoints to keep. An older one is deleted once a newer one is complete.
 
     Raises:
       ValueError: `keep` is less than one.
@@ -70,15 +66,14 @@ class Checkpoints:
     def save(self, step: int, arrays: Any, meta: Mapping[str, Any]) -> None:
         """Saves `arrays` and `meta` as checkpoint `step`.
 
-        Returns once the arrays are copied to the host, which may then be donated; a
-        thread writes them.
-        An error of an earlier asynchronous save (a full disk) is raised here or in `wait`.
+        Returns when the arrays are copied to the host; from then on they may be donated. A thread
+        writes them. If it fails (a full disk), the next `save` or `wait` raises its error.
 
         Args:
-          step: greater than every step saved so far.
+          step: greater than all steps saved so far.
           arrays: pytree of jax arrays of any dtype, typed PRNG keys included. Every process passes
             the same global arrays.
-          meta: JSON object; integers may have any size.
+          meta: JSON object. Integers may have any size.
 
         Raises:
           ValueError: `step` is not newer than the newest checkpoint, or `meta` is not JSON.
@@ -100,7 +95,7 @@ class Checkpoints:
         manager.save(step, args=items, force=True)
 
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint, None without one; waits for a save under way."""
+        """Step of the newest complete checkpoint, or None. Waits for a save in progress."""
         if not self.directory.is_dir():
             return None
         self.wait()
@@ -109,56 +104,43 @@ class Checkpoints:
     def restore(
         self, step: int, abstract: Any, *, partial: bool = False
     ) -> tuple[Any, dict[str, Any]]:
-        """Reads checkpoint `step`, bit for bit what was saved.
+        """Reads checkpoint `step`: the same bits that were saved.
 
         Args:
           step: a saved step.
-          abstract: pytree like the saved one, whose leaves have `shape`, `dtype` and `sharding`:
-            arrays or `jax.ShapeDtypeStruct`. The sharding may differ from the one at saving time;
-            a leaf without sharding becomes a numpy array on the host; but a key, which numpy does
-            not have, goes to the first device.
-          partial: `abstract` holds only some of what was saved, by the same keys; no other array is
-            read.
+          abstract: pytree like the saved one. Its leaves have `shape`, `dtype` and `sharding`:
+            arrays or `jax.ShapeDtypeStruct`. The sharding may differ from that of the saved array.
+            A leaf without sharding becomes a numpy array on the host. Numpy has no PRNG keys, so
+            those go to the first device.
+          partial: read only the arrays in `abstract`, a part of the saved tree under the same keys.
 
         Returns:
           (arrays, meta): arrays in the structure of `abstract`, and the JSON object.
 
         Raises:
-          ValueError: no such checkpoint, arrays missing, left over (unless `partial`), or of
-            another shape or dtype, or files that cannot be read. Nothing on disk is changed, and no
-            other checkpoint is taken instead: the message names the one before it, for the user to
-            decide.
+          ValueError: there is no such checkpoint; its arrays are not those of `abstract`, in name,
+            shape or dtype; or its files cannot be read. Nothing on disk is changed. The message
+            names the checkpoint before it, and the user decides whether to use that one.
         """
         steps = [] if self.latest() is None else sorted(self._manager()[0].all_steps())
         if step not in steps:
             raise ValueError(f"no checkpoint {step} in `{self.directory}`; saved steps: {steps}")
         abstract = jax.tree.map(_wanted, abstract)
-        problem = None
-        with _held_back_stderr() as held:
-            try:
-                self._check_match(step, abstract, partial)
-                arrays, meta = self._read(step, abstract, partial)
-            except _AnotherRun:
+        try:
+            self._check_match(step, abstract, partial)
+            return self._read(step, abstract, partial)
+        except _AnotherRun:
+            raise
+        except Exception as error:
+            if processes.is_lost(error):
                 raise
-            except Exception as error:
-                if processes.is_lost(error):
-                    raise
-                # Corrupt bytes surface as any of a dozen exception types.
-                problem = _one_line(error)
-            if problem is not None:
-                # Reads abandoned after the first error print tracebacks as they end, and as they
-                # are collected; the exception that held them is gone by now.
-                time.sleep(_ABANDONED_READS_S)
-                gc.collect()
-                held.truncate(0)
-        if problem is not None:
-            raise ValueError(self._advice(step, steps, problem))
-        return arrays, meta
+            # Corrupt bytes surface as any of a dozen exception types.
+            raise ValueError(self._advice(step, steps, _one_line(error))) from None
 
     def restore_latest(
         self, abstract: Any, *, partial: bool = False
     ) -> tuple[int, Any, dict[str, Any]] | None:
-        """Restores the newest checkpoint as (step, arrays, meta), or gives None without one.
+        """Restores the newest checkpoint as (step, arrays, meta); returns None if there is none.
 
         Args:
           abstract: as in `restore`.
@@ -167,33 +149,33 @@ class Checkpoints:
         Raises:
           ValueError: as `restore`.
         """
-        # As one process sees the directory: others may be shown an older state of it.
+        # All processes take what process 0 sees: a network file system may show others an older
+        # state of the directory.
         step = processes.first(self.latest())
         return None if step is None else (step, *self.restore(step, abstract, partial=partial))
 
     def wait(self) -> None:
-        """Returns when every save is complete on disk; raises what a failed save raised."""
+        """Returns when every save is complete on disk. Raises the error of a failed save."""
         if self._opened is not None:
             self._opened[0].wait_until_finished()
 
     def close(self) -> None:
-        """Waits for saves and releases the writing threads; the object may be used again."""
+        """Waits for saves and stops the writing threads. The object may be used again."""
         if self._opened is not None:
             self._opened[0].close()
             self._opened = None
 
     def _manager(self) -> tuple[Any, Any]:
-        """Opens the directory at first use, since importing orbax takes most of a second."""
+        """Opens the directory at its first use: importing orbax takes most of a second."""
         if self._opened is None:
             import orbax.checkpoint as ocp
 
-            # Orbax reports each step of each save as a log line.
-            logging.getLogger("absl").addFilter(_not_orbax_chatter)
+            _quieten_orbax()
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=self._keep, enable_async_checkpointing=True
             )
             handlers = {
-                # Writes what the standard handler writes, and can also read a part of it.
+                # Writes the standard handler's format, and can restore a part of a tree.
                 "state": ocp.PyTreeCheckpointHandler(),
                 "meta": ocp.JsonCheckpointHandler(),
             }
@@ -202,7 +184,7 @@ class Checkpoints:
         return self._opened
 
     def _check_match(self, step: int, abstract: Any, partial: bool) -> None:
-        """Compares names, shapes and dtypes first: storage would cast another dtype silently."""
+        """Compares names, shapes and dtypes before reading: orbax would cast dtypes silently."""
         metadata = self._manager()[0].item_metadata(step)["state"]
         if metadata is None:
             raise ValueError("the list of its arrays, `state/_METADATA`, is missing")
@@ -248,7 +230,7 @@ def _wanted(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _by_name(tree: Any) -> dict[str, str]:
-    """Maps the path of every array to its dtype and shape as text, keys as the words they hold."""
+    """Path of each array -> its dtype and shape as text. PRNG keys count as their uint32 data."""
     arrays = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -259,22 +241,29 @@ def _by_name(tree: Any) -> dict[str, str]:
 
 
 def _one_line(error: BaseException) -> str:
-    # A read error wraps the storage layer's own, which is the one that names the file.
+    # Orbax wraps the error of the storage layer, which names the file.
     cause = error.__cause__ or error
     text = " ".join(str(cause).split())
     text = text if len(text) <= _MAX_CAUSE_CHARS else text[:_MAX_CAUSE_CHARS] + "..."
     return text if type(cause) is ValueError else f"{type(cause).__name__}: {text}"
 
 
-@contextlib.contextmanager
-def _held_back_stderr() -> Iterator[io.StringIO]:
-    """Collects what is printed to stderr meanwhile, and prints what is left of it at the end."""
-    held = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(held):
-            yield held
-    finally:
-        sys.stderr.write(held.getvalue())
+@functools.cache  # once a process
+def _quieten_orbax() -> None:
+    """Silences two reports of orbax that tell a user nothing.
+
+    It logs each step of each save. And when an array cannot be read, it closes the event loop of
+    the other reads; each of those then reports the closed loop as an unraisable exception, possibly
+    after `restore` has raised the error itself.
+    """
+    logging.getLogger("absl").addFilter(_not_orbax_chatter)
+    report = sys.unraisablehook
+
+    def report_others(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    sys.unraisablehook = report_others
 
 
 def _not_orbax_chatter(record: logging.LogRecord) -> bool:

@@ -8,16 +8,16 @@ sections are checked in `config.settings`.
 from collections.abc import Collection
 from typing import Any
 
-# What a change of a field changes; a field without such metadata affects the method.
-# The method: what is learnt. Resuming asks for the same.
+# What a field affects. A field without this metadata affects the method.
+# What is learnt. A run is only resumed with the same values.
 METHOD = "method"
-# How long a run is. Schedules depend on it, what is learnt in an update does not.
+# The length of a run. Schedules depend on it; what an update learns does not.
 EXTENT = "extent"
-# How the same arithmetic is laid out: memory, speed and the last bits.
+# Memory, speed and the last bits of the same arithmetic.
 LAYOUT = "layout"
-# What the machine and the network provide: timeouts, processes, how often to save.
+# The machine and the network: timeouts, processes, how often to save.
 WORLD = "world"
-# What is measured beside training.
+# What is measured besides training.
 FIGURES = "figures"
 
 
@@ -27,7 +27,7 @@ def affects(*kinds: str) -> dict[str, frozenset[str]]:
 
 
 def check_within(low: float, high: float | None = None, **values: float) -> None:
-    """Each value is at least `low` and at most `high`; None for no upper bound.
+    """Checks that each value is at least `low` and at most `high`; None is no upper bound.
 
     Raises:
       ValueError: names the field, the bounds and the value.
@@ -39,7 +39,7 @@ def check_within(low: float, high: float | None = None, **values: float) -> None
 
 
 def check_choice(known: Collection[str], **values: Any) -> None:
-    """Each value is one of `known`.
+    """Checks that each value is one of `known`.
 
     Raises:
       ValueError: names the field, the choices and the value.

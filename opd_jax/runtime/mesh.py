@@ -1,13 +1,13 @@
-"""Where arrays live: the device mesh, and the rules that map logical axes to its axes.
+"""The device mesh, and the rules that shard arrays over it.
 
-The mesh has three axes. `data` replicates parameters and splits the batch; `fsdp` splits both, so
-parameters are gathered as they are used, or few tokens come to them; `tensor` splits heads,
-feed-forward width and vocabulary. Only this file names mesh axes: arrays carry logical axes, and
-`RULES` translates them.
+The mesh has three axes. `data` shards the batch and replicates parameters. `fsdp` shards both: the
+weights are all-gathered as they are used, or activations are sent instead where tokens are few.
+`tensor` shards heads, feed-forward width and vocabulary. Only this file names mesh axes: arrays
+carry logical axes, and `RULES` translates them.
 
-A run sets its mesh once, with `jax.set_mesh`. Inside compiled programs `constrain` then pins the
-arrays that the compiler would otherwise be free to gather; without a mesh it does nothing, so the
-same functions serve one device.
+A run sets its mesh once, with `jax.set_mesh`. Inside compiled programs `constrain` then fixes the
+sharding of arrays that the compiler would otherwise be free to all-gather. Without a mesh it does
+nothing, so the same functions serve one device.
 """
 
 import dataclasses
@@ -24,16 +24,16 @@ from opd_jax.runtime.fields import LAYOUT, affects, check_within
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# An abstract mesh has sizes and no devices: enough to place what is only planned.
+# An abstract mesh has sizes and no devices: enough for a plan.
 AnyMesh = Mesh | AbstractMesh
 
-# Logical axis -> mesh axis or axes; None is replicated. The axes of one array map to distinct mesh
-# axes: so "embed", of parameters, may not share one with what it is contracted against, and
-# activations, whose batch takes "fsdp", have their width whole, unless they are a "decode_batch".
+# Logical axis -> mesh axis or axes; None is replicated. Two dimensions of one array must not map to
+# the same mesh axis. Activations whose batch is sharded over "fsdp" therefore have a replicated
+# width; those of a "decode_batch" have a sharded one.
 Rules = Mapping[str, str | tuple[str, ...] | None]
 RULES: Rules = {
     "batch": ("data", "fsdp"),
-    # The batch where weights stay and activations come to them, whose width is split as theirs is.
+    # The batch of activations that are sent to sharded weights: their width is sharded like theirs.
     "decode_batch": "data",
     "layer": None,
     "embed": "fsdp",
@@ -41,15 +41,15 @@ RULES: Rules = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
-    # Not split: each device has a part of every expert, so a token finds all of its experts where
-    # it is, however unevenly they are asked for. Split experts would have to be sent the tokens.
+    # Replicated: each device has a shard of every expert ("mlp", "embed"), so a token finds all its
+    # experts on its device, however uneven the routing. Sharded experts would need an all-to-all.
     "expert": None,
     "lora_rank": None,
     "vocab": "tensor",
     "slots": None,
 }
-# Sampling reads every weight for every token: the student's copy for it may be whole along `fsdp`,
-# so that nothing is sent for a token.
+# Sampling reads every weight for every token. A copy of the student for sampling may be replicated
+# over `fsdp`, so that no token waits for weights or activations of other devices.
 SAMPLING_RULES: Rules = {**RULES, "embed": None}
 
 
@@ -58,9 +58,9 @@ class MeshShape:
     """Sizes of the mesh axes.
 
     Attributes:
-      data: replicates parameters, splits the batch.
-      fsdp: splits both.
-      tensor: splits heads, feed-forward width and vocabulary.
+      data: replicates parameters and shards the batch.
+      fsdp: shards both.
+      tensor: shards heads, feed-forward width and vocabulary.
     """
 
     data: int = field(metadata=affects(LAYOUT))
@@ -72,7 +72,7 @@ class MeshShape:
 
     @property
     def batch_shards(self) -> int:
-        """Parts that the rows of a batch are split into."""
+        """The number of shards of a batch."""
         return self.data * self.fsdp
 
 
@@ -81,8 +81,8 @@ def make_mesh(
 ) -> Mesh:
     """A `data` × `fsdp` × `tensor` mesh over the first of `devices`, by default of all.
 
-    A single process may leave devices unused. Of several processes each has to own a part of every
-    array, so there the mesh takes all devices.
+    A single process may leave devices unused. With several processes the mesh takes all devices,
+    since each process has to own a shard of every array.
 
     Raises:
       ValueError: a size is below one, or their product is more than the number of devices, or, with
@@ -113,15 +113,15 @@ def _mesh_axes(logical: str, rules: Rules = RULES) -> tuple[str, ...]:
     return () if rule is None else (rule,) if isinstance(rule, str) else rule
 
 
-def _ways(mesh: AnyMesh, logical: str, rules: Rules = RULES) -> int:
+def _shards(mesh: AnyMesh, logical: str, rules: Rules = RULES) -> int:
     return math.prod(mesh.shape[axis] for axis in _mesh_axes(logical, rules))
 
 
 def _spec(sizes: Mapping[str, int], axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
-    """What the logical axes of an array's dimensions stand for, as the compiler would write it.
+    """The `PartitionSpec` of an array with these logical axes, exactly as the compiler writes it.
 
-    Without mesh axes of size 1 and without trailing dimensions that are whole. A program that is
-    handed its own result then finds the sharding it was compiled for, and is not compiled again.
+    That is without mesh axes of size 1 and without trailing replicated dimensions. A program that
+    gets its own result then sees the sharding it was compiled for, and is not compiled again.
     """
     dimensions = [
         tuple(axis for axis in _mesh_axes(logical, rules) if sizes[axis] > 1) if logical else ()
@@ -137,23 +137,23 @@ def _name(path: tuple) -> str:
 
 
 def param_shardings(specs: Any, mesh: AnyMesh, *, rules: Rules = RULES) -> Any:
-    """The tree of `NamedSharding` for a tree of `model.ParamSpec`: of parameters, or of a cache.
+    """The `NamedSharding` of each `model.ParamSpec` in a tree: of parameters, or of a cache.
 
     Args:
       specs: leaves with `.shape` and `.axes`, a logical name for each dimension.
       rules: `RULES`, or `SAMPLING_RULES`.
 
     Raises:
-      ValueError: a dimension is not divisible by the mesh axes that it is split over.
+      ValueError: a dimension is not divisible by the mesh axes that shard it.
     """
 
     def sharding(path: tuple, spec: Any) -> NamedSharding:
         for size, logical in zip(spec.shape, spec.axes, strict=True):
-            if size % _ways(mesh, logical, rules):
+            if size % _shards(mesh, logical, rules):
                 axes = " × ".join(f"`{axis}`" for axis in _mesh_axes(logical, rules))
                 raise ValueError(
                     f"`{_name(path)}` {spec.shape}: dimension `{logical}` = {size} must be "
-                    f"divisible by mesh axis {axes} = {_ways(mesh, logical, rules)}; change the "
+                    f"divisible by mesh axis {axes} = {_shards(mesh, logical, rules)}; change the "
                     "mesh"
                 )
         return NamedSharding(mesh, _spec(mesh.shape, spec.axes, rules))
@@ -163,43 +163,55 @@ def param_shardings(specs: Any, mesh: AnyMesh, *, rules: Rules = RULES) -> Any:
 
 
 def batch_sharding(mesh: AnyMesh) -> NamedSharding:
-    """Leading axis split over `data` and `fsdp`, the others replicated."""
+    """Leading axis sharded over `data` and `fsdp`, the others replicated."""
     return NamedSharding(mesh, _spec(mesh.shape, ("batch",), RULES))
 
 
 def replicated(mesh: AnyMesh) -> NamedSharding:
-    """A whole copy on each device."""
+    """The same array on each device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def current() -> Mesh | None:
-    """The mesh set by `jax.set_mesh`; None without one."""
+    """The mesh set by `jax.set_mesh`, or None."""
     mesh = jax.sharding.get_mesh()
     return None if mesh.empty else mesh
 
 
 def batch_multiple() -> int:
-    """What the rows of a batch have to be a multiple of, on the current mesh."""
+    """The rows of a batch must be a multiple of this on the current mesh."""
     return shards("batch")
 
 
 def shards(logical: str) -> int:
-    """Into how many parts the current mesh splits a logical axis."""
+    """The number of shards of a logical axis on the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else _ways(mesh, logical)
+    return 1 if mesh.empty else _shards(mesh, logical)
+
+
+def divides(size: int, logical: str) -> bool:
+    """Whether a dimension of `size` can be sharded over the current mesh, inside `jit`."""
+    return size % shards(logical) == 0
 
 
 def check_divides(specs: Any) -> None:
-    """Raises as `param_shardings` does where arrays do not divide over the current mesh."""
+    """Raises the error of `param_shardings` if arrays do not divide over the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
         param_shardings(specs, mesh)
 
 
-def constrain(x: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.Array:
-    """`x` laid out over the current mesh by the logical axes of its dimensions, inside `jit`.
+def is_sharded(array: Any, logical: str) -> bool:
+    """Whether an array, concrete or abstract, is sharded over a mesh axis of a logical axis."""
+    spec = getattr(getattr(array, "sharding", None), "spec", ())
+    used = {axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part)}
+    return not used.isdisjoint(_mesh_axes(logical))
 
-    None, for a dimension, leaves it whole. Without a mesh, or on one device, this is `x`.
+
+def constrain(x: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.Array:
+    """Shards `x` over the current mesh by the logical axes of its dimensions, inside `jit`.
+
+    A dimension whose axis is None is replicated. Without a mesh, or on one device, this is `x`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -207,16 +219,24 @@ def constrain(x: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.Arra
     return jax.lax.with_sharding_constraint(x, _spec(mesh.shape, axes, rules))
 
 
-def on_each_device(function: Callable, *, in_axes: Any, out_axes: Any, summed: str) -> Callable:
-    """`function` of the parts that each device has, its results summed over devices; inside `jit`.
+def replicate(tree: Any) -> Any:
+    """Replicates every array of `tree` over the current mesh, inside `jit`.
 
-    Where the compiler would not find this partition. Without a mesh this is `function`.
+    For results that the host reads: each of several processes then has all of them.
+    """
+    return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), tree)
+
+
+def shard_map(function: Callable, *, in_axes: Any, out_axes: Any, summed: str) -> Callable:
+    """`jax.shard_map` of `function` by logical axes, its results psummed over `summed`; in `jit`.
+
+    For a partition that the compiler would not find. Without a mesh this is `function`.
 
     Args:
-      in_axes: a tree over its arguments; for each array a tuple with a logical axis for each
-        dimension, None where all of it is wanted on every device.
+      in_axes: a tree over the arguments. Each array has a tuple with a logical axis for each
+        dimension, None where every device gets all of it.
       out_axes: the same for what it returns.
-      summed: logical axis that it contracts, of which each device has a part.
+      summed: the sharded logical axis that `function` contracts.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -226,15 +246,15 @@ def on_each_device(function: Callable, *, in_axes: Any, out_axes: Any, summed: s
         return jax.tree.map(lambda axes: _spec(mesh.shape, axes, RULES), tree, is_leaf=_is_axes)
 
     return jax.shard_map(
-        lambda *parts: total(function(*parts), summed),
+        lambda *parts: psum(function(*parts), summed),
         mesh=mesh,
         in_specs=specs(in_axes),
         out_specs=specs(out_axes),
     )
 
 
-def total(x: jax.Array, logical: str) -> jax.Array:
-    """The sum of what each device has, over a logical axis that is split; in `on_each_device`."""
+def psum(x: jax.Array, logical: str) -> jax.Array:
+    """`jax.lax.psum` over a sharded logical axis, inside `shard_map`; without a mesh, `x`."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty or mesh.size == 1 else jax.lax.psum(x, _mesh_axes(logical))
 
@@ -243,50 +263,30 @@ def _is_axes(node: Any) -> bool:
     return isinstance(node, tuple) and all(x is None or isinstance(x, str) for x in node)
 
 
-def is_sharded(array: Any, logical: str) -> bool:
-    """Whether an array, of values or abstract, is split over a mesh axis of a logical axis."""
-    spec = getattr(getattr(array, "sharding", None), "spec", ())
-    used = {axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part)}
-    return not used.isdisjoint(_mesh_axes(logical))
-
-
-def divides(size: int, logical: str) -> bool:
-    """Whether a dimension of `size` can be split over the current mesh, inside `jit`."""
-    return size % shards(logical) == 0
-
-
-def replicate(tree: Any) -> Any:
-    """Every array of `tree` whole on each device of the current mesh, inside `jit`.
-
-    For results that the host reads: with several processes each of them has them then.
-    """
-    return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), tree)
-
-
 def shard_batch(tree: Any, mesh: Mesh | None = None) -> Any:
     """Host arrays `[B, ...]` as global arrays sharded over the batch.
 
-    With several processes each has the whole array, and puts its own part on its devices.
+    With several processes each passes all rows, and puts the shards of its own devices there.
 
     Args:
       tree: numpy arrays.
-      mesh: None for the current one; without one either, the arrays stay on the host.
+      mesh: by default the current one; if there is none either, the arrays stay on the host.
 
     Raises:
-      ValueError: B is not divisible by the devices that the batch is split over.
+      ValueError: B is not divisible by the number of shards of the batch.
     """
     mesh = mesh or current()
     if mesh is None:
         return tree
-    sharding, ways = batch_sharding(mesh), _ways(mesh, "batch")
+    sharding, shards = batch_sharding(mesh), _shards(mesh, "batch")
 
     def place(path: tuple, array: Any) -> jax.Array:
         array = np.asarray(array)
-        if array.ndim == 0 or array.shape[0] % ways:
+        if array.ndim == 0 or array.shape[0] % shards:
             raise ValueError(
                 f"batch `{_name(path) or 'array'}` {array.shape}: the number of rows must be "
                 f"divisible by `data` × `fsdp` = {mesh.shape['data']} × {mesh.shape['fsdp']} "
-                f"= {ways}; change the batch size or the mesh"
+                f"= {shards}; change the batch size or the mesh"
             )
         return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 

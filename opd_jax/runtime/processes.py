@@ -1,12 +1,11 @@
-"""Several processes of one run: how they find each other, what they tell each other, how they end.
+"""The processes of one run: how they start, what they exchange, how they end.
 
-Every process runs the same program on the same host data. Only two things are divided: devices,
-which the arrays' shardings see to, and environments, each of which lives in one process (`owns`).
-What an environment says is told to all processes at once (`share`), so that from there on all of
-them hold the same conversations, draw the same conclusions and start the same compiled programs.
+Every process runs the same program on the same host data. Only two things are divided among them:
+devices, through the arrays' shardings, and environments, each of which lives in one process
+(`owns`). `share` gives what the environments said to all processes. From there on all of them hold
+the same conversations, make the same decisions and start the same compiled programs.
 """
 
-import atexit
 import contextlib
 import os
 import pickle
@@ -20,66 +19,50 @@ from typing import Any, NoReturn, TypeVar
 import jax
 import numpy as np
 
-from opd_jax.runtime.last_words import LastWords
-
 VARIABLE = "OPD_JAX_DISTRIBUTED"
-# A process that dies takes the others with it after about so long at most; where processes are
-# connected directly, as on CPUs, a broken connection tells them at once.
+# A process that dies takes the others with it within about this time. CPU processes have direct
+# connections: there a broken one tells them at once.
 HEARTBEAT_TIMEOUT_S = 60
-# How long a process that found a mistake waits for the others to find it as well. They have all
+# How long a process that found a mistake waits for the others to find the same one. They have all
 # computed the same up to there.
 _FAREWELL_S = 10
-# Messages are padded to a power of two, since each size is a program to compile.
+# Messages are padded to a power of two of at least this, since each size compiles a program.
 _LEAST_BYTES = 1024
 
+# How an error of JAX begins that another process caused by ending.
 _BROKEN_CONNECTION = re.compile(
     "(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): "
 )
 
 T = TypeVar("T")
 
-# Of this process; None in a run of one process.
-_last_words: LastWords | None = None
-
 
 def start() -> None:
-    """Joins the run's other processes, where the environment variable `OPD_JAX_DISTRIBUTED` is set.
+    """Joins the run's other processes if the environment variable `OPD_JAX_DISTRIBUTED` is set.
 
-    To be called by a command, before anything touches a device.
+    A command calls this before anything touches a device. The variable holds
 
-      auto                        as JAX finds its cluster: Cloud TPU, TPUs on GKE, Slurm
-      HOST:PORT,PROCESS,PROCESSES where process 0 listens, this one's number, and how many there are
+      auto                        for a cluster that JAX knows: Cloud TPU, TPUs on GKE, Slurm
+      HOST:PORT,PROCESS,PROCESSES where process 0 listens, this process's number, and their count
+
+    If the others do not join within five minutes, JAX prints its own message and ends the process.
 
     Raises:
-      ValueError: the variable holds anything else. Where the others do not come in five minutes,
-        JAX aborts the process; its last words say so.
+      ValueError: the variable holds anything else.
     """
-    global _last_words
     text = os.environ.get(VARIABLE, "")
     if not text:
         return
-    # It would take SIGTERM for itself, with which a run saves and ends.
+    # This service would catch SIGTERM, at which a run saves and ends.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         where = _where(text)
-        _last_words = LastWords(
-            f"error: the processes of the run did not come together (`{VARIABLE}` = {text!r}): "
-            "process 0 cannot be reached, or another has ended; start all of them again"
-        )
-        atexit.register(_leave)
         jax.distributed.initialize(**where, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S)
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"`{VARIABLE}` = {text!r}: expected auto on a cluster that JAX knows, or "
             f"HOST:PORT,PROCESS,PROCESSES with process 0 at HOST:PORT; {error}"
         ) from None
-
-
-def _leave() -> None:
-    """Waits for the others, as JAX does at an ordinary exit, and only then has nothing to say."""
-    jax.distributed.shutdown()
-    if _last_words:
-        _last_words.say("")
 
 
 def _where(text: str) -> dict[str, Any]:
@@ -93,63 +76,66 @@ def _where(text: str) -> dict[str, Any]:
 
 
 class LostProcesses(RuntimeError):
-    """Another process of the run has ended, or cannot be reached."""
+    """Another process of the run has ended or cannot be reached."""
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether an error means that another process has ended, whoever raised it."""
+    """Whether an error, our own or JAX's, means that another process has ended."""
     lost = isinstance(error, LostProcesses) or bool(_BROKEN_CONNECTION.match(str(error)))
-    return lost and _last_words is not None
+    return lost and jax.distributed.is_initialized()
 
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """Around a command: a process that fails ends at once, so that the others notice, and end too.
+    """Runs a command so that no process of a run outlives another.
 
-    An ordinary exit would wait for all processes, of which some wait for this one. One that ends
-    because another has ended says so, whether Python noticed first or JAX.
+    A process that fails ends at once: the others notice and end too. An ordinary exit would wait
+    for all processes, some of which wait for this one. If Python notices first that another process
+    is lost, we print one line that says how to go on. If JAX's client notices first, it prints its
+    own message ("another task died") and aborts the process.
     """
     try:
-        if _last_words:
-            _last_words.prepare(
-                f"error: process {jax.process_index()} of {jax.process_count()} lost the others, "
-                "or was killed itself; start all of them again with the same --workdir, and the "
-                "run resumes from its last checkpoint"
-            )
         yield
     except (Exception, KeyboardInterrupt) as error:
-        if _last_words is None:
+        if not jax.distributed.is_initialized():
             raise
-        _end(error, _last_words)
+        _end(error)
 
 
-def _end(error: BaseException, last_words: LastWords) -> NoReturn:
+def _end(error: BaseException) -> NoReturn:
     sys.stdout.flush()
     status = 1
     if is_lost(error):
         reason = str(error).partition("\n")[0][:200]
-        last_words.say(f"{last_words.line} ({reason})")
+        _print_error(
+            f"process {jax.process_index()} of {jax.process_count()} lost the others ({reason}); "
+            "start all of them again with the same --workdir, and the run resumes from its last "
+            "checkpoint"
+        )
     elif isinstance(error, ValueError):
         status = 2
-        last_words.say(f"error: {error}")
-        # Process 0 takes the others with it, who are about to say the same.
+        _print_error(str(error))
+        # The end of process 0 would abort the others before they print the same.
         farewell = threading.Thread(target=_farewell, daemon=True)
         farewell.start()
         farewell.join(_FAREWELL_S)
     else:
         traceback.print_exception(error)
-        last_words.say("")
     sys.stderr.flush()
     os._exit(status)
 
 
+def _print_error(text: str) -> None:
+    print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
+
+
 def _farewell() -> None:
     with contextlib.suppress(Exception):
-        jax.distributed.shutdown()  # returns when all have called it
+        jax.distributed.shutdown()  # returns when every process has called it
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Whether this is process 0, the one that writes and prints."""
     return jax.process_index() == 0
 
 
@@ -165,10 +151,10 @@ def owns(row: int, rows: int) -> bool:
 
 
 def share(own: Mapping[int, T], rows: int) -> list[T]:
-    """What all processes have of rows 0 to `rows`, each having its own.
+    """The values of rows 0 to `rows` - 1, of which each process passes its own.
 
     Raises:
-      ValueError: nobody has a row.
+      ValueError: no process has one of the rows.
     """
     everything: dict[int, T] = {}
     for part in gather(dict(own)):
@@ -185,7 +171,7 @@ def first(value: T) -> T:
 
 
 def gather(value: T) -> list[T]:
-    """The value of every process, in their order. All processes have to call this.
+    """The values of all processes, by process number. Every process has to call this.
 
     Raises:
       LostProcesses: one of them has ended.

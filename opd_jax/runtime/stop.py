@@ -1,4 +1,4 @@
-"""SIGTERM: a machine that is about to be taken away gives notice."""
+"""SIGTERM: the notice that a machine is about to be taken away."""
 
 import signal
 
@@ -6,7 +6,7 @@ from opd_jax.runtime import processes
 
 
 class Stop:
-    """Whether SIGTERM came, to any process of the run."""
+    """Remembers SIGTERM, which any process of a run may get."""
 
     def __init__(self) -> None:
         self._came = False
@@ -16,11 +16,11 @@ class Stop:
         self._came = True
 
     def anywhere(self) -> bool:
-        """Whether it came to any process of the run. All processes have to call this."""
+        """Whether any process of the run got SIGTERM. Every process has to call this."""
         return any(processes.gather(self._came))
 
     def exit_if_set(self) -> None:
-        """Ends the command where it came during an evaluation, of which nothing else is lost.
+        """Ends the command if SIGTERM came, for use between the parts of an evaluation.
 
         Raises:
           SystemExit: with status 0.

@@ -1,6 +1,5 @@
 """Contexts of the last few turns: what is shown, what is kept, and that it is what is scored."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,16 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import TINY
+from small_agent import household, household_agent, with_decoding
 
 from opd_jax import model
 from opd_jax.agent import history
-from opd_jax.agent.chat import ChatFormat
-from opd_jax.agent.conversation import Conversation, Turn, pack
-from opd_jax.agent.generate import Sampling
-from opd_jax.agent.rollout import Agent, rollout, row_keys
-from opd_jax.envs.household import tokenizer as household_tokenizer
-from opd_jax.envs.household.env import Household
+from opd_jax.agent.agent import Agent
+from opd_jax.agent.conversation import Conversation, Turn
+from opd_jax.agent.rollout import rollout, row_keys
+from opd_jax.learner.batch import pack
 from opd_jax.losses import NO_TURN
 
 LEFT_OUT = "_"
@@ -62,11 +59,8 @@ def context(turns: int, history_turns: int) -> str:
         (3, 2, "task one: _> two: B> three: CCC> four: "),
         (4, 2, "task one: _> three: CCC> four: D> "),
         (4, 3, "task one: _> two: B> three: CCC> four: D> "),
-        *(
-            (turns, n, TEXT[:end])
-            for turns, end in ((2, 28 + 1), (4, len(TEXT)))
-            for n in (0, 4, 9)
-        ),
+        *((2, n, "task one: AA> two: B> three: ") for n in (0, 4, 9)),
+        *((4, n, TEXT) for n in (0, 4, 9)),
     ],
 )
 def test_contexts_by_hand(turns: int, history_turns: int, expected: str) -> None:
@@ -111,34 +105,14 @@ def test_what_others_wrote_is_shown_and_not_scored() -> None:
     assert ord("B") in rows[1].tokens
 
 
-# --- A random model in a household ---------------------------------------------------------------
+# --- A random model in a household --------------------------------------------------------------
 
 MAX_TURNS, TASKS = 5, [("train", 3), ("valid_seen", 5)]
 
 
 @pytest.fixture(scope="module")
 def agent() -> Agent:
-    tokenizer = household_tokenizer.build(phrases=["Judge this turn."])
-    return Agent(
-        model=dataclasses.replace(
-            TINY,
-            vocab_size=len(tokenizer),
-            num_heads=2,
-            num_kv_heads=1,
-            d_ff=16,
-            rope_theta=1e3,
-            max_positions=512,
-        ),
-        tokenizer=tokenizer,
-        chat=ChatFormat.from_tokenizer(tokenizer),
-        sampling=Sampling(temperature=1.0, top_k=0, top_p=1.0),
-        turn_tokens=6,
-        context_tokens=256,
-        cache_step=256,
-        extend_widths=(32,),
-        chunk=6,
-        history_turns=0,
-    )
+    return household_agent(turn_tokens=6, chunk=6)
 
 
 @pytest.fixture(scope="module")
@@ -146,51 +120,60 @@ def params(agent: Agent, random_params: Callable) -> model.Params:
     return jax.tree.map(jnp.asarray, random_params(agent.model, seed=4))
 
 
-def play(agent: Agent, params: model.Params, **settings: Any) -> list[Conversation]:
-    depth = settings.pop("depth", 0)
+def play(
+    agent: Agent, params: model.Params, *, depth: int = 0, **decoding: Any
+) -> list[Conversation]:
     return rollout(
         params,
         row_keys(jax.random.key(0), range(len(TASKS))),
-        agent=dataclasses.replace(agent, **settings),
-        envs=[Household(size="small", max_turns=MAX_TURNS, show_admissible=2) for _ in TASKS],
+        agent=with_decoding(agent, **decoding),
+        envs=[household(max_turns=MAX_TURNS) for _ in TASKS],
         tasks=TASKS,
         depth=depth,
     )
 
 
+@pytest.fixture(scope="module")
+def full(agent: Agent, params: model.Params) -> list[Conversation]:
+    """The episodes with the whole history."""
+    return play(agent, params)
+
+
 @pytest.mark.parametrize("history_turns", [1, 2])
-def test_sampled_log_probabilities_are_those_of_the_rows(
-    agent: Agent, params: model.Params, history_turns: int
+def test_a_response_is_scored_on_what_it_was_sampled_from(
+    agent: Agent, params: model.Params, full: list[Conversation], history_turns: int
 ) -> None:
     played = play(agent, params, history_turns=history_turns)
+    # The first turns see the whole history, and do not know of the limit. Later ones differ.
+    for one, other in zip(played, full, strict=True):
+        end = one.spans[history_turns][1]
+        assert one.tokens[:end] == other.tokens[:end]
+        assert one.logprobs[:end] == other.logprobs[:end]
+    assert played != full
+
     rows, _ = history.rows(played, history_turns=history_turns, left_out=agent.chat.left_out)
     assert len(rows) == len(TASKS) * (MAX_TURNS - history_turns)
-    packed = pack(rows, max_turns=MAX_TURNS, length_multiple=64)
-    hidden = model.forward(params, packed.tokens, config=agent.model, query_chunk=64, remat="none")
+    batch = pack(
+        rows,
+        np.zeros((len(rows), MAX_TURNS), np.int32),
+        length_multiple=64,
+        response_multiple=1,
+        vocab_size=agent.model.vocab_size,
+    )
+    hidden = model.forward(params, batch.tokens, config=agent.model, query_chunk=64, remat="none")
     logprobs = jax.nn.log_softmax(hidden @ model.head(params))
-    recomputed = jnp.take_along_axis(logprobs[:, :-1], packed.tokens[:, 1:, None], axis=2)[..., 0]
-    student = packed.turn_id[:, 1:] != NO_TURN
-    assert student.sum() == sum(len(c.tokens[a:b]) for c in played for a, b in c.spans)
+    recomputed = jnp.take_along_axis(logprobs[:, :-1], batch.tokens[:, 1:, None], axis=2)[..., 0]
+    student = batch.turn_id[:, 1:] != NO_TURN
+    assert student.sum() == sum(b - a for c in played for a, b in c.spans)
     np.testing.assert_allclose(
-        recomputed[student], packed.sampled_logprobs[:, 1:][student], atol=1e-5
+        recomputed[student], batch.sampled_logprobs[:, 1:][student], rtol=0, atol=1e-5
     )
 
 
-def test_turns_within_the_history_do_not_know_of_it(agent: Agent, params: model.Params) -> None:
-    full = play(agent, params)
-    for history_turns in (1, MAX_TURNS):
-        cut = play(agent, params, history_turns=history_turns)
-        for one, other in zip(cut, full, strict=True):
-            end = one.spans[min(history_turns, MAX_TURNS - 1)][1]
-            assert one.tokens[:end] == other.tokens[:end]
-            assert one.logprobs[:end] == other.logprobs[:end]
-    # The rest is sampled from something else.
-    assert play(agent, params, history_turns=1) != full
-
-
-def test_a_short_history_fits_where_the_whole_does_not(agent: Agent, params: model.Params) -> None:
-    longest = max(len(c.tokens) for c in play(agent, params))
-    room = longest - 20
+def test_a_short_history_fits_where_the_whole_does_not(
+    agent: Agent, params: model.Params, full: list[Conversation]
+) -> None:
+    room = max(len(c.tokens) for c in full) - 20
     assert {c.end for c in play(agent, params, context_tokens=room)} >= {"context"}
     played = play(agent, params, context_tokens=room, history_turns=1)
     assert {c.end for c in played} == {"turn_limit"}
@@ -198,12 +181,9 @@ def test_a_short_history_fits_where_the_whole_does_not(agent: Agent, params: mod
 
 
 def test_a_depth_ends_episodes_and_changes_nothing_before(
-    agent: Agent, params: model.Params
+    agent: Agent, params: model.Params, full: list[Conversation]
 ) -> None:
-    full = play(agent, params)
-    for depth in (1, 3):
-        for one, other in zip(play(agent, params, depth=depth), full, strict=True):
-            assert (one.end, len(one.turns)) == ("depth", depth)
-            assert one.tokens == other.tokens[: other.spans[depth - 1][1]]
-    for depth in (MAX_TURNS, MAX_TURNS + 1):
-        assert play(agent, params, depth=depth) == full
+    for one, other in zip(play(agent, params, depth=2), full, strict=True):
+        assert (one.end, len(one.turns)) == ("depth", 2)
+        assert one.tokens == other.tokens[: other.spans[1][1]]
+    assert play(agent, params, depth=MAX_TURNS) == full

@@ -9,36 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import TINY
+from small_agent import DECODING, household, household_agent, sizes, with_decoding
 
 from opd_jax import model
 from opd_jax.agent import generate as gen
+from opd_jax.agent.agent import Agent
 from opd_jax.agent.chat import ChatFormat
-from opd_jax.agent.conversation import Conversation, check, pack
-from opd_jax.agent.generate import Sampling
-from opd_jax.agent.rollout import Agent, rollout, row_keys
+from opd_jax.agent.conversation import Conversation
+from opd_jax.agent.rollout import rollout, row_keys
 from opd_jax.envs.base import Observation, Task
-from opd_jax.envs.household import tokenizer as household_tokenizer
-from opd_jax.envs.household.env import Household
+from opd_jax.learner.batch import pack
 from opd_jax.losses import NO_TURN
-
-GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0)
-
-
-def sizes(vocab: int, width: int, head_dim: int, positions: int) -> model.ModelConfig:
-    return dataclasses.replace(
-        TINY,
-        vocab_size=vocab,
-        d_model=width,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=head_dim,
-        d_ff=width,
-        rope_theta=1e3,
-        max_positions=positions,
-    )
-
 
 # --- A forced model and a scripted environment --------------------------------------------------
 
@@ -126,35 +107,35 @@ CONTEXT, ENVS = 13, 6
 
 def golden_agent() -> tuple[Agent, model.Params]:
     tokenizer = word_tokenizer()
-    config = sizes(len(WORDS), len(WORDS), 2, 32)
-    agent = Agent(
-        model=config,
-        tokenizer=tokenizer,
-        chat=ChatFormat.from_tokenizer(tokenizer),
-        sampling=GREEDY,
+    config = sizes(len(WORDS), width=len(WORDS), head_dim=2)
+    decoding = dataclasses.replace(
+        DECODING,
+        temperature=0.0,
         turn_tokens=3,
         context_tokens=CONTEXT,
         cache_step=CONTEXT,
         extend_widths=(2, 8),
         chunk=2,
-        history_turns=0,
     )
+    agent = Agent(config, tokenizer, ChatFormat.from_tokenizer(tokenizer), decoding)
     return agent, chain_params(config)
 
 
-def play_script(
-    openings: list[str], replies: Mapping[str, str], *, tasks: int
-) -> list[Conversation]:
-    """The first `tasks` openings, in a batch of fixed size for one compiled program."""
+def play_script(envs: list[Any], *, tasks: int) -> list[Conversation]:
+    """The first openings, in a batch of fixed size for one compiled program."""
     agent, params = golden_agent()
     return rollout(
         params,
-        row_keys(jax.random.key(0), range(ENVS)),
+        row_keys(jax.random.key(0), range(len(envs))),
         agent=agent,
-        envs=[Scripted(openings, replies) for _ in range(ENVS)],
+        envs=envs,
         tasks=[("any", n) for n in range(tasks)],
         depth=0,
     )
+
+
+def scripted(openings: list[str], replies: Mapping[str, str]) -> list[Scripted]:
+    return [Scripted(openings, replies) for _ in range(ENVS)]
 
 
 # Opening, whole conversation, turn of each token, stop of each turn, end. Written from the
@@ -204,17 +185,9 @@ def provenance(conversation: Conversation) -> str:
 
 @pytest.fixture(scope="module")
 def golden() -> list[Conversation]:
-    agent, params = golden_agent()
     openings = [opening for opening, *_ in GOLDEN]
-    envs = [Scripted(openings, REPLIES | {"spin spin": "call bell"}) for _ in range(ENVS)]
-    played = rollout(
-        params,
-        row_keys(jax.random.key(0), range(ENVS)),
-        agent=agent,
-        envs=envs,
-        tasks=[("any", n) for n in range(len(GOLDEN))],
-        depth=0,
-    )
+    envs = scripted(openings, REPLIES | {"spin spin": "call bell"})
+    played = play_script(envs, tasks=len(GOLDEN))
     # The environments heard the sampled words, without the token that ended the turn.
     assert [env.heard for env in envs] == [
         ["ring", "stop"],
@@ -257,16 +230,16 @@ def test_golden_turns_hold_what_was_seen_said_and_answered(golden: list[Conversa
 
 
 def test_an_environment_that_ends_outranks_a_full_context() -> None:
-    (played,) = play_script([GOLDEN[3][0]], {"spin spin": "fine"}, tasks=1)
+    (played,) = play_script(scripted([GOLDEN[3][0]], {"spin spin": "fine"}), tasks=1)
     assert (played.turns[0].stop, played.end, played.score) == ("context", "success", 1)
 
 
 def test_a_first_prompt_must_leave_room_for_an_answer() -> None:
     openings = ["long " * words + "bell" for words in (8, 9)]  # and three tokens of the system
-    (played,) = play_script(openings, REPLIES, tasks=1)
+    (played,) = play_script(scripted(openings, REPLIES), tasks=1)
     assert [WORDS[i] for i in played.tokens[12:]] == ["ring"]
     with pytest.raises(ValueError, match=r"`context_tokens`.*any/1 has 13 tokens.*fewer than 13"):
-        play_script(openings, REPLIES, tasks=2)
+        play_script(scripted(openings, REPLIES), tasks=2)
 
 
 def test_environments_that_wait_are_waited_for_together() -> None:
@@ -281,39 +254,24 @@ def test_environments_that_wait_are_waited_for_together() -> None:
             everybody.wait(timeout=60)
             return super().step(response)
 
-    agent, params = golden_agent()
-    openings = [GOLDEN[0][0]] * 2
     together, alone = (
-        rollout(
-            params,
-            row_keys(jax.random.key(0), range(2)),
-            agent=agent,
-            envs=[kind(openings, REPLIES) for _ in range(2)],
-            tasks=[("any", 0), ("any", 1)],
-            depth=0,
-        )
+        play_script([kind([GOLDEN[0][0]] * 2, REPLIES) for _ in range(2)], tasks=2)
         for kind in (Meeting, Scripted)
     )
     assert together == alone
 
 
-def test_more_tasks_than_environments_are_refused() -> None:
+def test_a_row_without_a_key_or_an_environment_is_refused() -> None:
     agent, params = golden_agent()
-    envs = [Scripted(["call bell"], REPLIES)] * 2
-    with pytest.raises(ValueError, match=r"`keys`.*2 environments, got shape \(3,\)"):
-        rollout(
-            params,
-            jax.random.split(jax.random.key(0), 3),
-            agent=agent,
-            envs=envs,
-            tasks=[],
-            depth=0,
-        )
+    envs = scripted(["call bell"] * 7, REPLIES)
     with pytest.raises(ValueError, match=r"`tasks`.*6 environments, got 7"):
-        play_script(["call bell"] * 7, REPLIES, tasks=7)
+        play_script(envs, tasks=7)
+    keys = jax.random.split(jax.random.key(0), 3)
+    with pytest.raises(ValueError, match=r"`keys`.*6 environments, got shape \(3,\)"):
+        rollout(params, keys, agent=agent, envs=envs, tasks=[], depth=0)
 
 
-# --- A random model in a household ---------------------------------------------------------------
+# --- A random model in a household --------------------------------------------------------------
 
 ROWS, MAX_TURNS = 4, 4
 TASKS = [("train", 3), ("valid_seen", 5), ("valid_unseen", 0), ("train", 8)]
@@ -321,19 +279,7 @@ TASKS = [("train", 3), ("valid_seen", 5), ("valid_unseen", 0), ("train", 8)]
 
 @pytest.fixture(scope="module")
 def agent() -> Agent:
-    tokenizer = household_tokenizer.build(phrases=["Judge this turn."])
-    return Agent(
-        model=sizes(len(tokenizer), 16, 8, 160),
-        tokenizer=tokenizer,
-        chat=ChatFormat.from_tokenizer(tokenizer),
-        sampling=Sampling(temperature=1.0, top_k=0, top_p=1.0),
-        turn_tokens=12,
-        context_tokens=118,
-        cache_step=118,
-        extend_widths=(16, 32),
-        chunk=5,
-        history_turns=0,
-    )
+    return household_agent(context_tokens=118, cache_step=118, extend_widths=(16, 32), chunk=5)
 
 
 @pytest.fixture(scope="module")
@@ -346,10 +292,6 @@ def params(agent: Agent, random_params: Callable) -> model.Params:
     return jax.tree.map(jnp.asarray, made)
 
 
-def household() -> Household:
-    return Household(size="small", max_turns=MAX_TURNS, show_admissible=2)
-
-
 def play(
     agent: Agent, params: model.Params, tasks: list[tuple[str, int]], seed: int = 0
 ) -> list[Conversation]:
@@ -357,7 +299,7 @@ def play(
         params,
         row_keys(jax.random.key(seed), range(ROWS)),
         agent=agent,
-        envs=[household() for _ in range(ROWS)],
+        envs=[household(max_turns=MAX_TURNS) for _ in range(ROWS)],
         tasks=tasks,
         depth=0,
     )
@@ -405,8 +347,13 @@ def test_every_stop_and_end_of_these_episodes_is_covered(played: list[Conversati
 def test_sampled_logprobs_are_those_of_one_forward_over_the_final_tokens(
     agent: Agent, params: model.Params, played: list[Conversation]
 ) -> None:
-    batch = pack(played, max_turns=MAX_TURNS, length_multiple=8)
-    check(batch, vocab_size=agent.model.vocab_size)
+    batch = pack(
+        played,
+        np.zeros((len(played), MAX_TURNS), np.int32),
+        length_multiple=8,
+        response_multiple=1,
+        vocab_size=agent.model.vocab_size,
+    )
 
     @jax.jit
     def recompute(tokens: jax.Array) -> jax.Array:
@@ -430,19 +377,19 @@ def test_a_conversation_is_its_chat_format_around_the_sampled_tokens(
     """Replays the recorded responses and puts each conversation together from its parts."""
     (end,) = agent.chat.stop_ids
     for conversation, (split, index) in zip(played, TASKS * 2, strict=True):
-        env = household()
+        env = household(max_turns=MAX_TURNS)
         seen = env.reset(split, index)
         given, *rest = segments(conversation)
         assert given == (NO_TURN, agent.chat.first(env.system, seen.message))
         for number, turn in enumerate(conversation.turns):
             (turn_id, tokens), rest = rest[0], rest[1:]
             assert turn_id == number
-            assert 0 < len(tokens) <= agent.turn_tokens
+            assert 0 < len(tokens) <= agent.decoding.turn_tokens
             stopped = tokens[-1] == end
             assert end not in tokens[:-1]
             assert (turn.stop == "stop_token") == stopped
             assert turn.response == agent.tokenizer.decode(tokens[:-1] if stopped else tokens)
-            assert turn.stop != "turn_budget" or len(tokens) == agent.turn_tokens
+            assert turn.stop != "turn_budget" or len(tokens) == agent.decoding.turn_tokens
             seen = env.step(turn.response)
             assert (turn.failure, turn.feedback) == (seen.failure, seen.text)
             if rest:
@@ -452,11 +399,11 @@ def test_a_conversation_is_its_chat_format_around_the_sampled_tokens(
         assert not rest
         assert conversation.end == (seen.end or "context")
         follow = agent.chat.follow(seen.message, ended=stopped)
-        full = len(conversation.tokens) + len(follow) >= agent.context_tokens
+        full = len(conversation.tokens) + len(follow) >= agent.decoding.context_tokens
         assert seen.done or full
-        assert len(conversation.tokens) <= agent.context_tokens
+        assert len(conversation.tokens) <= agent.decoding.context_tokens
         if turn.stop == "context":
-            assert len(conversation.tokens) == agent.context_tokens
+            assert len(conversation.tokens) == agent.decoding.context_tokens
 
 
 def test_what_was_sampled_is_not_tokenized_again(agent: Agent, played: list[Conversation]) -> None:
@@ -517,13 +464,13 @@ def test_a_few_compiled_programs_serve_any_number_of_turns(
     agent: Agent, params: model.Params, counted: tuple[list[Conversation], list]
 ) -> None:
     conversations, (before, once, twice) = counted
-    assert before[0] < once[0] <= before[0] + len(agent.extend_widths)
+    assert before[0] < once[0] <= before[0] + len(agent.decoding.extend_widths)
     assert once[1] == before[1] + 1
     assert twice == once
     # Prompts that take several steps of the widest program, and turns in plenty.
     prompts = {c.turn_id.index(0) for c in conversations}
     assert len(prompts) > 1
-    assert max(prompts) > max(agent.extend_widths)
+    assert max(prompts) > max(agent.decoding.extend_widths)
     assert max(len(c.turns) for c in conversations) == MAX_TURNS
     # Other tasks, fewer of them.
     play(agent, params, [("train", 50), ("train", 51)], seed=7)
@@ -546,7 +493,7 @@ def test_a_cache_that_grows_with_its_conversations_changes_none(
 
     monkeypatch.setattr(model, "grow_cache", watched)
     generated = programs()[1]
-    stepwise = play(dataclasses.replace(agent, cache_step=40), params, TASKS)
+    stepwise = play(with_decoding(agent, cache_step=40), params, TASKS)
     assert sizes == [80, 118]  # from 40, and no further than the context
     assert programs()[1] <= generated + 2  # that of the largest was there
     for ours, theirs in zip(stepwise, played[: len(TASKS)], strict=True):

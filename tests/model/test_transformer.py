@@ -1,4 +1,4 @@
-"""The model against `transformers`, and its two ways of running against each other."""
+"""The model against `transformers`, and its two passes against each other."""
 
 import dataclasses
 from functools import partial
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from passes import cached_logits, logits
 
 from opd_jax import hf, model
 from opd_jax.model.attention import _SPANS
@@ -17,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 LENGTHS = [19, 11, 4]  # right-padded rows
 T = max(LENGTHS)
+REAL = np.arange(T) < np.array(LENGTHS)[:, None]
 
 
 @pytest.fixture(scope="module")
@@ -29,97 +31,60 @@ def load(reference: Any) -> tuple[model.ModelConfig, model.Params]:
     return config, hf.load_params(reference.folder, config, dtype=jnp.float32)
 
 
-@pytest.fixture
-def loaded(reference: Any) -> tuple[model.ModelConfig, model.Params]:
-    return load(reference)
-
-
-def hidden_states(config: model.ModelConfig, params: model.Params, tokens: np.ndarray) -> jax.Array:
-    run = jax.jit(partial(model.forward, config=config, query_chunk=8, remat="none"))
-    return run(params, tokens)
-
-
-def test_logits_match_transformers(reference: Any, loaded: tuple, tokens: np.ndarray) -> None:
+def test_logits_and_parameters_are_those_of_transformers(
+    reference: Any, tokens: np.ndarray
+) -> None:
     import torch
 
-    config, params = loaded
-    mask = torch.tensor(np.arange(T) < np.array(LENGTHS)[:, None])
-    with torch.no_grad():
-        expected = reference.model(torch.tensor(tokens), attention_mask=mask.long()).logits.numpy()
-    logits = np.asarray(hidden_states(config, params, tokens) @ model.head(params))
-    assert np.abs(expected).max() > 1  # else 1e-5 would say little
-    real = mask.numpy()
-    np.testing.assert_allclose(logits[real], expected[real], rtol=0, atol=1e-5)
-
-
-def test_forward_on_a_mesh_equals_one_device(references: dict, tokens: np.ndarray) -> None:
-    config, params = load(references["qwen3"])
-    expected = hidden_states(config, params, tokens)
-    mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    sharded = hf.load_params(references["qwen3"].folder, config, dtype=jnp.float32, mesh=mesh)
-    rows = shard_batch({"tokens": np.concatenate([tokens, tokens[:1]])}, mesh)["tokens"]
-    hidden = hidden_states(config, sharded, rows)
-    np.testing.assert_allclose(hidden[:3], expected, rtol=0, atol=1e-5)
-
-
-def test_rope_frequencies_match_transformers(reference: Any) -> None:
-    config = hf.read_config(reference.folder)
-    expected = reference.model.model.rotary_emb.inv_freq.numpy()
-    np.testing.assert_allclose(model.rope_frequencies(config), expected, rtol=1e-6)
-
-
-def test_llama_scaling_reaches_all_three_bands(references: dict) -> None:
-    config = hf.read_config(references["llama"].folder)
-    plain = model.rope_frequencies(dataclasses.replace(config, rope_scaling=None))
-    ratio = plain / model.rope_frequencies(config)
-    assert ratio.min() == 1
-    assert ratio.max() == pytest.approx(config.rope_scaling.factor)
-    assert ((ratio > 1.01) & (ratio < 0.99 * config.rope_scaling.factor)).any()
-
-
-def test_parameters_are_those_of_transformers(reference: Any, loaded: tuple) -> None:
-    config, params = loaded
+    config, params = load(reference)
     assert sum(x.size for x in jax.tree.leaves(params)) == reference.model.num_parameters()
     specs = model.param_specs(config)
     shapes = jax.tree.map(lambda spec: spec.shape, specs, is_leaf=model.is_spec)
     assert jax.tree.map(lambda x: x.shape, params) == shapes
+    with torch.no_grad():
+        mask = torch.tensor(REAL).long()
+        expected = reference.model(torch.tensor(tokens), attention_mask=mask).logits.numpy()
+    assert np.abs(expected).max() > 1  # else 1e-5 would say little
+    got = logits(params, tokens, config)
+    np.testing.assert_allclose(got[REAL], expected[REAL], rtol=0, atol=1e-5)
 
 
-# Tokens appended to each row in each call; a row may pause.
-PIECES = [[7, 0, 3], [5, 7, 1], [0, 4, 0], [7, 0, 0]]
+def test_forward_on_a_mesh_equals_one_device(references: dict, tokens: np.ndarray) -> None:
+    config, params = load(references["qwen3"])
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    sharded = hf.load_params(references["qwen3"].folder, config, dtype=jnp.float32, mesh=mesh)
+    rows = shard_batch({"tokens": np.concatenate([tokens, tokens[:1]])}, mesh)["tokens"]
+    got, want = logits(sharded, rows, config)[:3], logits(params, tokens, config)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "layout"),
-    [("qwen3", "BGSH"), ("qwen3_tied", "BSGH"), ("qwen2", "BSGH"), ("llama", "BGSH")],
-)
-def test_cached_pieces_equal_one_forward(
+def test_rope_frequencies_are_those_of_transformers(references: dict) -> None:
+    for name in ("qwen3", "llama"):
+        config = hf.read_config(references[name].folder)
+        expected = references[name].model.model.rotary_emb.inv_freq.numpy()
+        np.testing.assert_allclose(model.rope_frequencies(config), expected, rtol=1e-6)
+    # Llama's scaling keeps some frequencies, divides some, and interpolates some.
+    plain = model.rope_frequencies(dataclasses.replace(config, rope_scaling=None))
+    ratio, factor = plain / model.rope_frequencies(config), config.rope_scaling.factor
+    assert ratio.min() == 1
+    assert ratio.max() == pytest.approx(factor)
+    assert ((ratio > 1.01) & (ratio < 0.99 * factor)).any()
+
+
+@pytest.mark.parametrize(("name", "layout"), [("qwen3", "BGSH"), ("qwen2", "BSGH")])
+def test_ragged_pieces_over_a_cache_equal_one_forward(
     references: dict, tokens: np.ndarray, name: str, layout: str
 ) -> None:
     config, params = load(references[name])
-    expected = np.asarray(hidden_states(config, params, tokens))
-    append = jax.jit(partial(model.forward_cached, config=config, sharded=False))
-    cache = model.init_cache(config, batch=3, slots=24, dtype=jnp.float32, layout=layout)
-    done = np.zeros(3, int)
-    for counts in PIECES:
-        piece = np.full((3, max(map(max, PIECES))), 95)  # what stands beyond the count is dropped
-        for row, count in enumerate(counts):
-            piece[row, :count] = tokens[row, done[row] : done[row] + count]
-        hidden, cache = append(params, cache, piece, jnp.array(counts))
-        for row, count in enumerate(counts):
-            np.testing.assert_allclose(
-                hidden[row, :count],
-                expected[row, done[row] : done[row] + count],
-                rtol=0,
-                atol=1e-5,
-            )
-        done += counts
-    assert done.tolist() == cache.lengths.tolist() == LENGTHS
+    pieces = [[7, 0, 3], [5, 7, 1], [0, 4, 0], [7, 0, 0]]  # a row may pause
+    assert np.sum(pieces, axis=0).tolist() == LENGTHS
+    got = cached_logits(params, tokens, config, pieces=pieces, layout=layout)
+    want = logits(params, tokens, config)
+    np.testing.assert_allclose(got[REAL], want[REAL], rtol=0, atol=1e-5)
 
 
 def test_lowering_lengths_rolls_a_row_back(references: dict, tokens: np.ndarray) -> None:
     config, params = load(references["qwen3"])
-    expected = np.asarray(hidden_states(config, params, tokens))
     append = jax.jit(partial(model.forward_cached, config=config, sharded=False))
     cache = model.init_cache(config, batch=3, slots=T, dtype=jnp.float32, layout="BGSH")
     wrong = tokens.copy()
@@ -127,7 +92,11 @@ def test_lowering_lengths_rolls_a_row_back(references: dict, tokens: np.ndarray)
     _, cache = append(params, cache, wrong, jnp.array([T, T, T]))
     cache = cache.replace(lengths=jnp.array([5, 5, 5]))
     hidden, _ = append(params, cache, tokens[:, 5:], jnp.array([T - 5] * 3))
-    np.testing.assert_allclose(hidden, expected[:, 5:], rtol=0, atol=1e-5)
+    got, want = hidden @ model.head(params), logits(params, tokens, config)
+    np.testing.assert_allclose(got, want[:, 5:], rtol=0, atol=1e-5)
+
+
+# --- Gradients
 
 
 def loss_and_grad(config: model.ModelConfig, query_chunk: int, remat: str) -> Any:
@@ -142,38 +111,26 @@ def loss_and_grad(config: model.ModelConfig, query_chunk: int, remat: str) -> An
 @pytest.fixture(scope="module")
 def unchunked(references: dict, tokens: np.ndarray) -> tuple:
     config, params = load(references["qwen3_tied"])
-    short = tokens[:, :5]
-    return params, short, loss_and_grad(config, 5, "none")(params, short)
+    return config, params, loss_and_grad(config, T, "none")(params, tokens)
 
 
-@pytest.mark.parametrize(
-    ("query_chunk", "remat"), [(1, "none"), (3, "layers"), (20, "projections")]
-)
+@pytest.mark.parametrize(("query_chunk", "remat"), [(1, "none"), (3, "layers"), (5, "projections")])
 def test_chunking_and_remat_change_no_gradient(
-    references: dict, unchunked: tuple, query_chunk: int, remat: str
+    unchunked: tuple, tokens: np.ndarray, query_chunk: int, remat: str
 ) -> None:
-    params, tokens, (loss, grad) = unchunked
-    config = hf.read_config(references["qwen3_tied"].folder)
+    assert T > 2 * _SPANS  # with one query a chunk, a span has several chunks
+    config, params, (loss, grad) = unchunked
     other_loss, other_grad = loss_and_grad(config, query_chunk, remat)(params, tokens)
     np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=2e-6), other_grad, grad)
 
 
-def test_a_span_of_many_chunks_is_one_loop_that_changes_nothing(
-    references: dict, tokens: np.ndarray
+def test_the_gradient_is_that_of_torch(
+    references: dict, unchunked: tuple, tokens: np.ndarray
 ) -> None:
-    config, params = load(references["qwen3_tied"])
-    assert tokens.shape[1] > 2 * _SPANS  # several chunks a span, the last one shorter
-    loss, grad = loss_and_grad(config, tokens.shape[1], "none")(params, tokens)
-    other_loss, other_grad = loss_and_grad(config, 1, "none")(params, tokens)
-    np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=2e-6), other_grad, grad)
-
-
-def test_gradient_matches_torch(references: dict, unchunked: tuple) -> None:
     import torch
 
-    _, tokens, (loss, grad) = unchunked
+    _, _, (loss, grad) = unchunked
     network = references["qwen3_tied"].model
     network.zero_grad()
     ids = torch.tensor(tokens)
@@ -194,14 +151,15 @@ def test_gradient_matches_torch(references: dict, unchunked: tuple) -> None:
     network.zero_grad()
 
 
-def test_init_scales(references: dict) -> None:
+# --- Initialization and dtypes
+
+
+def test_parameters_start_with_the_scales_of_their_specs(references: dict) -> None:
     config = hf.read_config(references["qwen2"].folder)
     init = jax.jit(partial(model.init_params, config, dtype=jnp.float32))
     params = init(jax.random.key(0, impl="rbg"))  # compiles far sooner than the default
-    specs = model.param_specs(config)
-    for leaf, spec in zip(
-        jax.tree.leaves(params), jax.tree.leaves(specs, is_leaf=model.is_spec), strict=True
-    ):
+    specs = jax.tree.leaves(model.param_specs(config), is_leaf=model.is_spec)
+    for leaf, spec in zip(jax.tree.leaves(params), specs, strict=True):
         leaf = np.asarray(leaf)
         assert leaf.shape == spec.shape
         if spec.scale:
@@ -213,8 +171,8 @@ def test_init_scales(references: dict) -> None:
 def test_bfloat16_follows_float32(references: dict, tokens: np.ndarray) -> None:
     config, params = load(references["qwen3"])
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    hidden = hidden_states(config, low, tokens)
+    forward = jax.jit(partial(model.forward, config=config, query_chunk=8, remat="none"))
+    hidden, exact = forward(low, tokens), np.asarray(forward(params, tokens))
     assert hidden.dtype == jnp.bfloat16
-    exact = np.asarray(hidden_states(config, params, tokens))
     error = np.abs(np.asarray(hidden, np.float32) - exact)
     assert np.sqrt((error**2).mean()) < 0.05 * exact.std()

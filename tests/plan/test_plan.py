@@ -2,51 +2,50 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import pytest
 
 from opd_jax import config as cfg
+from opd_jax.config.settings import read_settings
 from opd_jax.hf.published import PUBLISHED
 from opd_jax.model import is_spec, param_specs
-from opd_jax.plan import tables
-from opd_jax.plan.analysis import analyze
-from opd_jax.plan.bounds import bound
-from opd_jax.plan.chips import V5E, V6E, find, slices
+from opd_jax.plan import screen
+from opd_jax.plan.chips import GIB, V5E, V6E, Slice, find, slices
 from opd_jax.plan.models import planned_pair
-from opd_jax.plan.placement import Placement
+from opd_jax.plan.placement import Placement, device_bytes
+from opd_jax.plan.program import ON_CHIP, Program, Run, passes
 from opd_jax.plan.programs import plan_run
 from opd_jax.plan.report import describe
-from opd_jax.plan.traffic import ON_CHIP, Moved, device_bytes
-from opd_jax.plan.verdict import Memory, analytic_verdict, compiled_verdict, worst
-from opd_jax.plan.workload import lay_over, workload
+from opd_jax.plan.sampling import Player
+from opd_jax.plan.verdict import verdict, worst
+from opd_jax.plan.workload import fit_to_slice, mesh_sizes, workload
 from opd_jax.runtime.mesh import abstract_mesh
 
 ROOT = Path(__file__).parents[2]
 PAPER = str(ROOT / "configs" / "alfworld_qwen3.py")
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
-GIB = 2**30
 
 
-def programs(path: str, *overrides: str) -> dict:
-    config = cfg.load(path, overrides)
-    mesh = abstract_mesh(**config.mesh)
-    run = plan_run(config, *planned_pair(config), mesh=mesh, layout="BSGH")
-    return {program.name: program for program in run.programs}
+def load(path: str, *fields: str):
+    return cfg.load(path, [f"--config.{field}" for field in fields])
+
+
+def plan(path: str, *fields: str, chips: int = 1, given: tuple[str, ...] = ()) -> Run:
+    return plan_run(load(path, *fields), Slice("a slice", V5E, chips), given=given)
+
+
+def programs(path: str, *fields: str, chips: int = 1) -> dict[str, Program]:
+    return {program.name: program for program in plan(path, *fields, chips=chips).programs}
 
 
 # --- Slices
 
 
-def test_a_topology_says_how_many_chips_and_hosts():
-    found = find("v5e:4x8", local_chips=0)
-    assert (found.chip, found.chips, found.hosts) == (V5E, 32, 8)
-    hosts = {name: find(name, local_chips=0).hosts for name in ("v5e:1x1", "v6e:2x4", "v5p:2x2x2")}
-    assert hosts == {"v5e:1x1": 1, "v6e:2x4": 1, "v5p:2x2x2": 2}
-
-
 def test_slices_of_a_family_grow_and_end_within_512_chips():
+    assert find("v5e:4x8", local_chips=0) == Slice("v5e:4x8", V5E, 32)
     for family, most in {"v5e": 256, "v5p": 512, "v6e": 256}.items():
         sizes = [found.chips for found in slices(family)]
         assert sizes == sorted(sizes)
@@ -58,7 +57,6 @@ def test_slices_of_a_family_grow_and_end_within_512_chips():
     [
         ("v9:2x2", ["v5e", "v5p", "v6e", "local", "`v9`"]),
         ("v5e:3x3", ["v5e:4x4", "v5e:16x16", "`v5e:3x3`"]),
-        ("v5p:4x4", ["v5p:2x2x2", "`v5p:4x4`"]),
         ("v5e", ["v5e:4x4", "`v5e`"]),
     ],
 )
@@ -68,51 +66,43 @@ def test_a_topology_that_does_not_exist_is_answered_with_those_that_do(topology,
     assert [word for word in expected if word not in str(error.value)] == []
 
 
-# --- A config laid over a slice
+# --- A config on a slice
 
 
 def test_fsdp_fills_the_slice_and_micro_batches_follow():
-    config, changes = lay_over(cfg.load(PAPER, []), chips=16, given=[])
-    assert (config.mesh.fsdp, config.train.micro_batches) == (16, 4)
-    assert len(changes) == 2
+    config, changes = fit_to_slice(load(PAPER), chips=16, given=[])
+    assert (config.mesh.fsdp, config.train.micro_batches, len(changes)) == (16, 4, 2)
+    # A mesh that fills the slice is left alone.
+    filled = load(PAPER, "mesh.tensor=2", "mesh.fsdp=4", "mesh.data=2")
+    config, changes = fit_to_slice(filled, chips=16, given=["mesh.fsdp"])
+    assert (mesh_sizes(config), changes) == (dict(data=2, fsdp=4, tensor=2), [])
 
 
-def test_a_mesh_that_fills_the_slice_is_left_as_it_is():
-    overrides = ["--config.mesh.tensor=2", "--config.mesh.fsdp=4", "--config.mesh.data=2"]
-    config, changes = lay_over(cfg.load(PAPER, overrides), chips=16, given=["mesh.fsdp"])
-    assert (dict(config.mesh), changes) == (dict(data=2, fsdp=4, tensor=2), [])
-
-
-def test_what_is_set_by_hand_is_not_changed():
-    config = cfg.load(PAPER, ["--config.mesh.fsdp=8"])
-    with pytest.raises(ValueError, match="1 × 8 × 1 must multiply to the 16 chips"):
-        lay_over(config, chips=16, given=["mesh.fsdp"])
-    with pytest.raises(ValueError, match=r"`train.micro_batches` = 8 does not divide over .* = 16"):
-        lay_over(cfg.load(PAPER, []), chips=16, given=["train.micro_batches"])
-
-
-def test_more_chips_than_rows_are_refused():
-    with pytest.raises(ValueError, match=r"`rollout.batch` = 64 does not divide over"):
-        lay_over(cfg.load(PAPER, []), chips=256, given=[])
-    config, _ = lay_over(cfg.load(PAPER, ["--config.mesh.tensor=4"]), chips=256, given=[])
-    assert config.mesh.fsdp == 64
-
-
-def test_heads_that_do_not_divide_are_refused_before_anything_is_traced():
-    config = cfg.load(PAPER, ["--config.mesh.tensor=16"])
-    with pytest.raises(ValueError, match=r"`kv_heads` = 8 must be divisible by .*`tensor` = 16"):
-        analyze(config, find("v5e:4x4", local_chips=0), given=[])
+@pytest.mark.parametrize(
+    ("fields", "chips", "expected"),
+    [
+        (["mesh.fsdp=8"], 16, "1 × 8 × 1 must multiply to the 16 chips"),
+        (["train.micro_batches=8"], 16, r"`train.micro_batches` = 8 does not divide over .* = 16"),
+        (["mesh.tensor=3"], 16, "must multiply to the 16 chips"),
+        (["mesh.tensor=16"], 16, r"`kv_heads` = 8 must be divisible by .*`tensor` = 16"),
+        ([], 256, r"`rollout.batch` = 64 does not divide over"),
+    ],
+)
+def test_what_does_not_divide_is_refused_and_given_fields_are_kept(fields, chips, expected):
+    given = tuple(field.partition("=")[0] for field in fields)
+    with pytest.raises(ValueError, match=expected):
+        plan(PAPER, *fields, chips=chips, given=given)
 
 
 def test_an_update_fills_its_contexts():
-    work = workload(cfg.load(PAPER, []))
+    work = workload(read_settings(load(PAPER)))
     # The first message takes 512 tokens, each of the 29 later ones 128; the rest is sampled.
     assert work.sampled == 16384 - 512 - 29 * 128
     assert (work.sequence, work.response) == (16384, 12288)
     assert work.longest_question == 512 + 4096
     # In steps of 64 tokens: 56 of the 248 into 4,096 slots, then 64 into each larger cache.
     assert work.slots_read == 4096 * (56 + 64 * (2 + 3 + 4)) / 248
-    short = workload(cfg.load(PAPER, ["--config.rollout.turn_tokens=100"]))
+    short = workload(read_settings(load(PAPER, "rollout.turn_tokens=100")))
     assert (short.sampled, short.response) == (3000, 3072)
 
 
@@ -139,46 +129,43 @@ def test_published_sizes_have_the_published_numbers_of_parameters():
 
 
 def test_parameters_optimizer_and_teacher_are_counted_on_each_device():
-    where = find("v5e:4x4", local_chips=0)
-    plan = analyze(cfg.load(PAPER + ":teacher=32b", []), where, given=[], flops=False)
     student, teacher = PUBLISHED["Qwen3-1.7B"], PUBLISHED["Qwen3-32B"]
 
     def each(sizes, width):
-        # Norms of queries and keys have no axis to be split over.
+        # Norms of queries and keys have no axis to be sharded over.
         norms = 2 * sizes.num_layers * sizes.head_dim
         return width * ((count(sizes) - norms) // 16 + norms)
 
-    found = plan.run.residents
-    assert found["parameters"] == each(student, 4)
-    # Two moments, the number of updates twice: of Adam, and of its schedule.
-    assert found["optimizer"] == 2 * each(student, 4) + 2 * 4
-    assert found["teacher"] == each(teacher, 2)
-    # Whole along `fsdp`, in bfloat16.
-    assert found["copy to sample with"] == 2 * count(student)
+    head = 2 * teacher.d_model * teacher.vocab_size // 16
+    assert plan(f"{PAPER}:teacher=32b", chips=16).residents == {
+        "parameters": each(student, 4),
+        # Two moments, and the number of updates twice: of Adam, and of its schedule.
+        "optimizer": 2 * each(student, 4) + 2 * 4,
+        "frozen weights": 0,
+        # The update takes the head, which is untied, and not the body.
+        "teacher's body": each(teacher, 2) - head,
+        "teacher's head": head,
+        # Replicated along `fsdp`, in bfloat16.
+        "copy to sample with": 2 * count(student),
+    }
 
 
-def test_adapters_leave_the_student_frozen_and_train_a_part():
-    flags = ["--config.lora.rank=16", "--config.lora.targets=q,down", "--config.mesh.fsdp=1"]
-    config = cfg.load(PAPER, flags)
-    student, teacher = planned_pair(config)
-    run = plan_run(
-        config, student, teacher, mesh=abstract_mesh(data=1, fsdp=1, tensor=1), layout="BSGH"
-    )
+def test_adapters_are_trained_beside_frozen_weights():
+    run = plan(PAPER, "lora.rank=16", "lora.targets=q,down", "mesh.fsdp=1")
     adapters = 28 * 16 * ((2048 + 16 * 128) + (6144 + 2048))
-    own = count(student.sizes)
+    own = count(run.student.sizes)
     assert run.residents["parameters"] == 4 * adapters
     assert run.residents["optimizer"] == 2 * 4 * adapters + 2 * 4
-    # Frozen weights need no more than what is computed in.
+    # Frozen weights are in the dtype of the computation.
     assert run.residents["frozen weights"] == 2 * own
     assert run.residents["copy to sample with"] == 2 * (own + adapters)
-    (step,) = [program for program in run.programs if program.name == "train step"]
-    (added,) = [part for part in step.moved if part.what == "gradient, added to"]
-    assert added.bytes == 4 * adapters
-    # The programs are those of a run: they can be traced with these arguments.
-    assert run.trace(step).out_info[0].params["q"]["a"].shape == (28, 2048, 16)
-    (sampling,) = [program for program in run.programs if program.name == "sampling"]
-    copied = run.trace(run.programs[0]).out_info
-    assert jax.tree.structure(copied) == jax.tree.structure(sampling.args[0])
+    found = {program.name: program for program in run.programs}
+    assert found["train step"].moved["gradient"] == passes(4 * adapters, 2 * 8)
+    # The programs can be traced with these arguments, so they are those of a run.
+    traced = run.trace(found["train step"])
+    assert traced.out_info[0].params["q"]["a"].shape == (28, 2048, 16)
+    copied = run.trace(found["copy to sample with"]).out_info
+    assert jax.tree.structure(copied) == jax.tree.structure(found["sampling"].args[0])
 
 
 def test_an_int8_teacher_takes_half_and_its_scales():
@@ -189,52 +176,36 @@ def test_an_int8_teacher_takes_half_and_its_scales():
     weights = sum(map(math.prod, projections))
     L, D, N, G, H, F = 36, 4096, 32, 8, 128, 12_288
     scales = L * ((N + 2 * G) * H + D + 2 * F + D)
-    expected = weights + 4 * scales + 2 * (count(sizes) - weights)
-    assert device_bytes(place.params(sizes, "int8")) == expected
-    # Its cache and its head stay in bfloat16.
-    cache = place.cache(sizes, place.params(sizes, "int8"), rows=1, slots=1)
-    assert cache.keys[0].dtype == "bfloat16"
+    params = place.params(sizes, "int8")
+    assert device_bytes(params) == weights + 4 * scales + 2 * (count(sizes) - weights)
+    # Its cache stays in bfloat16.
+    assert Player(place, sizes, params, ()).cache(rows=1, slots=1).keys[0].dtype == "bfloat16"
 
 
 def test_a_large_int8_teacher_and_a_student_in_training_fit_one_device_of_80_gb():
-    # As the README says.
     sizes = "mesh.fsdp=1 rollout.batch=8 judge.batch=8 eval.batch=4 train.loss_chunk=4096"
 
     def most(dtype: str) -> int:
-        """Bytes that some program needs, whatever the compiler does."""
-        flags = [f"--config.{size}" for size in f"{sizes} teacher_dtype={dtype}".split()]
-        config = cfg.load(f"{PAPER}:teacher=32b", flags)
-        mesh = abstract_mesh(data=1, fsdp=1, tensor=1)
-        run = plan_run(config, *planned_pair(config), mesh=mesh, layout="BSGH")
-        return max(device_bytes(p.args) + run.beside(p) + p.temporaries for p in run.programs)
+        run = plan(f"{PAPER}:teacher=32b", *sizes.split(), f"teacher_dtype={dtype}")
+        return max(map(run.least, run.programs))
 
     assert most("int8") < 74e9
     assert most("bfloat16") > 80e9
 
 
-def test_of_experts_those_that_a_token_takes_are_computed():
-    config = cfg.load(PAPER, ["--config.teacher=models/Qwen3-30B-A3B", "--config.mesh.data=2"])
-    plan = analyze(config, find("v5e:4x4", local_chips=0), given=[])
-    (first,) = [cost for cost in plan.costs if cost.program.name == "judging"]
-    sizes = PUBLISHED["Qwen3-30B-A3B"]
-    one = 3 * 2048 * 768
-    active = count(sizes) - 48 * (128 - 8) * one - 2 * 151_936 * 2048
-    tokens = 64 * plan.run.work.question
-    products = 2 * tokens * active
-    attention = 48 * 2 * 2 * tokens * plan.run.work.question * 32 * 128
-    assert first.flops * 16 == pytest.approx(products + attention, rel=0.02)
-
-
 def test_a_cache_is_counted_on_each_device():
     sizes = PUBLISHED["Qwen3-8B"]
     place = Placement(abstract_mesh(data=2, fsdp=2, tensor=4), "BSGH")
-    params = place.params(sizes, "bfloat16")
-    cache = place.cache(sizes, params, rows=64, slots=1024)
+    player = Player(place, sizes, place.params(sizes, "bfloat16"), ())
+    cache = player.cache(rows=64, slots=1024)
     whole = 2 * sizes.num_layers * 64 * 1024 * sizes.num_kv_heads * sizes.head_dim * 2
     assert device_bytes((cache.keys, cache.values)) == whole // 16
     assert device_bytes(cache.lengths) == 64 * 4 // 4
     with pytest.raises(ValueError, match="`batch` = 6 must be divisible"):
-        place.cache(sizes, params, rows=6, slots=1024)
+        player.cache(rows=6, slots=1024)
+
+
+# --- Programs
 
 
 def test_programs_are_those_that_the_method_runs():
@@ -244,84 +215,75 @@ def test_programs_are_those_that_the_method_runs():
         for who in ("student", "teacher")
         for what in ("first message", "sampling")
     ]
-    assert list(programs(QUICKSTART)) == [*rollout, "judging", "train step", *evaluated]
-    assert list(programs(QUICKSTART + ":method=opd")) == [*rollout, "train step", *evaluated]
-    # The teacher plays; there is nothing to copy.
-    assert list(programs(QUICKSTART + ":method=sft")) == [*rollout[1:], "train step", *evaluated]
-    # Turns may be far longer than the mean.
-    assert "judging: longest question" in programs(PAPER)
-    history = programs(
-        QUICKSTART, "--config.judge.context=history", "--config.judge.decode=generate"
-    )
-    assert [name for name in history if name.startswith("judging")] == [
-        "judging: conversation",
-        "judging",
-        "judging: answer",
-    ]
-
-
-def test_only_programs_that_use_the_teacher_hold_it():
-    found = programs(QUICKSTART + ":method=sft")
+    update = ["teacher's pass", "train step"]
+    assert list(programs(QUICKSTART)) == [*rollout, "judging", *update, *evaluated]
+    assert list(programs(f"{QUICKSTART}:method=opd")) == [*rollout, *update, *evaluated]
+    # The teacher plays, so nothing is copied; the train step does without it.
+    found = programs(f"{QUICKSTART}:method=sft")
+    assert list(found) == [*rollout[1:], "train step", *evaluated]
     assert found["train step"].args[1] is None
-    assert "teacher" in found["train step"].beside
-    assert "teacher" not in found["sampling"].beside
-    assert "teacher" not in programs(QUICKSTART)["train step"].beside
+    holds = {name for name, program in found.items() if "teacher's body" not in program.beside}
+    assert holds == {*rollout[1:], *evaluated[2:]}
+    # A turn may be far longer than the mean.
+    assert "judging: longest question" in programs(PAPER, chips=8)
+    history = programs(QUICKSTART, "judge.context=history", "judge.decode=generate")
+    judging = ["judging: conversation", "judging", "judging: answer"]
+    assert [name for name in history if name.startswith("judging")] == judging
 
 
 def test_models_built_from_nothing_are_planned_too():
     path = str(ROOT / "configs" / "household_pair.py")
     found = programs(path)
     assert "sampling" not in found
-    rows, tokens = found["train step"].args[2].tokens.shape
-    assert (rows, tokens) == (4096 // 896, 896)
-    with pytest.raises(ValueError, match=r"`data.tokens_per_batch` = 512: expected at least 896"):
-        programs(path, "--config.data.tokens_per_batch=512")
+    assert found["train step"].args[2].tokens.shape == (4096 // 896, 896)
+    with pytest.raises(
+        ValueError, match=r"`demonstrations.tokens_per_batch` = 512: expected at least 896"
+    ):
+        programs(path, "demonstrations.tokens_per_batch=512")
 
 
-def test_a_model_that_is_nowhere_is_answered_with_those_that_are_known():
-    config = cfg.load(PAPER, ["--config.teacher=models/Nobody-7B"])
-    with pytest.raises(ValueError, match=r"`teacher`.*models/Nobody-7B.*Qwen3-32B"):
-        planned_pair(config)
-
-
-def test_sizes_come_from_a_folder_where_there_is_one():
-    student, teacher = planned_pair(cfg.load(QUICKSTART, []))
+def test_sizes_come_from_a_folder_or_are_the_published_ones():
+    student, teacher = planned_pair(read_settings(load(QUICKSTART)))
     assert "config.json" in student.source
     assert (student.sizes.d_model, teacher.sizes.d_model) == (64, 96)
-    assert teacher.label_width == 1  # its tokenizer knows the judge's words
-    student, _ = planned_pair(cfg.load(PAPER, []))
+    assert teacher.label_width == 1  # its tokenizer has the labels' words
+    student, _ = planned_pair(read_settings(load(PAPER)))
     assert "published sizes of Qwen3-1.7B" in student.source
+    with pytest.raises(ValueError, match=r"`teacher`.*Qwen3-32B.*models/Nobody-7B"):
+        planned_pair(read_settings(load(PAPER, "teacher=models/Nobody-7B")))
 
 
 # --- Bounds and verdicts
 
 
-def test_a_bound_is_the_larger_of_two_times():
-    found = bound(V5E, flops=197e12, moved=819e9 / 4)
-    assert (found.seconds, found.term, found.memory) == (1.0, "compute", 0.25)
-    found = bound(V5E, flops=1e12, moved=819e9)
-    assert (found.seconds, found.term) == (1.0, "memory")
-
-
-def test_what_fits_beside_the_cores_may_be_read_once():
-    assert Moved("head", 2 * ON_CHIP, 5).total == 10 * ON_CHIP
-    assert Moved("head", ON_CHIP, 5).total == ON_CHIP
-    assert Moved("nothing", 10, 0).total == 0
+def test_what_fits_on_the_chip_may_be_read_once():
+    assert passes(2 * ON_CHIP, 5) == 10 * ON_CHIP
+    assert passes(ON_CHIP, 5) == ON_CHIP
+    assert passes(10, 0) == 0
 
 
 def test_sampling_moves_weights_and_cache_for_every_token():
-    found = programs(PAPER)["sampling"]
-    moved = {part.what: part for part in found.moved}
-    assert moved["parameters"].bytes == 2 * count(PUBLISHED["Qwen3-1.7B"])
+    moved = programs(PAPER, chips=8)["sampling"].moved
+    assert moved["parameters"] == 64 * 2 * count(PUBLISHED["Qwen3-1.7B"])
     slots = 4096 * 632 / 248  # as in `test_an_update_fills_its_contexts`
-    assert moved["cache"].bytes == round(2 * 28 * 8 * slots * 8 * 128 * 2)  # eight rows a device
-    assert {part.times for part in found.moved} == {64}
+    # Eight rows on a device.
+    assert moved["cache"] == 64 * round(2 * 28 * 8 * slots * 8 * 128 * 2)
 
 
-def memory(total: float, peak: float) -> Memory:
-    arguments, donated = 2 * GIB, GIB
-    temporaries = int(total * GIB) - arguments - 1000
-    return Memory(arguments, donated, donated, temporaries, 1000, int(peak * GIB))
+def test_only_the_experts_of_a_token_are_computed():
+    run = plan(PAPER, "teacher=models/Qwen3-30B-A3B", "mesh.data=2", chips=16)
+    judging = next(program for program in run.programs if program.name == "judging")
+    one, tokens = 3 * 2048 * 768, 64 * run.work.question
+    sizes = PUBLISHED["Qwen3-30B-A3B"]
+    active = count(sizes) - 48 * (128 - 8) * one - 2 * 151_936 * 2048
+    attention = 48 * 2 * 2 * tokens * run.work.question * 32 * 128
+    assert run.flops(judging) * 16 == pytest.approx(2 * tokens * active + attention, rel=0.02)
+
+
+def result(total: float, peak: float, **more: object) -> dict:
+    """What a compiler may have answered, in GiB."""
+    found = dict(refused="", temporaries=0, code=0, collectives=[])
+    return found | dict(total=int(total * GIB), peak=int(peak * GIB)) | more
 
 
 @pytest.mark.parametrize(
@@ -331,23 +293,31 @@ def memory(total: float, peak: float) -> Memory:
         (14.7, 14.7, 0, "uncertain"),
         (17.2, 14.6, 0, "uncertain"),
         (17.2, 15.8, 0, "does not fit"),
-        # Peaks above what everything together would be.
-        (3.0, 15.0, 0, "uncertain"),
-        # What stands beside it counts.
+        # What stays beside it counts.
         (10.0, 10.0, 4, "fits"),
         (10.0, 10.0, 5, "uncertain"),
         (10.0, 10.0, 6, "does not fit"),
     ],
 )
 def test_a_compiled_program_fits_is_uncertain_or_does_not_fit(total, peak, beside, expected):
-    found = compiled_verdict(memory(total, peak), beside=beside * GIB, limit=V5E.memory)
-    assert found == expected
+    run = replace(plan(QUICKSTART), residents={"teacher": beside * GIB})
+    program = replace(run.programs[0], beside=("teacher",))
+    assert verdict(run, program, result(total, peak)) == expected
+    nobody_knows = replace(run.where, chip=replace(V5E, memory=None))
+    assert verdict(replace(run, where=nobody_knows), program, result(total, peak)) == (
+        "memory unknown"
+    )
 
 
 def test_without_a_compiler_only_a_misfit_is_certain():
-    assert analytic_verdict(16 * GIB, limit=V5E.memory) == "does not fit"
-    assert analytic_verdict(15 * GIB, limit=V5E.memory) == "not compiled"
-    assert compiled_verdict(memory(3, 3), beside=0, limit=None) == "memory unknown"
+    run = plan(QUICKSTART)
+    for size, expected in ((16, "does not fit"), (15, "not compiled")):
+        program = replace(run.programs[0], temporaries=size * GIB)
+        assert verdict(run, program, None) == expected
+    # Only a refusal for lack of memory says something of memory.
+    refused = {"refused": "RESOURCE_EXHAUSTED: Ran out of memory on HBM"}
+    assert verdict(run, run.programs[0], refused) == "does not fit"
+    assert verdict(run, run.programs[0], {"refused": "no answer"}) == "not compiled"
 
 
 def test_a_run_is_as_good_as_its_worst_program():
@@ -356,124 +326,77 @@ def test_a_run_is_as_good_as_its_worst_program():
     assert worst(["does not fit", "not compiled"]) == "does not fit"
 
 
-# --- What is said of it
+# --- The report
 
 
-def compiled(**changes: object) -> dict:
-    """What a compiler may have answered; its programs have two micro-batches."""
-    collective = dict(
-        kind="all-gather",
-        shape="bf16[512,32768]",
-        group=4,
-        times=2,
-        known=True,
-        source="losses.py:35 _logits",
-        instances=1,
-        sent=2 * 2**25,
-    )
-    copy = dict(
-        shape="bf16[64,8,16384,128]",
-        bytes=2**31,
-        times=64,
-        known=True,
-        source="model.py:9 f",
-        instances=56,
-    )
-    return {
-        "refused": None,
-        "seconds": 12.0,
-        "memory": dict(
-            arguments=GIB, outputs=0, aliased=0, temporaries=2 * GIB, code=0, peak=3 * GIB
-        ),
-        "collectives": [collective | changes],
-        "copies": [copy],
-    }
+def test_a_compiled_plan_is_one_screen_and_verbose_has_all_of_it():
+    run = plan(PAPER, chips=32)
+    rows = [
+        dict(
+            kind="all-gather",
+            shape=f"bf16[{size},2048]",
+            group=32,
+            source=f"model/projections.py:{size}",
+            bytes=size * 10**6,
+            in_sequence=size,
+            known=size != 3,
+        )
+        for size in range(1, 9)
+    ]
+    step = result(9.0, 8.0, temporaries=3 * GIB, collectives=rows)
+    results = {program.name: result(4.0, 4.0) for program in run.programs}
+    report = describe(run, results | {"train step": step})
+    assert report["verdict"] == "fits"
+    # Those that send most come first; a count that is not known is none.
+    assert [row["bytes"] for row in report["collectives"]] == [n * 10**6 for n in range(8, 0, -1)]
+    counts = [row["in_sequence"] for row in report["collectives"]]
+    assert counts == [8, 7, 6, 5, 4, None, 2, 1]
+    assert {row["program"] for row in report["collectives"]} == {"train step"}
 
-
-def described(answer: dict) -> dict:
-    config = cfg.load(QUICKSTART, ["--config.train.micro_batches=2"])
-    where = find("v5e:1x1", local_chips=0)
-    analysis = analyze(config, where, given=[], flops=False)
-    return describe(analysis, {"train step": answer})
-
-
-def test_what_the_compiler_said_is_told():
-    text = tables.text(described(compiled()), can_compile=True)
-    for word in (
-        "| bf16[512,32768]",
-        "losses.py:35 _logits",
-        "copy of bf16[64,8,16384,128] (2.00 GiB), 64 × 56, at model.py:9 f",
-        "each device sends 0.0671 GB a run",
-        "Compiled, not run; times are bounds, not predictions.",
-    ):
+    text = screen.text(report, verbose=False)
+    assert text.startswith("verdict  ")
+    assert text.count("\n") < 40
+    for word in ("fits (compiled, not run)", "% of it is sampling", "4 more: --verbose"):
         assert word in text
-    assert "warning" not in text
+    assert "bf16[8,2048]" not in text
+    verbose = screen.text(report, verbose=True)
+    for word in ("bf16[1,2048]", "student's head", "assumed: every episode takes all its turns"):
+        assert word in verbose
 
-
-def test_a_refusal_is_told_in_the_compilers_words():
-    refused = {"refused": "RESOURCE_EXHAUSTED: Ran out of memory on HBM"}
-    report = described(refused)
-    assert report["verdict"] == "does not fit"
-    assert "train step: RESOURCE_EXHAUSTED: Ran out" in tables.text(report, can_compile=True)
-    # Anything else says nothing of memory.
-    assert described({"refused": "no answer"})["verdict"] == "not compiled"
-
-
-def test_weights_sent_for_every_chunk_of_the_loss_are_warned_of():
-    (warning,) = described(compiled(times=32, sent=32 * 2**25))["warnings"]
-    assert "all-gather bf16[512,32768] at losses.py:35 _logits" in warning
-    assert "32 times" in warning
-    assert described(compiled(times=32, sent=32 * 2**10))["warnings"] == []
-    assert described(compiled(times=32, source="model.py:3 f"))["warnings"] == []
-
-
-def test_a_loop_that_cannot_be_counted_is_warned_of():
-    report = described(compiled(known=False))
-    assert "unknown trip count" in report["warnings"][0]
-    assert "unknown trip count" in tables.text(report, can_compile=True)
-
-
-def test_what_a_plan_leaves_out_is_said():
-    where = find("v5e:1x1", local_chips=0)
-    config = cfg.load(QUICKSTART, ["--config.rollout.history_turns=4"])
-    report = describe(analyze(config, where, given=[], flops=False), None)
-    assert any("`rollout.history_turns`" in line for line in report["assumed"])
-    assert any("`judge.agreement_every`" in line for line in report["assumed"])
-
-
-# --- The command
+    first = replace(run, programs=run.programs[:1])
+    refused = {first.programs[0].name: {"refused": "RESOURCE_EXHAUSTED: Ran out of memory on HBM"}}
+    text = screen.text(describe(first, refused), verbose=False)
+    assert text.startswith("verdict   does not fit")
+    assert "copy to sample with: RESOURCE_EXHAUSTED: Ran out" in text
 
 
 def test_the_command_plans_a_paper_run_without_a_compiler(command):
     paper = "--config=configs/alfworld_qwen3.py:student=1.7b,teacher=32b"
     done = command("plan", paper, "--topology=v5e:4x4", "--compile=false", "--json")
     assert done.returncode == 0, done.stderr
-    plan = json.loads(done.stdout)["plan"]
-    assert (plan["chips"], plan["mesh"]) == (16, dict(data=1, fsdp=16, tensor=1))
-    found = {program["name"]: program for program in plan["programs"]}
+    found = json.loads(done.stdout)["plan"]
+    assert (found["chips"], found["mesh"]) == (16, dict(data=1, fsdp=16, tensor=1))
+    by_name = {program["name"]: program for program in found["programs"]}
     # The teacher's cache for 64 episodes is larger than a device: 64 layers, eight heads of 128,
-    # keys and values, two bytes; four rows of a device.
+    # keys and values, two bytes; four rows on a device.
     cache = 64 * 8 * 128 * 2 * 2 * 16384 * 4
-    assert found["evaluating the teacher: sampling"]["arguments"] > cache > V5E.memory
-    assert found["evaluating the teacher: sampling"]["verdict"] == plan["verdict"] == "does not fit"
-    # Weights meet each of 64 · 16384 tokens three times in the student, once in the teacher, and
-    # two for each operation; attention and recomputation come on top.
+    assert by_name["evaluating the teacher: sampling"]["arguments"] > cache > V5E.memory
+    assert by_name["evaluating the teacher: sampling"]["verdict"] == "does not fit"
+    assert found["verdict"] == "does not fit"
+    # Weights meet each of 64 · 16384 tokens three times in the student and once in the teacher,
+    # with two FLOPs each time; attention and recomputation come on top.
     tokens = 64 * 16384 / 16
     weights = [count(PUBLISHED[name]) for name in ("Qwen3-1.7B", "Qwen3-32B")]
     least = 2 * tokens * (3 * weights[0] + weights[1] - 2 * 151_936 * 5120)
-    assert least < found["train step"]["flops"] < 3 * least
-    assert found["train step"]["bound"]["term"] == "compute"
-    seconds = sum(p["runs"] * p["bound"]["seconds"] for p in plan["programs"] if p["bound"])
-    assert plan["update_seconds"] == pytest.approx(seconds)
-
-
-def test_the_command_prints_tables_and_says_that_nothing_ran(command):
-    flags = ("--config=configs/quickstart.py:runlocal", "--topology=v5e:2x2", "--compile=false")
-    done = command("plan", *flags, "--config.judge.batch=8")
-    assert done.returncode == 0, done.stderr
-    for word in ("fsdp 4", "| train step", "An update takes at least", "verdict: not compiled"):
-        assert word in done.stdout
-    assert "times are bounds, not predictions" in done.stdout
+    step = by_name["train step"]
+    assert least < step["flops"] + by_name["teacher's pass"]["flops"] < 3 * least
+    assert step["seconds"] == step["by_flops"] == step["flops"] / 197e12 > step["by_bandwidth"]
+    sampling = by_name["sampling"]
+    assert sampling["seconds"] == sum(sampling["moved"].values()) / 819e9 > sampling["by_flops"]
+    seconds = [p["runs"] * p["seconds"] for p in found["programs"] if p["runs"]]
+    assert found["update_seconds"] == pytest.approx(sum(seconds))
+    share = sampling["runs"] * sampling["seconds"] / sum(seconds)
+    assert found["sampling_share"] == pytest.approx(share)
 
 
 def test_the_smallest_slice_is_the_first_that_is_no_misfit(command):
@@ -486,24 +409,13 @@ def test_the_smallest_slice_is_the_first_that_is_no_misfit(command):
     assert list(verdicts) == [s.name for s in slices("v6e")][: len(verdicts)]
     assert verdicts.popitem() == (last, "not compiled")
     assert set(verdicts.values()) == {"does not fit"}
-    limit = V6E.memory
-    assert all(program["least"] <= limit for program in found["plan"]["programs"])
+    assert all(program["least"] <= V6E.memory for program in found["plan"]["programs"])
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        (["--topology=v5e:5x5"], "v5e:4x4"),
-        ([], "`--topology`"),
-        (["--topology=v5e:4x4", "--config.mesh.tensor=3"], "must multiply to the 16 chips"),
-        (["--topology=v5e:4x4", "--config.mesh.tensor=16"], "`kv_heads` = 8"),
-        (["--topology=v5e", "--smallest", "--config.mesh.data=7"], "fits no slice of v5e"),
-        (["--topology=v5e:4x4", "--workdir=w"], "`--workdir`"),
-    ],
-)
-def test_mistakes_end_in_one_line(command, flags, expected):
-    done = command("plan", "--config=configs/alfworld_qwen3.py", "--compile=false", *flags)
-    assert done.returncode == 2
-    assert expected in done.stderr
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
+def test_mistakes_end_in_one_line(command):
+    flags = ("--config=configs/alfworld_qwen3.py", "--topology=v5e", "--smallest")
+    done = command("plan", *flags, "--config.mesh.data=7")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: `--smallest`: the run fits no slice of v5e\n",
+    )

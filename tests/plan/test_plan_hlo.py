@@ -1,36 +1,28 @@
-"""The parser of compiled programs, on texts of known content."""
+"""Collectives and loops of compiled programs, in texts of known content."""
 
 import pytest
 
-from opd_jax.plan.collectives import collectives, copies
+from opd_jax.plan.collectives import Collective, collectives
 from opd_jax.plan.hlo import parse
-from opd_jax.plan.loops import run_counts, trip_count
+from opd_jax.plan.loops import trip_count
 
 # Layouts, tuples with comments, and places in the source as the TPU compiler prints them.
 HEADER = """HloModule jit_step, is_scheduled=true, num_partitions=8
 
 FileNames
 1 "/usr/lib/site-packages/opd_jax/losses.py"
-2 "/usr/lib/site-packages/opd_jax/model.py"
-
-FunctionNames
-1 "_logits"
-2 "forward.<locals>.block"
+2 "/usr/lib/site-packages/opd_jax/model/transformer.py"
+3 "/usr/lib/site-packages/opd_jax/runtime/mesh.py"
 
 FileLocations
 1 {file_name_id=1 function_name_id=1 line=35 end_line=35 column=4 end_column=9}
 2 {file_name_id=2 function_name_id=2 line=70 end_line=70 column=4 end_column=9}
+3 {file_name_id=3 function_name_id=3 line=8 end_line=8 column=4 end_column=9}
 
 StackFrames
 1 {file_location_id=1 parent_frame_id=1}
-2 {file_location_id=2 parent_frame_id=1}
-
-"""
-ADD = """%add (a: f32[], b: f32[]) -> f32[] {
-  %a = f32[] parameter(0)
-  %b = f32[] parameter(1)
-  ROOT %sum = f32[] add(%a, %b)
-}
+2 {file_location_id=2 parent_frame_id=2}
+3 {file_location_id=3 parent_frame_id=3}
 
 """
 
@@ -64,20 +56,24 @@ def loop(
 """
 
 
-def entry(*, start: int = 0, more: str = "", loops: str = "%state") -> str:
+def entry(*, start: int = 0, more: str = "") -> str:
     return f"""ENTRY %main (x: f32[4,8]) -> f32[4,8] {{
   %x = f32[4,8]{{1,0:T(8,128)}} parameter(0)
   %zero = s32[] constant({start})
   %begin = s32[]{{:T(128)}} copy(%zero)
   %state = (s32[], f32[4,8]{{1,0}}) tuple(%begin, %x)
-{more}  %while = (s32[], f32[4,8]{{1,0}}) while({loops}), condition=%cond, body=%body
+{more}  %while = (s32[], f32[4,8]{{1,0}}) while(%state), condition=%cond, body=%body
   ROOT %result = f32[4,8]{{1,0}} get-tuple-element(%while), index=1
 }}
 """
 
 
+def found_in(text: str) -> list[Collective]:
+    return collectives(parse(HEADER + text))
+
+
 def trips(text: str) -> int | None:
-    module = parse(text)
+    module = parse(HEADER + text)
     return trip_count(module, module.entry, module.computations["main"]["while"])
 
 
@@ -93,45 +89,30 @@ def trips(text: str) -> int | None:
         (27, 0, -1, "GT", 27),
         (0, 8, 2, "NE", 4),
         (5, 5, 1, "LT", 0),
-        # It would never end, or nobody can say.
-        (0, 7, 2, "NE", None),
-        (0, 8, -1, "LT", None),
-        (0, 8, 0, "LT", None),
+        (0, 8, 0, "LT", None),  # it never ends
     ],
 )
 def test_a_loop_runs_from_its_start_to_its_bound_in_steps(start, bound, step, direction, expected):
-    text = HEADER + loop(bound=bound, step=step, direction=direction) + entry(start=start)
-    assert trips(text) == expected
+    assert trips(loop(bound=bound, step=step, direction=direction) + entry(start=start)) == expected
 
 
-def test_a_count_that_is_printed_is_taken():
-    text = HEADER + loop() + entry()
+def test_a_printed_trip_count_is_used():
     known = 'body=%body, backend_config={"known_trip_count":{"n":"12"}}'
-    assert trips(text.replace("body=%body", known)) == 12
+    assert trips(loop() + entry().replace("body=%body", known)) == 12
 
 
-def test_of_a_loop_that_may_end_early_the_bound_counts():
-    text = HEADER + loop(bound=16) + entry()
-    early = text.replace(
+def test_a_loop_that_may_end_early_counts_with_its_bound():
+    early = loop(bound=16).replace(
         "  ROOT %go = pred[] compare(%at, %limit), direction=LT\n",
-        "  %more = pred[] compare(%at, %limit), direction=LT\n"
-        "  %seen = f32[4,8]{1,0} get-tuple-element(%p.c), index=1\n"
-        "  %any = pred[] fusion(%seen), kind=kLoop, calls=%alive\n"
-        "  ROOT %go = pred[] and(%more, %any)\n",
+        """  %more = pred[] compare(%at, %limit), direction=LT
+  %any = pred[] custom-call(%p.c), custom_call_target="Any"
+  ROOT %go = pred[] and(%more, %any)
+""",
     )
-    alive = "%alive (s: f32[4,8]) -> pred[] {\n  %s = f32[4,8] parameter(0)\n"
-    alive += '  ROOT %r = pred[] custom-call(%s), custom_call_target="Any"\n}\n\n'
-    assert trips(early.replace("ENTRY", alive + "ENTRY")) == 16
+    assert trips(early + entry()) == 16
 
 
 def test_counters_and_comparisons_inside_fusions_are_followed():
-    text = HEADER + loop(bound=10, step=5) + entry()
-    text = text.replace(
-        "ROOT %go = pred[] compare(%at, %limit), direction=LT",
-        "ROOT %go = pred[] fusion(%limit, %at), kind=kLoop, calls=%less",
-    ).replace(
-        "%next = s32[] add(%i, %one)", "%next = s32[] fusion(%i, %one), kind=kLoop, calls=%plus"
-    )
     fused = """%less (l: s32[], a: s32[]) -> pred[] {
   %l = s32[] parameter(0)
   %a = s32[] parameter(1)
@@ -145,62 +126,69 @@ def test_counters_and_comparisons_inside_fusions_are_followed():
 }
 
 """
-    assert trips(text.replace("%cond (", fused + "%cond (")) == 2
+    text = loop(bound=10, step=5)
+    for plain, call in (
+        ("compare(%at, %limit), direction=LT", "fusion(%limit, %at), kind=kLoop, calls=%less"),
+        ("add(%i, %one)", "fusion(%i, %one), kind=kLoop, calls=%plus"),
+    ):
+        assert plain in text
+        text = text.replace(plain, call)
+    assert trips(fused + text + entry()) == 2
 
 
 def test_a_bound_in_the_loops_own_state_is_found():
     state = "s32[], f32[4,8]{1,0}, s32[]"
-    text = HEADER + loop(state=state) + entry()
-    text = text.replace(
-        "  %limit = s32[]{:T(128)} constant(28)\n",
-        "",
-    ).replace("  ROOT %go =", "  %limit = s32[] get-tuple-element(%p.c), index=2\n  ROOT %go =")
-    text = text.replace("tuple(%next, %x)", "tuple(%next, %x, %same)").replace(
-        "  %one = ", "  %same = s32[] get-tuple-element(%p.b), index=2\n  %one = "
-    )
-    text = text.replace("tuple(%begin, %x)", "tuple(%begin, %x, %many)").replace(
-        "  %zero = ", "  %many = s32[] constant(9)\n  %zero = "
-    )
+    third = "s32[] get-tuple-element(%p.{}), index=2\n"
+    text = loop(state=state) + entry()
+    for old, new in (
+        ("  %limit = s32[]{:T(128)} constant(28)\n", ""),
+        ("  ROOT %go =", f"  %limit = {third.format('c')}  ROOT %go ="),
+        ("  %one = ", f"  %same = {third.format('b')}  %one = "),
+        ("tuple(%next, %x)", "tuple(%next, %x, %same)"),
+        ("  %zero = ", "  %many = s32[] constant(9)\n  %zero = "),
+        ("tuple(%begin, %x)", "tuple(%begin, %x, %many)"),
+    ):
+        assert old in text
+        text = text.replace(old, new)
     assert trips(text) == 9
 
 
 def test_a_loop_whose_bound_is_computed_is_unknown_and_says_so():
-    text = HEADER + loop(body=REDUCE) + ADD + entry()
+    text = loop(body=REDUCE) + entry()
     text = text.replace("constant(28)", 'custom-call(), custom_call_target="Ask"')
     assert trips(text) is None
-    (found,) = collectives(parse(text))
-    assert (found.times, found.known) == (1, False)
+    (found,) = found_in(text)
+    assert (found.in_sequence, found.known) == (1, False)
 
 
 REDUCE = (
     "  %sum = f32[4,8]{1,0:T(8,128)} all-reduce(%x), channel_id=1, "
     "replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add, "
-    'metadata={op_name="jit(step)/while/body/add" stack_frame_id=2}\n'
+    'metadata={op_name="jit(step)/while/body/add" stack_frame_id=3}\n'
 )
 
 
 def test_loops_inside_loops_multiply():
     state = "s32[], f32[4,8]{1,0}"
-    inner = f"  %again = ({state}) while(%p.b), condition=%cond.in, body=%body.in\n"
-    text = (
-        HEADER
-        + ADD
-        + loop(name=".in", bound=36, body=REDUCE.replace("%x)", "%x.in)"))
-        + loop(bound=4, body=inner)
-        + entry()
-    )
-    # The inner loop starts where the outer one stands, so its start is not a number.
-    assert run_counts(parse(text))["body.in"].known is False
-    started = inner.replace("while(%p.b)", "while(%fresh)")
-    fresh = "  %nought = s32[] constant(0)\n"
-    fresh += f"  %fresh = ({state}) tuple(%nought, %x)\n"
-    counts = run_counts(parse(text.replace(inner, fresh + started)))
-    assert (counts["body"].count, counts["body.in"].count) == (4, 144)
-    (found,) = collectives(parse(text.replace(inner, fresh + started)))
-    assert (found.kind, found.group, found.times, found.known) == ("all-reduce", 4, 144, True)
-    # Twice three quarters of 128 bytes each time: once to add up, once to spread.
-    assert found.sent == 144 * 2 * 128 * 3 // 4
-    assert found.source == "model.py:70 forward.<locals>.block"
+    inner = f"""  %nought = s32[] constant(0)
+  %fresh = ({state}) tuple(%nought, %x)
+  %again = ({state}) while(%fresh), condition=%cond.in, body=%body.in
+"""
+    innermost = loop(name=".in", bound=36, body=REDUCE.replace("%x)", "%x.in)"))
+    text = innermost + loop(bound=4, body=inner) + entry()
+    (found,) = found_in(text)
+    assert (found.kind, found.group, found.in_sequence) == ("all-reduce", 4, 4 * 36)
+    # Twice three quarters of 128 bytes each time: once to add up, once to send the sum.
+    assert (found.bytes, found.known) == (144 * 2 * 128 * 3 // 4, True)
+    # A loop that starts from the counter of the loop around it is not known.
+    (found,) = found_in(text.replace("while(%fresh)", "while(%p.b)"))
+    assert (found.in_sequence, found.known) == (4, False)
+
+
+def test_the_source_is_the_caller_of_what_constrains_shardings():
+    (found,) = found_in(loop(body=REDUCE, bound=0) + entry())
+    assert found.source == "model/transformer.py:70"
+    assert (found.in_sequence, found.bytes) == (0, 0)  # the loop never runs
 
 
 @pytest.mark.parametrize(
@@ -218,53 +206,32 @@ def test_loops_inside_loops_multiply():
 )
 def test_groups_are_read_in_every_way_they_are_printed(groups, expected):
     body = REDUCE.replace("{{0,1,2,3},{4,5,6,7}}", groups)
-    (found,) = collectives(parse(HEADER + ADD + loop(body=body) + entry()))
+    (found,) = found_in(loop(body=body) + entry())
     assert found.group == expected
 
 
-def in_entry(line: str, kind: str = "f32[4,8]{1,0:T(8,128)}") -> str:
-    return f"  %sent = {kind} {line}, channel_id=7, replica_groups={{{{0,1,2,3}},{{4,5,6,7}}}}\n"
-
-
 @pytest.mark.parametrize(
-    ("line", "kind", "name", "sent"),
+    ("line", "kind", "sent"),
     [
-        ("all-gather(%x), dimensions={0}", "f32[16,8]{1,0}", "all-gather", 512 * 3 / 4),
-        ("reduce-scatter(%x), to_apply=%add", "f32[1,8]{1,0}", "reduce-scatter", 128 * 3 / 4),
-        ("all-to-all(%x), dimensions={0}", "f32[4,8]{1,0}", "all-to-all", 128 * 3 / 4),
-        (
-            "collective-permute(%x), source_target_pairs={{0,1}}",
-            "f32[4,8]",
-            "collective-permute",
-            128,
-        ),
-        (
-            "all-gather-start(%x), dimensions={0}",
-            "(bf16[4,8]{1,0}, bf16[16,8]{1,0})",
-            "all-gather",
-            256 * 3 / 4,
-        ),
-        (
-            "collective-permute-start(%x), source_target_pairs={{0,1}}",
-            "(f32[4,8]{1,0}, f32[4,8]{1,0}, u32[], u32[])",
-            "collective-permute",
-            128,
-        ),
-        (
-            "all-reduce(%x, %x), to_apply=%add",
-            "(f32[4,8]{1,0}, /*index=1*/bf16[4,8]{1,0})",
-            "all-reduce",
-            2 * (128 + 64) * 3 / 4,
-        ),
+        ("all-gather(%x), dimensions={0}", "f32[16,8]{1,0}", 512 * 3 / 4),
+        ("reduce-scatter(%x), to_apply=%add", "f32[1,8]{1,0}", 128 * 3 / 4),
+        ("all-to-all(%x), dimensions={0}", "f32[4,8]{1,0:T(8,128)}", 128 * 3 / 4),
+        ("collective-permute(%x), source_target_pairs={{0,1}}", "f32[4,8]", 128),
+        # The result of a start begins with its operands.
+        ("all-gather-start(%x)", "(bf16[4,8]{1,0}, bf16[16,8]{1,0})", 256 * 3 / 4),
+        ("collective-permute-start(%x)", "(f32[4,8]{1,0}, f32[4,8]{1,0}, u32[], u32[])", 128),
+        ("all-reduce(%x, %x)", "(f32[4,8]{1,0}, /*index=1*/bf16[4,8]{1,0})", 2 * 192 * 3 / 4),
     ],
 )
-def test_each_kind_sends_what_a_ring_sends(line, kind, name, sent):
-    text = HEADER + ADD + loop() + entry(more=in_entry(line, kind))
-    (found,) = collectives(parse(text))
-    assert (found.kind, found.sent, found.times) == (name, sent, 1)
+def test_each_kind_sends_what_a_ring_sends(line, kind, sent):
+    groups = "channel_id=7, replica_groups={{0,1,2,3},{4,5,6,7}}"
+    more = f"  %sent = {kind} {line}, {groups}\n"
+    (found,) = found_in(loop() + entry(more=more))
+    assert found.kind == line.partition("(")[0].removesuffix("-start")
+    assert (found.bytes, found.in_sequence) == (sent, 1)
 
 
-def test_one_channel_counts_once_where_it_runs_least():
+def test_a_collective_that_is_printed_often_counts_once_where_it_runs_least():
     # An asynchronous gather is printed in each fusion that hides it.
     fused = "".join(
         f"%async_{n} (w: f32[4,8]) -> f32[16,8] {{\n  %w = f32[4,8] parameter(0)\n"
@@ -275,8 +242,8 @@ def test_one_channel_counts_once_where_it_runs_least():
     outside = "".join(
         f"  %f{n} = f32[16,8] fusion(%x), kind=kCustom, calls=%async_{n}\n" for n in (1, 2)
     )
-    (found,) = collectives(parse(HEADER + fused + loop(body=body) + entry(more=outside)))
-    assert (found.instances, found.times, found.sent) == (1, 1, 512 * 3 // 4)
+    (found,) = found_in(fused + loop(body=body) + entry(more=outside))
+    assert (found.in_sequence, found.bytes) == (1, 512 * 3 // 4)
 
 
 def test_an_all_reduce_that_keeps_its_own_part_is_a_reduce_scatter():
@@ -291,73 +258,22 @@ def test_an_all_reduce_that_keeps_its_own_part_is_a_reduce_scatter():
         "  %own = f32[1,8] fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1, "
         "metadata={stack_frame_id=1}\n"
     )
-    (found,) = collectives(parse(HEADER + ADD + fused + loop() + entry(more=more)))
-    assert (found.kind, found.sent) == ("reduce-scatter", 128 * 3 // 4)
-    # It is printed without a place in the source; the fusion has one.
-    assert found.source == "losses.py:35 _logits"
+    (found,) = found_in(fused + loop() + entry(more=more))
+    assert (found.kind, found.bytes) == ("reduce-scatter", 128 * 3 // 4)
+    assert found.source == "losses.py:35"  # the fusion's: the reduction has none
 
 
-def test_a_computation_ends_at_a_line_that_is_exactly_a_brace():
-    # A kernel prints its metadata over several lines.
+def test_metadata_of_a_kernel_does_not_end_a_computation():
     kernel = """  %k = f32[4,8]{1,0} custom-call(%x), custom_call_target="kernel", metadata={
     "kernel": {"grid": [1],
     },
 }}, backend_config={"flag": {
 }}
 """
-    body = kernel + REDUCE
-    (found,) = collectives(parse(HEADER + ADD + loop(body=body) + entry()))
-    assert found.times == 28
-
-
-def test_like_collectives_of_one_place_are_one_row():
-    body = REDUCE + REDUCE.replace("%sum", "%sum.2").replace("channel_id=1", "channel_id=2")
-    (found,) = collectives(parse(HEADER + ADD + loop(body=body) + entry()))
-    assert (found.instances, found.sent) == (2, 2 * 28 * 192)
-
-
-def test_large_copies_within_main_memory_are_listed():
-    big = "f32[4096,4096]{1,0:T(8,128)"
-    more = f"""  %cache = {big}}} broadcast(%zero)
-  %turned = f32[4096,4096]{{0,1:T(8,128)}} copy(%cache), metadata={{stack_frame_id=2}}
-  %near = {big}S(1)}} copy(%cache)
-  %small = f32[4,8]{{0,1}} copy(%x)
-"""
-    (found,) = copies(parse(HEADER + loop() + entry(more=more)))
-    assert (found.shape, found.bytes, found.times) == ("f32[4096,4096]", 2**26, 1)
-    assert found.source == "model.py:70 forward.<locals>.block"
-
-
-def test_a_copy_in_a_loop_counts_as_often_as_the_loop_runs():
-    body = "  %turned = f32[4096,4096]{0,1} copy(%x)\n"
-    (found,) = copies(parse(HEADER + loop(body=body, bound=16) + entry()))
-    assert found.times == 16
-
-
-def test_a_copy_that_a_fusion_makes_on_the_way_is_none():
-    big = "f32[4096,4096]{1,0}"
-    fused = f"""%relayout (w: {big}) -> {big} {{
-  %w = {big} parameter(0)
-  ROOT %turned = f32[4096,4096]{{0,1}} copy(%w)
-}}
-
-%rowsum (v: {big}) -> f32[4096] {{
-  %v = {big} parameter(0)
-  %inside = f32[4096,4096]{{0,1}} copy(%v)
-  ROOT %sums = f32[4096] reduce(%inside), dimensions={{0}}, to_apply=%add
-}}
-
-"""
-    more = f"""  %cache = {big} broadcast(%zero)
-  %sums = f32[4096]{{0}} fusion(%cache), kind=kLoop, calls=%rowsum
-"""
-    assert copies(parse(HEADER + ADD + fused + loop() + entry(more=more))) == []
-    # What the whole fusion gives is a copy after all.
-    line = "  %{} = f32[4096,4096]{{0,1}} fusion(%cache), calls=%relayout, "
-    line += "metadata={{stack_frame_id=2}}\n"
-    more += line.format("one") + line.format("two")
-    (found,) = copies(parse(HEADER + ADD + fused + loop() + entry(more=more)))
-    assert (found.instances, found.bytes) == (2, 2**26)
+    # Like collectives from one place are one row.
+    body = kernel + REDUCE + REDUCE.replace("%sum", "%sum.2").replace("id=1", "id=2")
+    (found,) = found_in(loop(body=body) + entry())
+    assert (found.in_sequence, found.bytes) == (2 * 28, 2 * 28 * 192)
 
 
 def test_text_without_an_entry_is_refused():

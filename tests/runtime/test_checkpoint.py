@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back bit for bit, or not at all and with a reason."""
+"""Checkpoints: what is saved is restored bit for bit, or refused with a reason."""
 
 import os
 import shutil
@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,6 @@ import optax
 import pytest
 
 from opd_jax.runtime.checkpoint import Checkpoints
-
-# Reads cut short by a damaged file complain from threads: held back from stderr, seen by pytest.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def train_state(seed: int) -> dict:
@@ -39,7 +37,7 @@ def train_state(seed: int) -> dict:
 
 
 def bits(tree) -> list:
-    """Structure, dtypes and raw bytes: equal only for trees that are equal bit for bit."""
+    """Structure, dtypes and raw bytes of a tree."""
     leaves = jax.tree.map(
         lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x,
         tree,
@@ -71,19 +69,32 @@ def files_in(directory: Path) -> dict[str, bytes]:
     return {str(file): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
 
 
-def test_a_round_trip_is_bit_equal(directory):
+def restore(directory: Path, tree: Any, **options: Any) -> Any:
+    """Restores the newest checkpoint as a new process would."""
+    checkpoints = Checkpoints(directory, keep=5)
+    try:
+        return checkpoints.restore_latest(tree, **options)
+    finally:
+        checkpoints.close()
+
+
+def test_a_round_trip_is_bit_equal_and_prints_nothing(directory, capfd, caplog):
     state = train_state(3)
     meta = {"cursor": 7, "rng": {"state": 2**127 - 1}, "seen": ["a", None, 0.1], "done": False}
     checkpoints = Checkpoints(directory, keep=2)
     checkpoints.save(5, state, meta)
     checkpoints.close()
-    step, arrays, restored_meta = Checkpoints(directory, keep=2).restore_latest(abstract(state))
+    step, arrays, restored_meta = restore(directory, abstract(state))
     assert (step, restored_meta) == (5, meta)
     assert bits(arrays) == bits(state)
     assert bits(jax.random.split(arrays["rng"])) == bits(jax.random.split(state["rng"]))
+    assert capfd.readouterr() == ("", "")
+    assert [record for record in caplog.records if "orbax" in record.pathname] == []
 
 
 def test_nothing_saved_restores_nothing_and_creates_nothing(directory):
+    with pytest.raises(ValueError, match="`keep`"):
+        Checkpoints(directory, keep=0)
     checkpoints = Checkpoints(directory, keep=2)
     assert checkpoints.latest() is None
     assert checkpoints.restore_latest(abstract(train_state(0))) is None
@@ -150,7 +161,7 @@ def test_restoring_follows_the_sharding_asked_for(directory):
 
 
 def bytes_read() -> int:
-    """By this process since it started, in all of its threads."""
+    """Bytes that this process has read since it started."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
@@ -176,7 +187,7 @@ def test_a_part_is_restored_without_reading_the_rest(directory):
     checkpoints.close()
 
 
-def test_what_is_asked_for_without_a_place_comes_to_the_host(directory):
+def test_arrays_asked_for_without_a_sharding_are_restored_to_the_host(directory):
     device = jax.devices()[-1]
     saved = {"host": jnp.arange(3, dtype=jnp.bfloat16), "there": jnp.arange(4), "count": 7}
     checkpoints = Checkpoints(directory, keep=1)
@@ -219,7 +230,7 @@ def test_a_kill_in_the_middle_of_a_save_loses_only_that_save(directory):
         timeout=120,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    # The kill came while 64 MiB were being written, or the test shows nothing.
+    # The kill came during the write of 64 MiB.
     assert (directory / "2").exists() is False
     unfinished = [path.name for path in directory.iterdir() if path.name != "1"]
     assert len(unfinished) == 1
@@ -235,54 +246,33 @@ def test_a_kill_in_the_middle_of_a_save_loses_only_that_save(directory):
     checkpoints.close()
 
 
-def truncate_data(step: Path) -> None:
-    for file in (step / "state" / "d").iterdir():
+def truncate(path: Path) -> None:
+    for file in path.rglob("*") if path.is_dir() else [path]:
         os.truncate(file, file.stat().st_size // 2)
 
 
-def delete_data(step: Path) -> None:
-    shutil.rmtree(step / "state" / "d")
-
-
-def truncate_manifest(step: Path) -> None:
-    os.truncate(step / "state" / "manifest.ocdbt", 10)
-
-
-def truncate_array_list(step: Path) -> None:
-    os.truncate(step / "state" / "_METADATA", 10)
-
-
-def delete_array_list(step: Path) -> None:
-    (step / "state" / "_METADATA").unlink()
-
-
-def truncate_meta(step: Path) -> None:
-    os.truncate(step / "meta" / "metadata", 3)
-
-
-def delete_meta(step: Path) -> None:
-    shutil.rmtree(step / "meta")
-
-
-def delete_state(step: Path) -> None:
-    shutil.rmtree(step / "state")
+def delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 DAMAGE = [
-    truncate_data,
-    delete_data,
-    truncate_manifest,
-    truncate_array_list,
-    delete_array_list,
-    truncate_meta,
-    delete_meta,
-    delete_state,
+    (truncate, "state/d"),
+    (delete, "state/d"),
+    (truncate, "state/manifest.ocdbt"),
+    (truncate, "state/_METADATA"),
+    (delete, "state/_METADATA"),
+    (truncate, "meta/metadata"),
+    (delete, "meta"),
+    (delete, "state"),
 ]
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_refused_and_the_older_one_named(two_saved, damage, capfd):
-    damage(two_saved / "20")
+@pytest.mark.parametrize(("damage", "part"), DAMAGE)
+def test_a_damaged_checkpoint_is_refused_and_the_older_one_named(two_saved, damage, part, capfd):
+    damage(two_saved / "20" / part)
     before = files_in(two_saved)
     checkpoints = Checkpoints(two_saved, keep=5)
     with pytest.raises(ValueError, match="cannot be restored") as error:
@@ -309,10 +299,9 @@ def test_a_damaged_checkpoint_without_an_older_one_says_so(directory):
     checkpoints = Checkpoints(directory, keep=1)
     checkpoints.save(1, train_state(1), {})
     checkpoints.close()
-    truncate_data(directory / "1")
+    truncate(directory / "1" / "state" / "d")
     with pytest.raises(ValueError, match="no older checkpoint; start again with another"):
-        checkpoints.restore_latest(abstract(train_state(0)))
-    checkpoints.close()
+        restore(directory, abstract(train_state(0)))
 
 
 def test_arrays_of_another_model_are_refused_by_name(two_saved):
@@ -334,31 +323,8 @@ def test_arrays_of_another_model_are_refused_by_name(two_saved):
             checkpoints.restore_latest(other)
         assert "\n" not in str(error.value)
         assert f"`{two_saved / '20'}`" in str(error.value)
+        if "was expected" not in pattern:  # a part may leave out what was saved
+            with pytest.raises(ValueError, match=pattern):
+                checkpoints.restore_latest({"params": other["params"]}, partial=True)
     assert files_in(two_saved) == before
     checkpoints.close()
-
-
-def test_a_part_that_is_not_there_is_refused_by_name(two_saved):
-    layers = abstract(train_state(0))["params"]["layers"]
-    wide = {**layers, "w": jax.ShapeDtypeStruct((4, 6), jnp.float32)}
-    more = {**layers, "extra": layers["w"]}
-    checkpoints = Checkpoints(two_saved, keep=5)
-    for part, pattern in ((wide, "params/layers/w`.*4, 5.*4, 6"), (more, "extra`.*absent there")):
-        with pytest.raises(ValueError, match=pattern):
-            checkpoints.restore_latest({"params": {"layers": part}}, partial=True)
-    checkpoints.close()
-
-
-def test_saving_and_restoring_print_nothing(directory, capfd, caplog):
-    checkpoints = Checkpoints(directory, keep=1)
-    for step in (1, 2):
-        checkpoints.save(step, train_state(step), {})
-    checkpoints.restore_latest(abstract(train_state(0)))
-    checkpoints.close()
-    assert capfd.readouterr() == ("", "")
-    assert [record for record in caplog.records if "orbax" in record.pathname] == []
-
-
-def test_keep_must_be_positive(directory):
-    with pytest.raises(ValueError, match="`keep`"):
-        Checkpoints(directory, keep=0)

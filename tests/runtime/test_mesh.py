@@ -1,4 +1,4 @@
-"""The mesh, the rules and the arrays placed by them."""
+"""The mesh, the rules, and the arrays that are sharded by them."""
 
 import math
 from dataclasses import replace
@@ -22,23 +22,14 @@ from opd_jax.runtime.mesh import batch_sharding, make_mesh, param_shardings, rep
 CONFIG = replace(TINY, vocab_size=64, d_model=32, head_dim=16, d_ff=48, qkv_bias=True)
 
 
-def test_mesh_has_three_automatic_axes() -> None:
-    mesh = make_mesh(data=1, fsdp=4, tensor=2)
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 4, "tensor": 2}
-    assert set(mesh.axis_types) == {AxisType.Auto}
-    assert set(mesh.devices.flat) == set(jax.devices())
-
-
-def test_mesh_over_chosen_devices() -> None:
-    mesh = make_mesh(data=2, fsdp=1, tensor=1, devices=jax.devices()[2:4])
-    assert set(mesh.devices.flat) == set(jax.devices()[2:4])
-
-
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 2, 3), (2, 2, 1)])
+@pytest.mark.parametrize("sizes", [(1, 4, 2), (1, 1, 1), (1, 2, 3)])
 def test_a_single_process_may_leave_devices_unused(sizes: tuple[int, int, int]) -> None:
     mesh = make_mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
-    assert tuple(mesh.shape.values()) == sizes
+    assert dict(mesh.shape) == dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+    assert set(mesh.axis_types) == {AxisType.Auto}
     assert set(mesh.devices.flat) == set(jax.devices()[: math.prod(sizes)])
+    chosen = make_mesh(data=2, fsdp=1, tensor=1, devices=jax.devices()[2:4])
+    assert set(chosen.devices.flat) == set(jax.devices()[2:4])
 
 
 def test_several_processes_must_use_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +56,7 @@ def test_every_logical_axis_of_the_model_has_a_rule() -> None:
     adapters = lora_specs(CONFIG, Lora(rank=2, alpha=1.0, targets=("q",)))
     trees = [param_specs(CONFIG), param_specs(mixture), adapters, cache]
     axes = {a for spec in jax.tree.leaves(trees, is_leaf=is_spec) for a in spec.axes}
-    # Activations have the axes of what they meet, but for the batch of those sent to weights.
+    # Only the batch of activations that are sent to weights has an axis of its own.
     assert axes | {"decode_batch"} == set(mesh_lib.RULES)
 
 
@@ -79,15 +70,15 @@ def test_parameters_follow_the_rules() -> None:
     assert shardings["head"].shard_shape((32, 64)) == (8, 32)
 
 
-def test_random_parameters_are_made_where_they_lie() -> None:
+def test_random_parameters_are_created_in_shards() -> None:
     embed = {"embed": ParamSpec((4096, 64), ("vocab", "embed"), 0.02)}
     shardings = param_shardings(embed, make_mesh(data=1, fsdp=4, tensor=2))
     init = jax.jit(partial(init_arrays, embed, dtype=jnp.float32), out_shardings=shardings)
     compiled = init.lower(jax.random.key(0)).compile()
-    memory, whole = compiled.memory_analysis(), 4 * 4096 * 64
-    assert whole / 8 <= memory.output_size_in_bytes < whole / 7
-    # Neither made whole and cut, nor sent.
-    assert memory.temp_size_in_bytes < whole / 2
+    memory, total = compiled.memory_analysis(), 4 * 4096 * 64
+    assert total / 8 <= memory.output_size_in_bytes < total / 7
+    # Not created replicated and then sliced, and not sent.
+    assert memory.temp_size_in_bytes < total / 2
     assert collectives(parse(compiled.as_text())) == []
 
 
@@ -106,7 +97,7 @@ def test_indivisible_parameter_is_named() -> None:
         )
 
 
-def test_batch_is_split_over_data_and_fsdp() -> None:
+def test_a_batch_is_sharded_over_data_and_fsdp() -> None:
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     host = {"tokens": np.arange(24).reshape(8, 3), "reward": np.arange(8.0, dtype=np.float32)}
     batch = shard_batch(host, mesh)
@@ -114,6 +105,8 @@ def test_batch_is_split_over_data_and_fsdp() -> None:
     assert {s.data.shape for s in batch["tokens"].addressable_shards} == {(2, 3)}
     for name, array in host.items():
         np.testing.assert_array_equal(batch[name], array)
+    copies = jax.device_put(np.arange(6), replicated(mesh))
+    assert [s.data.shape for s in copies.addressable_shards] == [(6,)] * 8
 
 
 @pytest.mark.parametrize("array", [np.zeros((6, 3)), np.float32(1)])
@@ -123,13 +116,7 @@ def test_indivisible_batch_is_named(array: np.ndarray) -> None:
         shard_batch({"episode": {"tokens": array}}, mesh)
 
 
-def test_replicated_puts_a_whole_copy_on_each_device() -> None:
-    mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    array = jax.device_put(np.arange(6), replicated(mesh))
-    assert [s.data.shape for s in array.addressable_shards] == [(6,)] * 8
-
-
-def test_a_function_of_parts_sees_those_of_its_device() -> None:
+def test_a_shard_map_sees_the_shards_of_its_device_and_sums_the_results() -> None:
     mesh = make_mesh(data=2, fsdp=1, tensor=4)
     x, w = np.arange(8.0, dtype=np.float32).reshape(2, 4), np.ones((4, 8, 3), np.float32)
     shapes = []
@@ -141,13 +128,14 @@ def test_a_function_of_parts_sees_those_of_its_device() -> None:
     @jax.jit
     def run(x: jax.Array, w: jax.Array) -> jax.Array:
         assert mesh_lib.divides(6, "batch")
-        on_parts = mesh_lib.on_each_device(
+        assert mesh_lib.divides(5, "batch") == (mesh_lib.shards("batch") == 1)
+        sharded = mesh_lib.shard_map(
             matmul,
             in_axes=(("batch", None), {"w": (None, "mlp", None)}),
             out_axes=("batch", None),
             summed="mlp",
         )
-        return on_parts(x, {"w": w})
+        return sharded(x, {"w": w})
 
     want = x @ w.sum(axis=1)
     np.testing.assert_array_equal(run(x, w), want)
@@ -155,9 +143,3 @@ def test_a_function_of_parts_sees_those_of_its_device() -> None:
     with jax.set_mesh(mesh):
         np.testing.assert_array_equal(run(jax.device_put(x, batch_sharding(mesh)), w), want)
         assert shapes[1:] == [((1, 4), (4, 2, 3))]
-
-
-def test_what_divides_over_the_current_mesh() -> None:
-    assert mesh_lib.divides(5, "batch")
-    with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
-        assert [mesh_lib.divides(rows, "batch") for rows in (1, 4, 6)] == [False, True, False]

@@ -1,9 +1,9 @@
-"""TextWorld's PDDL environment with `alfworld`'s names for things: optional packages, kept at bay.
+"""ALFWorld's engine: TextWorld's PDDL environment with `alfworld`'s names for things.
 
-The packages are imported when an engine is made, never before, since Fast Downward's translator is
-under the GPL and compiling it takes minutes. Two results that the engine would work out again and
-again are kept instead, which changes no text: the translation of a problem, needed four times to
-start a game, and the words of a command, which depend on what it acts on and on nothing else.
+Both packages are optional, so they are imported when an engine is made. (Fast Downward's translator
+is under the GPL and takes minutes to compile.) Two results are cached, which changes no text: the
+translation of a problem, needed four times to start a game, and the words of a command, which
+depend only on what it acts on.
 """
 
 import functools
@@ -21,22 +21,22 @@ from typing import Any, NamedTuple
 
 from opd_jax.envs.alfworld.panel import VARIABLE
 
-# Parsers, translator, its settings, the environment variable and what the package's expert draws
-# from are global: one thread at a time.
+# The packages keep parsers, the translator, the environment variable and the expert's random
+# generator in global variables, so only one thread at a time may use them.
 LOCK = threading.Lock()
 
 
 def alfworld_module(name: str) -> ModuleType:
     """Import a module of the optional extra.
 
-    `alfworld` makes a folder in the home and sets `ALFWORLD_DATA` when it is imported first; here
-    it does neither.
+    On its first import, `alfworld` would create a folder in the home directory and set
+    `ALFWORLD_DATA`. Here it does neither.
 
     Args:
       name: for example `alfworld.info`.
 
     Raises:
-      ValueError: it is not installed; says what to do.
+      ValueError: it is not installed.
     """
     with LOCK:
         before = os.environ.get(VARIABLE)
@@ -56,12 +56,12 @@ def alfworld_module(name: str) -> ModuleType:
 
 
 class Reply(NamedTuple):
-    """What the engine says.
+    """The engine's answer.
 
     Attributes:
       text: its words.
       admissible: the commands that are possible now, in alphabetical order.
-      won: the goal holds.
+      won: the goal is reached.
     """
 
     text: str
@@ -70,10 +70,10 @@ class Reply(NamedTuple):
 
 
 class Engine:
-    """One game at a time; errors as in `alfworld_module`."""
+    """Plays one game at a time; raises as `alfworld_module`."""
 
     def __init__(self) -> None:
-        # Optional to TextWorld, and not to us.
+        # TextWorld can do without it; we cannot.
         self._downward: Any = alfworld_module("fast_downward")
         infos = alfworld_module("textworld").EnvInfos(admissible_commands=True, won=True)
         wrappers = alfworld_module("alfworld.agents.environment.alfred_tw_env")
@@ -81,7 +81,7 @@ class Engine:
         self._env = wrappers.AlfredDemangler(self._pddl)
 
     def start(self, path: Path) -> Reply:
-        """Load a game file and begin; about half a second, several for a large kitchen."""
+        """Load a game file and begin. Takes half a second, for a large kitchen several."""
         with LOCK, self._translating_once():
             self._env.load(str(path))
             logic = self._pddl._logic
@@ -102,13 +102,13 @@ class Engine:
         def once(domain: str, problem: str) -> tuple[Any, str]:
             return translate(domain, problem)
 
-        # The second form, asked for with `optimize`, would serve planning, which is never done.
+        # With `optimize` it would also prepare for planning, which nobody does here.
         self._downward.pddl2sas = lambda domain, problem, **_: once(domain, problem)
         try:
             yield
         finally:
             self._downward.pddl2sas = translate
-            sys.argv = argv  # the translator puts its own there
+            sys.argv = argv  # the translator replaces it
 
 
 def _reply(state: Mapping[str, Any]) -> Reply:
@@ -116,11 +116,11 @@ def _reply(state: Mapping[str, Any]) -> Reply:
 
 
 class _Grammar:
-    """A text grammar that derives the words of each command only once.
+    """A text grammar that caches the words of each command.
 
     Args:
       grammar: TextWorld's.
-      templates: the rules that give commands; all others speak of the state of the world.
+      templates: the rules for commands. All other rules describe the state, so they are not cached.
     """
 
     def __init__(self, grammar: Any, templates: set[str]):
@@ -129,7 +129,7 @@ class _Grammar:
         self._words: dict[tuple, str] = {}
 
     def derive(self, rule: str, context: Mapping[str, Any]) -> str:
-        """The words for a rule, for those it mentions as they are bound in `context`."""
+        """The words for a rule with the entities that `context` binds."""
         if rule not in self._mentions:
             return self._grammar.derive(rule, context)
         bound = sorted((role.name, entity.name) for role, entity in context["mapping"].items())

@@ -1,15 +1,14 @@
 """ALFWorld (Shridhar et al., 2021, arXiv:2010.03768) on its own engine, as an `Env`.
 
-The adapter sits on TextWorld's PDDL environment and `alfworld`'s demangler, which gives things
-their readable names. Games come from a folder, ALFWorld's own or generated ones (see
-`panel`); scores on generated games are not ALFWorld scores, and their ids say so.
+Games come from a folder, ALFWorld's own or generated ones (see `panel`). Scores on generated games
+are not ALFWorld scores, and the ids of these games say so.
 
-Turns follow the SAGE-OPD paper (arXiv 2606.19659): task, observation and the first admissible
-commands in, "Thought:" and "Action:" out. Where the paper is silent: admissible commands are listed
-most specific first, since in the engine's alphabetical order the examining and going of a large
-kitchen would crowd out taking and opening; and as the engine's verb for putting down changed with
-version 0.4, `move X to Y`, `put X in/on Y`, `put X in Y` and `put X on Y` all mean the one that the
-game knows.
+Turns follow the SAGE-OPD paper (arXiv 2606.19659): the message holds task, observation and the
+first admissible commands; the response holds "Thought:" and "Action:". Two things the paper leaves
+open. Admissible commands are listed most specific first: in the engine's alphabetical order,
+`examine` and `go to` would crowd out `take` and `open` in a large kitchen. And `move X to Y`, `put
+X in/on Y`, `put X in Y` and `put X on Y` all mean the form that the game knows, since version 0.4
+of the engine changed it.
 """
 
 import re
@@ -33,8 +32,7 @@ RULES = (
     "one object at a time, and see what a place holds only while you stand there. "
     '"Nothing happens." means that a command was not possible.\n'
 )
-# A whole episode, each turn as (thought, command, observation after it). The tests build its room
-# and play it in the engine.
+# A whole episode; a turn is (thought, command, observation after it). A test plays it.
 EXAMPLE_TASK = "put a cool tomato in sidetable."
 EXAMPLE_SCENE = (
     "You are in the middle of a room. Looking quickly around you, you see a cabinet 1, "
@@ -81,18 +79,18 @@ MESSAGE = "Task: %s\nObservation: %s"
 ADMISSIBLE_LINE = "\nAdmissible actions: "
 
 NOTHING = "Nothing happens."
-# What the engine says of a turn that failed, and the failure that it stands for. Besides, responses
-# without a command, `empty` and `no_action`, never reach the engine and are answered by `NOTHING`.
+# What the engine says of a failed turn -> the failure. Responses without a command (`empty`,
+# `no_action`) are answered with `NOTHING` as well, but do not reach the engine.
 FAILURES = {NOTHING: "rejected"}
 
 _GOAL = re.compile(r"Your task is to: (.*)")
 _PUT = re.compile(r"(?:put|move) (.+?) (?:in/on|in|on|to) (.+)")
-# First words of admissible commands; all others are more specific and come before these.
+# First words of general commands, in listed order. All others are more specific and come first.
 _GENERAL = ("go", "examine", "look", "inventory", "help")
 
 
 def system_message() -> str:
-    """Rules and one demonstration, as the turns show it but for the admissible commands."""
+    """Rules and one demonstration, whose turns leave out the admissible commands."""
     lines = [RULES, "An example of a whole task:", MESSAGE % (EXAMPLE_TASK, EXAMPLE_SCENE)]
     for thought, command, observation in EXAMPLE_TURNS:
         lines += [RESPONSE % (thought, command), f"Observation: {observation}"]
@@ -100,7 +98,7 @@ def system_message() -> str:
 
 
 def canonical(command: str, admissible: Sequence[str]) -> str:
-    """The command as the engine knows it, where it is another spelling of an admissible one.
+    """The command in the engine's spelling, if it is a spelling of an admissible one.
 
     Args:
       command: as written; case, spaces and a full stop at the end do not matter.
@@ -115,24 +113,24 @@ def canonical(command: str, admissible: Sequence[str]) -> str:
 
 
 def most_specific_first(commands: Sequence[str]) -> tuple[str, ...]:
-    """Commands on what is at hand, then going, then examining and looking; else order is kept."""
+    """Commands on things at hand first, then `go to`, then examining and looking. Stable."""
     order = {word: rank for rank, word in enumerate(_GENERAL, 1)}
     return tuple(sorted(commands, key=lambda command: order.get(command.split()[0], 0)))
 
 
 class AlfWorld:
-    """ALFWorld as an `Env`: one game at a time, a pure function of split and index.
+    """ALFWorld as an `Env`, one game at a time.
 
-    One engine takes about 0.8 s for a reset and 40 ms for a step. Environments of one process take
-    turns at the engine, which is not safe for threads; use processes to run them side by side.
+    A reset takes about 0.8 s, a step 40 ms. The engine is not thread-safe, so the environments of a
+    process take turns; use worker processes to run them side by side.
 
     Args:
       data: a folder with games; "" for the environment variable `ALFWORLD_DATA`.
       max_turns: an episode ends after this many responses.
-      show_admissible: how many admissible commands to list in each message; 0 shows none.
+      show_admissible: how many admissible commands each message lists; 0 shows none.
 
     Raises:
-      ValueError: the extra or the data is missing, `max_turns` is below 1 or `show_admissible`
+      ValueError: the extra or the data is missing, `max_turns` is below 1 or `show_admissible` is
         below 0.
     """
 
@@ -150,7 +148,7 @@ class AlfWorld:
         self._show_admissible = show_admissible
 
     def games(self, split: str) -> tuple[Game, ...]:
-        """The games of `split` in the order of their index; errors as in `panel`."""
+        """The games of `split` in the order of their index; raises as `panel`."""
         return panel(self._folder, split)
 
     def size(self, split: str) -> int:
@@ -158,7 +156,7 @@ class AlfWorld:
         return len(self.games(split))
 
     def digest(self, split: str) -> str:
-        """SHA-256 over the games of `split` and their ids; `generated-` before it if any is."""
+        """The digest of the games of `split`; see `panel.digest`."""
         return digest(self.games(split))
 
     def reset(self, split: str, index: int) -> Observation:
@@ -180,7 +178,7 @@ class AlfWorld:
         """Act on the model's whole response text.
 
         A response without a command (`empty`, `no_action`) or with an impossible one (`rejected`)
-        changes nothing and is answered with `Nothing happens.`.
+        changes nothing. The answer is then `Nothing happens.`.
 
         Raises:
           ValueError: if there is no running episode.
@@ -208,10 +206,10 @@ class AlfWorld:
 
 
 def parse_intro(feedback: str) -> tuple[str, str]:
-    """Scene and goal from the engine's first words: welcome, scene and task, a paragraph each.
+    """Scene and goal from the engine's first text: welcome, scene and task, a paragraph each.
 
     Raises:
-      ValueError: there is no scene or no task in it.
+      ValueError: the text holds no scene or no task.
     """
     goal = _GOAL.search(feedback)
     scenes = [part.strip() for part in feedback.split("\n\n") if "you see" in part]

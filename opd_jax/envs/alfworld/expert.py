@@ -1,19 +1,19 @@
 """The hand-coded expert of the `alfworld` package, as a player.
 
-The package's expert reads the engine's facts, hidden ones included. Here it is shown only what a
-player may know, what the texts of the episode have told so far, in the form of facts.
+The package's expert reads all facts of the engine, hidden ones included. Here it gets only what a
+player may know: the facts that the texts of the episode have told so far.
 
-Put right are:
-- It takes note of putting something down when it reads "put", but its own command is "move" since
-  version 0.4, and so it goes on believing that it holds what it has placed.
-- It takes cups, bowls and the like, which can hold things, for receptacles of the room, and so does
-  not search likely places for them first.
-- It wants to go to a receptacle that is reached from where it stands already, which is not
-  possible and sets it wandering; here it examines that receptacle instead, which shows the same.
-- It closes whatever it has opened, at the cost of a third of a search; here it does not.
-- It draws from Python's global generator; here from one of its own.
+These faults of the package's expert are mended:
+- It notices that something was put down when it reads "put". Since version 0.4 its own command is
+  "move", so it would go on believing that it holds what it has placed.
+- It takes cups, bowls and other objects that hold things for receptacles of the room, and so does
+  not search the likely places first.
+- It wants to go to a receptacle that is reached from where it stands. That is impossible and would
+  set it wandering. Here it examines the receptacle instead, which shows the same.
+- It closes whatever it has opened, which costs a third of a search. Here it does not.
+- It draws from Python's global generator. Here it draws from its own.
 
-Where it knows no way on, it draws an admissible command.
+When it does not know how to go on, it draws an admissible command.
 """
 
 import random
@@ -27,7 +27,7 @@ from opd_jax.envs.alfworld.env import canonical
 from opd_jax.envs.base import Observation, Task
 from opd_jax.envs.react import RESPONSE
 
-# The package's expert counts its steps and gives up; the environment has a limit of its own.
+# A limit of steps that the package's expert never reaches; the environment has its own limit.
 _ENDLESS = 10**9
 
 HOLDING = "I have %s. "
@@ -67,7 +67,7 @@ _NUMBERED = re.compile(r"\w+ \d+")
 
 
 class Fact(NamedTuple):
-    """A fact in the form in which the engine reports facts."""
+    """A fact in the engine's form."""
 
     name: str
     names: tuple[str, ...]
@@ -78,8 +78,8 @@ class Known:
 
     Attributes:
       hand: the object in hand; "" for none.
-      place: per object that has been seen lying somewhere, its receptacle.
-      states: per object treated, of `isclean`, `ishot` and `iscool` those that hold.
+      place: object seen lying somewhere -> its receptacle.
+      states: treated object -> those of `isclean`, `ishot` and `iscool` that hold.
     """
 
     def __init__(self) -> None:
@@ -88,7 +88,7 @@ class Known:
         self.states: dict[str, set[str]] = {}
 
     def update(self, text: str) -> None:
-        """Take in one text of the environment."""
+        """Read one text of the environment."""
         if match := _TOOK.match(text):
             self.hand = match[1]
             self.place.pop(match[1], None)
@@ -113,17 +113,17 @@ class Known:
             states.add("ishot" if verb == "heat" else "iscool")
 
     def facts(self) -> list[Fact]:
-        """The same as facts."""
+        """What is known, in the engine's form."""
         facts = [Fact("inreceptacle", pair) for pair in self.place.items()]
         facts += [Fact(state, (name,)) for name, held in self.states.items() for state in held]
         return [*facts, Fact("holds", ("agent1", self.hand))] if self.hand else facts
 
 
 def parameters(task: Task) -> dict[str, Any]:
-    """What the package's expert wants to know of a task, read from its instruction.
+    """The task's parameters for the package's expert, read from the instruction.
 
     Raises:
-      ValueError: the instruction is in none of the package's wordings.
+      ValueError: the instruction is not in a wording of the package.
     """
     library = alfworld_module("alfworld.gen.goal_library").gdict
     for template in library[task.type]["templates"]:
@@ -165,7 +165,7 @@ class Expert:
         self._policy = self._agent.get_task_policy(wanted)(wanted, max_steps=_ENDLESS)
         self._agent.task_params, self._agent.policy = wanted, self._policy
         self._policy.RECEPTACLES = _fixed_receptacles(self._policy.RECEPTACLES)
-        self._meant = ("", "")  # the last command, and what the package's expert takes it for
+        self._meant = ("", "")  # the last command, and the one that the package's expert chose
         self._track = self._policy.update_state_tracking
         self._policy.update_state_tracking = self._track_moves
 
@@ -181,7 +181,7 @@ class Expert:
         last = meant if observation.action == given else observation.action
         text = observation.text
         if observation is self._first:
-            text = f"Welcome! {text}"  # by which it knows the list of receptacles
+            text = f"Welcome! {text}"  # so that it recognizes the list of receptacles
         state = {
             "feedback": text,
             "facts": self._known.facts(),
@@ -224,7 +224,7 @@ def _fixed_receptacles(kinds: Iterable[str]) -> list[str]:
 
 @contextmanager
 def _drawing_from(rng: random.Random) -> Iterator[None]:
-    """The package's expert draws from `rng` for now, and no other thread's does."""
+    """Let the package's expert draw from `rng`; keep other threads away meanwhile."""
     expert: Any = alfworld_module("alfworld.agents.expert.handcoded_expert")
     with LOCK:
         before = expert.random

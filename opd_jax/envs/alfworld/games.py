@@ -2,12 +2,12 @@
 
     python -m opd_jax.envs.alfworld.games --out=DIR --games=N --seed=0
 
-Domain, grammar, goals, rooms with their receptacles, the kinds of objects found in them and what
-fits where come from the installed `alfworld` package. Which objects there are and where they lie is
-drawn here, so these are not ALFWorld's games: each says so in its file and its id, and scores on
-them are not ALFWorld scores. As in ALFWorld, `valid_unseen` has the rooms that the others never
-have. What the package does not know is filled in: a receptacle without a listed place stands alone,
-one of each kind, and lamps stand on tables, desks and dressers.
+The installed `alfworld` package supplies domain, grammar, goals, rooms with their receptacles, the
+kinds of objects in each room and what fits where. Which objects there are and where they lie is
+drawn here. So these are not ALFWorld's games and scores on them are not ALFWorld scores; each game
+says so in its file and its id. As in ALFWorld, only `valid_unseen` has the rooms held out for it.
+The package leaves two things open. Here a receptacle without a listed place gets its own, one of
+each kind, and lamps stand on tables, desks and dressers.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from opd_jax.envs.household.scenes import Draw
 from opd_jax.envs.household.tables import CLEAN, COOL, HEAT, LOOK, SIMPLE, TREATMENTS, TWO
 
 SUMMARY = "Generates games in ALFWorld's format; they are not ALFWorld's games."
-# Raised with every change of what is drawn.
+# Raise it with every change of what is drawn.
 VERSION = 1
 
 # Task type -> (key of the package's table of abilities, kind of receptacle that treats).
@@ -45,7 +45,7 @@ _TOOLS = {
 }
 _LAMPS = ("DeskLamp", "FloorLamp")
 _LAMP_PLACES = ("CoffeeTable", "Desk", "DiningTable", "Dresser", "SideTable")
-# How many there are of a kind of object that the room may have, equally likely.
+# Number of objects of a kind in a room, each entry equally likely.
 _COPIES = (0, 1, 1, 1, 2, 3)
 
 
@@ -54,10 +54,10 @@ class Scene:
     """A room as the package describes it.
 
     Attributes:
-      number: ALFWorld's.
+      number: its number in ALFWorld.
       receptacles: in order of id.
-      fits: object kind -> receptacle kinds of the room that can hold it; only kinds of the room
-        that some receptacle can hold.
+      fits: kind of object in the room -> kinds of receptacles in the room that can hold it, at
+        least one.
       lamps: kinds of lamps in the room.
     """
 
@@ -73,7 +73,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Room:
-    """A scene with a goal and with objects in place."""
+    """A scene with a goal and objects."""
 
     scene: Scene
     goal: Goal
@@ -86,14 +86,14 @@ def _constants() -> ModuleType:
 
 @cache
 def read_scene(number: int) -> Scene:
-    """The room of a floor plan; errors as in `alfworld_module`."""
+    """The room of a floor plan; raises as `alfworld_module`."""
     constants = _constants()
     layouts = Path(str(constants.__file__)).parent / "layouts"
     listed = json.loads((layouts / f"FloorPlan{number}-openable.json").read_text("utf-8"))
     present = set(json.loads((layouts / f"FloorPlan{number}-objects.json").read_text("utf-8")))
     holds = constants.VAL_RECEPTACLE_OBJECTS
     fixed = set(holds) - set(constants.MOVABLE_RECEPTACLES)
-    # A basin's id ends in its kind; for the others the kind is what it begins with.
+    # The id of a basin ends in its kind; every other id begins with it.
     kinds = {name: _kind(name) for name in listed}
     places = {name: "loc|" + "|".join(map(str, pose)) for name, pose in listed.items()}
     for kind in fixed & present - set(kinds.values()):
@@ -120,7 +120,7 @@ def _kind(name: str) -> str:
 
 
 def _numbered_id(kind: str, *position: int) -> str:
-    """An id as ALFWorld forms it; positions are in hundredths."""
+    """An id as in ALFWorld; positions are in hundredths."""
     digits = "|".join(f"{'-' if p < 0 else '+'}{abs(p) / 100:05.2f}" for p in position)
     if kind.endswith("Basin"):
         return f"{kind.removesuffix('Basin')}|{digits}|{kind}"
@@ -128,7 +128,7 @@ def _numbered_id(kind: str, *position: int) -> str:
 
 
 def scene_numbers(split: str, task_type: str) -> list[list[int]]:
-    """Scenes that can host a task type in a split, by kind of room."""
+    """The scenes that can host a task type in a split, a list for each kind of room."""
     constants = _constants()
     unseen = split == "valid_unseen"
     numbers = set(constants.TEST_SCENE_NUMBERS if unseen else constants.TRAIN_SCENE_NUMBERS)
@@ -137,7 +137,7 @@ def scene_numbers(split: str, task_type: str) -> list[list[int]]:
 
 
 def goals(task_type: str, scene: Scene) -> list[Goal]:
-    """Every goal of a type that makes sense in a scene."""
+    """Every goal of a type that is possible in a scene."""
     if task_type == LOOK:
         kinds = [kind for kind in scene.fits if kind not in _LAMPS]
         return [Goal(task_type, kind, "", lamp) for kind in kinds for lamp in scene.lamps]
@@ -150,13 +150,13 @@ def goals(task_type: str, scene: Scene) -> list[Goal]:
         for kind, homes in scene.fits.items()
         if kind in able and kind not in _LAMPS
         for target in homes
-        # At the start the objects must lie somewhere else.
+        # The objects must have another place to start from.
         if target != tool and (tool or len(homes) > 1)
     ]
 
 
 def draw_room(split: str, index: int, *, seed: int) -> Room:
-    """Room number `index` of `split`; the six task types take turns in blocks of six."""
+    """Room `index` of `split`. Each block of six rooms has the six task types in random order."""
     text = f"alfworld-games/{VERSION}/{seed}/{split}"
     block, place = divmod(index, len(TASK_TYPES))
     task_type = Draw(f"{text}/block/{block}").shuffled(TASK_TYPES)[place]
@@ -180,7 +180,7 @@ def draw_room(split: str, index: int, *, seed: int) -> Room:
 
 
 def _thing(draw: Draw, scene: Scene, goal: Goal, kind: str, used: set[str]) -> Thing:
-    """An object of a kind somewhere it fits, with an id that is not in `used`."""
+    """An object of a kind where it fits, with an id that is not in `used` yet."""
     homes = scene.fits[kind]
     if kind == goal.object and goal.type in (SIMPLE, TWO):
         homes = tuple(home for home in homes if home != goal.target)
@@ -201,7 +201,7 @@ def _thing(draw: Draw, scene: Scene, goal: Goal, kind: str, used: set[str]) -> T
 
 
 class _Walk:
-    """Commands of a player who knows everything, as they are collected."""
+    """Collects the commands of a player who knows everything."""
 
     def __init__(self, room: Room):
         self.shown = names(room.scene.receptacles, room.things)
@@ -210,14 +210,14 @@ class _Walk:
         self.opened: set[str] = set()
 
     def go(self, place: Receptacle) -> str:
-        """Go to a receptacle, unless it is reached from here; its name."""
+        """Go to a receptacle unless it can be reached from here; return its name."""
         if place.location != self.location:
             self.commands.append(f"go to {self.shown[place.id]}")
             self.location = place.location
         return self.shown[place.id]
 
     def reach_into(self, place: Receptacle) -> str:
-        """Go to a receptacle and open it if it is closed; its name."""
+        """Go to a receptacle and open it if it is closed; return its name."""
         name = self.go(place)
         if place.openable and place.id not in self.opened:
             self.commands.append(f"open {name}")
@@ -254,7 +254,7 @@ def write(out: Path, split: str, index: int, *, seed: int) -> Path:
     instruction = Draw(f"alfworld-games/{VERSION}/{seed}/{split}/{index}/words").choice(
         goal.instructions()
     )
-    # The id of a game, and so its place in a panel, changes with its content.
+    # The mark makes the id, and so the place in a panel, change with the content.
     mark = hashlib.sha256(f"{instruction}\n{text}".encode()).hexdigest()[:8]
     folder = out / split
     folder /= f"{goal.type}-{goal.object}-None-{goal.target or goal.lamp}-{scene.number}"
@@ -265,7 +265,7 @@ def write(out: Path, split: str, index: int, *, seed: int) -> Path:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command; see above."""
+    """The command `python -m opd_jax.envs.alfworld.games`."""
     parser = argparse.ArgumentParser(prog="opd_jax.envs.alfworld.games", description=SUMMARY)
     parser.add_argument("--out", type=Path, required=True, help="a new or empty folder")
     parser.add_argument("--games", type=int, required=True, help="games in each split")

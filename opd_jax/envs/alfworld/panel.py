@@ -1,9 +1,10 @@
-"""Which games there are: ALFWorld's own, or generated ones, as an ordered and hashed panel.
+"""The games of a split, ALFWorld's own or generated ones, in a fixed order and with a digest.
 
 A data folder holds `train`, `valid_seen` and `valid_unseen`, directly or inside `json_2.1.1` as
-`alfworld-download` leaves them, and in each split one folder a game with `game.tw-pddl` and
-`traj_data.json`. Which games count follows ALFWorld (Shridhar et al., 2021, arXiv:2010.03768): the
-six task types, known to be solvable, nothing sliced and nothing put into movable receptacles.
+`alfworld-download` leaves them. Each split has a folder for each game, with `game.tw-pddl` and
+`traj_data.json`. The same games count as in ALFWorld (Shridhar et al., 2021, arXiv:2010.03768):
+those of the six task types, known to be solvable, without sliced objects and without movable
+receptacles.
 """
 
 import functools
@@ -22,13 +23,14 @@ TASK_TYPES = (
     "pick_cool_then_place_in_recep",
     "pick_two_obj_and_place",
 )
-# A benchmark figure needs the whole panel; the training games may be any part of theirs.
+# Number of games in ALFWorld's evaluation splits. A benchmark figure needs all of them; training
+# may use any part of its games.
 OFFICIAL_SIZES = {"valid_seen": 140, "valid_unseen": 134}
 
 VARIABLE = "ALFWORLD_DATA"
 GAME_FILE = "game.tw-pddl"
 TASK_FILE = "traj_data.json"
-# A key of generated game files; ALFWorld's own do not have it, and TextWorld ignores it.
+# The key that marks generated game files. TextWorld ignores it.
 GENERATED = "generated"
 _REMEDY = (
     "run `alfworld-download` or `python -m opd_jax.envs.alfworld.games`, and name the folder in "
@@ -41,11 +43,11 @@ class Game:
     """One game on disk.
 
     Attributes:
-      id: `alfworld/SPLIT/TASK/TRIAL`, or `alfworld-generated/...` for a game that is not
-        ALFWorld's; the same on every machine.
+      id: `alfworld/SPLIT/TASK/TRIAL`, or `alfworld-generated/...` for a generated game; the same
+        on every machine.
       type: one of `TASK_TYPES`.
       path: the `game.tw-pddl` file.
-      generated: the game is not one of ALFWorld's.
+      generated: the game is not ALFWorld's own.
     """
 
     id: str
@@ -61,7 +63,7 @@ def data_folder(data: str) -> Path:
       data: a folder; "" for the environment variable `ALFWORLD_DATA`.
 
     Raises:
-      ValueError: no folder is named, or the one named holds no split.
+      ValueError: no folder is named, or it holds no split.
     """
     name = data or os.environ.get(VARIABLE, "")
     if not name:
@@ -79,16 +81,16 @@ def data_folder(data: str) -> Path:
 def panel(folder: Path, split: str) -> tuple[Game, ...]:
     """The games of a split, ordered by the SHA-256 of their ids.
 
-    So the order is the same on every machine, whatever that of the file system, and the first
-    few games are a fair sample of task types and rooms.
+    So the order is the same on every machine, and the first few games are a fair sample of task
+    types and rooms.
 
     Args:
       folder: see `data_folder`.
       split: one of `SPLITS`.
 
     Raises:
-      ValueError: the split is unknown; a game file cannot be read; or a split of ALFWorld's own
-        games, `valid_seen` or `valid_unseen`, is not complete.
+      ValueError: the split is unknown, a game file cannot be read, or ALFWorld's own `valid_seen`
+        or `valid_unseen` is not complete.
     """
     if split not in SPLITS:
         raise ValueError(f"`split` must be one of {', '.join(SPLITS)}; got {split!r}.")
@@ -109,9 +111,9 @@ def panel(folder: Path, split: str) -> tuple[Game, ...]:
 
 
 def digest(games: tuple[Game, ...]) -> str:
-    """SHA-256 over ids, types and game files of a panel, marked `generated-` where any game is.
+    """SHA-256 over ids, types and game files of a panel; `generated-` before it if any game is.
 
-    Ids are names of folders, which another version of the download may have as well.
+    Ids alone would not do: they are names of folders, which other downloads may use, too.
     """
     label = "generated-" if any(game.generated for game in games) else ""
     lines = (

@@ -1,10 +1,10 @@
-"""Worlds written as problems of ALFWorld's PDDL domain, and as game files that TextWorld plays.
+"""Writes rooms as problems of ALFWorld's PDDL domain, and as game files that TextWorld plays.
 
-Domain, text grammar and goals are those of the installed `alfworld` package (MIT), read from there.
+Domain, text grammar and goals are read from the installed `alfworld` package (MIT).
 
-TextWorld shows an entity by the part of its id before the first `|`, in lower case, with a number:
-of a kind with n members the first in order of id is number n, and the last is number 1. Basins are
-called after their basin: `Sink|...|SinkBasin` is a sinkbasin.
+TextWorld names an entity by the part of its id before the first `|`, in lower case, and a number.
+Numbers count down in order of id: of n entities of a kind, the first is number n and the last is
+number 1. A basin has its own kind: `Sink|...|SinkBasin` is a sinkbasin.
 """
 
 import json
@@ -16,10 +16,10 @@ from typing import Any
 from opd_jax.envs.alfworld.engine import alfworld_module
 from opd_jax.envs.alfworld.panel import GAME_FILE, GENERATED, TASK_FILE
 
-# What Fast Downward's parser does not take in a name.
+# Characters that Fast Downward's parser does not accept in a name.
 _ESCAPES = {"|": "_bar_", "-": "_minus_", "+": "_plus_", ".": "_dot_", ",": "_comma_"}
 _AGENT = "agent1"
-_START = "loc|start"  # in the middle of the room, where no receptacle is
+_START = "loc|start"  # in the middle of the room; no receptacle can be reached from there
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Receptacle:
     """Something that stands in the room and holds objects.
 
     Attributes:
-      id: for example `Cabinet|+00.68|+00.50|-02.20`; decides the name, see above.
+      id: for example `Cabinet|+00.68|+00.50|-02.20`; its name follows from it (see the module).
       kind: for example `Cabinet`.
-      location: where one stands to reach it; several may share one.
+      location: where one stands to reach it; several receptacles may share one.
       openable: it can be opened and closed, and starts closed.
     """
 
@@ -44,9 +44,9 @@ class Thing:
     """An object in a receptacle.
 
     Attributes:
-      id, kind: as for `Receptacle`.
+      id, kind: as in `Receptacle`.
       place: the receptacle that holds it.
-      abilities: predicates of the domain that hold of it, such as `pickupable` and `heatable`.
+      abilities: predicates of the domain, such as `pickupable` and `heatable`.
     """
 
     id: str
@@ -57,7 +57,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Goal:
-    """What is asked for.
+    """The goal of a task.
 
     Attributes:
       type: a key of `alfworld.gen.goal_library.gdict`, such as `pick_and_place_simple`.
@@ -93,9 +93,9 @@ def problem(
 
     Args:
       goal: its kinds must occur in the room.
-      receptacles: of the room.
-      things: what they hold.
-      fits: pairs of a receptacle's kind and an object's kind that it can hold.
+      receptacles: the receptacles of the room.
+      things: the objects in them.
+      fits: pairs of a kind of receptacle and a kind of object that it can hold.
     """
     pairs = sorted(set(fits))
     kinds = {thing.kind for thing in things} | {kind for _, kind in pairs}
@@ -130,7 +130,7 @@ def problem(
 
 
 def names(receptacles: Sequence[Receptacle], things: Sequence[Thing]) -> dict[str, str]:
-    """Under which name the engine shows each id; see above."""
+    """Id -> the name that the engine shows for it (see the module)."""
     kinds: dict[str, list[str]] = {}
     for name in [*(place.id for place in receptacles), *(thing.id for thing in things)]:
         kind = name.partition("|")[0].lower() + ("basin" if "basin" in name.lower() else "")
@@ -179,12 +179,12 @@ def write_game(
     """Write the two files of a game, marked as generated.
 
     Args:
-      folder: made if need be.
-      goal: what the problem asks for.
-      instruction: the same in words, without a full stop.
+      folder: created if it does not exist.
+      goal: the goal of the problem.
+      instruction: the goal in words, without a full stop.
       problem_text: see `problem`.
-      walkthrough: commands that solve it; None where they are not known.
-      source: what the mark says of where the game comes from.
+      walkthrough: commands that solve it; None if not known.
+      source: says where the game comes from; stored as the mark.
     """
     info = alfworld_module("alfworld.info")
     grammar = Path(info.ALFRED_TWL2_PATH).read_text("utf-8")

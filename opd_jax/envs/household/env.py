@@ -1,4 +1,4 @@
-"""A household that lives in text: ALFWorld's task types, commands and observation forms."""
+"""The household as an `Env`: a text world with ALFWorld's task types, commands and observations."""
 
 import hashlib
 
@@ -16,20 +16,20 @@ SYSTEM = (
 )
 TASK_LINE = "\nYour task is to: "
 ADMISSIBLE_LINE = "\nAdmissible: "
-# Its fixed texts, beside the world's own.
+# The fixed texts of messages, besides those of the world.
 PHRASES = (SYSTEM, TASK_LINE, ADMISSIBLE_LINE, MORE)
 
 
 class Household:
-    """The household as an `Env`: one task at a time, a pure function of split and index.
+    """The household as an `Env`, one task at a time.
 
     Args:
       size: `small`, `medium` or `large`; `large` is about as big as ALFWorld's rooms.
       max_turns: an episode ends after this many responses.
-      show_admissible: how many admissible commands to list in each message; 0 shows none.
+      show_admissible: how many admissible commands each message lists; 0 shows none.
 
     Raises:
-      ValueError: if the size is unknown, `max_turns` is below 1 or `show_admissible` below 0.
+      ValueError: the size is unknown, `max_turns` is below 1 or `show_admissible` is below 0.
     """
 
     system = SYSTEM
@@ -50,7 +50,7 @@ class Household:
         return split_size(split)
 
     def digest(self, split: str) -> str:
-        """SHA-256 over what the tasks of `split` are drawn from."""
+        """SHA-256 over what the tasks of `split` depend on."""
         drawn_from = f"household/{VERSION}/{self._size}/{split}/{split_size(split)}"
         return hashlib.sha256(drawn_from.encode()).hexdigest()
 
@@ -69,8 +69,8 @@ class Household:
     def step(self, response: str) -> Observation:
         """Act on the model's whole response text.
 
-        A response without a command (`empty`, `no_action`) or with an impossible one
-        (`rejected`) changes nothing and is answered with `Nothing happens.`.
+        A response without a command (`empty`, `no_action`) or with an impossible one (`rejected`)
+        changes nothing. The answer is then `Nothing happens.`.
 
         Raises:
           ValueError: if there is no running episode.

@@ -1,8 +1,8 @@
 """The household's expert, and the memory that every player keeps.
 
-A player reads what an agent reads: the task, and the text, command and failure of each
-observation. It never touches the world. Its memory follows the texts, so it stays right when
-somebody else has acted in between, and when an action failed.
+A player reads what an agent reads: the task, and the text and command of each observation. It never
+touches the world. Its memory follows the texts, so it stays right if another player has acted in
+between, or if an action has failed.
 """
 
 import itertools
@@ -10,6 +10,7 @@ import random
 import re
 
 from opd_jax.envs.base import Observation, Task
+from opd_jax.envs.household import thoughts
 from opd_jax.envs.household.tables import (
     LAMPS,
     LOOK,
@@ -19,24 +20,6 @@ from opd_jax.envs.household.tables import (
     TREATMENTS,
     TWO,
     search_order,
-)
-from opd_jax.envs.household.thoughts import (
-    FETCH,
-    FIND,
-    FIND_ANOTHER,
-    GO_ON,
-    HAVE,
-    IS_CLOSED,
-    IT_IS,
-    IT_IS_NOT,
-    NONE_HERE,
-    NOT_THERE,
-    NOTHING_LEFT,
-    PLACE,
-    PUT_DOWN,
-    TAKE,
-    TREAT,
-    USE_LAMP,
 )
 from opd_jax.envs.react import RESPONSE
 
@@ -64,11 +47,11 @@ class Memory:
 
     Attributes:
       places: receptacles in listed order.
-      at: where the player stands; "" in the middle of the room.
+      at: the receptacle where the player stands; "" in the middle of the room.
       hand: the object in hand; "" for none.
-      content: per receptacle seen inside, its objects in listed order.
-      shut: receptacles known to be closed, or believed to be (openable and never seen open).
-      states: per object, the states known to hold.
+      content: receptacle whose content has been seen -> its objects in listed order.
+      shut: receptacles known or believed to be closed; openable ones are until they are seen open.
+      states: object -> the states known to hold.
     """
 
     def __init__(self, scene: str):
@@ -79,7 +62,7 @@ class Memory:
         self.states: dict[str, set[str]] = {}
 
     def update(self, observation: Observation) -> None:
-        """Take in one observation, whoever acted."""
+        """Read one observation, whoever acted."""
         text = observation.text
         if match := _ARRIVE.match(text) or _FACING.match(text):
             self.at = match[1]
@@ -95,7 +78,7 @@ class Memory:
         elif match := _CARRYING.match(text):
             self.hand = match[1]
         elif match := _EXAMINED.match(text):
-            # The text names the type only; the number is in the command that led to it.
+            # The text names only the type; the number is in the command.
             name = " ".join(observation.action.lower().rstrip(" .\t").split()[1:])
             self.states[name] = set(match[1].split(" and "))
         else:
@@ -119,14 +102,15 @@ class Memory:
 class Expert:
     """Solves every task by searching likely places first.
 
-    Receptacle types are searched in the public order of `search_order`, beginning with the type at
-    hand, numbers ascending, then everything else in listed order. Closed receptacles are opened.
-    The expert explores only while it knows no object that serves the goal.
+    It searches only while it knows no object that serves the goal. It goes through the receptacle
+    types in the public order of `search_order`, beginning with the type where it stands, and
+    through the numbers of a type in ascending order. All other receptacles follow in listed order.
+    It opens the closed ones.
 
     Args:
-      task: the task; its type and goal are read, nothing else.
+      task: only its type and goal are read.
       first: the observation that `reset` returned.
-      rng: source of randomness; the expert itself draws nothing from it.
+      rng: source of randomness for players derived from this one; the expert draws nothing.
     """
 
     def __init__(self, task: Task, first: Observation, *, rng: random.Random):
@@ -151,31 +135,32 @@ class Expert:
         if not hand:
             placed = self.goal_count == 2 and self.fullest_target()
             plan, command = self.find_object()
-            return (FIND_ANOTHER if placed else FIND) % self.wanted + plan, command
-        aim = HAVE % hand
+            aim = thoughts.FIND_ANOTHER if placed else thoughts.FIND
+            return aim % self.wanted + plan, command
+        aim = thoughts.HAVE % hand
         if kind_of(hand) != self.wanted:
             plan, command = self.put_down(hand)
         elif self.type == LOOK:
-            aim += FIND % self.lamp
+            aim += thoughts.FIND % self.lamp
             plan, command = self.use_lamp()
         elif self.state and self.state not in self.memory.states.get(hand, ()):
-            aim += IT_IS_NOT % self.state
+            aim += thoughts.IT_IS_NOT % self.state
             plan, command = self.treat(hand)
         else:
-            aim += IT_IS % self.state if self.state else ""
+            aim += thoughts.IT_IS % self.state if self.state else ""
             plan, command = self.place(hand)
         return aim + plan, command
 
     def put_down(self, hand: str) -> tuple[str, str]:
-        """Get rid of something useless: here if that is possible, else where the way leads."""
+        """Put a useless object down: here if possible, else at the next place on the way."""
         memory, best = self.memory, self.best_object()
         if memory.at and memory.at not in memory.shut:
-            return PUT_DOWN, f"move {hand} to {memory.at}"
+            return thoughts.PUT_DOWN, f"move {hand} to {memory.at}"
         if not best:
             return self.search(self.wanted)
         if best[1] == memory.at:
-            return IS_CLOSED % memory.at, f"open {memory.at}"
-        return FETCH % best, f"go to {best[1]}"
+            return thoughts.IS_CLOSED % memory.at, f"open {memory.at}"
+        return thoughts.FETCH % best, f"go to {best[1]}"
 
     def find_object(self) -> tuple[str, str]:
         """Take an object that serves the goal, fetch a known one, or search for one."""
@@ -185,55 +170,57 @@ class Expert:
             return self.search(self.wanted)
         name, place = best
         if place != memory.at:
-            return FETCH % best, f"go to {place}"
+            return thoughts.FETCH % best, f"go to {place}"
         if place in memory.shut:
-            return IS_CLOSED % place, f"open {place}"
-        return TAKE % name, f"take {name} from {place}"
+            return thoughts.IS_CLOSED % place, f"open {place}"
+        return thoughts.TAKE % name, f"take {name} from {place}"
 
     def treat(self, hand: str) -> tuple[str, str]:
         """Clean, heat or cool what is in hand."""
         memory = self.memory
         if kind_of(memory.at) == self.tool:
-            return TREAT % (self.tool, self.verb), f"{self.verb} {hand} with {memory.at}"
-        return GO_ON % self.tool, f"go to {self.of_type(self.tool)[0]}"
+            return thoughts.TREAT % (self.tool, self.verb), f"{self.verb} {hand} with {memory.at}"
+        return thoughts.GO_ON % self.tool, f"go to {self.of_type(self.tool)[0]}"
 
     def place(self, hand: str) -> tuple[str, str]:
         """Put what is in hand where the goal wants it."""
         memory, target = self.memory, self.best_target()
         if target != memory.at:
-            return GO_ON % self.target, f"go to {target}"
+            return thoughts.GO_ON % self.target, f"go to {target}"
         if target in memory.shut:
-            return IS_CLOSED % target, f"open {target}"
-        return PLACE % self.target, f"move {hand} to {target}"
+            return thoughts.IS_CLOSED % target, f"open {target}"
+        return thoughts.PLACE % self.target, f"move {hand} to {target}"
 
     def use_lamp(self) -> tuple[str, str]:
-        """Bring what is in hand to the lamp, searching for the lamp if need be."""
+        """Bring what is in hand to the lamp; search for the lamp if its place is not known."""
         lamps = self.known(self.lamp)
         if not lamps:
             return self.search(self.lamp)
         lamp, place = next((pair for pair in lamps if pair[1] == self.memory.at), lamps[0])
         if place == self.memory.at:
-            return USE_LAMP % lamp, f"use {lamp}"
-        return FETCH % (lamp, place), f"go to {place}"
+            return thoughts.USE_LAMP % lamp, f"use {lamp}"
+        return thoughts.FETCH % (lamp, place), f"go to {place}"
 
     def search(self, wanted: str) -> tuple[str, str]:
-        """Open the closed receptacle at hand, or go to the next one."""
+        """Open the closed receptacle here, or go to the next one."""
         memory = self.memory
         if memory.at in memory.shut and memory.at not in memory.content:
-            return IS_CLOSED % memory.at, f"open {memory.at}"
+            return thoughts.IS_CLOSED % memory.at, f"open {memory.at}"
         missing, place = self.next_place(wanted)
         if not place:
-            return NOTHING_LEFT, "look"
-        tested = "".join(NOT_THERE % name for name in missing)
-        return NONE_HERE % (tested, place), f"go to {place}"
+            return thoughts.NOTHING_LEFT, "look"
+        tested = "".join(thoughts.NOT_THERE % name for name in missing)
+        return thoughts.NONE_HERE % (tested, place), f"go to {place}"
 
     def next_place(self, wanted: str) -> tuple[list[str], str]:
-        """The next receptacle to search; "" when all have been seen.
+        """The next receptacle to search.
 
-        Of each likely type the first number not searched yet is tested: is it in the room?
+        For each likely type, take the lowest number not searched yet and ask whether the room has
+        it.
 
         Returns:
-          Likely places tested that the room lacks, and the first one that it has.
+          The likely places that the room lacks, and the first one that it has; "" if all
+          receptacles have been seen.
         """
         memory = self.memory
         missing: list[str] = []
@@ -250,7 +237,7 @@ class Expert:
         return missing, next(unseen, "")
 
     def likely_types(self, wanted: str) -> tuple[str, ...]:
-        """Receptacle types where `wanted` may be, as they are searched from here."""
+        """Receptacle types where `wanted` may be, in the order in which to search from here."""
         kinds = search_order(wanted)
         here = kind_of(self.memory.at)
         first = kinds.index(here) if here in kinds else 0
@@ -265,7 +252,7 @@ class Expert:
         return items[int(self.rng.random() * len(items))]
 
     def known(self, kind: str) -> list[tuple[str, str]]:
-        """Objects of a type that have been seen lying somewhere, each with its place."""
+        """Objects of a type that have been seen, each with its place."""
         return [
             (name, place)
             for place, names in self.memory.content.items()
@@ -274,7 +261,7 @@ class Expert:
         ]
 
     def fullest_target(self) -> str:
-        """The target with most of the wanted objects known to be in it; "" if all have none."""
+        """The target known to hold the most wanted objects; "" if none holds any."""
         counts = dict.fromkeys(self.of_type(self.target), 0)
         for _, place in self.known(self.wanted):
             if place in counts:
@@ -283,7 +270,7 @@ class Expert:
         return fullest if fullest and counts[fullest] else ""
 
     def best_object(self) -> tuple[str, str] | None:
-        """The known object, with its place, that takes the fewest actions to bring to the goal."""
+        """The known object with the fewest actions to the goal, and its place."""
         candidates = self.known(self.wanted)
         if self.goal_count == 2:
             fullest = self.fullest_target()
@@ -291,7 +278,7 @@ class Expert:
         return min(candidates, key=self.effort, default=None)
 
     def effort(self, candidate: tuple[str, str]) -> int:
-        """Actions that a known object needs before it can be placed, up to a constant."""
+        """Actions that an object needs before it can be placed, up to a constant."""
         name, place = candidate
         effort = (place != self.memory.at) + (place in self.memory.shut)
         if self.state and self.state not in self.memory.states.get(name, ()):
@@ -299,7 +286,7 @@ class Expert:
         return effort
 
     def best_target(self) -> str:
-        """The target that takes the fewest actions to place something in."""
+        """The target that takes the fewest actions to put something in."""
         if self.goal_count == 2 and (fullest := self.fullest_target()):
             return fullest
         memory = self.memory

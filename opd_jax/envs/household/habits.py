@@ -1,7 +1,7 @@
-"""Players of the household with habits: they act as the expert does, but for something.
+"""Players of the household with bad habits: they act as the expert does, with one exception each.
 
-Their episodes and turns show mistakes: for a student to have learnt, for a teacher to recover from,
-and for a judge to be taught by.
+Their mistakes are what a student is made to learn, what a teacher has to recover from, and what
+trains a judge.
 """
 
 import copy
@@ -10,37 +10,27 @@ from collections.abc import Callable
 from functools import partial
 
 from opd_jax.envs.base import Observation, Task
+from opd_jax.envs.household import thoughts
 from opd_jax.envs.household.expert import Expert, kind_of
 from opd_jax.envs.household.tables import LOOK, search_order
-from opd_jax.envs.household.thoughts import (
-    DONE_GO,
-    DONE_TAKE,
-    FETCH,
-    IDLE_EXAMINE,
-    IDLE_INVENTORY,
-    IDLE_LOOK,
-    IDLE_REVISIT,
-    IS_CLOSED,
-    PASS_CLOSED,
-)
 from opd_jax.envs.react import TRY
 
 
 class Careless(Expert):
-    """An expert with bad habits: it reads and acts as well, but its policy is poor.
+    """Reads and acts as well as the expert, but its policy is poor.
 
-    Its thoughts say honestly what it is going to do. When it wrongly believes that the task is
-    done it takes the object out and puts it back, or walks about.
+    Its thoughts say honestly what it is going to do. If it wrongly believes that the task is done,
+    it takes the object out and puts it back, or walks about.
 
     Args:
       task, first: as for `Expert`.
       rng: source of all randomness.
-      skip_step: probability that for the whole episode it forgets to clean, heat or cool.
-      list_order: probability that for the whole episode it searches in listed order.
-      ignore_closed: probability, for each closed receptacle met while searching, of never opening
-        it, unless it is the only one left; with several left it walks between them.
-      idle: probability, for each turn, of a pointless action.
-      forget: probability that for the whole episode it takes one of two objects to be enough.
+      skip_step: probability of an episode in which it forgets to clean, heat or cool.
+      list_order: probability of an episode in which it searches in listed order.
+      ignore_closed: probability that it passes by a closed receptacle met in a search. It opens it
+        only if no other is left; with several left it walks between them.
+      idle: probability of a pointless action in each turn.
+      forget: probability of an episode in which it takes one of two objects to be enough.
     """
 
     def __init__(
@@ -56,7 +46,7 @@ class Careless(Expert):
         forget: float,
     ):
         super().__init__(task, first, rng=rng)
-        # All four are drawn always, so that one habit does not change the draws of another.
+        # All three are always drawn, so that one habit does not change the draws of another.
         skips, lists, forgets = (rng.random() < p for p in (skip_step, list_order, forget))
         if skips:
             self.verb = self.state = self.tool = ""
@@ -65,8 +55,8 @@ class Careless(Expert):
         self.by_list = lists
         self.ignore_closed = ignore_closed
         self.idle = idle
-        self.weighed: set[str] = set()  # closed receptacles it has decided about
-        self.passed: set[str] = set()  # those that it has decided not to open
+        self.weighed: set[str] = set()  # closed receptacles about which it has decided
+        self.passed: set[str] = set()  # those of them that it will not open
 
     def decide(self) -> tuple[str, str]:
         """The next thought and command."""
@@ -77,7 +67,7 @@ class Careless(Expert):
         return super().decide()
 
     def search(self, wanted: str) -> tuple[str, str]:
-        """As the expert, except that closed receptacles may be passed by."""
+        """Search as the expert does, but pass some closed receptacles by."""
         at = self.memory.at
         if at in self.memory.shut and at not in self.memory.content:
             if at not in self.weighed:
@@ -85,11 +75,11 @@ class Careless(Expert):
                 if self.rng.random() < self.ignore_closed:
                     self.passed.add(at)
             if at in self.passed and (place := self.next_place(wanted)[1]):
-                return PASS_CLOSED % at, f"go to {place}"
+                return thoughts.PASS_CLOSED % at, f"go to {place}"
         return super().search(wanted)
 
     def next_place(self, wanted: str) -> tuple[list[str], str]:
-        """In listed order with probability `list_order`; those passed by come again at the end."""
+        """The expert's next place, or the next in listed order. Those passed by come last."""
         memory = self.memory
         missing, place = super().next_place(wanted)
         if not self.by_list and place not in self.passed:
@@ -99,7 +89,7 @@ class Careless(Expert):
         return [], next((p for p in unseen if p not in self.passed), last_resort)
 
     def believed_done(self) -> tuple[str, str] | None:
-        """An object in a target that, to this player, means that the task is done."""
+        """The object whose place makes this player believe that the task is done, if any."""
         if self.goal_count == 2 or self.state or self.type == LOOK:
             return None
         placed = [pair for pair in self.known(self.wanted) if kind_of(pair[1]) == self.target]
@@ -110,35 +100,34 @@ class Careless(Expert):
         memory, (name, place) = self.memory, done
         if self.rng.random() < 0.5:
             if place != memory.at:
-                return FETCH % done, f"go to {place}"
+                return thoughts.FETCH % done, f"go to {place}"
             if place not in memory.shut:
-                return DONE_TAKE % name, f"take {name} from {place}"
+                return thoughts.DONE_TAKE % name, f"take {name} from {place}"
         elsewhere = self.random_item([p for p in memory.places if p != memory.at])
-        return DONE_GO % (name, elsewhere), f"go to {elsewhere}"
+        return thoughts.DONE_GO % (name, elsewhere), f"go to {elsewhere}"
 
     def idle_action(self) -> tuple[str, str]:
         """Something possible that cannot help: looking again, or going back."""
         memory = self.memory
-        choices = [(IDLE_LOOK, "look"), (IDLE_INVENTORY, "inventory")]
+        choices = [(thoughts.IDLE_LOOK, "look"), (thoughts.IDLE_INVENTORY, "inventory")]
         if memory.at:
-            choices.append((IDLE_EXAMINE % memory.at, f"examine {memory.at}"))
+            choices.append((thoughts.IDLE_EXAMINE % memory.at, f"examine {memory.at}"))
         if back := [place for place in memory.content if place != memory.at]:
             place = self.random_item(back)
-            choices.append((IDLE_REVISIT % place, f"go to {place}"))
+            choices.append((thoughts.IDLE_REVISIT % place, f"go to {place}"))
         return self.random_item(choices)
 
 
 class Forgetful(Careless):
-    """An expert but for one habit: it forgets a step of the task, then loops.
+    """Acts as the expert does, but forgets a step of the task and then loops.
 
-    Where `Careless` is disorderly, this one is as orderly as the expert: a model that has learnt
-    from it can read and act, and lacks only the part of the policy that was forgotten. Believing
-    the task done, it takes the object out and puts it back, again and again.
+    It is as orderly as the expert, unlike `Careless`. So a model that has learnt from it can read
+    and act, and lacks only the forgotten part of the policy. Once it believes that the task is
+    done, it takes the object out and puts it back, again and again.
 
     Args:
       task, first, rng: as for `Expert`.
-      skip_step: probability that for the whole episode it forgets to clean, heat or cool.
-      forget: probability that for the whole episode it takes one of two objects to be enough.
+      skip_step, forget: as for `Careless`.
     """
 
     def __init__(
@@ -150,38 +139,30 @@ class Forgetful(Careless):
         skip_step: float,
         forget: float,
     ):
-        super().__init__(
-            task,
-            first,
-            rng=rng,
-            skip_step=skip_step,
-            list_order=0.0,
-            ignore_closed=0.0,
-            idle=0.0,
-            forget=forget,
-        )
+        others = {"list_order": 0.0, "ignore_closed": 0.0, "idle": 0.0}
+        super().__init__(task, first, rng=rng, skip_step=skip_step, forget=forget, **others)
 
     def fidget(self, done: tuple[str, str]) -> tuple[str, str]:
         """Take the placed object out again."""
         memory, (name, place) = self.memory, done
         if place != memory.at:
-            return DONE_GO % done, f"go to {place}"
+            return thoughts.DONE_GO % done, f"go to {place}"
         if place in memory.shut:
-            return IS_CLOSED % place, f"open {place}"
-        return DONE_TAKE % name, f"take {name} from {place}"
+            return thoughts.IS_CLOSED % place, f"open {place}"
+        return thoughts.DONE_TAKE % name, f"take {name} from {place}"
 
 
 class Clumsy(Expert):
     """Knows the grammar and the words but not what is there: most of its commands fail.
 
-    It goes to places that the room lacks, back to where it imagines what it wants, takes what it
-    does not see and puts down what it does not hold, as a weak model does; a demonstration that
-    goes on from it shows how to recover. The places are near misses, since those are a weak
-    model's mistakes: a likely type that the room lacks, or the number after a type's last.
+    As a weak model does, it goes to places that the room lacks, goes back to places it has seen,
+    takes what is not there and puts down what it does not hold. A demonstration that continues
+    after such a turn shows how to recover. The places are a weak model's near misses: a likely type
+    that the room lacks, or the number after a type's last.
     """
 
     def decide(self) -> tuple[str, str]:
-        """A command that would suit another situation."""
+        """A command that does not suit the situation."""
         return TRY, self.misfit()
 
     def misfit(self) -> str:
@@ -200,21 +181,20 @@ class Clumsy(Expert):
         return f"move {name} to {memory.at}"
 
 
-# Puts a mistake into a mind.
+# Changes one belief of a player.
 Mistake = Callable[[], object]
 
 
 class Mistaken(Expert):
-    """Thinks as the expert does, from a picture of the world in which one thing is wrong.
+    """Thinks as the expert does, but in each turn one of its beliefs is wrong.
 
-    Each turn another thing: it sees what is not there, believes its hand full or empty, or an
-    untreated object treated, counts one place too many, has forgotten where it searched, or mixes
-    up what the goal asks for. So its thoughts claim something false in the expert's own
-    words, as a model's mistakes do.
+    It sees an object that is not there, is wrong about what it holds or whether an object is
+    treated, counts one place too many, forgets where it has searched, or mixes up the goal. So its
+    thoughts say something false in the expert's words, as a model's mistakes do.
     """
 
     def decide(self) -> tuple[str, str]:
-        """What the expert would do if the world were as this player believes."""
+        """What the expert would do in the world as this player believes it to be."""
         mind = copy.copy(self)
         mind.memory = copy.deepcopy(self.memory)
         mistakes = self.holding(mind) if mind.memory.hand else self.searching(mind)
@@ -222,7 +202,7 @@ class Mistaken(Expert):
         return Expert.decide(mind)
 
     def holding(self, mind: Expert) -> list[Mistake]:
-        """Mistakes that can be made with something in hand."""
+        """Possible mistakes with something in hand."""
         memory = mind.memory
         elsewhere = self.random_item(sorted({kind_of(place) for place in memory.places}))
         mistakes: list[Mistake] = [partial(setattr, memory, "hand", "")]
@@ -236,7 +216,7 @@ class Mistaken(Expert):
         return mistakes
 
     def searching(self, mind: Expert) -> list[Mistake]:
-        """Mistakes that can be made with an empty hand."""
+        """Possible mistakes with an empty hand."""
         memory, at = mind.memory, mind.memory.at
         imagined = f"{mind.wanted} {1 + int(self.rng.random() * 2)}"
         searched = mind.of_type(mind.likely_types(mind.wanted)[0])

@@ -1,23 +1,24 @@
-"""Exact distance to the goal of a household task, and the label of a turn that follows from it.
+"""The exact distance to the goal of a household task, and the label of a turn.
 
-Both use hidden knowledge, so they measure judges and label training data; no model is shown
-them. The labels are this project's own definition, made to resemble the three verdicts of the
-paper's judge:
+Both use hidden knowledge. They measure judges and label training data; no model is shown them. The
+labels are this project's definition, close to the three verdicts of the paper's judge:
 
-- **SKIP** (needs no correction): the distance falls; or it stays while the turn reveals something
-  new and the next thing that the goal needs has not been found yet.
-- **STRONG** (wrong or redundant): the distance grows; or it stays and nothing new is revealed
-  (looking around again, going back, examining).
-- **WEAK** (sub-optimal, though it brings something): the distance stays and something new is
-  revealed, although the next thing that the goal needs was already known.
+- **SKIP**, no correction needed: the distance falls. Or it stays the same, the turn reveals
+  something, and the next thing that the goal needs has not been found yet.
+- **STRONG**, wrong or redundant: the distance grows. Or it stays the same and the turn reveals
+  nothing (looking around again, going back, examining).
+- **WEAK**, sub-optimal but of some use: the distance stays the same and the turn reveals something,
+  but the next thing that the goal needs was already known.
 
-A turn *reveals* something when it shows the content of a receptacle for the first time, or reaches
-a closed receptacle whose content has never been shown: for the first time, or again if the player
-does not come straight from another such receptacle (going back to open one is right, going to and
-fro between closed ones is not). The *next thing needed* is an object of the goal's type that is
-not yet where it belongs, or, with such an object in hand under `look_at_obj_in_light`, the lamp;
-receptacles are all listed at the start, so they are never searched for. Leaving a closed
-receptacle unopened is judged by the place gone to, unless the distance grows by it.
+A turn *reveals* something in two cases. It shows the content of a receptacle for the first time. Or
+it reaches a closed receptacle whose content has not been shown: for the first time, or again if the
+player does not come straight from another such receptacle. (Going back to open one is right;
+going to and fro between closed ones is not.)
+
+The *next thing needed* is an object of the goal's type that is not yet where it belongs. With such
+an object in hand under `look_at_obj_in_light`, it is the lamp. Receptacles are listed at the start
+and are never searched for. Leaving a closed receptacle unopened is judged by the place gone to,
+unless the distance grows.
 """
 
 from opd_jax.envs.household.tables import LOOK, TWO
@@ -25,17 +26,14 @@ from opd_jax.envs.household.world import World
 
 
 def distance(world: World) -> int:
-    """Least number of actions that reach the goal, for a player who knows everything.
+    """The least number of actions that reach the goal; 0 when it is reached.
 
-    Closed form: the only costs are going, opening, taking, one treatment, moving and using the
-    lamp. A useless object in hand costs exactly one action more, because it can be put down
-    where the wanted one is taken.
+    It is a closed form. The only costs are going, opening, taking, one treatment, moving and using
+    the lamp. A useless object in hand costs exactly one action more: it can be put down where the
+    wanted one is taken.
 
     Args:
       world: a state of the household; not changed.
-
-    Returns:
-      The number of actions; 0 when the goal is reached.
     """
     if world.solved:
         return 0
@@ -78,7 +76,7 @@ def _treat_and_place(world: World, item: int, at: int) -> int:
 
 
 def _put(world: World, at: int, opened: int) -> int:
-    """Actions to put what is in hand into a target, from `at`; `opened` was opened on the way."""
+    """Actions from `at` to put the object in hand into a target; `opened` is open by then."""
     is_open, targets = world.is_open, world.room.targets
     best = 3
     for target in targets:
@@ -91,21 +89,21 @@ def _put(world: World, at: int, opened: int) -> int:
 
 
 def _distance_two(world: World) -> int:
-    """Two objects must end in the same target; objects that are there already count."""
+    """Actions until two objects are in the same target; those already there count."""
     spots = [world.where[item] for item in world.room.wanted if world.where[item] >= 0]
     return min(_fill(world, target, spots) for target in world.room.targets)
 
 
 def _fill(world: World, target: int, spots: list[int]) -> int:
-    """Actions until `target` holds two; `spots` are the places of the wanted objects at rest."""
+    """Actions until `target` holds two; `spots` are the places of wanted objects not in hand."""
     is_open = world.is_open
-    # Opening the target, and moving the first object; the ways and the takes come on top.
+    # Opening the target and moving the first object into it. Going and taking are added below.
     arrive = (not is_open[target]) + 1
     if world.hand in world.room.wanted:
         cost = (world.at != target) + arrive
         if target in spots:
             return cost
-        # Go, take, go back and move the second one.
+        # For the second object: go, take, go back, move.
         return cost + 4 + min(not is_open[spot] for spot in spots)
     if target in spots:
         return _take_first(world, [spot for spot in spots if spot != target]) + 1 + arrive
@@ -118,7 +116,7 @@ def _take_first(world: World, spots: list[int]) -> int:
 
 
 def _take_both(world: World, spots: list[int]) -> int:
-    """As `_take_first`, plus opening the place of a second object, at best."""
+    """As `_take_first`, plus opening the place of the second object; the best pair counts."""
     at, is_open = world.at, world.is_open
     best = 3
     for i, first in enumerate(spots):
@@ -130,12 +128,12 @@ def _take_both(world: World, spots: list[int]) -> int:
 
 
 class Learnt:
-    """What a player who has read every text of the episode can have learnt.
+    """What a player has learnt who has read every text of the episode.
 
     Attributes:
-      content: per receptacle, whether its content has been shown.
-      reached: per receptacle, whether the player has been there.
-      objects: per object, whether it has been seen.
+      content: for each receptacle, whether its content has been shown.
+      reached: for each receptacle, whether the player has been there.
+      objects: for each object, whether it has been seen.
       at: where the player was at the last update; -1 in the middle of the room.
     """
 
@@ -146,7 +144,7 @@ class Learnt:
         self.at = world.at
 
     def update(self, world: World) -> bool:
-        """Take in the state after an action; True if something new was revealed."""
+        """Read the state after an action; True if the action revealed something."""
         before, at = self.at, world.at
         if at < 0 or self.content[at]:
             self.at = at
@@ -157,7 +155,7 @@ class Learnt:
                 self.objects[item] = 1
             self.at = at
             return True
-        # A closed receptacle, content unknown.
+        # A closed receptacle whose content is not known.
         first = not self.reached[at]
         self.reached[at] = 1
         self.at = at
@@ -171,19 +169,19 @@ class Learnt:
         spots = [world.where[item] for item in room.wanted if known[item]]
         if room.spec.type != TWO or not spots:
             return not spots
-        # Whatever lies in the fullest target stays there; the rest is to be fetched.
+        # What lies in the fullest target stays there; the player needs another one.
         placed = max(spots.count(target) for target in room.targets)
         return len(spots) <= placed
 
 
 def label(before: int, after: int, *, novel: bool, searching: bool) -> str:
-    """Label a turn that did not fail; the module's docstring has the rules.
+    """Label a turn that did not fail; the module states the rules.
 
     Args:
       before: distance to the goal before the turn, in actions.
       after: distance after the turn.
       novel: the turn revealed something (`Learnt.update`).
-      searching: before the turn, the next thing needed was unknown (`Learnt.searching`).
+      searching: before the turn, the next thing needed had not been found (`Learnt.searching`).
 
     Returns:
       `SKIP`, `WEAK` or `STRONG`.

@@ -1,10 +1,10 @@
-"""Scenes and tasks of the household world: pure functions that draw from the tables.
+"""Scenes and tasks of the household, drawn from the tables.
 
-A scene says which receptacles stand in a room; it depends on the room kind, the scene number and
-the size. A task adds a goal and the objects with their places; it depends on the split, the index
-and the size. Both draw from a generator seeded by SHA-256 of a text such as
-`household/1/large/train/17`, and use its `random()` only, which Python keeps stable between
-versions; nothing depends on hash order.
+A scene says which receptacles stand in a room. It depends on the kind of room, the scene's number
+and the size. A task adds a goal and objects with their places. It depends on the split, the index
+and the size. Both draw from a generator seeded with the SHA-256 of a text such as
+`household/1/large/train/17`. They call only its `random()`, which Python keeps stable between
+versions, and nothing depends on hash order.
 """
 
 import functools
@@ -47,8 +47,8 @@ class TaskSpec:
     Attributes:
       id: `household/<size>/<split>/<index>`.
       type: one of `TASK_TYPES`.
-      goal: the instruction, ending in a full stop.
-      room: room kind.
+      goal: the instruction, with a full stop.
+      room: kind of room.
       scene: scene number; numbers above `TRAIN_SCENES` belong to `valid_unseen`.
       object: the object type that the goal asks for.
       target: the receptacle type of the goal; "" for `look_at_obj_in_light`.
@@ -89,7 +89,7 @@ class Draw:
         return items[self.below(len(items))]
 
     def weighted(self, pairs: Sequence[tuple[str, float]]) -> str:
-        """The first member of a pair, with probability in proportion to the second."""
+        """The first member of a pair, drawn in proportion to the second."""
         point = self._random() * sum(weight for _, weight in pairs)
         for name, weight in pairs:
             point -= weight
@@ -107,7 +107,7 @@ class Draw:
 
 
 def _held_out(counts: tuple[tuple[str, int], ...]) -> bool:
-    """Whether a receptacle multiset is reserved for scenes that are never trained on."""
+    """Whether a multiset of receptacles is reserved for scenes that are never trained on."""
     text = ",".join(f"{name}:{count}" for name, count in counts)
     return hashlib.sha256(text.encode()).digest()[0] % 5 == 0
 
@@ -131,8 +131,9 @@ def _draw_counts(draw: Draw, room: str, size: str) -> tuple[tuple[str, int], ...
 def scene(room: str, number: int, size: str) -> tuple[tuple[str, int], ...]:
     """Receptacle types of a scene, in order of type, each with its count.
 
-    Scenes up to `TRAIN_SCENES` never have the receptacle multiset of a scene above it: each
-    multiset belongs to one side by its digest, and draws from the other side are rejected.
+    Scenes up to `TRAIN_SCENES` and scenes above it never have the same receptacles: the digest of a
+    multiset of receptacles decides to which side it belongs, and draws from the other side are
+    rejected.
 
     Args:
       room: one of `ROOM_KINDS`.
@@ -140,7 +141,7 @@ def scene(room: str, number: int, size: str) -> tuple[tuple[str, int], ...]:
       size: one of `SIZES`.
 
     Raises:
-      ValueError: if the size, room or number is unknown.
+      ValueError: the size, room or number is unknown.
     """
     check_size(size)
     if room not in ROOMS:
@@ -163,15 +164,15 @@ def check_size(size: str) -> None:
 
 
 def split_size(split: str) -> int:
-    """Number of tasks in `split`; ValueError naming the known splits if there is none."""
+    """Number of tasks in `split`; ValueError naming the known splits otherwise."""
     if split not in SPLIT_SIZES:
         raise ValueError(f"`split` must be one of {', '.join(SPLIT_SIZES)}; got {split!r}.")
     return SPLIT_SIZES[split]
 
 
 def _task_type(split: str, index: int, size: str) -> str:
-    # Each block of six consecutive tasks holds each type once, in an order of its own, so that
-    # neither a prefix nor a stride of a split is lopsided.
+    # Each block of six tasks holds each type once, in its own order. So neither the first n tasks
+    # nor every n-th task prefer a type.
     block, place = divmod(index, len(TASK_TYPES))
     draw = Draw(f"household/{VERSION}/{size}/{split}/block/{block}")
     return draw.shuffled(TASK_TYPES)[place]
@@ -181,7 +182,7 @@ def _task_type(split: str, index: int, size: str) -> str:
 def _choices(
     task_type: str, room: str, present: tuple[str, ...]
 ) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Objects that can serve a task in a room, each with its possible target types."""
+    """Objects that a task may ask for in a room, each with its possible target types."""
     verb, _, tool = TREATMENTS.get(task_type, ("", "", ""))
     choices = []
     for name, row in OBJECT_TABLE.items():
@@ -193,7 +194,7 @@ def _choices(
         targets = {place for place in (*homes, *SURFACES[room]) if place in present}
         targets.discard(tool)
         if task_type in (SIMPLE, TWO):
-            # The objects must have somewhere else to be at the start.
+            # The objects must have another place to start from.
             targets = {target for target in targets if any(home != target for home in homes)}
         if task_type == LOOK:
             targets = {""}
@@ -240,19 +241,19 @@ def _room_lamp(room: str) -> str:
 
 
 def task(split: str, index: int, size: str) -> TaskSpec:
-    """Draw task `index` of `split`: a pure function of its arguments.
+    """Task `index` of `split`. The result depends on the arguments alone.
 
-    Types are exactly balanced in every block of six tasks; the room kind is uniform over those
-    that can host the type. The goal never holds at the start: for `pick_and_place_simple` and
-    `pick_two_obj_and_place` no wanted object starts in a receptacle of the target type.
+    Every block of six tasks holds each type once. The kind of room is uniform over those that can
+    host the type. The goal is never reached at the start: for `pick_and_place_simple` and
+    `pick_two_obj_and_place`, no wanted object starts in a receptacle of the target type.
 
     Args:
       split: one of `SPLIT_SIZES`; `valid_unseen` uses scenes that the others never use.
-      index: from 0 to the split's size less one.
+      index: 0 to the size of the split less one.
       size: one of `SIZES`.
 
     Raises:
-      ValueError: if the split or size is unknown or the index is out of range.
+      ValueError: the split or size is unknown, or the index is out of range.
     """
     check_size(size)
     if not 0 <= index < split_size(split):
@@ -268,7 +269,7 @@ def task(split: str, index: int, size: str) -> TaskSpec:
             number = TRAIN_SCENES + 1 + draw.below(UNSEEN_SCENES)
         counts = dict(scene(room, number, size))
         choices = _choices(task_type, room, tuple(counts))
-        if choices:  # a small room may lack every place for the task's objects: draw another
+        if choices:  # else the room has no place for any suitable object: draw another room
             break
     wanted, targets = draw.choice(choices)
     target = draw.choice(targets)
@@ -303,7 +304,7 @@ def _numbered(
     index = {place: i for i, place in enumerate(places)}
     seen: dict[str, int] = {}
     objects = []
-    # Stable by type, so numbers follow the order of the draws and say nothing about places.
+    # The sort is stable: numbers follow the order of the draws and do not depend on places.
     for name, place, number in sorted(located, key=lambda item: item[0]):
         seen[name] = seen.get(name, 0) + 1
         objects.append((name, seen[name], index[place, number]))

@@ -1,14 +1,13 @@
-"""Tables of the household world: rooms, receptacles, objects, task types and where things lie.
+"""Tables of the household: rooms, receptacles, objects, task types, and where things lie.
 
-The task types, room kinds and vocabulary follow ALFWorld (Shridhar et al., 2021,
-arXiv:2010.03768); the tables and the placements are this project's own, so results here are not
-ALFWorld results.
+Task types, kinds of rooms and vocabulary follow ALFWorld (Shridhar et al., 2021, arXiv:2010.03768).
+The tables and placements are this project's own, so results here are not ALFWorld results.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# Changing a table or the order of the draws changes every task: raise VERSION with it.
+# Raise it with every change of a table or of the order of draws: both change all tasks.
 VERSION = 1
 
 SIZES = ("small", "medium", "large")
@@ -23,7 +22,7 @@ HEAT = "pick_heat_then_place_in_recep"
 COOL = "pick_cool_then_place_in_recep"
 TWO = "pick_two_obj_and_place"
 
-# Task type -> the room kinds that can host it.
+# Task type -> the kinds of rooms that can host it.
 TASK_ROOMS = {
     SIMPLE: ("kitchen", "livingroom", "bedroom", "bathroom"),
     LOOK: ("livingroom", "bedroom"),
@@ -52,11 +51,11 @@ GOALS = {
 }
 
 OPENABLE = ("cabinet", "drawer", "fridge", "laundryhamper", "microwave", "safe")
-# Receptacle types one puts things "in"; "on" for all others.
+# Receptacle types with the preposition "in"; all others take "on".
 INSIDE = (*OPENABLE, "bathtubbasin", "garbagecan", "sinkbasin")
 
-# Room kind -> receptacle type -> (how many at least, weight of one more, and how many at most in a
-# small, medium and large room).
+# Room kind -> receptacle type -> (least number, weight of one more, greatest number in a small,
+# medium and large room).
 ROOMS: Mapping[str, Mapping[str, tuple[int, float, tuple[int, int, int]]]] = {
     "kitchen": {
         "cabinet": (0, 6.0, (2, 3, 7)),
@@ -130,7 +129,7 @@ LARGE_KITCHEN = (22, 28)
 CLUTTER = {"small": (3, 6), "medium": (7, 12), "large": (12, 25)}
 MAX_COPIES = 3  # objects of one type in a room, at most
 
-# Places of a room that make a sensible goal for any object found there.
+# Receptacle types of a room that are a sensible target for any object there.
 SURFACES = {
     "kitchen": ("countertop", "diningtable", "sidetable"),
     "livingroom": ("armchair", "coffeetable", "diningtable", "sidetable", "sofa"),
@@ -144,10 +143,10 @@ class ObjectKind:
     """One row of the object table.
 
     Attributes:
-      rooms: room kinds in which it is found.
-      abilities: of `clean`, `heat` and `cool`, what can be done to it.
-      prior: (receptacle type, weight of each receptacle of that type), heaviest first; of two
-        with the same weight the one that need not be opened.
+      rooms: kinds of rooms in which it is found.
+      abilities: those of `clean`, `heat` and `cool` that can be done to it.
+      prior: (receptacle type, weight of each receptacle of that type), heaviest first; at equal
+        weights, types that need not be opened come first.
     """
 
     rooms: tuple[str, ...]
@@ -164,199 +163,125 @@ def _row(rooms: str, abilities: str, prior: str) -> ObjectKind:
     )
 
 
-# The order of the receptacle types is public knowledge: the expert player searches by it, and as
-# weights are those of a single receptacle, likeliest first is also the best order.
+# The order of the receptacle types is public: the expert searches by it. A weight is that of a
+# single receptacle, so likeliest first is the best order.
 OBJECT_TABLE: Mapping[str, ObjectKind] = {
     # Food.
-    "apple": _row(
-        "kitchen",
-        "clean heat cool",
-        "fridge 4, diningtable 3, countertop 3, sinkbasin 2, garbagecan 2, sidetable 2",
-    ),
-    "bread": _row(
-        "kitchen", "heat cool", "countertop 4, diningtable 3, fridge 3, toaster 2, cabinet 2"
-    ),
-    "egg": _row(
-        "kitchen", "clean heat cool", "fridge 4, countertop 3, sinkbasin 2, garbagecan 2, shelf 2"
-    ),
-    "lettuce": _row(
-        "kitchen",
-        "clean heat cool",
-        "fridge 4, diningtable 3, countertop 3, sinkbasin 2, garbagecan 2",
-    ),
-    "potato": _row(
-        "kitchen",
-        "clean heat cool",
-        "sinkbasin 3, countertop 3, fridge 3, garbagecan 2, cabinet 2",
-    ),
-    "tomato": _row(
-        "kitchen",
-        "clean heat cool",
-        "diningtable 3, countertop 3, fridge 3, sinkbasin 2, garbagecan 2, shelf 2",
-    ),
+    "apple": _row("kitchen", "clean heat cool",
+        "fridge 4, diningtable 3, countertop 3, sinkbasin 2, garbagecan 2, sidetable 2"),
+    "bread": _row("kitchen", "heat cool",
+        "countertop 4, diningtable 3, fridge 3, toaster 2, cabinet 2"),
+    "egg": _row("kitchen", "clean heat cool",
+        "fridge 4, countertop 3, sinkbasin 2, garbagecan 2, shelf 2"),
+    "lettuce": _row("kitchen", "clean heat cool",
+        "fridge 4, diningtable 3, countertop 3, sinkbasin 2, garbagecan 2"),
+    "potato": _row("kitchen", "clean heat cool",
+        "sinkbasin 3, countertop 3, fridge 3, garbagecan 2, cabinet 2"),
+    "tomato": _row("kitchen", "clean heat cool",
+        "diningtable 3, countertop 3, fridge 3, sinkbasin 2, garbagecan 2, shelf 2"),
     # Kitchenware.
-    "bowl": _row(
-        "kitchen livingroom bedroom",
-        "clean heat cool",
-        "desk 4, diningtable 3, coffeetable 3, dresser 3, cabinet 3, shelf 2, fridge 2",
-    ),
+    "bowl": _row("kitchen livingroom bedroom", "clean heat cool",
+        "desk 4, diningtable 3, coffeetable 3, dresser 3, cabinet 3, shelf 2, fridge 2"),
     "butterknife": _row("kitchen", "clean", "sinkbasin 3, diningtable 3, countertop 3, drawer 3"),
-    "cup": _row(
-        "kitchen",
-        "clean heat cool",
-        "sinkbasin 3, countertop 3, cabinet 3, diningtable 2, coffeemachine 1",
-    ),
+    "cup": _row("kitchen", "clean heat cool",
+        "sinkbasin 3, countertop 3, cabinet 3, diningtable 2, coffeemachine 1"),
     "dishsponge": _row("kitchen", "clean", "sinkbasin 4, countertop 3, drawer 3, cart 2"),
     "fork": _row("kitchen", "clean", "diningtable 3, countertop 3, drawer 3, sinkbasin 2"),
-    "glassbottle": _row(
-        "kitchen", "", "garbagecan 3, countertop 3, cabinet 3, diningtable 2, shelf 2"
-    ),
+    "glassbottle": _row("kitchen", "",
+        "garbagecan 3, countertop 3, cabinet 3, diningtable 2, shelf 2"),
     "kettle": _row("kitchen", "clean", "stoveburner 3, countertop 3, cabinet 3, sinkbasin 2"),
     "knife": _row("kitchen", "clean", "countertop 4, diningtable 3, drawer 3, sinkbasin 2"),
     "ladle": _row("kitchen", "clean", "sinkbasin 3, countertop 3, drawer 3, stoveburner 1"),
-    "mug": _row(
-        "kitchen bedroom",
-        "clean heat cool",
-        "desk 4, coffeemachine 3, dresser 3, countertop 3, cabinet 3, sinkbasin 2, shelf 2",
-    ),
-    "pan": _row(
-        "kitchen", "clean cool", "stoveburner 3, countertop 3, cabinet 3, sinkbasin 2, fridge 1"
-    ),
-    "papertowelroll": _row(
-        "kitchen", "", "countertop 4, drawer 3, diningtable 2, garbagecan 2, sidetable 2"
-    ),
+    "mug": _row("kitchen bedroom", "clean heat cool",
+        "desk 4, coffeemachine 3, dresser 3, countertop 3, cabinet 3, sinkbasin 2, shelf 2"),
+    "pan": _row("kitchen", "clean cool",
+        "stoveburner 3, countertop 3, cabinet 3, sinkbasin 2, fridge 1"),
+    "papertowelroll": _row("kitchen", "",
+        "countertop 4, drawer 3, diningtable 2, garbagecan 2, sidetable 2"),
     "peppershaker": _row("kitchen", "", "diningtable 3, countertop 3, drawer 3, shelf 2"),
-    "plate": _row(
-        "kitchen", "clean heat cool", "countertop 3, cabinet 3, diningtable 2, sinkbasin 2"
-    ),
-    "pot": _row(
-        "kitchen", "clean cool", "stoveburner 3, countertop 3, sinkbasin 2, fridge 2, cabinet 2"
-    ),
+    "plate": _row("kitchen", "clean heat cool",
+        "countertop 3, cabinet 3, diningtable 2, sinkbasin 2"),
+    "pot": _row("kitchen", "clean cool",
+        "stoveburner 3, countertop 3, sinkbasin 2, fridge 2, cabinet 2"),
     "saltshaker": _row("kitchen", "", "diningtable 3, countertop 3, cabinet 3, shelf 2"),
     "spatula": _row("kitchen", "clean", "countertop 3, drawer 3, sinkbasin 2, stoveburner 2"),
     "spoon": _row("kitchen", "clean", "sinkbasin 3, diningtable 3, countertop 3, drawer 3"),
-    "winebottle": _row(
-        "kitchen", "", "countertop 3, fridge 3, cabinet 3, garbagecan 2, diningtable 2"
-    ),
+    "winebottle": _row("kitchen", "",
+        "countertop 3, fridge 3, cabinet 3, garbagecan 2, diningtable 2"),
     # Living room and bedroom.
     "alarmclock": _row("bedroom", "", "desk 3, sidetable 3, dresser 3, shelf 2, drawer 2, bed 1"),
     "baseballbat": _row("bedroom", "", "bed 4, armchair 3, sofa 3, safe 2, cabinet 2"),
     "basketball": _row("bedroom", "", "bed 3, armchair 3, dresser 3, laundryhamper 2, cabinet 2"),
-    "book": _row(
-        "livingroom bedroom",
-        "",
-        "desk 3, bed 3, coffeetable 3, sofa 3, diningtable 2, dresser 2, shelf 2, drawer 2",
-    ),
-    "box": _row(
-        "livingroom",
-        "",
-        "coffeetable 3, diningtable 3, armchair 3, sofa 3, cabinet 3, ottoman 2, dresser 2",
-    ),
+    "book": _row("livingroom bedroom", "",
+        "desk 3, bed 3, coffeetable 3, sofa 3, diningtable 2, dresser 2, shelf 2, drawer 2"),
+    "box": _row("livingroom", "",
+        "coffeetable 3, diningtable 3, armchair 3, sofa 3, cabinet 3, ottoman 2, dresser 2"),
     "cd": _row("bedroom", "", "desk 3, safe 3, drawer 3, garbagecan 2, shelf 2"),
-    "cellphone": _row(
-        "livingroom bedroom",
-        "",
-        "bed 3, desk 3, coffeetable 3, sofa 3, drawer 3, dresser 2, armchair 2, safe 2",
-    ),
-    "creditcard": _row(
-        "livingroom bedroom",
-        "",
-        "desk 3, coffeetable 3, sidetable 3, drawer 3, dresser 2, armchair 2, shelf 2",
-    ),
-    "keychain": _row(
-        "livingroom bedroom", "", "safe 4, sidetable 3, sofa 3, drawer 3, desk 2, ottoman 1"
-    ),
-    "laptop": _row(
-        "livingroom bedroom",
-        "",
-        "bed 3, desk 3, sofa 3, coffeetable 3, diningtable 2, dresser 2, armchair 2, cabinet 2",
-    ),
-    "newspaper": _row(
-        "livingroom", "", "sofa 3, coffeetable 3, armchair 3, garbagecan 2, drawer 2, cart 1"
-    ),
-    "pen": _row(
-        "livingroom bedroom",
-        "",
-        "desk 3, sidetable 3, drawer 3, dresser 2, garbagecan 2, coffeetable 2, shelf 2",
-    ),
-    "pencil": _row(
-        "livingroom bedroom",
-        "",
-        "desk 3, drawer 3, coffeetable 2, garbagecan 2, sidetable 2, shelf 2",
-    ),
-    "pillow": _row(
-        "livingroom bedroom", "", "bed 4, sofa 3, armchair 3, ottoman 2, laundryhamper 2, cabinet 2"
-    ),
-    "remotecontrol": _row(
-        "livingroom", "", "tvstand 3, sofa 3, coffeetable 3, armchair 3, drawer 3, ottoman 1"
-    ),
-    "statue": _row(
-        "livingroom", "", "dresser 3, coffeetable 3, sidetable 3, tvstand 2, shelf 2, cabinet 2"
-    ),
+    "cellphone": _row("livingroom bedroom", "",
+        "bed 3, desk 3, coffeetable 3, sofa 3, drawer 3, dresser 2, armchair 2, safe 2"),
+    "creditcard": _row("livingroom bedroom", "",
+        "desk 3, coffeetable 3, sidetable 3, drawer 3, dresser 2, armchair 2, shelf 2"),
+    "keychain": _row("livingroom bedroom", "",
+        "safe 4, sidetable 3, sofa 3, drawer 3, desk 2, ottoman 1"),
+    "laptop": _row("livingroom bedroom", "",
+        "bed 3, desk 3, sofa 3, coffeetable 3, diningtable 2, dresser 2, armchair 2, cabinet 2"),
+    "newspaper": _row("livingroom", "",
+        "sofa 3, coffeetable 3, armchair 3, garbagecan 2, drawer 2, cart 1"),
+    "pen": _row("livingroom bedroom", "",
+        "desk 3, sidetable 3, drawer 3, dresser 2, garbagecan 2, coffeetable 2, shelf 2"),
+    "pencil": _row("livingroom bedroom", "",
+        "desk 3, drawer 3, coffeetable 2, garbagecan 2, sidetable 2, shelf 2"),
+    "pillow": _row("livingroom bedroom", "",
+        "bed 4, sofa 3, armchair 3, ottoman 2, laundryhamper 2, cabinet 2"),
+    "remotecontrol": _row("livingroom", "",
+        "tvstand 3, sofa 3, coffeetable 3, armchair 3, drawer 3, ottoman 1"),
+    "statue": _row("livingroom", "",
+        "dresser 3, coffeetable 3, sidetable 3, tvstand 2, shelf 2, cabinet 2"),
     "teddybear": _row("bedroom", "", "bed 4, sofa 3, laundryhamper 3, armchair 2, cabinet 2"),
     "tennisracket": _row("bedroom", "", "bed 3, dresser 3, desk 2, safe 2, cabinet 2"),
-    "vase": _row(
-        "livingroom", "", "diningtable 3, dresser 3, sidetable 3, coffeetable 2, shelf 2, cabinet 2"
-    ),
-    "watch": _row(
-        "livingroom bedroom",
-        "",
-        "safe 4, dresser 3, sidetable 3, drawer 3, coffeetable 2, shelf 2",
-    ),
+    "vase": _row("livingroom", "",
+        "diningtable 3, dresser 3, sidetable 3, coffeetable 2, shelf 2, cabinet 2"),
+    "watch": _row("livingroom bedroom", "",
+        "safe 4, dresser 3, sidetable 3, drawer 3, coffeetable 2, shelf 2"),
     # Bathroom.
-    "candle": _row(
-        "livingroom bathroom",
-        "",
-        "toilet 3, coffeetable 3, countertop 3, bathtubbasin 2, shelf 2, drawer 2",
-    ),
-    "cloth": _row(
-        "bathroom", "clean", "bathtubbasin 3, countertop 3, laundryhamper 3, cabinet 3, cart 1"
-    ),
-    "handtowel": _row(
-        "bathroom", "", "handtowelholder 4, countertop 3, sinkbasin 2, laundryhamper 2, cabinet 2"
-    ),
+    "candle": _row("livingroom bathroom", "",
+        "toilet 3, coffeetable 3, countertop 3, bathtubbasin 2, shelf 2, drawer 2"),
+    "cloth": _row("bathroom", "clean",
+        "bathtubbasin 3, countertop 3, laundryhamper 3, cabinet 3, cart 1"),
+    "handtowel": _row("bathroom", "",
+        "handtowelholder 4, countertop 3, sinkbasin 2, laundryhamper 2, cabinet 2"),
     "plunger": _row("bathroom", "", "toilet 3, cabinet 3, bathtubbasin 2, garbagecan 1"),
     "scrubbrush": _row("bathroom", "", "toilet 3, countertop 3, cabinet 3, bathtubbasin 2"),
-    "soapbar": _row(
-        "bathroom", "clean", "bathtubbasin 3, sinkbasin 3, countertop 3, drawer 3, toilet 2"
-    ),
-    "soapbottle": _row(
-        "kitchen bathroom",
-        "",
-        "sinkbasin 3, countertop 3, cabinet 3, toilet 2, garbagecan 2, shelf 2",
-    ),
+    "soapbar": _row("bathroom", "clean",
+        "bathtubbasin 3, sinkbasin 3, countertop 3, drawer 3, toilet 2"),
+    "soapbottle": _row("kitchen bathroom", "",
+        "sinkbasin 3, countertop 3, cabinet 3, toilet 2, garbagecan 2, shelf 2"),
     "spraybottle": _row("bathroom", "", "countertop 3, cabinet 3, toilet 2, garbagecan 2, shelf 2"),
-    "tissuebox": _row(
-        "livingroom bathroom",
-        "",
-        "toilet 3, coffeetable 3, countertop 3, sidetable 3, cabinet 3, cart 2, shelf 2",
-    ),
-    "toiletpaper": _row(
-        "bathroom", "", "toilet 3, toiletpaperhanger 3, drawer 3, shelf 2, garbagecan 1"
-    ),
-    "towel": _row(
-        "bathroom", "", "towelholder 4, laundryhamper 3, bathtubbasin 2, shelf 2, cabinet 2"
-    ),
-    # Lamps stay where they are and are only switched on.
+    "tissuebox": _row("livingroom bathroom", "",
+        "toilet 3, coffeetable 3, countertop 3, sidetable 3, cabinet 3, cart 2, shelf 2"),
+    "toiletpaper": _row("bathroom", "",
+        "toilet 3, toiletpaperhanger 3, drawer 3, shelf 2, garbagecan 1"),
+    "towel": _row("bathroom", "",
+        "towelholder 4, laundryhamper 3, bathtubbasin 2, shelf 2, cabinet 2"),
+    # Lamps cannot be taken, only switched on.
     "desklamp": _row("bedroom", "", "desk 3, dresser 3, sidetable 3, shelf 2"),
-    "floorlamp": _row(
-        "livingroom", "", "sidetable 3, armchair 3, sofa 3, coffeetable 2, desk 2, dresser 2"
-    ),
-}
+    "floorlamp": _row("livingroom", "",
+        "sidetable 3, armchair 3, sofa 3, coffeetable 2, desk 2, dresser 2"),
+}  # fmt: skip
 LAMPS = ("desklamp", "floorlamp")
 
 RECEPTACLES = tuple(sorted({name for room in ROOMS.values() for name in room}))
 OBJECTS = tuple(sorted(OBJECT_TABLE))
-# The highest number that can follow a receptacle's or an object's name.
+# The highest numbers in names of receptacles and objects.
 MAX_RECEPTACLE_NUMBER = max(caps[-1] for room in ROOMS.values() for _, _, caps in room.values())
 MAX_OBJECT_NUMBER = MAX_COPIES
 
 
 def search_order(object_type: str) -> tuple[str, ...]:
-    """Receptacle types in which `object_type` can be found, likeliest first."""
+    """Receptacle types that may hold `object_type`, likeliest first."""
     return tuple(place for place, _ in OBJECT_TABLE[object_type].prior)
 
 
 def preposition(receptacle_type: str) -> str:
-    """`in` or `on`, whichever goes with the receptacle type."""
+    """The preposition of a receptacle type, `in` or `on`."""
     return "in" if receptacle_type in INSIDE else "on"

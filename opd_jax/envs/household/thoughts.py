@@ -1,19 +1,19 @@
-"""What the household's players think: every text of their thoughts.
+"""Every text of the thoughts of the household's players.
 
-Each response works out its command in the thought, one test at a time, and names what a test is
-about before saying how it came out: what is in hand or looked for, its state, whether it is here,
-whether the likely place is in the room. So each word is easy to predict from the text so far.
+A thought derives the command step by step: what is in hand or wanted, its state, whether it is
+here, whether the likely place is in the room. Each step names its subject before its result, so
+every word is easy to predict from the text before it.
 """
 
 from opd_jax.envs.react import TRY
 
-# Thoughts; %s is a type, or a name with its number. A thought begins with the aim.
+# %s is a type, or a name with its number. A thought begins with the aim ...
 FIND = "find %s. "
 FIND_ANOTHER = "one placed. find another %s. "
 HAVE = "i have %s. "
 IT_IS = "it is %s. "
 IT_IS_NOT = "it is not %s. "
-# And goes on with what to do about it. Likely places are tested one by one.
+# ... and goes on with the plan. Likely places are tested one by one.
 NOT_THERE = "%s is not there. "
 NONE_HERE = "none here. %s%s is next."
 IS_CLOSED = "%s is closed. open it."
@@ -26,7 +26,7 @@ PLACE = "i am at %s. place it."
 PUT_DOWN = "put it down."
 NOTHING_LEFT = "nothing to do. look."
 PASS_CLOSED = "%s is closed. skip it."
-# Of those with habits.
+# Thoughts of the players with bad habits.
 DONE_TAKE = "%s is placed. take it."
 DONE_GO = "%s is placed. go to %s."
 IDLE_LOOK = "look."
@@ -39,7 +39,7 @@ _PLANS = (
     *(NONE_HERE.replace("%s%s", f"{tested}%s") for tested in ("", 2 * NOT_THERE)),
     *(IS_CLOSED, TAKE, FETCH, USE_LAMP, GO_ON, TREAT, PLACE, PUT_DOWN, NOTHING_LEFT, PASS_CLOSED),
 )
-# Every thought, for whoever builds a vocabulary; `RESPONSE` comes around it.
+# Every thought, for the tokenizer; `RESPONSE` surrounds it.
 THOUGHTS = (
     *(aim + plan for aim in _AIMS for plan in _PLANS),
     *(DONE_TAKE, DONE_GO, IDLE_LOOK, IDLE_INVENTORY, IDLE_EXAMINE, IDLE_REVISIT, TRY),

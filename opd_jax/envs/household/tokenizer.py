@@ -1,14 +1,14 @@
-r"""A tokenizer for the household world, in which most tokens are whole phrases.
+r"""A tokenizer for the household, in which most tokens are whole phrases.
 
-The household speaks in fixed sentences around a few names, so a sentence's fixed part, a
-receptacle with its number and an object's name are one token each, and an episode has fewer tokens
-than words, chat marks included. The vocabulary is enumerated from the tables and templates of the
-environment and its players; no text is sampled or learnt from.
+The household's texts are fixed sentences with a few names in them. The fixed part of a sentence, a
+receptacle with its number, and the name of an object are one token each. So an episode has fewer
+tokens than words, chat marks included. The vocabulary is enumerated from the tables and templates
+of the environment and its players; nothing is sampled or learnt from texts.
 
-A text is cut by one regular expression: the phrases, longest first, then single words, digits and
-marks. A space belongs to the word behind it (` apple`), so joining the tokens gives back the text
-exactly. Phrases, digits, ASCII punctuation, spaces and line ends are always known; any other word
-that is not in the vocabulary becomes `<|unk|>`.
+One regular expression splits a text: phrases, longest first, then single words, digits and
+punctuation. A space belongs to the word after it (` apple`), so joining the tokens gives back the
+exact text. Phrases, digits, ASCII punctuation, spaces and line ends are always known; any other
+word that is not in the vocabulary becomes `<|unk|>`.
 """
 
 import re
@@ -36,12 +36,11 @@ _PLACEHOLDER = re.compile(r"%[sd]|\{\w*\}")
 
 
 def build(*, phrases: Sequence[str]) -> "PreTrainedTokenizerFast":
-    """Builds the tokenizer; the same arguments give the same file.
+    """Build the tokenizer; the same arguments give the same file.
 
     Args:
-      phrases: fixed texts of whoever else talks to the model, such as the judge's prompt. Each
-        is cut at its placeholders (`%s`, `%d`, `{name}`) and line ends, and each piece becomes
-        one token.
+      phrases: other fixed texts that the model will read, such as the judge's prompt. Each is split
+        at placeholders (`%s`, `%d`, `{name}`) and line ends; each piece becomes one token.
 
     Returns:
       A `transformers` tokenizer with a ChatML template; a response ends with `<|im_end|>`.
@@ -51,11 +50,11 @@ def build(*, phrases: Sequence[str]) -> "PreTrainedTokenizerFast":
 
     pieces = _pieces([*_texts(), *phrases])
     words = {word for piece in pieces for word in re.findall(_WORD, piece)}
-    # Longest first, since the first alternative that matches is taken.
+    # Longest first, since the first matching alternative wins.
     fused = sorted({p for p in pieces if not re.fullmatch(_WORD, p)}, key=lambda p: (-len(p), p))
     special = (PAD, UNKNOWN, START, END)
     tokens = (*special, *sorted({*_alphabet(), *words, *fused}))
-    pattern = "|".join([*map(_whole, fused), _WORD])
+    pattern = "|".join([*map(_as_pattern, fused), _WORD])
 
     backend = Tokenizer(
         models.WordLevel({token: n for n, token in enumerate(tokens)}, unk_token=UNKNOWN)
@@ -74,7 +73,7 @@ def build(*, phrases: Sequence[str]) -> "PreTrainedTokenizerFast":
 
 
 def _texts() -> list[str]:
-    """Templates of everything that the environment and its players say, as it is spaced there."""
+    """Templates of everything that the environment and its players write, with its spaces."""
     seen = ("a %s", world.NOTHING_SEEN)
     content = [world.CLOSED]
     for template in (world.OPEN, world.ON):
@@ -100,18 +99,18 @@ def _texts() -> list[str]:
     for room in ROOMS.values():
         for name, (_, _, most) in room.items():
             texts.append(name)
-            # One more than there are, since a search asks for the number after the last.
+            # One number more, since a search asks for the one after the last.
             texts += [f" {name} {number}" for number in range(1, max(most) + 2)]
     return texts
 
 
 def _pieces(texts: Iterable[str]) -> set[str]:
-    """The fixed parts of templates; those that start a text also as they follow a label."""
+    """The fixed parts of templates; those that begin with a letter also with a space before."""
     pieces = set()
     for text in texts:
         for part in _PLACEHOLDER.split(text):
-            # A space before a placeholder belongs to what is filled in, and line ends to the line
-            # that they begin, except at the end of a text.
+            # A space before a placeholder belongs to what is filled in. A line end belongs to the
+            # line after it, except at the end of a text.
             for line in re.split(r"(?<=[^\n])(?=\n+[^\n])", part):
                 line = line.rstrip(" ")
                 pieces.add(line)
@@ -121,10 +120,10 @@ def _pieces(texts: Iterable[str]) -> set[str]:
 
 
 def _alphabet() -> list[str]:
-    """Marks and digits that any text may hold."""
+    """Punctuation, spaces and digits, which any text may hold."""
     return [*string.punctuation, " ", "\n", *string.digits, *(f" {d}" for d in string.digits)]
 
 
-def _whole(piece: str) -> str:
+def _as_pattern(piece: str) -> str:
     """A pattern for `piece` that does not end inside a word."""
     return re.escape(piece) + (r"(?!\w)" if re.match(r"\w", piece[-1]) else "")

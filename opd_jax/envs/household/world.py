@@ -1,10 +1,9 @@
-"""The engine of the household: its state, its commands, and what they answer.
+"""The engine of the household: its state, its commands, and their texts.
 
-The player sees a receptacle's content only when it stands there and the receptacle is open;
-everything else has to be found. Where it differs from ALFWorld (Shridhar et al., 2021,
-arXiv:2010.03768): rooms and placements are drawn from this project's tables, lists are sorted by
-name and number, `look` repeats the content of the place, and a lamp counts at the moment at which
-it is used.
+The player sees the content of a receptacle only while it stands there and the receptacle is open.
+The engine differs from ALFWorld (Shridhar et al., 2021, arXiv:2010.03768) in four ways: rooms and
+placements are drawn from this project's tables, lists are sorted by name and number, `look` repeats
+the content of the place, and a lamp counts only at the moment of use.
 """
 
 from opd_jax.envs.household.scenes import TaskSpec
@@ -28,7 +27,7 @@ EMPTY_HANDED = "You are not carrying anything."
 ORDINARY = "There's nothing special about %s."
 STATE = "This is a %s %s."
 NOTHING = "Nothing happens."
-# Every fixed text of the world, for whoever builds a vocabulary.
+# Every fixed text of the world, for the tokenizer.
 PHRASES = (
     START, ARRIVE, FACING, CLOSED, OPEN, ON,
     NOTHING_SEEN, OPENED, SHUT, TOOK, MOVED, TREATED, SWITCHED_ON, CARRYING, EMPTY_HANDED,
@@ -58,14 +57,14 @@ class Room:
 
     Attributes:
       spec: the task.
-      places, place_types, openable: name, type and kind of each receptacle.
+      places, place_types, openable: name and type of each receptacle; whether it can be opened.
       objects, object_types: name and type of each object.
       wanted: objects of the goal's type.
       targets: receptacles of the goal's type.
-      tools: receptacles that give the goal's state.
-      state: `clean`, `hot`, `cool`, or "" when the goal asks for none.
+      state: `clean`, `hot` or `cool`; "" if the goal asks for none.
+      tools: receptacles that give this state.
       lamps: lamps of the goal's type.
-      go: the command that leads to each receptacle.
+      go: for each receptacle, the command that leads there.
     """
 
     def __init__(self, spec: TaskSpec):
@@ -96,13 +95,13 @@ class World:
 
     Attributes:
       room: the fixed part.
-      at: the receptacle at which the player stands; -1 in the middle of the room.
+      at: the receptacle where the player stands; -1 in the middle of the room.
       hand: the object in hand; -1 for none.
-      where: per object, the receptacle that holds it; -1 in hand.
-      content: per receptacle, its objects in order.
-      is_open: per receptacle; True for those that cannot be closed.
-      heat: per object, "", `hot` or `cool`.
-      clean: per object.
+      where: for each object, the receptacle that holds it; -1 in hand.
+      content: for each receptacle, its objects in order.
+      is_open: for each receptacle; True if it cannot be closed.
+      heat: for each object "", `hot` or `cool`.
+      clean: for each object.
       solved: the goal has been reached.
     """
 
@@ -125,7 +124,7 @@ class World:
         self._content_texts: list[str] = [""] * len(spec.places)
 
     def copy(self) -> "World":
-        """A state that can be changed without changing this one."""
+        """A copy; changes to it do not change this state."""
         other = World.__new__(World)
         other.room, other.at, other.hand = self.room, self.at, self.hand
         other.where = self.where.copy()
@@ -147,7 +146,7 @@ class World:
         return handler(self, words) if handler else NOTHING
 
     def admissible(self) -> tuple[str, ...]:
-        """Commands that are possible now: at hand first, then going, then looking."""
+        """Commands that are possible now: things at hand, then going, then looking."""
         room, at, hand = self.room, self.at, self.hand
         held = room.objects[hand] if hand >= 0 else ""
         if at < 0:
@@ -209,7 +208,7 @@ class World:
         return self.room.object_index.get(f"{first} {second}", -1)
 
     def _here(self, item: int) -> bool:
-        """Whether `item` lies in plain sight at the current place."""
+        """Whether `item` lies in sight at the current place."""
         return self.at >= 0 and self.where[item] == self.at and self.is_open[self.at]
 
     def _go(self, words: list[str]) -> str:
@@ -249,7 +248,7 @@ class World:
         return MOVED % (self.room.objects[item], self.room.places[place])
 
     def _check_placed(self, item: int, place: int) -> None:
-        """The goals that end by placing; only the object just placed can have fulfilled one."""
+        """Set `solved` for goals that end with placing an object, here `item`."""
         room = self.room
         if item not in room.wanted or place not in room.targets:
             return
@@ -291,7 +290,7 @@ class World:
         if state == "clean":
             self.clean[item] = True
         else:
-            self.heat[item] = state  # heating undoes cooling and the other way round
+            self.heat[item] = state  # heating undoes cooling, and cooling undoes heating
         return TREATED % (verb, room.objects[item], room.places[place])
 
     def _use(self, words: list[str]) -> str:

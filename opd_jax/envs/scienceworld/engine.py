@@ -1,8 +1,7 @@
-"""ScienceWorld's episodes, which outlive the Java process that they are played in.
+"""ScienceWorld's episodes, which outlive their Java process.
 
-A process that dies or hangs is replaced, and the new one plays the episode again up to where it
-was: the simulator gives the same replies to the same commands (see `jvm`), which is
-checked one by one.
+If the process dies or hangs, a new one plays the episode again up to the same point. The simulator
+gives the same replies to the same commands (see `jvm`); each reply is checked.
 """
 
 from collections.abc import Callable
@@ -17,17 +16,17 @@ LOOK = "look around"
 
 
 class Engine:
-    """One episode at a time, in a Java process that serves any number of them.
+    """Plays one episode at a time, any number of them in one Java process.
 
-    A process that is lost is replaced once for each call, so that a command which kills or hangs
-    every process ends the episode.
+    A lost process is replaced once in each call. So a command that kills or hangs every process
+    ends the episode.
 
     Args:
       simplifications: names joined by commas, as the simulator takes them.
       heap_mb, timeout_s: see `Jvm`.
 
     Attributes:
-      restarts: how many processes were replaced.
+      restarts: number of processes that were replaced.
     """
 
     def __init__(self, *, simplifications: str, heap_mb: int, timeout_s: float):
@@ -35,32 +34,30 @@ class Engine:
         self._heap_mb, self._timeout_s = heap_mb, timeout_s
         self._jvm: Jvm | None = None
         self._task: tuple[str, int] | None = None
-        # What was asked of this episode; None stands for a list of admissible commands, which
-        # draws from the simulator's random numbers and so belongs to what is played again.
+        # The commands of this episode with their replies. (None, None) is a request for the
+        # admissible commands: it draws from the simulator's random numbers, so it is replayed too.
         self._log: list[tuple[str | None, Reply | None]] = []
         self.restarts = 0
 
     @property
     def pid(self) -> int | None:
-        """The Java process; None before the first episode."""
+        """The id of the Java process; None before the first episode."""
         return self._jvm.process.pid if self._jvm else None
 
     def load(self, kind: str, variation: int) -> tuple[str, Reply]:
         """Start an episode: the task in words, and the first look around.
 
         Raises:
-          ValueError: the package or Java is missing, or of another version.
-          EpisodeLost: it could not be started, twice.
+          ValueError: the package or Java is missing, or has the wrong version.
+          EpisodeLost: it could not be started in two processes.
         """
-        self._task, self._log = None, []
-        if self._jvm is None:
-            self._jvm = self._start()
+        self._begin()
 
         def load(jvm: Jvm) -> tuple[str, Reply]:
             jvm.load(kind, variation, self._simplifications)
             return jvm.description(), jvm.act(LOOK)
 
-        description, first = self._surely(load)
+        description, first = self._ask(load)
         self._task, self._log = (kind, variation), [(LOOK, first)]
         return description, first
 
@@ -70,7 +67,7 @@ class Engine:
         Raises:
           EpisodeLost: the episode cannot go on.
         """
-        reply = self._surely(lambda jvm: jvm.act(command))
+        reply = self._ask(lambda jvm: jvm.act(command))
         self._log.append((command, reply))
         return reply
 
@@ -80,7 +77,7 @@ class Engine:
         Raises:
           EpisodeLost: the episode cannot go on.
         """
-        commands = self._surely(lambda jvm: jvm.admissible())
+        commands = self._ask(lambda jvm: jvm.admissible())
         self._log.append((None, None))
         return commands
 
@@ -90,15 +87,13 @@ class Engine:
         Raises:
           ValueError, EpisodeLost: as for `load`.
         """
-        self._task, self._log = None, []
-        if self._jvm is None:
-            self._jvm = self._start()
+        self._begin()
 
         def find(jvm: Jvm) -> list[str]:
             jvm.load(kind, variation, self._simplifications, gold=True)
             return jvm.gold_path()
 
-        return self._surely(find)
+        return self._ask(find)
 
     def close(self) -> None:
         """End the Java process; the next episode starts another."""
@@ -106,11 +101,16 @@ class Engine:
             self._jvm.close()
             self._jvm = None
 
+    def _begin(self) -> None:
+        self._task, self._log = None, []
+        if self._jvm is None:
+            self._jvm = self._start()
+
     def _start(self) -> Jvm:
         return Jvm(heap_mb=self._heap_mb, timeout_s=self._timeout_s)
 
-    def _surely(self, ask: Callable[[Jvm], T]) -> T:
-        """Ask the process, and if it is lost its replacement."""
+    def _ask(self, ask: Callable[[Jvm], T]) -> T:
+        """Ask the process; if it is lost, ask its replacement."""
         if self._jvm is None:
             raise EpisodeLost("there is no running episode")
         try:
@@ -120,13 +120,13 @@ class Engine:
             self.restarts += 1
             try:
                 self._jvm = self._start()
-                self._play_again(self._jvm)
+                self._replay(self._jvm)
                 return ask(self._jvm)
             except (EngineLost, EpisodeLost, ValueError) as again:
                 self.close()
                 raise EpisodeLost(f"{lost}; its replacement did not help: {again}") from again
 
-    def _play_again(self, jvm: Jvm) -> None:
+    def _replay(self, jvm: Jvm) -> None:
         if self._task is None:
             return
         jvm.load(*self._task, self._simplifications)

@@ -1,12 +1,12 @@
 """ScienceWorld as an `Env`: experiments of elementary science in a simulated house, in text.
 
-The engine is the original (Wang et al., 2022, arXiv:2203.07540; see `jvm`), and so
-are tasks, texts and scores. This file reads responses, tells commands that failed, and says when
-an episode ends. Where it differs from the package's own loop:
+Engine, tasks, texts and scores are the original's (Wang et al., 2022, arXiv:2203.07540; see `jvm`).
+This file parses responses, recognizes failed commands, and decides when an episode ends. It differs
+from the package's own loop in three ways:
 
-- an episode is counted in turns, not in the engine's moves (`wait` is ten of those);
-- `reset task`, which takes back the progress made, is neither listed nor carried out;
-- an engine that dies or hangs is replaced and the episode played again; where that does not help
+- It counts turns, not the engine's moves (`wait` makes ten moves).
+- It neither lists nor carries out `reset task`, which would undo the progress made.
+- If the engine dies or hangs, it replaces the engine and plays the episode again. If that fails,
   the episode ends as `broken`, which says nothing about the agent.
 """
 
@@ -35,9 +35,9 @@ NO_ACTION = (
 FAULT = "The environment broke down: %s"
 
 # What the engine answers to a command that it does not carry out; `*` stands for any words. It
-# reports failure in no other way. Each text is tested against the engine. An "Ambiguous request" is
-# no failure: the engine asks which of several things is meant and carries the command out when a
-# number follows, as in its own paths to the goal; whether it was a good one is for the judge.
+# reports failure in no other way. The tests provoke each text. An "Ambiguous request" is not a
+# failure: the engine asks which of several things is meant and carries the command out when a
+# number follows. Its own paths to the goal do that, too. The judge says whether it was a good turn.
 FAILURES = {
     "unknown": (
         "No known action matches that input.",
@@ -97,11 +97,11 @@ _PATTERNS = {
     for reason, texts in FAILURES.items()
 }
 _FORBIDDEN = ["reset", "task"]
-_ARTICLES = ("a", "an", "the")  # the engine reads over them
+_ARTICLES = ("a", "an", "the")  # the engine ignores them
 
 
 def failure(text: str) -> str:
-    """Why the engine did not carry out a command, a key of `FAILURES`; "" if it did."""
+    """Why the engine did not carry out a command (a key of `FAILURES`); "" if it did."""
     text = re.sub(" +", " ", text).strip()
     for reason, pattern in _PATTERNS.items():
         if pattern.fullmatch(text):
@@ -110,14 +110,14 @@ def failure(text: str) -> str:
 
 
 def tidy(text: str) -> str:
-    """The engine's words without white space at the ends of lines."""
+    """The engine's text without white space at the ends of lines."""
     return "\n".join(line.rstrip() for line in text.splitlines()).strip()
 
 
 def spread(commands: Iterable[str]) -> list[str]:
-    """Commands in another order: one of each kind, then the next of each, and so on.
+    """Reorder commands: the first of each verb, then the second of each, and so on.
 
-    The engine lists hundreds in alphabetical order; the first few of that are all of one kind.
+    The engine lists hundreds in alphabetical order, and the first few of them share one verb.
     """
     kinds: dict[str, list[str]] = defaultdict(list)
     for command in commands:
@@ -127,11 +127,7 @@ def spread(commands: Iterable[str]) -> list[str]:
 
 
 def check_simplifications(simplifications: str) -> None:
-    """Makes sure that the engine knows these simplifications, and that every task allows them.
-
-    Raises:
-      ValueError: it does not; names the first one that is wrong.
-    """
+    """ValueError unless the engine knows all simplifications and every task allows them."""
     for name in filter(None, simplifications.split(",")):
         if name == ELECTRICITY:
             raise ValueError(
@@ -146,21 +142,21 @@ def check_simplifications(simplifications: str) -> None:
 
 
 class ScienceWorld:
-    """ScienceWorld, one task at a time.
+    """ScienceWorld as an `Env`, one task at a time.
 
     `Observation.score` is the engine's own, from -100 (a wrong focus, which ends the episode as
-    `failed`) to 100 (`success`); it counts partial goals, so it rises on the way and may be above
-    0 at the start. The Java process starts with the first episode.
+    `failed`) to 100 (`success`). It counts partial goals, so it rises on the way and may be above 0
+    at the start. The Java process starts with the first episode.
 
     Args:
-      simplifications: names of `SIMPLIFICATIONS` joined by commas; "" for none. `easy`, which most
-        published figures are of, is: teleporting, open doors, flower pots that water themselves,
-        and no electrical commands in tasks that need none.
+      simplifications: names of `SIMPLIFICATIONS` joined by commas; "" for none. Most published
+        figures use `easy`: teleporting, open doors, flower pots that water themselves, and no
+        electrical commands in tasks that need none.
       max_turns: an episode ends after this many responses.
-      list_admissible: how many admissible commands each observation lists, of every kind alike; 0
-        lists none and saves most of a step's time. They are not part of the message. Making the
-        list draws from the engine's random numbers, so what happens by chance in an episode may
-        depend on whether it is made, though not on how much of it is kept.
+      list_admissible: how many admissible commands each observation holds, spread over all verbs.
+        They are not part of the message. 0 lists none and saves most of a step's time. Listing
+        draws from the engine's random numbers, so chance events in an episode may depend on whether
+        this is 0, but not on the number.
       heap_mb: most memory of Java's heap, in MiB.
       timeout_s: longest wait for an answer of the engine, in seconds.
 
@@ -195,7 +191,7 @@ class ScienceWorld:
 
     @property
     def restarts(self) -> int:
-        """How many Java processes were lost and replaced."""
+        """Number of Java processes that were lost and replaced."""
         return self._engine.restarts
 
     def size(self, split: str) -> int:
@@ -203,13 +199,13 @@ class ScienceWorld:
         return len(tasks.tasks(split))
 
     def digest(self, split: str) -> str:
-        """What identifies the tasks of `split`; see `tasks.digest`."""
+        """Identifies the tasks of `split`; see `tasks.digest`."""
         return tasks.digest(split)
 
     def reset(self, split: str, index: int) -> Observation:
         """Start task `index` of `split`.
 
-        An episode that cannot be started is over at once, with `end` = "broken".
+        If the episode cannot be started, it is over at once, with `end` = `BROKEN`.
 
         Raises:
           ValueError: there is no such task, or the package or Java is missing.
@@ -239,8 +235,8 @@ class ScienceWorld:
     def step(self, response: str) -> Observation:
         """Act on the model's whole response text.
 
-        A response without a command (`empty`, `no_action`) changes nothing; one with a command
-        that the engine does not carry out (a key of `FAILURES`) may still take a moment.
+        A response without a command (`empty`, `no_action`) changes nothing. A command that the
+        engine does not carry out (a key of `FAILURES`) may still take a moment of its time.
 
         Raises:
           ValueError: if there is no running episode.
@@ -249,7 +245,7 @@ class ScienceWorld:
         command, why = parse_response(response)
         if why:
             return self._observe(NO_ACTION, "", why)
-        # A lone surrogate, which a model may well produce, has no place in UTF-8.
+        # A model may write a lone surrogate, which UTF-8 cannot encode.
         command = command.encode("utf-8", "replace").decode()
         command = " ".join(command.split()).rstrip(" .")
         words = [word for word in command.lower().split() if word not in _ARTICLES]

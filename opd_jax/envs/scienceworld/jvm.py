@@ -1,15 +1,14 @@
-"""One Java process with ScienceWorld's simulator: bounded in memory, never waited for without end.
+"""One Java process with ScienceWorld's simulator, with limits on its memory and its answers' time.
 
-The simulator (Wang et al., 2022, arXiv:2203.07540) is a Java archive inside the `scienceworld`
-package. This file speaks to it directly, as the package's own Python class does, with three
-differences:
+The simulator (Wang et al., 2022, arXiv:2203.07540) is a Java archive in the `scienceworld` package.
+This file calls it directly, as the package's own Python class does, with three differences:
 
-- The list of all admissible commands, most of the cost of a step, is made only when asked for.
-- Memory is bounded, and so is the time of every answer.
-- The same commands give the same texts and scores in every process. The simulator walks through
-  hash sets of things that have no hash of their own, and Java gives each a hash by chance: lists,
-  the numbers of ambiguous requests and now and then a score differ from run to run. Here every
-  thing has the same hash, so that sets keep the order in which they were filled.
+- It lists the admissible commands only on request. The list is most of the cost of a step.
+- Memory is limited, and so is the time of every answer.
+- The same commands give the same texts and scores in every process. The simulator iterates over
+  hash sets of objects without a hash of their own, for which Java draws one at random. So lists,
+  the numbers in ambiguous requests and sometimes a score would differ from run to run. Here all
+  objects get the same hash, and sets keep the order in which they were filled.
 """
 
 import contextlib
@@ -37,7 +36,7 @@ class EngineLost(Exception):
 
 
 class EpisodeLost(Exception):
-    """The episode cannot go on: the engine is lost beyond replay, or in a state of error."""
+    """The episode cannot go on: a replay failed, or the simulator itself went wrong."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Reply:
     Attributes:
       text: its words.
       score: -100..100.
-      completed: the task is over, done or failed.
+      completed: the task is over, solved or failed.
       inventory: what the player carries, in the engine's words.
     """
 
@@ -65,7 +64,7 @@ class Jvm:
       timeout_s: longest wait for the process to start, and for each of its answers, in seconds.
 
     Attributes:
-      process: the Java process; ends when this object or the Python process does.
+      process: the Java process. It ends with this object, and with the Python process.
 
     Raises:
       ValueError: the package or Java is missing, or Java does not start.
@@ -75,7 +74,7 @@ class Jvm:
         archive, java = _archive(), _java()
         from py4j.java_gateway import find_jar_path
 
-        py4j = find_jar_path()  # "" where it is not beside the package; the archive holds one too
+        py4j = find_jar_path()  # "" if there is none; the simulator's archive holds one too
         path = os.pathsep.join([os.path.abspath(py4j), str(archive)] if py4j else [str(archive)])
         self.process = subprocess.Popen(
             [
@@ -92,8 +91,8 @@ class Jvm:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            cwd=archive.parent,  # it numbers types by a file there, or writes one where it runs
-            start_new_session=True,  # an interrupt at the terminal is for Python to handle
+            cwd=archive.parent,  # it reads a file of types there; elsewhere it would write one
+            start_new_session=True,  # Ctrl-C at the terminal reaches Python alone
         )
         self._end = weakref.finalize(self, _end, self.process)
         port, token = self._first_lines(heap_mb=heap_mb, timeout_s=timeout_s)
@@ -102,7 +101,7 @@ class Jvm:
 
     def _make_server(self) -> Any:
         jvm = self._gateway.jvm
-        # The simulator comments on everything it does; nobody reads it.
+        # The simulator prints a comment on everything it does, which nobody reads.
         silence = jvm.java.io.PrintStream(os.devnull)
         jvm.java.lang.System.setOut(silence)
         jvm.java.lang.System.setErr(silence)
@@ -130,7 +129,7 @@ class Jvm:
         )
 
     def _call(self, ask: Callable[[], T]) -> T:
-        """What Java answers; EngineLost for no answer, or an exception instead of one."""
+        """Java's answer; EngineLost if it does not answer or raises."""
         from py4j.protocol import Py4JError
 
         try:
@@ -171,7 +170,7 @@ class Jvm:
                 server.freeActionInventory(),
             )
         )
-        # A fault inside the simulator is answered with the name of a Java exception from then on.
+        # After a fault inside the simulator, every answer is the name of a Java exception.
         if not inventory.startswith(INVENTORY):
             raise EpisodeLost(f"the simulator went wrong after `{command}`: {inventory}")
         return Reply(text, round(100 * score), completed, inventory)
@@ -189,7 +188,7 @@ class Jvm:
         return self._texts(lambda: self._server.getGoldActionSequence())
 
     def _texts(self, ask: Callable[[], Any]) -> list[str]:
-        # One call for all of them: a Java list is otherwise fetched item by item.
+        # Joined in Java: py4j would fetch a list item by item.
         text = self._call(lambda: self._gateway.jvm.java.lang.String.join("\n", ask()))
         return text.split("\n") if text else []
 
@@ -222,23 +221,19 @@ def _java() -> str:
 
 
 def check_installed() -> None:
-    """Makes sure that the package and Java can be found.
-
-    Raises:
-      ValueError: one is missing; says which and what to do.
-    """
+    """ValueError if the package or Java is missing; says which, and what to do."""
     _archive()
     _java()
 
 
 def _connect(port: int, token: str, *, timeout_s: float) -> Any:
-    """A py4j gateway to a process, without second attempts and without words about failures."""
+    """A py4j gateway to a process that neither retries nor logs failures."""
     from py4j.java_gateway import GatewayClient, GatewayParameters, JavaGateway
     from py4j.protocol import Py4JNetworkError
 
     class Client(GatewayClient):
-        # The original logs a traceback to the root logger for every failure, and asks again after
-        # some of them; whether to ask again is for `Engine` to decide.
+        # The original logs a traceback to the root logger for every failure, and retries some of
+        # them. Here `Engine` decides about retries.
         def send_command(self, command: str, retry: bool = False, binary: bool = False) -> str:
             connection = self._get_connection()
             try:

@@ -1,8 +1,7 @@
 """ScienceWorld's expert: it follows the engine's own path to the goal.
 
-The expert is no explorer: it is told the path ("gold path") that the engine computes with full
-knowledge of the task. What it shows is what success looks like and how long it takes, not how one
-finds out.
+The engine computes this path ("gold path") with full knowledge of the task, so the expert never
+explores. It shows what success looks like and how long it takes, not how to find the way.
 """
 
 from collections.abc import Sequence
@@ -47,7 +46,7 @@ NOTHING_LEFT = "I have done all that I know of."
 
 
 def thought(command: str) -> str:
-    """A sentence that leads to a command."""
+    """A sentence that gives a reason for a command."""
     if command.isdecimal():
         return CHOOSE
     verb, _, rest = command.partition(" ")
@@ -56,14 +55,11 @@ def thought(command: str) -> str:
 
 
 class GoldPaths:
-    """The engine's paths to the goals of tasks, from a Java process of its own.
+    """The engine's paths to the goals of tasks, found in a Java process of its own.
 
     Args:
-      simplifications, heap_mb, timeout_s: as for `ScienceWorld`; paths of one set of
-        simplifications need not work under another.
-
-    Raises:
-      ValueError: as for `ScienceWorld`, with the first path.
+      simplifications, heap_mb, timeout_s: as for `ScienceWorld`. Paths found under one set of
+        simplifications may not work under another.
     """
 
     def __init__(self, *, simplifications: str, heap_mb: int, timeout_s: float):
@@ -71,10 +67,13 @@ class GoldPaths:
         self._paths: dict[str, tuple[str, ...]] = {}
 
     def __call__(self, name: str) -> tuple[str, ...]:
-        """The path of the task with this id, without what is not needed.
+        """The commands that solve the task with this id.
 
-        Commands after the end are left out; so are those that the engine does not carry out, if
-        the rest still reaches the goal. Takes up to some seconds for each new task.
+        Commands after the end of the episode are dropped. So are those that the engine does not
+        carry out, if the rest still reaches the goal. Takes up to a few seconds for a new task.
+
+        Raises:
+          ValueError, EpisodeLost: as `Engine.load`.
         """
         if name not in self._paths:
             kind, variation = parse_id(name)
@@ -85,7 +84,7 @@ class GoldPaths:
         return self._paths[name]
 
     def _played(self, name: str, path: Sequence[str]) -> tuple[list[str], bool]:
-        """The commands of a path that did something up to the end, and whether it is the goal."""
+        """The commands of a path that were carried out, and whether they reach the goal."""
         self._engine.load(*parse_id(name))
         needed = []
         for command in path:
@@ -101,17 +100,17 @@ class GoldPaths:
         self._engine.close()
 
 
-@cache  # shared by all who ask: a Java process each, and seconds for each path
+@cache  # shared by all callers: a Java process for each, and seconds for each path
 def gold_paths(*, simplifications: str, heap_mb: int, timeout_s: float) -> GoldPaths:
-    """The `GoldPaths` of these settings; its process ends with this one."""
+    """The shared `GoldPaths` of these settings; its process ends with the calling one."""
     return GoldPaths(simplifications=simplifications, heap_mb=heap_mb, timeout_s=timeout_s)
 
 
 class Expert:
-    """Follows a path, whatever it sees; looks around when the path is at its end.
+    """Follows a path whatever it sees, then looks around.
 
     Args:
-      path: commands, such as `GoldPaths` gives them.
+      path: commands, such as those of `GoldPaths`.
     """
 
     def __init__(self, path: Sequence[str]):

@@ -1,8 +1,8 @@
-"""What an agent in ScienceWorld is told: its part, the commands, one example, each turn's message.
+"""ScienceWorld's prompts: the agent's role, the commands, one demonstration, each turn's message.
 
-The wording is ours; the fields (task, observation, inventory), the two-line reply and the single
-demonstration are the paper's. The demonstration is a real episode of a training task, and a test
-plays it: thoughts and commands are written by hand, the rest is the engine's.
+The fields (task, observation, inventory), the two-line reply and the single demonstration follow
+the paper; the wording is ours. The demonstration is a real episode of a training task, which a test
+plays. Thoughts and commands are written by hand; the observations are the engine's.
 """
 
 from opd_jax.envs.react import RESPONSE
@@ -36,7 +36,7 @@ DEMONSTRATION_GOAL = (
     "find a(n) living thing. First, focus on the thing. Then, move it to the red box in the "
     "kitchen."
 )
-# What is seen and carried, and the thought and command that follow.
+# Observation and inventory, then the thought and the command that follow.
 DEMONSTRATION = (
     (
         """\
@@ -128,12 +128,12 @@ def carried(inventory: str) -> str:
 
 
 def turn_message(text: str, inventory: str) -> str:
-    """The message of a turn from the engine's words; the first one comes after `TASK`."""
+    """The message of a turn from the engine's texts; in the first turn `TASK` comes before it."""
     return TURN % (text, carried(inventory))
 
 
 def system_message(simplifications: str) -> str:
-    """The system message; teleporting is among the commands where `simplifications` allow it."""
+    """The system message; it offers teleporting only if `simplifications` allow it."""
     names = simplifications.split(",")
     teleport = TELEPORT_COMMAND if {"easy", TELEPORT} & set(names) else ""
     turns = [

@@ -1,14 +1,14 @@
-"""The tasks of ScienceWorld: 30 types, their variations, and the splits made of them.
+"""The tasks of ScienceWorld: 30 types, their variations, and the splits.
 
-A task is a type and the number of one of its variations, which differ in the things and rooms
-involved. The engine splits the variations of each type in order: half for training, a quarter for
-development, the rest for testing. The counts are of scienceworld 1.2.3; `Jvm.load` checks them.
+A task is a type and the number of a variation; variations differ in things and rooms. As in the
+engine, the first half of a type's variations is for training, the next quarter for development and
+the rest for testing. The counts are those of scienceworld 1.2.3; `Jvm.load` checks them.
 """
 
 import hashlib
 from functools import lru_cache
 
-# Type -> how many variations it has; 7,207 in all.
+# Type -> number of its variations; 7,207 in all.
 VARIATIONS = {
     "boil": 30,
     "change-the-state-of-matter-of": 30,
@@ -49,10 +49,9 @@ PANEL_VARIATIONS = 5
 def variations(split: str, kind: str) -> tuple[int, ...]:
     """The variations of one type in a split, ascending.
 
-    `panel` is the paper's evaluation: five variations of each type. Which five it does not say;
-    here they are spread evenly over the type's test variations. One type,
-    `identify-life-stages-2`, has but four of those, and its fifth is the last of its dev
-    variations.
+    `panel` is the paper's evaluation: five variations of each type. The paper does not say which
+    five. Here they are spread evenly over the type's test variations. `identify-life-stages-2` has
+    only four of those; the last of its dev variations is the fifth.
 
     Raises:
       ValueError: there is no such split.
@@ -78,8 +77,8 @@ def variations(split: str, kind: str) -> tuple[int, ...]:
 def tasks(split: str) -> tuple[tuple[str, int], ...]:
     """Every task of a split as (type, variation).
 
-    The first variation of each type comes first, then the second of each, and so on, so that any
-    first part of a split holds the types as evenly as it can.
+    The first variation of each type comes first, then the second of each, and so on. So the first
+    n tasks hold all types as evenly as possible.
 
     Raises:
       ValueError: there is no such split.
@@ -114,7 +113,7 @@ def parse_id(name: str) -> tuple[str, int]:
 
 
 def digest(split: str) -> str:
-    """SHA-256 over the names of a split's tasks in order, one a line: what figures are figures of.
+    """SHA-256 over the names of a split's tasks in order, one a line.
 
     Raises:
       ValueError: there is no such split.

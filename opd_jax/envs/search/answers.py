@@ -1,8 +1,8 @@
-"""How an answer is compared with the accepted ones: exact match and F1 after normalization.
+"""Comparison of an answer with the accepted ones: exact match and F1 after normalization.
 
-Source: the normalization of Search-R1 (Jin et al., 2025, arXiv:2503.09516), which is SQuAD's
-(Rajpurkar et al., 2016, arXiv:1606.05250); F1 with HotpotQA's rule for yes and no (Yang et al.,
-2018, arXiv:1809.09600).
+Source: Search-R1 (Jin et al., 2025, arXiv:2503.09516), which normalizes as SQuAD does (Rajpurkar et
+al., 2016, arXiv:1606.05250). F1 follows HotpotQA's rule for yes and no (Yang et al., 2018,
+arXiv:1809.09600).
 """
 
 import re
@@ -12,12 +12,12 @@ from collections.abc import Sequence
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
-# Sharing a word with one of these is no partial credit.
+# These answers are right or wrong; sharing a word with one earns no partial credit.
 _CLOSED = frozenset({"yes", "no", "noanswer"})
 
 
 def normalize(text: str) -> str:
-    """Lower case, without ASCII punctuation and English articles, single spaces."""
+    """The text in lower case and single spaces, without ASCII punctuation and English articles."""
     return " ".join(_ARTICLE.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
@@ -27,10 +27,10 @@ def exact_match(answer: str, accepted: Sequence[str]) -> bool:
 
 
 def f1(answer: str, accepted: Sequence[str]) -> float:
-    """The best F1 of the answer's words against an accepted answer's, in 0..1.
+    """The best F1 between the words of the answer and of an accepted answer, in 0..1.
 
-    F1 = 2PR / (P + R) over words with repetition: P is the share of the answer's words that are in
-    the accepted answer, R the share of the accepted answer's words that are in the answer.
+    F1 = 2PR / (P + R). P is the share of the answer's words that are in the accepted answer, R the
+    share of the accepted answer's words that are in the answer. Repeated words count each time.
     """
     return max(_f1(normalize(answer), normalize(gold)) for gold in accepted)
 

@@ -1,12 +1,12 @@
-"""Questions answered by searching: the turn protocol of the paper's SearchQA, for any questions.
+"""Questions answered by searching, in the turns of the paper's SearchQA.
 
 A turn is a thought block and an action block, `search[query]` or `answer[text]`. A search shows the
-best few passages; the answer ends the episode and is scored by exact match. Which questions and
-which passages is the business of `searchqa` and `factbook`.
+few best passages. An answer ends the episode and is scored by exact match. `searchqa` and
+`factbook` supply questions and passages.
 
-Where it differs from Search-R1 (Jin et al., 2025, arXiv:2503.09516), whose scoring it has: blocks
-are the paper's, so that no tag collides with the thinking tokens of a model; the number of searches
-is bounded apart from the number of turns.
+Scores are those of Search-R1 (Jin et al., 2025, arXiv:2503.09516). Two things differ from it. The
+blocks are the paper's, so that no tag collides with a model's thinking tokens. And the number of
+searches has a limit of its own besides the number of turns.
 """
 
 import re
@@ -54,8 +54,8 @@ RIGHT = "The answer is right."
 WRONG = "The answer is wrong."
 FAULT = "The search engine failed: %s."
 
-# Why a turn fails, and what the agent is told. A wrong answer is none of them: it is an action that
-# was carried out, and whether it was a good one is for the judge to say.
+# Why a turn fails, and what the agent is told. A wrong answer is not a failure: the action was
+# carried out, and the judge says whether it was a good one.
 FAILURES = {
     "empty": "The reply is empty. Write a thought block and an action block.",
     "no_action": (
@@ -90,11 +90,11 @@ class Action(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What an action has come to.
+    """The result of an action.
 
     Attributes:
       text: what the agent is told.
-      end, oracle, failure: as of `Observation`, but for the limit of turns.
+      end, oracle, failure: as in `Observation`; `end` does not know the limit of turns.
     """
 
     text: str
@@ -107,8 +107,8 @@ def parse_response(response: str) -> Action:
     """Find the action in a response.
 
     Args:
-      response: the model's whole text. The first action block counts: what a model writes behind
-        it was written without having seen the reply.
+      response: the model's whole text. The first action block counts: whatever follows it was
+        written before the model saw the reply.
     """
     if not response.strip():
         return Action("", "", "empty")
@@ -123,7 +123,7 @@ def parse_response(response: str) -> Action:
 
 
 def shorten(text: str, words: int) -> str:
-    """The first so many words of a text, with an ellipsis where more follow."""
+    """The first `words` words of a text, and an ellipsis if more follow."""
     ends = [match.end() for match in re.finditer(r"\S+", text)]
     return text if len(ends) <= words else text[: ends[words - 1]] + " ..."
 
@@ -132,14 +132,14 @@ class SearchEnv:
     """An `Env` over questions and a search engine.
 
     Args:
-      panels: for each split a function that gives its questions.
-      retriever: the search engine; may be shared by environments.
+      panels: for each split a function that returns its questions.
+      retriever: the search engine; environments may share one.
       max_turns: an episode ends after this many responses.
-      max_searches: searches in an episode; further ones fail.
-      passages: most passages that a search shows.
-      passage_words: longer passages are cut to so many words.
-      retry_wrong: a wrong answer does not end the episode. This tells the agent more than the
-        paper's protocol does.
+      max_searches: an episode may search this often; further searches fail.
+      passages: a search shows at most this many.
+      passage_words: a longer passage is cut to this many words.
+      retry_wrong: a wrong answer does not end the episode. The agent then learns that it is wrong,
+        which the paper's protocol does not tell it.
 
     Raises:
       ValueError: one of the numbers is below 1.
@@ -180,7 +180,7 @@ class SearchEnv:
         return len(self._panel(split))
 
     def digest(self, split: str) -> str:
-        """SHA-256 over the questions of `split`: the same wherever the tasks are the same."""
+        """SHA-256 over the questions of `split`."""
         return digest(self._panel(split))
 
     def reset(self, split: str, index: int) -> Observation:
@@ -205,9 +205,9 @@ class SearchEnv:
     def step(self, response: str) -> Observation:
         """Act on the model's whole response text.
 
-        A response that fails (see `FAILURES`) costs a turn, and a search that finds nothing also a
-        search. Where the search engine itself fails, the episode ends as `BROKEN`: that is no
-        doing of the agent.
+        A failed response (see `FAILURES`) costs a turn; a search that finds nothing also costs a
+        search. If the search engine itself fails, the episode ends as `BROKEN`, since that is not
+        the agent's doing.
 
         Raises:
           ValueError: if there is no running episode.
@@ -275,10 +275,10 @@ class SearchEnv:
         return Outcome(INFORMATION % "\n".join(documents), oracle=self._label(query, found))
 
     def _label(self, query: str, found: Sequence[Passage]) -> str:
-        """The label of a search, where the passages that are needed are known.
+        """The label of a search; "" if the needed passages are not recorded.
 
-        SKIP if it brings one that had not been seen, STRONG if none was missing or the query is
-        repeated, else WEAK.
+        SKIP if it shows a needed passage for the first time. Otherwise STRONG if all had been seen
+        or the query is a repetition, else WEAK.
         """
         needed = set(self._question.supporting)
         missing = needed - self._seen

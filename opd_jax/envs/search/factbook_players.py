@@ -1,7 +1,7 @@
-"""An expert player of FactbookQA, which knows what a player may know.
+"""The expert of FactbookQA.
 
-It reads the question and the passages that its searches show, never the recorded answer. What it
-brings along is how the Factbook words its entries (`factbook_data`).
+It reads the question and the passages that its searches show, never the recorded answer. All it
+knows beforehand is how the Factbook words its entries (`factbook_data`).
 """
 
 import re
@@ -39,13 +39,13 @@ _CLUES = {prop.noun: prop for prop in CLUES}
 
 
 class Expert:
-    """Finds the country, then what is asked about it; other words where a search does not help.
+    """Finds the country, then the fact. If a search does not help, it tries other words.
 
     Args:
       task: its goal is the question.
 
     Raises:
-      ValueError: the question is none of FactbookQA's.
+      ValueError: the question is not one of FactbookQA's.
     """
 
     def __init__(self, task: Task):
@@ -64,7 +64,7 @@ class Expert:
         self._tried: list[str] = []
 
     def respond(self, observation: Observation) -> str:
-        """The next search, or the answer once a passage has given it."""
+        """The next search, or the answer if a passage has shown it."""
         for title, text in documents(observation.text):
             country, _, heading = title.rpartition(": ")
             self._shown.append((country, heading, text))
@@ -100,12 +100,13 @@ class Expert:
         return ""
 
     def _queries(self) -> list[str]:
-        """What to search for at this stage, the most promising words first."""
+        """The queries of this stage, most promising first."""
         if self._country:
             return _queries(self._country, self._asked)
         if self._clue:
             return _queries(self._value, self._clue)
-        # The list that is wanted also holds every country whose own list has named this one.
+        # Borders are mutual: a country whose list names this one is in the wanted list, too, so its
+        # name is a good search word.
         neighbours = [country for country, _, text in self._shown if self._value in borders(text)]
         names = " ".join([self._value, *dict.fromkeys(neighbours)])
         return [f"{names} border countries", f"{names} {BORDERS}", f"{self._value} {names}"]

@@ -1,4 +1,4 @@
-"""What every player of a search environment needs, and a random one."""
+"""How players of the search environment write and read turns, and a random player."""
 
 import random
 import re
@@ -23,17 +23,17 @@ def documents(text: str) -> list[tuple[str, str]]:
 
 
 def searches_left(text: str) -> int | None:
-    """The number of searches left, where an observation says it."""
+    """The number of searches left; None if the observation does not say it."""
     match = _SEARCHES_LEFT.search(text)
     return int(match[1]) if match else None
 
 
 class Random:
-    """Searches for words of the question or of what was shown last, or answers with one.
+    """Searches for words of the question or of passages shown so far, or answers with one.
 
     Args:
       question: the question.
-      rng: all of its randomness.
+      rng: source of all its randomness.
     """
 
     def __init__(self, question: str, *, rng: random.Random):

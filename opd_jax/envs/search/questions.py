@@ -1,7 +1,7 @@
-"""Questions with their accepted answers, and the fixed panel of them that a split is.
+"""Questions with their accepted answers, and panels: the fixed questions of a split.
 
-A panel does not depend on the order in which files or folders were read: questions stand in the
-order of a hash of their ids, so that the first n of them are also a fair draw of n.
+Questions of a panel are in the order of a hash of their ids. So a panel does not depend on the
+order in which files were read, and its first n questions are a fair sample.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ class Question:
       text: the question.
       answers: every accepted answer; at least one.
       supporting: ids of the passages that together give the answer, in the order in which they are
-        needed; empty where that was not recorded.
+        needed; empty if they were not recorded.
     """
 
     id: str
@@ -44,7 +44,7 @@ def panel(questions: Iterable[Question], count: int) -> tuple[Question, ...]:
 
 
 def digest(questions: Sequence[Question]) -> str:
-    """SHA-256 over ids, texts and answers in order: equal digests are equal tasks."""
+    """SHA-256 over ids, texts and answers in order."""
     lines = ["\t".join((q.id, q.text, *q.answers)) for q in questions]
     return _sha256("\n".join(lines))
 

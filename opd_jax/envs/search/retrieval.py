@@ -1,18 +1,21 @@
-"""Passages, and BM25 over them: the part of a search engine that runs in this process.
+"""Passages, and a search engine that runs in this process.
 
-A corpus is a JSONL file in the form of Search-R1's `wiki-18.jsonl`, one passage a line: `id`, and
-`contents`, whose first line is the title. Lines with `title` and `text` are read as well.
+A corpus is a JSONL file in the form of Search-R1's `wiki-18.jsonl`: one passage a line, with `id`
+and `contents`, whose first line is the title. Lines with `title` and `text` are read as well.
 """
 
 import json
-import logging
-import sys
+import re
+from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+
+_K1, _B = 1.5, 0.75
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Passage:
     Attributes:
       id: unique in its corpus; "" where the corpus gives none.
       title: what it is about.
-      text: without the title; may have several lines.
+      text: the rest; may have several lines.
     """
 
     id: str
@@ -36,14 +39,14 @@ class Passage:
 
 
 class RetrievalError(Exception):
-    """The search engine did not answer; no fault of who asked."""
+    """The search engine did not answer."""
 
 
 class Retriever(Protocol):
-    """Finds passages; may be called by several threads at once.
+    """Finds passages. Several threads may call it at once.
 
     Attributes:
-      waits: it waits for somebody else's answers, so that it should be.
+      waits: it waits for another process or a server, so threads should call it side by side.
     """
 
     waits: bool
@@ -52,7 +55,7 @@ class Retriever(Protocol):
         """For each query at most `top` passages, best first.
 
         Raises:
-          RetrievalError: no answer can be had.
+          RetrievalError: there is no answer.
         """
         ...
 
@@ -61,7 +64,7 @@ def passage_from(document: Mapping[str, Any]) -> Passage:
     """A passage from a line of a corpus or a server's reply.
 
     Raises:
-      ValueError: it has neither `contents` nor `title` and `text`, as strings.
+      ValueError: it has neither the string `contents` nor the strings `title` and `text`.
     """
     if isinstance(document.get("contents"), str):
         title, _, text = document["contents"].partition("\n")
@@ -80,7 +83,7 @@ def read_corpus(path: Path) -> Iterator[Passage]:
     """The passages of a JSONL file in order.
 
     Raises:
-      ValueError: the file is missing, or a line is no passage; names file and line.
+      ValueError: the file is missing, or a line is not a passage; names file and line.
     """
     if not path.is_file():
         raise ValueError(f"`corpus`: no file `{path}`; give a JSONL file with a passage a line")
@@ -95,20 +98,26 @@ def read_corpus(path: Path) -> Iterator[Passage]:
 
 
 class BM25:
-    """Lucene's BM25 with the parameters of `bm25s` (k1 = 1.5, b = 0.75).
+    """Ranks passages by Lucene's BM25 score.
 
-    Words are runs of two or more letters and digits in lower case. None is left out: a stop word
-    may be what is looked for, such as the internet country code ".is". Passages that share no word
-    with the query are never returned; among equal scores the earlier passage comes first, so that
+    score(q, d) = sum over the words w of q: idf(w) * tf / (tf + k1 (1 - b + b |d| / mean |d|))
+    idf(w) = ln(1 + (N - n + 0.5) / (n + 0.5))
+
+    Here tf is how often w stands in d, |d| is the number of words in d, N the number of passages,
+    and n the number of passages with w. k1 = 1.5 and b = 0.75. Scores are float32.
+
+    A word is a run of two or more letters and digits, in lower case. There are no stop words: one
+    may be what is asked for, such as the internet country code ".is". A passage that shares no word
+    with the query is never returned. Passages with equal scores come in the order of the corpus, so
     results are the same on every machine.
 
     Args:
       passages: the corpus, kept in memory.
 
     Raises:
-      ValueError: no passages, or `bm25s` is not installed.
+      ValueError: there are no passages.
 
-    Source: Lù, 2024, "BM25S", arXiv:2407.03618.
+    Source: Kamphuis et al., 2020, "Which BM25 Do You Mean?", its Lucene variant (accurate).
     """
 
     waits = False
@@ -117,10 +126,26 @@ class BM25:
         if not passages:
             raise ValueError("`corpus`: expected at least one passage, got none")
         self.passages = passages
-        self._bm25s = _import_bm25s()
-        tokens = self._tokenize([p.contents for p in passages], return_ids=True)
-        self._index = self._bm25s.BM25()
-        self._index.index(tokens, show_progress=False)
+        self._numbers: dict[str, int] = {}
+        # One entry for each pair of a word and a passage that holds it.
+        words, holders, counts = array("q"), array("q"), array("q")
+        lengths = np.zeros(len(passages))
+        for holder, passage in enumerate(passages):
+            found = _words(passage.contents)
+            lengths[holder] = len(found)
+            for word, count in Counter(found).items():
+                words.append(self._numbers.setdefault(word, len(self._numbers)))
+                holders.append(holder)
+                counts.append(count)
+        word_of, holder_of, tf = map(np.asarray, (words, holders, counts))
+        having = np.bincount(word_of, minlength=len(self._numbers))
+        idf = np.log(1 + (len(passages) - having + 0.5) / (having + 0.5)).astype(np.float32)
+        norm = _K1 * (1 - _B + _B * lengths / (lengths.mean() or 1.0))
+        scores = (idf[word_of] * (tf / (tf + norm[holder_of]))).astype(np.float32)
+        # Sorted by word: the passages that hold word i are those from start i to start i + 1.
+        order = np.argsort(word_of, kind="stable")
+        self._holders, self._scores = holder_of[order], scores[order]
+        self._starts = np.concatenate([[0], np.cumsum(having)])
 
     def search(self, queries: Sequence[str], *, top: int) -> list[list[Passage]]:
         """For each query at most `top` passages, best first."""
@@ -130,52 +155,24 @@ class BM25:
         self, queries: Sequence[str], *, top: int
     ) -> list[list[tuple[Passage, float]]]:
         """The same with scores."""
-        words = self._tokenize(queries, return_ids=False)
-        return [self._best(query, top) for query in words]
+        return [self._best(query, top) for query in queries]
 
-    def _tokenize(self, texts: Sequence[str], *, return_ids: bool) -> Any:
-        return self._bm25s.tokenize(
-            list(texts), stopwords=[], return_ids=return_ids, show_progress=False
-        )
-
-    def _best(self, words: list[str], top: int) -> list[tuple[Passage, float]]:
-        known = self._index.get_tokens_ids(words)
-        if not known:
-            return []
-        scores = self._index.get_scores_from_ids(known)
+    def _best(self, query: str, top: int) -> list[tuple[Passage, float]]:
+        scores = np.zeros(len(self.passages), np.float32)
+        for number in map(self._numbers.get, _words(query)):
+            if number is not None:
+                start, end = self._starts[number : number + 2]
+                scores[self._holders[start:end]] += self._scores[start:end]
         least = np.partition(scores, -top)[-top] if top < len(scores) else 0.0
         candidates = np.flatnonzero((scores >= least) & (scores > 0))
         best = candidates[np.argsort(-scores[candidates], kind="stable")][:top]
         return [(self.passages[i], float(scores[i])) for i in best]
 
 
-def _import_bm25s() -> Any:
-    """`bm25s`, kept from starting JAX.
-
-    Where JAX is installed, importing `bm25s` runs a small program on it. That would start a backend
-    before the run has set it up, and in a worker process take hold of an accelerator.
-    """
-    name = "jax.lax" if "jax" in sys.modules else "jax"
-    modules: dict[str, Any] = sys.modules
-    absent = object()
-    before = modules.get(name, absent)
-    modules[name] = None  # importing it now raises ImportError, which bm25s expects
-    try:
-        import bm25s
-    except ImportError:
-        raise ValueError(
-            "BM25 needs the package bm25s, which is not installed: pip install -e '.[searchqa]' in "
-            "the repository"
-        ) from None
-    finally:
-        if before is absent:
-            del modules[name]
-        else:
-            modules[name] = before
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
-    return bm25s
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w\w+", text.lower())
 
 
 def load_bm25(path: Path) -> BM25:
-    """BM25 over a JSONL file; errors as in `read_corpus` and `BM25`."""
+    """BM25 over a JSONL file; raises as `read_corpus` and `BM25`."""
     return BM25(list(read_corpus(path)))

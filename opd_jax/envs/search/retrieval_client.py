@@ -1,8 +1,8 @@
-"""A search engine behind HTTP, in the form of Search-R1's retrieval server.
+"""A client of a retrieval server, in the protocol of Search-R1.
 
 A request is a POST of `{"queries": [str], "topk": int, "return_scores": true}`. The reply is
-`{"result": [[item]]}` with a list for each query, where an item is `{"document": {...}, "score":
-float}` or the document itself, as the server was asked for scores or not.
+`{"result": [[item]]}`, a list for each query. An item is `{"document": {...}, "score": float}`, or
+the document itself if scores were not asked for.
 """
 
 import json
@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from http.client import HTTPException
 
@@ -22,28 +23,26 @@ _SHOWN_BYTES = 200  # of what a server says about an error
 
 
 @dataclass(eq=False)
-class _Asked:
+class _Query:
     """A query that waits for its passages."""
 
-    query: str
+    text: str
     top: int
-    found: list[Passage] = field(default_factory=list)
-    error: str = "not asked"
-    done: bool = False
+    found: Future[list[Passage]] = field(default_factory=Future)
 
 
 class HttpRetriever:
     """Asks a retrieval server; threads that ask at the same time share requests.
 
-    One request is under way at a time, and what is asked meanwhile goes together into the next
-    one: a dense server takes hardly longer for many queries than for one. A proxy from the
-    environment is not used.
+    One request is under way at a time. Queries that arrive meanwhile share the next request: for a
+    dense server many queries take hardly longer than one. The client ignores proxies set in the
+    environment.
 
     Args:
       url: for example `http://127.0.0.1:8000/retrieve`.
-      timeout_s: longest wait for one reply, seconds.
-      retries: how often a request that failed is sent again.
-      wait_s: seconds before the first retry, doubled for each further one.
+      timeout_s: longest wait for one reply, in seconds.
+      retries: how often a failed request is sent again.
+      wait_s: seconds before the first retry; doubled for each further one.
       batch: most queries in a request.
 
     Raises:
@@ -64,7 +63,7 @@ class HttpRetriever:
         self._url, self._timeout_s, self._batch = url, timeout_s, batch
         self._waits = [wait_s * 2**n for n in range(retries)]
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
-        self._waiting: deque[_Asked] = deque()
+        self._waiting: deque[_Query] = deque()
         self._sending = threading.Lock()
         try:
             self.search(["first query"], top=1)
@@ -78,35 +77,32 @@ class HttpRetriever:
         """For each query at most `top` passages, best first.
 
         Raises:
-          RetrievalError: the server did not answer, or not in the expected form, in all attempts.
+          RetrievalError: no attempt brought an answer in the expected form.
         """
-        asked = [_Asked(query, top) for query in queries]
+        asked = [_Query(query, top) for query in queries]
         self._waiting.extend(asked)
-        for one in asked:
+        for query in asked:
             with self._sending:
-                while not one.done:  # else another thread has sent it along
+                while not query.found.done():  # another thread may have sent it along
                     self._send_waiting()
-        for one in asked:
-            if one.error:
-                raise RetrievalError(one.error)
-        return [one.found for one in asked]
+        return [query.found.result() for query in asked]
 
     def _send_waiting(self) -> None:
-        """Send the longest waiting queries; only the thread that holds `_sending` takes any."""
-        together = [self._waiting.popleft() for _ in range(min(self._batch, len(self._waiting)))]
+        """Send the queries that have waited longest; the caller holds `_sending`."""
+        batch = [self._waiting.popleft() for _ in range(min(self._batch, len(self._waiting)))]
         try:
-            results = self._request([one.query for one in together], max(o.top for o in together))
-            for one, found in zip(together, results, strict=True):
-                one.found, one.error = found[: one.top], ""
-        except RetrievalError as error:
-            for one in together:
-                one.error = str(error)
-        finally:
-            for one in together:
-                one.done = True
+            results = self._request([q.text for q in batch], max(q.top for q in batch))
+        except BaseException as error:
+            for query in batch:
+                query.found.set_exception(error)
+            if not isinstance(error, RetrievalError):
+                raise
+        else:
+            for query, found in zip(batch, results, strict=True):
+                query.found.set_result(found[: query.top])
 
     def _request(self, queries: list[str], top: int) -> list[list[Passage]]:
-        # Scores are asked for although nothing uses them: Search-R1's dense server fails without.
+        # Nobody reads the scores, but Search-R1's dense server fails without this field.
         asked = {"queries": queries, "topk": top, "return_scores": True}
         body = json.dumps(asked).encode()
         for wait_s in (*self._waits, None):
@@ -130,7 +126,7 @@ class HttpRetriever:
         request = urllib.request.Request(self._url, data=body, headers=headers, method="POST")
         parts = []
         with self._open(request, timeout=self._timeout_s) as reply:
-            # The socket's own timeout is for each read: bytes that trickle would go on for ever.
+            # The socket's timeout applies to each read, so bytes that trickle would never end.
             while part := reply.read1(_BLOCK_BYTES):
                 parts.append(part)
                 if time.monotonic() > deadline:
@@ -139,7 +135,7 @@ class HttpRetriever:
 
 
 def _passages(body: bytes, count: int) -> list[list[Passage]]:
-    """The passages of a reply; ValueError if it has another form."""
+    """The passages of a reply; ValueError if its form is wrong."""
     reply = json.loads(body)
     result = reply.get("result") if isinstance(reply, dict) else None
     if not isinstance(result, list) or [type(found) for found in result] != [list] * count:

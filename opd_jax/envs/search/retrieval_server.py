@@ -1,11 +1,11 @@
-"""A retrieval server over a JSONL corpus, in the form of Search-R1's.
+"""A retrieval server over a JSONL corpus, in the protocol of Search-R1.
 
     python -m opd_jax.envs.search.retrieval_server --corpus=wiki-18.jsonl --port=8000
 
-It ranks with BM25 and needs no accelerator; a dense server of the same form can take its place.
-POST `/retrieve` with `{"queries": ["..."], "topk": 3, "return_scores": true}` is answered with
-`{"result": [[{"document": {"id": "...", "contents": "Title\\nText"}, "score": 7.1}]]}`, or with the
-bare documents when scores are not asked for.
+It ranks with BM25 and needs no accelerator; a dense server with the same protocol can replace it.
+To POST `/retrieve` with `{"queries": ["..."], "topk": 3, "return_scores": true}` it replies
+`{"result": [[{"document": {"id": "...", "contents": "Title\\nText"}, "score": 7.1}]]}`, or the bare
+documents if scores are not asked for.
 """
 
 import argparse
@@ -28,10 +28,10 @@ def answer(index: BM25, asked: Any, *, top: int) -> dict[str, list]:
     Args:
       index: what is searched.
       asked: the request, decoded.
-      top: passages a query where the request does not say.
+      top: passages for each query if the request does not say.
 
     Raises:
-      ValueError: the request has another form than the module describes.
+      ValueError: the request does not have the form that the module describes.
     """
     if not isinstance(asked, dict):
         raise ValueError("expected a JSON object")
@@ -55,14 +55,14 @@ def answer(index: BM25, asked: Any, *, top: int) -> dict[str, list]:
 
 
 def make_server(index: BM25, *, host: str, port: int, top: int) -> ThreadingHTTPServer:
-    """A server that is bound but not yet serving; port 0 takes a free one.
+    """A server that has its address but does not serve yet; port 0 takes a free one.
 
     Raises:
       ValueError: the address cannot be used.
     """
 
     class Handler(BaseHTTPRequestHandler):
-        timeout = 60  # a client that connects and says nothing
+        timeout = 60  # seconds, for a client that connects and says nothing
 
         def do_POST(self) -> None:
             if self.path != PATH:
@@ -85,7 +85,7 @@ def make_server(index: BM25, *, host: str, port: int, top: int) -> ThreadingHTTP
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Not a line for each request."""
+            """Log nothing; the original writes a line for each request."""
 
     try:
         return ThreadingHTTPServer((host, port), Handler)

@@ -1,9 +1,8 @@
 """SearchQA, the paper's search benchmark: seven published question sets over a Wikipedia of 2018.
 
-Questions and passages are not part of this package: `data` is a folder of the published files
-(`searchqa_data`), `retriever` the address of a retrieval server or a JSONL corpus. The paper's
-passages are Wikipedia 2018 behind E5 and a flat FAISS index, which is what Search-R1's server
-serves.
+Questions and passages are not part of this package. `data` is a folder with the published files
+(`searchqa_data`); `retriever` is the address of a retrieval server, or a JSONL corpus. The paper
+searches Wikipedia 2018 with E5 and a flat FAISS index, as Search-R1's server does.
 """
 
 from functools import cache, partial
@@ -16,7 +15,7 @@ from opd_jax.envs.search.retrieval_client import HttpRetriever
 from opd_jax.envs.search.searchqa_data import SETS, TRAIN, questions
 
 
-@cache  # the environments of a process share an index, or a client that gathers their queries
+@cache  # all environments of a process share the index, or the client that batches their queries
 def open_retriever(
     where: str, *, timeout_s: float, retries: int, wait_s: float, batch: int
 ) -> Retriever:
@@ -24,10 +23,10 @@ def open_retriever(
 
     Args:
       where: address or file name.
-      timeout_s, retries, wait_s, batch: of the client (`HttpRetriever`).
+      timeout_s, retries, wait_s, batch: see `HttpRetriever`.
 
     Raises:
-      ValueError: no server answers there, or there is no such corpus.
+      ValueError: no server answers, or there is no such corpus.
     """
     if not where:
         raise ValueError(
@@ -41,16 +40,16 @@ def open_retriever(
 
 
 class SearchQA(SearchEnv):
-    """The published sets as an `Env`, with the splits `train` and those of `searchqa_data.SETS`.
+    """The published sets as an `Env`, with the splits `train` and `searchqa_data.SETS`.
 
     Args:
       data: folder of the question files; read when a split is first used.
       train_questions: most questions in `train`.
       test_questions: most questions in each other split.
-      **settings: those of `SearchEnv` but its questions.
+      **settings: the arguments of `SearchEnv` other than `panels`.
 
     Raises:
-      ValueError: `data` is no folder, or as `SearchEnv`.
+      ValueError: `data` is not a folder, or as `SearchEnv`.
     """
 
     def __init__(self, *, data: str, train_questions: int, test_questions: int, **settings: Any):
@@ -81,7 +80,7 @@ def open_searchqa(
     passage_words: int,
     retry_wrong: bool,
 ) -> SearchQA:
-    """A `SearchQA` over the search engine at an address or in a file.
+    """`SearchQA` with the search engine that `retriever` names.
 
     Args:
       data, train_questions, test_questions: see `SearchQA`.

@@ -1,8 +1,8 @@
 """The seven question sets of the paper's SearchQA, read from a local folder.
 
-Expected is the form in which FlashRAG publishes them and Search-R1 uses them: a folder for each
-set, JSONL files of `id`, `question` and `golden_answers` (Jin et al., 2024, arXiv:2405.13576).
-Nothing is downloaded here.
+The folder has the form in which FlashRAG publishes the sets (Jin et al., 2024, arXiv:2405.13576)
+and Search-R1 uses them: a folder for each set, with JSONL files of `id`, `question` and
+`golden_answers`. Nothing is downloaded here.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from opd_jax.envs.search.questions import Question, panel
 
-# Set -> its evaluation file: `dev` where the published test questions have no answers.
+# Set -> its evaluation file: `dev` if the published test questions have no answers.
 SETS = {
     "nq": "nq/test.jsonl",
     "triviaqa": "triviaqa/test.jsonl",
@@ -31,7 +31,7 @@ def read_questions(folder: Path, name: str, file: str) -> Iterator[Question]:
     """The questions of one file of the set `name`.
 
     Raises:
-      ValueError: the file is missing, or a line is no question; names file and line.
+      ValueError: the file is missing, or a line is not a question; names file and line.
     """
     path = folder / file
     if not path.is_file():
@@ -60,12 +60,11 @@ def _question(row: object, name: str) -> Question:
     return Question(f"searchqa/{name}/{fields['id']}", name, text.strip(), tuple(answers))
 
 
-@cache  # the environments of a process share the questions
+@cache  # all environments of a process share the questions
 def questions(folder: Path, split: str, count: int) -> tuple[Question, ...]:
     """The panel of a split: at most `count` questions of one of `SETS`, or of `TRAIN_SETS` mixed.
 
-    The paper takes at most 500 of each set and does not say which; here it is those that `panel`
-    draws.
+    The paper takes at most 500 of each set and does not say which. Here `panel` chooses.
 
     Raises:
       ValueError: as `read_questions`.

@@ -1,0 +1,41 @@
+"""Where the seconds of an update go."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from jax import monitoring
+
+_compiled_s = 0.0  # by this process so far
+
+
+def _on_event(event: str, duration_secs: float, **_: Any) -> None:
+    global _compiled_s
+    if event == "/jax/core/compile/backend_compile_duration":
+        _compiled_s += duration_secs
+
+
+monitoring.register_event_duration_secs_listener(_on_event)
+
+
+class Stopwatch:
+    """Seconds of the named parts of an update, with compilation counted apart.
+
+    JAX compiles inside whichever part first meets a shape. The time that JAX reports for it is
+    taken out of that part and added to `compile_s`.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.compile_s = 0.0
+
+    @contextlib.contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Adds the time of the block to `part`; a part may be measured more than once."""
+        start, compiled_before = time.perf_counter(), _compiled_s
+        yield
+        compiled = _compiled_s - compiled_before
+        elapsed = time.perf_counter() - start - compiled
+        self.compile_s += compiled
+        self.seconds[part] = self.seconds.get(part, 0.0) + max(elapsed, 0.0)

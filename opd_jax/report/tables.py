@@ -1,0 +1,112 @@
+"""Markdown tables, and the two of them that show the figures of `figures.summarize`.
+
+Those two take `{who: {split: figures}}`, as `summary.json` holds it. A split whose figures are None
+is left out.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """Formats rows as a Markdown table whose source is aligned too.
+
+    Args:
+      rows: each a mapping from column to cell; a missing cell or None shows as ``-``. A float shows
+        four significant digits, anything else as ``str``.
+      columns: headings, in order. A column of numbers only is aligned to the right.
+
+    Returns:
+      The table, without a final newline.
+    """
+    # Not `rich`: its Markdown has no colons for alignment, and takes "[...]" in a cell for markup.
+    aligned = []
+    for column in columns:
+        values = [row.get(column) for row in rows]
+        numeric = all(isinstance(value, (int, float, type(None))) for value in values)
+        cells = [_cell(value) for value in values]
+        width = max(3, len(_cell(column)), *map(len, cells))
+        rule = "-" * (width - 1) + (":" if numeric else "-")
+        lines = [_cell(column), rule, *cells]
+        aligned.append([line.rjust(width) if numeric else line.ljust(width) for line in lines])
+    return "\n".join("| " + " | ".join(line) + " |" for line in zip(*aligned, strict=True))
+
+
+def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """A Markdown table of everybody's figures, and below it who never acted at all.
+
+    Scores are shown where they say more than success. The environment's measures are shown where it
+    has any, and broken episodes where there are any.
+    """
+    found = _labelled(results)
+    rows = [
+        {
+            "who": who,
+            "split": split,
+            "success": f"{r['success']:.1%}",
+            "95 % interval": f"{r['ci95'][0]:.1%} to {r['ci95'][1]:.1%}",
+            "score": f"{r['score']:.2f}",
+            **{name: f"{value:.3f}" for name, value in r["measures"].items()},
+            "turns": f"{r['turns']:.1f}",
+            "repeated": f"{r['repeated']:.1%}",
+            "failed": f"{r['failed']:.1%}",
+            "n": r["n"],
+            "broken": r["broken"],
+        }
+        for who, split, r in found
+    ]
+    columns = [
+        *("who", "split", "success", "95 % interval"),
+        *(["score"] if any(r["score"] != r["success"] for *_, r in found) else []),
+        *sorted({name for *_, r in found for name in r["measures"]}),
+        *("turns", "repeated", "failed", "n"),
+        *(["broken"] if any(r["broken"] for *_, r in found) else []),
+    ]
+    idle = [
+        f"{who} on {split}: no turn held an action that could be carried out."
+        for who, split, r in found
+        if r["failed"] == 1.0
+    ]
+    return "\n\n".join([table(rows, columns), *idle])
+
+
+def judge_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """A Markdown table of the judge's figures on everybody's turns; "" without any."""
+    rows = [
+        {
+            "turns of": who,
+            "split": split,
+            "balanced accuracy": f"{j['balanced_accuracy']:.2f}",
+            "95 % interval": f"{j['ci95'][0]:.2f} to {j['ci95'][1]:.2f}",
+            "always SKIP": f"{j['always_skip']:.2f}",
+            "precision": "" if j["precision"] is None else f"{j['precision']:.2f}",
+            "recall": "" if j["recall"] is None else f"{j['recall']:.2f}",
+            "n": j["n"],
+        }
+        for who, split, r in _labelled(results)
+        if (j := r.get("judge"))
+    ]
+    return table(rows, list(rows[0])) if rows else ""
+
+
+def split_label(split: str, figures: Mapping[str, Any]) -> str:
+    """A split's name in tables, with the label of its digest: `valid_seen (generated)`."""
+    label = figures.get("digest", "").rpartition("-")[0]
+    return f"{split} ({label})" if label else split
+
+
+def _labelled(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, dict[str, Any]]]:
+    """(who, label of the split, figures) of every evaluation that there is."""
+    return [
+        (who, split_label(split, figures), figures)
+        for who, splits in results.items()
+        for split, figures in splits.items()
+        if figures is not None
+    ]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,58 @@
+"""A small agent for a small household, around a model that compiles fast."""
+
+from dataclasses import replace
+from typing import Any
+
+from models import TINY
+
+from opd_jax.agent.agent import Agent, Decoding
+from opd_jax.agent.chat import ChatFormat
+from opd_jax.envs.household import tokenizer as household_tokenizer
+from opd_jax.envs.household.env import Household
+from opd_jax.judge.prompt import PHRASES
+from opd_jax.model import ModelConfig
+
+DECODING = Decoding(
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    turn_tokens=12,
+    context_tokens=256,
+    cache_step=256,
+    extend_widths=(32,),
+    chunk=12,
+    history_turns=0,
+)
+
+
+def sizes(vocab: int, *, width: int = 16, head_dim: int = 8) -> ModelConfig:
+    return replace(
+        TINY,
+        vocab_size=vocab,
+        d_model=width,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=head_dim,
+        d_ff=16,
+        rope_theta=1e3,
+        max_positions=1024,
+    )
+
+
+def household_agent(**decoding: Any) -> Agent:
+    tokenizer = household_tokenizer.build(phrases=PHRASES)
+    return Agent(
+        model=sizes(len(tokenizer)),
+        tokenizer=tokenizer,
+        chat=ChatFormat.from_tokenizer(tokenizer),
+        decoding=replace(DECODING, **decoding),
+    )
+
+
+def with_decoding(agent: Agent, **changes: Any) -> Agent:
+    return replace(agent, decoding=replace(agent.decoding, **changes))
+
+
+def household(*, max_turns: int) -> Household:
+    return Household(size="small", max_turns=max_turns, show_admissible=2)

@@ -1,0 +1,47 @@
+"""Settings of an agent refuse what cannot be played, and the depth of episodes grows."""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+from small_agent import DECODING
+
+from opd_jax.agent.agent import RolloutSettings
+
+ROLLOUT = RolloutSettings(
+    **asdict(DECODING), batch=8, gather_weights=True, per_task=2, depth_start=0, depth_every=1
+)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"temperature": -0.1}, "^`temperature`: expected 0 or more, got -0.1"),
+        ({"top_k": -1}, r"^`top_k`: expected 0 \(off\) or more, got -1"),
+        ({"top_p": 0.0}, "^`top_p`: expected above 0 and at most 1, got 0.0"),
+        ({"top_p": 1.01}, "^`top_p`: expected above 0 and at most 1, got 1.01"),
+        ({"turn_tokens": 0}, "^`turn_tokens`: expected at least 1, got 0"),
+        ({"turn_tokens": 256}, "^`turn_tokens` = 256: expected less than .*`context_tokens` = 256"),
+        ({"cache_step": 0}, "^`cache_step`: expected at least 1, got 0"),
+        ({"chunk": 0}, "^`chunk`: expected at least 1, got 0"),
+        ({"history_turns": -1}, "^`history_turns`: expected at least 0, got -1"),
+        ({"extend_widths": ()}, r"^`extend_widths`: expected ascending widths, got \[\]"),
+        ({"extend_widths": (8, 4)}, r"^`extend_widths`: .*got \[8, 4\]"),
+        ({"extend_widths": (4, 4)}, r"^`extend_widths`: .*got \[4, 4\]"),
+        ({"extend_widths": (0, 4)}, r"^`extend_widths`: .*got \[0, 4\]"),
+        ({"batch": 0}, "^`batch`: expected at least 1, got 0"),
+        ({"batch": 7}, "^`batch` = 7 does not divide by `per_task` = 2"),
+        ({"per_task": 0}, "^`per_task`: expected at least 1, got 0"),
+        ({"depth_start": -1}, "^`depth_start`: expected at least 0, got -1"),
+        ({"depth_every": 0}, "^`depth_every`: expected at least 1, got 0"),
+    ],
+)
+def test_a_value_out_of_range_is_named(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(ROLLOUT, **wrong)
+
+
+def test_episodes_may_grow_by_a_turn_every_few_updates() -> None:
+    growing = replace(ROLLOUT, depth_start=2, depth_every=3)
+    assert [growing.depth(update) for update in range(7)] == [2, 2, 2, 3, 3, 3, 4]
+    assert {ROLLOUT.depth(update) for update in range(7)} == {0}  # no limit

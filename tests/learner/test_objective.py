@@ -1,0 +1,294 @@
+"""The objective of a batch against float64 numpy, token by token, and by hand."""
+
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from objectives import OPD, SAGE, SFT
+from scipy.special import rel_entr
+from scipy.stats import entropy
+from tiny_batch import (
+    CONFIG,
+    DET_FAIL,
+    SKIP,
+    STRONG,
+    STUDENT,
+    STUDENT_MASK,
+    STUDENT_TOKENS,
+    VERDICT,
+    WEAK,
+    B,
+    K,
+    T,
+    logprobs,
+    make_batch,
+    read_by_teacher,
+)
+
+from opd_jax.learner.batch import Batch
+from opd_jax.learner.objective import Objective, objective_sums, score
+from opd_jax.learner.teacher import Teacher
+from opd_jax.losses import NO_TURN, TokenScores, WeightTotals
+from opd_jax.model import Params
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+BY_TRAJECTORY = replace(SAGE, scope="trajectory")
+THRESHOLD = 2.88  # nats; about half of the tokens' entropies lie above
+
+OBJECTIVES = {
+    "sage": SAGE,
+    "opd": OPD,
+    "without_confidence": replace(SAGE, confidence=False),
+    "without_intervention": replace(SAGE, intervention=False),
+    "without_normalizer": replace(SAGE, normalize="none"),
+    "active_tokens": replace(SAGE, normalize="active_tokens"),
+    "max_z": replace(SAGE, max_z=1.25),
+    "by_trajectory": BY_TRAJECTORY,
+    "by_trajectory_max_z": replace(BY_TRAJECTORY, max_z=9.0),
+    "entropy_aware": replace(OPD, entropy_bonus=1.0, entropy_threshold=THRESHOLD),
+    "sage_entropy_aware": replace(SAGE, entropy_bonus=0.5, entropy_threshold=THRESHOLD),
+    "entropy_aware_by_trajectory": replace(
+        BY_TRAJECTORY, entropy_bonus=0.5, entropy_threshold=THRESHOLD
+    ),
+}
+
+
+# --- A reference in float64, token by token -----------------------------------------------------
+
+
+@cache
+def reference_divergence() -> np.ndarray:
+    """The reverse KL [B, T]."""
+    return rel_entr(np.exp(logprobs(1)), np.exp(logprobs(2))).sum(-1)
+
+
+@cache
+def reference_confidence() -> np.ndarray:
+    """The mean over each turn of the teacher's top-1 probability [B, K]; 0 without a turn."""
+    top1 = np.exp(logprobs(2)).max(-1)
+    confidence = np.zeros((B, K))
+    for b, k in {(b, k) for b, _, k in STUDENT_TOKENS}:
+        confidence[b, k] = np.mean(
+            [top1[b, t] for row, t, turn in STUDENT_TOKENS if (row, turn) == (b, k)]
+        )
+    return confidence
+
+
+def reference_weights(objective: Objective) -> tuple[np.ndarray, np.ndarray]:
+    """s [B, T], and z: one number, or one for each row [B, 1]."""
+    i = {SKIP: 0.0, WEAK: objective.weak_weight, STRONG: 1.0, DET_FAIL: 1.0}
+    uncertain = entropy(np.exp(logprobs(2)), axis=-1) > objective.entropy_threshold
+    s = np.zeros((B, T))
+    for b, t, k in STUDENT_TOKENS:
+        s[b, t] = i[int(VERDICT[b, k])] if objective.intervention else 1.0
+        s[b, t] *= reference_confidence()[b, k] if objective.confidence else 1.0
+        s[b, t] *= 1 + objective.entropy_bonus * uncertain[b, t]
+    axis = 1 if objective.scope == "trajectory" else None
+    counted = s > 0 if objective.normalize == "active_tokens" else STUDENT_MASK
+    z = counted.sum(axis, keepdims=True) / s.sum(axis, keepdims=True)
+    if objective.normalize == "none":
+        z = np.ones_like(z)
+    return s, np.minimum(z, objective.max_z or np.inf)
+
+
+@cache
+def scores() -> TokenScores:
+    batch = make_batch()
+    return jax.jit(partial(score, **SETTINGS, objective=SAGE))(
+        STUDENT(), read_by_teacher(batch), batch
+    )
+
+
+SETTINGS: dict[str, Any] = dict(
+    student=CONFIG, dtype=jnp.dtype("float32"), query_chunk=16, loss_chunk=8, remat="none"
+)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_each_objective_equals_float64(name: str) -> None:
+    objective = OBJECTIVES[name]
+    s, z = reference_weights(objective)
+    sums = objective_sums(scores(), make_batch(), objective=objective)
+    if objective.scope == "trajectory":  # each row's own z is in its weights already
+        np.testing.assert_allclose(sums.loss, (s * z * reference_divergence()).sum(), rtol=1e-5)
+        np.testing.assert_allclose(sums.weight_by_turn.sum(), (s * z).sum(), rtol=1e-5)
+    else:
+        np.testing.assert_allclose(sums.loss, (s * reference_divergence()).sum(), rtol=1e-5)
+        np.testing.assert_allclose(objective.scale(sums.totals), z.item(), rtol=1e-5)
+    np.testing.assert_allclose(sums.totals, (s.sum(), len(STUDENT_TOKENS), (s > 0).sum()), 1e-5)
+
+
+def test_the_objectives_differ_on_this_batch() -> None:
+    weights = [np.multiply(*reference_weights(o)).tobytes() for o in OBJECTIVES.values()]
+    assert len(set(weights)) == len(weights)
+    uncertain = entropy(np.exp(logprobs(2)), axis=-1)[STUDENT_MASK] > THRESHOLD
+    assert 0.2 < uncertain.mean() < 0.8
+
+
+@pytest.mark.parametrize("objective", [OPD, SAGE, BY_TRAJECTORY])
+def test_a_factor_that_no_token_reaches_is_bit_for_bit_none(objective: Objective) -> None:
+    above_all = replace(objective, entropy_bonus=1.0, entropy_threshold=np.log(32) + 1)
+    got, want = (
+        objective_sums(scores(), make_batch(), objective=o) for o in (above_all, objective)
+    )
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_sums_equal_loops() -> None:
+    log_s, log_t = logprobs(1), logprobs(2)
+    s, _ = reference_weights(SAGE)
+    kl, tokens = reference_divergence(), make_batch().tokens
+    want: dict[str, Any] = dict(loss=0.0, student_entropy=0.0, teacher_entropy=0.0)
+    for name in ("divergence", "tokens_by_turn", "weight_by_turn"):
+        want[name] = np.zeros(K)
+    for b, t, k in STUDENT_TOKENS:
+        want["loss"] += s[b, t] * kl[b, t]
+        want["divergence"][k] += kl[b, t]
+        want["tokens_by_turn"][k] += 1
+        want["weight_by_turn"][k] += s[b, t]
+        want["student_entropy"] += entropy(np.exp(log_s[b, t]))
+        want["teacher_entropy"] += entropy(np.exp(log_t[b, t]))
+    errors = [abs(-1.5 - log_s[b, t, tokens[b, t]]) for b, t, _ in STUDENT_TOKENS]
+    want["logprob_error"] = max(errors)
+    want["confidence"] = reference_confidence().sum(axis=0)
+    want["turns"] = (reference_confidence() > 0).sum(axis=0)
+    want["totals"] = (s.sum(), len(STUDENT_TOKENS), (s > 0).sum())
+    got = vars(objective_sums(scores(), make_batch(), objective=SAGE))
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_each_divergence_equals_float64() -> None:
+    batch = make_batch()
+    log_s, log_t = logprobs(1), logprobs(2)
+    p_s, p_t = np.exp(log_s), np.exp(log_t)
+    m = 0.3 * p_t + 0.7 * p_s
+    sampled_s, sampled_t = (
+        np.take_along_axis(x, batch.tokens[..., None], axis=-1)[..., 0] for x in (log_s, log_t)
+    )
+    want = {
+        "reverse_kl": rel_entr(p_s, p_t).sum(-1),
+        "forward_kl": rel_entr(p_t, p_s).sum(-1),
+        "jsd": (0.3 * rel_entr(p_t, m) + 0.7 * rel_entr(p_s, m)).sum(-1),
+        "sampled_reverse_kl": sampled_s - sampled_t,
+        "cross_entropy": -sampled_s,
+    }
+
+    @jax.jit
+    def each(student: Params, teacher: Teacher) -> dict[str, jax.Array]:
+        def divergence(kind: str) -> jax.Array:
+            base = SFT if kind == "cross_entropy" else OPD
+            objective = replace(base, divergence=kind, beta=0.3)
+            return score(student, teacher, batch, objective=objective, **SETTINGS).divergence
+
+        return {kind: divergence(kind) for kind in want}
+
+    for kind, got in each(STUDENT(), read_by_teacher(batch)).items():
+        mine = got[batch.response < T]
+        np.testing.assert_allclose(
+            mine, want[kind][STUDENT_MASK], rtol=1e-4, atol=1e-5, err_msg=kind
+        )
+
+
+def test_the_teacher_gets_no_gradient() -> None:
+    batch = make_batch()
+
+    def loss(student: Params, teacher: Teacher) -> jax.Array:
+        read = score(student, teacher, batch, objective=SAGE, **SETTINGS)
+        return objective_sums(read, batch, objective=SAGE).loss
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    student, teacher = gradient(STUDENT(), read_by_teacher(batch))
+    assert all(np.any(x) for x in jax.tree.leaves(student))
+    assert not any(np.any(x) for x in jax.tree.leaves(teacher))
+
+
+# --- By hand ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("objective", "by_turn", "loss"),
+    [
+        # c = .6 and .8; i = .5 and 1: s = .3 and .8
+        (SAGE, [0.6, 0.8], 0.3 * 1 + 0.3 * 2 + 0.8 * 3),
+        (replace(SAGE, weak_weight=0.25), [0.3, 0.8], 0.15 * 3 + 0.8 * 3),
+        (replace(SAGE, confidence=False), [1.0, 1.0], 0.5 * 3 + 3),
+        (replace(SAGE, intervention=False), [1.2, 0.8], 0.6 * 3 + 0.8 * 3),
+        (OPD, [2.0, 1.0], 6.0),
+        # The trajectory's z is applied here: 3 / 1.4
+        (BY_TRAJECTORY, [0.6 * 3 / 1.4, 0.8 * 3 / 1.4], 3.3 * 3 / 1.4),
+    ],
+)
+def test_each_factor_by_hand(objective: Objective, by_turn: list[float], loss: float) -> None:
+    # Turn 0 has two tokens at top-1 .5 and .7, turn 1 one at .8. The last slot is unfilled.
+    nan = np.nan
+    given = TokenScores(
+        divergence=jnp.array([[1.0, 2.0, 3.0, nan]]),
+        teacher_top1_prob=jnp.array([[0.5, 0.7, 0.8, nan]]),
+        student_logprob=jnp.array([[-1.0, -1.0, -1.0, nan]]),
+        teacher_logprob=jnp.zeros((1, 4)),
+        student_entropy=jnp.array([[1.0, 1.0, 1.0, nan]]),
+        teacher_entropy=jnp.array([[2.0, 2.0, 2.0, nan]]),
+    )
+    batch = Batch(
+        tokens=np.zeros((1, 5), np.int32),
+        turn_id=np.array([[NO_TURN, 0, 0, NO_TURN, 1]], np.int32),
+        sampled_logprobs=np.array([[nan, -1.25, -1, nan, -1]], np.float32),
+        verdict=np.array([[WEAK, STRONG]], np.int32),
+        response=np.array([[1, 2, 4, 5]], np.int32),
+    )
+    sums = objective_sums(given, batch, objective=objective)
+    np.testing.assert_allclose(sums.weight_by_turn, by_turn, rtol=1e-6)
+    np.testing.assert_allclose(sums.loss, loss, rtol=1e-6)
+    np.testing.assert_allclose(sums.divergence, [3.0, 3.0])
+    np.testing.assert_allclose(sums.tokens_by_turn, [2.0, 1.0])
+    np.testing.assert_allclose([sums.student_entropy, sums.teacher_entropy], [3.0, 6.0])
+    np.testing.assert_allclose(sums.logprob_error, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("settings", "z"),
+    [
+        ({}, 12),
+        ({"normalize": "active_tokens"}, 8),
+        ({"normalize": "none"}, 1),
+        ({"eps": 1.0}, 6),
+        ({"max_z": 5.0}, 5),
+    ],
+)
+def test_every_setting_of_the_scale_reaches_it(settings: dict[str, Any], z: float) -> None:
+    totals = WeightTotals(weight=jnp.float32(0.5), tokens=jnp.float32(6), active=jnp.float32(4))
+    assert replace(SAGE, **settings).scale(totals) == z
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"divergence": "kl"},
+        {"beta": 1.5},
+        {"weak_weight": -0.1},
+        {"confidence_temperature": -1.0},
+        {"entropy_bonus": -0.5},
+        {"entropy_threshold": -0.5},
+        {"normalize": "mean"},
+        {"scope": "turn"},
+        {"eps": 0.0},
+        {"max_z": -1.0},
+    ],
+)
+def test_a_value_out_of_range_is_named(wrong: dict[str, Any]) -> None:
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"^`{name}`: expected .* got .*{value}"):
+        replace(SAGE, **wrong)
+
+
+@pytest.mark.parametrize("factor", ["intervention", "confidence", "entropy_bonus"])
+def test_fine_tuning_has_no_factor_of_the_teacher(factor: str) -> None:
+    with pytest.raises(ValueError, match=f"`divergence` = 'cross_entropy'.*`{factor}`"):
+        replace(SFT, **{factor: True})

@@ -1,0 +1,68 @@
+"""The teacher's pass gives what a forward pass of the same weights gives, however it is run."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_batch import CONFIG, STUDENT_MASK, TEACHER, T, assert_same_tree, make_batch
+
+from opd_jax import model
+from opd_jax.learner.objective import response_hidden
+from opd_jax.learner.teacher import make_teacher_pass
+from opd_jax.model import param_specs
+from opd_jax.runtime.mesh import make_mesh, param_shardings, shard_batch
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+WHOLE = dict(micro_batches=1, batch_rows=None, query_chunk=16)
+# The same float32 sums in another order, through two layers.
+ROUNDING = 5e-6
+
+
+def test_the_pass_gives_the_hidden_state_before_each_student_token() -> None:
+    batch = make_batch()
+    got = make_teacher_pass(CONFIG, **WHOLE)(TEACHER(), batch)
+    hidden = model.forward(TEACHER(), batch.tokens, config=CONFIG, query_chunk=16, remat="none")
+    filled = batch.response < T
+    before = np.roll(hidden, 1, axis=1)[STUDENT_MASK]  # entry t predicts token t
+    np.testing.assert_allclose(got[filled], before, rtol=0, atol=ROUNDING * np.abs(before).max())
+    assert not np.any(got[~filled])
+    # The student's own forward pass reads the same positions by the same code.
+    student = partial(response_hidden, config=CONFIG, query_chunk=16, remat="layers")
+    assert_same_tree(student(TEACHER(), batch), got, rounding=ROUNDING)
+
+
+@pytest.mark.parametrize(("micro_batches", "batch_rows"), [(2, None), (4, None), (1, 2), (2, 2)])
+def test_any_split_gives_the_same_states(micro_batches: int, batch_rows: int | None) -> None:
+    split = WHOLE | dict(micro_batches=micro_batches, batch_rows=batch_rows)
+    got, want = (
+        make_teacher_pass(CONFIG, **how)(TEACHER(), make_batch()) for how in (split, WHOLE)
+    )
+    assert_same_tree(got, want, rounding=ROUNDING)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_eight_devices_give_the_same_states_as_one(micro_batches: int) -> None:
+    rows = ["..000.11..22", ".0.1", "..00.111", ".0.1.22222"] * 2
+    batch = make_batch(rows[:8])
+    want = make_teacher_pass(CONFIG, **WHOLE)(TEACHER(), batch)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(TEACHER(), param_shardings(param_specs(CONFIG), mesh))
+        run = make_teacher_pass(CONFIG, **WHOLE | dict(micro_batches=micro_batches))
+        got = run(params, shard_batch(batch))
+    assert len(got.sharding.device_set) == 8
+    assert_same_tree(got, want, rounding=ROUNDING)
+
+
+def test_states_on_padding_that_are_nan_reach_nothing() -> None:
+    # One query at a time, so no real position attends to padding with weight 0.
+    run = make_teacher_pass(CONFIG, **WHOLE | dict(query_chunk=1))
+    batch = make_batch([".00", ".0"], length_multiple=3, response_multiple=1)
+    assert batch.response.tolist() == [[1, 2], [1, 3]]
+    broken = TEACHER() | {"embed": TEACHER()["embed"].at[0].set(jnp.nan)}  # token 0 is padding
+    got = run(broken, batch)
+    assert np.isfinite(got).all()
+    np.testing.assert_array_equal(got, run(TEACHER(), batch))

@@ -1,0 +1,38 @@
+"""One update of a tiny student, for tests that compare gradients."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from opd_jax import model
+from opd_jax.learner.batch import Batch
+from opd_jax.learner.objective import Objective
+from opd_jax.learner.teacher import Teacher, make_teacher_pass
+from opd_jax.learner.train_step import make_train_step
+from opd_jax.model import ModelConfig, Params
+
+# Its state is the gradient itself.
+KEEPER = optax.trace(decay=0.0)
+
+
+def train_step(student: ModelConfig, objective: Objective, **options: Any) -> Callable:
+    """`make_train_step` in float32, by default on one device and with all rows at once."""
+    defaults: dict[str, Any] = dict(
+        optimizer=KEEPER,
+        placement=None,
+        micro_batches=1,
+        batch_rows=None,
+        dtype=jnp.dtype("float32"),
+        query_chunk=16,
+        loss_chunk=16,
+        remat="none",
+    )
+    return make_train_step(student=student, objective=objective, **(defaults | options))
+
+
+def teacher_of(config: ModelConfig, params: Params, batch: Batch) -> Teacher:
+    """The teacher's pass over a batch."""
+    read = make_teacher_pass(config, micro_batches=1, batch_rows=None, query_chunk=16)
+    return Teacher(read(params, batch), model.head_params(params))
