@@ -1,6 +1,6 @@
 """A config file, its argument and overrides, to a frozen config."""
 
-import importlib.util
+import importlib
 import re
 import runpy
 import sys
@@ -14,8 +14,9 @@ import opd_jax
 from opd_jax.config.flags import closest, flag_pairs, read_optional, read_sequence, read_value
 
 # A wheel holds the configs as `opd_jax.configs`. A checkout has them beside the package.
-if importlib.util.find_spec("opd_jax.configs") is None:
-    opd_jax.__path__.append(str(Path(opd_jax.__file__).parents[1]))
+_CHECKOUT = Path(opd_jax.__path__[0]).parent
+if (_CHECKOUT / "configs" / "quickstart.py").is_file():
+    opd_jax.__path__.append(str(_CHECKOUT))
 
 
 def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> ConfigDict:

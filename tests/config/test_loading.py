@@ -97,8 +97,8 @@ def test_structure_comes_from_the_argument_and_values_from_flags_in_their_defaul
     assert repr(values) == "[1.0, False, 0.5, 1.0, 3.0]"
     assert (config.train.splits, config.name, config.clip) == (("x",), "a=b", 0.5)
     # A flag and its value may be two words. The last one wins, and what depends on it follows.
-    more = ["--config.limit=none", "--config.train.updates=10", "--config.train.updates", "40"]
-    config = load(path, [*words, *more, "--config.train.learning_rate", "-1e-4"])
+    more = ["--config.train.updates=10", "--config.train.updates", "40", "--config.limit=none"]
+    config = load(path, [*more, "--config.train.learning_rate", "-1e-4"])
     assert (config.limit, config.train.updates, config.train.warmup) == (None, 40, 20)
     assert config.train.learning_rate == -1e-4
     for node in (config, config.train):

@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from opd_jax.envs.household import tokenizer as household_tokenizer
 from opd_jax.envs.household.env import Household
 from opd_jax.envs.household.expert import Expert
 from opd_jax.envs.react import Random
-from opd_jax.experience.demonstrations import demonstrate, play, play_out
+from opd_jax.experience.demonstrations import demonstrate, play_out
 from opd_jax.losses import NO_TURN
 
 MAX_TURNS = 12
@@ -211,7 +210,9 @@ def test_a_demonstration_is_cut_before_the_turn_that_would_not_fit(
     assert len(ends) == len(whole.turns) > 2
     with pytest.raises(ValueError, match=rf"`context_tokens`.*{len(prompt)} tokens"):
         written(tokenizer, chat, 1, distraction=distraction, context_tokens=len(prompt))
-    for context in range(len(prompt) + 1, len(whole.tokens) + 1):
+    # Every seventh length, and those around the end of each turn.
+    around = {end + near for end in ends for near in (-1, 0, 1)}
+    for context in sorted({*range(len(prompt) + 1, len(whole.tokens) + 1, 7), *around}):
         cut = written(tokenizer, chat, 1, distraction=distraction, context_tokens=context)
         kept = len(cut.turns)
         assert kept == sum(stop <= context for stop in ends)
@@ -238,21 +239,3 @@ def test_play_out_is_the_same_episode_without_tokens(
     assert plain.turns == made.turns
     assert (plain.end, plain.score, plain.task) == (made.end, made.score, made.task)
     assert plain.tokens == []
-
-
-def test_steps_chain_one_observation_to_the_next() -> None:
-    env = household(max_turns=5)
-    first = env.reset("train", 4)
-    steps = list(
-        play(
-            env,
-            first,
-            player=stray,
-            distractor=expert,
-            distraction=0.5,
-            rng=random.Random(3),
-        )
-    )
-    assert steps[0].before is first
-    assert all(a.after is b.before for a, b in pairwise(steps))
-    assert [step.after.done for step in steps] == [False] * (len(steps) - 1) + [True]

@@ -92,20 +92,16 @@ def test_labels_are_balanced_and_unlabelled_or_failed_turns_left_out() -> None:
     labels = ["SKIP"] * 50 + ["WEAK"] * 3 + ["STRONG"] + [""] * 20
     turns = [turn(oracle=label, response=str(n)) for n, label in enumerate(labels)]
     turns += [turn(oracle="STRONG", failure="rejected", response="failed")] * 30
-    half = len(turns) // 2
-    other = dataclasses.replace(TASK, id="t/1")
-    played = [Conversation(TASK, turns=turns[:half]), Conversation(other, turns=turns[half:])]
+    played = [Conversation(TASK, turns=turns[::2]), Conversation(TASK, turns=turns[1::2])]
     drawn = balanced_turns(played, 90, random.Random(0))
-    assert {c.task.id for c, _ in drawn} == {"t/0", "t/1"}
+    assert {id(c) for c, _ in drawn} == set(map(id, played))
     chosen = [c.turns[index] for c, index in drawn]
     assert Counter(t.oracle for t in chosen) == {"SKIP": 30, "WEAK": 30, "STRONG": 30}
     assert not any(t.failure for t in chosen)
     assert len({t.response for t in chosen if t.oracle == "SKIP"}) > 10
-
-
-def test_labels_that_no_turn_has_are_left_out() -> None:
-    played = [Conversation(TASK, turns=[turn(oracle="WEAK"), turn(oracle="SKIP"), turn()])]
-    drawn = balanced_turns(played, 10, random.Random(0))
+    # Labels that no turn has are left out.
+    two = [Conversation(TASK, turns=[turn(oracle="WEAK"), turn(oracle="SKIP"), turn()])]
+    drawn = balanced_turns(two, 10, random.Random(0))
     assert Counter(c.turns[index].oracle for c, index in drawn) == {"SKIP": 5, "WEAK": 5}
     assert balanced_turns([Conversation(TASK, turns=[turn()])], 10, random.Random(0)) == []
 
