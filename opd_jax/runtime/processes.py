@@ -19,6 +19,8 @@ from typing import Any, NoReturn, TypeVar
 import jax
 import numpy as np
 
+from opd_jax.runtime.exits import MISTAKE
+
 VARIABLE = "OPD_JAX_DISTRIBUTED"
 # A process that dies takes the others with it within about this time. CPU processes have direct
 # connections: there a broken one tells them at once.
@@ -113,7 +115,7 @@ def _end(error: BaseException) -> NoReturn:
             "checkpoint"
         )
     elif isinstance(error, ValueError):
-        status = 2
+        status = MISTAKE
         _print_error(str(error))
         # The end of process 0 would abort the others before they print the same.
         farewell = threading.Thread(target=_farewell, daemon=True)

@@ -91,11 +91,10 @@ def tokens() -> np.ndarray:
     return np.random.default_rng(3).integers(0, 32, (ROWS, LENGTH)).astype(np.int32)
 
 
-def sampled(params: Params, *, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+def sampled(params: Params) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and log-probabilities of eight samples after four given tokens, as in a rollout."""
-    kind = jnp.dtype(dtype)
-    weights = gen.sampling_params(params, config=CONFIG, dtype=kind, gather=True)
-    kv = model.init_cache(CONFIG, batch=ROWS, slots=LENGTH, dtype=kind, layout="BGSH")
+    weights = gen.sampling_params(params, config=CONFIG, dtype=jnp.float32, gather=True)
+    kv = model.init_cache(CONFIG, batch=ROWS, slots=LENGTH, dtype=jnp.float32, layout="BGSH")
     kv = gen.extend(weights, kv, tokens()[:, :4], jnp.full(ROWS, 3), config=CONFIG, sharded=False)
     _, out = gen.generate(
         weights,
@@ -273,7 +272,7 @@ def test_what_is_sampled_is_what_the_update_recomputes(
 ) -> None:
     own = base if frozen == "base" else quantize_params(base, CONFIG)
     adapters = random_adapters(scale=0.2)
-    rows = batch(*sampled(with_adapters(own, adapters, LORA), dtype="float32"))
+    rows = batch(*sampled(with_adapters(own, adapters, LORA)))
     state = init_state(adapters, KEEPER, seed=0)
     _, metrics = step_function(SAGE)(state, reading(teacher, rows), rows, own)
     assert metrics["sums"].logprob_error < 1e-5
@@ -476,6 +475,7 @@ def lines_of(workdir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_trains_adapters_and_scores_what_it_sampled(
     adapting: FrozenConfigDict, finished: Path
 ) -> None:
@@ -489,6 +489,7 @@ def test_a_run_trains_adapters_and_scores_what_it_sampled(
     assert all(jnp.abs(adapter["b"]).max() > 1e-3 for adapter in state.params.values())
 
 
+@pytest.mark.slow
 def test_a_continued_run_ends_with_the_same_bits(
     adapting: FrozenConfigDict, finished: Path, tmp_path: Path
 ) -> None:
@@ -500,6 +501,7 @@ def test_a_continued_run_ends_with_the_same_bits(
     )
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_and_exported_as_one_model(
     adapting: FrozenConfigDict, finished: Path, tmp_path: Path, wide: np.ndarray
 ) -> None:

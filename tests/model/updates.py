@@ -1,6 +1,7 @@
 """One update of a tiny student, for tests that compare gradients."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax.numpy as jnp
@@ -34,5 +35,9 @@ def train_step(student: ModelConfig, objective: Objective, **options: Any) -> Ca
 
 def teacher_of(config: ModelConfig, params: Params, batch: Batch) -> Teacher:
     """The teacher's pass over a batch."""
-    read = make_teacher_pass(config, micro_batches=1, batch_rows=None, query_chunk=16)
-    return Teacher(read(params, batch), model.head_params(params))
+    return Teacher(_teacher_pass(config)(params, batch), model.head_params(params))
+
+
+@cache
+def _teacher_pass(config: ModelConfig) -> Callable:
+    return make_teacher_pass(config, micro_batches=1, batch_rows=None, query_chunk=16)
