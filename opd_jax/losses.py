@@ -31,8 +31,8 @@ NO_TURN = -1
 NORMALIZERS = ("all_tokens", "active_tokens", "none")
 SCOPES = ("batch", "trajectory")
 
-# Takes the place of ∞ in gradients, where 0 · ∞ would be NaN for a token whose weight is 0. Far
-# beyond any finite log-ratio, and finite when multiplied by one.
+# Replaces ∞ in gradients, where 0 · ∞ would be NaN for a token of weight 0. It exceeds any finite
+# log-ratio, and their product is finite.
 _LARGE = 1e19
 
 
@@ -126,7 +126,7 @@ def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     log_ratio = jnp.where(possible, log_p, 0.0) - jnp.where(possible, log_q, 0.0)
     bounded = jnp.minimum(log_ratio, _LARGE)
     divergence = jnp.sum(jnp.where(possible, jnp.exp(log_p) * bounded, 0.0), axis=-1)
-    # What only q bans makes it infinite, in a summand that has no gradient.
+    # A token that only q bans makes the divergence infinite. This summand has no gradient.
     return divergence + jnp.where(jnp.any(log_ratio == jnp.inf, axis=-1), jnp.inf, 0.0)
 
 
@@ -152,7 +152,7 @@ def sampled_reverse_kl(student_logprob: jax.Array, teacher_logprob: jax.Array) -
     student_logprob = student_logprob.astype(jnp.float32)
     gap = jax.lax.stop_gradient(student_logprob - teacher_logprob.astype(jnp.float32))
     surrogate = jnp.clip(gap, -_LARGE, _LARGE) * student_logprob
-    # In this order the two cancel to an exact 0; added to the gap first, they would round it.
+    # In this order the two cancel to an exact 0. Added to the gap first, they would round it.
     return gap + (surrogate - jax.lax.stop_gradient(surrogate))
 
 
@@ -212,8 +212,8 @@ def fused_divergence(
 ) -> tuple[jax.Array, jax.Array]:
     """Divergence and the teacher's top-1 probability from hidden states, never holding `[N, V]`.
 
-    The two heads are applied to `chunk_size` positions at a time inside a checkpointed scan: the
-    backward pass recomputes a chunk's logits instead of storing them, so memory grows with
+    The two heads are applied to `chunk_size` positions at a time inside a checkpointed scan. The
+    backward pass recomputes a chunk's logits instead of storing them. So memory grows with
     `chunk_size · V` and not with `N · V`.
 
     Args:
@@ -353,8 +353,8 @@ def fused_cross_entropy(
 def _scan_chunks(function, arrays, *, chunk_size: int):
     """Applies `function` to chunks of the leading axis under scan and checkpoint.
 
-    A chunk takes every count-th position, not a run of them: where the positions are split over
-    devices, each device has its share of every chunk.
+    A chunk takes every count-th position, not a run of them. So where positions are sharded, each
+    device has its share of every chunk.
     """
     if chunk_size < 1:
         raise ValueError(f"`chunk_size`: expected at least 1, got {chunk_size}")
@@ -398,8 +398,8 @@ def intervention_weight(verdict: jax.Array, *, weak_weight: float = 0.5) -> jax.
     """i = 0 for SKIP, `weak_weight` (α) for WEAK, 1 for STRONG and DET_FAIL.
 
     Args:
-      verdict: int [...], codes of `Verdict`. A code outside them is a caller's bug that cannot
-        be raised on inside a compiled program; it weighs 1, the conservative reading.
+      verdict: int [...], codes of `Verdict`. Any other code is a caller's bug. A compiled program
+        cannot raise, so it weighs 1, the conservative reading.
       weak_weight: α, 0..1.
 
     Returns:
@@ -624,9 +624,9 @@ def weighted_loss(divergence: jax.Array, weight: jax.Array, turn_id: jax.Array) 
     The denominator does not depend on the weights: halving them halves the loss. A batch without
     student tokens has loss 0.
 
-    Where `turn_id` is `NO_TURN` or the weight is 0, a NaN or an infinity harms neither the loss nor
-    the gradient to `divergence`, but a gradient of 0 becomes NaN again on its way through logits
-    that are NaN. If logits may be, gather the student's positions first, or replace the others'
+    A NaN or an infinity harms neither the loss nor the gradient to `divergence` where `turn_id` is
+    `NO_TURN` or the weight is 0. But that gradient of 0 becomes NaN on its way back through logits
+    that are NaN. If logits may be NaN, gather the student's positions first, or replace the other
     logits before the divergence.
 
     Args:

@@ -277,26 +277,6 @@ def test_fused_cross_entropy_equals_float64(chunk_size: int) -> None:
     np.testing.assert_allclose(gradient, (np.exp(log_p) - np.eye(V)[TARGETS]) @ w.T, atol=1e-5)
 
 
-def test_fused_ignores_dropped_positions_even_nan() -> None:
-    kept = np.array([0, 2, 3, 7])
-    dirty = [x.copy() for x in HEADS]
-    for hidden in (dirty[0], dirty[2]):
-        hidden[np.setdiff1d(np.arange(N), kept)] = np.nan
-
-    @jax.jit
-    @partial(jax.value_and_grad, argnums=(0, 1))
-    def loss(h_s: jax.Array, w_s: jax.Array, h_t: jax.Array, w_t: jax.Array) -> jax.Array:
-        # Chunks of 3 over 4 tokens: the last one is filled up with positions of no one.
-        heads = (h_s[kept], w_s, h_t[kept], w_t)
-        return fused_divergence(*heads, kind="reverse_kl", chunk_size=3)[0].sum()
-
-    got, (hidden, head) = loss(*dirty)
-    want, (_, want_head) = loss(*HEADS)
-    assert got == want
-    np.testing.assert_array_equal(head, want_head)
-    assert not np.any(np.delete(hidden, kept, axis=0))
-
-
 def test_fused_of_no_positions_is_empty() -> None:
     empty = (HEADS[0][:0], HEADS[1], HEADS[2][:0], HEADS[3])
     divergence, top1 = fused_divergence(*empty, kind="reverse_kl", chunk_size=8)

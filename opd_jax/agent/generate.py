@@ -18,6 +18,7 @@ from flax import struct
 from opd_jax import model
 from opd_jax.model import KVCache, ModelConfig, Params, lora
 from opd_jax.model.projections import cast
+from opd_jax.runtime.fields import check_within
 from opd_jax.runtime.mesh import SAMPLING_RULES, constrain, replicate
 
 
@@ -36,10 +37,7 @@ class Sampling:
     top_p: float
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise ValueError(f"`temperature`: expected 0 or more, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"`top_k`: expected 0 (off) or more, got {self.top_k}")
+        check_within(0, temperature=self.temperature, top_k=self.top_k)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"`top_p`: expected above 0 and at most 1, got {self.top_p}")
 

@@ -16,8 +16,8 @@ ROLLOUT = RolloutSettings(
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"temperature": -0.1}, "^`temperature`: expected 0 or more, got -0.1"),
-        ({"top_k": -1}, r"^`top_k`: expected 0 \(off\) or more, got -1"),
+        ({"temperature": -0.1}, "^`temperature`: expected at least 0, got -0.1"),
+        ({"top_k": -1}, "^`top_k`: expected at least 0, got -1"),
         ({"top_p": 0.0}, "^`top_p`: expected above 0 and at most 1, got 0.0"),
         ({"top_p": 1.01}, "^`top_p`: expected above 0 and at most 1, got 1.01"),
         ({"turn_tokens": 0}, "^`turn_tokens`: expected at least 1, got 0"),

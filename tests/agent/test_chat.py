@@ -20,8 +20,8 @@ DEFAULT_SYSTEM = (
     "{{ '<|im_start|>system\\nYou are a careful helper.<|im_end|>\\n' }}{%- endif -%}" + PLAIN
 )
 
-# As Qwen3 does with thinking off: an empty think block opens the response, and the think blocks of
-# turns before the last user message are not rendered.
+# As Qwen3 does with thinking off: an empty think block opens the response, and think blocks before
+# the last user message are left out.
 THINKING = """\
 {%- set state = namespace(last_user=0) -%}
 {%- for m in messages -%}{%- if m.role == 'user' -%}
@@ -70,7 +70,7 @@ RESPONSES = ["Action: open cabinet 1", "Thought: no.\nAction: look", "x", "Actio
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A small byte-level BPE tokenizer that has learnt merges over newlines and words."""
+    """A small byte-level BPE tokenizer with merges over newlines and words."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -122,7 +122,9 @@ def appended(chat, tokenizer, system, turns, *, ended):
 @pytest.mark.parametrize("ended", [True, False])
 @pytest.mark.parametrize("system", ["", SYSTEM])
 @pytest.mark.parametrize("template", [PLAIN, DEFAULT_SYSTEM])
-def test_equals_the_full_rendering_of_a_prefix_stable_template(tokenizer, template, system, ended):
+def test_appending_equals_the_full_rendering_of_a_stable_template(
+    tokenizer, template, system, ended
+):
     tokenizer = with_template(tokenizer, template)
     chat = ChatFormat.from_tokenizer(tokenizer)
     turns = list(zip(OBSERVATIONS, RESPONSES, strict=True))
@@ -144,7 +146,7 @@ def test_a_template_that_dates_its_prompt_gives_the_same_tokens_every_day(tokeni
     assert ids != rendered(tokenizer, messages, date_string="27 Jul 2024")
 
 
-def test_appends_where_a_rendering_would_rewrite_earlier_turns(tokenizer):
+def test_appending_keeps_earlier_turns_that_a_rendering_would_rewrite(tokenizer):
     tokenizer = with_template(tokenizer, THINKING)
     chat = ChatFormat.from_tokenizer(tokenizer)
     response = "<think>\nopen it\n</think>\n\nAction: open cabinet 1"
@@ -176,8 +178,8 @@ def test_stop_ids_are_end_of_turn_then_eos(tokenizer):
     assert other.stop_ids == (end, eos)
 
 
-def test_special_token_that_swallows_the_space_behind_it(tokenizer):
-    # Phi-3's end-of-turn token does; the newline then belongs to no token of its own.
+def test_an_end_of_turn_may_swallow_the_space_behind_it(tokenizer):
+    # Phi-3's end-of-turn token does. The newline behind it then has no token of its own.
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_tokens([AddedToken("<|end|>", rstrip=True, special=True)], special_tokens=True)
     tokenizer = with_template(tokenizer, PLAIN.replace("<|im_end|>", "<|end|>"))
@@ -201,12 +203,9 @@ def test_special_tokens_in_contents_stay_text(tokenizer, template):
         marks = [[i for i in ids if i in chat.special_ids] for ids in (harmless, harmful)]
         assert marks[0] == marks[1]
         assert tokenizer.decode(harmful) == tokenizer.decode(harmless).replace("note", attack)
-    ordinary = chat.follow("x", ended=True)
-    chat.follow(attack, ended=True)
-    assert chat.follow("x", ended=True) == ordinary
 
 
-def test_template_without_system_role(tokenizer):
+def test_a_template_without_the_system_role_takes_no_system_message(tokenizer):
     refuse = (
         "{%- if messages[0].role == 'system' -%}{{ raise_exception('no system') }}{%- endif -%}"
     )

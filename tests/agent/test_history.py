@@ -1,4 +1,4 @@
-"""Contexts of the last few turns: what is shown, what is kept, and that it is what is scored."""
+"""Contexts of the last few turns, by hand; and a response is scored on what it was sampled from."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,8 +21,10 @@ LEFT_OUT = "_"
 
 
 def episode(text: str, stops: str) -> Conversation:
-    """A character a token. Capitals are a response's; `>` ends one that ended by itself, and is
-    given where the response was cut, which a `!` in `stops` says."""
+    """A character is a token, and capitals are a response. A `>` ends each response.
+
+    `stops` has a character for each: a dot if the `>` was sampled, `!` if the response was cut.
+    """
     made = Conversation(task=None)
     responses = [part for part in text.replace(">", " ").split() if part.isupper()]
     for turn, (response, stop) in enumerate(zip(responses, stops, strict=True)):
@@ -36,7 +38,7 @@ def episode(text: str, stops: str) -> Conversation:
     return made
 
 
-# Four turns, the third cut by its budget. Between words stand spaces, as tokens of their own.
+# Four turns, the third cut by its budget. Spaces are tokens too.
 TEXT = "task one: AA> two: B> three: CCC> four: D> "
 EPISODE = episode(TEXT, "..!.")
 

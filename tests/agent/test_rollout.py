@@ -1,4 +1,4 @@
-"""The agent loop: a written-out golden conversation, and the laws for any model."""
+"""The agent loop: conversations written out by hand, and what holds for any model."""
 
 import dataclasses
 import threading
@@ -30,7 +30,7 @@ WORDS += ["stop", "wheel", "spin", "long", "road", "walk", "fine"]
 NEXT = {"bell": "ring", "ring": "<end>", "echo": "stop", "stop": "<end>"}
 NEXT |= {"wheel": "spin", "spin": "spin", "road": "walk", "walk": "<end>"}
 SHARPNESS = 4.0  # the logit of every step of the chain
-# Replies of the environment to each response. "fine" ends an episode with success, "" quietly.
+# The environment's reply to each response. "fine" ends an episode with success, "" without.
 REPLIES = {"ring": "hear echo", "stop": "fine", "walk": "", "spin spin spin": "call bell"}
 
 
@@ -60,8 +60,11 @@ class Scripted:
 
 
 def word_tokenizer() -> Any:
-    """Words between spaces; user messages end with their own last word, so a reply can depend on it
-    without any attention."""
+    """A word between spaces is a token.
+
+    The template adds nothing behind a user message. So a response depends on the message's last
+    word, and the model needs no attention.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -102,7 +105,7 @@ def golden_agent() -> tuple[Agent, model.Params]:
 
 
 def play_script(envs: list[Any], *, tasks: int) -> list[Conversation]:
-    """The first openings, in a batch of fixed size for one compiled program."""
+    """One episode of each of the first openings."""
     agent, params = golden_agent()
     return rollout(
         params,
@@ -118,8 +121,8 @@ def scripted(openings: list[str], replies: Mapping[str, str]) -> list[Scripted]:
     return [Scripted(openings, replies) for _ in range(ENVS)]
 
 
-# Opening, whole conversation, turn of each token, stop of each turn, end. Written from the
-# template by hand.
+# Opening, whole conversation, turn of each token, stop of each turn, end. Written by hand from the
+# template.
 GOLDEN = [
     (
         "call bell",
@@ -135,21 +138,21 @@ GOLDEN = [
         ["stop_token"],
         "quiet",
     ),
-    (  # cut by its budget: the end of the turn is given, not sampled; then the next answer is cut
-        "wheel",  # by the context, with its last slot left empty by no token
+    (  # The budget cuts the first answer, so its <end> is given and not sampled. Then the context
+        "wheel",  # is full to its last slot.
         "<system> act <user> wheel spin spin spin <end> <user> call bell ring <end>",
         "....000....11",
         ["turn_budget", "stop_token"],
         "context",
     ),
-    (  # two slots are left for three tokens
+    (  # Two slots are left for three tokens.
         "long long long long long long long wheel",
         "<system> act <user> long long long long long long long wheel spin spin",
         "...........00",
         ["context"],
         "context",
     ),
-    (  # an answer fits, what follows does not: the conversation ends with the answer
+    (  # The answer fits and what follows does not: the conversation ends with the answer.
         "long long long long call bell",
         "<system> act <user> long long long long call bell ring <end>",
         ".........00",
@@ -223,7 +226,7 @@ def test_a_first_prompt_must_leave_room_for_an_answer() -> None:
 
 
 def test_environments_that_wait_are_waited_for_together() -> None:
-    everybody = threading.Barrier(2)
+    everybody = threading.Barrier(ENVS)
 
     class Meeting(Scripted):
         """Answers when the others have been asked as well."""
@@ -235,7 +238,7 @@ def test_environments_that_wait_are_waited_for_together() -> None:
             return super().step(response)
 
     together, alone = (
-        play_script([kind([GOLDEN[0][0]] * 2, REPLIES) for _ in range(2)], tasks=2)
+        play_script([kind([GOLDEN[0][0]] * ENVS, REPLIES) for _ in range(ENVS)], tasks=ENVS)
         for kind in (Meeting, Scripted)
     )
     assert together == alone

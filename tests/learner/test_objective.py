@@ -71,11 +71,10 @@ def reference_divergence() -> np.ndarray:
 def reference_confidence() -> np.ndarray:
     """The mean over each turn of the teacher's top-1 probability [B, K]; 0 without a turn."""
     top1 = np.exp(logprobs(2)).max(-1)
+    turn_id = make_batch().turn_id
     confidence = np.zeros((B, K))
-    for b, k in {(b, k) for b, _, k in STUDENT_TOKENS}:
-        confidence[b, k] = np.mean(
-            [top1[b, t] for row, t, turn in STUDENT_TOKENS if (row, turn) == (b, k)]
-        )
+    for b, _, k in STUDENT_TOKENS:
+        confidence[b, k] = np.mean(top1[b, turn_id[b] == k])
     return confidence
 
 
