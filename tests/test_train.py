@@ -359,7 +359,8 @@ def on_eight(small: tuple[str, ...]) -> FrozenConfigDict:
         "household_pair:runlocal,who=student",
         [
             *(*small, *NO_EVALUATION, "--config.eval.splits=valid_seen"),
-            *("--config.mesh.data=4", "--config.mesh.fsdp=2", "--config.eval.batch=8"),
+            *("--config.mesh.data=4", "--config.mesh.fsdp=2"),
+            *("--config.rollout.batch=8", "--config.eval.batch=8"),
             *("--config.demonstrations.sizes=small", "--config.demonstrations.window=8"),
             "--config.demonstrations.tokens_per_batch=1536",  # eight rows, one a device
             *("--config.new_model.d_model=32", "--config.new_model.num_layers=1"),
