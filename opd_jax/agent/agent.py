@@ -21,12 +21,12 @@ class Decoding:
       top_p: see `generate.Sampling`.
       turn_tokens: most tokens sampled in one turn.
       context_tokens: most tokens in a context, prompts and observations included.
-      cache_step: the cache grows by so many slots, up to `context_tokens`, as conversations do. A
-        token reads all slots that there are; the programs are compiled for each size.
+      cache_step: slots by which the cache grows with its conversations, up to `context_tokens`. A
+        token reads every slot, so a small cache is fast. Each size compiles programs of its own.
       extend_widths: ascending widths in which new tokens are appended; one compiled program each.
-      chunk: tokens sampled between two looks at which rows are done.
-      history_turns: earlier turns that a response is sampled from, at most; 0: all. Fewer than all
-        cost a prefill of the context in each turn (`history`).
+      chunk: tokens sampled before the host looks which rows are done.
+      history_turns: earlier turns that a response is sampled from, at most; 0: all. With a limit
+        each turn prefills its context again (`history`).
     """
 
     temperature: float
@@ -64,7 +64,7 @@ class RolloutSettings(Decoding):
 
     Attributes:
       batch: episodes of an update.
-      gather_weights: sample with weights all-gathered along `fsdp`: faster, more memory.
+      gather_weights: sample with weights all-gathered along `fsdp`; faster, more memory.
       per_task: episodes of each task.
       depth_start: turns that episodes are cut to in the first update; 0: never cut.
       depth_every: updates until they may have one more.

@@ -27,8 +27,8 @@ class ChatFormat:
     """A chat template cut into the texts around message contents, thinking switched off.
 
     Contents are taken as they are, also where the template would trim them. The text of a special
-    token inside a content is encoded as ordinary text, so an observation cannot end a turn; added
-    tokens that the tokenizer does not declare special (Qwen3's `<think>`) stay single tokens.
+    token inside a content is encoded as ordinary text, so an observation cannot end a turn. Added
+    tokens that are not declared special (Qwen3's `<think>`) stay single tokens.
 
     Attributes:
       tokenizer: the `transformers` tokenizer that the texts came from.
@@ -119,8 +119,8 @@ class ChatFormat:
 
         Args:
           user: the next user message.
-          ended: the response's last token is one of `stop_ids`, so the end of the turn is not
-            repeated; False if the response was cut by its budget, and the end is added.
+          ended: the response's last token is one of `stop_ids`, and the end of the turn is not
+            repeated. False if the response was cut by its budget: the end is added.
         """
         ids = self._join(self.following, (user,))
         # Dropped as a token and not as text: a special token may swallow the space behind it.

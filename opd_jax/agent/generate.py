@@ -1,9 +1,9 @@
 """Token generation over a kept cache: append observations, sample responses. Knows no text.
 
-A conversation is a list of tokens, of which the first `cache.lengths` are in the cache. Its last
-token is always held back: `extend` appends everything new except that one, and `generate` feeds it
-to get the first logits. So the cache after a turn holds all tokens but the last sampled one, the
-next turn's `extend` starts with it, and nothing is ever prefilled twice.
+A conversation is a list of tokens, and its first `cache.lengths` are in the cache. Its last token
+is always held back: `extend` appends everything new except that one, and `generate` feeds it to get
+the first logits. After a turn the cache holds all tokens but the last sampled one. The next turn's
+`extend` starts with that one, so nothing is prefilled twice.
 
 Two functions, each compiled once per shape, serve any number of turns.
 """
@@ -73,8 +73,8 @@ def sampling_params(
 
     Args:
       dtype: that the model computes in.
-      gather: hold them whole along the mesh axis `fsdp`, so that nothing is sent among devices for
-        a token. Else they stay split, which takes less memory (`generate`).
+      gather: all-gather them along the mesh axis `fsdp`: no weight is sent for a token. Else they
+        stay sharded, which takes less memory.
     """
     params = cast(params, dtype)
     if not gather:
@@ -188,8 +188,8 @@ def sample(
 ) -> tuple[jax.Array, jax.Array]:
     """Draw one token a row by inverting the cumulative distribution.
 
-    One uniform number a row instead of one Gumbel a logit: at a large vocabulary on a CPU that is
-    several times cheaper.
+    This takes one uniform number a row instead of one Gumbel a logit. At a large vocabulary on a
+    CPU it is several times cheaper.
 
     Args:
       logits: float32 [B, V].
@@ -204,8 +204,8 @@ def sample(
     else:
         probs = _filter(jax.nn.softmax(logits / sampling.temperature), sampling)
         cumulative = jnp.cumsum(probs, axis=-1)
-        # A parallel sum is neither flat over zeros nor monotone to the last bit, so tokens of
-        # probability 0 are left out by name, of the choice and of the end that a draw is scaled to.
+        # A parallel sum can step by a last bit where nothing is added. So tokens of probability 0
+        # are masked, as choices and for the end that the draw is scaled to.
         kept = probs > 0
         end = jnp.max(jnp.where(kept, cumulative, 0.0), axis=-1)
         threshold = jax.vmap(jax.random.uniform)(row_keys) * end

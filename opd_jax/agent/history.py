@@ -1,10 +1,10 @@
-"""What of an episode a response is sampled from, and so what it is scored on.
+"""The context of a response: which part of its episode it is sampled from and scored on.
 
 With the full history a turn's context is everything before it: an episode is one row, and the cache
-only grows. With the last few turns only, the prompt stays, which holds the task, and the turns in
-between are left out; contexts are then no longer prefixes of each other, so turns become rows of
-their own. Tokens are cut, never rendered or encoded again: a turn is scored on the very tokens it
-was sampled from.
+only grows. With a limited history the context is the first prompt, which holds the task, and the
+last few turns. Such contexts are not prefixes of each other, so later turns become rows of their
+own. Tokens are cut, never rendered or encoded again: a turn is scored on the very tokens it was
+sampled from.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ def context(
 ) -> list[int]:
     """The tokens that the response after the first `turns` is sampled from.
 
-    Where turns are left out, the first prompt is answered by `left_out`, and behind it stands what
-    followed the last response that is left out.
+    Where turns are left out, `left_out` answers the first prompt. Behind it comes what followed the
+    last response that is left out.
 
     Args:
       conversation: the episode, at least as far as what follows its first `turns` responses.
@@ -41,10 +41,10 @@ def context(
 def rows(
     conversations: Sequence[Conversation], *, history_turns: int, left_out: Sequence[int]
 ) -> tuple[list[Conversation], list[int]]:
-    """The sequences that training scores, and the number of the episode that each is of.
+    """The sequences that training scores, and which episode each belongs to.
 
-    An episode's first row holds all turns that were sampled from the full history; every later turn
-    is a row of its own, its context without loss. So each response is scored exactly once.
+    An episode's first row holds all turns that were sampled from the full history. Every later turn
+    is a row of its own, with a context that carries no loss. So each response is scored once.
 
     Args:
       conversations: finished episodes.

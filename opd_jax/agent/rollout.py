@@ -37,9 +37,9 @@ def rollout(
 
     Args:
       params: of `agent.model`.
-      keys: PRNG keys, one for each environment (see `row_keys`). An episode depends on nothing but
-        the parameters, its task and its key, which is folded with the turn and then the position;
-        but for last bits, since all rows have the cache that the longest needs.
+      keys: PRNG keys, one for each environment (see `row_keys`). A key is folded with the turn,
+        then with the position. An episode depends on the parameters, its task and its key alone,
+        up to last bits: all rows share a cache of the size that the longest needs.
       agent: see `Agent`.
       envs: one environment a row; their number is the batch of every compiled program. None for a
         row whose environment lives in another process.
@@ -47,8 +47,8 @@ def rollout(
       depth: turns after which an episode ends with "depth"; 0: as many as the environment gives.
 
     Returns:
-      A finished `Conversation` for each task, in order; `Conversation.broken` where its environment
-      broke, without a token where it did so before the first turn.
+      A finished `Conversation` for each task, in order. It is `broken` where the environment broke,
+      and has no token if that happened before the first turn.
 
     Raises:
       ValueError: more tasks than environments, or not a key for each environment.
@@ -91,7 +91,7 @@ def row_keys(rng: jax.Array, numbers: Sequence[int]) -> jax.Array:
 
 @jax.jit
 def _turn_keys(keys: jax.Array, turn: int) -> jax.Array:
-    """The rows' keys for one turn: positions alone may come again where turns are left out."""
+    """The rows' keys for one turn. Positions alone would repeat where turns are left out."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys, turn)
 
 
@@ -120,7 +120,7 @@ def make_envs(make: Callable[[], Env], count: int) -> list[Env | None]:
 
 
 def close(envs: Sequence[Env | None]) -> None:
-    """Ends the worker processes of environments now, not when nobody holds them any more."""
+    """Ends the worker processes of environments now, not when they are garbage-collected."""
     for env in envs:
         if isinstance(env, Worker):
             env.close()
@@ -129,7 +129,7 @@ def close(envs: Sequence[Env | None]) -> None:
 def everywhere(
     act: Callable[[Env, Any], T], envs: Sequence[Env | None], arguments: Sequence[Any]
 ) -> list[T]:
-    """`act` of each environment, in whichever process it lives; all processes get all answers.
+    """`act` of each environment, in the process that owns it. All processes get all answers.
 
     Args:
       act: (environment, argument) to what can be pickled.
@@ -144,9 +144,9 @@ def everywhere(
 def _side_by_side(
     act: Callable[[Env, Any], T], envs: Sequence[Env], arguments: Sequence[Any]
 ) -> list[T]:
-    """`act` of each environment: at the same time where all wait for somebody else.
+    """`act` of each environment, in threads if all of them wait for a process or a server.
 
-    Others take turns: an engine need not bear threads, and most would gain nothing by them.
+    Else one after another: an engine need not be thread-safe, and most would gain nothing.
     """
     if not envs or not all(env.waits for env in envs):
         return list(map(act, envs, arguments))
@@ -157,7 +157,7 @@ def _side_by_side(
 def _go_on(agent: Agent, conversation: Conversation, stop: str, after: Observation) -> None:
     """Append what the environment said, unless the context is full."""
     follow = agent.chat.follow(after.message, ended=stop == "stop_token")
-    # One slot must remain to sample into: a conversation that cannot go on ends here, whole.
+    # One slot must remain to sample into. A conversation without it ends here, with its last turn.
     if (
         stop == "context"
         or len(agent.context(conversation)) + len(follow) >= agent.decoding.context_tokens

@@ -53,7 +53,7 @@ class CacheSession:
         self.stop_ids = jnp.asarray(agent.chat.stop_ids, jnp.int32)
 
     def extend(self, contexts: Mapping[int, list[int]]) -> None:
-        """Bring the cache up to all tokens but the last of every row's context."""
+        """Append to the cache what it lacks of every row's context, except the last token."""
         self._roll_back(contexts)
         while True:
             new = [
@@ -80,14 +80,14 @@ class CacheSession:
             self.held += counts
 
     def _make_room(self, counts: np.ndarray) -> None:
-        """Grow the cache by whole steps, until each row has slots for so many tokens more."""
+        """Grow the cache by whole steps, until row b has slots for `counts[b]` more tokens."""
         step, needed = self.agent.decoding.cache_step, int((self.held + counts).max())
         slots = min(-(-needed // step) * step, self.agent.decoding.context_tokens)
         if slots > self.cache.slots:
             self.cache = model.grow_cache(self.cache, slots=slots)
 
     def _roll_back(self, contexts: Mapping[int, list[int]]) -> None:
-        """Give rows new contexts; of what they hold, what the two have in common stays."""
+        """Give rows new contexts. The start that a row's old and new context share stays cached."""
         held = self.held.copy()
         for row, context in contexts.items():
             held[row] = _common(self.contexts[row][: held[row]], context[:-1])
@@ -142,7 +142,7 @@ class CacheSession:
         return {row: Response(tokens[row], logprobs[row], why(row)) for row in rows}
 
     def _start_turn(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Of every row: how many tokens it may sample, 0 if not in `rows`, and its last token."""
+        """Each row's budget of tokens, 0 for rows that do not sample, and its last token."""
         budget = np.zeros(len(self.held), np.int32)
         last = np.zeros(len(self.held), np.int32)
         for row in rows:
@@ -153,7 +153,7 @@ class CacheSession:
 
 
 def _common(held: list[int], context: list[int]) -> int:
-    """How many tokens at their start the two have in common."""
+    """The length of the start that both have in common."""
     if held == context[: len(held)]:
         return len(held)
     pairs = enumerate(zip(held, context, strict=False))

@@ -34,9 +34,9 @@ def confusion(judgement: Judgement, oracle: np.ndarray) -> np.ndarray:
 
 
 def precision(counts: np.ndarray) -> tuple[int, int]:
-    """(part, whole): of the turns that the judge wants corrected, those that are not fine.
+    """(part, whole): of the turns that the judge wants corrected, how many are not fine.
 
-    The judge wants WEAK and STRONG turns corrected; what the oracle does not call SKIP is not fine.
+    The judge wants WEAK and STRONG turns corrected. A turn is fine if the oracle calls it SKIP.
 
     Args:
       counts: int [3, 3], oracle's label by judge's.
@@ -45,14 +45,15 @@ def precision(counts: np.ndarray) -> tuple[int, int]:
 
 
 def recall(counts: np.ndarray) -> tuple[int, int]:
-    """(part, whole): of the turns that are not fine, those that the judge wants corrected."""
+    """(part, whole): of the turns that are not fine, how many the judge wants corrected."""
     return counts[1:, 1:].sum(), counts[1:].sum()
 
 
 def balanced_accuracy(counts: np.ndarray) -> np.ndarray:
-    """Mean, over the oracle's labels that occur, of the share of turns that the judge labels so.
+    """The share of turns that the judge labels as the oracle does, averaged over oracle's labels.
 
-    A judge that always gives the same answer reaches one over the number of labels that occur.
+    Labels that do not occur are left out. A judge that always gives the same answer reaches one
+    over the number of labels that occur.
 
     Args:
       counts: int [..., 3, 3].
@@ -127,7 +128,7 @@ def judge_metrics(judgement: Judgement, labels: EnvLabels) -> dict[str, Any]:
     if counts.any():
         metrics["judge/precision"] = precision(counts)
         metrics["judge/recall"] = recall(counts)
-        # What the two are shares of, so that they can be pooled over updates.
+        # The denominators of the two, so that they can be pooled over updates.
         metrics["judge/corrected"] = precision(counts)[1]
         metrics["judge/wrong"] = recall(counts)[1]
         for row, label in enumerate(LABELS):

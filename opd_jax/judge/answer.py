@@ -1,8 +1,8 @@
 """How a teacher answers a question with one of three words: two decodings over a kept cache.
 
-`score_labels` compares the likelihoods of the words, which is never unparsable and needs no loop
-over tokens; `generate_labels` is the paper's literal procedure, greedy text that is searched for a
-word. Both append the questions to whatever the cache holds, nothing or a conversation.
+`score_labels` compares the likelihoods of the words. It is never unparsable and needs no loop over
+tokens. `generate_labels` is the paper's literal procedure: it searches greedy text for a word. Both
+append the questions to what the cache holds: nothing, or a conversation.
 """
 
 import re
@@ -30,7 +30,7 @@ DECODINGS = ("constrained", "generate")
 def parse_label(answer: str) -> int:
     """The one of the three words that an answer holds, in any case, or `UNPARSABLE`.
 
-    An answer that weighs two of them against each other has not chosen.
+    An answer with two different words has not chosen: it is unparsable.
     """
     found = {word.upper() for word in re.findall(r"\b(SKIP|WEAK|STRONG)\b", answer, re.IGNORECASE)}
     return Verdict[found.pop()] if len(found) == 1 else UNPARSABLE
@@ -66,8 +66,8 @@ def score_labels(
       tokenizer: the teacher's.
 
     Returns:
-      A label for each row, and the cache with the questions appended. Beyond the lengths of all
-      rows, also of those that ask nothing, it holds what the words left.
+      A label for each row, and the cache with the questions appended. Slots beyond a row's length,
+      also in rows that ask nothing, hold leftovers of the words.
     """
     scores, cache = label_scores(
         params,
@@ -105,8 +105,8 @@ def label_scores(
         return replace(grown, lengths=cache.lengths), hidden
 
     if width > 1:
-        # One after another, each written over the one before: side by side they would need a copy
-        # of the cache each.
+        # One word after another, each written over the last. Side by side, each would need a copy
+        # of the cache.
         cache, behind = jax.lax.scan(read, cache, word_tokens[:, :-1])
         after = jnp.concatenate([after, jnp.moveaxis(behind, 0, 1)], axis=2)
     logits = model.logits(params, after, sharded=sharded)

@@ -1,7 +1,6 @@
 """Labels of turns, as arrays [B, K]: what the environment itself says of every turn of a batch.
 
-A labeller is a function from conversations to such arrays. The teacher's judgement (`verdicts`) is
-another one.
+The teacher's judgement (`verdicts`) gives arrays of the same shape.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,9 @@
 """What the teacher is shown of a turn: the gatekeeper's question.
 
-Its role, a rubric for three words, and the fields of the paper's Table 9; or, asked behind the
-conversation so far, only what the conversation does not hold already. There the teacher can also
-see what was tried before, without which going back to a place is no worse than going to a new one.
+It holds the teacher's role, a rubric for three words, and the fields of the paper's Table 9. With
+the context "history" it is asked behind the conversation, and holds only what the conversation does
+not. There the teacher sees what was tried before. Without that, going back to a place looks as good
+as going to a new one.
 """
 
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ FIELDS = {
     "history": (ADMISSIBLE,),
 }
 
-# Everything above that is always the same text, for a tokenizer that is built around it.
+# All fixed text of a prompt, for a tokenizer that is built around it.
 PHRASES = ("\n".join([ROLE, RUBRIC, *FIELDS["+feedback"]]), *LABELS)
 
 
@@ -63,7 +64,7 @@ def judge_prompt(task: Task, turn: Turn, *, admissible_shown: int, context: str)
       admissible_shown: how many admissible actions are listed; the rest are counted.
       context: "table9": what the student saw and wrote; "+feedback": also what the environment
         answered (the paper's section 3.3 mentions it, its Table 9 does not); "history": only what
-        the conversation, behind which the question is asked, does not hold already.
+        the conversation does not hold, for a question asked behind it.
 
     Raises:
       ValueError: an unknown `context`.
@@ -90,7 +91,7 @@ class JudgeSettings:
       decode: "constrained" or "generate" (`answer`).
       context: see `judge_prompt`.
       admissible_shown: see `judge_prompt`.
-      batch: questions asked at a time, with "history" conversations; at most.
+      batch: questions asked at a time, at most; with "history": conversations.
       length_multiple: questions are padded to a multiple of this, and conversations read in pieces
         of it.
       max_new_tokens: longest answer of the `generate` decoding.
@@ -148,7 +149,7 @@ class Judge:
         return self.chat.follow(text, ended=turn.stop == "stop_token")
 
     def prefix(self, conversation: Conversation, index: int) -> list[int]:
-        """What stands before the question: with "history" all tokens up to the turn's end."""
+        """What the question is asked behind: with "history" all tokens up to the turn's end."""
         if self.settings.context != "history":
             return []
         return conversation.tokens[: conversation.spans[index][1]]

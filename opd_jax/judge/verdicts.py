@@ -1,7 +1,7 @@
 """The judge's verdict on every turn of a batch of conversations.
 
-A turn that failed deterministically gets `Verdict.DET_FAIL`, and the judge is not asked. Of the
-others the teacher is shown what `prompt` writes, and answers as `answer` reads it.
+A turn that failed deterministically gets `Verdict.DET_FAIL`, and the judge is not asked. The
+teacher judges the others: `prompt` writes the question, and `answer` reads the reply.
 """
 
 from collections.abc import Iterator, Sequence
@@ -58,7 +58,7 @@ def judge_turns(
       conversations: finished ones.
       by: see `Judge`.
       max_turns: K.
-      decode: "constrained" or "generate", in the place of `by.settings.decode`.
+      decode: "constrained" or "generate"; replaces `by.settings.decode`.
 
     Raises:
       ValueError: an unknown `decode`.
@@ -116,9 +116,8 @@ def _behind_conversations(
 ) -> Iterator[tuple[Place, int]]:
     """A label for each turn asked about, from one reading of each conversation.
 
-    From the last turn to the first: the cache is rolled back to the end of the turn and the
-    question written over what followed, so however many turns are asked about, nothing of the
-    conversation is read twice.
+    Turns are asked about from the last to the first. The cache is rolled back to the end of a turn,
+    and the question is written over what followed. So no part of a conversation is read twice.
     """
     rows = [row for row in range(len(conversations)) if asked[row].any()]
     size = min(by.settings.batch, -(-len(conversations) // batch_multiple()) * batch_multiple())
@@ -194,7 +193,7 @@ def _answer_tokens(by: Judge, decode: str) -> int:
 
 
 def _check_room(longest: int, by: Judge, decode: str) -> None:
-    """Raises where the teacher has no positions for a question and its answer.
+    """Raises if a question and its answer exceed the teacher's positions.
 
     Args:
       longest: tokens of the longest question, what stands before it included.

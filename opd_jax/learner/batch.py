@@ -26,8 +26,8 @@ class Batch:
       sampled_logprobs: float32 [B, T], nats, as sampled; compared with the recomputed ones.
       verdict: int32 [B, K], codes of `Verdict`.
       response: int32 [B, R], positions of the student's tokens, ascending; T where a row has
-        fewer. Most tokens of an agent's episode are observations. Gathering the student's before
-        the vocabulary-sized part saves most of its cost.
+        fewer. Most tokens of an episode are observations, so gathering the student's first saves
+        most of the cost of the vocabulary-sized part.
     """
 
     tokens: Array
@@ -144,7 +144,7 @@ def num_parts(batch: Batch, *, micro_batches: int, batch_rows: int | None) -> in
 
     Args:
       batch: of any number of rows.
-      micro_batches: for a batch of `batch_rows` rows; as many times more for a multiple of them.
+      micro_batches: of a batch of `batch_rows` rows. A batch of n times the rows has n times more.
       batch_rows: rows of a batch of whole episodes. None: `micro_batches` for every batch.
     """
     return micro_batches * (len(batch.tokens) // batch_rows if batch_rows else 1)

@@ -185,9 +185,9 @@ def _take(x_BT: Array, index_BR: Array, *, fill: float) -> jax.Array:
 def _gathered_head(params: Params) -> jax.Array:
     """The head, all-gathered along `fsdp` once: the compiler would gather it for every chunk.
 
-    The constraint holds for its gradient too, which is then summed over devices once, after all
-    chunks. Sharded as the head is, it would be summed for every chunk: 116 GB an update instead of
-    5, in a plan of a 1.7B student on 32 chips.
+    The constraint holds for its gradient too: it is summed over devices once, after all chunks.
+    With the head's own sharding it would be summed for every chunk: 116 GB an update instead of 5,
+    in a plan of a 1.7B student on 32 chips.
     """
     return constrain(model.head(params), None, "vocab")
 
@@ -282,8 +282,8 @@ def _weights(
 ) -> tuple[jax.Array, WeightTotals]:
     """s = i · c · e of every token, [B, R], and its totals over the micro-batch.
 
-    Where each trajectory has a scale of its own, it is applied here: a trajectory is one row, so
-    nothing has to be added up first.
+    With the scope "trajectory" the scale is applied here: a trajectory is one row, so nothing has
+    to be added up first.
     """
     verdict = jnp.asarray(verdict)
     if not objective.intervention:

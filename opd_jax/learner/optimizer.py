@@ -8,7 +8,7 @@ import optax
 from opd_jax.model import Params
 from opd_jax.runtime.fields import check_choice, check_within
 
-# A moment with a decay of 1 has no estimate.
+# With a decay of 1 the correction of a moment's bias divides by zero.
 _BELOW_ONE = 1 - 1e-9
 
 

@@ -55,8 +55,8 @@ def response_hidden(
 ) -> jax.Array:
     """Hidden states that predict the response tokens, [B, R, D]: those one position earlier.
 
-    Slots that hold no response get zeros. The last position may be padding, and what is not finite
-    there would reach the gradient as 0 · NaN.
+    Unfilled slots get zeros. Hidden states of padding need not be finite, and would reach the
+    gradient as 0 · NaN.
 
     Args:
       params: a model's.

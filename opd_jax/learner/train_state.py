@@ -1,4 +1,4 @@
-"""What an update changes: trained parameters and the optimizer's state, and where they lie."""
+"""What an update changes: trained parameters and the optimizer's state, and their shardings."""
 
 import dataclasses
 from functools import partial
@@ -20,11 +20,11 @@ class TrainState:
     """Everything an update changes, and all that resuming needs on the device.
 
     Attributes:
-      params: the student's, in the dtype they are trained in; of a student with adapters those
-        alone (`lora`).
+      params: what is trained, in the dtype it is trained in: the student's parameters, or its
+        adapters alone (`lora`).
       opt_state: optax state.
-      step: int32 [], updates done; the cursor into the tasks follows from it.
-      rng: the run's PRNG key; randomness of update n is this key folded with n.
+      step: int32 [], updates done.
+      rng: the run's PRNG key. Update n draws with this key folded with n.
     """
 
     params: Params
@@ -38,7 +38,7 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, *, seed:
 
     Args:
       params: the student's; copied.
-      optimizer: whose state starts at its beginning.
+      optimizer: makes its own first state.
       seed: of the run's PRNG key.
     """
 
@@ -75,7 +75,7 @@ def restore_or_init(
 def abstract_state(params: Params, optimizer: optax.GradientTransformation) -> Any:
     """Shapes, dtypes and shardings of `init_state`: what a checkpoint is restored into.
 
-    Optimizer moments are placed like their parameters, everything else on all devices of theirs.
+    Optimizer moments are sharded as their parameters are. Everything else is replicated.
 
     Args:
       params: arrays, or `ShapeDtypeStruct`s with shardings.
@@ -112,7 +112,7 @@ def placement_of(state: Any) -> Any:
 
 
 def _everywhere(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
-    """A whole copy on each device of a parameter's mesh."""
+    """Replicated over the devices of a parameter."""
     if isinstance(sharding, NamedSharding):
         return replicated(sharding.mesh)
     return sharding

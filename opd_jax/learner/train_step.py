@@ -78,9 +78,9 @@ def make_train_step(
       student: sizes of the trained model.
       objective: what is minimized.
       optimizer: e.g. from `make_optimizer`.
-      placement: the sharding of every array of the new state: that of the old one, as from
-        `placement_of`. None leaves it to the compiler, which on several devices may all-gather the
-        parameters and compile a second time for what came out.
+      placement: the sharding of every array of the new state, from `placement_of` the old one.
+        None leaves it to the compiler. On several devices that may all-gather the parameters, and
+        the next update would compile again.
       micro_batches: into how many equal parts a batch is split; bounds memory, changes nothing.
       batch_rows: rows of a batch of whole episodes (`batch.num_parts`).
       dtype: that the student computes in; its parameters, gradient and optimizer keep theirs.
@@ -91,8 +91,7 @@ def make_train_step(
 
     Raises:
       ValueError: at trace time, when the batch does not divide into the micro-batches, the
-        objective needs a teacher and there is none, or `base` is there without `lora` or the other
-        way round.
+        objective needs a teacher and there is none, or only one of `base` and `lora` is given.
     """
     score_with = partial(
         score,
@@ -142,11 +141,11 @@ def make_train_step(
 
 
 def _accumulate(loss_and_sums, params: Params, parts: tuple) -> tuple[Params, Sums]:
-    """Σ over micro-batches of the gradient, in float32, and of the sums.
+    """The gradient, in float32, and the sums, added up over micro-batches.
 
     Args:
-      loss_and_sums: (params, part) to what is differentiated, and `Sums`.
-      params: what is differentiated with respect to.
+      loss_and_sums: (params, part) to the loss to differentiate, and `Sums`.
+      params: the gradient is with respect to these.
       parts: micro-batches along a leading axis.
     """
 

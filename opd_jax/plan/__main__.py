@@ -28,7 +28,6 @@ from opd_jax.plan.programs import plan_run
 from opd_jax.plan.report import describe
 from opd_jax.plan.smallest import smallest
 from opd_jax.plan.verdict import MISFIT, verdict
-from opd_jax.plan.workload import mesh_sizes
 from opd_jax.report.tables import table
 
 
@@ -79,7 +78,7 @@ def _run(config: Any, given: Sequence[str], flags: dict[str, Any]) -> None:
     if flags["smallest"]:
         rows, result = smallest(family, fit=fit, plan=plan)
     else:
-        devices = math.prod(mesh_sizes(config).values())
+        devices = math.prod(config.mesh.values())
         result = plan(fit(chips.find(topology, local_chips=devices)))
     if flags["json"]:
         print(json.dumps({"tried": rows, "plan": result}, indent=1))

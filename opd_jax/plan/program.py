@@ -1,7 +1,7 @@
 """A run on a slice: its programs, before they are compiled, and what it keeps in memory."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import AbstractMesh
@@ -14,12 +14,16 @@ from opd_jax.plan.placement import device_bytes
 from opd_jax.plan.workload import Workload
 from opd_jax.runtime.mesh import AnyMesh
 
-# Residents: what stays on the devices between programs.
-PARAMETERS, OPTIMIZER = "parameters", "optimizer"
-# The update takes the teacher's head and not its body.
-TEACHER, TEACHER_HEAD = "teacher's body", "teacher's head"
-FROZEN = "frozen weights"  # the student's own, if adapters are trained
-COPY = "copy to sample with"  # the student's weights as it samples with them, during rollouts
+# What stays on the devices between programs. Frozen weights are the student's own beside adapters;
+# the copy is only there during rollouts; the update takes the teacher's head and not its body.
+Resident = Literal[
+    "parameters",
+    "optimizer",
+    "frozen weights",
+    "teacher's body",
+    "teacher's head",
+    "copy to sample with",
+]
 
 # The vector memory of v5e and v6e, the largest of any chip in `chips`.
 ON_CHIP = 128 * 2**20
@@ -43,7 +47,7 @@ class Program:
     # Bytes between a chip and its memory in one run, by array: all that no compiler can avoid.
     # Activations that may stay on the chip are left out, and so is what other devices send.
     moved: dict[str, int]
-    beside: tuple[str, ...]  # the residents that are not among its arguments
+    beside: tuple[Resident, ...]  # the residents that are not among its arguments
     runs: float  # in one update; 0 for programs of evaluations
     static: dict[str, Any] = field(default_factory=dict)  # keyword arguments
     trips: int | None = None  # of its `while` loop
@@ -61,7 +65,7 @@ class Run:
     teacher: PlannedModel | None
     work: Workload
     mesh: AnyMesh
-    residents: dict[str, int]
+    residents: dict[Resident, int]
     programs: tuple[Program, ...]  # in the order of an update, then those of evaluations
 
     def beside(self, program: Program) -> int:

@@ -19,19 +19,10 @@ from opd_jax.plan.chips import Slice
 from opd_jax.plan.judging import judging
 from opd_jax.plan.models import planned_pair
 from opd_jax.plan.placement import Placement, device_bytes
-from opd_jax.plan.program import (
-    COPY,
-    FROZEN,
-    OPTIMIZER,
-    PARAMETERS,
-    TEACHER,
-    TEACHER_HEAD,
-    Program,
-    Run,
-)
+from opd_jax.plan.program import Program, Resident, Run
 from opd_jax.plan.sampling import Player, copying, evaluation, rollout
 from opd_jax.plan.training import training
-from opd_jax.plan.workload import fit_to_slice, mesh_sizes, workload
+from opd_jax.plan.workload import fit_to_slice, workload
 from opd_jax.runtime.mesh import abstract_mesh, make_mesh
 
 
@@ -52,7 +43,7 @@ def plan_run(
       ValueError: the config is not valid, or something does not divide over the slice.
     """
     config, changes = fit_to_slice(config, chips=where.chips, given=given)
-    settings, sizes = read_settings(config), mesh_sizes(config)
+    settings, sizes = read_settings(config), config.mesh.to_dict()
     mesh = make_mesh(**sizes, devices=devices) if devices else abstract_mesh(**sizes)
     place, work = Placement(mesh, cache_layout(where.chip.platform)), workload(settings)
     student, teacher = planned_pair(settings)
@@ -64,16 +55,17 @@ def plan_run(
     frozen = teacher and place.params(teacher.sizes, teacher.dtype)
     head = device_bytes(head_params(frozen)) if frozen else 0
     copy = _copy(settings, student.sizes, place)
-    residents = {
-        PARAMETERS: device_bytes(state.params),
-        OPTIMIZER: device_bytes(state.opt_state),
-        FROZEN: device_bytes(base),
-        TEACHER: device_bytes(frozen) - head,
-        TEACHER_HEAD: head,
-        COPY: device_bytes(copy),
+    residents: dict[Resident, int] = {
+        "parameters": device_bytes(state.params),
+        "optimizer": device_bytes(state.opt_state),
+        "frozen weights": device_bytes(base),
+        "teacher's body": device_bytes(frozen) - head,
+        "teacher's head": head,
+        "copy to sample with": device_bytes(copy),
     }
-    own = (PARAMETERS, OPTIMIZER, FROZEN)
-    sampler = Player(place, student.sizes, copy, (*own, TEACHER, TEACHER_HEAD))
+    own: tuple[Resident, ...] = ("parameters", "optimizer", "frozen weights")
+    others: tuple[Resident, ...] = ("teacher's body", "teacher's head")
+    sampler = Player(place, student.sizes, copy, own + others)
     expert = Player(place, teacher.sizes, frozen, own) if teacher else None
 
     def programs() -> Iterator[Program]:
@@ -81,7 +73,7 @@ def plan_run(
         # `read_settings` asks for a teacher wherever one is needed.
         if source == "on_policy":
             params = with_adapters(base, state.params, lora)
-            yield copying(settings, params, sampler, (OPTIMIZER, TEACHER, TEACHER_HEAD))
+            yield copying(settings, params, sampler, ("optimizer", *others))
             yield from rollout(settings, sampler, work)
         elif source == "teacher" and expert:
             yield from rollout(settings, expert, work)
@@ -94,7 +86,7 @@ def plan_run(
             teacher=scorer.sizes if scorer else None,
             placement=train_state.placement_of(state),
         )
-        yield from training(settings, *compiled, state, base, student.sizes, scorer, place, work)
+        yield from training(settings, *compiled, state, base, sampler, scorer, work)
         # A student of the same batch is evaluated with the programs of its updates.
         if source != "on_policy" or settings.eval.batch != settings.rollout.batch:
             yield from evaluation(settings, "student", sampler, work)

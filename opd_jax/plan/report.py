@@ -13,7 +13,6 @@ from opd_jax.plan.placement import device_bytes
 from opd_jax.plan.program import Program, Run
 from opd_jax.plan.sampling import SAMPLING
 from opd_jax.plan.verdict import verdict, worst
-from opd_jax.plan.workload import mesh_sizes
 
 ASSUMED = (
     "every episode takes all its turns and fills its context; a question to the judge is as long "
@@ -41,7 +40,7 @@ def describe(run: Run, compiled: Mapping[str, Mapping[str, Any]] | None) -> dict
         "topology": run.where.name,
         "chips": run.where.chips,
         "chip": dataclasses.asdict(run.where.chip),
-        "mesh": mesh_sizes(run.config),
+        "mesh": run.config.mesh.to_dict(),
         "changed": run.changes,
         "student": _model(run.student),
         "teacher": run.teacher and _model(run.teacher),

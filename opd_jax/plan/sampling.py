@@ -12,7 +12,7 @@ from opd_jax.agent.generate import Sampling
 from opd_jax.config.settings import Settings
 from opd_jax.model import KVCache, ModelConfig, cache_specs, is_sharded
 from opd_jax.plan.placement import Placement, device_bytes
-from opd_jax.plan.program import COPY, Program, passes
+from opd_jax.plan.program import Program, Resident, passes
 from opd_jax.plan.workload import Workload
 
 SAMPLING = "sampling"
@@ -25,7 +25,7 @@ class Player:
     place: Placement
     sizes: ModelConfig
     params: Any  # abstract
-    beside: tuple[str, ...]  # the residents other than these parameters
+    beside: tuple[Resident, ...]  # the residents other than these parameters
 
     def cache(self, *, rows: int, slots: int) -> Any:
         """What `model.init_cache` returns."""
@@ -87,7 +87,9 @@ class Player:
         )
 
 
-def copying(settings: Settings, trained: Any, student: Player, beside: tuple) -> Program:
+def copying(
+    settings: Settings, trained: Any, student: Player, beside: tuple[Resident, ...]
+) -> Program:
     """The program that makes the copy to sample with from trained parameters."""
     size = device_bytes(student.params)
     static = {
@@ -96,8 +98,8 @@ def copying(settings: Settings, trained: Any, student: Player, beside: tuple) ->
         "gather": settings.rollout.gather_weights,
     }
     moved = {"parameters": device_bytes(trained), "copy": size}
-    function = generate.sampling_params
-    return Program(COPY, function, (trained,), moved, beside, 1, static, temporaries=size)
+    name, function = "copy to sample with", generate.sampling_params
+    return Program(name, function, (trained,), moved, beside, 1, static, temporaries=size)
 
 
 def rollout(settings: Settings, player: Player, work: Workload) -> Iterator[Program]:

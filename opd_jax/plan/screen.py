@@ -7,11 +7,7 @@ from opd_jax.plan.chips import GIB
 from opd_jax.report.tables import table
 
 _SHOWN = 4  # collectives on one screen
-_PEAKS = (
-    ("memory", GIB, "GiB usable"),
-    ("flops", 1e12, "TFLOP/s bf16"),
-    ("bandwidth", 1e9, "GB/s"),
-)
+_PEAKS = (("memory", GIB, "GiB"), ("flops", 1e12, "TFLOP/s bf16"), ("bandwidth", 1e9, "GB/s"))
 
 
 def text(report: Mapping[str, Any], *, verbose: bool) -> str:

@@ -9,9 +9,8 @@ from opd_jax import model
 from opd_jax.config.settings import Settings
 from opd_jax.learner.batch import Batch
 from opd_jax.learner.teacher import Teacher
-from opd_jax.model import ModelConfig
 from opd_jax.plan.placement import Placement, device_bytes
-from opd_jax.plan.program import TEACHER, TEACHER_HEAD, Program, passes
+from opd_jax.plan.program import Program, passes
 from opd_jax.plan.sampling import Player
 from opd_jax.plan.workload import Workload
 
@@ -22,9 +21,8 @@ def training(
     teacher_pass: Any,
     state: Any,
     base: Any,
-    student: ModelConfig,
+    student: Player,
     teacher: Player | None,
-    place: Placement,
     work: Workload,
 ) -> Iterator[Program]:
     """The update's programs.
@@ -36,75 +34,58 @@ def training(
       base: abstract, the student's own parameters if the state's are adapters; else None.
       teacher: None if the objective has no teacher.
     """
-    batch, parts = _batch(place, work), settings.train.micro_batches
-    if teacher is None:
-        yield _train_step(settings, step, state, None, batch, base, student, place, work)
-        return
+    batch, train, said = _batch(student.place, work), settings.train, None
+    if teacher:
+        moved = {"teacher": passes(device_bytes(teacher.params), train.micro_batches)}
+        args = teacher.params, batch
+        yield Program("teacher's pass", teacher_pass, args, moved, teacher.beside, 1)
+        shape, dtype = (work.rows, work.response), teacher.params["embed"].dtype
+        hidden = student.place.rows(*shape, teacher.sizes.d_model, dtype=dtype)
+        said = Teacher(hidden, model.head_params(teacher.params))
+    held = _held(settings, state, student, said, work)
+    forward_and_backward = train.micro_batches * (3 if train.remat == "layers" else 2)
+    arrays = held | {
+        "parameters": (device_bytes((state.params, base)), forward_and_backward),
+        "optimizer": (device_bytes((state.params, state.opt_state)), 2),
+    }
     yield Program(
-        "teacher's pass",
-        teacher_pass,
-        (teacher.params, batch),
-        {"teacher": passes(device_bytes(teacher.params), parts)},
-        teacher.beside,
+        "train step",
+        step,
+        (state, said, batch, base),
+        {name: passes(*array) for name, array in arrays.items()},
+        ("teacher's body",) if said else ("teacher's body", "teacher's head"),
         1,
+        temporaries=sum(size for size, _ in held.values()),
     )
-    hidden = place.rows(
-        work.rows, work.response, teacher.sizes.d_model, dtype=teacher.params["embed"].dtype
-    )
-    said = Teacher(hidden, model.head_params(teacher.params))
-    yield _train_step(settings, step, state, said, batch, base, student, place, work)
 
 
-def _train_step(
-    settings: Settings,
-    step: Any,
-    state: Any,
-    teacher: Teacher | None,
-    batch: Batch,
-    base: Any,
-    student: ModelConfig,
-    place: Placement,
-    work: Workload,
-) -> Program:
-    train, parts = settings.train, settings.train.micro_batches
+def _held(
+    settings: Settings, state: Any, student: Player, said: Teacher | None, work: Workload
+) -> dict[str, tuple[int, int]]:
+    """What exists at once in the backward pass: bytes on a device, and passes over them."""
+    train, parts, sizes = settings.train, settings.train.micro_batches, student.sizes
 
     def head(dtype: str) -> int:
         """Bytes of the student's head, all-gathered along `fsdp`."""
         # The embedding has the head's shape, and its axes in another order.
-        return device_bytes(place.params(student, dtype, gathered=True)["embed"])
+        return device_bytes(student.place.params(sizes, dtype, gathered=True)["embed"])
 
-    shape = work.rows // parts, work.sequence, student.d_model
-    inputs = student.num_layers * device_bytes(place.rows(*shape, dtype=settings.compute_dtype))
-    # Summed over micro-batches in float32; sharded as the parameters.
+    shape = work.rows // parts, work.sequence, sizes.d_model
+    inputs = device_bytes(student.place.rows(*shape, dtype=settings.compute_dtype))
+    chunks = parts * -(-work.rows // parts * work.response // train.loss_chunk)
+    # Gradients are summed in float32: over micro-batches, and over chunks that of a trained head.
     gradient = 4 * (device_bytes(state.params) // jnp.dtype(settings.dtype).itemsize)
-    # Of a head that is trained, summed over chunks in float32.
     head_gradient = 0 if settings.lora.rank else head("float32")
     # All-gathered along `fsdp`, as the student's is.
-    teacher_head = device_bytes(teacher.head) * settings.mesh.fsdp if teacher else 0
-    chunks = parts * -(-work.rows // parts * work.response // train.loss_chunk)
-    # What exists at once in the backward pass: bytes, and passes over them.
-    held = {
-        "inputs of layers": (inputs, 2 * parts),
+    teacher_head = device_bytes(said.head) * settings.mesh.fsdp if said else 0
+    return {
+        "inputs of layers": (sizes.num_layers * inputs, 2 * parts),
         "gradient": (gradient, 2 * parts),
         # Read for logits, for logits again, and for the gradient of hidden states.
         "student's head": (head(settings.compute_dtype), 3 * chunks),
         "gradient of the head": (head_gradient, 2 * chunks),
         "teacher's head": (teacher_head, 2 * chunks),
     }
-    forward_and_backward = parts * (3 if train.remat == "layers" else 2)
-    arrays = held | {
-        "parameters": (device_bytes((state.params, base)), forward_and_backward),
-        "optimizer": (device_bytes((state.params, state.opt_state)), 2),
-    }
-    return Program(
-        "train step",
-        step,
-        (state, teacher, batch, base),
-        {name: passes(*array) for name, array in arrays.items()},
-        (TEACHER,) if teacher else (TEACHER, TEACHER_HEAD),
-        1,
-        temporaries=sum(size for size, _ in held.values()),
-    )
 
 
 def _batch(place: Placement, work: Workload) -> Batch:

@@ -82,12 +82,6 @@ def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def mesh_sizes(config: FrozenConfigDict) -> dict[str, int]:
-    """Axes of the mesh and their sizes."""
-    mesh = config.mesh
-    return {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
-
-
 def fit_to_slice(
     config: FrozenConfigDict, *, chips: int, given: Collection[str]
 ) -> tuple[FrozenConfigDict, list[str]]:

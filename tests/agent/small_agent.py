@@ -3,14 +3,12 @@
 from dataclasses import replace
 from typing import Any
 
-from models import TINY
+from models import one_layer
 
 from opd_jax.agent.agent import Agent, Decoding
 from opd_jax.agent.chat import ChatFormat
 from opd_jax.envs.household import tokenizer as household_tokenizer
 from opd_jax.envs.household.env import Household
-from opd_jax.judge.prompt import PHRASES
-from opd_jax.model import ModelConfig
 
 DECODING = Decoding(
     temperature=1.0,
@@ -25,25 +23,10 @@ DECODING = Decoding(
 )
 
 
-def sizes(vocab: int, *, width: int = 16, head_dim: int = 8) -> ModelConfig:
-    return replace(
-        TINY,
-        vocab_size=vocab,
-        d_model=width,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=head_dim,
-        d_ff=16,
-        rope_theta=1e3,
-        max_positions=1024,
-    )
-
-
 def household_agent(**decoding: Any) -> Agent:
-    tokenizer = household_tokenizer.build(phrases=PHRASES)
+    tokenizer = household_tokenizer.build(phrases=["Judge this turn."])
     return Agent(
-        model=sizes(len(tokenizer)),
+        model=one_layer(len(tokenizer)),
         tokenizer=tokenizer,
         chat=ChatFormat.from_tokenizer(tokenizer),
         decoding=replace(DECODING, **decoding),

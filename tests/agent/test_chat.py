@@ -134,12 +134,6 @@ def test_equals_the_full_rendering_of_a_prefix_stable_template(tokenizer, templa
         messages.append({"role": "assistant", "content": response})
 
 
-def test_default_system_message_stays(tokenizer):
-    chat = ChatFormat.from_tokenizer(with_template(tokenizer, DEFAULT_SYSTEM))
-    assert "careful helper" in tokenizer.decode(chat.first("", "look"))
-    assert "careful helper" not in tokenizer.decode(chat.first("Be brief.", "look"))
-
-
 @pytest.mark.parametrize("system", ["", SYSTEM])
 def test_a_template_that_dates_its_prompt_gives_the_same_tokens_every_day(tokenizer, system):
     tokenizer = with_template(tokenizer, DATED)
@@ -171,15 +165,6 @@ def test_appends_where_a_rendering_would_rewrite_earlier_turns(tokenizer):
     assert text.endswith(
         header + response + stop + f"<|im_start|>user\n{OBSERVATIONS[1]}" + stop + header
     )
-
-
-@pytest.mark.parametrize("template", [PLAIN, DEFAULT_SYSTEM, THINKING])
-def test_ended_response_keeps_its_one_stop_token(tokenizer, template):
-    chat = ChatFormat.from_tokenizer(with_template(tokenizer, template))
-    for user in OBSERVATIONS:
-        cut = chat.follow(user, ended=False)
-        assert cut[0] == chat.stop_ids[0]
-        assert cut[1:] == chat.follow(user, ended=True)
 
 
 def test_stop_ids_are_end_of_turn_then_eos(tokenizer):

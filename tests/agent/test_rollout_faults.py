@@ -7,39 +7,29 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 import pytest
-from objectives import SAGE
-from small_agent import household, household_agent
+from small_agent import household_agent
 
 from opd_jax import model
 from opd_jax.agent.agent import Agent
 from opd_jax.agent.conversation import Conversation
 from opd_jax.agent.rollout import rollout, row_keys
 from opd_jax.envs.base import BROKEN, Env, Observation, Task
+from opd_jax.envs.household.env import Household
 from opd_jax.envs.household.expert import Expert
 from opd_jax.envs.workers import DIED, TIMEOUT, Worker
 from opd_jax.experience.demonstrations import demonstrate, play_out
-from opd_jax.judge.agreement import judge_metrics
-from opd_jax.judge.labels import env_labels
-from opd_jax.judge.prompt import Judge, JudgeSettings
-from opd_jax.judge.verdicts import judge_turns
-from opd_jax.learner.batch import Batch, pack
-from opd_jax.learner.teacher import Teacher, make_teacher_pass
-from opd_jax.learner.train_state import init_state
-from opd_jax.learner.train_step import make_train_step
-from opd_jax.losses import NO_TURN, Verdict
+from opd_jax.losses import NO_TURN
 from opd_jax.report.update import episode_metrics
 
 MAX_TURNS = 4
-HOUSEHOLD = partial(household, max_turns=MAX_TURNS)
+# Workers import this in a process without JAX.
+HOUSEHOLD = partial(Household, size="small", max_turns=MAX_TURNS, show_admissible=2)
 NEVER = partial(os._exit, 3)  # a process that ends where the environment should begin
 KILL, HANG = signal.SIGKILL, signal.SIGSTOP
 PLACES = {"reset": 0, "first step": 1, "second step": 2}
@@ -187,99 +177,6 @@ def test_the_next_rollout_has_all_environments_back(
     for row in (0, 1, 2, 3, 5):
         assert again[row] == clean[row]
     assert [worker.restarts for worker in workers] == [0, 1, 1, 1, 3, 0]
-
-
-# --- No loss ------------------------------------------------------------------------------------
-
-GRADIENT_KEEPER = optax.chain(optax.trace(decay=0.0), optax.scale(-1.0))
-
-
-@pytest.mark.parametrize("scope", ["batch", "trajectory"])
-def test_broken_rows_carry_no_loss(
-    agent: Agent,
-    params: model.Params,
-    played: list[Conversation],
-    scope: str,
-    random_params: Callable,
-) -> None:
-    how: dict[str, Any] = dict(micro_batches=1, batch_rows=None, query_chunk=64)
-    step = make_train_step(
-        student=agent.model,
-        objective=replace(SAGE, scope=scope),
-        optimizer=GRADIENT_KEEPER,
-        placement=None,
-        dtype=jnp.dtype("float32"),
-        loss_chunk=64,
-        remat="none",
-        **how,
-    )
-    teacher = random_params(agent.model, seed=5)
-    teacher_pass = make_teacher_pass(agent.model, **how)
-
-    def packed(conversations: list[Conversation]) -> Batch:
-        # STRONG everywhere, even for the turns of broken episodes.
-        return pack(
-            conversations,
-            np.full((len(ROWS), MAX_TURNS), Verdict.STRONG, np.int32),
-            length_multiple=64,
-            response_multiple=16,
-            vocab_size=agent.model.vocab_size,
-        )
-
-    def update(batch: Batch) -> tuple[Any, Any]:
-        said = Teacher(teacher_pass(teacher, batch), model.head_params(teacher))
-        state, metrics = step(init_state(params, GRADIENT_KEEPER, seed=0), said, batch)
-        return jax.device_get((state.opt_state[0].trace, metrics))
-
-    batch = packed(played)
-    without = packed([Conversation(None) if c.broken else c for c in played])
-    assert batch.tokens.shape == without.tokens.shape  # the longest episode is a sound one
-    assert [np.count_nonzero(row) > 0 for row in batch.tokens] == [bool(c.tokens) for c in played]
-    gradient, metrics = update(batch)
-    expected, reference = update(without)
-    student = sum(turn != NO_TURN for row in SOUND_ROWS for turn in played[row].turn_id)
-    assert metrics["sums"].totals.tokens == reference["sums"].totals.tokens == student
-    assert metrics["loss"] == reference["loss"] > 0
-    assert metrics["grad_norm"] > 0
-    jax.tree.map(np.testing.assert_array_equal, gradient, expected)
-
-    nothing, zero = update(packed([c if c.broken else Conversation(None) for c in played]))
-    assert zero["loss"] == zero["grad_norm"] == zero["sums"].totals.tokens == 0
-    assert all(not leaf.any() for leaf in jax.tree.leaves(nothing))
-
-
-# --- No verdict, no figure ----------------------------------------------------------------------
-
-
-def test_the_judge_is_not_asked_about_broken_episodes(
-    agent: Agent, params: model.Params, played: list[Conversation]
-) -> None:
-    settings = JudgeSettings(
-        decode="constrained",
-        context="table9",
-        admissible_shown=2,
-        batch=4,
-        length_multiple=256,
-        max_new_tokens=2,
-        agreement_every=0,
-    )
-    by = Judge(agent.model, agent.tokenizer, agent.chat, settings)
-    sound = [played[row] for row in SOUND_ROWS]
-    got, expected = (
-        judge_turns(params, c, by=by, max_turns=MAX_TURNS, decode="constrained")
-        for c in (played, sound)
-    )
-    assert not got.asked[BROKEN_ROWS].any()
-    assert (got.verdict[BROKEN_ROWS] == Verdict.SKIP).all()
-    np.testing.assert_array_equal(got.verdict[SOUND_ROWS], expected.verdict)
-    # Shares are of the turns that count, not of those that nobody was asked about.
-    metrics, reference = (
-        judge_metrics(judgement, env_labels(c, max_turns=MAX_TURNS))
-        for judgement, c in ((got, played), (expected, sound))
-    )
-    assert metrics.keys() == reference.keys()
-    for name in metrics:
-        np.testing.assert_array_equal(metrics[name], reference[name], err_msg=name)
 
 
 def test_figures_count_broken_episodes_and_leave_them_out(played: list[Conversation]) -> None:

@@ -1,6 +1,7 @@
 """The judge: what it is asked, whom it is asked about, and its two decodings."""
 
 import copy
+import itertools
 import random
 import re
 from collections.abc import Callable
@@ -12,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import TINY
+from models import chain, one_layer
 from scipy.special import log_softmax
 
 from opd_jax import model
 from opd_jax.agent.chat import ChatFormat
 from opd_jax.agent.conversation import Conversation, Turn
-from opd_jax.envs.base import Task
+from opd_jax.envs.base import BROKEN, Task
 from opd_jax.judge import answer
 from opd_jax.judge.answer import LABELS, UNPARSABLE, parse_label
 from opd_jax.judge.labellers import no_judge, teacher_judge
@@ -77,21 +78,6 @@ def tokenizer() -> Any:
     return made
 
 
-def sizes(vocab: int, width: int, head_dim: int) -> model.ModelConfig:
-    return replace(
-        TINY,
-        vocab_size=vocab,
-        d_model=width,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=head_dim,
-        d_ff=16,
-        rope_theta=1e3,
-        max_positions=256,
-    )
-
-
 SETTINGS = JudgeSettings(
     decode="constrained",
     context="table9",
@@ -106,7 +92,7 @@ SETTINGS = JudgeSettings(
 @pytest.fixture(scope="module")
 def random_judge(tokenizer: Any) -> Judge:
     chat = ChatFormat.from_tokenizer(tokenizer)
-    return Judge(sizes(len(tokenizer), 16, 8), tokenizer, chat, SETTINGS)
+    return Judge(one_layer(len(tokenizer)), tokenizer, chat, SETTINGS)
 
 
 def with_settings(judge: Judge, **changes: Any) -> Judge:
@@ -309,55 +295,17 @@ def test_generate_reads_the_greedy_answer(
     assert len(set(want)) > 1
 
 
-def chain(judge: Judge, *sequences: list[str]) -> tuple[Judge, model.Params]:
-    """A judge whose next token depends on the last one only, as in `sequences`.
-
-    One-hot embeddings, silent layers and a head that maps each token to its successor.
-    """
-    V = judge.model.vocab_size
-    config = sizes(V, V, 2)
-    params = jax.tree.map(
-        lambda spec: jnp.zeros(spec.shape), model.param_specs(config), is_leaf=model.is_spec
-    )
-    head = np.zeros((V, V), np.float32)
-    for words in sequences:
-        ids = judge.tokenizer.convert_tokens_to_ids(words)
-        head[ids[:-1], ids[1:]] = 20 / np.sqrt(V)
-    params |= {"embed": jnp.eye(V), "final_norm": jnp.ones(V), "head": jnp.asarray(head)}
+def forced(judge: Judge, *sequences: list[str]) -> tuple[Judge, model.Params]:
+    """A judge whose next token depends on the last one only, as in `sequences`."""
+    ids = [judge.tokenizer.convert_tokens_to_ids(words) for words in sequences]
+    successor = {a: b for words in ids for a, b in itertools.pairwise(words)}
+    config, params = chain(judge.model.vocab_size, successor, logit=20)
     return with_settings(replace(judge, model=config), length_multiple=128), params
 
 
 def always(judge: Judge, *words: str) -> tuple[Judge, model.Params]:
     """A judge that answers every question with `words`; a question ends with a line end."""
-    return chain(judge, ["\n", *words])
-
-
-def test_generate_reads_answers_of_different_lengths_side_by_side(random_judge: Judge) -> None:
-    judge, params = chain(
-        random_judge,
-        ["a", *PIECES["SKIP"], END],
-        ["b", *PIECES["WEAK"], END],
-        ["c", *PIECES["STRONG"], END],
-        ["d", "x", END],
-        ["e", "y", "y"],  # never ends
-        ["f", END],
-        ["g", ".", "SKIP", END],
-    )
-    last = ["c", "a", "e", "b", "g", "f", "d", "c", "a"]
-    prompts = [
-        judge.tokenizer.convert_tokens_to_ids(["z"] * n + [token]) for n, token in enumerate(last)
-    ]
-    assert answers(params, judge, prompts, "generate") == [
-        Verdict.STRONG,
-        Verdict.SKIP,
-        UNPARSABLE,
-        Verdict.WEAK,
-        Verdict.SKIP,
-        UNPARSABLE,
-        UNPARSABLE,
-        Verdict.STRONG,
-        Verdict.SKIP,
-    ]
+    return forced(judge, ["\n", *words])
 
 
 def conversation(*failures: str) -> Conversation:
@@ -397,11 +345,14 @@ def test_a_labeller_asks_the_other_decoding_now_and_then(random_judge: Judge) ->
 
 
 @pytest.mark.parametrize("decode", ["constrained", "generate"])
-def test_a_turn_that_failed_never_reaches_the_judge(random_judge: Judge, decode: str) -> None:
+def test_turns_that_failed_and_broken_episodes_never_reach_the_judge(
+    random_judge: Judge, decode: str
+) -> None:
     judge, params = always(random_judge, *PIECES["WEAK"], END)
     # A question about one of these turns would not fit into the teacher and raise.
     long = replace(TURN, response="x" * 300, failure="no_action")
     played = [conversation("", "empty", ""), conversation("rejected"), conversation("")]
+    played.append(replace(conversation("", "rejected"), end=BROKEN))
     for c in played:
         c.turns = [long if turn.failure else turn for turn in c.turns]
     got = judge_turns(params, played, by=judge, max_turns=4, decode=decode)
@@ -409,12 +360,14 @@ def test_a_turn_that_failed_never_reaches_the_judge(random_judge: Judge, decode:
         [True, False, True, False],
         [False] * 4,
         [True, False, False, False],
+        [False] * 4,
     ]
     weak, failed, skip = Verdict.WEAK, Verdict.DET_FAIL, Verdict.SKIP
     assert got.verdict.tolist() == [
         [weak, failed, weak, skip],
         [failed, skip, skip, skip],
         [weak, skip, skip, skip],
+        [skip] * 4,
     ]
     assert not got.unparsable.any()
     # A batch in which every turn failed asks nothing.
@@ -452,7 +405,7 @@ def test_verdicts_stay_with_their_turns(random_judge: Judge, decode: str) -> Non
         "{% else %}<|im_start|>{{ m.content }}{% endif %}{% endfor %}"
     )
     follows = dict(zip("abc", LABELS, strict=True))
-    judge, params = chain(random_judge, *([a, *PIECES[follows[a]], END] for a in follows))
+    judge, params = forced(random_judge, *([a, *PIECES[follows[a]], END] for a in follows))
     judge = replace(judge, chat=ChatFormat.from_tokenizer(tokenizer))
     rng = random.Random(0)
     played = [conversation(*[""] * turns) for turns in (3, 1, 4, 2)]
@@ -466,7 +419,7 @@ def test_verdicts_stay_with_their_turns(random_judge: Judge, decode: str) -> Non
     played[2].turns[1] = replace(TURN, failure="rejected")
     expected[2, 1] = Verdict.DET_FAIL
     assert len(set(expected.flatten())) == 4
-    for batch, multiple in ((4, 128), (3, 96), (16, 200)):
+    for batch, multiple in ((4, 128), (3, 96)):
         by = with_settings(judge, batch=batch, length_multiple=multiple)
         verdicts = judge_turns(params, played, by=by, max_turns=4, decode=decode)
         assert verdicts.verdict.tolist() == expected.tolist()
@@ -529,16 +482,15 @@ def test_the_question_goes_on_from_the_conversation(behind: Judge) -> None:
 CONVERSATIONS = ["..!.", ".", "x", "!x..", "x!"]
 
 
-@pytest.mark.parametrize(("batch", "multiple"), [(2, 16), (5, 24)])
 def test_verdicts_behind_conversations_are_those_of_whole_prompts(
-    params: model.Params, behind: Judge, batch: int, multiple: int
+    params: model.Params, behind: Judge
 ) -> None:
     # What was read before decides, and not the words at the end, which are always the same.
     sharper = {name: factor * params["layers"][name] for name, factor in (("o", 12), ("q_norm", 6))}
     params = params | {"layers": params["layers"] | sharper}
     played = [talk(behind, n, stops) for n, stops in enumerate(CONVERSATIONS)]
     played.insert(2, Conversation(task=None))
-    by = with_settings(behind, batch=batch, length_multiple=multiple)
+    by = with_settings(behind, batch=2, length_multiple=16)
     got = judge_turns(params, played, by=by, max_turns=5, decode="constrained")
     places = np.argwhere(got.asked)
     whole = [[*by.prefix(played[r], n), *by.question(played[r], n)] for r, n in places]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.special import log_softmax
 
 from opd_jax import model
 from opd_jax.config import build, load
@@ -21,7 +22,7 @@ from opd_jax.runtime.mesh import make_mesh
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.py"
-BONUS, THRESHOLD = 1.0, 0.5  # of e; the quickstart itself has e = 1
+BONUS, THRESHOLD = 1.0, 0.5  # of the factor e, which the quickstart leaves at 1
 CHANGES = [
     "--config.rollout.batch=2",
     "--config.env.max_turns=4",
@@ -29,17 +30,21 @@ CHANGES = [
     f"--config.objective.entropy_bonus={BONUS}",
     f"--config.objective.entropy_threshold={THRESHOLD}",
 ]
-INTERVENTION = {Verdict.SKIP: 0.0, Verdict.WEAK: 0.5, Verdict.STRONG: 1.0, Verdict.DET_FAIL: 1.0}
+INTERVENTION = {
+    Verdict.SKIP: 0.0,
+    Verdict.WEAK: 0.5,
+    Verdict.STRONG: 1.0,
+    Verdict.DET_FAIL: 1.0,
+}
 
 
 def logprobs(loaded: LoadedModel, tokens: np.ndarray) -> np.ndarray:
-    """log p of the whole vocabulary, float64 [B, T, V]. Entry t is about token t."""
+    """log p of every token of the vocabulary, float64 [B, T, V]. Entry t is about token t."""
     hidden = model.forward(
         loaded.params, tokens, config=loaded.config, query_chunk=128, remat="none"
     )
     logits = np.asarray(hidden @ model.head(loaded.params), np.float64)
-    before = np.roll(logits, 1, axis=1)  # the hidden state at t - 1 predicts token t
-    return before - np.log(np.exp(before).sum(axis=-1, keepdims=True))
+    return np.roll(log_softmax(logits, axis=-1), 1, axis=1)  # position t - 1 predicts token t
 
 
 def test_a_token_from_its_logits_to_its_share_of_the_loss() -> None:
@@ -50,7 +55,7 @@ def test_a_token_from_its_logits_to_its_share_of_the_loss() -> None:
     assert teacher is not None
     state = init_state(student.params, build.optimizer(settings), seed=settings.seed)
 
-    # 2. Roll out, judge, pack, update: the page `train.py`, once.
+    # 2. Roll out, judge, pack, update: one round of the loop in train.py.
     tasks = build.panels(settings)["train"]
     source = build.make_source(settings, student, teacher, tasks=tasks, cursor=[0, 0])
     played = source.play(state)
@@ -60,70 +65,59 @@ def test_a_token_from_its_logits_to_its_share_of_the_loss() -> None:
 
     # 3. What the two models say of every token.
     log_s, log_t = logprobs(student, batch.tokens), logprobs(teacher, batch.tokens)
+    p_s, p_t = np.exp(log_s), np.exp(log_t)
     turn_id = batch.turn_id
     student_tokens = [(b, t) for b, t in np.argwhere(turn_id != NO_TURN)]
     N = len(student_tokens)
 
     # 4. The divergence of a token: the reverse KL, in nats.
     def d(b: int, t: int) -> float:
-        return np.sum(np.exp(log_s[b, t]) * (log_s[b, t] - log_t[b, t]))
+        return np.sum(p_s[b, t] * (log_s[b, t] - log_t[b, t]))
 
-    # 5. The factors of its weight. i and c belong to its turn k, e is its own.
+    # 5. The three factors of its weight. i and c are those of its turn k. e is the token's own.
     def i(b: int, k: int) -> float:
         return INTERVENTION[verdict[b, k]]
 
     def c(b: int, k: int) -> float:
-        return np.mean([np.exp(log_t[b, t]).max() for t in np.flatnonzero(turn_id[b] == k)])
-
-    def entropy(b: int, t: int) -> float:
-        return -np.sum(np.exp(log_t[b, t]) * log_t[b, t])
+        return np.mean([p_t[b, t].max() for t in np.flatnonzero(turn_id[b] == k)])
 
     def e(b: int, t: int) -> float:
-        return 1 + BONUS if entropy(b, t) > THRESHOLD else 1.0
+        teacher_entropy = -np.sum(p_t[b, t] * log_t[b, t])
+        return 1 + BONUS if teacher_entropy > THRESHOLD else 1
 
     def s(b: int, t: int) -> float:
-        return i(b, turn_id[b, t]) * c(b, turn_id[b, t]) * e(b, t)
+        k = turn_id[b, t]
+        return i(b, k) * c(b, k) * e(b, t)
 
-    # 6. The scale that brings the mean weight of the batch to one.
+    # 6. The scale. It brings the mean weight of all student tokens to one.
     z = N / sum(s(b, t) for b, t in student_tokens)
 
-    # 7. A token's share of the loss. The shares of all tokens are the loss that the run reports.
+    # 7. The token's share of the loss. The shares of all tokens add up to the loss of the run.
     def share(b: int, t: int) -> float:
         return z * s(b, t) * d(b, t) / N
 
-    np.testing.assert_allclose(
-        reported["loss"], sum(share(b, t) for b, t in student_tokens), rtol=1e-6
-    )
+    loss = sum(share(b, t) for b, t in student_tokens)
     np.testing.assert_allclose(reported["z"], z, rtol=1e-6)
+    np.testing.assert_allclose(reported["loss"], loss, rtol=1e-6)
 
-    # 8. The token with the largest share, through the functions that a library user calls.
-    b, t = max(student_tokens, key=lambda at: share(*at))
+    # 8. Take the token with the largest share. The public functions give it the same weight.
+    b, t = max(student_tokens, key=lambda token: share(*token))
+    weight, scale = sage_weights(
+        turn_id,
+        verdict,
+        turn_confidence(p_t.max(axis=-1), turn_id, num_turns=verdict.shape[1]),
+        token_factor=entropy_factor(
+            -np.sum(p_t * log_t, axis=-1), bonus=BONUS, threshold=THRESHOLD
+        ),
+    )
+    np.testing.assert_allclose(scale, z, rtol=1e-6)
+    np.testing.assert_allclose(weight[b, t], z * s(b, t), rtol=1e-6)
+
+    # 9. It is the very token that was sampled, at the log-probability it was sampled with.
     np.testing.assert_allclose(
         log_s[b, t, batch.tokens[b, t]], batch.sampled_logprobs[b, t], rtol=0, atol=1e-4
     )
-    K = verdict.shape[1]
-    top1 = np.exp(log_t).max(axis=-1)
-    factor = entropy_factor(
-        -np.sum(np.exp(log_t) * log_t, axis=-1), bonus=BONUS, threshold=THRESHOLD
-    )
-    weight, scale = sage_weights(
-        turn_id, verdict, turn_confidence(top1, turn_id, K), token_factor=factor
-    )
-    np.testing.assert_allclose(scale, z, rtol=1e-6)
-    np.testing.assert_allclose(weight[b, t] / scale, s(b, t), rtol=1e-6)
-    print(
-        b,
-        t,
-        d(b, t),
-        i(b, turn_id[b, t]),
-        c(b, turn_id[b, t]),
-        e(b, t),
-        z,
-        share(b, t),
-        reported["loss"],
-    )
-    print(sorted(entropy(*at) for at in student_tokens)[-12:])
 
-    # 9. Nothing above was idle: turns have several verdicts, and e tells tokens apart.
+    # 10. No factor was idle: verdicts differ between turns, and e differs between tokens.
     assert len({i(b, turn_id[b, t]) for b, t in student_tokens}) > 1
     assert len({e(b, t) for b, t in student_tokens}) > 1

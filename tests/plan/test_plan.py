@@ -21,7 +21,7 @@ from opd_jax.plan.programs import plan_run
 from opd_jax.plan.report import describe
 from opd_jax.plan.sampling import Player
 from opd_jax.plan.verdict import verdict, worst
-from opd_jax.plan.workload import fit_to_slice, mesh_sizes, workload
+from opd_jax.plan.workload import fit_to_slice, workload
 from opd_jax.runtime.mesh import abstract_mesh
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +75,7 @@ def test_fsdp_fills_the_slice_and_micro_batches_follow():
     # A mesh that fills the slice is left alone.
     filled = load(PAPER, "mesh.tensor=2", "mesh.fsdp=4", "mesh.data=2")
     config, changes = fit_to_slice(filled, chips=16, given=["mesh.fsdp"])
-    assert (mesh_sizes(config), changes) == (dict(data=2, fsdp=4, tensor=2), [])
+    assert (config.mesh.to_dict(), changes) == (dict(data=2, fsdp=4, tensor=2), [])
 
 
 @pytest.mark.parametrize(

@@ -5,17 +5,13 @@ and `contents`, whose first line is the title. Lines with `title` and `text` are
 """
 
 import json
-import re
-from array import array
-from collections import Counter
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-
-_K1, _B = 1.5, 0.75
 
 
 @dataclass(frozen=True)
@@ -98,13 +94,7 @@ def read_corpus(path: Path) -> Iterator[Passage]:
 
 
 class BM25:
-    """Ranks passages by Lucene's BM25 score.
-
-    score(q, d) = sum over the words w of q: idf(w) * tf / (tf + k1 (1 - b + b |d| / mean |d|))
-    idf(w) = ln(1 + (N - n + 0.5) / (n + 0.5))
-
-    Here tf is how often w stands in d, |d| is the number of words in d, N the number of passages,
-    and n the number of passages with w. k1 = 1.5 and b = 0.75. Scores are float32.
+    """Ranks passages by Lucene's BM25 score, as `bm25s` computes it (k1 = 1.5, b = 0.75).
 
     A word is a run of two or more letters and digits, in lower case. There are no stop words: one
     may be what is asked for, such as the internet country code ".is". A passage that shares no word
@@ -115,9 +105,9 @@ class BM25:
       passages: the corpus, kept in memory.
 
     Raises:
-      ValueError: there are no passages.
+      ValueError: there are no passages, or `bm25s` is not installed.
 
-    Source: Kamphuis et al., 2020, "Which BM25 Do You Mean?", its Lucene variant (accurate).
+    Source: Lù, 2024, "BM25S", arXiv:2407.03618.
     """
 
     waits = False
@@ -126,26 +116,11 @@ class BM25:
         if not passages:
             raise ValueError("`corpus`: expected at least one passage, got none")
         self.passages = passages
-        self._numbers: dict[str, int] = {}
-        # One entry for each pair of a word and a passage that holds it.
-        words, holders, counts = array("q"), array("q"), array("q")
-        lengths = np.zeros(len(passages))
-        for holder, passage in enumerate(passages):
-            found = _words(passage.contents)
-            lengths[holder] = len(found)
-            for word, count in Counter(found).items():
-                words.append(self._numbers.setdefault(word, len(self._numbers)))
-                holders.append(holder)
-                counts.append(count)
-        word_of, holder_of, tf = map(np.asarray, (words, holders, counts))
-        having = np.bincount(word_of, minlength=len(self._numbers))
-        idf = np.log(1 + (len(passages) - having + 0.5) / (having + 0.5)).astype(np.float32)
-        norm = _K1 * (1 - _B + _B * lengths / (lengths.mean() or 1.0))
-        scores = (idf[word_of] * (tf / (tf + norm[holder_of]))).astype(np.float32)
-        # Sorted by word: the passages that hold word i are those from start i to start i + 1.
-        order = np.argsort(word_of, kind="stable")
-        self._holders, self._scores = holder_of[order], scores[order]
-        self._starts = np.concatenate([[0], np.cumsum(having)])
+        self._bm25s = _import_bm25s()
+        self._index = self._bm25s.BM25()
+        self._index.index(
+            self._words([p.contents for p in passages], return_ids=True), show_progress=False
+        )
 
     def search(self, queries: Sequence[str], *, top: int) -> list[list[Passage]]:
         """For each query at most `top` passages, best first."""
@@ -155,22 +130,38 @@ class BM25:
         self, queries: Sequence[str], *, top: int
     ) -> list[list[tuple[Passage, float]]]:
         """The same with scores."""
-        return [self._best(query, top) for query in queries]
+        return [self._best(query, top) for query in self._words(queries, return_ids=False)]
 
-    def _best(self, query: str, top: int) -> list[tuple[Passage, float]]:
-        scores = np.zeros(len(self.passages), np.float32)
-        for number in map(self._numbers.get, _words(query)):
-            if number is not None:
-                start, end = self._starts[number : number + 2]
-                scores[self._holders[start:end]] += self._scores[start:end]
+    def _words(self, texts: Sequence[str], *, return_ids: bool) -> Any:
+        return self._bm25s.tokenize(
+            list(texts), stopwords=[], return_ids=return_ids, show_progress=False
+        )
+
+    def _best(self, words: list[str], top: int) -> list[tuple[Passage, float]]:
+        known = self._index.get_tokens_ids(words)
+        if not known:
+            return []
+        scores = self._index.get_scores_from_ids(known)
         least = np.partition(scores, -top)[-top] if top < len(scores) else 0.0
         candidates = np.flatnonzero((scores >= least) & (scores > 0))
         best = candidates[np.argsort(-scores[candidates], kind="stable")][:top]
         return [(self.passages[i], float(scores[i])) for i in best]
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w\w+", text.lower())
+def _import_bm25s() -> Any:
+    """`bm25s`, which runs a small program on JAX when it is imported, where JAX is installed.
+
+    That does no harm: a run has set JAX up by then, and workers and the server keep it on the CPU.
+    """
+    try:
+        import bm25s
+    except ImportError:
+        raise ValueError(
+            "BM25 needs the package bm25s, which is not installed: pip install -e '.[searchqa]' in "
+            "the repository"
+        ) from None
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
+    return bm25s
 
 
 def load_bm25(path: Path) -> BM25:

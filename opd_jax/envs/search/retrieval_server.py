@@ -10,6 +10,7 @@ documents if scores are not asked for.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -101,6 +102,7 @@ def main(argv: Sequence[str]) -> None:
     usage.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines too")
     usage.add_argument("--topk", type=int, default=3, help="passages a query, if not asked for")
     flags = usage.parse_args(argv)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # what `bm25s` does with JAX needs no more
     try:
         index = load_bm25(flags.corpus)
         server = make_server(index, host=flags.host, port=flags.port, top=flags.topk)
