@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from settings import one_device
 
 from opd_jax import train
 from opd_jax.config import build, differences, load, read_stored
@@ -21,7 +22,6 @@ from opd_jax.config.settings import read_settings
 from opd_jax.envs.make import make_env
 from opd_jax.learner.train_state import abstract_state
 from opd_jax.runtime.checkpoint import Checkpoints
-from opd_jax.runtime.mesh import make_mesh
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -29,10 +29,6 @@ UPDATES = 4
 
 # Nothing but training: the evaluations of an interrupted run show nothing more.
 NO_EVALUATION = ("--config.eval.who=", "--config.eval.tasks=1")
-
-
-def one_device() -> jax.sharding.Mesh:
-    return make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
 
 
 def lines_of(workdir: Path) -> list[dict[str, Any]]:

@@ -1,26 +1,22 @@
 """The teacher's verdicts of an update, and when it is asked in the other decoding too."""
 
-import jax
 import pytest
+from settings import one_device, read
 
 from opd_jax.agent.conversation import Conversation, Turn
-from opd_jax.config import build, load
+from opd_jax.config import build
 from opd_jax.config.models import load_teacher
-from opd_jax.config.settings import read_settings
 from opd_jax.envs.base import Task
-from opd_jax.runtime.mesh import make_mesh
 
 
 @pytest.mark.usefixtures("compile_quickly")
 def test_the_other_decoding_is_asked_every_so_many_updates(small: tuple[str, ...]) -> None:
-    mesh = make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
     turns = [Turn("seen", (), "Action: go", "stop_token", "go", "", "heard", "")]
     played = [Conversation(Task("id", "type", "goal", "scene"), end="success", turns=turns)]
     verdicts, asked = set(), []
     for every in (2, 0):
-        flags = [*small, f"--config.judge.agreement_every={every}"]
-        settings = read_settings(load("quickstart:runlocal", flags))
-        label = build.make_labeller(settings, load_teacher(settings, mesh))
+        settings = read("quickstart:runlocal", *small, f"judge.agreement_every={every}")
+        label = build.make_labeller(settings, load_teacher(settings, one_device()))
         for update in range(3):
             verdict, metrics = label(played, update)
             assert metrics["judge/asked"] == (1, 1)
