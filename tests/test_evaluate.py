@@ -10,27 +10,21 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from settings import one_device, read
 
 from opd_jax import evaluate, export, model
 from opd_jax.agent.conversation import Conversation
 from opd_jax.config import build, load, read_stored, to_json
 from opd_jax.config.models import LoadedModel, load_model, load_student, load_teacher
-from opd_jax.config.settings import Settings, read_settings
+from opd_jax.config.settings import read_settings
 from opd_jax.envs.make import make_env
 from opd_jax.envs.search.searchqa_data import SETS
 from opd_jax.report.tables import judge_table, results_table
 from opd_jax.runtime.checkpoint import Checkpoints
-from opd_jax.runtime.mesh import make_mesh
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
-
-def one_device() -> jax.sharding.Mesh:
-    return make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
-
-
-def quickstart(*overrides: str) -> Settings:
-    return read_settings(load("quickstart:runlocal", overrides))
+QUICKSTART = "quickstart:runlocal"
 
 
 # --- Players
@@ -38,9 +32,7 @@ def quickstart(*overrides: str) -> Settings:
 
 @pytest.mark.parametrize("size", ["small", "large"])
 def test_the_expert_succeeds_and_chance_does_not(size: str) -> None:
-    settings = quickstart(
-        "--config.eval.tasks=40", f"--config.env.size={size}", "--config.env.max_turns=40"
-    )
+    settings = read(QUICKSTART, "eval.tasks=40", f"env.size={size}", "env.max_turns=40")
     play = partial(evaluate.evaluate_player, settings, panels=build.panels(settings))
     expert, chance = play("expert"), play("random")
     assert expert.keys() == chance.keys() == {"valid_seen", "valid_unseen"}
@@ -53,7 +45,7 @@ def test_the_expert_succeeds_and_chance_does_not(size: str) -> None:
 
 
 def test_a_player_plays_the_first_tasks_of_a_split_and_always_alike() -> None:
-    settings = quickstart("--config.eval.tasks=5", "--config.env.max_turns=2")
+    settings = read(QUICKSTART, "eval.tasks=5", "env.max_turns=2")
     play = partial(evaluate.play_player, settings, "random", "valid_seen")
     played = play(tasks=5)
     assert [c.task.id for c in played] == [f"household/small/valid_seen/{i}" for i in range(5)]
@@ -76,7 +68,7 @@ def student() -> LoadedModel:
 @pytest.fixture(scope="module")
 def play(student: LoadedModel, small: tuple) -> Callable[..., list[list[int]]]:
     """Plays tasks with the student; returns the tokens of each episode."""
-    settings = quickstart(*small)
+    settings = read(QUICKSTART, *small)
 
     def run(tasks: int, batch: int = 2, seed: int = 0, temperature: float = 1.0):
         played = evaluate.play_model(
@@ -120,20 +112,20 @@ JUDGE = {"n": 9, "context": "table9", "decode": "constrained", "admissible_shown
     ("figures", "override", "same"),
     [
         (FIGURES, "", True),
-        (FIGURES, "--config.eval.batch=2", True),
-        (FIGURES, "--config.eval.tasks=5", False),
+        (FIGURES, "eval.batch=2", True),
+        (FIGURES, "eval.tasks=5", False),
         # Played, if not to an end: played again they might break again, without end.
         (FIGURES | {"n": 3, "broken": 1}, "", True),
         (FIGURES | {"n": 3, "broken": 0}, "", False),
-        (FIGURES, "--config.eval.seed=1", False),
-        (FIGURES, "--config.eval.temperature=1.0", False),
-        (FIGURES, "--config.eval.judge=true", False),
-        (FIGURES | {"judge": JUDGE}, "--config.eval.judge=true", True),
-        (FIGURES | {"judge": JUDGE | {"context": "history"}}, "--config.eval.judge=true", False),
-        (FIGURES | {"judge": JUDGE | {"decode": "generate"}}, "--config.eval.judge=true", False),
+        (FIGURES, "eval.seed=1", False),
+        (FIGURES, "eval.temperature=1.0", False),
+        (FIGURES, "eval.judge=true", False),
+        (FIGURES | {"judge": JUDGE}, "eval.judge=true", True),
+        (FIGURES | {"judge": JUDGE | {"context": "history"}}, "eval.judge=true", False),
+        (FIGURES | {"judge": JUDGE | {"decode": "generate"}}, "eval.judge=true", False),
         (FIGURES | {"judge": JUDGE | {"context": "history"}}, "", True),
         (FIGURES | {"update": 40}, "", False),
-        ({"n": 4}, "--config.eval.temperature=1.0", True),  # a player has no temperature
+        ({"n": 4}, "eval.temperature=1.0", True),  # a player has no temperature
         (FIGURES | {"digest": "of other tasks"}, "", False),
         (FIGURES | {"digest": None}, "", False),
         ({"n": 4, "digest": "of other tasks"}, "", False),
@@ -142,7 +134,7 @@ JUDGE = {"n": 9, "context": "table9", "decode": "constrained", "admissible_shown
 def test_figures_hold_for_the_settings_they_were_made_with(
     figures: dict, override: str, same: bool
 ) -> None:
-    settings = quickstart("--config.eval.tasks=4", *filter(None, [override]))
+    settings = read(QUICKSTART, "eval.tasks=4", *filter(None, [override]))
     panels = build.panels(settings)
     both = {s: {"digest": panels[s].digest} | figures for s in settings.eval.splits}
     check = partial(evaluate.is_evaluated, settings=settings, panels=panels, update=80)
@@ -156,7 +148,7 @@ def test_figures_hold_for_the_settings_they_were_made_with(
 
 
 def test_an_evaluation_may_end_after_a_split(student: LoadedModel, small: tuple) -> None:
-    settings = quickstart(*small, "--config.eval.tasks=1", "--config.eval.batch=1")
+    settings = read(QUICKSTART, *small, "eval.tasks=1", "eval.batch=1")
     done = []
 
     def after_split() -> None:
@@ -183,7 +175,7 @@ def children() -> set[str]:
 def test_environments_of_an_evaluation_that_fails_do_not_outlive_it(
     student: LoadedModel, small: tuple
 ) -> None:
-    settings = quickstart(*small, "--config.env.workers=true", "--config.rollout.context_tokens=25")
+    settings = read(QUICKSTART, *small, "env.workers=true", "rollout.context_tokens=25")
     panels = build.panels(settings)
     before = children()
     # Held by the caught error, nothing that it left behind is collected.
@@ -204,7 +196,7 @@ def test_a_player_is_evaluated_into_the_summary(
     words = ("--config=quickstart:runlocal", *small, f"--workdir={tmp_path}")
     printed = in_process(evaluate.main, *words, f"--policy={policy}")
     summary = json.loads((tmp_path / "summary.json").read_text())
-    settings = quickstart(*small)
+    settings = read(QUICKSTART, *small)
     panels = build.panels(settings)
     expected = evaluate.evaluate_player(settings, policy, panels=panels)
     assert summary == {"eval": others["eval"] | {policy: expected}, "note": 1}
@@ -294,7 +286,7 @@ def test_the_judge_is_measured_on_the_turns_that_an_untrained_student_played(
     # There is no checkpoint.
     (before,) = json.loads((tmp_path / "summary.json").read_text())["eval"].items()
     assert before[0] == "before"
-    settings = quickstart(*small)
+    settings = read(QUICKSTART, *small)
     student, teacher = load_student(settings, one_device()), load_teacher(settings, one_device())
     assert teacher is not None
     agent = build.make_agent(student, settings, temperature=settings.eval.temperature)

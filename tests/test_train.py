@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from ml_collections import FrozenConfigDict
+from settings import one_device
 
 from opd_jax import train
 from opd_jax.config import build, differences, load, read_stored
@@ -22,7 +22,6 @@ from opd_jax.config.settings import read_settings
 from opd_jax.envs.make import make_env
 from opd_jax.learner.train_state import abstract_state
 from opd_jax.runtime.checkpoint import Checkpoints
-from opd_jax.runtime.mesh import make_mesh
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -30,10 +29,6 @@ UPDATES = 4
 
 # Nothing but training: the evaluations of an interrupted run show nothing more.
 NO_EVALUATION = ("--config.eval.who=", "--config.eval.tasks=1")
-
-
-def one_device() -> jax.sharding.Mesh:
-    return make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
 
 
 def lines_of(workdir: Path) -> list[dict[str, Any]]:
@@ -200,7 +195,7 @@ def test_a_finished_run_trains_no_more_and_keeps_its_figures(
         after = files_of(copy)
         assert after.keys() >= before.keys()
         changed = {name for name in before if after[name] != before[name]}
-        assert changed <= {"config.json"}
+        assert changed <= {"config.json", "summary.json"}
         assert json.loads(after["summary.json"]) == summary
     stored = read_settings(read_stored(copy / "config.json"))
     assert (stored.mesh.data, stored.train.micro_batches) == (2, 2)
@@ -352,22 +347,6 @@ def test_the_config_of_the_pair_trains_a_teacher(built: Any) -> None:
 # --- Many devices
 
 
-@pytest.fixture(scope="module")
-def on_eight(small: tuple[str, ...]) -> FrozenConfigDict:
-    """A run on a mesh of 4 × 2 devices."""
-    return load(
-        "household_pair:runlocal,who=student",
-        [
-            *(*small, *NO_EVALUATION, "--config.eval.splits=valid_seen"),
-            *("--config.mesh.data=4", "--config.mesh.fsdp=2", "--config.eval.batch=8"),
-            *("--config.demonstrations.sizes=small", "--config.demonstrations.window=8"),
-            "--config.demonstrations.tokens_per_batch=1536",  # eight rows, one a device
-            *("--config.new_model.d_model=32", "--config.new_model.num_layers=1"),
-            *("--config.train.updates=3", "--config.checkpoint.every=1"),
-        ],
-    )
-
-
 @pytest.fixture
 def keep_sigterm() -> Iterator[None]:
     """A run in this process takes the signal; afterwards it is pytest's again."""
@@ -376,10 +355,32 @@ def keep_sigterm() -> Iterator[None]:
     signal.signal(signal.SIGTERM, handler)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("keep_sigterm")
 def test_on_many_devices_a_continued_run_ends_with_the_same_bits_and_one_device_exports_it(
-    on_eight: FrozenConfigDict, start: Callable, tmp_path: Path
+    small: tuple[str, ...], start: Callable, tmp_path: Path
 ) -> None:
+    changes = (
+        *(
+            "mesh.data=4",
+            "mesh.fsdp=2",
+            "rollout.batch=8",
+            "eval.batch=8",
+            "eval.splits=valid_seen",
+        ),
+        *("demonstrations.sizes=small", "demonstrations.window=8"),
+        "demonstrations.tokens_per_batch=1536",  # eight rows, one a device
+        *(
+            "new_model.d_model=32",
+            "new_model.num_layers=1",
+            "train.updates=3",
+            "checkpoint.every=1",
+        ),
+    )
+    on_eight = load(
+        "household_pair:runlocal,who=student",
+        [*small, *NO_EVALUATION, *(f"--config.{change}" for change in changes)],
+    )
     whole = tmp_path / "whole"
     train.run(on_eight, whole)
     shutil.copytree(whole, tmp_path / "continued")

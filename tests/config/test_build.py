@@ -2,86 +2,69 @@
 
 import dataclasses
 
-import jax
 import pytest
+from settings import one_device, read
 
 from opd_jax.agent.conversation import Conversation
-from opd_jax.config import build, load
-from opd_jax.config.models import LoadedModel, load_student, load_teacher, new_model
-from opd_jax.config.settings import Settings, read_settings
+from opd_jax.config import build
+from opd_jax.config.models import LoadedModel, load_student, new_model
+from opd_jax.config.settings import Settings
 from opd_jax.envs.make import make_env
 from opd_jax.losses import NO_TURN, Verdict
-from opd_jax.runtime.mesh import make_mesh
-
-
-def read(*overrides: str, name: str = "quickstart") -> Settings:
-    return read_settings(load(name, [f"--config.{word}" for word in overrides]))
 
 
 def pair(*overrides: str) -> Settings:
     tiny = ("new_model.d_model=32", "new_model.num_layers=1")
-    return read(*tiny, *overrides, name="household_pair:runlocal")
-
-
-@pytest.fixture(scope="module")
-def mesh() -> jax.sharding.Mesh:
-    return make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
+    return read("household_pair:runlocal", *tiny, *overrides)
 
 
 def test_every_split_is_looked_for() -> None:
-    found = build.panels(read())
+    found = build.panels(read("quickstart"))
     assert list(found) == ["train", "valid_seen", "valid_unseen"]
-    household = make_env(read().env)
+    household = make_env(read("quickstart").env)
     assert all(p == (household.size(s), household.digest(s)) for s, p in found.items())
     for field, value in (("data.split", "dev"), ("eval.splits", "train,dev")):
         with pytest.raises(ValueError, match=rf"`{field}`.*'dev'"):
-            build.panels(read(f"{field}={value}"))
+            build.panels(read("quickstart", f"{field}={value}"))
 
 
 def test_every_player_is_looked_for() -> None:
-    build.check_players(read())
+    build.check_players(read("quickstart"))
     build.check_players(pair())
     for field, names in (("player", "nobody"), ("distractors", "clumsy,nobody")):
         with pytest.raises(ValueError, match=rf"`demonstrations.{field}`: household .*'nobody'"):
             build.check_players(pair(f"demonstrations.{field}={names}"))
-    build.check_players(read("eval.who=before,random", name="searchqa_qwen3"))
+    build.check_players(read("searchqa_qwen3", "eval.who=before,random"))
     for field, names in (("data.source", "expert"), ("eval.who", "before,expert")):
         with pytest.raises(ValueError, match=rf"`{field}`: searchqa has no .*'expert'.* random"):
-            build.check_players(read(f"{field}={names}", name="searchqa_qwen3"))
+            build.check_players(read("searchqa_qwen3", f"{field}={names}"))
 
 
-def test_an_agent_for_evaluation_differs_in_temperature_only(mesh: jax.sharding.Mesh) -> None:
-    settings = read("rollout.temperature=0.8")
-    student = load_student(settings, mesh)
+def test_an_agent_for_evaluation_differs_in_temperature_only() -> None:
+    settings = read("quickstart", "rollout.temperature=0.8")
+    student = load_student(settings, one_device())
     training = build.make_agent(student, settings)
     greedy = build.make_agent(student, settings, temperature=0.0)
     assert (training.decoding.temperature, greedy.decoding.temperature) == (0.8, 0.0)
     cooled = dataclasses.replace(training.decoding, temperature=0.0)
     assert dataclasses.replace(training, decoding=cooled) == greedy
     with pytest.raises(ValueError, match=r"`rollout.context_tokens` = 9999 exceeds the .*student"):
-        build.make_agent(student, read("rollout.context_tokens=9999"))
+        build.make_agent(student, read("quickstart", "rollout.context_tokens=9999"))
 
 
-def test_without_intervention_every_turn_is_strong_and_nobody_is_asked(
-    mesh: jax.sharding.Mesh,
-) -> None:
-    label = build.make_labeller(read("objective.intervention=false"), None)
+def test_without_intervention_every_turn_is_strong_and_nobody_is_asked() -> None:
+    label = build.make_labeller(read("quickstart", "objective.intervention=false"), None)
     verdict, metrics = label([Conversation(task=None)] * 2, 0)
-    assert verdict.tolist() == [[Verdict.STRONG] * read().env.max_turns] * 2
+    assert verdict.tolist() == [[Verdict.STRONG] * read("quickstart").env.max_turns] * 2
     assert metrics == {}
-    settings = read()
-    asked, _ = build.make_labeller(settings, load_teacher(settings, mesh))(
-        [Conversation(task=None, end="success")], 1
-    )
-    assert asked.shape == (1, settings.env.max_turns)
 
 
 # --- Demonstrations
 
 
 @pytest.fixture(scope="module")
-def beginner(mesh: jax.sharding.Mesh) -> LoadedModel:
-    return new_model(pair(), mesh)
+def beginner() -> LoadedModel:
+    return new_model(pair(), one_device())
 
 
 def episodes(settings: Settings, loaded: LoadedModel, numbers: range) -> list[Conversation]:

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from settings import one_device, read
 
 from opd_jax import model
-from opd_jax.config import load
 from opd_jax.config.models import (
     EMBEDDED,
     LoadedModel,
@@ -21,18 +21,7 @@ from opd_jax.config.models import (
     model_folder,
     student_sizes,
 )
-from opd_jax.config.settings import Settings, read_settings
 from opd_jax.model.projections import Int8Weight
-from opd_jax.runtime.mesh import make_mesh
-
-
-def read(*overrides: str, name: str = "quickstart") -> Settings:
-    return read_settings(load(name, [f"--config.{word}" for word in overrides]))
-
-
-@pytest.fixture(scope="module")
-def mesh() -> jax.sharding.Mesh:
-    return make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
 
 
 def logits(loaded: LoadedModel) -> np.ndarray:
@@ -49,14 +38,14 @@ def test_names_stand_for_folders() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_model_is_loaded_in_the_dtype_asked_for(dtype: str, mesh: jax.sharding.Mesh) -> None:
-    loaded = load_model("embedded:student", dtype=dtype, mesh=mesh)
+def test_a_model_is_loaded_in_the_dtype_asked_for(dtype: str) -> None:
+    loaded = load_model("embedded:student", dtype=dtype, mesh=one_device())
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded.params)} == {jnp.dtype(dtype)}
     assert loaded.config.vocab_size == len(loaded.tokenizer)
 
 
-def test_a_teacher_in_int8_computes_in_bfloat16(mesh: jax.sharding.Mesh) -> None:
-    teacher = load_teacher(read("teacher_dtype=int8"), mesh)
+def test_a_teacher_in_int8_computes_in_bfloat16() -> None:
+    teacher = load_teacher(read("quickstart", "teacher_dtype=int8"), one_device())
     assert teacher is not None
     dtypes = {
         key: jax.tree.map(lambda x: x.dtype, x) for key, x in teacher.params["layers"].items()
@@ -82,15 +71,13 @@ def with_padded_vocabulary(source: Path, target: Path, rows: int) -> Path:
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("who", ["student", "teacher"])
-def test_rows_that_pad_one_vocabulary_are_cut(
-    who: str, dtype: str, mesh: jax.sharding.Mesh, tmp_path: Path
-) -> None:
+def test_rows_that_pad_one_vocabulary_are_cut(who: str, dtype: str, tmp_path: Path) -> None:
     folder = with_padded_vocabulary(EMBEDDED / who, tmp_path / who, rows=10)
-    plain = read(f"teacher_dtype={dtype}")
-    padded = read(f"teacher_dtype={dtype}", f"{who}={folder}")
+    plain = read("quickstart", f"teacher_dtype={dtype}")
+    padded = read("quickstart", f"teacher_dtype={dtype}", f"{who}={folder}")
     assert student_sizes(padded) == student_sizes(plain)
     for load_one in (load_student, load_teacher):
-        ours, theirs = load_one(padded, mesh), load_one(plain, mesh)
+        ours, theirs = load_one(padded, one_device()), load_one(plain, one_device())
         assert ours is not None
         assert theirs is not None
         assert ours.config == theirs.config
@@ -98,18 +85,18 @@ def test_rows_that_pad_one_vocabulary_are_cut(
         np.testing.assert_array_equal(logits(ours), logits(theirs))
 
 
-def test_without_a_teacher_none_is_loaded(mesh: jax.sharding.Mesh) -> None:
-    alone = read("data.source=expert", "teacher=", "eval.who=", name="quickstart:method=sft")
-    assert load_teacher(alone, mesh) is None
-    assert load_student(alone, mesh).folder == EMBEDDED / "student"
+def test_without_a_teacher_none_is_loaded() -> None:
+    alone = read("quickstart:method=sft", "data.source=expert", "teacher=", "eval.who=")
+    assert load_teacher(alone, one_device()) is None
+    assert load_student(alone, one_device()).folder == EMBEDDED / "student"
 
 
-def test_a_new_model_is_a_function_of_the_seed(mesh: jax.sharding.Mesh) -> None:
+def test_a_new_model_is_a_function_of_the_seed() -> None:
     def embedding(seed: int) -> np.ndarray:
         tiny = (f"seed={seed}", "new_model.d_model=32", "new_model.num_layers=1")
-        settings = read(*tiny, name="household_pair")
-        assert load_teacher(settings, mesh) is None
-        made = load_student(settings, mesh)
+        settings = read("household_pair", *tiny)
+        assert load_teacher(settings, one_device()) is None
+        made = load_student(settings, one_device())
         assert made.config == student_sizes(settings)
         assert made.config.vocab_size == len(made.tokenizer)
         assert (made.config.d_model, made.config.num_layers) == (32, 1)

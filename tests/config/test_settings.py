@@ -5,24 +5,15 @@ import typing
 
 import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
+from settings import read
 
 from opd_jax.config import load
 from opd_jax.config.loading import flatten
-from opd_jax.config.settings import (
-    Settings,
-    affected_by,
-    binds_a_run,
-    binds_an_evaluation,
-    read_settings,
-)
+from opd_jax.config.settings import affected_by, binds_a_run, binds_an_evaluation, read_settings
 from opd_jax.runtime import fields as kinds
 
 # The household checks these itself. Members of `compare.variants` are the user's to choose.
 ELSEWHERE = ("env.size", "env.show_admissible", "compare.variants.")
-
-
-def read(name: str, *overrides: str) -> Settings:
-    return read_settings(load(name, [f"--config.{word}" for word in overrides]))
 
 
 def edited(config: FrozenConfigDict, field: str, value: object = None) -> FrozenConfigDict:

@@ -4,18 +4,14 @@ import random
 from pathlib import Path
 
 import pytest
+from settings import read
 
-from opd_jax.config import build, load
-from opd_jax.config.settings import Settings, read_settings
+from opd_jax.config import build
 from opd_jax.envs.make import EnvSettings, make_env
 from opd_jax.envs.players import make_player
 from opd_jax.envs.workers import Worker
 from opd_jax.experience.demonstrations import play_out
 from opd_jax.experience.tasks import Panel
-
-
-def read(name: str, *overrides: str) -> Settings:
-    return read_settings(load(name, [f"--config.{word}" for word in overrides]))
 
 
 @pytest.mark.parametrize(

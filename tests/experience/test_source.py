@@ -8,18 +8,18 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from settings import one_device, read
 
 from opd_jax.agent.rollout import make_envs, rollout, row_keys
-from opd_jax.config import build, load
+from opd_jax.config import build
 from opd_jax.config.models import LoadedModel, load_student, load_teacher, new_model
-from opd_jax.config.settings import Settings, read_settings
+from opd_jax.config.settings import Settings
 from opd_jax.envs.household.expert import Expert
 from opd_jax.envs.make import make_env
 from opd_jax.experience.source import Played, Source
 from opd_jax.experience.tasks import train_tasks
 from opd_jax.learner.train_state import TrainState, init_state
 from opd_jax.losses import NO_TURN, Verdict
-from opd_jax.runtime.mesh import make_mesh
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -27,18 +27,13 @@ Pair = tuple[LoadedModel, LoadedModel | None]
 
 
 @pytest.fixture(scope="module")
-def mesh() -> jax.sharding.Mesh:
-    return make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
-
-
-@pytest.fixture(scope="module")
 def base(small: tuple[str, ...]) -> Settings:
-    return read_settings(load("quickstart:runlocal", small))
+    return read("quickstart:runlocal", *small)
 
 
 @pytest.fixture(scope="module")
-def pair(base: Settings, mesh: jax.sharding.Mesh) -> Pair:
-    return load_student(base, mesh), load_teacher(base, mesh)
+def pair(base: Settings) -> Pair:
+    return load_student(base, one_device()), load_teacher(base, one_device())
 
 
 def changed(settings: Settings, **sections: dict) -> Settings:
@@ -190,21 +185,13 @@ def test_the_expert_plays_the_same_tasks_without_a_model(base: Settings, pair: P
 
 @pytest.fixture(scope="module")
 def lessons() -> Settings:
-    return read_settings(
-        load(
-            "household_pair:runlocal",
-            [
-                "--config.demonstrations.window=4",
-                "--config.demonstrations.judge_examples=4",
-                "--config.new_model.num_layers=1",
-            ],
-        )
-    )
+    changes = ("demonstrations.window=4", "demonstrations.judge_examples=4")
+    return read("household_pair:runlocal", *changes, "new_model.num_layers=1")
 
 
 @pytest.fixture(scope="module")
-def beginner(lessons: Settings, mesh: jax.sharding.Mesh) -> Pair:
-    return new_model(lessons, mesh), None
+def beginner(lessons: Settings) -> Pair:
+    return new_model(lessons, one_device()), None
 
 
 def test_lessons_go_on_from_any_cursor(lessons: Settings, beginner: Pair) -> None:

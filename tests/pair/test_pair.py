@@ -15,19 +15,19 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from settings import one_device, read
 
 from opd_jax import evaluate
 from opd_jax.agent.conversation import Conversation
-from opd_jax.config import build, load
+from opd_jax.config import build
 from opd_jax.config.models import LoadedModel, load_student, load_teacher
-from opd_jax.config.settings import Settings, read_settings
+from opd_jax.config.settings import Settings
 from opd_jax.envs.make import make_env
 from opd_jax.experience.stream import balanced_turns
 from opd_jax.judge import agreement
 from opd_jax.judge.labels import env_labels
 from opd_jax.judge.verdicts import judge_turns
 from opd_jax.report.figures import summarize
-from opd_jax.runtime.mesh import make_mesh
 
 TASKS = 20
 MAX_TURNS = 30
@@ -35,15 +35,17 @@ MAX_TURNS = 30
 
 def settings(size: str) -> Settings:
     """Rooms of one size, all else alike: one set of compiled programs serves every size."""
-    flags = (f"env.size={size}", f"env.max_turns={MAX_TURNS}", "rollout.context_tokens=896")
-    return read_settings(load("quickstart", [f"--config.{flag}" for flag in flags]))
+    turns = (f"env.max_turns={MAX_TURNS}", "rollout.context_tokens=896")
+    return read("quickstart", f"env.size={size}", *turns)
 
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, LoadedModel | None]:
-    mesh = make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
     quickstart = settings("small")
-    return {"student": load_student(quickstart, mesh), "teacher": load_teacher(quickstart, mesh)}
+    return {
+        "student": load_student(quickstart, one_device()),
+        "teacher": load_teacher(quickstart, one_device()),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +101,8 @@ def asked(models: dict) -> list[Conversation]:
 
     Other players played them in unseen scenes, and the oracle has labelled them.
     """
-    flags = ("data.split=valid_unseen", "demonstrations.sizes=small,large", "seed=99")
-    flags = (*flags, "demonstrations.sizes_from=0")
-    pair = read_settings(load("household_pair:who=teacher", [f"--config.{flag}" for flag in flags]))
+    rooms = ("demonstrations.sizes=small,large", "demonstrations.sizes_from=0")
+    pair = read("household_pair:who=teacher", "data.split=valid_unseen", "seed=99", *rooms)
     teacher = models["teacher"]
     play = build.make_demonstrator(pair, tokenizer=teacher.tokenizer, chat=teacher.chat)
     made = []

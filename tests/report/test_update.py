@@ -4,10 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from settings import read
 
 from opd_jax.agent.conversation import Conversation, Turn
-from opd_jax.config import load
-from opd_jax.config.settings import read_settings
 from opd_jax.envs.base import BROKEN, Task
 from opd_jax.report.update import check_finite, describe, episode_metrics, unmeasured
 
@@ -89,13 +88,13 @@ def test_an_episode_whose_environment_broke_counts_as_broken_and_nowhere_else() 
     ],
 )
 def test_what_is_not_computed_is_left_out(name: str, names: set[str]) -> None:
-    settings = read_settings(load(name, []))
+    settings = read(name)
     on_policy = settings.data.source == "on_policy"
     assert unmeasured(settings.objective, on_policy=on_policy) == names
 
 
 def test_with_a_scale_for_each_trajectory_there_is_no_one_z() -> None:
-    settings = read_settings(load("quickstart", ["--config.objective.scope=trajectory"]))
+    settings = read("quickstart", "objective.scope=trajectory")
     names = unmeasured(settings.objective, on_policy=True)
     assert names == {"z", "raw_weight", "by_turn/raw_weight"}
 
