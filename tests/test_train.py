@@ -1,4 +1,7 @@
-"""Whole runs by the command: what they leave, and that no interruption changes how they end."""
+"""Whole runs by the command: what they leave, and that no interruption changes how they end.
+
+One of the three tests to read first: it shows what a run promises.
+"""
 
 import json
 import re

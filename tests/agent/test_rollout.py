@@ -1,4 +1,7 @@
-"""The agent loop: conversations written out by hand, and what holds for any model."""
+"""The agent loop: conversations written out by hand, and what holds for any model.
+
+One of the three tests to read first: it shows what an episode is, token by token.
+"""
 
 import dataclasses
 import threading
