@@ -26,6 +26,7 @@ BONUS, THRESHOLD = 1.0, 0.5  # of the factor e, which the quickstart leaves at 1
 CHANGES = [
     "--config.rollout.batch=2",
     "--config.env.max_turns=4",
+    "--config.judge.batch=8",  # one question for each turn
     "--config.judge.agreement_every=0",
     f"--config.objective.entropy_bonus={BONUS}",
     f"--config.objective.entropy_threshold={THRESHOLD}",
