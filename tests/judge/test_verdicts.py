@@ -329,14 +329,18 @@ def test_a_labeller_asks_the_other_decoding_now_and_then(random_judge: Judge) ->
     judge, params = always(random_judge, *PIECES["WEAK"], "x", "x")
     played = [conversation("", "rejected")]
     want = [[Verdict.WEAK, Verdict.DET_FAIL, Verdict.SKIP]]
-    label = teacher_judge(params, by=with_settings(judge, agreement_every=2), max_turns=3)
-    for update, asked in ((0, True), (1, False), (2, True)):
-        verdict, metrics = label(played, update)
-        assert verdict.tolist() == want
-        assert metrics["verdict/weak"] == (1, 2)
-        assert ("judge/decodings_agree" in metrics) == asked
-    assert metrics["judge/decodings_agree"] == (0, 0)
-    assert metrics["judge/unparsable_generate"] == (1, 1)
+    for every, asked in ((2, [0, 2]), (0, [])):
+        by = with_settings(judge, agreement_every=every)
+        label = teacher_judge(params, by=by, max_turns=3)
+        for update in range(3):
+            verdict, metrics = label(played, update)
+            assert verdict.tolist() == want  # whatever the other decoding says
+            assert metrics["verdict/weak"] == (1, 2)
+            assert "judge/precision" not in metrics  # the environment has no labels
+            assert ("judge/decodings_agree" in metrics) == (update in asked)
+            if update in asked:
+                assert metrics["judge/decodings_agree"] == (0, 0)
+                assert metrics["judge/unparsable_generate"] == (1, 1)
     verdict, metrics = no_judge(max_turns=3)(played, 0)
     assert (verdict.tolist(), metrics) == ([[Verdict.STRONG] * 3], {})
 

@@ -1,8 +1,9 @@
 """One token of a real update, by hand: from what two models say of it to its share of the loss.
 
-One of the three tests to read first: it shows what the loss is. The embedded student plays two episodes in a small household.
-The embedded teacher judges their turns. The student is updated once, by the functions that a run
-calls. Then the loss is written out again in float64 numpy, one formula a line, and compared.
+One of the three tests to read first: it shows what the loss is. The embedded student plays two
+episodes in a small household. The embedded teacher judges their turns. The student is updated once,
+by the functions that a run calls. Then the loss is written out again in float64 numpy, one formula
+a line, and compared.
 """
 
 from pathlib import Path
