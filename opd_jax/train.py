@@ -28,7 +28,6 @@ from opd_jax.experience.source import Source
 from opd_jax.judge.labellers import Labeller
 from opd_jax.learner.train_state import TrainState, restore_or_init
 from opd_jax.report.log import UpdateLog
-from opd_jax.report.stopwatch import Stopwatch
 from opd_jax.report.tables import results_table
 from opd_jax.report.writers import write_summary
 from opd_jax.runtime import processes
@@ -53,14 +52,14 @@ def train(
     """The algorithm: every update from the state's own number up to `train.updates`."""
     done, updates = int(state.step), settings.train.updates
     while done < updates:
-        clock = Stopwatch()
-        with clock.measure("rollout"):
-            # The student plays an episode of each of the next tasks.
-            played = source.play(state)
-        with clock.measure("judge"):
-            # The teacher gives every turn a verdict, [B, K].
-            verdict, judged = judge(played.conversations, done)
-        batch = pack(played, verdict)
+        with log.watch(done + 1) as clock:
+            with clock.measure("rollout"):
+                # The student plays an episode of each of the next tasks.
+                played = source.play(state)
+            with clock.measure("judge"):
+                # The teacher gives every turn a verdict, [B, K].
+                verdict, judged = judge(played.conversations, done)
+            batch = pack(played, verdict)
         with clock.measure("update"):
             # The teacher reads the batch, tokens are weighted, the optimizer takes one step.
             state, raw = step(state, batch)
