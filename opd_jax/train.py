@@ -2,10 +2,9 @@
 
     python -m opd_jax.train --config=NAME[:arg] --workdir=DIR [--config.x.y=v]
 
-A run that finds a checkpoint in its workdir resumes. It ends with the same parameters, to the bit,
-as a run that was never interrupted: what an update draws depends on the seed and on the update's
-number alone. SIGTERM saves after the update under way, or ends an evaluation after the split under
-way. The command then exits with status 0.
+A run that finds a checkpoint in its workdir resumes, and ends with the bits of a run that was never
+interrupted: what an update draws depends on the seed and the update's number alone. SIGTERM saves
+after the update under way, or ends an evaluation after its split; the exit status is then 0.
 """
 
 import dataclasses
@@ -22,7 +21,7 @@ from opd_jax.compare import compare
 from opd_jax.config import build, fail, parse_command_line
 from opd_jax.config.models import load_student, load_teacher
 from opd_jax.config.settings import Settings, read_settings
-from opd_jax.config.workdir import check_workdir, store_run
+from opd_jax.config.workdir import check_tasks, check_workdir, store_run
 from opd_jax.evaluate import evaluate_others, evaluate_trained
 from opd_jax.experience.source import Source
 from opd_jax.judge.labellers import Labeller
@@ -87,8 +86,10 @@ def run(config: FrozenConfigDict, workdir: Path) -> dict[str, Any]:
 def _run(
     config: FrozenConfigDict, settings: Settings, workdir: Path, mesh: jax.sharding.Mesh
 ) -> dict[str, Any]:
-    stop, panels = Stop(), build.panels(settings)
-    check_workdir(config, settings, panels, workdir)
+    stop = Stop()
+    check_workdir(config, settings, workdir)
+    panels = build.panels(settings)
+    check_tasks(settings, panels, workdir)
     build.check_players(settings)
     student, teacher = load_student(settings, mesh), load_teacher(settings, mesh)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
