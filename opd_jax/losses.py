@@ -1,17 +1,17 @@
 """The objective of SAGE-OPD (arXiv 2606.19659) and of its baselines, as pure functions on arrays.
 
-The loss is one line. Each student token has a divergence and a weight; their products are summed
-and divided by the number N of student tokens:
+Each student token has a divergence and a weight. The loss is the sum of their products over the
+number N of student tokens:
 
     loss = (1/N) Σ_token weight · divergence,    weight = z · s,    s = i_turn · c_turn [· e_token]
 
 `i` is the turn's intervention (its verdict) and `c` the teacher's confidence over the turn. `z`
 keeps the mean weight at one, the scale of plain OPD (weight = 1 everywhere). An ablation sets one
-factor to one. A method that weighs single tokens brings a factor `e` (`entropy_factor`).
+factor to one. A method that weighs single tokens adds a factor `e` (`entropy_factor`).
 
-Two functions make every weight. `raw_weights` gives s and its totals. `scale` makes z from totals,
-which add up over micro-batches and devices. `sage_weights` is the two together, for one batch.
-Weights are constants to the gradient, and so is everything of the teacher.
+`raw_weights` gives s and its totals, which add up over micro-batches and devices. `scale` makes z
+from the totals. `sage_weights` is both, for one batch. Weights get no gradient, and neither does
+anything of the teacher.
 
 `turn_id` says which tokens are the student's: k for a token sampled in turn k, `NO_TURN` for
 prompts, observations, forced tokens and padding. Those positions may hold anything, even NaN.
@@ -51,7 +51,7 @@ class Verdict(IntEnum):
 def reverse_kl(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
     """KL(student ‖ teacher) = Σ_v p_S(v) [log p_S(v) − log p_T(v)], the divergence of OPD.
 
-    Mode seeking: it punishes the student for what the teacher would not say.
+    Mode seeking: it penalizes tokens that the teacher would not say.
 
     Args:
       student_logits: float [..., V], unnormalized.
@@ -81,14 +81,14 @@ def jsd(student_logits: jax.Array, teacher_logits: jax.Array, *, beta: float) ->
 
         jsd_β = β KL(p_T ‖ m) + (1−β) KL(p_S ‖ m)
 
-    As β → 0 this tends to β · KL(teacher ‖ student), and as β → 1 to (1−β) · KL(student ‖ teacher):
-    both vanish. So, as in GKD's code, the ends are defined as the divergences themselves:
-    β = 0 is exactly the forward KL and β = 1 exactly the reverse KL.
+    As β → 0 this tends to β · KL(teacher ‖ student), and as β → 1 to (1−β) · KL(student ‖ teacher).
+    Both vanish, so the ends are defined as the divergences themselves, as in GKD's code: β = 0 is
+    exactly the forward KL and β = 1 exactly the reverse KL.
 
     Args:
       student_logits: float [..., V], unnormalized.
       teacher_logits: float [..., V]; gets no gradient.
-      beta: 0..1, the teacher's share in the mixture. Other libraries count from the other end.
+      beta: 0..1, the teacher's share in the mixture. Some libraries mean the student's.
 
     Returns:
       float32 [...], nats.
@@ -112,7 +112,7 @@ def _divergence(log_s: jax.Array, log_t: jax.Array, beta: float) -> jax.Array:
     if beta == 0.0:
         return _kl(log_t, log_s)
     # A token banned by both has log m = −inf, where the gradient of logaddexp is NaN. One finite
-    # argument prevents that, and changes nothing: `_kl` drops the token, whatever its log m.
+    # argument prevents that and changes nothing: `_kl` drops the token, whatever its log m.
     possible = (log_s > -jnp.inf) | (log_t > -jnp.inf)
     log_s_finite = jnp.where(possible, log_s, 0.0)
     log_m = jnp.logaddexp(log_t + jnp.log(beta), log_s_finite + jnp.log1p(-beta))
@@ -133,9 +133,9 @@ def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
 def sampled_reverse_kl(student_logprob: jax.Array, teacher_logprob: jax.Array) -> jax.Array:
     """The one-sample estimate of the reverse KL: its value, with the policy gradient.
 
-    At a token a sampled from the student, log p_S(a) − log p_T(a) is unbiased for the KL at that
-    position, but its own gradient is unbiased for zero. The gradient of the expectation is
-    E[(log p_S(a) − log p_T(a)) ∇ log p_S(a)], which is what this returns as its gradient. It
+    For a token a sampled from the student, log p_S(a) − log p_T(a) is an unbiased estimate of the
+    KL at that position. But the expectation of its own gradient is zero. The gradient of the KL is
+    E[(log p_S(a) − log p_T(a)) ∇ log p_S(a)], and this function's gradient is one sample of it. It
     ignores the effect of a token on later positions, as the full divergence does.
 
     Args:
@@ -152,7 +152,7 @@ def sampled_reverse_kl(student_logprob: jax.Array, teacher_logprob: jax.Array) -
     student_logprob = student_logprob.astype(jnp.float32)
     gap = jax.lax.stop_gradient(student_logprob - teacher_logprob.astype(jnp.float32))
     surrogate = jnp.clip(gap, -_LARGE, _LARGE) * student_logprob
-    # In this order the two cancel to an exact 0. Added to the gap first, they would round it.
+    # In this order the surrogate cancels to an exact 0. Adding it to the gap first would round.
     return gap + (surrogate - jax.lax.stop_gradient(surrogate))
 
 
@@ -160,7 +160,9 @@ def sampled_reverse_kl(student_logprob: jax.Array, teacher_logprob: jax.Array) -
 
 
 class TokenScores(NamedTuple):
-    """What one pass over both models says of each token; float32 [N].
+    """Figures of each token from one pass over both models, float32.
+
+    `fused_scores` returns them as [N], `objective.score` as [B, R].
 
     Attributes:
       divergence: nats; differentiable in the student.
@@ -180,7 +182,7 @@ class TokenScores(NamedTuple):
 
 
 def kind_to_beta(kind: str, beta: float | None = None) -> float:
-    """The β of `jsd` that a divergence's name stands for: the one place that knows the names.
+    """The β of `jsd` that a divergence's name stands for. Only this function knows the names.
 
     Args:
       kind: "reverse_kl", "forward_kl" or "jsd".
@@ -210,11 +212,10 @@ def fused_divergence(
     chunk_size: int,
     beta: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Divergence and the teacher's top-1 probability from hidden states, never holding `[N, V]`.
+    """Divergence and the teacher's top-1 probability from hidden states, without any `[N, V]`.
 
-    The two heads are applied to `chunk_size` positions at a time inside a checkpointed scan. The
-    backward pass recomputes a chunk's logits instead of storing them. So memory grows with
-    `chunk_size · V` and not with `N · V`.
+    A checkpointed scan applies the two heads to `chunk_size` positions at a time, and the backward
+    pass recomputes a chunk's logits. So memory grows with `chunk_size · V` and not with `N · V`.
 
     Args:
       student_hidden: float [N, D].
@@ -222,7 +223,7 @@ def fused_divergence(
       teacher_hidden: float [N, D'] of the teacher's own width.
       teacher_head: float [D', V].
       kind: "reverse_kl", "forward_kl" or "jsd".
-      chunk_size: positions a chunk, ≥ 1; N need not divide by it.
+      chunk_size: positions a chunk, ≥ 1; N need not be a multiple of it.
       beta: the teacher's share for kind "jsd" (see `jsd`).
 
     Returns:
@@ -259,26 +260,21 @@ def fused_scores(
 ) -> TokenScores:
     """`fused_divergence` with everything else that the same logits tell.
 
+    XLA drops what the caller does not use.
+
     Args:
-      student_hidden: float [N, D].
-      student_head: float [D, V].
-      teacher_hidden: float [N, D'].
-      teacher_head: float [D', V].
+      student_hidden, student_head, teacher_hidden, teacher_head: as in `fused_divergence`.
       targets: int [N], the sampled tokens.
       beta: the divergence, as in `jsd`.
-      chunk_size: positions a chunk, ≥ 1.
+      chunk_size: as in `fused_divergence`.
       confidence_temperature: temperature of the teacher's softmax for `teacher_top1_prob` only;
         0 makes it 1 everywhere (the paper's sensitivity table names such a setting).
 
-    Returns:
-      `TokenScores`. XLA drops what the caller does not use.
-
     Raises:
-      ValueError: positions, widths or vocabularies that do not match, a `beta` outside 0..1, or a
-        `chunk_size` below 1.
+      ValueError: as `fused_divergence`, or a `beta` outside 0..1.
     """
-    _check_heads("student", student_hidden, student_head)
-    _check_heads("teacher", teacher_hidden, teacher_head)
+    _check_heads("student_hidden", student_hidden, "student_head", student_head)
+    _check_heads("teacher_hidden", teacher_hidden, "teacher_head", teacher_head)
     _check_beta(beta)
     if student_hidden.shape[0] != teacher_hidden.shape[0]:
         raise ValueError(
@@ -291,7 +287,7 @@ def fused_scores(
             f"{student_head.shape[1]} of `student_head`: slice padded vocabularies to equal size"
         )
     frozen_hidden, frozen_head = jax.lax.stop_gradient((teacher_hidden, teacher_head))
-    # The head's gradient is summed over the chunks in the dtype it has outside the scan.
+    # Keep the head in float32 outside the scan, so that its gradient adds up in float32.
     master_head = student_head.astype(jnp.float32)
     chunk = partial(_score_chunk, beta=beta, confidence_temperature=confidence_temperature)
     return _scan_chunks(
@@ -328,7 +324,7 @@ def _score_chunk(
 def fused_cross_entropy(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, *, chunk_size: int
 ) -> tuple[jax.Array, jax.Array]:
-    """−log p(target) and the entropy of p from hidden states, chunk by chunk: the SFT objective.
+    """−log p(target), the objective of SFT, and the entropy of p, from hidden states in chunks.
 
     Args:
       hidden: float [N, D].
@@ -339,8 +335,7 @@ def fused_cross_entropy(
     Returns:
       (cross-entropy [N], entropy [N]) in nats, float32; gradients flow through the first only.
     """
-    _check_heads("student", hidden, head)
-
+    _check_heads("hidden", hidden, "head", head)
     master_head = head.astype(jnp.float32)  # see `fused_scores`
 
     def chunk(h: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -353,7 +348,7 @@ def fused_cross_entropy(
 def _scan_chunks(function, arrays, *, chunk_size: int):
     """Applies `function` to chunks of the leading axis under scan and checkpoint.
 
-    A chunk takes every count-th position, not a run of them. So where positions are sharded, each
+    A chunk takes every count-th position, not a run of them. So if positions are sharded, each
     device has its share of every chunk.
     """
     if chunk_size < 1:
@@ -398,14 +393,14 @@ def intervention_weight(verdict: jax.Array, *, weak_weight: float = 0.5) -> jax.
     """i = 0 for SKIP, `weak_weight` (α) for WEAK, 1 for STRONG and DET_FAIL.
 
     Args:
-      verdict: int [...], codes of `Verdict`. Any other code is a caller's bug. A compiled program
-        cannot raise, so it weighs 1, the conservative reading.
+      verdict: int [...], codes of `Verdict`. A compiled program cannot raise, so any other code
+        weighs 1, the conservative reading.
       weak_weight: α, 0..1.
 
     Returns:
       float32 [...].
 
-    Source: arXiv 2606.19659, turn intervention; an unparsable judge's answer comes as STRONG.
+    Source: arXiv 2606.19659, turn intervention. A judge's unparsable answer comes as STRONG.
     """
     weight = jnp.where(verdict == Verdict.WEAK, weak_weight, 1.0)
     return jnp.where(verdict == Verdict.SKIP, 0.0, weight).astype(jnp.float32)
@@ -417,7 +412,7 @@ def turn_confidence(teacher_top1_prob: jax.Array, turn_id: jax.Array, num_turns:
     Args:
       teacher_top1_prob: float [B, T]; may hold anything where `turn_id` is `NO_TURN`.
       turn_id: int [B, T].
-      num_turns: K; turns k ≥ K would be lost, so K must cover them.
+      num_turns: K, above every turn id; turns k ≥ K would be ignored.
 
     Returns:
       float32 [B, K], in (0, 1]; 0 for a turn without tokens. No gradient.
@@ -433,7 +428,7 @@ def turn_confidence(teacher_top1_prob: jax.Array, turn_id: jax.Array, num_turns:
 
 
 def entropy_factor(teacher_entropy: jax.Array, *, bonus: float, threshold: float) -> jax.Array:
-    """e = 1 + bonus · 1[H_T > threshold]: tokens at which the teacher sees many ways on.
+    """e = 1 + bonus · 1[H_T > threshold]: weighs tokens at which the teacher is uncertain.
 
     A bonus of 0 is plain OPD.
 
@@ -445,22 +440,22 @@ def entropy_factor(teacher_entropy: jax.Array, *, bonus: float, threshold: float
     Returns:
       float32 [...]. No gradient.
 
-    Source: Entropy-Aware OPD as in arXiv 2606.19659, baselines. There H_T is of the teacher's top-K
-      tokens; here of its whole distribution, which is at hand.
+    Source: Entropy-Aware OPD as in arXiv 2606.19659, baselines. There H_T is the entropy over the
+      teacher's top-K tokens; here it is that of the whole distribution.
     """
     uncertain = jax.lax.stop_gradient(teacher_entropy) > threshold
     return 1.0 + bonus * uncertain.astype(jnp.float32)
 
 
 class WeightTotals(NamedTuple):
-    """What the scale Z needs to know of a batch; float32, all of one shape.
+    """What the scale z depends on; float32, all of one shape.
 
-    Totals add: those of a batch are the sums over its micro-batches and devices.
+    The totals of a batch are the sums over its micro-batches and devices.
 
     Attributes:
       weight: Σ s over the student's tokens.
-      tokens: N, the student's tokens; those of skipped turns count.
-      active: the student's tokens with s > 0.
+      tokens: N, the number of student tokens, those of skipped turns included.
+      active: the number of student tokens with s > 0.
     """
 
     weight: jax.Array
@@ -479,14 +474,7 @@ def raw_weights(
 ) -> tuple[jax.Array, WeightTotals]:
     """s = i · c of each token's turn, times the token's own factor, and the totals of s.
 
-    Args:
-      turn_id: int [B, T].
-      verdict: int [B, K], codes of `Verdict`.
-      confidence: float [B, K], 0..1.
-      weak_weight: α.
-      token_factor: float [B, T], multiplies s; None for 1. May hold anything where `turn_id` is
-        `NO_TURN`.
-      scope: "batch": totals over the batch, []; "trajectory": over each row, [B].
+    Arguments as in `sage_weights`. The totals are over the batch, [], or over each row, [B].
 
     Returns:
       (s float32 [B, T], 0 where `turn_id` is `NO_TURN`; its totals). No gradient.
@@ -518,14 +506,14 @@ def raw_weights(
 
 
 def scale(totals: WeightTotals, *, normalize: str, eps: float, max_z: float | None) -> jax.Array:
-    """Z = N / max(Σ s, ε), which brings the mean token weight to one.
+    """z = N / max(Σ s, ε), which brings the mean token weight to one.
 
     Args:
-      totals: of the whole batch, or of each trajectory.
-      normalize: "all_tokens" (the paper's), "active_tokens" (counts active tokens only; the paper's
-        ablation) or "none" (Z = 1).
-      eps: ε keeps an all-skipped batch finite: its weights are 0, whatever Z.
-      max_z: upper bound on Z, or None; ours.
+      totals: those of the whole batch, or of each trajectory.
+      normalize: "all_tokens" (the paper's), "active_tokens" (N counts active tokens only; the
+        paper's ablation) or "none" (z = 1).
+      eps: ε keeps z finite where every turn is skipped; the weights there are 0 anyway.
+      max_z: upper bound on z, or None; ours.
 
     Returns:
       float32 in the shape of the totals.
@@ -566,10 +554,11 @@ def sage_weights(
       confidence: float [B, K], from `turn_confidence`; ones switch it off.
       weak_weight: α, the weight of WEAK.
       normalize: see `scale`.
-      scope: "batch": one Z over the batch; "trajectory": one for each row.
+      scope: "batch": one z for the batch; "trajectory": one for each row.
       eps: see `scale`.
       max_z: see `scale`.
-      token_factor: see `raw_weights`; z keeps the mean of the product at one.
+      token_factor: float [B, T], multiplies s; None for 1. May hold anything where `turn_id` is
+        `NO_TURN`. The mean weight stays one.
 
     Returns:
       (weight float32 [B, T], 0 where `turn_id` is `NO_TURN`; z float32, [] or [B] by scope). No
@@ -594,22 +583,10 @@ def sage_weights(
 
 
 def weighted_sum(divergence: jax.Array, weight: jax.Array, turn_id: jax.Array) -> jax.Array:
-    """Σ weight · divergence over student tokens.
+    """Σ weight · divergence over student tokens, float32 []; arguments as in `weighted_loss`.
 
-    A token of weight 0 adds exactly 0 to the sum and to the gradient, whatever its divergence. That
-    is infinite where the student may say what the teacher never would, and 0 · ∞ is NaN.
-
-    Args:
-      divergence: float [B, T], nats; may hold anything where `turn_id` is `NO_TURN` or the weight
-        is 0.
-      weight: float [B, T]; gets no gradient.
-      turn_id: int [B, T].
-
-    Returns:
-      float32 [].
-
-    Raises:
-      ValueError: the shapes differ.
+    A token of weight 0 adds exactly 0 to the sum and to the gradient, even if its divergence is
+    infinite (0 · ∞ would be NaN). It is infinite where the teacher bans what the student may say.
     """
     _check_same_shape("divergence", divergence, "weight", weight)
     _check_same_shape("divergence", divergence, "turn_id", turn_id)
@@ -624,10 +601,9 @@ def weighted_loss(divergence: jax.Array, weight: jax.Array, turn_id: jax.Array) 
     The denominator does not depend on the weights: halving them halves the loss. A batch without
     student tokens has loss 0.
 
-    A NaN or an infinity harms neither the loss nor the gradient to `divergence` where `turn_id` is
-    `NO_TURN` or the weight is 0. But that gradient of 0 becomes NaN on its way back through logits
-    that are NaN. If logits may be NaN, gather the student's positions first, or replace the other
-    logits before the divergence.
+    Where `turn_id` is `NO_TURN` or the weight is 0, the loss and the gradient to `divergence` are
+    safe from NaN and infinity. But the gradient through a logit that is NaN is NaN, even there. If
+    logits may be NaN, gather the student's positions first, or replace the other logits.
 
     Args:
       divergence: float [B, T], nats; may hold anything where `turn_id` is `NO_TURN` or the weight
@@ -637,6 +613,9 @@ def weighted_loss(divergence: jax.Array, weight: jax.Array, turn_id: jax.Array) 
 
     Returns:
       float32 [], nats a token.
+
+    Raises:
+      ValueError: the shapes differ.
     """
     num_tokens = jnp.sum(turn_id != NO_TURN)
     return weighted_sum(divergence, weight, turn_id) / jnp.maximum(num_tokens, 1)
@@ -657,9 +636,9 @@ def _check_beta(beta: float) -> None:
         raise ValueError(f"`beta`: expected 0..1, the teacher's share, got {beta}")
 
 
-def _check_heads(who: str, hidden: jax.Array, head: jax.Array) -> None:
+def _check_heads(name: str, hidden: jax.Array, head_name: str, head: jax.Array) -> None:
     if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[0]:
         raise ValueError(
-            f"`{who}_hidden` {hidden.shape} and `{who}_head` {head.shape}: expected [N, D] and "
-            f"[D, V] with one D"
+            f"`{name}` {hidden.shape} and `{head_name}` {head.shape}: expected [N, D] and [D, V] "
+            "with one D"
         )

@@ -16,17 +16,15 @@ class Decoding:
     """How responses are sampled.
 
     Attributes:
-      temperature: see `generate.Sampling`.
-      top_k: see `generate.Sampling`.
-      top_p: see `generate.Sampling`.
+      temperature, top_k, top_p: see `generate.Sampling`.
       turn_tokens: most tokens sampled in one turn.
       context_tokens: most tokens in a context, prompts and observations included.
-      cache_step: slots by which the cache grows with its conversations, up to `context_tokens`. A
-        token reads every slot, so a small cache is fast. Each size compiles programs of its own.
+      cache_step: the cache grows by this many slots, up to `context_tokens`. A token reads every
+        slot, so a small cache is fast. Each cache size is a program to compile.
       extend_widths: ascending widths in which new tokens are appended; one compiled program each.
-      chunk: tokens sampled before the host looks which rows are done.
-      history_turns: earlier turns that a response is sampled from, at most; 0: all. With a limit
-        each turn prefills its context again (`history`).
+      chunk: tokens sampled before the host checks which rows are done.
+      history_turns: most earlier turns in the context of a response; 0: all. With a limit each turn
+        prefills its context again (`history`).
     """
 
     temperature: float
@@ -66,8 +64,8 @@ class RolloutSettings(Decoding):
       batch: episodes of an update.
       gather_weights: sample with weights all-gathered along `fsdp`; faster, more memory.
       per_task: episodes of each task.
-      depth_start: turns that episodes are cut to in the first update; 0: never cut.
-      depth_every: updates until they may have one more.
+      depth_start: most turns of an episode in the first update; 0: no limit.
+      depth_every: updates after which the limit rises by one turn.
     """
 
     batch: int
@@ -82,14 +80,14 @@ class RolloutSettings(Decoding):
         check_within(0, depth_start=self.depth_start)
         if self.batch % self.per_task:
             raise ValueError(
-                f"`batch` = {self.batch} does not divide by `per_task` = {self.per_task}; choose a "
-                "divisor"
+                f"`batch` = {self.batch} is not a multiple of `per_task` = {self.per_task}; choose "
+                "a divisor"
             )
 
     def depth(self, update: int) -> int:
-        """How many turns episodes may have: start + ⌊n / every⌋ in update n; 0 for no limit.
+        """Most turns of an episode in update n: start + ⌊n / every⌋; 0 for no limit.
 
-        Long episodes of an untrained student are mostly histories that a trained one never sees.
+        Late turns of an untrained student follow histories that a trained one never sees.
 
         Source: TCOD-F2B (arXiv 2604.24005), a baseline of arXiv 2606.19659, where every = 1.
         """
@@ -102,7 +100,7 @@ class Agent:
 
     Attributes:
       model: its sizes.
-      tokenizer: a `transformers` tokenizer; reads responses, and never tokenizes them again.
+      tokenizer: a `transformers` tokenizer. It decodes responses and never encodes them again.
       chat: how messages become tokens.
       decoding: how responses are sampled.
     """

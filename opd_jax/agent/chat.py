@@ -1,10 +1,10 @@
 """Tokens of the messages appended to a conversation; nothing is ever rendered again.
 
-A rollout is token in, token out: what the student sampled stays as it was sampled, and a new user
-message only adds tokens behind it. Rendering the whole conversation anew would not do. Some
-templates rewrite earlier turns (Qwen3 strips their think blocks), and decoded text need not encode
-to the tokens it came from; the kept cache and log-probabilities would then belong to other tokens.
-So the template is rendered a few times with sentinels for contents and cut around them.
+A rollout is token in, token out: sampled tokens stay as they are, and a new user message only adds
+tokens after them. Rendering the whole conversation again could change its tokens. Some templates
+rewrite earlier turns (Qwen3 strips their think blocks), and decoded text need not encode to the
+tokens it came from. The kept cache and log-probabilities would then belong to other tokens. So the
+template is rendered a few times with sentinels as contents, and cut at the sentinels.
 """
 
 import re
@@ -13,12 +13,12 @@ from typing import Any
 
 _ROLES = {"s": "system", "u": "user", "a": "assistant"}
 
-# Llama 3's templates write a date into the system message: today's, unless they are given one. The
-# tokens of a prompt would then depend on the day, and a run continued tomorrow would train on other
-# prompts. This is the date that those templates fall back to where there is no clock.
+# Llama 3's templates write today's date into the system message, unless they are given one. A run
+# resumed tomorrow would then train on other prompts. This is the templates' own default for when
+# there is no clock.
 DATE_STRING = "26 Jul 2024"
 
-# The response that stands for earlier ones where a context shows the last few turns only.
+# The response that stands for earlier ones in a context that shows only the last few turns.
 LEFT_OUT = "(Earlier turns are left out.)"
 
 
@@ -26,21 +26,21 @@ LEFT_OUT = "(Earlier turns are left out.)"
 class ChatFormat:
     """A chat template cut into the texts around message contents, thinking switched off.
 
-    Contents are taken as they are, also where the template would trim them. The text of a special
-    token inside a content is encoded as ordinary text, so an observation cannot end a turn. Added
-    tokens that are not declared special (Qwen3's `<think>`) stay single tokens.
+    Contents are not changed, even if the template would trim them. The text of a special token
+    inside a content is encoded as ordinary text, so an observation cannot end a turn. Added tokens
+    that are not declared special (Qwen3's `<think>`) stay single tokens.
 
     Attributes:
       tokenizer: the `transformers` tokenizer that the texts came from.
       special_ids: its special tokens.
-      opening: text before and after the user content of the first turn, without a system message;
-        a template's default system message is part of it.
+      opening: text before and after the first user content if no system message is given. It
+        includes the template's default system message.
       system_opening: text before the system content, between it and the user content, and after;
-        None where the template has no system role.
+        None if the template has no system role.
       following: text between an assistant content and the next user content, and after the latter.
       stop_ids: tokens that end a response: the one that follows an assistant content in the
         template, then the tokenizer's end-of-sequence token if it is another.
-      left_out: tokens of the content `LEFT_OUT`, as of a response without its end.
+      left_out: tokens of `LEFT_OUT`, without an end-of-turn token.
     """
 
     tokenizer: Any
@@ -55,11 +55,9 @@ class ChatFormat:
     def from_tokenizer(cls, tokenizer: Any) -> "ChatFormat":
         """Derives the format from the chat template of a `transformers` tokenizer.
 
-        Templates are given `DATE_STRING` as `date_string`.
-
         Raises:
-          ValueError: the template is missing, fails, drops or repeats a content, renders a turn
-            differently later in a conversation, or closes no response with a special token.
+          ValueError: the template is missing, fails, drops or repeats a content, renders later
+            turns differently, or does not close a response with a special token.
         """
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(
@@ -99,7 +97,7 @@ class ChatFormat:
         """Token ids of the opening prompt, up to where the first response starts.
 
         Args:
-          system: system message; "" for none (a template's own default then stays).
+          system: system message; "" for the template's default or none.
           user: first user message.
 
         Raises:
@@ -119,11 +117,10 @@ class ChatFormat:
 
         Args:
           user: the next user message.
-          ended: the response's last token is one of `stop_ids`, and the end of the turn is not
-            repeated. False if the response was cut by its budget: the end is added.
+          ended: the response already ends with a stop token, so none is added.
         """
         ids = self._join(self.following, (user,))
-        # Dropped as a token and not as text: a special token may swallow the space behind it.
+        # Dropped as a token and not as text: a special token may swallow the space after it.
         return ids[ids.index(self.stop_ids[0]) + 1 :] if ended else ids
 
     def _join(self, texts: tuple[str, ...], contents: tuple[str, ...]) -> list[int]:
@@ -133,7 +130,7 @@ class ChatFormat:
             parts += [content, text]
         encode = self.tokenizer.encode
         if all(self.special_ids.isdisjoint(encode(c, add_special_tokens=False)) for c in contents):
-            # In one go, so that merges over an edge are those of the template's own rendering.
+            # Encoded as one string, so that tokens merge across edges as in a full rendering.
             return encode("".join(parts), add_special_tokens=False)
         split = [
             encode(part, add_special_tokens=False, split_special_tokens=n % 2 == 1)
@@ -155,7 +152,7 @@ def _around(tokenizer: Any, roles: str) -> tuple[str, ...]:
             enable_thinking=False,
             date_string=DATE_STRING,
         )
-    except Exception as caught:  # whatever a template raises, in jinja or through it
+    except Exception as caught:  # a template may raise anything
         text, error = f"{type(caught).__name__}: {caught}", caught
     texts = re.split("|".join(marks), text)
     if error or re.findall("|".join(marks), text) != marks:

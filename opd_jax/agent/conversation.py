@@ -1,7 +1,7 @@
-"""The contract between rollout, judge and objective: an episode, token by token.
+"""An episode, token by token: what rollout, judge and objective share.
 
-Which token belongs to which turn is recorded when the token is sampled. It is never edited and
-never derived again from text.
+The turn of a token is recorded when the token is sampled. It is never edited, and never derived
+again from text.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,14 +16,14 @@ class Turn:
     """One turn of one conversation, on the host.
 
     Attributes:
-      observation: the environment's words that the student reacts to.
-      admissible: the commands admissible then.
+      observation: the environment's text that the student reacts to.
+      admissible: the commands admissible at that point.
       response: the student's whole response text.
       stop: why sampling ended: "stop_token", "turn_budget" or "context".
       action: the action parsed from the response; "" if none.
-      failure: deterministic failure in the environment's terms; "" if none.
+      failure: the environment's name for a deterministic failure; "" if none.
       feedback: the environment's answer.
-      oracle: the environment's own label of the turn, where it has one; for measuring only.
+      oracle: the environment's own label of the turn, used for measuring only; "" if none.
     """
 
     observation: str
@@ -38,17 +38,18 @@ class Turn:
 
 @dataclass
 class Conversation:
-    """One episode while it grows: tokens in, tokens out.
+    """One episode while it grows.
 
     Attributes:
       task: what is played; None for a row that only fills a batch.
       tokens: every token so far.
-      turn_id: the turn each token was sampled in, or `NO_TURN`.
-      logprobs: of sampled tokens as sampled; 0 for others.
-      spans: of each response, whoever wrote it, the positions where it starts and ends.
+      turn_id: the turn that each token was sampled in, or `NO_TURN`.
+      logprobs: each token's log-probability as sampled; 0 if it was not sampled.
+      spans: start and end position of each response, whoever wrote it.
       turns: finished turns.
-      end: why the episode ended: as the environment said (`Observation.end`), `BROKEN` included,
-        or "context" where the agent's context was full; "" while it runs.
+      end: why the episode ended: what the environment said (`Observation.end`, e.g. `BROKEN`),
+        "context" if the agent's context was full, "depth" if its turns were limited; "" while it
+        runs.
       score: the environment's score.
       measures: the environment's further figures (`Observation.measures`).
     """
@@ -70,7 +71,7 @@ class Conversation:
 
     @property
     def broken(self) -> bool:
-        """The environment failed: the record is kept, and nothing is learnt or measured from it."""
+        """The environment failed; nothing is learnt or measured from the episode."""
         return self.end == BROKEN
 
     @property
@@ -80,13 +81,13 @@ class Conversation:
         return len(actions) - len(set(actions))
 
     def append_given(self, tokens: Sequence[int]) -> None:
-        """Tokens that the student did not sample: prompts, observations, headers."""
+        """Appends tokens that the student did not sample: prompts, observations, headers."""
         self.tokens.extend(tokens)
         self.turn_id.extend([NO_TURN] * len(tokens))
         self.logprobs.extend([0.0] * len(tokens))
 
     def append_response(self, tokens: Sequence[int], logprobs: Sequence[float], turn: int) -> None:
-        """Tokens sampled in turn `turn`, exactly as sampled; `NO_TURN` if the student did not."""
+        """Appends a response as sampled. `turn` is `NO_TURN` if the student did not sample it."""
         self.spans.append((len(self.tokens), len(self.tokens) + len(tokens)))
         self.tokens.extend(tokens)
         self.turn_id.extend([turn] * len(tokens))
@@ -94,7 +95,7 @@ class Conversation:
 
 
 def open_conversation(task: Task, prompt: Sequence[int], *, context_tokens: int) -> Conversation:
-    """An episode of which only the first prompt is known.
+    """An episode that so far has only its first prompt.
 
     Raises:
       ValueError: the prompt leaves no room for a token within `context_tokens`.
@@ -112,7 +113,7 @@ def open_conversation(task: Task, prompt: Sequence[int], *, context_tokens: int)
 def record_turn(
     conversation: Conversation, before: Observation, response: str, stop: str, after: Observation
 ) -> None:
-    """Add a finished turn to its conversation; end the conversation if the environment did.
+    """Adds a finished turn to its conversation; ends the conversation if the environment did.
 
     Args:
       conversation: changed in place.

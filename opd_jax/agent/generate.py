@@ -1,11 +1,11 @@
-"""Token generation over a kept cache: append observations, sample responses. Knows no text.
+"""Token generation over a kept cache: append observations, sample responses. No text here.
 
-A conversation is a list of tokens, and its first `cache.lengths` are in the cache. Its last token
-is always held back: `extend` appends everything new except that one, and `generate` feeds it to get
-the first logits. After a turn the cache holds all tokens but the last sampled one. The next turn's
+A conversation is a list of tokens; the first `cache.lengths` of them are in the cache. The last
+token is always held back: `extend` appends everything new except that one, and `generate` feeds it
+to get the first logits. After a turn the cache holds all tokens but the last sampled one. The next
 `extend` starts with that one, so nothing is prefilled twice.
 
-Two functions, each compiled once per shape, serve any number of turns.
+The two functions serve any number of turns. Each is compiled once per shape.
 """
 
 from dataclasses import dataclass
@@ -48,10 +48,10 @@ class Sampled:
 
     Attributes:
       tokens: int32 [B, C]; row b holds `counts[b]`, the rest is 0.
-      logprobs: float32 [B, C], natural log of the model's own probability of each token, at
-        temperature 1 and before top-k and top-p: what the scorer recomputes.
+      logprobs: float32 [B, C], nats, at temperature 1 and before top-k and top-p. The update
+        recomputes these.
       counts: int32 [B].
-      stopped: bool [B], the last token is a stop token.
+      stopped: bool [B], whether the last token is a stop token.
     """
 
     tokens: jax.Array
@@ -66,13 +66,13 @@ def sampling_params(
 ) -> Params:
     """A copy of the parameters to sample with.
 
-    Adapters stay beside the weights they adapt. Added to them, they would be rounded with them:
-    in bfloat16 the log-probabilities would no longer be those that the update recomputes.
+    Adapters stay beside the weights they adapt. A sum of the two would be rounded: in bfloat16 the
+    log-probabilities would differ from those that the update recomputes.
 
     Args:
-      dtype: that the model computes in.
-      gather: all-gather them along the mesh axis `fsdp`: no weight is sent for a token. Else they
-        stay sharded, which takes less memory.
+      dtype: the model computes in it.
+      gather: all-gather weights along `fsdp` first, so that no token waits for weights. If false
+        they stay sharded: less memory.
     """
     params = cast(params, dtype)
     if not gather:
@@ -95,12 +95,9 @@ def extend(
     config: ModelConfig,
     sharded: bool,
 ) -> KVCache:
-    """Append the first `counts[b]` of `tokens[b]` to each conversation. The cache is donated.
+    """Appends the first `counts[b]` of `tokens[b]` to each conversation. The cache is donated.
 
-    Args:
-      tokens: int32 [B, W].
-      counts: int32 [B], 0..W; the caller keeps `lengths + counts <= slots`.
-      sharded: see `model.forward_cached`.
+    Arguments as in `model.forward_cached`.
     """
     return model.forward_cached(params, cache, tokens, counts, config=config, sharded=sharded)[1]
 
@@ -123,15 +120,15 @@ def generate(
     chunk: int,
     sharded: bool,
 ) -> tuple[KVCache, Sampled]:
-    """Sample until a stop token or the budget, at most `chunk` tokens. The cache is donated.
+    """Samples until a stop token or the budget, at most `chunk` tokens. The cache is donated.
 
     Args:
       last_token: int32 [B], the token held back (see the module).
       budget: int32 [B], tokens a row may still sample; 0 leaves the row untouched. The caller
         keeps `lengths + min(budget, chunk) <= slots`.
-      row_keys: PRNG keys [B]. A token's randomness is its row's key folded with its position, so
-        a sample does not depend on the other rows, on the chunk or on how often this was called.
-      stop_ids: int32 [any]; end a row's turn, and are part of it.
+      row_keys: PRNG keys [B]. A token's key is its row's key folded with its position, so a sample
+        does not depend on the other rows, on `chunk` or on the number of calls.
+      stop_ids: int32 [any]; such a token ends a row's turn and belongs to it.
       chunk: C, static.
       sharded: see `model.forward_cached`.
 
@@ -184,10 +181,10 @@ def generate(
 def sample(
     logits: jax.Array, row_keys: jax.Array, *, sampling: Sampling
 ) -> tuple[jax.Array, jax.Array]:
-    """Draw one token a row by inverting the cumulative distribution.
+    """Draws one token a row by inverting the cumulative distribution.
 
-    This takes one uniform number a row instead of one Gumbel a logit. At a large vocabulary on a
-    CPU it is several times cheaper.
+    This takes one uniform number a row; the Gumbel trick takes one a logit. With a large vocabulary
+    on a CPU this is several times cheaper.
 
     Args:
       logits: float32 [B, V].
@@ -202,8 +199,8 @@ def sample(
     else:
         probs = _filter(jax.nn.softmax(logits / sampling.temperature), sampling)
         cumulative = jnp.cumsum(probs, axis=-1)
-        # A parallel sum can step by a last bit where nothing is added. So tokens of probability 0
-        # are masked, as choices and for the end that the draw is scaled to.
+        # A parallel sum may rise by a last bit where 0 is added. So tokens of probability 0 are
+        # masked twice: as choices, and from the total that scales the draw.
         kept = probs > 0
         end = jnp.max(jnp.where(kept, cumulative, 0.0), axis=-1)
         threshold = jax.vmap(jax.random.uniform)(row_keys) * end
@@ -215,7 +212,7 @@ def sample(
 
 
 def _filter(probs: jax.Array, sampling: Sampling) -> jax.Array:
-    """Zeroes what top-k, then top-p leave out; ties with the last kept token are kept."""
+    """Zeroes what top-k and then top-p drop; ties with the last kept token are kept."""
     if sampling.top_k:
         k = min(sampling.top_k, probs.shape[-1])
         least = jax.lax.top_k(probs, k)[0][:, -1:]

@@ -1,9 +1,9 @@
-"""The context of a response: which part of its episode it is sampled from and scored on.
+"""The context of a response: the tokens of its episode that it is sampled from and scored on.
 
 With the full history a turn's context is everything before it: an episode is one row, and the cache
 only grows. With a limited history the context is the first prompt, which holds the task, and the
-last few turns. Such contexts are not prefixes of each other, so later turns become rows of their
-own. Tokens are cut, never rendered or encoded again: a turn is scored on the very tokens it was
+last few turns. Such contexts are not prefixes of each other, so each later turn becomes its own
+row. Tokens are cut, never rendered or encoded again: a turn is scored on exactly the tokens it was
 sampled from.
 """
 
@@ -18,13 +18,13 @@ def context(
 ) -> list[int]:
     """The tokens that the response after the first `turns` is sampled from.
 
-    Where turns are left out, `left_out` answers the first prompt. Behind it comes what followed the
-    last response that is left out.
+    If turns are left out, the context is the first prompt, then `left_out` as its response, then
+    everything after the last response left out.
 
     Args:
-      conversation: the episode, at least as far as what follows its first `turns` responses.
-      turns: how many responses there are before.
-      history_turns: how many of them the context shows, at most; 0: all.
+      conversation: the episode, with the tokens after its first `turns` responses.
+      turns: number of responses before this one.
+      history_turns: most of them that the context shows; 0: all.
       left_out: tokens of a response that says that turns are left out (`ChatFormat.left_out`).
     """
     spans = conversation.spans
@@ -32,7 +32,8 @@ def context(
     if not history_turns or turns <= history_turns:
         return conversation.tokens[:end]
     last = turns - history_turns - 1  # the last one that is left out
-    # What follows a response begins with the end of the turn, unless that was sampled.
+    # The tokens after a response start with its end-of-turn token. If that was sampled, it is the
+    # response's last token.
     start = spans[last][1] - (conversation.turns[last].stop == "stop_token")
     prompt = conversation.tokens[: spans[0][0]]
     return [*prompt, *left_out, *conversation.tokens[start:end]]
@@ -45,11 +46,7 @@ def rows(
 
     An episode's first row holds all turns that were sampled from the full history. Every later turn
     is a row of its own, with a context that carries no loss. So each response is scored once.
-
-    Args:
-      conversations: finished episodes.
-      history_turns: see `context`; 0 gives the episodes themselves.
-      left_out: see `context`.
+    Without a limit the rows are the episodes.
     """
     result: list[Conversation] = []
     episodes: list[int] = []
@@ -80,7 +77,7 @@ def _cut(conversation: Conversation, end: int) -> Conversation:
 def _turn(
     conversation: Conversation, turn: int, *, history_turns: int, left_out: Sequence[int]
 ) -> Conversation:
-    """One response behind its context."""
+    """One response after its context."""
     start, end = conversation.spans[turn]
     row = dataclasses.replace(conversation, tokens=[], turn_id=[], logprobs=[], spans=[])
     row.append_given(

@@ -2,8 +2,8 @@
 
 Per turn: append what the environments said (ragged, only the new tokens), sample a response for
 every open row, let each environment act on its own response. The key/value cache lives as long as
-the episodes. Every token is recorded with its provenance at the moment it comes into being. An
-environment that breaks ends its own episode, which is recorded as it is.
+the episodes. Each token is recorded with its turn as soon as it is sampled. An environment that
+breaks ends only its own episode.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,21 +33,23 @@ def rollout(
     tasks: Sequence[tuple[str, int]],
     depth: int,
 ) -> list[Conversation]:
-    """Play one episode of each task.
+    """Plays one episode of each task.
+
+    An episode depends only on the parameters, its task and its key. The last bits also depend on
+    the cache size, which the longest row sets.
 
     Args:
-      params: of `agent.model`.
+      params: parameters of `agent.model`.
       keys: PRNG keys, one for each environment (see `row_keys`). A key is folded with the turn,
-        then with the position. An episode depends on the parameters, its task and its key alone,
-        up to last bits: all rows share a cache of the size that the longest needs.
-      agent: see `Agent`.
+        then with the position.
+      agent: the model's sizes, tokenizer, chat format and decoding.
       envs: one environment a row; their number is the batch of every compiled program. None for a
         row whose environment lives in another process.
-      tasks: (split, index), at most one a row; rows beyond stay idle.
-      depth: turns after which an episode ends with "depth"; 0: as many as the environment gives.
+      tasks: (split, index), at most one a row; rows without a task stay idle.
+      depth: turns after which an episode ends with "depth"; 0: no limit but the environment's.
 
     Returns:
-      A finished `Conversation` for each task, in order. It is `broken` where the environment broke,
+      A finished `Conversation` for each task, in order. It is `broken` if the environment broke,
       and has no token if that happened before the first turn.
 
     Raises:
@@ -91,7 +93,7 @@ def row_keys(rng: jax.Array, numbers: Sequence[int]) -> jax.Array:
 
 @jax.jit
 def _turn_keys(keys: jax.Array, turn: int) -> jax.Array:
-    """The rows' keys for one turn. Positions alone would repeat where turns are left out."""
+    """The rows' keys for one turn. Positions alone would repeat if turns are left out."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys, turn)
 
 
@@ -115,7 +117,7 @@ def _open(
 
 
 def make_envs(make: Callable[[], Env], count: int) -> list[Env | None]:
-    """An environment for each row of a batch; None for rows that other processes own."""
+    """An environment for each row of a batch; None for a row that another process owns."""
     return [make() if processes.owns(row, count) else None for row in range(count)]
 
 
@@ -129,12 +131,9 @@ def close(envs: Sequence[Env | None]) -> None:
 def everywhere(
     act: Callable[[Env, Any], T], envs: Sequence[Env | None], arguments: Sequence[Any]
 ) -> list[T]:
-    """`act` of each environment, in the process that owns it. All processes get all answers.
+    """`act(env, argument)` of each row, in the process that owns it. All processes get all answers.
 
-    Args:
-      act: (environment, argument) to what can be pickled.
-      envs: one a row; None for a row whose environment lives in another process.
-      arguments: one a row.
+    `envs` has None for a row that another process owns. Answers are pickled.
     """
     own = {row: env for row, env in enumerate(envs) if env is not None}
     answers = _side_by_side(act, list(own.values()), [arguments[row] for row in own])
@@ -146,7 +145,7 @@ def _side_by_side(
 ) -> list[T]:
     """`act` of each environment, in threads if all of them wait for a process or a server.
 
-    Else one after another: an engine need not be thread-safe, and most would gain nothing.
+    Otherwise one after another: an engine need not be thread-safe, and most would gain nothing.
     """
     if not envs or not all(env.waits for env in envs):
         return list(map(act, envs, arguments))
@@ -155,9 +154,9 @@ def _side_by_side(
 
 
 def _go_on(agent: Agent, conversation: Conversation, stop: str, after: Observation) -> None:
-    """Append what the environment said, unless the context is full."""
+    """Appends what the environment said, unless the context is full."""
     follow = agent.chat.follow(after.message, ended=stop == "stop_token")
-    # One slot must remain to sample into. A conversation without it ends here, with its last turn.
+    # One slot must remain to sample into. A conversation without one ends with this turn.
     if (
         stop == "context"
         or len(agent.context(conversation)) + len(follow) >= agent.decoding.context_tokens

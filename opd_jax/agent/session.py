@@ -19,7 +19,7 @@ class Response(NamedTuple):
     """One response as sampled.
 
     Attributes:
-      tokens: with the stop token, if there was one.
+      tokens: sampled tokens, the stop token included.
       logprobs: one a token, nats.
       stop: why it ended: "stop_token", "turn_budget" or "context".
     """
@@ -30,12 +30,9 @@ class Response(NamedTuple):
 
 
 class CacheSession:
-    """The cache of a batch of conversations between calls: what each row holds, and room for more.
+    """The cache of a batch of conversations between calls.
 
-    Args:
-      params: of `agent.model`.
-      agent: who samples.
-      rows: conversations.
+    It tracks what each row holds and grows when needed.
     """
 
     def __init__(self, params: Params, agent: Agent, rows: int):
@@ -53,7 +50,7 @@ class CacheSession:
         self.stop_ids = jnp.asarray(agent.chat.stop_ids, jnp.int32)
 
     def extend(self, contexts: Mapping[int, list[int]]) -> None:
-        """Append to the cache what it lacks of every row's context, except the last token."""
+        """Appends what the cache lacks of every row's context, except the last token."""
         self._roll_back(contexts)
         while True:
             new = [
@@ -80,14 +77,14 @@ class CacheSession:
             self.held += counts
 
     def _make_room(self, counts: np.ndarray) -> None:
-        """Grow the cache by whole steps, until row b has slots for `counts[b]` more tokens."""
+        """Grows the cache by whole steps until row b has slots for `counts[b]` more tokens."""
         step, needed = self.agent.decoding.cache_step, int((self.held + counts).max())
         slots = min(-(-needed // step) * step, self.agent.decoding.context_tokens)
         if slots > self.cache.slots:
             self.cache = model.grow_cache(self.cache, slots=slots)
 
     def _roll_back(self, contexts: Mapping[int, list[int]]) -> None:
-        """Give rows new contexts. The start that a row's old and new context share stays cached."""
+        """Gives rows new contexts. The prefix that old and new context share stays cached."""
         held = self.held.copy()
         for row, context in contexts.items():
             held[row] = _common(self.contexts[row][: held[row]], context[:-1])
@@ -97,11 +94,9 @@ class CacheSession:
             self.cache = replace(self.cache, lengths=shard_batch(held.copy()))
 
     def sample(self, rows: Sequence[int], keys: jax.Array) -> dict[int, Response]:
-        """One response for each of `rows`.
+        """One response for each of `rows`; the other rows stay as they are.
 
-        Args:
-          rows: that sample; the others stay as they are.
-          keys: a PRNG key for each row of the batch, of this turn.
+        `keys` has this turn's PRNG key for each row of the batch.
         """
         agent = self.agent
         budget, last = self._start_turn(rows)
@@ -142,7 +137,7 @@ class CacheSession:
         return {row: Response(tokens[row], logprobs[row], why(row)) for row in rows}
 
     def _start_turn(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Each row's budget of tokens, 0 for rows that do not sample, and its last token."""
+        """Each row's budget of tokens (0 if it does not sample) and its last token."""
         budget = np.zeros(len(self.held), np.int32)
         last = np.zeros(len(self.held), np.int32)
         for row in rows:
@@ -153,7 +148,7 @@ class CacheSession:
 
 
 def _common(held: list[int], context: list[int]) -> int:
-    """The length of the start that both have in common."""
+    """The length of the common prefix."""
     if held == context[: len(held)]:
         return len(held)
     pairs = enumerate(zip(held, context, strict=False))

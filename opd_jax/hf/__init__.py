@@ -1,22 +1,20 @@
 """Hugging Face model folders: read into sharded arrays, and written back.
 
-- `config_json`: `config.json` to a `ModelConfig`, and back.
+- `config_json`: `config.json` as a `ModelConfig`, and back.
 - `layout`: names and shapes of the tensors that store each parameter.
 - `load`: safetensors files to arrays; reads each device's shard on its own.
 - `save`: arrays to a folder that `transformers` opens.
-- `gguf`: a Llama model in a GGUF file to such a folder.
+- `gguf`: converts a Llama model in a GGUF file to such a folder.
 - `tokenizer`: loads a folder's tokenizer, and checks it against a model or another tokenizer.
 - `published`: sizes of well-known models.
 """
 
-from opd_jax.hf.config_json import FAMILIES, read_config
+from opd_jax.hf.config_json import read_config
 from opd_jax.hf.load import load_params
-from opd_jax.hf.save import MAX_SHARD_BYTES, save_model
+from opd_jax.hf.save import save_model
 from opd_jax.hf.tokenizer import check_same_tokenizer, check_vocab, load_tokenizer
 
 __all__ = [
-    "FAMILIES",
-    "MAX_SHARD_BYTES",
     "check_same_tokenizer",
     "check_vocab",
     "load_params",

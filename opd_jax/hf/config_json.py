@@ -1,4 +1,4 @@
-"""`config.json` of a Hugging Face folder to a `ModelConfig`, and back."""
+"""`config.json` of a Hugging Face folder as a `ModelConfig`, and back."""
 
 import json
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ Number = TypeVar("Number", int, float)
 
 @dataclass(frozen=True)
 class _Family:
-    """What an architecture implies without a key in `config.json`."""
+    """What an architecture implies that `config.json` does not say."""
 
     model_type: str
     qk_norm: bool
     qkv_bias: bool
-    head_dim: int | None  # the default for `config.json` without one; None is hidden_size / heads
+    head_dim: int | None  # the default if `config.json` has none; None is hidden_size / heads
     experts: bool = False
 
 
@@ -31,7 +31,7 @@ FAMILIES = {
     ),
 }
 
-# Keys that would change the model, and the only value that `model` computes.
+# Keys that would change the model, and the only value that `model` supports.
 _FIXED = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -50,11 +50,11 @@ _FIXED_EXPERTS = {
 def read_config(folder: str | Path) -> ModelConfig:
     """Reads the `ModelConfig` of a Hugging Face folder from its `config.json`.
 
-    Reads files of `transformers` 4 and 5. Absent keys take the defaults of `transformers`.
+    It reads files of `transformers` 4 and 5. Absent keys get the defaults of `transformers`.
 
     Raises:
       ValueError: the folder or file is missing or unreadable, the architecture is not in
-        `FAMILIES`, or a key asks for something that `model` does not compute.
+        `FAMILIES`, or a key asks for something that `model` does not support.
     """
     folder = Path(folder)
     raw = read_json(folder / "config.json")

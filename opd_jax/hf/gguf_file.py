@@ -1,4 +1,4 @@
-"""Opens GGUF files, llama.cpp's format: metadata and tensors by name."""
+"""Opens GGUF files, the format of llama.cpp: metadata and tensors by name."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -13,26 +13,20 @@ MAGIC = b"GGUF"
 
 @dataclass(frozen=True)
 class GgufFile:
-    """An open GGUF file. A tensor is read when it is asked for.
-
-    Attributes:
-      path: the file.
-      fields: metadata by key, as objects of the package `gguf`.
-      tensors: tensors by name, as objects of that package.
-    """
+    """An open GGUF file: metadata and tensors by name, as objects of the package `gguf`."""
 
     path: Path
     fields: dict[str, Any]
     tensors: dict[str, Any]
 
     def __getitem__(self, key: str) -> Any:
-        """A value of the metadata; ValueError if the key is absent."""
+        """The metadata value of `key`; ValueError if absent."""
         if key not in self.fields:
             raise ValueError(f"GGUF file `{self.path}` lacks `{key}`; convert the model anew")
         return self.fields[key].contents()
 
     def expect(self, key: str, supported: Sequence[object], *, absent: object = None) -> None:
-        """ValueError unless the value of `key`, by default `absent`, is one of `supported`."""
+        """ValueError unless the value of `key`, or `absent` without it, is in `supported`."""
         got = self[key] if key in self.fields else absent
         if got not in supported:
             raise ValueError(
@@ -41,7 +35,7 @@ class GgufFile:
             )
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Reads a tensor, dequantized to float32, [out, in].
+        """Reads a tensor [out, in], dequantized to float32.
 
         Raises:
           ValueError: it has another shape, or a type that the package cannot dequantize.
@@ -64,7 +58,7 @@ class GgufFile:
 
 
 def find(name: str) -> Path:
-    """The path that a value of the flag `--gguf` names.
+    """The path for a value of the flag `--gguf`.
 
     Raises:
       ValueError: `name` is `smollm2` and its package is not installed.

@@ -1,8 +1,8 @@
 """Names and shapes of the tensors that store each parameter. Only this file knows them.
 
 A projection is stored as one tensor for each layer, `[out, in]`, with heads and head size merged.
-Ours is `[L, in, ...]` with the two apart (`model.param_specs`). An embedding is stored as it is.
-Each expert of a mixture has its own tensors.
+Ours is `[L, in, ...]` with separate axes for the two (`model.param_specs`). An embedding has the
+same shape in both. Each expert of a mixture has its own tensors.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from opd_jax.model import ModelConfig, ParamSpec, is_spec, param_specs
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-# Our parameter -> name of its tensors. Families differ in which of these they have, not in names.
+# Our parameter -> name of its tensors. No family has all of them; the names are always the same.
 _NAMES = {
     "embed": "model.embed_tokens.weight",
     "attn_norm": "model.layers.{}.input_layernorm.weight",
@@ -47,12 +47,12 @@ def leaves(config: ModelConfig) -> list[tuple[str, ParamSpec]]:
 
 
 def tensor_names(key: str, spec: ParamSpec) -> list[str]:
-    """The names of a parameter's tensors: one for each place in its stack, in row-major order."""
+    """Names of a parameter's tensors: one for each place in its stack, in row-major order."""
     return [_NAMES[key].format(*place) for place in np.ndindex(stack_shape(spec))]
 
 
 def stack_shape(spec: ParamSpec) -> tuple[int, ...]:
-    """Sizes of the axes over which tensors are stacked: (), (layers,) or (layers, experts)."""
+    """Sizes of the axes that stack tensors: (), (layers,) or (layers, experts)."""
     within = (axis for axis, name in enumerate(spec.axes) if name not in ("layer", "expert"))
     return spec.shape[: next(within)]
 
@@ -70,7 +70,7 @@ def to_stored(key: str, spec: ParamSpec, layer: np.ndarray) -> np.ndarray:
 
 
 def read_slice(tensor: Any, key: str, spec: ParamSpec, index: tuple[slice, ...]) -> np.ndarray:
-    """Reads the slice `index` of one tensor of a parameter, into our layout, and little else.
+    """Reads the slice `index` of one tensor of a parameter into our layout, and little else.
 
     Args:
       tensor: a lazy slice of safetensors, or an array.
@@ -79,7 +79,7 @@ def read_slice(tensor: Any, key: str, spec: ParamSpec, index: tuple[slice, ...])
     shape, axis = spec.shape[len(stack_shape(spec)) :], _head_dim_axis(spec)
     bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
     sizes = [stop - start for start, stop in bounds]
-    if axis is not None:  # Reads all of each head and slices it after: heads are rarely sharded.
+    if axis is not None:  # Read whole heads, then slice them: the head size is rarely sharded.
         start, stop = bounds[axis - 1]
         bounds[axis - 1 : axis + 1] = [(start * shape[axis], stop * shape[axis])]
         sizes[axis] = shape[axis]
@@ -90,7 +90,7 @@ def read_slice(tensor: Any, key: str, spec: ParamSpec, index: tuple[slice, ...])
 
 
 def _head_dim_axis(spec: ParamSpec) -> int | None:
-    """Axis of the head size within one tensor, if it is stored merged into the heads before it."""
+    """Axis of the head size within one tensor, if it is stored merged with the heads before it."""
     axes = spec.axes[len(stack_shape(spec)) :]
     return axes.index("head_dim") if "head_dim" in axes[1:] else None
 

@@ -1,6 +1,6 @@
 """Loads the weights of a Hugging Face folder into sharded arrays.
 
-Each device's shard of a parameter is read on its own from the memory-mapped files, so a host holds
+Each device's shard of a parameter is read separately from the memory-mapped files, so a host holds
 one parameter at a time.
 """
 
@@ -50,9 +50,9 @@ def load_params(
     padding load to the same vocabulary with `dataclasses.replace(config, vocab_size=...)`.
 
     Args:
-      folder: with safetensors files.
-      config: what `read_config` gave for the folder.
-      dtype: of the arrays; the files may hold float32, float16 or bfloat16.
+      folder: has safetensors files of float32, float16 or bfloat16.
+      config: `read_config(folder)`, or that with a smaller `vocab_size`.
+      dtype: dtype of the arrays.
       int8: quantize the projections of the layers to `projections.Int8Weight`. Each is quantized
         before the next is read, so only one of them at a time exists in `dtype`.
       mesh: shardings follow `mesh.RULES`; None puts everything on the first device.
@@ -91,11 +91,11 @@ def _load_leaf(
     tensors: dict[str, Any],
     dtype: np.dtype,
 ) -> jax.Array | Int8Weight:
-    """Loads one parameter to its sharding; quantizes it if that is an `Int8Weight`."""
+    """Loads one parameter; quantizes it if `sharding` is an `Int8Weight` of two."""
     read = _reader(key, spec, tensors, dtype)
     if not isinstance(sharding, Int8Weight):
         return jax.make_array_from_callback(spec.shape, sharding, read)
-    # Quantized on the devices: a channel may be sharded, and its scale is the maximum over all.
+    # Quantize on the devices: a channel may be sharded, and its scale needs the maximum of all.
     weight = jax.make_array_from_callback(spec.shape, sharding.values, read)
     quantize = partial(quantize_weight, contracted=contracted_axes(key, spec))
     # Wait, so that the float weight is freed before the next one is read.
@@ -136,7 +136,7 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
 
 
 def _check_tensors(folder: Path, config: ModelConfig, tensors: dict[str, Any]) -> None:
-    """ValueError unless every tensor of `config` is there, in its shape and a float type."""
+    """ValueError unless every tensor of `config` exists, with its shape and a float type."""
     expected = {
         name: (stored_shape(key, spec), "vocab" in spec.axes)
         for key, spec in leaves(config)

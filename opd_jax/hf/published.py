@@ -36,7 +36,7 @@ def _qwen3(
     )
 
 
-# By the name of the repository, usually also the name of the folder it was downloaded to.
+# By the name of the repository, usually also that of the downloaded folder.
 PUBLISHED = {
     "Qwen3-0.6B": _qwen3(28, 1024, 16, 3072, tied=True),
     "Qwen3-1.7B": _qwen3(28, 2048, 16, 6144, tied=True),

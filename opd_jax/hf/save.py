@@ -45,18 +45,18 @@ def save_model(
 ) -> None:
     """Writes a folder that `transformers` opens: config.json, weights, tokenizer.
 
-    It is written under another name and then renamed, so it is complete or absent. Besides `params`
-    the host holds the content of one file at a time.
+    It is written under another name and then renamed, so it is complete or absent. The host holds
+    `params` and the content of one file at a time.
 
     Args:
       folder: absent or empty.
       params: arrays of jax or numpy. A `LoraWeight` is written as W + (α / r) · A B and an
         `Int8Weight` as values · scale, computed in float32 and rounded once.
       config: the sizes of `params`.
-      dtype: of the stored tensors.
+      dtype: dtype of the stored tensors.
       tokenizer_from: a folder, whose tokenizer files and generation_config.json are copied
         unchanged, or a `transformers` tokenizer. Its special token ids go into config.json.
-      max_shard_bytes: the largest file of weights; more weights go into several files with an
+      max_shard_bytes: largest file of weights. More weights are split into several files with an
         index.
 
     Raises:
@@ -152,7 +152,7 @@ def _tensors(
     for (key, spec), weight in zip(leaves(config), weights, strict=True):
         stack = np.ndindex(stack_shape(spec))
         for name, place in zip(tensor_names(key, spec), stack, strict=True):
-            # Slice on the device: an array keeps every copy of itself that it gave to the host.
+            # Slice on the device: a jax array caches its host copy, so a whole stack would stay.
             part = jax.tree.map(operator.itemgetter(place), weight)
             yield name, to_stored(key, spec, _plain(key, spec, part).astype(dtype, copy=False))
 

@@ -24,8 +24,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     """Loads the `transformers` tokenizer of a folder; downloads nothing.
 
     A `tokenizer.json` is read as it is. `AutoTokenizer` would choose by architecture: for a Qwen2
-    model it rebuilds a byte-level BPE from the vocabulary, whatever the file says and without a
-    warning.
+    model it ignores the file, without a warning, and rebuilds a byte-level BPE from the vocabulary.
 
     Raises:
       ValueError: the folder has no tokenizer, or it cannot be read.
@@ -38,7 +37,7 @@ def load_tokenizer(folder: str | Path) -> Any:
             f"model folder `{folder}` has no tokenizer, expected one of "
             f"{', '.join(_VOCABULARIES)}; copy the tokenizer files of the model there"
         )
-    # Takes seconds where torch is installed.
+    # This import takes seconds if torch is installed.
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     whole = (folder / "tokenizer.json").is_file()
@@ -64,12 +63,7 @@ def check_vocab(folder: str | Path, tokenizer: Any, config: ModelConfig) -> None
     """Checks that every token has a row in the embedding.
 
     Rows without a token are padding and harmless. A token without a row would get another token's
-    row, since JAX clamps indices that are out of range.
-
-    Args:
-      folder: the model's folder, for the message.
-      tokenizer: a `transformers` tokenizer.
-      config: the model's sizes.
+    row, since JAX clamps indices that are out of range. The message names `folder`.
 
     Raises:
       ValueError: the tokenizer has more tokens than the embedding has rows.
@@ -107,7 +101,7 @@ def check_same_tokenizer(student_folder: str | Path, teacher_folder: str | Path)
 
 
 def _views(tokenizer: Any) -> dict[str, dict]:
-    """What has to be equal, by its name in the error message."""
+    """What has to be equal, keyed by its name in the error message."""
     return {
         "token": {i: token for token, i in tokenizer.get_vocab().items()},
         "special token": dict(tokenizer.special_tokens_map),

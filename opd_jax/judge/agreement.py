@@ -1,7 +1,7 @@
 """How far a judge's verdicts agree with the labels of an environment that knows the truth.
 
 An environment's oracle labels a turn SKIP, WEAK or STRONG from hidden knowledge, such as the exact
-distance to the goal. The judge never sees those labels; here the two are compared.
+distance to the goal. The judge never sees those labels.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ def confusion(judgement: Judgement, oracle: np.ndarray) -> np.ndarray:
     """Counts of turns by the oracle's label and the judge's, over turns that have both.
 
     Args:
-      judgement: `verdict` and `asked`, [B, K] each.
+      judgement: the judge's, of B conversations.
       oracle: int [B, K], `labels.EnvLabels.oracle` of the same conversations.
 
     Returns:
@@ -37,9 +37,7 @@ def precision(counts: np.ndarray) -> tuple[int, int]:
     """(part, whole): of the turns that the judge wants corrected, how many are not fine.
 
     The judge wants WEAK and STRONG turns corrected. A turn is fine if the oracle calls it SKIP.
-
-    Args:
-      counts: int [3, 3], oracle's label by judge's.
+    `counts` are [3, 3], the oracle's label by the judge's.
     """
     return counts[1:, 1:].sum(), counts[:, 1:].sum()
 
@@ -50,10 +48,10 @@ def recall(counts: np.ndarray) -> tuple[int, int]:
 
 
 def balanced_accuracy(counts: np.ndarray) -> np.ndarray:
-    """The share of turns that the judge labels as the oracle does, averaged over oracle's labels.
+    """The share of turns that the judge labels as the oracle does, averaged over oracle labels.
 
-    Labels that do not occur are left out. A judge that always gives the same answer reaches one
-    over the number of labels that occur.
+    Labels that do not occur are left out. A judge with one constant answer scores 1/n, with n
+    labels occurring.
 
     Args:
       counts: int [..., 3, 3].
@@ -68,15 +66,12 @@ def balanced_accuracy(counts: np.ndarray) -> np.ndarray:
 
 
 def figures(counts: np.ndarray) -> dict[str, object]:
-    """The judge's figures over a panel of episodes.
-
-    Args:
-      counts: as from `confusion`.
+    """The judge's figures over a panel of episodes, from the counts of `confusion`.
 
     Returns:
-      `balanced_accuracy` with `ci95`, a bootstrap over episodes, since the turns of one episode
+      `balanced_accuracy` and its `ci95`, a bootstrap over episodes, since the turns of one episode
       are alike; `always_skip`, the balanced accuracy of a judge that finds everything fine;
-      `precision`, `recall` (None where there is nothing to divide by); `n`, turns.
+      `precision` and `recall`, None for 0 / 0; `n`, the number of turns.
 
     Raises:
       ValueError: nothing was counted.
@@ -108,12 +103,8 @@ def _share(part: int, whole: int) -> float | None:
 def judge_metrics(judgement: Judgement, labels: EnvLabels) -> dict[str, Any]:
     """Shares of verdicts, over all turns and by turn index, and agreement with the oracle.
 
-    Args:
-      judgement: verdict, asked and unparsable, [B, K] each.
-      labels: the environment's, of the same turns.
-
     Returns:
-      Name to (sum, count) or to a scalar; arrays [K] under `by_turn/`.
+      Name to (sum, count) or to a scalar. Under `by_turn/` these are arrays [K].
     """
     exists = labels.played
     metrics: dict[str, Any] = {
@@ -128,7 +119,7 @@ def judge_metrics(judgement: Judgement, labels: EnvLabels) -> dict[str, Any]:
     if counts.any():
         metrics["judge/precision"] = precision(counts)
         metrics["judge/recall"] = recall(counts)
-        # The denominators of the two, so that they can be pooled over updates.
+        # The two denominators, so that precision and recall can be pooled over updates.
         metrics["judge/corrected"] = precision(counts)[1]
         metrics["judge/wrong"] = recall(counts)[1]
         for row, label in enumerate(LABELS):

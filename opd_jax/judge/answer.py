@@ -1,8 +1,8 @@
 """How a teacher answers a question with one of three words: two decodings over a kept cache.
 
-`score_labels` compares the likelihoods of the words. It is never unparsable and needs no loop over
+`score_labels` compares the likelihoods of the words. It always gives a label and needs no loop over
 tokens. `generate_labels` is the paper's literal procedure: it searches greedy text for a word. Both
-append the questions to what the cache holds: nothing, or a conversation.
+append the questions to a cache that is empty or holds conversations.
 """
 
 import re
@@ -23,15 +23,12 @@ from opd_jax.runtime.mesh import replicate, shard_batch
 
 LABELS = ("SKIP", "WEAK", "STRONG")
 UNPARSABLE = -1
-# `score_labels` and `generate_labels`.
+# The names of `score_labels` and `generate_labels` in a config.
 DECODINGS = ("constrained", "generate")
 
 
 def parse_label(answer: str) -> int:
-    """The one of the three words that an answer holds, in any case, or `UNPARSABLE`.
-
-    An answer with two different words has not chosen: it is unparsable.
-    """
+    """The label that an answer names, in upper or lower case; `UNPARSABLE` for none or several."""
     found = {word.upper() for word in re.findall(r"\b(SKIP|WEAK|STRONG)\b", answer, re.IGNORECASE)}
     return Verdict[found.pop()] if len(found) == 1 else UNPARSABLE
 
@@ -59,15 +56,13 @@ def score_labels(
     answer is not scored.
 
     Args:
-      cache: what stands before the questions; donated. It needs room for the longest label.
+      cache: what precedes the questions; donated. It needs room for the questions and a label.
       tokens: int32 [B, Q], the questions.
       counts: int32 [B], their lengths; a row with 0 asks nothing, and its label is meaningless.
-      config: the teacher's sizes.
-      tokenizer: the teacher's.
 
     Returns:
-      A label for each row, and the cache with the questions appended. Slots beyond a row's length,
-      also in rows that ask nothing, hold leftovers of the words.
+      A label for each row, and the cache with the questions appended. Slots after a row's length
+      hold leftovers.
     """
     scores, cache = label_scores(
         params,
@@ -105,10 +100,10 @@ def label_scores(
         return replace(grown, lengths=cache.lengths), hidden
 
     if width > 1:
-        # One word after another, each written over the last. Side by side, each would need a copy
-        # of the cache.
-        cache, behind = jax.lax.scan(read, cache, word_tokens[:, :-1])
-        after = jnp.concatenate([after, jnp.moveaxis(behind, 0, 1)], axis=2)
+        # One word after another, each written over the last. In parallel, each would need its own
+        # copy of the cache.
+        cache, later = jax.lax.scan(read, cache, word_tokens[:, :-1])
+        after = jnp.concatenate([after, jnp.moveaxis(later, 0, 1)], axis=2)
     logits = model.logits(params, after, sharded=sharded)
     each = jnp.take_along_axis(
         jax.nn.log_softmax(logits), word_tokens[None, :, :, None], axis=-1
@@ -130,10 +125,7 @@ def generate_labels(
 ) -> tuple[list[int], KVCache]:
     """The label in the teacher's greedy answer to each question, or `UNPARSABLE`.
 
-    Args:
-      cache, tokens, counts, config, tokenizer: as in `score_labels`, with room for the answers.
-      stop_ids: tokens that end an answer.
-      max_new_tokens: longest answer.
+    Arguments as in `score_labels`; the cache needs room for `max_new_tokens` of each answer.
     """
     rows, sharded = len(counts), model.is_sharded(params)
     asked = shard_batch((tokens, np.maximum(counts - 1, 0)))
@@ -144,7 +136,7 @@ def generate_labels(
         params,
         cache,
         *shard_batch((last, budget)),
-        jax.random.split(jax.random.key(0), rows),  # greedy: never drawn from
+        jax.random.split(jax.random.key(0), rows),  # unused: decoding is greedy
         jnp.asarray(stop_ids, jnp.int32),
         config=config,
         sampling=gen.Sampling(temperature=0.0, top_k=0, top_p=1.0),

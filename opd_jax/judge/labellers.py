@@ -1,4 +1,4 @@
-"""What gives every turn of an update its verdict: the teacher, or nobody."""
+"""Where the verdicts of an update come from: the teacher, or nobody."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,7 +19,7 @@ Labeller = Callable[[Sequence[Conversation], int], tuple[np.ndarray, dict[str, A
 
 
 def no_judge(*, max_turns: int) -> Labeller:
-    """Every turn is STRONG: plain OPD, and supervised data."""
+    """Every turn is STRONG, as in plain OPD and fine-tuning."""
 
     def label(conversations: Sequence[Conversation], update: int):
         return np.full((len(conversations), max_turns), Verdict.STRONG, np.int32), {}
@@ -28,13 +28,7 @@ def no_judge(*, max_turns: int) -> Labeller:
 
 
 def teacher_judge(params: Params, *, by: Judge, max_turns: int) -> Labeller:
-    """The teacher's verdicts (`judge_turns`), and now and then those of the other decoding too.
-
-    Args:
-      params: the teacher's.
-      by: how it is asked.
-      max_turns: K.
-    """
+    """The teacher's verdicts. Every `agreement_every` updates the other decoding is asked too."""
     ask = partial(judge_turns, params, by=by, max_turns=max_turns)
     how = by.settings
 

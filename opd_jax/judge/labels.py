@@ -1,7 +1,4 @@
-"""Labels of turns, as arrays [B, K]: what the environment itself says of every turn of a batch.
-
-The teacher's judgement (`verdicts`) gives arrays of the same shape.
-"""
+"""The environment's labels of every turn of a batch, as arrays [B, K] like the judge's verdicts."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,8 +17,7 @@ class EnvLabels(NamedTuple):
     Attributes:
       played: bool [B, K], there is such a turn, and the environment did not break in its episode.
       failed: bool [B, K], the turn failed deterministically.
-      oracle: int32 [B, K], the environment's own `Verdict` from hidden knowledge; `NO_LABEL` where
-        it has none.
+      oracle: int32 [B, K], the environment's own `Verdict` from hidden knowledge, or `NO_LABEL`.
     """
 
     played: np.ndarray
@@ -32,9 +28,8 @@ class EnvLabels(NamedTuple):
 def env_labels(conversations: Sequence[Conversation], *, max_turns: int) -> EnvLabels:
     """The environment's labels of every turn.
 
-    Args:
-      conversations: B of them; rows that only fill a batch have no turns.
-      max_turns: K.
+    Raises:
+      ValueError: an episode has more than `max_turns` turns, K.
     """
     shape = (len(conversations), max_turns)
     labels = EnvLabels(

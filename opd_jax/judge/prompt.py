@@ -1,9 +1,9 @@
-"""What the teacher is shown of a turn: the gatekeeper's question.
+"""The question that the judge is asked about a turn.
 
 It holds the teacher's role, a rubric for three words, and the fields of the paper's Table 9. With
-the context "history" it is asked behind the conversation, and holds only what the conversation does
-not. There the teacher sees what was tried before. Without that, going back to a place looks as good
-as going to a new one.
+the context "history" the question follows the conversation, and holds only what the conversation
+does not. There the teacher sees what was tried before. Without that, going back to a place looks as
+good as going to a new one.
 """
 
 from dataclasses import dataclass, field
@@ -59,18 +59,13 @@ def judge_prompt(task: Task, turn: Turn, *, admissible_shown: int, context: str)
     """The question about one turn.
 
     Args:
-      task: of the episode.
+      task: the episode's task.
       turn: the turn to judge.
-      admissible_shown: how many admissible actions are listed; the rest are counted.
+      admissible_shown: most admissible actions to list; the rest are counted.
       context: "table9": what the student saw and wrote; "+feedback": also what the environment
         answered (the paper's section 3.3 mentions it, its Table 9 does not); "history": only what
-        the conversation does not hold, for a question asked behind it.
-
-    Raises:
-      ValueError: an unknown `context`.
+        the conversation does not hold, for a question that follows it.
     """
-    if context not in FIELDS:
-        raise ValueError(f"`judge.context`: expected {', '.join(FIELDS)}, got {context!r}")
     values = {
         "Task type: ": task.type,
         "Goal: ": task.goal,
@@ -91,11 +86,11 @@ class JudgeSettings:
       decode: "constrained" or "generate" (`answer`).
       context: see `judge_prompt`.
       admissible_shown: see `judge_prompt`.
-      batch: questions asked at a time, at most; with "history": conversations.
-      length_multiple: questions are padded to a multiple of this, and conversations read in pieces
-        of it.
+      batch: most questions at a time; with "history", most conversations.
+      length_multiple: questions are padded to a multiple of this; conversations are read in pieces
+        of this length.
       max_new_tokens: longest answer of the `generate` decoding.
-      agreement_every: updates between two in which the other decoding is asked too; 0: never.
+      agreement_every: every so many updates the other decoding is asked too; 0: never.
     """
 
     decode: str = field(metadata=affects(METHOD, FIGURES))
@@ -125,7 +120,7 @@ class Judge:
 
     Attributes:
       model: the teacher's sizes.
-      tokenizer: the teacher's.
+      tokenizer: the teacher's tokenizer.
       chat: its chat format.
       settings: how it is asked.
     """
@@ -136,9 +131,9 @@ class Judge:
     settings: JudgeSettings
 
     def question(self, conversation: Conversation, index: int) -> list[int]:
-        """The question about one turn, up to where the answer starts.
+        """The tokens of the question about one turn, up to where the answer starts.
 
-        A message of its own, or with "history" the next message of the conversation (`prefix`).
+        With "history" they are the conversation's next message, else a conversation of their own.
         """
         task, turn = conversation.task, conversation.turns[index]
         assert task is not None  # a row that only fills a batch has no turns
@@ -149,7 +144,7 @@ class Judge:
         return self.chat.follow(text, ended=turn.stop == "stop_token")
 
     def prefix(self, conversation: Conversation, index: int) -> list[int]:
-        """What the question is asked behind: with "history" all tokens up to the turn's end."""
+        """The tokens before the question: with "history" all up to the turn's end, else none."""
         if self.settings.context != "history":
             return []
         return conversation.tokens[: conversation.spans[index][1]]

@@ -1,7 +1,7 @@
 """The judge's verdict on every turn of a batch of conversations.
 
 A turn that failed deterministically gets `Verdict.DET_FAIL`, and the judge is not asked. The
-teacher judges the others: `prompt` writes the question, and `answer` reads the reply.
+teacher judges the others. `prompt` writes the question, and `answer` reads the reply.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,18 +12,11 @@ import numpy as np
 from opd_jax import model
 from opd_jax.agent import generate as gen
 from opd_jax.agent.conversation import Conversation
-from opd_jax.judge.answer import (
-    DECODINGS,
-    UNPARSABLE,
-    generate_labels,
-    label_tokens,
-    score_labels,
-)
+from opd_jax.judge.answer import UNPARSABLE, generate_labels, label_tokens, score_labels
 from opd_jax.judge.labels import env_labels
 from opd_jax.judge.prompt import Judge
 from opd_jax.losses import Verdict
 from opd_jax.model import KVCache, Params
-from opd_jax.runtime.fields import check_choice
 from opd_jax.runtime.mesh import batch_multiple, shard_batch
 
 
@@ -32,8 +25,8 @@ class Judgement:
     """What the judge said of a batch of conversations.
 
     Attributes:
-      verdict: int32 [B, K], `Verdict` codes; SKIP where there is no turn and where the environment
-        broke. An unparsable answer is STRONG, the conservative reading.
+      verdict: int32 [B, K], `Verdict` codes; SKIP if there is no turn or the environment broke. An
+        unparsable answer is STRONG, the conservative reading.
       asked: bool [B, K], turns that reached the judge.
       unparsable: bool [B, K], answers that held none of the three words.
     """
@@ -56,21 +49,20 @@ def judge_turns(
     Args:
       params: the teacher's.
       conversations: finished ones.
-      by: see `Judge`.
+      by: how the teacher is asked.
       max_turns: K.
       decode: "constrained" or "generate"; replaces `by.settings.decode`.
 
     Raises:
-      ValueError: an unknown `decode`.
+      ValueError: a question and its answer exceed the teacher's positions.
 
     Source: arXiv 2606.19659, section 3.3. Constrained decoding is ours.
     """
-    check_choice(DECODINGS, decode=decode)
     labels = env_labels(conversations, max_turns=max_turns)
     asked = labels.played & ~labels.failed
     verdict = np.where(labels.failed, Verdict.DET_FAIL, Verdict.SKIP).astype(np.int32)
     unparsable = np.zeros_like(asked)
-    ask = _behind_conversations if by.settings.context == "history" else _one_by_one
+    ask = _after_conversations if by.settings.context == "history" else _one_by_one
     for place, label in ask(params, conversations, asked, by=by, decode=decode):
         unparsable[place] = label == UNPARSABLE
         verdict[place] = Verdict.STRONG if label == UNPARSABLE else label
@@ -88,7 +80,7 @@ def _one_by_one(
     by: Judge,
     decode: str,
 ) -> Iterator[tuple[Place, int]]:
-    """A label for each turn asked about; questions of like length go together."""
+    """A label for each turn asked about; questions of similar length share a batch."""
     questions = {
         (int(row), int(index)): by.question(conversations[row], int(index))
         for row, index in np.argwhere(asked)
@@ -106,7 +98,7 @@ def _one_by_one(
         yield from zip(places, labels, strict=False)
 
 
-def _behind_conversations(
+def _after_conversations(
     params: Params,
     conversations: Sequence[Conversation],
     asked: np.ndarray,
@@ -114,10 +106,10 @@ def _behind_conversations(
     by: Judge,
     decode: str,
 ) -> Iterator[tuple[Place, int]]:
-    """A label for each turn asked about, from one reading of each conversation.
+    """A label for each turn asked about; each conversation is prefilled once.
 
-    Turns are asked about from the last to the first. The cache is rolled back to the end of a turn,
-    and the question is written over what followed. So no part of a conversation is read twice.
+    Turns go from the last to the first: the cache is rolled back to the end of a turn, and the
+    question is written over what followed.
     """
     rows = [row for row in range(len(conversations)) if asked[row].any()]
     size = min(by.settings.batch, -(-len(conversations) // batch_multiple()) * batch_multiple())
@@ -193,11 +185,7 @@ def _answer_tokens(by: Judge, decode: str) -> int:
 
 
 def _check_room(longest: int, by: Judge, decode: str) -> None:
-    """Raises if a question and its answer exceed the teacher's positions.
-
-    Args:
-      longest: tokens of the longest question, what stands before it included.
-    """
+    """Raises if the `longest` question, with what precedes it, leaves no room for its answer."""
     room = _answer_tokens(by, decode)
     if longest + room > by.model.max_positions:
         raise ValueError(
@@ -210,7 +198,7 @@ def _check_room(longest: int, by: Judge, decode: str) -> None:
 def _padded(
     questions: Sequence[Sequence[int]], by: Judge, *, width: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Questions as int32 [rows, width], by default wide enough for all, and their lengths."""
+    """Questions as int32 [rows, width], and their lengths; by default the width fits all."""
     counts = np.array([len(question) for question in questions], np.int32)
     width = (
         width or -(-int(counts.max()) // by.settings.length_multiple) * by.settings.length_multiple

@@ -1,4 +1,4 @@
-"""What one update consumes, as arrays: tokens, turns, verdicts, the places of student tokens."""
+"""The arrays that one update consumes: tokens, turns, verdicts, positions of student tokens."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from opd_jax.agent.conversation import Conversation
 from opd_jax.losses import NO_TURN
 from opd_jax.runtime.mesh import constrain
 
-# What a batch holds: numpy's on the host, jax's under `jit`.
+# A batch holds numpy arrays on the host and jax arrays under `jit`.
 Array = jax.Array | np.ndarray
 
 
@@ -26,8 +26,8 @@ class Batch:
       sampled_logprobs: float32 [B, T], nats, as sampled; compared with the recomputed ones.
       verdict: int32 [B, K], codes of `Verdict`.
       response: int32 [B, R], positions of the student's tokens, ascending; T where a row has
-        fewer. Most tokens of an episode are observations, so gathering the student's first saves
-        most of the cost of the vocabulary-sized part.
+        fewer. Most tokens are observations. Gathering the student's tokens first saves most of the
+        vocabulary-sized work.
     """
 
     tokens: Array
@@ -47,19 +47,19 @@ def pack(
 ) -> Batch:
     """Conversations and their verdicts as a batch.
 
-    T and R are the longest rounded up to a multiple. That bounds the number of shapes, and so of
-    compiled programs, that training meets. An episode whose environment broke carries no loss.
+    T and R are the longest lengths, rounded up to a multiple: few shapes, few compiled programs. An
+    episode whose environment broke carries no loss.
 
     Args:
       conversations: B of them, at least one.
       verdict: int32 [B, K].
       length_multiple: T is a multiple of this.
-      response_multiple: R is a multiple of this, and at most T.
-      vocab_size: of the model that will read the tokens.
+      response_multiple: R is a multiple of this, but at most T.
+      vocab_size: every token has to be below it.
 
     Raises:
-      ValueError: tokens, turns or log-probabilities that the compiled update must not see; names
-        the field and the first row.
+      ValueError: tokens, turns or log-probabilities that are out of range. The message names the
+        field and the first row.
     """
     longest = max(len(c.tokens) for c in conversations)
     shape = len(conversations), -(-longest // length_multiple) * length_multiple
@@ -107,16 +107,12 @@ def _check(batch: Batch, vocab_size: int) -> None:
 
 
 def split_rows(tree: Any, parts: int) -> Any:
-    """A leading axis of micro-batches on every array: [B, ...] -> [parts, B/parts, ...].
+    """Splits every array into micro-batches: [B, ...] -> [parts, B/parts, ...].
 
-    A part takes every parts-th row: each device then has its share of every part.
-
-    Args:
-      tree: a `Batch`, or arrays [B, ...] of the same rows.
-      parts: how many micro-batches.
+    A part takes every parts-th row, so that each device has its share of every part.
 
     Raises:
-      ValueError: B does not divide by `parts`.
+      ValueError: B is not a multiple of `parts`.
     """
 
     def part(x: jax.Array) -> jax.Array:
@@ -143,8 +139,9 @@ def num_parts(batch: Batch, *, micro_batches: int, batch_rows: int | None) -> in
     """How many micro-batches a batch has.
 
     Args:
-      batch: of any number of rows.
-      micro_batches: of a batch of `batch_rows` rows. A batch of n times the rows has n times more.
-      batch_rows: rows of a batch of whole episodes. None: `micro_batches` for every batch.
+      batch: its rows are counted.
+      micro_batches: parts of a batch of `batch_rows` rows; n times the rows give n times the parts.
+      batch_rows: rows of a batch in which each episode is one row. None: `micro_batches` for every
+        batch.
     """
     return micro_batches * (len(batch.tokens) // batch_rows if batch_rows else 1)

@@ -1,6 +1,6 @@
 """What is minimized: divergences of the student's tokens from the teacher, times their weights.
 
-The objective of a micro-batch comes as sums, which add up over any split (`train_step`).
+The objective of a micro-batch is returned as sums. They add up over any split (`train_step`).
 """
 
 from dataclasses import dataclass
@@ -27,14 +27,14 @@ class Objective:
 
     Attributes:
       divergence: d: "reverse_kl", "forward_kl", "jsd", "sampled_reverse_kl" (one-sample estimate),
-        or "cross_entropy" with the tokens themselves (fine-tuning; there is no teacher).
-      beta: for "jsd", the teacher's share in the mixture.
+        or "cross_entropy" with the tokens themselves (fine-tuning without a teacher).
+      beta: the teacher's share in the mixture of "jsd"; ignored by the others.
       intervention: use the turns' verdicts; else i = 1.
       confidence: use the teacher's confidence; else c = 1.
-      confidence_temperature: of the teacher's softmax in c only.
-      weak_weight: α.
-      entropy_bonus: of e, for tokens at which the teacher is uncertain; 0: e = 1.
-      entropy_threshold: of e, nats (`losses.entropy_factor`).
+      confidence_temperature: temperature of the teacher's softmax in c only.
+      weak_weight: α, the weight of a WEAK turn.
+      entropy_bonus: e = 1 + this for tokens at which the teacher is uncertain; 0: e = 1.
+      entropy_threshold: the teacher is uncertain above this entropy, nats.
       normalize: see `losses.scale`.
       scope: see `losses.sage_weights`.
       eps: see `losses.scale`.
@@ -90,16 +90,16 @@ class Sums:
     """Sums over student tokens (or turns) of a micro-batch; float32, additive over splits.
 
     Attributes:
-      loss: Σ s·d, or Σ z·s·d where z is a trajectory's own.
-      totals: of s.
-      divergence: Σ d by turn index [K].
-      tokens_by_turn: [K].
-      weight_by_turn: Σ s by turn index [K].
-      confidence: Σ c over turns, by turn index [K].
-      turns: number of turns, by turn index [K].
-      student_entropy: Σ, nats.
-      teacher_entropy: Σ, nats; 0 without a teacher.
-      logprob_error: largest |sampled − recomputed| log-probability of the student.
+      loss: Σ s·d; with the scope "trajectory" Σ z·s·d, where z is the trajectory's own.
+      totals: totals of s.
+      divergence: [K], Σ d by turn index.
+      tokens_by_turn: [K], number of tokens.
+      weight_by_turn: [K], Σ s.
+      confidence: [K], Σ c over turns.
+      turns: [K], number of turns.
+      student_entropy: Σ of the entropy, nats.
+      teacher_entropy: the same for the teacher; 0 without one.
+      logprob_error: the largest |sampled − recomputed| log-probability of the student, not a sum.
     """
 
     loss: jax.Array
@@ -129,19 +129,8 @@ def score(
     """Divergence and all other scores of the response tokens, float32 [B, R].
 
     One forward pass of the student over the exact tokens. Only `divergence` and `student_logprob`
-    carry gradients, and only to `params`. The student computes in `dtype`, whatever its parameters
-    are kept in.
-
-    Args:
-      params: the student's.
-      teacher: what it says at the response tokens; None where the objective needs none.
-      batch: [B, T] tokens, of which [B, R] are scored.
-      student: its sizes.
-      objective: whose divergence, and whose temperature of confidence.
-      dtype: that the student computes in.
-      query_chunk: see `model.attention`.
-      loss_chunk: positions whose logits exist at a time (`losses.fused_scores`).
-      remat: see `model.forward`.
+    carry gradients, and only to `params`. The student computes in `dtype`, whatever the dtype of
+    its parameters. The other arguments are those of `make_train_step`.
 
     Raises:
       ValueError: the objective needs a teacher and there is none.
@@ -183,11 +172,11 @@ def _take(x_BT: Array, index_BR: Array, *, fill: float) -> jax.Array:
 
 
 def _gathered_head(params: Params) -> jax.Array:
-    """The head, all-gathered along `fsdp` once: the compiler would gather it for every chunk.
+    """The head, all-gathered along `fsdp` once. The compiler would gather it for every chunk.
 
-    The constraint holds for its gradient too: it is summed over devices once, after all chunks.
-    With the head's own sharding it would be summed for every chunk: 116 GB an update instead of 5,
-    in a plan of a 1.7B student on 32 chips.
+    The constraint also holds for the gradient, which is then summed over devices once, after all
+    chunks. With the head's own sharding it would be summed for every chunk: in a plan of a 1.7B
+    student on 32 chips that sends 116 GB an update instead of 5.
     """
     return constrain(model.head(params), None, "vocab")
 
@@ -224,7 +213,7 @@ def _distillation_scores(
 def _fine_tuning_scores(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, *, loss_chunk: int
 ) -> TokenScores:
-    """Scores at N positions where the divergence is the tokens' own cross-entropy."""
+    """Scores at N positions, with the cross-entropy of the tokens themselves as divergence."""
     nll, entropy = losses.fused_cross_entropy(hidden, head, targets, chunk_size=loss_chunk)
     zero = jnp.zeros_like(nll)
     return TokenScores(nll, zero, -nll, zero, entropy, zero)
@@ -233,10 +222,7 @@ def _fine_tuning_scores(
 def objective_sums(scores: TokenScores, batch: Batch, *, objective: Objective) -> Sums:
     """The weighted objective of a micro-batch, as sums; differentiate `loss`.
 
-    Args:
-      scores: float32 [B, R].
-      batch: the same rows.
-      objective: which factors the weight has.
+    `scores` are those of the same `batch`, [B, R].
     """
     turn_id = _take(batch.turn_id, batch.response, fill=NO_TURN)
     K = batch.verdict.shape[1]
@@ -282,8 +268,8 @@ def _weights(
 ) -> tuple[jax.Array, WeightTotals]:
     """s = i · c · e of every token, [B, R], and its totals over the micro-batch.
 
-    With the scope "trajectory" the scale is applied here: a trajectory is one row, so nothing has
-    to be added up first.
+    With the scope "trajectory" the scale is applied here: a trajectory is one row, so its totals
+    are complete.
     """
     verdict = jnp.asarray(verdict)
     if not objective.intervention:

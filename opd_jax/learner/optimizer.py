@@ -1,4 +1,4 @@
-"""The optimizer: AdamW with a schedule, behind a clip of the gradient."""
+"""The optimizer: AdamW with a schedule; the gradient is clipped first."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ import optax
 from opd_jax.model import Params
 from opd_jax.runtime.fields import check_choice, check_within
 
-# With a decay of 1 the correction of a moment's bias divides by zero.
+# With a decay of 1 the bias correction of a moment divides by zero.
 _BELOW_ONE = 1 - 1e-9
 
 
@@ -17,10 +17,11 @@ class AdamW:
     """AdamW's settings.
 
     Attributes:
-      learning_rate: peak.
-      schedule: after the warm-up: "constant", or "cosine" or "linear" to 0 at the last update.
-      warmup_updates: the rate rises linearly to its peak, which it reaches after so many.
-      weight_decay: spares norms and biases.
+      learning_rate: the highest rate.
+      schedule: the rate after the warm-up: "constant", or "cosine" or "linear" to 0 at the last
+        update.
+      warmup_updates: the rate rises linearly for this many updates.
+      weight_decay: decay of matrices; norms and biases have none.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
@@ -58,7 +59,7 @@ def make_optimizer(adamw: AdamW, *, total_updates: int) -> optax.GradientTransfo
         "cosine": optax.cosine_decay_schedule(peak, decay_updates),
         "linear": optax.linear_schedule(peak, 0.0, decay_updates),
     }[adamw.schedule]
-    # The first rate is above 0: an update at rate 0 would be lost.
+    # The first rate is above 0: an update at rate 0 would be wasted.
     warmup = optax.linear_schedule(peak / (warmup_updates + 1), peak, max(warmup_updates, 1))
     optimizer = optax.adamw(
         optax.join_schedules([warmup, after], [warmup_updates]),

@@ -1,7 +1,8 @@
-"""The teacher's pass: one forward over the student's tokens, a program of its own.
+"""The teacher's pass: one forward over the student's tokens, compiled as its own program.
 
-It needs no weights and no student, so it can run as soon as a batch is packed. What it returns,
-hidden states at the student's tokens, is all that the update needs of the teacher beside its head.
+It depends neither on the weights of tokens nor on the student, so it can run as soon as a batch is
+packed. It returns hidden states at the student's tokens. Beside the teacher's head, the update
+needs nothing else of the teacher.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from opd_jax.model import ModelConfig, Params
 
 @struct.dataclass
 class Teacher:
-    """What an update knows of the teacher.
+    """What an update needs of the teacher.
 
     Attributes:
       hidden: float [B, R, D'], the hidden states that predict the response tokens.
@@ -34,11 +35,7 @@ def make_teacher_pass(
 ) -> Callable[[Params, Batch], jax.Array]:
     """The compiled pass `(params, batch) -> hidden` [B, R, D'], for `Teacher.hidden`.
 
-    Args:
-      config: the teacher's sizes.
-      micro_batches: bounds the memory of a pass; see `batch.num_parts`.
-      batch_rows: see `batch.num_parts`.
-      query_chunk: queries attended at a time.
+    Micro-batches bound its memory (`batch.num_parts`).
     """
 
     @jax.jit
@@ -53,17 +50,10 @@ def make_teacher_pass(
 def response_hidden(
     params: Params, batch: Batch, *, config: ModelConfig, query_chunk: int, remat: str
 ) -> jax.Array:
-    """Hidden states that predict the response tokens, [B, R, D]: those one position earlier.
+    """The hidden states that predict the response tokens, [B, R, D]: those one position earlier.
 
     Unfilled slots get zeros. Hidden states of padding need not be finite, and would reach the
     gradient as 0 · NaN.
-
-    Args:
-      params: a model's.
-      batch: its `tokens` [B, T] are read, and `response` [B, R] says where.
-      config: the model's sizes.
-      query_chunk: queries attended at a time.
-      remat: see `model.forward`.
     """
     hidden_BTD = model.forward(
         params, jnp.asarray(batch.tokens), config=config, query_chunk=query_chunk, remat=remat

@@ -20,8 +20,8 @@ class TrainState:
     """Everything an update changes, and all that resuming needs on the device.
 
     Attributes:
-      params: what is trained, in the dtype it is trained in: the student's parameters, or its
-        adapters alone (`lora`).
+      params: what is trained, in the dtype it is trained in: the student's parameters, or only its
+        adapters (`lora`).
       opt_state: optax state.
       step: int32 [], updates done.
       rng: the run's PRNG key. Update n draws with this key folded with n.
@@ -34,13 +34,7 @@ class TrainState:
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, *, seed: int) -> TrainState:
-    """The state before the first update, placed as `abstract_state` says.
-
-    Args:
-      params: the student's; copied.
-      optimizer: makes its own first state.
-      seed: of the run's PRNG key.
-    """
+    """The state before the first update, sharded as `abstract_state` says; copies `params`."""
 
     def fresh(params: Params) -> TrainState:
         # Copied: the state is donated by the first update, and `params` belongs to the caller.
@@ -57,13 +51,9 @@ def restore_or_init(
     *,
     seed: int,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The state and the stored object of the newest checkpoint, or the beginning and {}.
+    """The state and `meta` of the newest checkpoint; without one, `init_state` and {}.
 
-    Args:
-      checkpoints: of the run.
-      untrained: what is trained, before any update.
-      optimizer: see `init_state`.
-      seed: see `init_state`.
+    `untrained` are the parameters to train, before any update.
     """
     restored = checkpoints.restore_latest(abstract_state(untrained, optimizer))
     if restored is None:
@@ -73,16 +63,10 @@ def restore_or_init(
 
 
 def abstract_state(params: Params, optimizer: optax.GradientTransformation) -> Any:
-    """Shapes, dtypes and shardings of `init_state`: what a checkpoint is restored into.
+    """`init_state` as a `TrainState` of `ShapeDtypeStruct`s, to restore a checkpoint into.
 
-    Optimizer moments are sharded as their parameters are. Everything else is replicated.
-
-    Args:
-      params: arrays, or `ShapeDtypeStruct`s with shardings.
-      optimizer: gives the shapes of the moments.
-
-    Returns:
-      A `TrainState` of `ShapeDtypeStruct`s.
+    Optimizer moments are sharded as their parameters are. Everything else is replicated. `params`
+    are arrays, or `ShapeDtypeStruct`s with shardings.
     """
     state = jax.eval_shape(partial(_first_state, optimizer=optimizer, seed=0), params)
     everywhere = _everywhere(jax.tree.leaves(params)[0].sharding)
@@ -112,7 +96,7 @@ def placement_of(state: Any) -> Any:
 
 
 def _everywhere(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
-    """Replicated over the devices of a parameter."""
+    """Replication over the devices of a parameter."""
     if isinstance(sharding, NamedSharding):
         return replicated(sharding.mesh)
     return sharding

@@ -1,8 +1,8 @@
 """One update as one compiled program: the student's forward pass, the objective, the optimizer.
 
-Micro-batches are exact. Each contributes the sums Σ s·d, Σ s and N with its gradient of Σ s·d. The
-scale Z and the division by N need the sums of the whole batch, so they are applied once, to the
-accumulated gradient. Any split of a batch gives the same update up to rounding.
+Micro-batches are exact. Each adds its sums Σ s·d, Σ s and N, and its gradient of Σ s·d. The scale z
+and the division by N need the sums of the whole batch, so they are applied once, to the accumulated
+gradient. Any split of a batch gives the same update up to rounding.
 """
 
 import dataclasses
@@ -31,11 +31,11 @@ class TrainSettings:
     """How many updates there are, and how one is computed.
 
     Attributes:
-      updates: of the run.
-      micro_batches: parts of a batch of episodes (`make_train_step`).
+      updates: length of the run.
+      micro_batches: equal parts of a batch. Bounds memory, and changes results by rounding only.
       query_chunk: queries attended at a time.
       loss_chunk: positions whose logits exist at a time.
-      remat: what the backward pass computes again (`model.REMAT`).
+      remat: what the backward pass rematerializes (`model.REMAT`).
       length_multiple: T of a batch is a multiple of this.
       response_multiple: R of a batch is a multiple of this.
     """
@@ -70,28 +70,35 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
     """The jitted update `(state, teacher, batch) -> (state, metrics)`; donates `state`.
 
-    `teacher` is a `Teacher`, or None where the objective needs none. With `lora` the update is
-    `(state, teacher, batch, base) -> (state, metrics)`: what is trained are adapters of `base`, the
-    student's own parameters, which are only read.
+    `teacher` is a `Teacher`, or None if the objective needs none. With `lora` the update is
+    `(state, teacher, batch, base) -> (state, metrics)`: it trains adapters of `base`, the student's
+    own parameters, which are only read.
 
     Args:
       student: sizes of the trained model.
       objective: what is minimized.
       optimizer: e.g. from `make_optimizer`.
       placement: the sharding of every array of the new state, from `placement_of` the old one.
-        None leaves it to the compiler. On several devices that may all-gather the parameters, and
-        the next update would compile again.
-      micro_batches: into how many equal parts a batch is split; bounds memory, changes nothing.
-      batch_rows: rows of a batch of whole episodes (`batch.num_parts`).
-      dtype: that the student computes in; its parameters, gradient and optimizer keep theirs.
-      query_chunk: see `model.forward`.
-      loss_chunk: positions whose logits exist at a time (`losses.fused_scores`).
-      remat: see `model.forward`.
-      lora: what the state's parameters adapt; None where they are the student's own.
+        None leaves it to the compiler. On several devices the compiler may then all-gather the
+        parameters, and the next update compiles again.
+      micro_batches: equal parts of a batch. Bounds memory, and changes results by rounding only.
+      batch_rows: rows of a batch in which each episode is one row. A batch of n times the rows has
+        n times the parts. None: every batch has `micro_batches` parts.
+      dtype: the student computes in it; its parameters, gradient and optimizer keep their own.
+      query_chunk: queries attended at a time.
+      loss_chunk: positions whose logits exist at a time.
+      remat: what the backward pass rematerializes, a key of `model.REMAT`.
+      lora: how the adapters in `state.params` were made; None if those are the student's own
+        parameters.
+
+    Returns:
+      The update. Its metrics are `loss`, `z`, `sums` (`objective.Sums`), `grad_norm` and
+      `update_norm`, replicated.
 
     Raises:
-      ValueError: at trace time, when the batch does not divide into the micro-batches, the
-        objective needs a teacher and there is none, or only one of `base` and `lora` is given.
+      ValueError: when the update is traced: the batch does not divide into the micro-batches, the
+        objective needs a teacher and there is none, only one of `base` and `lora` is given, or
+        `remat` is unknown.
     """
     score_with = partial(
         score,
@@ -107,9 +114,9 @@ def make_train_step(
     def train_step(
         state: TrainState, teacher: Teacher | None, batch: Batch, base: Params | None = None
     ):
-        def loss_and_sums(trained: Params, part: tuple[Batch, jax.Array | None]):
+        def loss_and_sums(trained: Params, part: tuple[Batch, Any]):
             rows, hidden = part
-            read = Teacher(hidden, teacher.head) if teacher and hidden is not None else None
+            read = Teacher(hidden, teacher.head) if teacher else None
             scores = score_with(with_adapters(base, trained, lora), read, rows)
             sums = objective_sums(scores, rows, objective=objective)
             return sums.loss, sums
@@ -141,13 +148,7 @@ def make_train_step(
 
 
 def _accumulate(loss_and_sums, params: Params, parts: tuple) -> tuple[Params, Sums]:
-    """The gradient, in float32, and the sums, added up over micro-batches.
-
-    Args:
-      loss_and_sums: (params, part) to the loss to differentiate, and `Sums`.
-      params: the gradient is with respect to these.
-      parts: micro-batches along a leading axis.
-    """
+    """The float32 gradient of `loss_and_sums(params, part)`, and the sums, over micro-batches."""
 
     def one(carry: tuple[Params, Sums], part: tuple):
         gradient, sums = jax.grad(loss_and_sums, has_aux=True)(params, part)

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention: of a sequence over itself, or of new tokens over a cache."""
+"""Causal grouped-query attention, of a sequence over itself or of new tokens over a cache."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ _SCORES = {"BGSH": "btgrh,bgsh->bgrts", "BSGH": "btgrh,bsgh->bgrts"}
 _VALUES = {"BGSH": "bgrts,bgsh->btgrh", "BSGH": "bgrts,bsgh->btgrh"}
 
 # Split a sequence into at most 8 spans; each attends only to keys before its end. Half of all pairs
-# of query and key are masked; 8 spans skip 7/8 of those. Each span is a program to compile.
+# of query and key are masked; 8 spans skip 7/8 of those. Each span adds code to compile.
 _SPANS = 8
 
 
@@ -26,17 +26,17 @@ def attention(
 ) -> jax.Array:
     """softmax(q kᵀ / √H) v over the keys at or before each query, `query_chunk` queries at a time.
 
-    Slot s of the keys holds position s, so a query attends to slots `s <= position`. Slots never
-    written lie beyond every position and need no other mask. Each chunk is rematerialized in the
-    backward pass, so no `[T, S]` array outlives a chunk.
+    Slot s of the keys holds position s, so a query attends to slots `s <= position`. Slots that
+    were never written lie beyond every position and need no other mask. The backward pass
+    rematerializes each chunk, so no `[T, S]` array outlives a chunk.
 
     Args:
       q_BTNH: queries, float [B, T, N, H], rotated.
       k: keys, rotated, in `layout`: [B, G, S, H] or [B, S, G, H]. G divides N.
       v: values, in `layout`.
       position_BT: int32 position of each query; the leading axis may be 1. None for a sequence over
-        itself, whose positions are 0..T-1: then most masked pairs are skipped.
-      layout: "BGSH" or "BSGH"; "BSGH" without `position_BT`.
+        itself: positions are 0..T-1, and most masked pairs are skipped.
+      layout: "BGSH" or "BSGH"; only "BSGH" without `position_BT`.
       query_chunk: queries at a time, ≥ 1; T need not be a multiple of it.
 
     Returns:
@@ -72,7 +72,7 @@ def _by_chunks(
     layout: str,
     query_chunk: int,
 ) -> jax.Array:
-    """Chunk by chunk, in a loop: unrolled, the compiler could hold the scores of many at once."""
+    """Chunk by chunk, in a loop. Unrolled, the compiler could hold the scores of many at once."""
     if q_BTNH.shape[1] <= query_chunk:
         return jax.checkpoint(partial(_at_once, layout=layout))(q_BTNH, k, v, position_BT)
 
@@ -88,7 +88,7 @@ def _by_chunks(
 def _at_once(
     q_BTNH: jax.Array, k: jax.Array, v: jax.Array, position_BT: jax.Array, *, layout: str
 ) -> jax.Array:
-    """The formula as it stands, with all scores `[B, N, T, S]` in memory."""
+    """The formula itself, with all scores `[B, N, T, S]` in memory."""
     B, T, N, H = q_BTNH.shape
     G = k.shape[layout.index("G")]
     S = k.shape[layout.index("S")]

@@ -18,14 +18,14 @@ _CACHE_AXES = {"B": "batch", "G": "kv_heads", "S": "slots", "H": "head_dim"}
 class KVCache:
     """Keys and values of B conversations.
 
-    The slot of a token is its position. Rows of different lengths therefore need no padding, and
-    lowering a row's length rolls it back: what lies beyond is masked, then overwritten.
+    The slot of a token is its position, so rows of different lengths need no padding. Lowering a
+    row's length rolls it back: later slots are masked, then overwritten.
 
     Attributes:
       keys: one buffer for each of L layers, in `layout`: [B, G, S, H] or [B, S, G, H].
       values: the same.
       lengths: int32 [B], the number of tokens in each row.
-      layout: static; "BGSH" or "BSGH".
+      layout: "BGSH" or "BSGH"; static.
     """
 
     keys: tuple[jax.Array, ...]
@@ -40,7 +40,7 @@ class KVCache:
 
 
 def cache_layout(platform: str) -> str:
-    """The layout that `attention` reads without copies on a platform, as JAX calls it."""
+    """The layout that `attention` reads without copies; `platform` is JAX's name for it."""
     return "BSGH" if platform == "tpu" else "BGSH"
 
 
@@ -50,7 +50,7 @@ def backend_cache_layout() -> str:
 
 
 def cache_specs(config: ModelConfig, *, batch: int, slots: int, layout: str) -> ParamSpec:
-    """Shape and logical axes of the keys of one layer, which are those of its values."""
+    """Shape and logical axes of one layer's keys; its values have the same."""
     sizes = {"B": batch, "G": config.num_kv_heads, "S": slots, "H": config.head_dim}
     shape = tuple(sizes[axis] for axis in layout)
     return ParamSpec(shape, tuple(_CACHE_AXES[axis] for axis in layout), 0.0)
@@ -63,7 +63,7 @@ def init_cache(
     """An empty cache of `batch` rows with `slots` slots each, sharded over the current mesh.
 
     Raises:
-      ValueError: the rows or the heads do not divide over the mesh.
+      ValueError: the rows or the heads do not divide evenly over the mesh.
     """
     spec = cache_specs(config, batch=batch, slots=slots, layout=layout)
     check_divides({"cache": spec})
@@ -80,10 +80,7 @@ def grow_cache(cache: KVCache, *, slots: int) -> KVCache:
     """Copies the conversations into a cache with more slots; deletes `cache`, as if donated.
 
     It copies one buffer after another and deletes each at once, so that two whole caches never
-    exist at the same time.
-
-    Args:
-      slots: the new number of slots, at least the old one.
+    exist at the same time. `slots` is at least the old number.
     """
 
     def grown(buffer: jax.Array) -> jax.Array:
@@ -103,7 +100,7 @@ def _widened(buffer: jax.Array, *, slots: int, layout: str) -> jax.Array:
 
 
 def append(buffer: jax.Array, new_BTGH: jax.Array, slot_BT: jax.Array, layout: str) -> jax.Array:
-    """Writes `new_BTGH` into a buffer at `slot_BT`, and drops what is out of range."""
+    """Writes `new_BTGH` into a buffer at `slot_BT`; slots out of range are dropped."""
     row = jnp.arange(buffer.shape[0])[:, None]
     if layout == "BSGH":
         grown = buffer.at[row, slot_BT].set(new_BTGH, mode="drop")

@@ -2,8 +2,8 @@
 
 The projections inside the layers, including those of experts, are quantized to 8 bits: symmetric,
 one scale for each output channel. Activations are not quantized. Embedding, head, routers, norms
-and biases keep their dtype: they are small or looked up by row. Nothing is calibrated: a scale is
-the largest magnitude of its channel / 127.
+and biases keep their dtype. There is no calibration: a scale is the largest magnitude of its
+channel / 127.
 """
 
 import jax
@@ -16,12 +16,8 @@ from opd_jax.model.projections import CONTRACTED, Int8Weight
 def quantize_weight(weight: jax.Array, *, contracted: tuple[int, ...]) -> Int8Weight:
     """The nearest `values · scale`; no element moves by more than half a scale.
 
-    scale = max |weight| / 127 over the contracted axes, values = round(weight / scale). For a
-    channel of zeros the scale is the smallest normal float, since 0 would divide 0 by 0.
-
-    Args:
-      weight: array of any float dtype and shape.
-      contracted: the axes of `weight` that the projection sums over.
+    scale = max |weight| / 127 over the `contracted` axes, values = round(weight / scale). A channel
+    of zeros gets the smallest normal float as its scale, since 0 / 0 is NaN.
     """
     weight = weight.astype(jnp.float32)
     largest = jnp.max(jnp.abs(weight), axis=contracted, keepdims=True)
@@ -36,15 +32,15 @@ def dequantize_weight(weight: Int8Weight, *, contracted: tuple[int, ...]) -> jax
 
 
 def contracted_axes(key: str, spec: ParamSpec) -> tuple[int, ...]:
-    """The axes of the weight `key`, stacked over layers, that the projection sums over."""
+    """The axes that the projection `key` sums over, in the weight stacked over layers."""
     return tuple(spec.axes.index(axis) for axis in CONTRACTED[key])
 
 
 def quantize_params(params: Params, config: ModelConfig) -> Params:
     """Replaces the weight of each projection in the layers by an `Int8Weight`.
 
-    All float weights are in memory until it returns. `hf.load_params` reads and quantizes one
-    parameter at a time instead.
+    All float weights stay in memory until it returns. `hf.load_params` avoids that: it reads and
+    quantizes one parameter at a time.
     """
     specs = param_specs(config)["layers"]
     layers = {

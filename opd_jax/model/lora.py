@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA): only two small factors beside each projection are trained.
+"""Low-rank adapters (LoRA): train only two small factors beside each projection.
 
 The weight W [in, out] of a projection is frozen: y = x W + (α / r) · (x A) B, with A [in, r] and
 B [r, out]. B starts at zero, so the student starts as the model it adapts. Gradients, optimizer
@@ -30,7 +30,7 @@ class Lora:
 
     Attributes:
       rank: r, columns of A and rows of B; 0 trains all parameters instead.
-      alpha: α; the adapters' product is scaled by α / r.
+      alpha: α; the product A B is scaled by α / r.
       targets: names of projections, from `TARGETS`, each once.
       int8: the frozen projections are rounded to 8 bits.
     """
@@ -62,8 +62,8 @@ def lora_specs(config: ModelConfig, lora: Lora) -> Params:
     A is normal with variance 1 / in, so that x A is as large as x. B is zero.
 
     Raises:
-      ValueError: the model does not have a target, a target cannot be adapted, or the rank is not
-        below that of a weight.
+      ValueError: the model does not have a target, a target cannot be adapted, or `rank` is not
+        below the rank of a weight.
     """
     layers = param_specs(config)["layers"]
     known = [key for key in TARGETS if key in layers]
@@ -100,7 +100,7 @@ def with_adapters(base: Params | None, trained: Params, lora: Lora | None) -> Pa
     Args:
       base: the frozen parameters; None without `lora`.
       trained: adapters in the tree of `lora_specs`; without `lora`, all parameters.
-      lora: gives the scale α / r.
+      lora: gives the scale α / r; None if all parameters are trained.
 
     Returns:
       `base` with a `LoraWeight` for each weight that has an adapter; without `lora`, `trained`.
@@ -112,7 +112,7 @@ def with_adapters(base: Params | None, trained: Params, lora: Lora | None) -> Pa
         return trained
     if lora is None or base is None:
         raise ValueError(
-            "`base` is what `lora` adapts: give both, or neither where all parameters are trained; "
+            "`base` is what `lora` adapts: give both, or neither if all parameters are trained; "
             f"got `base` {'None' if base is None else 'given'}, `lora` {lora}"
         )
     scale = lora.alpha / lora.rank
@@ -147,9 +147,7 @@ def _spec_like(weight: Any, key: str, spec: ParamSpec) -> Any:
 def merged(weight: jax.Array | Int8Weight | LoraWeight, *, contracted: tuple[int, ...]):
     """An adapted or quantized weight as one float32 array: W + (α / r) · A B.
 
-    Args:
-      weight: of a projection, stacked over layers or not.
-      contracted: the axes that the projection sums over; those before them are the stack.
+    The weight may be stacked. The axes before the `contracted` ones are the stack.
     """
     if isinstance(weight, Int8Weight):
         return dequantize_weight(weight, contracted=contracted)
@@ -159,6 +157,6 @@ def merged(weight: jax.Array | Int8Weight | LoraWeight, *, contracted: tuple[int
     rank = weight.a.shape[-1]
     a = weight.a.astype(jnp.float32).reshape(*stack, -1, rank)
     b = weight.b.astype(jnp.float32).reshape(*stack, rank, -1)
-    # By default an accelerator multiplies in less than float32.
+    # By default an accelerator multiplies float32 in a lower precision.
     product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
     return base + weight.scale * product.reshape(base.shape)

@@ -1,11 +1,11 @@
 """Mixture of experts: a feed-forward layer in which each token uses a few of many networks.
 
-Axes besides those of `model`: `E` experts · `K` experts of a token · `M` tokens of all rows of a
-batch · `R` = M · K pairs of a token and an expert.
+Axes besides those of `model.sizes`: `E` experts · `K` experts of a token · `M` tokens of a batch,
+over all rows · `R` = M · K pairs of a token and an expert.
 
 The pairs are sorted by expert, and one ragged product multiplies each expert's rows by its matrix.
-There is no capacity: nothing is padded and no token is dropped, so a token's output does not depend
-on other tokens.
+There is no capacity limit: nothing is padded and no token is dropped, so a token's output does not
+depend on other tokens.
 """
 
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ class Experts:
       count: experts, `E`.
       per_token: experts of a token, `K`.
       d_ff: feed-forward width of each expert, `F`.
-      normalized: whether the K router probabilities are scaled to sum to one. If not, they are used
-        as the softmax over all experts gives them.
+      normalized: scale the K router probabilities to sum to one. If false they stay as in the
+        softmax over all experts.
     """
 
     count: int
@@ -46,8 +46,8 @@ def feed_forward(layer: dict, x_BTD: jax.Array, experts: Experts, *, all_gather:
     Args:
       layer: `router` [D, E], `expert_gate` and `expert_up` [E, D, F], `expert_down` [E, F, D].
       x_BTD: normalized activations.
-      all_gather: whether weights are all-gathered over `fsdp`; F stays sharded over `tensor`. If
-        not, tokens are all-gathered over `fsdp` instead, with D sharded like the weights'.
+      all_gather: all-gather weights over `fsdp`; F stays sharded over `tensor`. If false, tokens
+        are all-gathered over `fsdp` instead, and their D is sharded like the weights' D.
 
     Returns:
       [B, T, D] in the dtype of `x_BTD`. Router probabilities are float32.
@@ -70,15 +70,14 @@ def feed_forward(layer: dict, x_BTD: jax.Array, experts: Experts, *, all_gather:
 
 
 def _axes(weight: Any, axes: tuple) -> Any:
-    """Logical axes of a weight. An int8 scale has those of the expert and the output channels."""
+    """Logical axes of a weight. An int8 scale has the axes of expert and output channel."""
     return Int8Weight(axes, (axes[0], axes[2])) if isinstance(weight, Int8Weight) else axes
 
 
 def _mix(layer: dict, x_BTD: jax.Array, experts: Experts, width: str | None) -> jax.Array:
     """`feed_forward` on one device: its shard of F gives a partial sum over F.
 
-    Args:
-      width: the logical axis of D if D is sharded too; products over D are then psummed.
+    If D is sharded too, `width` is its logical axis, and products over D are psummed.
     """
 
     def product(x_RD: jax.Array, weight: Any) -> jax.Array:
@@ -97,7 +96,7 @@ def _mix(layer: dict, x_BTD: jax.Array, experts: Experts, width: str | None) -> 
     gate, up = product(x_RD, layer["expert_gate"]), product(x_RD, layer["expert_up"])
     h_RF, down = jax.nn.silu(gate) * up, layer["expert_down"]
     out_RD = project_groups(h_RF, down, expert_R, sizes_E, dtype=h_RF.dtype)
-    # A gather back into the order of tokens; a scatter-add would sum the K terms in any order.
+    # Gather the results back into token order. A scatter-add would sum the K terms in any order.
     out_MKD = out_RD[jnp.argsort(order_R)].reshape(*expert_MK.shape, -1)
     mixed = jnp.einsum("mkd,mk->md", out_MKD, weight_MK, preferred_element_type=jnp.float32)
     return mixed.astype(x_BTD.dtype).reshape(x_BTD.shape)

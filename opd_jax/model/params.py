@@ -1,6 +1,6 @@
 """The parameter tree: shapes, logical axes, and initialization.
 
-A nested dict of arrays. Parameters of layers are stacked, `[L, ...]`: training scans over them.
+The tree is a nested dict of arrays. Those of layers are stacked, `[L, ...]`, to scan over them.
 """
 
 import math
@@ -20,6 +20,7 @@ class ParamSpec(NamedTuple):
     """One array before it exists: its shape, its logical axes and its initial scale.
 
     Attributes:
+      shape: sizes of the dimensions.
       axes: a logical name for each dimension; `mesh.RULES` maps names to mesh axes.
       scale: standard deviation of the normal initializer; 0 gives zeros, None gives ones.
     """
@@ -35,7 +36,7 @@ def is_spec(leaf: object) -> bool:
 
 
 def param_specs(config: ModelConfig) -> Params:
-    """The tree of `ParamSpec`: the one place where a parameter's shape is written down."""
+    """The tree of `ParamSpec`, the only place that defines the shapes of parameters."""
     c = config
     L, D, N, G, H, F = c.num_layers, c.d_model, c.num_heads, c.num_kv_heads, c.head_dim, c.d_ff
     std = 0.02 if D >= 400 else 1 / math.sqrt(D)
@@ -77,15 +78,10 @@ def param_specs(config: ModelConfig) -> Params:
 
 
 def init_params(config: ModelConfig, rng: jax.Array, *, dtype: jnp.dtype) -> Params:
-    """Random parameters. Jit with `out_shardings` to create each shard on its own device.
+    """Random parameters: the tree of `param_specs` with an array for each spec.
 
-    Args:
-      config: sizes.
-      rng: a PRNG key; each parameter gets a key split from it.
-      dtype: of the parameters; they are drawn in float32.
-
-    Returns:
-      The tree of `param_specs` with an array for each spec, initialized by its `scale`.
+    Jit with `out_shardings` to create each shard on its own device. Arrays are drawn in float32,
+    then cast to `dtype`.
     """
     return init_arrays(param_specs(config), rng, dtype=dtype)
 
@@ -120,8 +116,8 @@ def logits(params: Params, hidden: jax.Array, *, sharded: bool) -> jax.Array:
 
     Args:
       hidden: [B, ..., D].
-      sharded: static, `is_sharded(params)`. If true, hidden states are sent to the shards of the
-        head; the head is not all-gathered.
+      sharded: static, `is_sharded(params)`. If true, hidden states go to the shards of the head;
+        the head is not all-gathered.
     """
     if sharded:
         hidden = constrain(hidden, "decode_batch", *(None,) * (hidden.ndim - 2), "embed")
@@ -130,8 +126,8 @@ def logits(params: Params, hidden: jax.Array, *, sharded: bool) -> jax.Array:
 
 
 def is_sharded(params: Params) -> bool:
-    """Whether the width of weights is sharded over the mesh axis `fsdp`, as it is when loaded.
+    """Whether weights are sharded over the mesh axis `fsdp`, as they are when loaded.
 
-    A copy for sampling may be replicated over that axis instead (`generate.sampling_params`).
+    A copy for sampling may be replicated over that axis (`generate.sampling_params`).
     """
     return mesh.is_sharded(params["embed"], "embed")

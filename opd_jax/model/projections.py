@@ -1,7 +1,7 @@
-"""The projections inside the layers: the one place where an activation meets a weight matrix.
+"""The projections inside the layers: products of an activation and a weight matrix.
 
 On a mesh a weight is sharded. Either it is all-gathered and then multiplied (`project`), or
-activations are sent to its shards (`project_sharded`).
+activations go to its shards (`project_sharded`).
 """
 
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from opd_jax.runtime.mesh import constrain
 # The name of every projection's output, by which `model.REMAT` chooses what to keep.
 PROJECTION = "projection"
 
-# The logical axes that each projection contracts. In the shape of a weight they come after those of
-# the stack (layers, experts) and before those of the output (`model.param_specs`).
+# The logical axes that each projection contracts. A weight's axes: stack (layers, experts),
+# contracted, output.
 CONTRACTED: dict[str, tuple[str, ...]] = {
     "q": ("embed",),
     "k": ("embed",),
@@ -33,8 +33,8 @@ CONTRACTED: dict[str, tuple[str, ...]] = {
     "expert_down": ("mlp",),
 }
 
-# Letter in an einsum -> logical axis of an activation that is sent to sharded weights. Axes of
-# other letters are replicated.
+# Letter in an einsum -> logical axis of an activation that goes to sharded weights. Axes of other
+# letters are replicated.
 _AXES = {"b": "decode_batch", "d": "embed", "n": "heads", "g": "kv_heads", "f": "mlp"}
 
 
@@ -42,8 +42,8 @@ _AXES = {"b": "decode_batch", "d": "embed", "n": "heads", "g": "kv_heads", "f": 
 class Int8Weight:
     """A projection's weight as `values · scale`, with one scale for each output channel.
 
-    A node of the parameter tree where a float weight has an array. Both parts begin with the axes
-    of the stack, so scanning over layers or indexing a layer works on both. In a tree of specs or
+    It takes the place of an array in the parameter tree. Both parts begin with the axes of the
+    stack, so scanning over layers or indexing a layer works on both. In a tree of specs or
     shardings its two parts are specs or shardings.
 
     Attributes:
@@ -57,16 +57,16 @@ class Int8Weight:
 
 @struct.dataclass
 class LoraWeight:
-    """A projection's weight as `base + scale · a b`; only the two factors are trained.
+    """A projection's weight as `base + scale · a b`; only the factors a and b are trained.
 
-    A node of the parameter tree like `Int8Weight`. The sum is never formed: a projection multiplies
-    by `base` and by the factors, and adds the two results.
+    It takes the place of an array in the parameter tree, like `Int8Weight`. The sum is never
+    formed: a projection multiplies by `base` and by the factors, and adds the two results.
 
     Attributes:
       base: the frozen weight, an array or an `Int8Weight`.
       a: axes of the stack, contracted axes, rank.
       b: axes of the stack, rank, axes of the output.
-      scale: static.
+      scale: α / r; static.
     """
 
     base: Any
@@ -93,14 +93,14 @@ def project(x: jax.Array, weight: jax.Array | Int8Weight | LoraWeight, spec: str
 
     Args:
       x: an activation.
-      weight: an array, an `Int8Weight` or a `LoraWeight`, of one layer.
-      spec: of `einsum`. Its output ends with the output axes of the weight, in their order.
+      weight: the weight of one layer.
+      spec: subscripts of `einsum`. The output ends with the output axes of the weight, in order.
     """
     return checkpoint_name(_product(x, weight, spec, x.dtype), PROJECTION)
 
 
 def projection(all_gather: bool) -> Callable[[jax.Array, Any, str], jax.Array]:
-    """`project` if sharded weights are to be all-gathered, else `project_sharded`."""
+    """`project` if weights are all-gathered, else `project_sharded`."""
     return project if all_gather else project_sharded
 
 
@@ -109,12 +109,12 @@ def project_sharded(
 ) -> jax.Array:
     """`project` without an all-gather: each device multiplies by its own shard of the weight.
 
-    Activations are sent instead: here to the shards, later by the caller back to the shards of the
-    batch. That is less to send than the weight if a device has fewer tokens than the model is wide.
+    Activations go to the shards instead; the caller sends the result back. That moves fewer bytes
+    than the weight if a device has fewer tokens than the model's width.
 
-    Partial sums are psummed in float32: rounding them first would move what is sampled away from
-    what the update recomputes. The TPU compiler still rounds them first where the sum is rounded
-    right afterwards.
+    Partial sums are psummed in float32. Rounding them first would move the sampled
+    log-probabilities away from those that the update recomputes. The TPU compiler still rounds
+    before the psum if the result is cast right after it.
     """
     inputs, output = spec.split("->")
     parts = constrain(x, *map(_AXES.get, inputs.partition(",")[0]))
@@ -125,7 +125,7 @@ def project_sharded(
 def _product(
     x: jax.Array, weight: jax.Array | Int8Weight | LoraWeight, spec: str, dtype: jnp.dtype
 ) -> jax.Array:
-    """`project` in `dtype`, which is also the dtype of sums over devices."""
+    """`project` in `dtype`, in which sums over devices are taken too."""
     multiply = partial(jnp.einsum, preferred_element_type=dtype)
     if isinstance(weight, LoraWeight):
         into, out_of = _through_rank(spec)
@@ -165,7 +165,7 @@ def project_groups(
       weight: [G, D, F], one matrix for each group.
       group_R: int32, the group of each row, ascending.
       sizes_G: int32, the number of rows in each group; may be 0.
-      dtype: of the result.
+      dtype: dtype of the result.
     """
     multiply = partial(jax.lax.ragged_dot, preferred_element_type=dtype)
     if not isinstance(weight, Int8Weight):

@@ -18,8 +18,8 @@ class RopeScaling:
     Attributes:
       factor: divides the low frequencies.
       low_freq_factor: low frequencies have a wavelength above `original_max_positions` / this.
-      high_freq_factor: high frequencies, which are kept, have one below `original_max_positions` /
-        this.
+      high_freq_factor: high frequencies have a wavelength below `original_max_positions` / this.
+        They are kept.
       original_max_positions: the longest sequence before the context was extended.
     """
 
@@ -43,7 +43,7 @@ class ModelConfig:
       d_ff: F, width of the feed-forward layer.
       norm_eps: added to the mean square in every RMS norm.
       rope_theta: base of the rotary frequencies.
-      rope_scaling: scaling of those frequencies, or None.
+      rope_scaling: scaling of the rotary frequencies, or None.
       max_positions: the longest sequence the model was trained for.
       qk_norm: RMS norm on each query and key head before the rotation (Qwen3).
       qkv_bias: bias on the query, key and value projections (Qwen2.5).

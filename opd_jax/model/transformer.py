@@ -5,7 +5,7 @@ value projections) and Llama (neither): pre-norm blocks, grouped-query attention
 and SwiGLU or a mixture of experts.
 
 `forward` scans over stacked layers, so only one layer is compiled. `forward_cached` unrolls the
-layers, with one cache buffer for each: a scan would copy the cache at every step.
+layers, and each has its own cache buffer: a scan would copy the cache at every step.
 """
 
 from collections.abc import Callable
@@ -121,7 +121,7 @@ def _feed_forward(layer: Params, x_BTD: jax.Array, *, all_gather: bool) -> jax.A
 
 
 def _embed(params: Params, tokens_BT: jax.Array) -> jax.Array:
-    # Without this the width stays sharded like the table's, over an axis that the batch needs.
+    # Otherwise the width stays sharded like the table's, over a mesh axis that the batch needs.
     return constrain(params["embed"][tokens_BT], "batch", None, None)
 
 
@@ -134,8 +134,8 @@ def _rotation(position_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, j
 # --- A whole sequence: training and scoring -----------------------------------------------------
 
 
-# What the backward pass rematerializes: nothing; all of a layer but the outputs of its projections;
-# all of a layer, from its input.
+# What the backward pass rematerializes: nothing; a layer except the outputs of its projections; a
+# whole layer, from its input.
 REMAT: dict[str, Callable[[Callable], Callable]] = {
     "none": lambda block: block,
     "projections": partial(
@@ -203,14 +203,14 @@ def forward_cached(
     """Appends ragged tokens to conversations and returns the hidden states of the new tokens.
 
     Row b appends its first `counts[b]` tokens. The others are not written to the cache, and their
-    hidden states mean nothing. The caller ensures `lengths + counts <= slots`.
+    hidden states are meaningless. The caller ensures `lengths + counts <= slots`.
 
     Args:
       cache: the conversations so far.
       tokens: int32 [B, T].
       counts: int32 [B], 0..T.
-      sharded: static, `is_sharded(params)`. If true, weights are all-gathered for many tokens; for
-        few tokens the activations are sent to the weights (`projections.project_sharded`).
+      sharded: static, `is_sharded(params)`. If true, many tokens all-gather the weights; a few are
+        sent to the weights instead (`projections.project_sharded`).
 
     Returns:
       ([B, T, D] normalized hidden states, the cache with the new tokens).
@@ -242,9 +242,9 @@ def forward_cached(
     for index, (k, v) in enumerate(zip(cache.keys, cache.values, strict=True)):
         layer = jax.tree.map(lambda p, i=index: p[i], params["layers"])
         if sharded and all_gather:
-            # Practically always true. The condition only delimits memory: without it the TPU
-            # compiler holds the all-gathered weights of all layers from the start. The price is
-            # that no all-gather overlaps with the layer before.
+            # Practically always true. The condition only bounds memory: without it the TPU compiler
+            # holds the all-gathered weights of all layers from the start. The price: no all-gather
+            # overlaps with the layer before.
             x, k, v = jax.lax.cond(jnp.any(counts > 0), block, unchanged, x, k, v, layer)
         else:
             x, k, v = block(x, k, v, layer)

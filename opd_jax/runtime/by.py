@@ -1,7 +1,7 @@
-"""One rule for choosing or adding an implementation: `by` is a known name or `module:name`.
+"""How a config chooses an implementation: the field `by` is a known name or `module:name`.
 
-The other fields of its section are keyword arguments of what `by` names. They are checked against
-its signature before it is called.
+The other fields of its section are keyword arguments of that implementation. They are checked
+against its signature before it is called.
 """
 
 import importlib
@@ -11,12 +11,9 @@ from typing import Any
 
 
 def find(by: str, known: Mapping[str, str], *, section: str) -> Callable[..., Any]:
-    """The function or class that `by` names; its module is imported.
+    """Imports the function or class that `by` names: a key of `known`, or `module:name`.
 
-    Args:
-      by: a key of `known`, or `module:name`.
-      known: name to `module:name`.
-      section: of the settings, for errors.
+    `known` maps a name to `module:name`. Errors name the `section` of the config.
 
     Raises:
       ValueError: an unknown name, or a module or an attribute that does not exist.
@@ -31,7 +28,7 @@ def find(by: str, known: Mapping[str, str], *, section: str) -> Callable[..., An
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if by in known or error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # the module exists, and one that it imports does not
+            raise  # the module exists, but one that it imports does not
         raise ValueError(
             f"`{section}.by` = {by!r}: there is no module `{module}`; install it, or put it beside "
             "the config"
@@ -44,16 +41,10 @@ def find(by: str, known: Mapping[str, str], *, section: str) -> Callable[..., An
 def check_arguments(
     by: str, target: Callable[..., Any], given: Mapping[str, Any], *, section: str
 ) -> None:
-    """Compares the fields of a section with the signature of what its `by` names.
-
-    Args:
-      by: the section's.
-      target: what it names.
-      given: the keyword arguments that the section holds for it.
-      section: of the settings, for errors.
+    """Checks that `target`, found by `by`, takes the keyword arguments `given`.
 
     Raises:
-      ValueError: an argument is missing or unknown. The message names them.
+      ValueError: arguments are missing or unknown. The message names them.
     """
     parameters = inspect.signature(target).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):

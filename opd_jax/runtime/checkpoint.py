@@ -20,7 +20,7 @@ import jax
 from opd_jax.runtime import processes
 from opd_jax.runtime.fields import WORLD, affects, check_within
 
-# An error of the storage layer can run to pages; its beginning names the file and the defect.
+# An error of the storage layer can be pages long; its beginning names the file and the defect.
 _MAX_CAUSE_CHARS = 300
 
 
@@ -30,7 +30,7 @@ class CheckpointSettings:
 
     Attributes:
       every: updates between two checkpoints.
-      keep: how many checkpoints stay.
+      keep: number of checkpoints to keep, the newest.
     """
 
     every: int = field(metadata=affects(WORLD))
@@ -41,24 +41,20 @@ class CheckpointSettings:
 
 
 class _AnotherRun(ValueError):
-    """The files are intact but hold other arrays than those asked for."""
+    """The files are intact but hold other arrays than the caller expects."""
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest `keep` of them.
+    """The checkpoints of one run.
 
     Args:
       directory: their directory, which the first save creates. All processes must see the same
         one.
-      keep: the number of checkpoints to keep. An older one is deleted once a newer one is complete.
-
-    Raises:
-      ValueError: `keep` is less than one.
+      keep: the number of checkpoints to keep, at least 1. An older one is deleted once a newer one
+        is complete.
     """
 
     def __init__(self, directory: str | Path, *, keep: int):
-        if keep < 1:
-            raise ValueError(f"`keep` must be at least 1 checkpoint, got {keep}")
         self.directory = Path(directory).resolve()
         self._keep = keep
         self._opened: tuple[Any, Any] | None = None
@@ -73,7 +69,7 @@ class Checkpoints:
           step: greater than all steps saved so far.
           arrays: pytree of jax arrays of any dtype, typed PRNG keys included. Every process passes
             the same global arrays.
-          meta: JSON object. Integers may have any size.
+          meta: a JSON object. Integers may have any size.
 
         Raises:
           ValueError: `step` is not newer than the newest checkpoint, or `meta` is not JSON.
@@ -108,19 +104,18 @@ class Checkpoints:
 
         Args:
           step: a saved step.
-          abstract: pytree like the saved one. Its leaves have `shape`, `dtype` and `sharding`:
-            arrays or `jax.ShapeDtypeStruct`. The sharding may differ from that of the saved array.
-            A leaf without sharding becomes a numpy array on the host. Numpy has no PRNG keys, so
-            those go to the first device.
-          partial: read only the arrays in `abstract`, a part of the saved tree under the same keys.
+          abstract: pytree like the saved one, of arrays or `jax.ShapeDtypeStruct`s. Shardings may
+            differ from those of the saved arrays. A leaf without sharding becomes a numpy array on
+            the host. Numpy has no PRNG keys, so those go to the first device.
+          partial: `abstract` is a part of the saved tree under the same keys; read only that.
 
         Returns:
           (arrays, meta): arrays in the structure of `abstract`, and the JSON object.
 
         Raises:
-          ValueError: there is no such checkpoint; its arrays are not those of `abstract`, in name,
-            shape or dtype; or its files cannot be read. Nothing on disk is changed. The message
-            names the checkpoint before it, and the user decides whether to use that one.
+          ValueError: there is no such checkpoint; names, shapes or dtypes of its arrays differ from
+            `abstract`; or its files cannot be read. Nothing on disk is changed. The message names
+            the checkpoint before it; the user decides whether to resume from that one.
         """
         steps = [] if self.latest() is None else sorted(self._manager()[0].all_steps())
         if step not in steps:
@@ -142,15 +137,10 @@ class Checkpoints:
     ) -> tuple[int, Any, dict[str, Any]] | None:
         """Restores the newest checkpoint as (step, arrays, meta); returns None if there is none.
 
-        Args:
-          abstract: as in `restore`.
-          partial: as in `restore`.
-
-        Raises:
-          ValueError: as `restore`.
+        Arguments and errors as in `restore`.
         """
-        # All processes take what process 0 sees: a network file system may show others an older
-        # state of the directory.
+        # All processes take the step that process 0 sees: a network file system may show others an
+        # older state of the directory.
         step = processes.first(self.latest())
         return None if step is None else (step, *self.restore(step, abstract, partial=partial))
 
@@ -166,7 +156,7 @@ class Checkpoints:
             self._opened = None
 
     def _manager(self) -> tuple[Any, Any]:
-        """Opens the directory at its first use: importing orbax takes most of a second."""
+        """Opens the directory at its first use: importing orbax takes almost a second."""
         if self._opened is None:
             import orbax.checkpoint as ocp
 
@@ -175,7 +165,7 @@ class Checkpoints:
                 max_to_keep=self._keep, enable_async_checkpointing=True
             )
             handlers = {
-                # Writes the standard handler's format, and can restore a part of a tree.
+                # Writes the format of the standard handler, but can restore a part of a tree.
                 "state": ocp.PyTreeCheckpointHandler(),
                 "meta": ocp.JsonCheckpointHandler(),
             }
@@ -252,8 +242,8 @@ def _one_line(error: BaseException) -> str:
 def _quieten_orbax() -> None:
     """Silences two reports of orbax that tell a user nothing.
 
-    It logs each step of each save. And when an array cannot be read, it closes the event loop of
-    the other reads; each of those then reports the closed loop as an unraisable exception, possibly
+    Orbax logs each step of each save. And if an array cannot be read, it closes the event loop of
+    the other reads. Each of those then reports the closed loop as an unraisable exception, possibly
     after `restore` has raised the error itself.
     """
     logging.getLogger("absl").addFilter(_not_orbax_chatter)

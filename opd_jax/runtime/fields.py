@@ -1,23 +1,23 @@
 """Fields of settings: what each affects, and checks of its value.
 
-A section of a config becomes a frozen dataclass that lives in the room that reads it. Its
-`__post_init__` checks the values of single fields with the functions below. Relations between
-sections are checked in `config.settings`.
+Each section of a config is a frozen dataclass in the package that uses it. Its `__post_init__`
+checks single fields with the functions below. Relations between sections are checked in
+`config.settings`.
 """
 
 from collections.abc import Collection
 from typing import Any
 
-# What a field affects. A field without this metadata affects the method.
-# What is learnt. A run is only resumed with the same values.
+# Each field names what it affects; the default is METHOD.
+# METHOD changes what is learnt; must be equal to resume.
 METHOD = "method"
-# The length of a run. Schedules depend on it; what an update learns does not.
+# EXTENT changes the length of the run; must be equal to resume, because schedules depend on it.
 EXTENT = "extent"
-# Memory, speed and the last bits of the same arithmetic.
+# LAYOUT changes memory, speed and rounding.
 LAYOUT = "layout"
-# The machine and the network: timeouts, processes, how often to save.
+# WORLD is about the machine and the network: timeouts, processes, how often to save.
 WORLD = "world"
-# What is measured besides training.
+# FIGURES changes what is measured besides training.
 FIGURES = "figures"
 
 
@@ -27,7 +27,7 @@ def affects(*kinds: str) -> dict[str, frozenset[str]]:
 
 
 def check_within(low: float, high: float | None = None, **values: float) -> None:
-    """Checks that each value is at least `low` and at most `high`; None is no upper bound.
+    """Checks that each value is at least `low` and at most `high`; None: no upper bound.
 
     Raises:
       ValueError: names the field, the bounds and the value.

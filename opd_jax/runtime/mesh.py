@@ -1,13 +1,13 @@
 """The device mesh, and the rules that shard arrays over it.
 
-The mesh has three axes. `data` shards the batch and replicates parameters. `fsdp` shards both: the
-weights are all-gathered as they are used, or activations are sent instead where tokens are few.
+The mesh has three axes. `data` shards the batch and replicates parameters. `fsdp` shards both:
+weights are all-gathered when they are used, or, if tokens are few, activations are sent instead.
 `tensor` shards heads, feed-forward width and vocabulary. Only this file names mesh axes: arrays
-carry logical axes, and `RULES` translates them.
+have logical axes, and `RULES` maps those to mesh axes.
 
 A run sets its mesh once, with `jax.set_mesh`. Inside compiled programs `constrain` then fixes the
-sharding of arrays that the compiler would otherwise be free to all-gather. Without a mesh it does
-nothing, so the same functions serve one device.
+sharding of arrays that the compiler might otherwise all-gather. Without a mesh it does nothing, so
+the same functions run on one device.
 """
 
 import dataclasses
@@ -28,12 +28,12 @@ MESH_AXES = ("data", "fsdp", "tensor")
 AnyMesh = Mesh | AbstractMesh
 
 # Logical axis -> mesh axis or axes; None is replicated. Two dimensions of one array must not map to
-# the same mesh axis. Activations whose batch is sharded over "fsdp" therefore have a replicated
-# width; those of a "decode_batch" have a sharded one.
+# the same mesh axis. So activations with a "batch", which is sharded over "fsdp", have a replicated
+# width; activations with a "decode_batch" have a sharded width.
 Rules = Mapping[str, str | tuple[str, ...] | None]
 RULES: Rules = {
     "batch": ("data", "fsdp"),
-    # The batch of activations that are sent to sharded weights: their width is sharded like theirs.
+    # The batch of activations that go to sharded weights. Their width is sharded like the weights'.
     "decode_batch": "data",
     "layer": None,
     "embed": "fsdp",
@@ -81,12 +81,11 @@ def make_mesh(
 ) -> Mesh:
     """A `data` × `fsdp` × `tensor` mesh over the first of `devices`, by default of all.
 
-    A single process may leave devices unused. With several processes the mesh takes all devices,
-    since each process has to own a shard of every array.
+    A single process may leave devices unused. Several processes must use all devices, since each
+    has to own a shard of every array.
 
     Raises:
-      ValueError: a size is below one, or their product is more than the number of devices, or, with
-        several processes, less.
+      ValueError: a size is below one, or the product does not fit the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes, processes = (data, fsdp, tensor), jax.process_count()
@@ -120,8 +119,8 @@ def _shards(mesh: AnyMesh, logical: str, rules: Rules = RULES) -> int:
 def _spec(sizes: Mapping[str, int], axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
     """The `PartitionSpec` of an array with these logical axes, exactly as the compiler writes it.
 
-    That is without mesh axes of size 1 and without trailing replicated dimensions. A program that
-    gets its own result then sees the sharding it was compiled for, and is not compiled again.
+    So it has no mesh axes of size 1 and no trailing replicated dimensions. A program that gets its
+    own result as input then sees the sharding it was compiled for, and is not compiled again.
     """
     dimensions = [
         tuple(axis for axis in _mesh_axes(logical, rules) if sizes[axis] > 1) if logical else ()
@@ -137,11 +136,9 @@ def _name(path: tuple) -> str:
 
 
 def param_shardings(specs: Any, mesh: AnyMesh, *, rules: Rules = RULES) -> Any:
-    """The `NamedSharding` of each `model.ParamSpec` in a tree: of parameters, or of a cache.
+    """The `NamedSharding` of each `model.ParamSpec` in a tree of parameters or caches.
 
-    Args:
-      specs: leaves with `.shape` and `.axes`, a logical name for each dimension.
-      rules: `RULES`, or `SAMPLING_RULES`.
+    `rules` are `RULES` or `SAMPLING_RULES`.
 
     Raises:
       ValueError: a dimension is not divisible by the mesh axes that shard it.
@@ -163,12 +160,12 @@ def param_shardings(specs: Any, mesh: AnyMesh, *, rules: Rules = RULES) -> Any:
 
 
 def batch_sharding(mesh: AnyMesh) -> NamedSharding:
-    """Leading axis sharded over `data` and `fsdp`, the others replicated."""
+    """The leading axis is sharded over `data` and `fsdp`; the others are replicated."""
     return NamedSharding(mesh, _spec(mesh.shape, ("batch",), RULES))
 
 
 def replicated(mesh: AnyMesh) -> NamedSharding:
-    """The same array on each device."""
+    """Every device has the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -179,7 +176,7 @@ def current() -> Mesh | None:
 
 
 def batch_multiple() -> int:
-    """The rows of a batch must be a multiple of this on the current mesh."""
+    """The current mesh needs a multiple of this many rows in a batch."""
     return shards("batch")
 
 
@@ -190,19 +187,19 @@ def shards(logical: str) -> int:
 
 
 def divides(size: int, logical: str) -> bool:
-    """Whether a dimension of `size` can be sharded over the current mesh, inside `jit`."""
+    """Whether a dimension of `size` can be sharded over the current mesh."""
     return size % shards(logical) == 0
 
 
 def check_divides(specs: Any) -> None:
-    """Raises the error of `param_shardings` if arrays do not divide over the current mesh."""
+    """Raises the error of `param_shardings` if `specs` do not fit the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
         param_shardings(specs, mesh)
 
 
 def is_sharded(array: Any, logical: str) -> bool:
-    """Whether an array, concrete or abstract, is sharded over a mesh axis of a logical axis."""
+    """Whether an array, concrete or abstract, is sharded over the mesh axes of `logical`."""
     spec = getattr(getattr(array, "sharding", None), "spec", ())
     used = {axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part)}
     return not used.isdisjoint(_mesh_axes(logical))
@@ -211,7 +208,7 @@ def is_sharded(array: Any, logical: str) -> bool:
 def constrain(x: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.Array:
     """Shards `x` over the current mesh by the logical axes of its dimensions, inside `jit`.
 
-    A dimension whose axis is None is replicated. Without a mesh, or on one device, this is `x`.
+    A dimension with axis None is replicated. Without a mesh, or on one device, this returns `x`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -222,21 +219,21 @@ def constrain(x: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.Arra
 def replicate(tree: Any) -> Any:
     """Replicates every array of `tree` over the current mesh, inside `jit`.
 
-    For results that the host reads: each of several processes then has all of them.
+    For results that the host reads: every process then has all of them.
     """
     return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), tree)
 
 
 def shard_map(function: Callable, *, in_axes: Any, out_axes: Any, summed: str) -> Callable:
-    """`jax.shard_map` of `function` by logical axes, its results psummed over `summed`; in `jit`.
+    """`jax.shard_map` of `function` by logical axes, inside `jit`; results are psummed.
 
     For a partition that the compiler would not find. Without a mesh this is `function`.
 
     Args:
-      in_axes: a tree over the arguments. Each array has a tuple with a logical axis for each
-        dimension, None where every device gets all of it.
-      out_axes: the same for what it returns.
-      summed: the sharded logical axis that `function` contracts.
+      in_axes: a tree over the arguments: for each array a tuple of logical axes, one a dimension;
+        None is replicated.
+      out_axes: the same for the results.
+      summed: the sharded logical axis that `function` contracts; results are psummed over it.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -254,7 +251,7 @@ def shard_map(function: Callable, *, in_axes: Any, out_axes: Any, summed: str) -
 
 
 def psum(x: jax.Array, logical: str) -> jax.Array:
-    """`jax.lax.psum` over a sharded logical axis, inside `shard_map`; without a mesh, `x`."""
+    """`jax.lax.psum` over a sharded logical axis, inside `shard_map`; `x` without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty or mesh.size == 1 else jax.lax.psum(x, _mesh_axes(logical))
 
@@ -266,11 +263,8 @@ def _is_axes(node: Any) -> bool:
 def shard_batch(tree: Any, mesh: Mesh | None = None) -> Any:
     """Host arrays `[B, ...]` as global arrays sharded over the batch.
 
-    With several processes each passes all rows, and puts the shards of its own devices there.
-
-    Args:
-      tree: numpy arrays.
-      mesh: by default the current one; if there is none either, the arrays stay on the host.
+    Every process passes all rows and copies only the shards of its own devices. `mesh` is by
+    default the current one; without any, the arrays stay on the host.
 
     Raises:
       ValueError: B is not divisible by the number of shards of the batch.

@@ -2,8 +2,8 @@
 
 Every process runs the same program on the same host data. Only two things are divided among them:
 devices, through the arrays' shardings, and environments, each of which lives in one process
-(`owns`). `share` gives what the environments said to all processes. From there on all of them hold
-the same conversations, make the same decisions and start the same compiled programs.
+(`owns`). `share` gives the environments' answers to all processes. So all of them hold the same
+conversations, make the same decisions and start the same compiled programs.
 """
 
 import contextlib
@@ -22,16 +22,15 @@ import numpy as np
 from opd_jax.runtime.exits import MISTAKE
 
 VARIABLE = "OPD_JAX_DISTRIBUTED"
-# A process that dies takes the others with it within about this time. CPU processes have direct
-# connections: there a broken one tells them at once.
+# If a process dies, the others end within about this time. CPU processes have direct connections
+# and notice at once.
 HEARTBEAT_TIMEOUT_S = 60
-# How long a process that found a mistake waits for the others to find the same one. They have all
-# computed the same up to there.
+# How long a process that found a user's mistake waits for the others to find the same one.
 _FAREWELL_S = 10
 # Messages are padded to a power of two of at least this, since each size compiles a program.
 _LEAST_BYTES = 1024
 
-# How an error of JAX begins that another process caused by ending.
+# How JAX's errors begin when another process has ended.
 _BROKEN_CONNECTION = re.compile(
     "(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): "
 )
@@ -44,8 +43,8 @@ def start() -> None:
 
     A command calls this before anything touches a device. The variable holds
 
-      auto                        for a cluster that JAX knows: Cloud TPU, TPUs on GKE, Slurm
-      HOST:PORT,PROCESS,PROCESSES where process 0 listens, this process's number, and their count
+      auto                        on a cluster that JAX knows: Cloud TPU, TPUs on GKE, Slurm
+      HOST:PORT,PROCESS,PROCESSES process 0's address, this process's number, the number of all
 
     If the others do not join within five minutes, JAX prints its own message and ends the process.
 
@@ -55,7 +54,7 @@ def start() -> None:
     text = os.environ.get(VARIABLE, "")
     if not text:
         return
-    # This service would catch SIGTERM, at which a run saves and ends.
+    # This service would catch SIGTERM, on which a run has to save and end.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         where = _where(text)
@@ -91,9 +90,9 @@ def is_lost(error: BaseException) -> bool:
 def ending_together() -> Iterator[None]:
     """Runs a command so that no process of a run outlives another.
 
-    A process that fails ends at once: the others notice and end too. An ordinary exit would wait
-    for all processes, some of which wait for this one. If Python notices first that another process
-    is lost, we print one line that says how to go on. If JAX's client notices first, it prints its
+    A process that fails ends at once; the others notice and end too. An ordinary exit would wait
+    for all processes, and some of them wait for this one. If Python is first to notice that another
+    process is lost, we print one line that says what to do. If JAX's client is first, it prints its
     own message ("another task died") and aborts the process.
     """
     try:
@@ -117,7 +116,7 @@ def _end(error: BaseException) -> NoReturn:
     elif isinstance(error, ValueError):
         status = MISTAKE
         _print_error(str(error))
-        # The end of process 0 would abort the others before they print the same.
+        # If process 0 ended at once, the others would be aborted before they print the same.
         farewell = threading.Thread(target=_farewell, daemon=True)
         farewell.start()
         farewell.join(_FAREWELL_S)
@@ -153,7 +152,7 @@ def owns(row: int, rows: int) -> bool:
 
 
 def share(own: Mapping[int, T], rows: int) -> list[T]:
-    """The values of rows 0 to `rows` - 1, of which each process passes its own.
+    """The values of rows 0 to `rows` - 1; each process passes those of its own rows.
 
     Raises:
       ValueError: no process has one of the rows.
@@ -188,6 +187,6 @@ def gather(value: T) -> list[T]:
         padded = np.zeros(max(_LEAST_BYTES, 1 << (int(sizes.max()) - 1).bit_length()), np.uint8)
         padded[: len(data)] = data
         everyone = multihost_utils.process_allgather(padded)
-    except Exception as error:  # of several types, among them ValueError
+    except Exception as error:  # JAX raises several types, even ValueError
         raise LostProcesses(str(error)) from error
     return [pickle.loads(row[:size].tobytes()) for row, size in zip(everyone, sizes, strict=True)]

@@ -1,4 +1,4 @@
-"""SIGTERM: the notice that a machine is about to be taken away."""
+"""SIGTERM: the notice that the machine is about to be preempted."""
 
 import signal
 
@@ -20,11 +20,7 @@ class Stop:
         return any(processes.gather(self._came))
 
     def exit_if_set(self) -> None:
-        """Ends the command if SIGTERM came, for use between the parts of an evaluation.
-
-        Raises:
-          SystemExit: with status 0.
-        """
+        """Ends the command with status 0 if SIGTERM came; called between parts of an evaluation."""
         if self.anywhere():
             processes.say("stopped by SIGTERM; started again, the run goes on with its evaluation")
             raise SystemExit(0)

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from opd_jax import hf, model
+from opd_jax.hf.save import MAX_SHARD_BYTES
 from opd_jax.runtime.mesh import make_mesh
 
 
@@ -150,7 +151,7 @@ def test_an_export_is_the_folder_that_was_read(
 
     source = references[name]
     config = hf.read_config(source.folder)
-    limit = hf.MAX_SHARD_BYTES if files == 1 else 20_000
+    limit = MAX_SHARD_BYTES if files == 1 else 20_000
     params = load(source.folder, mesh=make_mesh(data=1, fsdp=4, tensor=2))
     out = tmp_path / "new" / "model"
     hf.save_model(
