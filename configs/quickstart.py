@@ -59,23 +59,22 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """The config of one run, or of the comparison."""
     args = parse_arg(arg, runlocal=False, compare=False, method="sage", ablate="none")
     config = ConfigDict()
-    config.seed = 0  # of everything that a run draws
-    config.dtype = "float32"  # of the student's parameters and its optimizer
-    config.compute_dtype = "float32"  # of the student's arithmetic
-    # Of the teacher's parameters; or bfloat16; or int8, which rounds its projections to 8 bits.
-    config.teacher_dtype = "float32"
+    config.seed = 0  # seeds everything that a run draws
+    config.dtype = "float32"  # dtype of the student's parameters and its optimizer
+    config.compute_dtype = "float32"  # dtype of the student's arithmetic
+    config.teacher_dtype = "float32"  # or bfloat16; or int8: its projections rounded to 8 bits
     config.mesh = dict(
-        data=1,  # devices that share the batch, each with all parameters
-        fsdp=1,  # devices that share the batch and the parameters
-        tensor=1,  # devices that share heads, feed-forward width and vocabulary
+        data=1,  # shards the batch, replicates parameters
+        fsdp=1,  # shards the batch and the parameters
+        tensor=1,  # shards heads, feed-forward width and vocabulary
     )
     config.student = "embedded:student"  # a model folder, embedded:NAME, or new (`new_model`)
     config.teacher = "embedded:teacher"  # a model folder, embedded:NAME, or "" for none
 
-    # With a rank above 0 the student's weights are frozen, in compute_dtype. What is trained are
-    # low-rank adapters of them, in dtype.
+    # With a rank above 0 the student's weights are frozen, in compute_dtype. Low-rank adapters, in
+    # dtype, are trained instead.
     config.lora = dict(
-        rank=0,  # of the adapters; 0: train all parameters
+        rank=0,  # rank of the adapters; 0: train all parameters
         alpha=32.0,  # the adapters' product is scaled by alpha / rank
         targets=("q", "k", "v", "o", "gate", "up", "down"),  # projections with adapters
         int8=False,  # round the frozen projections to 8 bits
@@ -92,22 +91,23 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
 
     config.data = dict(
-        source="on_policy",  # who plays: the student; teacher; expert; players (household_pair.py)
+        # Who plays: on_policy is the student; or teacher, expert; players only in household_pair.py.
+        source="on_policy",
         split="train",  # the split of the training tasks
     )
 
     config.rollout = dict(
         batch=16,  # episodes of an update
-        temperature=1.0,  # of sampling; 0: greedy
+        temperature=1.0,  # sampling temperature; 0: greedy
         top_k=0,  # sample from the k most likely tokens; 0: from all
         top_p=1.0,  # sample from the most likely tokens with this mass; 1: from all
         turn_tokens=32,  # most tokens of a response
-        context_tokens=640,  # most tokens of a conversation
-        cache_step=640,  # slots by which the cache of a conversation grows
-        extend_widths=(16,),  # widths in which given tokens are appended, ascending
-        chunk=32,  # tokens sampled before the host looks which rows are done
+        context_tokens=640,  # most tokens of a context, observations included
+        cache_step=640,  # slots by which the cache grows, up to context_tokens
+        extend_widths=(16,),  # new observations are read in pieces of these widths, ascending
+        chunk=32,  # tokens sampled between checks which rows are done
         gather_weights=True,  # sample with weights replicated over mesh.fsdp: faster, more memory
-        history_turns=0,  # earlier turns in a context, at most; 0: all
+        history_turns=0,  # most earlier turns in a context; 0: all
         per_task=1,  # episodes of each task; a batch has batch / per_task tasks
         depth_start=0,  # turns that an episode may have in the first update; 0: no limit
         depth_every=1,  # updates until it may have one more
@@ -118,12 +118,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
         beta=0.5,  # the teacher's share in jsd
         intervention=True,  # weight turns by the judge's verdicts
         confidence=True,  # weight turns by the teacher's confidence
-        confidence_temperature=1.0,  # of the teacher's softmax, in the confidence only
+        confidence_temperature=1.0,  # temperature of the teacher's softmax, in confidence only
         weak_weight=0.5,  # weight of WEAK turns; SKIP has 0, STRONG has 1
         entropy_bonus=0.0,  # added weight of tokens at which the teacher is uncertain; 0: none
         entropy_threshold=0.8,  # the teacher is uncertain above this entropy, nats
-        normalize="all_tokens",  # mean weight 1 over these; or active_tokens, none
-        scope="batch",  # what is normalized together; or trajectory
+        normalize="all_tokens",  # tokens with mean weight 1; or active_tokens; or none
+        scope="batch",  # one normalizer for the batch; or trajectory: one for each
         eps=1e-8,  # least sum of weights to divide by
         max_z=0.0,  # bound on the normalizer; 0: none
     )
@@ -139,10 +139,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
 
     config.optimizer = dict(
-        learning_rate=1e-3,  # AdamW's, at its peak
+        learning_rate=1e-3,  # peak of the schedule
         schedule="linear",  # after the warm-up, to 0 at the last update; or cosine, constant
         warmup_updates=5,  # the rate rises linearly for this many
-        weight_decay=0.0,  # of matrices; norms and biases have none
+        weight_decay=0.0,  # AdamW's; norms and biases are spared
         b1=0.9,  # decay of the first moment
         b2=0.98,  # decay of the second moment
         eps=1e-8,  # added to the root of the second moment
@@ -150,32 +150,32 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
 
     config.train = dict(
-        updates=80,  # length of the run
-        micro_batches=1,  # parts of a batch, one after another: less memory
+        updates=80,  # optimizer steps of the run
+        micro_batches=1,  # equal parts of a batch; more parts need less memory
         query_chunk=128,  # queries attended at a time
         loss_chunk=1024,  # positions whose logits exist at a time
         remat="none",  # or projections, layers: keep less for the backward pass, compute it again
-        length_multiple=320,  # rows are padded to this; coarse, since shapes cost a compilation
-        response_multiple=128,  # student tokens of a row are padded to this
+        length_multiple=320,  # rows are padded to a multiple; coarse: each length compiles once
+        response_multiple=128,  # student tokens of a row are padded to a multiple of this
     )
 
     config.eval = dict(
-        who=("before", "teacher", "expert", "random"),  # besides the trained student
-        splits=("valid_seen", "valid_unseen"),  # of the environment
+        who=("before", "teacher", "expert", "random"),  # evaluated besides the trained student
+        splits=("valid_seen", "valid_unseen"),  # the environment's splits to play
         tasks=200,  # most tasks of a split
         batch=100,  # episodes played at a time
         temperature=0.4,  # sampling temperature of models
-        seed=0,  # of their sampling
+        seed=0,  # seed of their sampling
         judge=False,  # also measure the judge on the turns that a model plays
     )
     config.checkpoint = dict(
         every=20,  # updates between checkpoints
-        keep=2,  # newest checkpoints that stay
+        keep=2,  # how many of the newest checkpoints stay
     )
     config.compare = dict(
         methods=(),  # names of variants; () for a single run
-        seeds=(),  # one run of each method with each
-        variants=VARIANTS,  # name to the fields that it sets
+        seeds=(),  # every method runs once with each
+        variants=VARIANTS,  # method name to the fields that it sets
     )
 
     method = variant_name(args.method, args.ablate)

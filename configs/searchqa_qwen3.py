@@ -33,9 +33,9 @@ from opd_jax.configs.paper import paper_config
 
 PROTOCOL = dict(
     max_turns=16,
-    max_searches=8,  # of an episode
-    passages=3,  # that a search returns
-    passage_words=100,  # of a passage that are shown
+    max_searches=8,  # most searches of an episode
+    passages=3,  # most passages that a search shows
+    passage_words=100,  # longer passages are cut to this
     retry_wrong=False,  # whether an episode goes on after a wrong answer
     workers=False,  # in one process, environments share the index or the server's client
     start_timeout_s=300.0,
@@ -47,8 +47,8 @@ SEARCHQA = PROTOCOL | dict(
     train_questions=10_000,  # most questions of the training set
     test_questions=500,  # most questions of each other set
     retriever="http://127.0.0.1:8000/retrieve",
-    timeout_s=30.0,  # of a request
-    retries=3,  # of a failed request
+    timeout_s=30.0,  # longest wait for an answer of the server
+    retries=3,  # how often a failed request is sent again
     wait_s=0.5,  # seconds before the first retry; doubled for each further one
     batch=64,  # most queries in a request
 )

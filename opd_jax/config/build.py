@@ -92,12 +92,12 @@ Update = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 def compile_update(
     settings: Settings, *, student: ModelConfig, teacher: ModelConfig | None, placement: Any
 ) -> tuple[Callable, Callable | None]:
-    """The programs of an update: the train step, and the teacher's pass if the objective has one.
+    """The programs of an update: the train step, and the teacher's pass if the objective needs it.
 
     `student` and `teacher` are sizes; for `placement` see `make_train_step`.
     """
     train = settings.train
-    how: dict[str, Any] = dict(
+    shared: dict[str, Any] = dict(
         micro_batches=train.micro_batches,
         # Batches of demonstrations are filled by tokens, so their number of rows varies.
         batch_rows=None if settings.shows_players else settings.rollout.batch,
@@ -112,17 +112,20 @@ def compile_update(
         loss_chunk=train.loss_chunk,
         remat=train.remat,
         lora=adapters(settings),
-        **how,
+        **shared,
     )
     if teacher is None or not settings.objective.needs_teacher:
         return train_step, None
-    return train_step, make_teacher_pass(teacher, **how)
+    return train_step, make_teacher_pass(teacher, **shared)
 
 
 def make_update(
     settings: Settings, student: LoadedModel, teacher: LoadedModel | None, state: TrainState
 ) -> Update:
-    """The function of one update, from a batch on the host to metrics there; donates its state."""
+    """Binds the models to an update: (state, batch on the host) to (state, metrics on the host).
+
+    The update donates its state.
+    """
     train_step, teacher_pass = compile_update(
         settings,
         student=student.config,
@@ -142,10 +145,7 @@ def make_update(
 
 
 def make_pack(settings: Settings, sizes: ModelConfig) -> Callable[[Played, np.ndarray], Batch]:
-    """The function from episodes and their verdicts [B, K] to the batch of an update.
-
-    `sizes` are the student's.
-    """
+    """The function that packs episodes and their verdicts [B, K]; `sizes` are the student's."""
 
     def packed(played: Played, verdict: np.ndarray) -> Batch:
         return pack(

@@ -16,7 +16,7 @@ from opd_jax.envs.base import Env
 from opd_jax.experience.tasks import train_tasks
 from opd_jax.learner.train_state import TrainState
 from opd_jax.report.update import episode_metrics
-from opd_jax.runtime.fields import check_choice, check_within
+from opd_jax.runtime.fields import check_choice
 
 SOURCES = ("on_policy", "teacher", "expert", "players")
 
@@ -91,9 +91,6 @@ class TaskOrder:
     seed: int
     count: int
     per_task: int
-
-    def __post_init__(self):
-        check_within(1, size=self.size, count=self.count, per_task=self.per_task)
 
     def from_number(self, start: int) -> list[tuple[str, int]]:
         """(split, index) of an update's episodes, from task number `start` of the series."""
