@@ -91,7 +91,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
 
     config.data = dict(
-        # Who plays: on_policy is the student; or teacher, expert; players only in household_pair.py.
+        # Who plays: on_policy is the student; or teacher; expert; players (household_pair.py only).
         source="on_policy",
         split="train",  # the split of the training tasks
     )

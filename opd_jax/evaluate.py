@@ -208,9 +208,8 @@ def _sampled_with(settings: Settings) -> dict[str, object]:
 
 def _judged_by(settings: Settings) -> dict[str, object]:
     """What a judge's figures depend on, besides the teacher and the turns."""
-    return {name: getattr(settings.judge, name) for name in ("context", "decode")} | {
-        "admissible_shown": settings.judge.admissible_shown
-    }
+    names = ("context", "decode", "admissible_shown")
+    return {name: getattr(settings.judge, name) for name in names}
 
 
 def _with_average(settings: Settings, results: Figures) -> Figures:
@@ -254,7 +253,7 @@ def is_evaluated(
     )
 
 
-# --- Of a training run --------------------------------------------------------------------------
+# --- Evaluations of a training run --------------------------------------------------------------
 
 
 def evaluate_others(
@@ -269,7 +268,7 @@ def evaluate_others(
 ) -> dict[str, Figures]:
     """Evaluates everyone in `eval.who`, unless the workdir's `summary.json` has their figures.
 
-    `untrained` is what is trained, before any update. Each one's figures are written at once.
+    `untrained` is what is trained, before any update. Figures are written as soon as they exist.
     """
     write = processes.is_first()
     # One process reads for all, before any writes.

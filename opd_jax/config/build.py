@@ -205,7 +205,7 @@ def make_labeller(settings: Settings, teacher: LoadedModel | None) -> Labeller:
     return teacher_judge(teacher.params, by=make_judge(teacher, settings), max_turns=max_turns)
 
 
-# --- Where tokens come from -----------------------------------------------------------------------
+# --- Tasks and sources of tokens ------------------------------------------------------------------
 
 
 def panels(settings: Settings) -> dict[str, Panel]:
@@ -226,7 +226,7 @@ def _panels(env: EnvSettings, splits: tuple[tuple[str, str], ...]) -> dict[str, 
 
 
 def check_players(settings: Settings) -> None:
-    """Raises as `make_player` does if a player that the settings name cannot be made."""
+    """Checks that every player that the settings name can be made; errors as in `make_player`."""
     wanted = [("eval.who", who) for who in settings.eval.who if who not in ("before", "teacher")]
     habits: Any = {}
     if settings.data.source == "expert":
