@@ -9,15 +9,14 @@ Arguments, and the sweeps that give the paper's tables: see `paper.py`. Models a
 
 Needs the extra `alfworld`, and ALFWorld's games: `alfworld-download`, with their folder in
 `ALFWORLD_DATA` or in `--config.env.data`. Without that download, `python -m
-opd_jax.envs.alfworld.games --out=DIR --games=200 --seed=0` generates games in the same format,
-which every table calls "generated": figures of them are not ALFWorld's.
+opd_jax.envs.alfworld.games --out=DIR --games=200 --seed=0` generates games in the same format.
+Tables mark their figures "generated": they are not ALFWorld's.
 
 Hardware: meant for eight accelerators of 80 GB (`mesh.fsdp`), and on the host 64 environments of
-about 120 MB in processes of their own. It has not been run at this size by us; there is no wall
-time to give.
+about 120 MB in processes of their own. We have not run it at this size, so there is no wall time.
 
-Expected are the paper's figures (single runs; with 140 and 134 games ± 4 points). Success in %,
-valid_seen / valid_unseen:
+The paper's figures (single runs; ± 4 points with 140 and 134 games). Success in %, valid_seen /
+valid_unseen:
 
                        0.6B from 8B    1.7B from 8B    0.6B from 32B   1.7B from 32B
   before                1.43 /  0.75   25.71 / 26.12    1.43 /  0.75   25.71 / 26.12
@@ -41,10 +40,10 @@ from opd_jax.configs.paper import paper_config
 
 ENV = dict(
     by="alfworld",
-    data="",  # the folder that ALFWORLD_DATA names
+    data="",  # folder of the games; "": the one that ALFWORLD_DATA names
     max_turns=30,
-    show_admissible=30,
-    workers=True,
+    show_admissible=30,  # most admissible actions that an observation lists
+    workers=True,  # run each environment in a process of its own
     start_timeout_s=300.0,
     step_timeout_s=60.0,
 )

@@ -4,18 +4,17 @@
     ./launch/local.sh --config=household_pair:who=student --workdir=runs/student
     .venv/bin/python -m opd_jax.export --workdir=runs/teacher --out=runs/teacher/model
 
-The folders `runs/*/model` then take the places of those in `opd_jax/pair`.
+Then copy `runs/teacher/model` to `opd_jax/pair/teacher`, and the student's likewise.
 
 The teacher imitates the household's expert, whose turns have a "Thought:" line. Other players
 disturb the episodes. Their turns stay in the history without loss, so the teacher learns to go on
-from anybody's mistakes. It also learns to judge: it answers the judge's question about turns of
-those episodes, labelled by the exact distance to the goal. The prompt is the one that a large model
-would get.
+after anybody's mistakes. It also learns to judge: it answers the judge's question about turns of
+those episodes. The right answer comes from the exact distance to the goal, and the prompt is the
+one that a large model would get.
 
-The student imitates a forgetful player. That one reads, searches and acts as the expert does. But
-most times it forgets to clean, heat or cool, or that there is a second object; then it takes things
-out and puts them back. So the student has the skills and knows every word, and lacks a part of the
-policy. Distillation is for that part.
+The student imitates a forgetful player. It reads, searches and acts as the expert does, but in most
+episodes it forgets to clean, heat or cool, or that there is a second object. So the student knows
+every word and has the skills, but lacks a part of the policy. Distillation teaches that part.
 
 Arguments: who=teacher|student, runlocal.
 """
@@ -37,37 +36,38 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.student = "new"
     config.teacher = ""
     config.new_model = dict(
-        d_model=96 if is_teacher else 64,
-        num_layers=3,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=24 if is_teacher else 16,
-        d_ff=256 if is_teacher else 192,
-        norm_eps=1e-6,
-        rope_theta=10_000.0,
-        max_positions=2048,
-        qk_norm=True,
-        qkv_bias=False,
-        tied=True,
+        d_model=96 if is_teacher else 64,  # width of the residual stream
+        num_layers=3,  # transformer layers
+        num_heads=4,  # query heads
+        num_kv_heads=2,  # key/value heads; a divisor of num_heads
+        head_dim=24 if is_teacher else 16,  # size of a head
+        d_ff=256 if is_teacher else 192,  # width of the feed-forward layer
+        norm_eps=1e-6,  # added to the mean square in RMS norms
+        rope_theta=10_000.0,  # base of the rotary frequencies
+        max_positions=2048,  # longest sequence
+        qk_norm=True,  # RMS norm of queries and keys
+        qkv_bias=False,  # bias of the query, key and value projections
+        tied=True,  # the output head is the transposed embedding
     )
     config.data.source = "players"
     config.demonstrations = dict(
-        sizes=("small", "medium", "large"),  # one is drawn for each episode
-        sizes_from=(15_000, 40_000),  # episodes from which on the second and the third are used
-        player="expert" if is_teacher else "forgetful",
-        # Share of turns that a distractor plays, at most; one of them is drawn for each episode.
-        distraction=0.3,
+        sizes=("small", "medium", "large"),  # sizes of rooms; an episode draws one
+        sizes_from=(15_000, 40_000),  # first episode that may draw the second size, and the third
+        player="expert" if is_teacher else "forgetful",  # whose turns are learnt from
+        distraction=0.3,  # largest share of an episode's turns that a distractor plays
+        # Players that disturb; an episode draws one.
         distractors=(
             ("careless", "clumsy", "mistaken", "random") if is_teacher else ("clumsy", "mistaken")
         ),
+        # Probabilities of a player's lapses (`opd_jax/envs/household/habits.py`).
         habits=dict(
             careless=dict(skip_step=0.7, list_order=0.8, ignore_closed=0.4, idle=0.15, forget=0.7),
             forgetful=dict(skip_step=0.8, forget=0.8),
         ),
         window=128,  # episodes generated together
-        judge_examples=64 if is_teacher else 0,  # a window
-        judge_contexts=("table9",),  # of these in turn (`judge.context`)
-        tokens_per_batch=4096 if is_teacher else 2048,
+        judge_examples=64 if is_teacher else 0,  # judge examples from a window; 0: none
+        judge_contexts=("table9",),  # contexts of their questions, in turn (`judge.context`)
+        tokens_per_batch=4096 if is_teacher else 2048,  # most tokens of a batch, with padding
     )
     config.objective.update(
         ConfigDict(

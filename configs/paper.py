@@ -4,7 +4,7 @@ This is no config. `alfworld_qwen3`, `scienceworld_qwen3` and `searchqa_qwen3` b
 with an environment. Their arguments, after a colon, separated by commas:
 
   student=1.7b|0.6b   a Qwen3 model, untuned, in the folder models/Qwen3-1.7B or models/Qwen3-0.6B
-  teacher=8b|32b      the same, models/Qwen3-8B or models/Qwen3-32B
+  teacher=8b|32b      models/Qwen3-8B or models/Qwen3-32B
   method=NAME         sage, opd or sft; or one of the paper's other baselines: opd_two_rollouts,
                       entropy_aware, tcod_f2b
   ablate=NAME         sage with one factor off: intervention, confidence or normalizer
@@ -36,12 +36,12 @@ from opd_jax.configs import quickstart
 STUDENTS = {"0.6b": "models/Qwen3-0.6B", "1.7b": "models/Qwen3-1.7B"}
 TEACHERS = {"8b": "models/Qwen3-8B", "32b": "models/Qwen3-32B"}
 
-# The quickstart's, and the paper's other baselines: plain OPD with one thing added.
+# The quickstart's variants, and the paper's other baselines: plain OPD with one thing added.
 VARIANTS: dict[str, Any] = quickstart.VARIANTS | {
     # Half as many tasks an update: the teacher scores as many episodes as in the other methods.
     "opd_two_rollouts": quickstart.variant(objective=quickstart.OPD, rollout=dict(per_task=2)),
-    # The paper takes the entropy of the teacher's top K and does not say how many they are; here it
-    # is that of the whole vocabulary.
+    # The paper takes the entropy over the teacher's top K tokens and does not state K. Here it is
+    # over the whole vocabulary.
     "entropy_aware": quickstart.variant(objective=quickstart.OPD | dict(entropy_bonus=1.0)),
     "tcod_f2b": quickstart.variant(
         objective=quickstart.OPD, rollout=dict(depth_start=1, depth_every=1)
@@ -63,12 +63,12 @@ def paper_config(
 
     Args:
       arg: the arguments above.
-      env: the environment.
-      splits: that are evaluated.
-      tasks: most tasks of each of them.
+      env: the section `env`.
+      splits: the splits to evaluate.
+      tasks: most tasks of a split.
       updates: one epoch over the training tasks, in batches of 64.
-      local_env: the environment with `runlocal`.
-      local_splits: that are evaluated with it.
+      local_env: `env` with `runlocal`.
+      local_splits: `splits` with `runlocal`.
     """
     args = parse_arg(
         arg, runlocal=False, student="1.7b", teacher="8b", method="sage", ablate="none"
@@ -80,7 +80,7 @@ def paper_config(
     config.env = ConfigDict(env)
     config.compare.variants = ConfigDict(VARIANTS)
 
-    # What the paper states.
+    # Stated by the paper.
     config.rollout.batch = 64
     config.rollout.temperature = 0.4
     config.rollout.turn_tokens = 4096
@@ -91,7 +91,7 @@ def paper_config(
     config.eval.splits = splits
     config.eval.tasks = tasks
 
-    # Where it states nothing. The history is whole, as there, but has a bound.
+    # Not stated by the paper. The whole history is shown, as there, up to a bound.
     config.rollout.context_tokens = 16_384
     config.judge.admissible_shown = 30
     config.optimizer.schedule = "constant"
@@ -100,13 +100,13 @@ def paper_config(
     config.optimizer.clip_norm = 1.0
     config.eval.who = ("before", "teacher")
 
-    # How it is computed. In bfloat16 an update of 1e-6 would be rounded away in 98 of 100 of the
-    # student's weights.
+    # Precision, memory and speed. Parameters are float32: bfloat16 would round an update of 1e-6
+    # away in 98 % of the student's weights.
     config.dtype = "float32"
     config.compute_dtype = "bfloat16"
-    config.teacher_dtype = "bfloat16"  # int8 halves what a large teacher takes; see `opd_jax/model/int8.py`
+    config.teacher_dtype = "bfloat16"  # int8: half the memory (`opd_jax/model/int8.py`)
     config.mesh.fsdp = 8
-    # A token reads the whole cache. Smaller steps read less and compile more programs.
+    # Each sampled token reads the whole cache. Smaller steps read less and compile more programs.
     config.rollout.cache_step = 4096
     config.rollout.extend_widths = (128, 512)
     config.rollout.chunk = 64
@@ -114,7 +114,7 @@ def paper_config(
     config.judge.length_multiple = 256
     config.train.micro_batches = 8
     config.train.query_chunk = 512
-    config.train.loss_chunk = 8192  # each chunk reads both heads: few and large ones
+    config.train.loss_chunk = 8192  # large: each chunk reads both heads
     config.train.remat = "layers"
     config.train.length_multiple = 2048
     config.train.response_multiple = 1024

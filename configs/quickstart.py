@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from opd_jax.config import parse_arg
 
-# Every field in which methods differ, as in SAGE-OPD.
+# Every field in which methods differ, with SAGE-OPD's value.
 _SAGE: dict[str, dict] = dict(
     objective=dict(
         divergence="reverse_kl",
@@ -34,7 +34,7 @@ _SAGE: dict[str, dict] = dict(
 
 
 def variant(**changes: dict) -> dict:
-    """A method: complete, so that it is the same whatever it is laid over."""
+    """A method. It sets every field in which methods differ, so it can replace any other."""
     return {group: _SAGE[group] | changes.get(group, {}) for group in _SAGE}
 
 
@@ -59,111 +59,124 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """The config of one run, or of the comparison."""
     args = parse_arg(arg, runlocal=False, compare=False, method="sage", ablate="none")
     config = ConfigDict()
-    config.seed = 0
-    config.dtype = "float32"  # of the student's parameters, and of its optimizer
-    config.compute_dtype = "float32"  # that the student computes in
-    config.teacher_dtype = "float32"  # or bfloat16; or int8, its projections rounded to 8 bits
-    config.mesh = dict(data=1, fsdp=1, tensor=1)
-    config.student = "embedded:student"
-    config.teacher = "embedded:teacher"
+    config.seed = 0  # seeds everything that a run draws
+    config.dtype = "float32"  # dtype of the student's parameters and its optimizer
+    config.compute_dtype = "float32"  # dtype of the student's arithmetic
+    config.teacher_dtype = "float32"  # or bfloat16; or int8: its projections rounded to 8 bits
+    config.mesh = dict(
+        data=1,  # shards the batch, replicates parameters
+        fsdp=1,  # shards the batch and the parameters
+        tensor=1,  # shards heads, feed-forward width and vocabulary
+    )
+    config.student = "embedded:student"  # a model folder, embedded:NAME, or new (`new_model`)
+    config.teacher = "embedded:teacher"  # a model folder, embedded:NAME, or "" for none
 
-    # With a rank the student's weights are frozen, in compute_dtype, and what is trained, in dtype,
-    # are low-rank adapters beside them.
+    # With a rank above 0 the student's weights are frozen, in compute_dtype. Low-rank adapters, in
+    # dtype, are trained instead.
     config.lora = dict(
-        rank=0,  # 0: all parameters are trained
-        alpha=32.0,  # what adapters add is scaled by alpha / rank
-        targets=("q", "k", "v", "o", "gate", "up", "down"),
-        int8=False,  # the frozen projections rounded to 8 bits
+        rank=0,  # rank of the adapters; 0: train all parameters
+        alpha=32.0,  # the adapters' product is scaled by alpha / rank
+        targets=("q", "k", "v", "o", "gate", "up", "down"),  # projections with adapters
+        int8=False,  # round the frozen projections to 8 bits
     )
 
-    # Rooms of 9 to 13 receptacles; `large` is ALFWorld's size and takes about twice the time.
     config.env = dict(
-        by="household",
-        size="medium",
-        max_turns=20,
-        show_admissible=0,
-        workers=False,  # each environment in a process of its own
-        start_timeout_s=60.0,
-        step_timeout_s=10.0,
+        by="household",  # alfworld, scienceworld, searchqa, factbookqa, or module:Class
+        size="medium",  # rooms of 9 to 13 receptacles; large: ALFWorld's size, twice the time
+        max_turns=20,  # an episode ends after this many
+        show_admissible=0,  # admissible actions that an observation lists; 0: none
+        workers=False,  # run each environment in a process of its own
+        start_timeout_s=60.0,  # seconds for a worker's start and each of its resets
+        step_timeout_s=10.0,  # seconds for a worker's step
     )
 
-    # Who plays: on_policy is the student; teacher, expert; players are of household_pair.py.
-    config.data = dict(source="on_policy", split="train")
+    config.data = dict(
+        # Who plays: on_policy is the student; or teacher; expert; players (household_pair.py only).
+        source="on_policy",
+        split="train",  # the split of the training tasks
+    )
 
     config.rollout = dict(
-        batch=16,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        turn_tokens=32,
-        context_tokens=640,
-        cache_step=640,  # slots by which the cache of a context grows
-        extend_widths=(16,),
-        chunk=32,
-        gather_weights=True,  # sample with weights whole along mesh.fsdp: faster, more memory
-        history_turns=0,  # earlier turns in a context, at most; 0: all
-        per_task=1,  # episodes of each task; a batch then has fewer tasks
-        depth_start=0,  # turns that episodes are cut to in the first update; 0: never cut
-        depth_every=1,  # updates until they may have one more
+        batch=16,  # episodes of an update
+        temperature=1.0,  # sampling temperature; 0: greedy
+        top_k=0,  # sample from the k most likely tokens; 0: from all
+        top_p=1.0,  # sample from the most likely tokens with this mass; 1: from all
+        turn_tokens=32,  # most tokens of a response
+        context_tokens=640,  # most tokens of a context, observations included
+        cache_step=640,  # slots by which the cache grows, up to context_tokens
+        extend_widths=(16,),  # new observations are read in pieces of these widths, ascending
+        chunk=32,  # tokens sampled between checks which rows are done
+        gather_weights=True,  # sample with weights replicated over mesh.fsdp: faster, more memory
+        history_turns=0,  # most earlier turns in a context; 0: all
+        per_task=1,  # episodes of each task; a batch has batch / per_task tasks
+        depth_start=0,  # turns that an episode may have in the first update; 0: no limit
+        depth_every=1,  # updates until it may have one more
     )
 
     config.objective = dict(
-        divergence="reverse_kl",  # forward_kl, jsd, sampled_reverse_kl, cross_entropy
+        divergence="reverse_kl",  # or forward_kl, jsd, sampled_reverse_kl, cross_entropy
         beta=0.5,  # the teacher's share in jsd
-        intervention=True,
-        confidence=True,
-        confidence_temperature=1.0,
-        weak_weight=0.5,
-        entropy_bonus=0.0,  # more weight for tokens at which the teacher is uncertain; 0: none
-        entropy_threshold=0.8,  # nats
-        normalize="all_tokens",  # active_tokens, none
-        scope="batch",  # trajectory
-        eps=1e-8,
-        max_z=0.0,  # 0: no bound
+        intervention=True,  # weight turns by the judge's verdicts
+        confidence=True,  # weight turns by the teacher's confidence
+        confidence_temperature=1.0,  # temperature of the teacher's softmax, in confidence only
+        weak_weight=0.5,  # weight of WEAK turns; SKIP has 0, STRONG has 1
+        entropy_bonus=0.0,  # added weight of tokens at which the teacher is uncertain; 0: none
+        entropy_threshold=0.8,  # the teacher is uncertain above this entropy, nats
+        normalize="all_tokens",  # tokens with mean weight 1; or active_tokens; or none
+        scope="batch",  # one normalizer for the batch; or trajectory: one for each
+        eps=1e-8,  # least sum of weights to divide by
+        max_z=0.0,  # bound on the normalizer; 0: none
     )
 
     config.judge = dict(
-        decode="constrained",  # generate
-        context="table9",  # +feedback, history
-        admissible_shown=12,
-        batch=128,
-        length_multiple=64,
-        max_new_tokens=8,
-        agreement_every=20,  # updates; 0: never
+        decode="constrained",  # score the three labels; or generate the answer's text
+        context="table9",  # what the question shows; or +feedback, history
+        admissible_shown=12,  # most admissible actions in a question
+        batch=128,  # most questions at a time; with history, most conversations
+        length_multiple=64,  # questions are padded to a multiple of this
+        max_new_tokens=8,  # longest generated answer
+        agreement_every=20,  # updates between checks against the other decoding; 0: never
     )
 
     config.optimizer = dict(
-        learning_rate=1e-3,
-        schedule="linear",
-        warmup_updates=5,
-        weight_decay=0.0,
-        b1=0.9,
-        b2=0.98,
-        eps=1e-8,
-        clip_norm=1.0,
+        learning_rate=1e-3,  # peak of the schedule
+        schedule="linear",  # after the warm-up, to 0 at the last update; or cosine, constant
+        warmup_updates=5,  # the rate rises linearly for this many
+        weight_decay=0.0,  # AdamW's; norms and biases are spared
+        b1=0.9,  # decay of the first moment
+        b2=0.98,  # decay of the second moment
+        eps=1e-8,  # added to the root of the second moment
+        clip_norm=1.0,  # bound on the gradient's global norm; 0: none
     )
 
     config.train = dict(
-        updates=80,
-        micro_batches=1,
-        query_chunk=128,
-        loss_chunk=1024,
-        remat="none",  # projections, layers: keep less for the backward pass, compute it again
-        length_multiple=320,  # coarse, since a shape costs more to compile than to pad
-        response_multiple=128,
+        updates=80,  # optimizer steps of the run
+        micro_batches=1,  # equal parts of a batch; more parts need less memory
+        query_chunk=128,  # queries attended at a time
+        loss_chunk=1024,  # positions whose logits exist at a time
+        remat="none",  # or projections, layers: keep less for the backward pass, compute it again
+        length_multiple=320,  # rows are padded to a multiple; coarse: each length compiles once
+        response_multiple=128,  # student tokens of a row are padded to a multiple of this
     )
 
     config.eval = dict(
-        who=("before", "teacher", "expert", "random"),
-        splits=("valid_seen", "valid_unseen"),
-        tasks=200,
-        batch=100,
-        temperature=0.4,
-        seed=0,
+        who=("before", "teacher", "expert", "random"),  # evaluated besides the trained student
+        splits=("valid_seen", "valid_unseen"),  # the environment's splits to play
+        tasks=200,  # most tasks of a split
+        batch=100,  # episodes played at a time
+        temperature=0.4,  # sampling temperature of models
+        seed=0,  # seed of their sampling
         judge=False,  # also measure the judge on the turns that a model plays
     )
-    config.checkpoint = dict(every=20, keep=2)
-    config.compare = dict(methods=(), seeds=(), variants=VARIANTS)
+    config.checkpoint = dict(
+        every=20,  # updates between checkpoints
+        keep=2,  # how many of the newest checkpoints stay
+    )
+    config.compare = dict(
+        methods=(),  # names of variants; () for a single run
+        seeds=(),  # every method runs once with each
+        variants=VARIANTS,  # method name to the fields that it sets
+    )
 
     method = variant_name(args.method, args.ablate)
     if method not in VARIANTS:

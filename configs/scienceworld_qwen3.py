@@ -13,12 +13,15 @@ One type, identify-life-stages-2, has only four; its fifth is the last of its de
 engine's own path, which in many tasks is longer than 30 turns.
 
 Hardware: meant for eight accelerators of 80 GB (`mesh.fsdp`), and on the host 64 environments of
-about 450 MB, each with a Java process. It has not been run at this size by us; there is no wall
-time to give.
+about 450 MB, each with a Java process. We have not run it at this size, so there is no wall time.
 
-Expected are the paper's figures (single runs), the mean score of opd and of sage: 0.6B from 8B
--12.88 and 3.89, 1.7B from 8B -2.78 and 0.24, 0.6B from 32B -28.46 and -26.10, 1.7B from 32B -29.89
-and -16.01. The paper does not say which variations it evaluates, nor which simplifications it uses.
+The paper's figures (single runs), mean score:
+
+             0.6B from 8B    1.7B from 8B    0.6B from 32B   1.7B from 32B
+  opd           -12.88           -2.78          -28.46          -29.89
+  sage            3.89            0.24          -26.10          -16.01
+
+The paper does not say which variations it evaluates, nor which simplifications it uses.
 """
 
 from ml_collections import ConfigDict
@@ -27,16 +30,16 @@ from opd_jax.configs.paper import paper_config
 
 ENV = dict(
     by="scienceworld",
-    simplifications="easy",
+    simplifications="easy",  # the engine's names, joined by commas; "": none
     max_turns=30,
-    # For the judge and the random player. Listing them changes what the engine draws by chance, so
-    # every method lists them.
+    # Most admissible actions of an observation, for the judge and the random player. Listing them
+    # changes the engine's random draws, so every method lists them.
     list_admissible=30,
-    heap_mb=256,
-    timeout_s=60.0,
+    heap_mb=256,  # most memory of Java's heap, MiB
+    timeout_s=60.0,  # longest wait for the engine's answer
     workers=True,
     start_timeout_s=300.0,
-    # A lost engine is replaced and the episode played again, within one step.
+    # Within one step a lost engine may be replaced and the episode played again.
     step_timeout_s=240.0,
 )
 

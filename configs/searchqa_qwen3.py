@@ -11,47 +11,46 @@ Arguments, and the sweeps that give the paper's tables: see `paper.py`. Models a
 Needs
 - questions: FlashRAG's datasets nq, triviaqa, popqa, hotpotqa, 2wikimultihopqa, musique and
   bamboogle, a folder of JSONL files each, in `--config.env.data`;
-- passages: a retrieval server at `--config.env.retriever`, such as Search-R1's, which serves the
-  paper's Wikipedia of 2018 with E5 and a flat FAISS index; or the name of a JSONL corpus, which is
-  then searched with BM25 and gives other figures than the paper's.
+- passages, from `--config.env.retriever`: the address of a retrieval server such as Search-R1's,
+  which serves the paper's Wikipedia of 2018 with E5 and a flat FAISS index; or the path of a JSONL
+  corpus, which is searched with BM25 and gives other figures than the paper's.
 
-`runlocal` plays FactbookQA instead, which needs nothing but the extra `searchqa`: questions of this
-project's own, over the CIA World Factbook. Its figures are not SearchQA's, and tables say so.
+`runlocal` plays FactbookQA instead: this project's own questions about the CIA World Factbook. It
+needs only the extra `searchqa`. Its figures are not SearchQA's, and tables say so.
 
-Success is exact match, `f1` stands beside it, and `macro_average` is the mean over the seven sets.
+Success is exact match. Tables also show `f1`, and `macro_average`, the mean over the seven sets.
 
 Hardware: meant for eight accelerators of 80 GB (`mesh.fsdp`), besides what the retrieval server
-takes. It has not been run at this size by us; there is no wall time to give.
+takes. We have not run it at this size, so there is no wall time.
 
-Expected are the paper's figures (single runs), the mean exact match in % of opd and of sage: 0.6B
-from 8B 25.46 and 25.31, 1.7B from 8B 30.09 and 30.77.
+The paper's figures (single runs), mean exact match in %: 0.6B from 8B opd 25.46, sage 25.31; 1.7B
+from 8B opd 30.09, sage 30.77.
 """
 
 from ml_collections import ConfigDict
 
 from opd_jax.configs.paper import paper_config
 
-# In this process: environments share an index, or a client of the server.
 PROTOCOL = dict(
     max_turns=16,
-    max_searches=8,
-    passages=3,
-    passage_words=100,
-    retry_wrong=False,
-    workers=False,
+    max_searches=8,  # most searches of an episode
+    passages=3,  # most passages that a search shows
+    passage_words=100,  # longer passages are cut to this
+    retry_wrong=False,  # whether an episode goes on after a wrong answer
+    workers=False,  # in one process, environments share the index or the server's client
     start_timeout_s=300.0,
     step_timeout_s=240.0,
 )
 SEARCHQA = PROTOCOL | dict(
     by="searchqa",
-    data="",
-    train_questions=10_000,
-    test_questions=500,
+    data="",  # folder of the questions
+    train_questions=10_000,  # most questions of the training set
+    test_questions=500,  # most questions of each other set
     retriever="http://127.0.0.1:8000/retrieve",
-    timeout_s=30.0,
-    retries=3,
-    wait_s=0.5,
-    batch=64,
+    timeout_s=30.0,  # longest wait for an answer of the server
+    retries=3,  # how often a failed request is sent again
+    wait_s=0.5,  # seconds before the first retry; doubled for each further one
+    batch=64,  # most queries in a request
 )
 SETS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
 

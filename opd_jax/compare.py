@@ -1,4 +1,4 @@
-"""Several methods over several seeds from one config, and one table of what came out."""
+"""Runs several methods over several seeds from one config, and makes one table of them."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -31,14 +31,14 @@ def variant(config: FrozenConfigDict, method: str, seed: int) -> FrozenConfigDic
 
 
 def compare(config: FrozenConfigDict, workdir: Path, *, run: Run) -> str:
-    """Run every method with every seed, then write and return the table.
+    """Runs every method with every seed, then writes and returns the table.
 
-    Runs are ordered seed by seed, so that an interrupted comparison is balanced; each has its own
-    workdir `METHOD/seed-N` and resumes there. Untrained models and players are evaluated once.
+    Runs go seed by seed, so an interrupted comparison has all methods equally often. Each has its
+    own workdir `METHOD/seed-N` and resumes there. Untrained models and players are evaluated once.
 
     Args:
       config: with `compare.methods`, `compare.seeds` and `compare.variants`.
-      workdir: of the whole comparison.
+      workdir: the workdir of the whole comparison.
       run: trains and evaluates one config in one workdir; returns `{who: {split: figures}}`.
     """
     for method in config.compare.methods:
@@ -65,16 +65,15 @@ def compare(config: FrozenConfigDict, workdir: Path, *, run: Run) -> str:
 def comparison_table(
     references: Mapping[str, Any], results: Mapping[str, Sequence[dict]], *, judge: Mapping
 ) -> str:
-    """Markdown: a row for each reference and each method.
+    """A Markdown table with a row for each reference and each method.
 
-    A method has two intervals. Wilson's is over all episodes; it takes them as independent,
-    although seeds share their tasks. Student's is over seeds; with few of them it is wide, and
-    honest.
+    A method has two intervals. Wilson's is over all episodes and takes them as independent,
+    although seeds share their tasks. Student's is over seeds; it is wide with few of them.
 
     Args:
-      references: `{who: {split: figures}}`, figures as from `figures.summarize`.
+      references: `{who: {split: figures}}`, with figures from `figures.summarize`.
       results: method to `{split: figures}` of each seed; at least one method and one seed.
-      judge: method to further cells, as from `judge_figures`.
+      judge: method to further cells, from `judge_figures`.
     """
     figures = next(iter(results.values()))[0]
     labels = {split: split_label(split, figures[split]) for split in figures}
@@ -114,18 +113,12 @@ def _episodes(result: Mapping[str, Any]) -> str:
 
 
 def judge_figures(config: FrozenConfigDict, workdir: Path) -> dict[str, dict[str, str]]:
-    """Share of skipped turns, and the judge's precision and recall against the oracle, by method.
+    """Method to `{column: cell}`: skipped turns, and the judge's precision and recall.
 
-    Pooled over the turns of all updates and seeds; methods that ask no judge are left out.
-
-    Args:
-      config: of the comparison.
-      workdir: of the comparison, with `METHOD/seed-N/metrics.jsonl` of every run.
-
-    Returns:
-      Method to `{column: cell}`.
+    They are pooled over the turns of all updates and seeds, from `METHOD/seed-N/metrics.jsonl` in
+    the workdir. Methods that ask no judge are left out.
     """
-    # Column: a share in the line of an update, and what it is a share of.
+    # Column: name of a share in an update's line, and of the count that it is a share of.
     names = {
         "skipped": ("verdict/skip", "batch/turns"),
         "judge precision": ("judge/precision", "judge/corrected"),

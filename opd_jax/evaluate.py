@@ -1,10 +1,10 @@
-"""Success, score, turns and repetition of a model or a player on a split, with intervals.
+"""Plays splits with a model or a player and reports success, score and turns with intervals.
 
     python -m opd_jax.evaluate --config=quickstart --workdir=DIR --policy=expert
 
-With `--policy=model` the student of the newest checkpoint in the workdir plays, or the config's
-untrained student where there is none. `--config.eval.judge=true` also measures how the teacher's
-judgement of the turns agrees with the environment's own labels.
+With `--policy=model` the student of the workdir's newest checkpoint plays, or the config's
+untrained student if there is no checkpoint. `--config.eval.judge=true` also measures how well the
+teacher's verdicts on the turns agree with the environment's labels.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ from opd_jax.runtime.checkpoint import Checkpoints
 from opd_jax.runtime.mesh import make_mesh
 
 POLICIES = ("model", "expert", "random")
-# Stands beside the splits of a benchmark that has such a figure (`envs.make.benchmark_splits`).
+# Key of the mean over a benchmark's splits (`envs.make.benchmark_splits`).
 MACRO_AVERAGE = "macro_average"
 
 Panels = Mapping[str, Panel]
@@ -60,25 +60,13 @@ def play_model(
     tasks: int,
     batch: int,
 ) -> list[Conversation]:
-    """The first `tasks` tasks of a split, `batch` conversations at a time.
+    """A model's episodes of the first `tasks` tasks of a split, in order, `batch` at a time.
 
-    Each episode is sampled with `rng` folded with its task's index. So it depends neither on how
-    many tasks are played nor on how many at a time.
-
-    Args:
-      params: the model's.
-      rng: a PRNG key.
-      agent: everything else of the model's playing.
-      make: makes an environment.
-      split: of the environment.
-      tasks: how many are played, at most as many as the split has.
-      batch: environments, and rows of the compiled programs.
-
-    Returns:
-      The episodes in the order of the tasks.
+    Each episode is sampled with `rng` folded with its task's index. So it depends neither on
+    `tasks` nor on `batch`.
 
     Raises:
-      ValueError: as of the environment, or a first prompt does not fit into the agent's context.
+      ValueError: the environment's errors, or a first prompt exceeds the agent's context.
     """
     envs = make_envs(make, batch)
     conversations: list[Conversation] = []
@@ -93,19 +81,10 @@ def play_model(
 
 
 def play_player(settings: Settings, who: str, split: str, *, tasks: int) -> list[Conversation]:
-    """A player's episodes of the tasks that `play_model` plays.
-
-    Args:
-      settings: of the run.
-      who: the player's name.
-      split: of the environment.
-      tasks: how many are played.
-
-    Returns:
-      The episodes, without tokens, in the order of the tasks.
+    """A player's episodes of the tasks that `play_model` plays, without tokens.
 
     Raises:
-      ValueError: as of `make_player` or the environment.
+      ValueError: the environment has no such player, or an error of its own.
     """
     player = make_player(who, settings.env, field="--policy` or `eval.who", habits={})
     env = make_env(settings.env)
@@ -122,7 +101,7 @@ def play_player(settings: Settings, who: str, split: str, *, tasks: int) -> list
     return processes.share(played, tasks)
 
 
-# --- Figures of who plays -----------------------------------------------------------------------
+# --- Figures of a model or a player -------------------------------------------------------------
 
 
 def evaluate_model(
@@ -135,24 +114,24 @@ def evaluate_model(
     judging: LoadedModel | None,
     after_split: Callable[[], None] | None = None,
 ) -> Figures:
-    """`summarize` of a model on every split of `eval.splits`, and `MACRO_AVERAGE` over them.
+    """A model's figures (`summarize`) on every split of `eval.splits`, and their `MACRO_AVERAGE`.
 
-    Beside the figures stands what they depend on: the `digest` of the split's tasks, `update`,
-    `temperature` and `seed`. With `eval.judge` the model `judging` judges every turn that was
-    played. Its agreement with the environment's own labels comes under `judge`
-    (`agreement.figures`).
+    The figures also hold what they depend on: the `digest` of the split's tasks, `update`,
+    `temperature` and `seed`. With `eval.judge` they hold `judge`: how well the verdicts of
+    `judging` on the played turns agree with the environment's labels (`agreement.figures`).
 
     Args:
-      settings: of the run.
-      model: who plays, with other parameters.
+      settings: the run's settings.
+      model: sizes, tokenizer and chat format; its own `params` are not used.
       params: the parameters to play with.
       panels: the tasks of each split.
-      update: after how many updates the parameters are.
-      judging: the teacher; None for none.
-      after_split: called after each split, which takes minutes. What it raises ends the evaluation.
+      update: how many updates `params` have had.
+      judging: the teacher, or None.
+      after_split: called after each split, which takes minutes. An exception from it ends the
+        evaluation.
 
     Raises:
-      ValueError: as of `summarize`, `measure_judge` or the environment.
+      ValueError: all episodes of a split broke, or the environment has no labels for `eval.judge`.
     """
     how = settings.eval
     agent = build.make_agent(model, settings, temperature=how.temperature)
@@ -183,11 +162,7 @@ def evaluate_player(
     panels: Panels,
     after_split: Callable[[], None] | None = None,
 ) -> Figures:
-    """`summarize` of a player on every split of `eval.splits`; arguments as of `evaluate_model`.
-
-    Raises:
-      ValueError: as of `make_player` or `summarize`.
-    """
+    """A player's figures on every split of `eval.splits`; see `evaluate_model`."""
     results: Figures = {}
     for split in settings.eval.splits:
         played = play_player(settings, who, split, tasks=_tasks(settings, panels[split]))
@@ -200,12 +175,7 @@ def evaluate_player(
 def measure_judge(
     settings: Settings, judging: LoadedModel, conversations: Sequence[Conversation]
 ) -> dict[str, object]:
-    """`agreement.figures` of a judge over the turns of a panel of episodes, and how it was asked.
-
-    Args:
-      settings: of the run; `judge` says how the question is put and answered.
-      judging: the teacher.
-      conversations: episodes with their turns and the environment's labels.
+    """`agreement.figures` of a judge over the turns of episodes, and how it was asked.
 
     Raises:
       ValueError: the environment has no oracle.
@@ -227,7 +197,7 @@ def measure_judge(
 
 
 def _tasks(settings: Settings, panel: Panel) -> int:
-    """How many tasks of a split are played: `eval.tasks`, or all where there are fewer."""
+    """How many tasks of a split are played: `eval.tasks`, or all if there are fewer."""
     return min(settings.eval.tasks, panel.size)
 
 
@@ -238,13 +208,12 @@ def _sampled_with(settings: Settings) -> dict[str, object]:
 
 def _judged_by(settings: Settings) -> dict[str, object]:
     """What a judge's figures depend on, besides the teacher and the turns."""
-    return {name: getattr(settings.judge, name) for name in ("context", "decode")} | {
-        "admissible_shown": settings.judge.admissible_shown
-    }
+    names = ("context", "decode", "admissible_shown")
+    return {name: getattr(settings.judge, name) for name in names}
 
 
 def _with_average(settings: Settings, results: Figures) -> Figures:
-    """Adds the average of a benchmark's splits; None where some of them are missing."""
+    """Adds the average over a benchmark's splits; None if some of them are missing."""
     splits = benchmark_splits(settings.env.by)
     if not splits:
         return results
@@ -256,22 +225,22 @@ def _with_average(settings: Settings, results: Figures) -> Figures:
 def is_evaluated(
     result: Mapping[str, Any] | None, settings: Settings, *, panels: Panels, update: int
 ) -> bool:
-    """Whether stored figures of somebody are what evaluating again would give.
+    """Whether evaluating again would give the stored figures.
 
     Args:
-      result: figures by split; None for none.
-      settings: what is asked for.
-      panels: the tasks of each split.
-      update: of a model, after how many updates.
+      result: the stored figures by split, or None.
+      settings: what is asked for now.
+      panels: the tasks of each split now.
+      update: how many updates the model has had; of no effect for players.
     """
 
     def good(figures: Mapping[str, Any] | None, panel: Panel) -> bool:
         if figures is None or figures.get("digest") != panel.digest:
             return False
-        # Broken episodes count: played again they may break again, without end.
+        # Broken episodes count. Else episodes that always break would be played on every start.
         if figures["n"] + figures.get("broken", 0) != _tasks(settings, panel):
             return False
-        if "update" not in figures:  # a player
+        if "update" not in figures:  # a player's
             return True
         played_with = {"update": update, **_sampled_with(settings)}
         judged = not settings.eval.judge or (
@@ -284,7 +253,7 @@ def is_evaluated(
     )
 
 
-# --- Of a training run --------------------------------------------------------------------------
+# --- Evaluations of a training run --------------------------------------------------------------
 
 
 def evaluate_others(
@@ -297,19 +266,12 @@ def evaluate_others(
     workdir: Path,
     after_split: Callable[[], None],
 ) -> dict[str, Figures]:
-    """Evaluates everyone in `eval.who`, once in a workdir: all but the trained student.
+    """Evaluates everyone in `eval.who`, unless the workdir's `summary.json` has their figures.
 
-    Args:
-      settings: of the run.
-      student: its sizes, tokenizer and frozen parameters.
-      untrained: what is trained, before any update.
-      teacher: None where there is none.
-      panels: the tasks of each split.
-      workdir: its `summary.json` is read first, and written after each of them.
-      after_split: see `evaluate_model`.
+    `untrained` is what is trained, before any update. Figures are written as soon as they exist.
     """
     write = processes.is_first()
-    # One process reads for all: a later one might find what the first has written meanwhile.
+    # One process reads for all, before any writes.
     stored = read_summary(workdir / "summary.json") if write else {}
     results = processes.first(stored.get("eval", {}))
     done = partial(is_evaluated, settings=settings, panels=panels, update=0)
@@ -342,18 +304,7 @@ def evaluate_trained(
     known: Figures | None,
     after_split: Callable[[], None],
 ) -> Figures:
-    """Evaluates the student after `update` updates, unless `known` is what is asked for.
-
-    Args:
-      settings: of the run.
-      student: see `evaluate_others`.
-      trained: what was trained.
-      teacher: judges with `eval.judge`.
-      panels: the tasks of each split.
-      update: how many updates `trained` has seen.
-      known: figures of before; None for none.
-      after_split: see `evaluate_model`.
-    """
+    """Evaluates the student after `update` updates, unless `known` has these figures already."""
     if known is not None and is_evaluated(known, settings, panels=panels, update=update):
         return known
     return evaluate_model(
@@ -371,11 +322,11 @@ def evaluate_trained(
 
 
 def run(config: FrozenConfigDict, workdir: Path, policy: str) -> dict[str, Figures]:
-    """Evaluate one policy and merge its figures into `summary.json`.
+    """Evaluates one policy and merges its figures into `summary.json`.
 
     Raises:
-      ValueError: the workdir holds a run in another environment, of another student, ... Figures of
-        the two would stand side by side as if they were of one run.
+      ValueError: the workdir holds a run with another method. One file would mix figures of two
+        runs.
     """
     settings = read_settings(config)
     check_same_run(config, workdir, binds=binds_an_evaluation)
@@ -404,7 +355,7 @@ def _evaluate_student(
     who = "after" if restored else "before"
     update, state, _ = restored or (0, {"params": untrained}, {})
     sampling = build.make_sampling_params(state["params"], student, settings)
-    # Nothing else is needed on the devices from here on.
+    # Free the trained parameters; only the sampling copy is needed.
     student = dataclasses.replace(student, params={})
     del untrained, restored, state
     figures = evaluate_model(

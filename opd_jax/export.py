@@ -1,9 +1,9 @@
-"""Write the newest checkpoint of a workdir as a Hugging Face folder.
+"""Writes the newest checkpoint of a workdir as a Hugging Face folder.
 
     python -m opd_jax.export --workdir=DIR --out=DIR
 
-`transformers` opens the result, and so do `student` and `teacher` of a config. Adapters are merged
-into the weights that they adapt. No accelerator is used: the host reads the parameters, without the
+`transformers` opens the folder; `student` and `teacher` of a config may name it too. Adapters are
+merged into the weights. No accelerator is used: the host reads the parameters, without the
 optimizer's moments, and writes them file by file. Any number of devices may have trained them.
 """
 
@@ -25,7 +25,7 @@ from opd_jax.runtime.mesh import make_mesh
 
 
 def export(workdir: Path, out: Path) -> int:
-    """Export the student of `workdir` to `out`; returns the update it comes from.
+    """Exports the student of `workdir` to `out`; returns the number of its update.
 
     Raises:
       ValueError: no run or no checkpoint in `workdir`, or `out` is in use.
@@ -48,7 +48,7 @@ def export(workdir: Path, out: Path) -> int:
 
 
 def _trained(settings: Settings, sizes: ModelConfig) -> Params:
-    """Shapes of what was trained, without a placement: to be read to the host."""
+    """Shapes of what was trained, without shardings: it is read to the host."""
     lora = build.adapters(settings)
     return jax.tree.map(
         lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(settings.dtype)),
@@ -58,7 +58,7 @@ def _trained(settings: Settings, sizes: ModelConfig) -> Params:
 
 
 def _frozen(settings: Settings) -> Params | None:
-    """What adapters adapt, on the host; None where all parameters were trained."""
+    """The student's own parameters under adapters, on the host; None without adapters."""
     if not settings.lora.rank:
         return None
     host = make_mesh(data=1, fsdp=1, tensor=1, devices=jax.local_devices(backend="cpu")[:1])
@@ -67,7 +67,7 @@ def _frozen(settings: Settings) -> Params | None:
 
 def main(argv: Sequence[str]) -> None:
     """The command `python -m opd_jax.export`."""
-    # JAX would otherwise take the memory of accelerators.
+    # Otherwise JAX takes the memory of accelerators.
     jax.config.update("jax_platforms", "cpu")
     try:
         _, workdir, flags = parse_command_line(argv, usage=__doc__, needs_config=False, out=str)

@@ -1,10 +1,10 @@
-"""Train a student agent: roll out, judge, pack, step, write, save.
+"""Trains a student agent: roll out, judge, pack, step, write, save.
 
     python -m opd_jax.train --config=NAME[:arg] --workdir=DIR [--config.x.y=v]
 
-A run that finds a checkpoint in its workdir resumes, and ends with the bits of a run that was never
-interrupted: what an update draws depends on the seed and the update's number alone. SIGTERM saves
-after the update under way, or ends an evaluation after its split; the exit status is then 0.
+A run that finds a checkpoint in its workdir resumes. It ends with the same bits as a run that was
+never interrupted, because an update's random draws depend only on the seed and its number. SIGTERM
+saves after the current update, or ends an evaluation after its split; the exit status is then 0.
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ def train(
 
 
 def run(config: FrozenConfigDict, workdir: Path) -> dict[str, Any]:
-    """One whole run, from the config to `summary.json`, whose `eval` part is returned."""
+    """One whole run; returns the `eval` part of its `summary.json`."""
     settings = read_settings(config)
     mesh = make_mesh(**dataclasses.asdict(settings.mesh))
     with jax.set_mesh(mesh):

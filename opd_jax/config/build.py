@@ -1,6 +1,6 @@
-"""From settings to live objects: models, agents, judges, sources of experience, compiled updates.
+"""Makes live objects from settings: agents, judges, sources of experience, compiled updates.
 
-The only room in which settings meet what they configure. Everything below takes keyword arguments.
+Only here do settings of all sections meet. What they configure takes keyword arguments.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ from opd_jax.agent.agent import Agent
 from opd_jax.agent.chat import ChatFormat
 from opd_jax.agent.conversation import Conversation
 from opd_jax.agent.generate import sampling_params
-from opd_jax.agent.rollout import make_envs, rollout, row_keys
+from opd_jax.agent.rollout import everywhere, make_envs, rollout, row_keys
 from opd_jax.config.models import LoadedModel
 from opd_jax.config.settings import Settings
 from opd_jax.envs.base import Env
 from opd_jax.envs.make import EnvSettings, make_env
 from opd_jax.envs.players import make_player
 from opd_jax.experience.demonstrations import demonstrate
-from opd_jax.experience.source import Episodes, Play, Played, Source, TaskOrder, play_expert
+from opd_jax.experience.source import Episodes, Play, Played, Source, TaskOrder
 from opd_jax.experience.stream import Stream, judge_example
 from opd_jax.experience.tasks import Panel, find_panels, split_size
 from opd_jax.judge.answer import LABELS
@@ -48,12 +48,12 @@ from opd_jax.runtime.mesh import param_shardings, shard_batch
 
 
 def adapters(settings: Settings) -> Lora | None:
-    """The adapters that are trained; None where all parameters are."""
+    """The adapters to train; None if all parameters are trained."""
     return settings.lora if settings.lora.rank else None
 
 
 def initial_params(student: LoadedModel, settings: Settings, mesh: jax.sharding.Mesh) -> Params:
-    """What is trained, before any update: the student's parameters, or adapters for them.
+    """What is trained, before any update: the student's parameters, or new adapters of them.
 
     Raises:
       ValueError: the student cannot have such adapters, or they do not divide over the mesh.
@@ -66,12 +66,12 @@ def initial_params(student: LoadedModel, settings: Settings, mesh: jax.sharding.
         partial(init_arrays, specs, dtype=jnp.dtype(settings.dtype)),
         out_shardings=param_shardings(specs, mesh),
     )
-    # Folded with a number that no update has.
+    # 2**32 - 1 is no update's number, so this key is used once.
     return init(jax.random.fold_in(jax.random.key(settings.seed), 2**32 - 1))
 
 
 def make_sampling_params(trained: Params, student: LoadedModel, settings: Settings) -> Params:
-    """The student's parameters as it samples with them, from those being trained."""
+    """The student's parameters for sampling, made from what is trained."""
     lora = adapters(settings)
     return sampling_params(
         with_adapters(student.params if lora else None, trained, lora),
@@ -92,18 +92,14 @@ Update = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 def compile_update(
     settings: Settings, *, student: ModelConfig, teacher: ModelConfig | None, placement: Any
 ) -> tuple[Callable, Callable | None]:
-    """The programs of an update: the train step, and the teacher's pass if the objective has one.
+    """The programs of an update: the train step, and the teacher's pass if the objective needs it.
 
-    Args:
-      settings: of the run.
-      student: its sizes.
-      teacher: its sizes; None without one.
-      placement: see `make_train_step`.
+    `student` and `teacher` are sizes; for `placement` see `make_train_step`.
     """
     train = settings.train
-    how: dict[str, Any] = dict(
+    shared: dict[str, Any] = dict(
         micro_batches=train.micro_batches,
-        # A batch of demonstrations has however many rows fit.
+        # Batches of demonstrations are filled by tokens, so their number of rows varies.
         batch_rows=None if settings.shows_players else settings.rollout.batch,
         query_chunk=train.query_chunk,
     )
@@ -116,17 +112,20 @@ def compile_update(
         loss_chunk=train.loss_chunk,
         remat=train.remat,
         lora=adapters(settings),
-        **how,
+        **shared,
     )
     if teacher is None or not settings.objective.needs_teacher:
         return train_step, None
-    return train_step, make_teacher_pass(teacher, **how)
+    return train_step, make_teacher_pass(teacher, **shared)
 
 
 def make_update(
     settings: Settings, student: LoadedModel, teacher: LoadedModel | None, state: TrainState
 ) -> Update:
-    """One update, from a batch on the host to metrics on the host; donates its state."""
+    """Binds the models to an update: (state, batch on the host) to (state, metrics on the host).
+
+    The update donates its state.
+    """
     train_step, teacher_pass = compile_update(
         settings,
         student=student.config,
@@ -136,22 +135,17 @@ def make_update(
     base = student.params if adapters(settings) else None
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        rows, said = shard_batch(batch), None
+        rows, scorer = shard_batch(batch), None
         if teacher and teacher_pass:
-            said = Teacher(teacher_pass(teacher.params, rows), model.head_params(teacher.params))
-        state, raw = train_step(state, said, rows, base)
+            scorer = Teacher(teacher_pass(teacher.params, rows), model.head_params(teacher.params))
+        state, raw = train_step(state, scorer, rows, base)
         return state, jax.device_get(raw)
 
     return update
 
 
 def make_pack(settings: Settings, sizes: ModelConfig) -> Callable[[Played, np.ndarray], Batch]:
-    """The function from episodes and their verdicts [B, K] to the batch of an update.
-
-    Args:
-      settings: of the run.
-      sizes: of the student, who reads the tokens.
-    """
+    """The function that packs episodes and their verdicts [B, K]; `sizes` are the student's."""
 
     def packed(played: Played, verdict: np.ndarray) -> Batch:
         return pack(
@@ -176,7 +170,7 @@ def make_log(settings: Settings, workdir: Path, *, done: int) -> UpdateLog:
     )
 
 
-# --- Who acts and who judges ----------------------------------------------------------------------
+# --- Who plays and who judges ---------------------------------------------------------------------
 
 
 def make_agent(
@@ -185,7 +179,7 @@ def make_agent(
     """A model as an agent; `temperature` replaces the one for training.
 
     Raises:
-      ValueError: the context is longer than what the model was made for.
+      ValueError: `rollout.context_tokens` exceeds the model's positions.
     """
     decoding, most = settings.rollout, loaded.config.max_positions
     if decoding.context_tokens > most:
@@ -204,35 +198,35 @@ def make_judge(loaded: LoadedModel, settings: Settings) -> Judge:
 
 
 def make_labeller(settings: Settings, teacher: LoadedModel | None) -> Labeller:
-    """What gives the turns of an update their verdicts."""
+    """The teacher as a judge, or no judge if the objective does not intervene."""
     max_turns = settings.env.max_turns
     if not settings.objective.intervention or teacher is None:
         return no_judge(max_turns=max_turns)
     return teacher_judge(teacher.params, by=make_judge(teacher, settings), max_turns=max_turns)
 
 
-# --- Where tokens come from -----------------------------------------------------------------------
+# --- Tasks and sources of tokens ------------------------------------------------------------------
 
 
 def panels(settings: Settings) -> dict[str, Panel]:
-    """The tasks of every split that the settings name; errors as in `tasks.find_panels`."""
+    """The tasks of the training split and of every evaluated one."""
     evaluated = ((split, "eval.splits") for split in settings.eval.splits)
     return dict(_panels(settings.env, ((settings.data.split, "data.split"), *evaluated)))
 
 
 def eval_panels(settings: Settings) -> dict[str, Panel]:
-    """The tasks of the splits that are evaluated: the training tasks need not be there."""
+    """The tasks of the evaluated splits; the training tasks may be missing."""
     evaluated = tuple((split, "eval.splits") for split in settings.eval.splits)
     return dict(_panels(settings.env, evaluated))
 
 
-@cache  # a comparison asks for each of its runs, and some environments read thousands of files
+@cache  # a comparison asks once per run, and some environments read thousands of files
 def _panels(env: EnvSettings, splits: tuple[tuple[str, str], ...]) -> dict[str, Panel]:
     return find_panels(make_env(env), dict(splits))
 
 
 def check_players(settings: Settings) -> None:
-    """Finds every player that the settings name, or raises as `make_player` does."""
+    """Checks that every player that the settings name can be made; errors as in `make_player`."""
     wanted = [("eval.who", who) for who in settings.eval.who if who not in ("before", "teacher")]
     habits: Any = {}
     if settings.data.source == "expert":
@@ -256,11 +250,11 @@ def make_source(
     """The source named by `data.source`.
 
     Args:
-      settings: of the run.
-      student: who plays on-policy, and whose tokenizer and chat format the tokens have.
-      teacher: who plays where the settings say so.
-      tasks: of `data.split`.
-      cursor: where the first call starts, as from `Source.cursor`; [0, 0] at the beginning.
+      settings: the whole run's.
+      student: plays on-policy. Otherwise it only gives the tokenizer and the chat format.
+      teacher: plays if `data.source` is "teacher".
+      tasks: the tasks of `data.split`.
+      cursor: where to start, an earlier `Source.cursor`; [0, 0] at the beginning.
     """
     if settings.shows_players:
         return _demonstrations(settings, student, cursor=cursor)
@@ -268,8 +262,9 @@ def make_source(
     player = teacher if source == "teacher" and teacher else student
     agent = make_agent(player, settings)
     envs = make_envs(partial(make_env, settings.env), how.batch)
-    play = play_expert(make_expert(settings, agent), envs)
-    if source != "expert":
+    if source == "expert":
+        play = _play_expert(settings, agent, envs)
+    else:
         play = _play_model(settings, player, agent, envs)
     return Episodes(
         play,
@@ -290,7 +285,7 @@ def make_source(
 def _play_model(
     settings: Settings, player: LoadedModel, agent: Agent, envs: Sequence[Env | None]
 ) -> Play:
-    """`Play` of the student being trained, or of the teacher."""
+    """The student being trained plays, or the teacher."""
     on_policy = settings.data.source == "on_policy"
 
     def play(state: TrainState, tasks: Sequence[tuple[str, int]]) -> list[Conversation]:
@@ -305,19 +300,17 @@ def _play_model(
     return play
 
 
-def make_expert(settings: Settings, agent: Agent) -> Callable[[Env, str, int], Conversation]:
-    """`demonstrate` bound to the environment's expert, undisturbed: (env, split, index).
+def _play_expert(settings: Settings, agent: Agent, envs: Sequence[Env | None]) -> Play:
+    """The environment's expert plays, undisturbed; it needs no parameters."""
+    expert = partial(make_player, "expert", settings.env, field="data.source", habits={})
 
-    Raises:
-      ValueError: when called, where the environment has no expert or a prompt does not fit.
-    """
-
-    def episode(env: Env, split: str, index: int) -> Conversation:
+    def episode(env: Env, task: tuple[str, int]) -> Conversation:
+        split, index = task
         return demonstrate(
             env,
             split,
             index,
-            player=make_player("expert", settings.env, field="data.source", habits={}),
+            player=expert(),
             distractor=None,
             distraction=0.0,
             rng=random.Random(f"{settings.seed}/expert/{split}/{index}"),
@@ -326,17 +319,16 @@ def make_expert(settings: Settings, agent: Agent) -> Callable[[Env, str, int], C
             context_tokens=agent.decoding.context_tokens,
         )
 
-    return episode
+    return lambda _, tasks: everywhere(episode, envs, tasks)
 
 
 def make_demonstrator(settings: Settings, *, tokenizer: Any, chat: ChatFormat):
-    """`demonstrate` bound to `demonstrations`: episode number n, a pure function of n.
+    """The function that demonstrates episode number n; it depends on n alone.
 
-    Each episode draws the size of its rooms. At first there is only the first of `sizes`; each
-    number in `sizes_from` is the episode from which on there is one more. Texts of small rooms are
-    short, and what was learnt in them needs little change for large ones. Each episode also draws
-    its share of strayed turns, between none and `distraction`: the model learns to go on from every
-    degree of disorder.
+    Room sizes: at first only `sizes[0]`; from episode `sizes_from[n]` on, one more. Small rooms
+    have short texts, and what is learnt in them carries over to large ones. Each episode draws its
+    distraction between 0 and `distraction`, so the model learns to go on after much disorder and
+    after little.
     """
     shown = settings.demonstrations
     assert shown is not None  # as settings are checked
@@ -368,7 +360,7 @@ def make_demonstrator(settings: Settings, *, tokenizer: Any, chat: ChatFormat):
 
 
 def _demonstrations(settings: Settings, student: LoadedModel, *, cursor: Sequence[int]) -> Stream:
-    """Demonstrations by players, and judge examples: supervised data that builds a model."""
+    """Supervised data that builds a model: players' demonstrations, and judge examples."""
     shown = settings.demonstrations
     assert shown is not None  # as settings are checked
     asking = [
@@ -380,7 +372,7 @@ def _demonstrations(settings: Settings, student: LoadedModel, *, cursor: Sequenc
     ]
 
     def make_example(number: int, conversation: Conversation, index: int) -> Conversation:
-        # Labels take turns, and the context changes after each round: it gets every label.
+        # Labels take turns. The context changes after each round of labels, so it gets them all.
         by = asking[number // len(LABELS) % len(asking)]
         prompt = [*by.prefix(conversation, index), *by.question(conversation, index)]
         label = conversation.turns[index].oracle
@@ -388,12 +380,10 @@ def _demonstrations(settings: Settings, student: LoadedModel, *, cursor: Sequenc
         return judge_example(prompt, [*answer, student.chat.stop_ids[0]])
 
     return Stream(
+        shown,
         make_episode=make_demonstrator(settings, tokenizer=student.tokenizer, chat=student.chat),
         make_example=make_example if shown.judge_examples else None,
         seed=settings.seed,
-        window=shown.window,
-        judge_examples=shown.judge_examples,
-        tokens_per_batch=shown.tokens_per_batch,
         length_multiple=settings.train.length_multiple,
         rows_multiple=settings.train.micro_batches * settings.mesh.batch_shards,
         cursor=cursor,

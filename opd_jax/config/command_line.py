@@ -1,4 +1,4 @@
-"""The command lines of ``python -m opd_jax.train`` and its siblings, and how they end in error."""
+"""Reads the command lines of ``python -m opd_jax.train`` and its siblings."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,30 +38,30 @@ def parse_command_line(
 ) -> tuple[FrozenConfigDict | None, Path | None, dict[str, Any]]:
     """Reads the command line of ``python -m opd_jax.train`` and its siblings.
 
-    Flags are written ``--name=value`` or ``--name value``. One that is true or false may stand
-    alone: ``--name``. ``--help`` prints `usage`, the flags and, when ``--config`` is given too,
-    every field of that config, and exits with status 0.
+    Flags are written ``--name=value`` or ``--name value``; a bool one may stand alone: ``--name``.
+    ``--help`` prints `usage` and the flags, and exits with status 0. With ``--config`` it also
+    prints every field of that config.
 
     Args:
       argv: the arguments after the program name.
-      usage: text printed first by ``--help``.
-      needs_config: whether ``--config`` is required; without it ``--config`` is refused.
-      needs_workdir: whether ``--workdir`` is required; without it ``--workdir`` is refused.
-      **flags: further flags of this command. A tuple of strings lists the accepted values, the
-        first one being the default; a single value is a default of that type; a type (`str`,
-        `int`, ...) makes the flag required.
+      usage: text that ``--help`` prints first.
+      needs_config: true requires ``--config``, false refuses it.
+      needs_workdir: true requires ``--workdir``, false refuses it.
+      **flags: further flags of this command. A tuple of strings lists the accepted values; the
+        first is the default. Any other value is a default of its type. A type (`str`, `int`, ...)
+        makes the flag required.
 
     Returns:
-      (config, workdir, flags): the frozen config and the workdir (None where they are not needed),
-      and the value of every flag in `flags`.
+      (config, workdir, flags): the frozen config, the workdir (each None if not needed), and the
+      value of every flag in `flags`.
 
     Raises:
       ValueError: an unknown, missing or repeated flag, or a value that it does not take. The caller
-        ends with `runtime.exits.fail`.
+        then calls `runtime.exits.fail`.
     """
     required = ["config"] * needs_config + ["workdir"] * needs_workdir
     known = [*required, *flags]
-    # Stripped first, since it is the one flag without a value.
+    # Removed first: it takes no value.
     wants_help = any(word in ("--help", "-h") for word in argv)
     argv = [word for word in argv if word not in ("--help", "-h")]
     given: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Words of a command line as (name, text) pairs, and their texts as typed values."""
+"""Splits a command line into (name, text) pairs, and reads texts as typed values."""
 
 import ast
 import difflib
@@ -31,7 +31,7 @@ def flag_pairs(argv: Sequence[str], *, switches: Collection[str] = ()) -> list[t
 
 
 def given_fields(argv: Sequence[str]) -> list[str]:
-    """Names of the config fields that words of a command line replace."""
+    """Names of the config fields that a command line replaces."""
     prefix = "--config."
     return [word.removeprefix(prefix).partition("=")[0] for word in argv if word[:9] == prefix]
 
@@ -73,14 +73,14 @@ def read_sequence(text: str, default: tuple | list, name: str) -> tuple | list:
 
 
 def read_optional(text: str, kind: type, name: str) -> Any:
-    """Reads a value for a field whose default is None; guesses its type without a placeholder."""
+    """Reads a value for a field whose default is None; guesses the type if `kind` is NoneType."""
     if text.strip().lower() == "none":
         return None
     return _guess(text) if kind is type(None) else read_value(text, kind, name)
 
 
 def _guess(text: str) -> Any:
-    """Reads a Python literal, or keeps the text where it is none."""
+    """Reads a Python literal; other text stays as it is."""
     try:
         return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError):
@@ -88,7 +88,7 @@ def _guess(text: str) -> Any:
 
 
 def closest(name: str, names: Sequence[str]) -> str:
-    """Says which of `names` come nearest: by the whole dotted name, or by its last part."""
+    """Names up to three of `names` that are like `name`, or share its last part, for an error."""
     last = name.rpartition(".")[2]
     by_last = [other for other in names if other.rpartition(".")[2] == last]
     near = by_last + difflib.get_close_matches(name, names, n=3, cutoff=0.5)

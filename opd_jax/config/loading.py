@@ -1,4 +1,4 @@
-"""A config file, its argument and overrides, to a frozen config."""
+"""Loads a config file with its argument and overrides, as a frozen config."""
 
 import importlib
 import re
@@ -24,7 +24,7 @@ def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> ConfigDi
 
     Args:
       arg: comma-separated names and ``name=value`` pairs. A bare name sets a bool to true. None or
-        the empty string leaves every default.
+        the empty string keeps every default.
       **defaults: the known names; each value gives the default and the type.
 
     Returns:
@@ -32,7 +32,7 @@ def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> ConfigDi
 
     Raises:
       ValueError: an unknown name, a name given twice, a bare name that is not a bool, or a value
-        that does not read as the type of its default.
+        that is not of its default's type.
     """
     parsed = dict(defaults)
     seen = set()
@@ -56,11 +56,11 @@ def load(name: str, overrides: Sequence[str]) -> FrozenConfigDict:
     """Builds the config of one experiment.
 
     Args:
-      name: ``NAME`` of a config in `opd_jax.configs`, or ``path/to/NAME.py``; an argument may
-        follow after a colon.
+      name: ``NAME`` of a config in `opd_jax.configs`, or ``path/to/NAME.py``; a colon and an
+        argument may follow.
       overrides: ``--config.x.y=value``, or ``--config.x.y`` followed by ``value``. A value is read
-        as the type of the default it replaces; an int literal is accepted for a float, ``1,2,3``
-        or ``(1,2,3)`` for a tuple. The last one wins.
+        as the type of the default that it replaces. An int is accepted for a float; ``1,2,3`` or
+        ``(1,2,3)`` is a tuple. The last override of a field wins.
 
     Returns:
       The config with the overrides applied, immutable; lists have become tuples.
@@ -93,7 +93,7 @@ def _build(text: str) -> ConfigDict:
             f"config `{name}` does not exist{closest(path.stem, there)}; configs in "
             f"`{path.parent}`: {', '.join(there) or 'none'}"
         )
-    # As with `python FILE`: a config may import what lies beside it.
+    # As with `python FILE`: a config may import its neighbours.
     if (folder := str(path.parent.resolve())) not in sys.path:
         sys.path.insert(0, folder)
     module = runpy.run_path(str(path), run_name=f"experiment_{path.stem}")
@@ -112,13 +112,13 @@ def _shipped() -> Path:
 
 
 def _config_names(folder: Path) -> list[str]:
-    """The configs in a folder, without the files that they share."""
+    """Names of the configs in a folder; files that they share are no configs."""
     files = sorted(folder.glob("*.py"))
     return [file.stem for file in files if "def get_config(" in file.read_text("utf-8")]
 
 
 def _override(config: ConfigDict, field: str, text: str) -> None:
-    """Replaces one leaf of `config` in place, reading `text` as the type already there."""
+    """Replaces one leaf of `config` in place; reads `text` as the leaf's type."""
     *groups, leaf = field.split(".")
     node = config
     for group in groups:

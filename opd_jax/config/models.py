@@ -1,4 +1,4 @@
-"""The models that settings name, in memory or as sizes."""
+"""Loads the models that settings name, or reads their sizes."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ EMBEDDED = Path(__file__).parents[1] / "pair"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model folder in memory.
+    """A model in memory.
 
     Attributes:
-      folder: where it came from.
-      config: its sizes.
-      params: its parameters.
+      folder: the folder.
+      config: the model's sizes.
+      params: the model's parameters.
       tokenizer: a `transformers` tokenizer.
-      chat: its chat format.
+      chat: the tokenizer's chat format.
     """
 
     folder: Path
@@ -39,7 +39,7 @@ class LoadedModel:
 
 
 def model_folder(reference: str) -> Path:
-    """The folder of a model reference: a path, or `embedded:NAME`, which ships with the package."""
+    """The folder of a model reference: a path, or `embedded:NAME` for a model of the package."""
     if reference.startswith("embedded:"):
         return EMBEDDED / reference.removeprefix("embedded:")
     return Path(reference)
@@ -51,10 +51,10 @@ def load_model(
     """Read a model folder; errors as in `hf`.
 
     Args:
-      reference: see `model_folder`; a folder of Hugging Face safetensors.
-      dtype: of the parameters; "int8" is `int8.quantize_params` over bfloat16.
-      mesh: over which they are sharded.
-      vocab_size: rows of the vocabulary that are read; those behind them are padding. None: all.
+      reference: names a folder of Hugging Face safetensors; see `model_folder`.
+      dtype: dtype of the parameters; "int8" is `int8.quantize_params` over bfloat16.
+      mesh: the devices over which they are sharded.
+      vocab_size: rows of the vocabulary to read; the rest is padding. None: all.
     """
     folder = model_folder(reference)
     config = hf.read_config(folder)
@@ -81,8 +81,8 @@ def load_student(settings: Settings, mesh: jax.sharding.Mesh) -> LoadedModel:
     """The student before any update, with the vocabulary that it shares with its teacher.
 
     Raises:
-      ValueError: its tokenizer differs from the teacher's, before any weight is read; else as in
-        `hf`.
+      ValueError: its tokenizer differs from the teacher's (found before any weight is read), or the
+        folder has errors that `hf` names.
     """
     if settings.student == "new":
         return new_model(settings, mesh)
@@ -97,7 +97,7 @@ def load_student(settings: Settings, mesh: jax.sharding.Mesh) -> LoadedModel:
 
 
 def load_teacher(settings: Settings, mesh: jax.sharding.Mesh) -> LoadedModel | None:
-    """The teacher; None without one."""
+    """The teacher, or None if the settings have none."""
     if not settings.teacher:
         return None
     return load_model(
@@ -109,11 +109,7 @@ def load_teacher(settings: Settings, mesh: jax.sharding.Mesh) -> LoadedModel | N
 
 
 def student_sizes(settings: Settings) -> ModelConfig:
-    """Sizes of the student that `load_student` gives; no weight is read.
-
-    Raises:
-      ValueError: as `hf.read_config`.
-    """
+    """Sizes of the student that `load_student` gives; no weight is read."""
     if settings.student == "new":
         return new_sizes(settings)[0]
     sizes = hf.read_config(model_folder(settings.student))
@@ -121,14 +117,14 @@ def student_sizes(settings: Settings) -> ModelConfig:
 
 
 def student_dtype(settings: Settings) -> str:
-    """The dtype that the student is loaded in; frozen weights need no more than computing does."""
+    """The student's dtype. Frozen weights are kept in the compute dtype."""
     if not settings.lora.rank:
         return settings.dtype
     return "int8" if settings.lora.int8 else settings.compute_dtype
 
 
 def _shared_vocab(settings: Settings) -> int:
-    """The smaller vocabulary: models of one tokenizer may be padded to different sizes."""
+    """The smaller of the vocabularies: models of one tokenizer may be padded differently."""
     names = [name for name in (settings.student, settings.teacher) if name]
     return min(hf.read_config(model_folder(name)).vocab_size for name in names)
 

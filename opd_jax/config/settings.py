@@ -45,12 +45,12 @@ class EvalSettings:
     """Who is evaluated, on what.
 
     Attributes:
-      who: of `EVALUATED`, beside the trained student.
-      splits: of the environment.
-      tasks: of each split, at most.
-      batch: played at a time.
-      temperature: of a model's tokens.
-      seed: of a model's tokens.
+      who: names from `EVALUATED`; the trained student is evaluated anyway.
+      splits: the environment's splits to play.
+      tasks: at most this many per split.
+      batch: episodes played at a time.
+      temperature: sampling temperature of models.
+      seed: seed of the models' sampling.
       judge: also measure the judge on the turns that a model plays.
     """
 
@@ -77,8 +77,8 @@ class CompareSettings:
 
     Attributes:
       methods: names of variants; () for a single run.
-      seeds: one run each.
-      variants: the fields in which each method differs, by name.
+      seeds: every method runs once with each.
+      variants: method name to the fields that it sets.
     """
 
     methods: tuple[str, ...] = field(metadata=affects(FIGURES))
@@ -97,14 +97,14 @@ class Settings:
     """A whole run.
 
     Attributes:
-      seed: of everything that a run draws.
-      dtype: of the student's parameters and its optimizer.
-      compute_dtype: that the student computes in.
-      teacher_dtype: of the teacher's parameters; "int8" rounds its projections to 8 bits.
-      student: a model reference, or "new".
+      seed: seeds everything that a run draws.
+      dtype: dtype of the student's parameters and its optimizer.
+      compute_dtype: dtype of the student's arithmetic.
+      teacher_dtype: dtype of the teacher's parameters; "int8" rounds its projections to 8 bits.
+      student: a model reference (`models.model_folder`), or "new" for a random one.
       teacher: a model reference; "" for none.
-      new_model: sizes of a new student; its vocabulary comes with the tokenizer.
-      demonstrations: of players, where `data.source` is players.
+      new_model: sizes of a new student; the tokenizer gives its vocabulary.
+      demonstrations: who demonstrates, where `data.source` is "players".
     """
 
     seed: int
@@ -139,16 +139,16 @@ class Settings:
 
     @property
     def shows_players(self) -> bool:
-        """Whether the student learns from demonstrations of players, and not from episodes."""
+        """Whether the student learns from players' demonstrations."""
         return self.data.source == "players"
 
 
-# A config does not give these: they come with the tokenizer.
+# Not in a config. The tokenizer later replaces the vocabulary's size.
 _NEW_MODEL = {"vocab_size": 1, "rope_scaling": None}
 
 
 def read_settings(config: ConfigDict) -> Settings:
-    """The settings that a config stands for.
+    """A config as checked settings.
 
     Raises:
       ValueError: a field is missing, unknown, of another type or out of range, or fields contradict
@@ -174,7 +174,7 @@ def read_settings(config: ConfigDict) -> Settings:
 
 
 def _with_options(env: dict[str, Any]) -> dict[str, Any]:
-    """Fields that are the environment's own become its `options`."""
+    """Moves the fields that only this environment has into `options`."""
     own = {f.name for f in dataclasses.fields(EnvSettings)} - {"options"}
     options = tuple((name, value) for name, value in sorted(env.items()) if name not in own)
     return {name: value for name, value in env.items() if name in own} | {"options": options}
@@ -200,7 +200,7 @@ def _section(section: str, kind: type[T], given: Mapping[str, Any]) -> T:
 
 
 def _named(message: str, section: str, fields: Mapping[str, Any]) -> str:
-    """A dataclass names its fields; a config names them with their section."""
+    """Puts the section before the names of its fields in a dataclass's message."""
     return re.sub(
         r"`(\w+)`",
         lambda word: f"`{section}.{word[1]}`" if word[1] in fields else word[0],
@@ -222,14 +222,14 @@ def _check_names(prefix: str, needed: Any, known: Any, given: Mapping[str, Any])
 
 
 def _plain(hint: Any) -> Any:
-    """The type of an annotation, without its None and its elements."""
+    """The class of an annotation: `int` for `int | None`, `tuple` for `tuple[str, ...]`."""
     if isinstance(hint, types.UnionType):
         hint = next(part for part in get_args(hint) if part is not types.NoneType)
     return get_origin(hint) or hint
 
 
 def _typed(name: str, hint: Any, value: Any) -> Any:
-    """A value of a field, once it is known to have the field's type."""
+    """The value, checked to have the field's type; a list becomes a tuple."""
     kind = _plain(hint)
     if isinstance(value, ConfigDict):
         value = value.to_dict()
@@ -250,10 +250,11 @@ def _typed(name: str, hint: Any, value: Any) -> Any:
 
 
 def affected_by(name: str) -> frozenset[str]:
-    """What a change of a config field changes (`runtime.fields`).
+    """What a config field affects (`runtime.fields`).
 
     Args:
-      name: dotted, such as `train.updates`; a field of an environment's own affects the method.
+      name: dotted, such as `train.updates`. A field that only one environment has affects the
+        method.
     """
     section, _, rest = name.partition(".")
     kind = _plain(get_type_hints(Settings).get(section, str))
@@ -264,7 +265,7 @@ def affected_by(name: str) -> frozenset[str]:
 
 
 def binds_a_run(settings: Settings) -> Callable[[str], bool]:
-    """Whether a run can only be resumed with the same value of a field.
+    """Tells of a field's name whether its value must be equal to resume a run.
 
     Batches of demonstrations are cut to fit micro-batches and mesh, so there the layout binds too.
     """
@@ -273,7 +274,7 @@ def binds_a_run(settings: Settings) -> Callable[[str], bool]:
 
 
 def binds_an_evaluation(name: str) -> bool:
-    """Whether figures of a workdir's run need the same value of a field."""
+    """Whether a field must be equal to evaluate a workdir's run."""
     return METHOD in affected_by(name) and FIGURES not in affected_by(name)
 
 
@@ -281,7 +282,7 @@ def binds_an_evaluation(name: str) -> bool:
 
 
 def _check_student(s: Settings) -> None:
-    """A new student has its sizes, and nothing that only a pretrained one can have."""
+    """A new student has sizes, and no adapters."""
     if s.student != "new":
         return
     if s.new_model is None:
@@ -317,59 +318,74 @@ def _check_batches(s: Settings) -> None:
 
 
 def _check_source(s: Settings) -> None:
-    """The objective and the rollout fit where the tokens come from."""
+    """The objective, the rollout and the judge fit the source of the tokens."""
     objective, rollout, source = s.objective, s.rollout, s.data.source
-    problems = {
-        "`rollout.per_task` above 1 would repeat the expert's episode of a task: set it to 1, or "
-        "`data.source` to on_policy or teacher": rollout.per_task > 1 and source == "expert",
-        "`data.source` = 'players' trains on whole histories: set `rollout.history_turns` to 0": (
-            rollout.history_turns and source == "players"
+    problems = [
+        (
+            rollout.per_task > 1 and source == "expert",
+            "`rollout.per_task` above 1 would repeat the expert's episode of a task: set it to 1, "
+            "or `data.source` to on_policy or teacher",
         ),
-        "`objective.scope` = 'trajectory' needs each episode in one row, which it is not with "
-        "`rollout.history_turns`: set the one to batch, or the other to 0": (
-            rollout.history_turns and objective.scope == "trajectory"
+        (
+            rollout.history_turns and source == "players",
+            "`data.source` = 'players' trains on whole histories: set `rollout.history_turns` to 0",
         ),
-        "`judge.context` = 'history' asks behind the whole conversation, of which "
-        "`rollout.history_turns` lets the student see a part: change one of them": (
-            rollout.history_turns and s.judge.context == "history"
+        (
+            rollout.history_turns and objective.scope == "trajectory",
+            "`objective.scope` = 'trajectory' needs each episode in one row, but with "
+            "`rollout.history_turns` it has several: set the scope to batch, or the turns to 0",
         ),
-        "`rollout.depth_start` cuts the student's episodes: set it to 0, or `data.source` to "
-        "on_policy": rollout.depth_start and source != "on_policy",
-        "`objective.divergence` = 'sampled_reverse_kl' is an estimate from the student's own "
-        "samples: set `data.source` to on_policy": (
-            objective.divergence == "sampled_reverse_kl" and source != "on_policy"
+        (
+            rollout.history_turns and s.judge.context == "history",
+            "`judge.context` = 'history' asks after the whole conversation, but "
+            "`rollout.history_turns` shows the student only a part of it: change one of them",
         ),
-        "`objective.divergence` = 'cross_entropy' on the student's own episodes teaches nothing: "
-        "set `data.source` to teacher, expert or players": (
-            not objective.needs_teacher and source == "on_policy"
+        (
+            rollout.depth_start and source != "on_policy",
+            "`rollout.depth_start` cuts the student's episodes: set it to 0, or `data.source` to "
+            "on_policy",
         ),
-        "`data.source` = 'players' needs `objective.divergence` = cross_entropy": (
-            objective.needs_teacher and source == "players"
+        (
+            objective.divergence == "sampled_reverse_kl" and source != "on_policy",
+            "`objective.divergence` = 'sampled_reverse_kl' is an estimate from the student's own "
+            "samples: set `data.source` to on_policy",
         ),
-        "`data.source` = 'players' draws rooms of several sizes, as household has them; got "
-        f"`env.by` = {s.env.by!r}: for episodes of its expert set `data.source` to expert": (
-            source == "players" and s.env.by != "household"
+        (
+            not objective.needs_teacher and source == "on_policy",
+            "`objective.divergence` = 'cross_entropy' on the student's own episodes teaches "
+            "nothing: set `data.source` to teacher, expert or players",
         ),
-        "`data.source` = 'players' needs the section `demonstrations`, as in "
-        "configs/household_pair.py; for episodes of the expert set `data.source` to expert": (
-            source == "players" and s.demonstrations is None
+        (
+            objective.needs_teacher and source == "players",
+            "`data.source` = 'players' needs `objective.divergence` = cross_entropy",
         ),
-    }
-    for message, wrong in problems.items():
+        (
+            source == "players" and s.env.by != "household",
+            "`data.source` = 'players' draws rooms of several sizes, which only household has; got "
+            f"`env.by` = {s.env.by!r}: for episodes of its expert set `data.source` to expert",
+        ),
+        (
+            source == "players" and s.demonstrations is None,
+            "`data.source` = 'players' needs the section `demonstrations`, as in "
+            "configs/household_pair.py; for episodes of the expert set `data.source` to expert",
+        ),
+    ]
+    for wrong, message in problems:
         if wrong:
             raise ValueError(message)
 
 
 def _check_teacher(s: Settings) -> None:
     """There is a teacher wherever one is needed."""
-    needs = {
-        "the objective or `data.source` needs a teacher": (
-            s.objective.needs_teacher or s.data.source == "teacher" or s.objective.intervention
+    needs = [
+        (
+            s.objective.needs_teacher or s.data.source == "teacher" or s.objective.intervention,
+            "the objective or `data.source` needs a teacher",
         ),
-        "`eval.who` names the teacher": "teacher" in s.eval.who,
-        "`eval.judge` needs a teacher": s.eval.judge,
-    }
-    for need, is_needed in needs.items():
+        ("teacher" in s.eval.who, "`eval.who` names the teacher"),
+        (s.eval.judge, "`eval.judge` needs a teacher"),
+    ]
+    for is_needed, need in needs:
         if is_needed and s.student == "new":
             raise ValueError(f"{need}, but `student` = 'new' has none")
         if is_needed and not s.teacher:

@@ -1,4 +1,4 @@
-"""A run's workdir: whether this run may go on in it, and what says later which run it holds."""
+"""A run's workdir: checks that the run may go on in it, and records which run it holds."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,22 +12,22 @@ from opd_jax.runtime import processes
 
 
 def check_workdir(config: FrozenConfigDict, settings: Settings, workdir: Path) -> None:
-    """Makes sure that the workdir holds no run with another config.
+    """Checks that the workdir holds no run with another config.
 
-    Before its first checkpoint a run has nothing to continue, and a mistake may be corrected.
+    A run without a checkpoint may be started again with a corrected config.
 
     Raises:
-      ValueError: it holds a checkpoint of such a run.
+      ValueError: it holds a checkpoint of a run with another config.
     """
     if _has_checkpoint(workdir):
         check_same_run(config, workdir, binds=binds_a_run(settings))
 
 
 def check_tasks(settings: Settings, panels: Mapping[str, Panel], workdir: Path) -> None:
-    """Makes sure that a run goes on with the training tasks that it was started on.
+    """Checks that the workdir holds no checkpoint of a run on other training tasks.
 
     Raises:
-      ValueError: the workdir holds a checkpoint of a run on other tasks.
+      ValueError: it does.
     """
     if _has_checkpoint(workdir):
         check_same_tasks(settings.data.split, panels[settings.data.split], workdir)
@@ -40,9 +40,10 @@ def _has_checkpoint(workdir: Path) -> bool:
 def store_run(
     config: FrozenConfigDict, settings: Settings, panels: Mapping[str, Panel], workdir: Path
 ) -> None:
-    """Writes `config.json` and the digests of the tasks. Everything that they name was found.
+    """Writes `config.json` and the digests of the tasks.
 
-    A run that was corrected before its first checkpoint loses its figures: they are of another run.
+    Call it after everything the config names has been found. If the config was corrected before the
+    first checkpoint, old figures are deleted: they belong to another run.
     """
     if processes.is_first():
         stored, binds = workdir / "config.json", binds_a_run(settings)

@@ -1,1 +1,1 @@
-"""Where an update's tokens come from: the student, the teacher, the expert, or players."""
+"""Sources of an update's tokens: episodes of student, teacher, expert or players."""

@@ -1,7 +1,7 @@
-"""Episodes written by a player instead of a model: data for off-policy fine-tuning, and baselines.
+"""Episodes played by a player instead of a model: data for off-policy fine-tuning, and baselines.
 
 A player reads observations and answers in text. Its responses become the sampled tokens of a
-`Conversation`: all later code takes demonstrations and rollouts alike.
+`Conversation`, so all later code treats demonstrations and rollouts alike.
 """
 
 import random
@@ -15,7 +15,7 @@ from opd_jax.losses import NO_TURN
 
 
 class Step(NamedTuple):
-    """One turn as played: who answered what, and what the environment said before and after."""
+    """One turn: the response, whether a distractor gave it, the observations around it."""
 
     before: Observation
     response: str
@@ -34,15 +34,15 @@ def play(
 ) -> Iterator[Step]:
     """The turns of one episode.
 
-    With probability `distraction` a turn is played by the `distractor`, and the player has to go
-    on from there. Both see every observation.
+    With probability `distraction` the distractor plays a turn (it strays), and the player goes on
+    from there. Both see every observation.
 
     Args:
-      env: after its `reset`, which returned `first`.
-      first: the first observation; there are no turns if the environment broke with it.
+      env: the environment, just reset.
+      first: the first observation; if the environment broke with it, there are no turns.
       player: makes the player.
-      distractor: makes the other one; None for none.
-      distraction: 0..1.
+      distractor: makes the distractor; None for none.
+      distraction: probability that a turn strays.
       rng: all randomness of the episode.
     """
     if first.done:
@@ -73,30 +73,17 @@ def demonstrate(
     chat: ChatFormat,
     context_tokens: int,
 ) -> Conversation:
-    """One episode as a conversation (see `play`).
+    """One episode of a task as a conversation; see `play` for the players.
 
-    Strayed turns stay in the history but are not attributed to the student (`NO_TURN`), so they
-    carry no loss: the model learns to recover without learning to stray.
-
-    Args:
-      env: plays the episode.
-      split, index: the task.
-      player: whose turns are learnt from.
-      distractor: who plays the strayed turns; None for nobody.
-      distraction: chance of a turn to stray, 0..1.
-      rng: of players and chance.
-      tokenizer: of the responses.
-      chat: of everything around them.
-      context_tokens: most tokens of the conversation.
-
-    Returns:
-      The conversation; one longer than `context_tokens` is cut before the turn that would not fit.
+    Strayed turns stay in the history but belong to no turn of the student (`NO_TURN`), so they
+    carry no loss: the model learns to recover without learning to stray. The conversation ends
+    before a turn that would exceed `context_tokens`.
 
     Raises:
       ValueError: not even the first prompt fits.
     """
     first = env.reset(split, index)
-    if first.done:  # it broke: there is nothing to react to
+    if first.done:  # it broke
         return Conversation(env.task, end=first.end)
     prompt = chat.first(env.system, first.message)
     conversation = open_conversation(env.task, prompt, context_tokens=context_tokens)

@@ -1,7 +1,7 @@
-"""Where an update's tokens come from: episodes of the student, the teacher or the expert.
+"""Sources of an update's tokens, and the one that plays the training tasks.
 
-A source's `play` is a function of the training state and of the source's cursor, so a resumed run
-plays what the interrupted one would have played.
+A source's `play` depends only on the training state and the source's cursor, so a resumed run plays
+what the interrupted one would have played.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,12 +11,12 @@ from typing import Any, Protocol
 from opd_jax.agent import history
 from opd_jax.agent.agent import Agent
 from opd_jax.agent.conversation import Conversation
-from opd_jax.agent.rollout import close, everywhere
+from opd_jax.agent.rollout import close
 from opd_jax.envs.base import Env
 from opd_jax.experience.tasks import train_tasks
 from opd_jax.learner.train_state import TrainState
 from opd_jax.report.update import episode_metrics
-from opd_jax.runtime.fields import check_choice, check_within
+from opd_jax.runtime.fields import check_choice
 
 SOURCES = ("on_policy", "teacher", "expert", "players")
 
@@ -26,9 +26,8 @@ class DataSettings:
     """Who plays, and which tasks.
 
     Attributes:
-      source: "on_policy" for the student, "teacher", "expert", or "players" for the mix of
-        `stream`.
-      split: of the training tasks.
+      source: who plays: "on_policy" (the student), "teacher", "expert", or "players" (`stream`).
+      split: the split of the training tasks.
     """
 
     source: str
@@ -44,11 +43,11 @@ class Played:
 
     Attributes:
       conversations: the episodes.
-      rows: the sequences that are scored: the episodes, or with part of the history several a
-        conversation (`history.rows`).
-      episode: the conversation that each row is of.
+      rows: the sequences to score: the episodes, or with `history_turns` several per episode
+        (`history.rows`).
+      episode: index of each row's conversation.
       length_multiple: rows are padded to a multiple of this.
-      metrics: of the episodes, as (sum, count) or scalars.
+      metrics: the episodes' metrics, as (sum, count) or scalars.
     """
 
     conversations: list[Conversation]
@@ -59,11 +58,11 @@ class Played:
 
 
 class Source(Protocol):
-    """Plays the episodes of one update after another."""
+    """Gives the episodes of one update after another."""
 
     @property
     def cursor(self) -> list[int]:
-        """Where the next call starts; JSON-able."""
+        """Where the next `play` starts; stored as JSON."""
         ...
 
     def play(self, state: TrainState) -> Played:
@@ -71,20 +70,20 @@ class Source(Protocol):
         ...
 
     def close(self) -> None:
-        """Ends what runs in the background."""
+        """Ends background threads and processes."""
         ...
 
 
 @dataclass(frozen=True)
 class TaskOrder:
-    """The training tasks in the order in which they are played.
+    """The order of the training tasks.
 
     Attributes:
-      split: that they are of.
+      split: the tasks' split.
       size: number of tasks in it.
-      seed: of the shuffled epochs.
+      seed: shuffles the epochs.
       count: tasks of an update.
-      per_task: episodes of each.
+      per_task: episodes of each task.
     """
 
     split: str
@@ -93,27 +92,24 @@ class TaskOrder:
     count: int
     per_task: int
 
-    def __post_init__(self):
-        check_within(1, size=self.size, count=self.count, per_task=self.per_task)
-
     def from_number(self, start: int) -> list[tuple[str, int]]:
-        """The tasks of an update that starts with task number `start` of the series."""
+        """(split, index) of an update's episodes, from task number `start` of the series."""
         numbers = train_tasks(self.size, seed=self.seed, start=start, count=self.count)
         return [(self.split, number) for number in numbers for _ in range(self.per_task)]
 
 
-# Plays one episode of each task, with the parameters of a state.
+# Plays one episode of each (split, index), with the parameters of a state.
 Play = Callable[[TrainState, Sequence[tuple[str, int]]], list[Conversation]]
 
 
 class Episodes:
-    """Episodes of the next training tasks, whoever plays them.
+    """A `Source` that plays the training tasks in order.
 
     Args:
-      play: see `Play`.
-      envs: that it plays in; closed with the source.
-      tasks: which are next.
-      agent: whose chat format and part of the history the rows have.
+      play: plays the episodes.
+      envs: the environments that it plays in; closed with the source.
+      tasks: the order of the tasks.
+      agent: gives the chat format and `history_turns` of the rows.
       length_multiple: see `Played`.
       cursor: (number of the next task, 0).
     """
@@ -151,8 +147,8 @@ class Episodes:
             history_turns=self._agent.decoding.history_turns,
             left_out=self._agent.chat.left_out,
         )
-        # With part of the history the number of rows varies. Multiples of the batch are few, and so
-        # are the programs to compile.
+        # With `history_turns` the number of rows varies. Padded to multiples of the batch it takes
+        # few values, and few programs are compiled.
         missing = -len(rows) % len(conversations)
         rows += [Conversation(task=None)] * missing
         return Played(
@@ -166,15 +162,3 @@ class Episodes:
     def close(self) -> None:
         """Ends the environments' processes."""
         close(self._envs)
-
-
-def play_expert(
-    demonstrate: Callable[[Env, str, int], Conversation], envs: Sequence[Env | None]
-) -> Play:
-    """`Play` of an environment's expert, who needs no parameters.
-
-    Args:
-      demonstrate: one episode: (environment, split, index).
-      envs: one a row.
-    """
-    return lambda _, tasks: everywhere(lambda env, task: demonstrate(env, *task), envs, tasks)

@@ -1,8 +1,8 @@
 """Endless supervised batches: demonstrations, and examples of judging them.
 
-Data is generated a window at a time. A window's episodes, and judge examples drawn from their
-turns, are grouped by length, so that little is padding. The groups are shuffled. Batch b of window
-w is a pure function of the seed, so a run resumes from (w, b) alone.
+Data is generated one window of episodes at a time. The episodes, and judge examples drawn from
+their turns, are grouped by length, so that little is padding. The groups are shuffled. Batch b of
+window w depends on the seed alone, so a run resumes from (w, b).
 """
 
 import random
@@ -24,16 +24,16 @@ class DemonstrationSettings:
     """Which players demonstrate, and how their episodes become batches.
 
     Attributes:
-      sizes: of rooms; one is drawn for each episode.
-      sizes_from: episodes from which on the second, the third, ... size is drawn too.
-      player: whose turns are learnt from.
-      distraction: share of turns that a distractor plays, at most.
-      distractors: players, one of which is drawn for each episode.
-      habits: keyword arguments of players, by name.
+      sizes: room sizes; each episode draws one.
+      sizes_from: number of the first episode that may draw the second size, the third, ...
+      player: name of the player whose turns are learnt from.
+      distraction: largest share of an episode's turns that a distractor plays.
+      distractors: names of players that disturb; each episode draws one.
+      habits: player's name to its keyword arguments.
       window: episodes generated together.
-      judge_examples: examples of judging a turn, a window; 0: none.
-      judge_contexts: of these in turn (`judge.prompt.FIELDS`).
-      tokens_per_batch: padded tokens a batch holds at most.
+      judge_examples: judge examples per window; 0: none.
+      judge_contexts: contexts of their questions, in turn (`judge.prompt.FIELDS`).
+      tokens_per_batch: most tokens of a batch, with padding.
     """
 
     sizes: tuple[str, ...]
@@ -56,7 +56,7 @@ class DemonstrationSettings:
 
 
 def judge_example(prompt: Sequence[int], answer: Sequence[int]) -> Conversation:
-    """A judge's question with its answer as the only supervised tokens."""
+    """A judge's question and its answer; only the answer is supervised."""
     example = Conversation(task=None, end="answered")
     example.append_given(prompt)
     example.append_response(answer, [0.0] * len(answer), 0)
@@ -66,12 +66,12 @@ def judge_example(prompt: Sequence[int], answer: Sequence[int]) -> Conversation:
 def balanced_turns(
     conversations: Sequence[Conversation], count: int, rng: random.Random
 ) -> list[tuple[Conversation, int]]:
-    """Draws `count` turns that carry an oracle's label, equally many of each label.
+    """Draws `count` turns that have an oracle's label, equally many of each label that occurs.
 
-    Most turns are SKIP: without balance a judge that has learnt little answers SKIP to everything.
+    Most turns are SKIP: without balance a judge learns to answer SKIP to everything.
 
     Returns:
-      (conversation, index of the turn). Labels that no turn has are left out.
+      (conversation, index of the turn) of each.
     """
     by_label: dict[str, list[tuple[Conversation, int]]] = {}
     for conversation in conversations:
@@ -91,11 +91,11 @@ def group_by_length(
     length_multiple: int,
     rows_multiple: int,
 ) -> list[tuple[list[Conversation], int]]:
-    """Batches of conversations of like length, each with the length to pad to.
+    """Batches of conversations of similar length, each with the length to pad to.
 
-    All batches of one padded length have equally many rows: as many as `tokens_per_batch` holds,
-    and a multiple of `rows_multiple`. Empty rows fill up the last one. So there are as many
-    compiled shapes as lengths.
+    Batches of one padded length have the same number of rows: as many as `tokens_per_batch` holds,
+    rounded down to a multiple of `rows_multiple`. Empty rows fill up the last batch. So each padded
+    length compiles once.
 
     Raises:
       ValueError: `rows_multiple` rows of the longest conversation, padded, exceed
@@ -124,37 +124,32 @@ def group_by_length(
 
 
 class Stream:
-    """A source of supervised batches; see `source.Source`.
+    """A `Source` of supervised batches.
 
     Args:
-      make_episode: the demonstration number n, a pure function of n.
-      make_example: the window's judge example number n, from a conversation and the index of its
-        turn; None for no judge examples.
-      seed: of the order of batches and the choice of turns.
-      window: episodes generated together.
-      judge_examples: judge examples for each window.
-      tokens_per_batch: padded tokens a batch holds at most.
+      shown: sizes of windows and batches.
+      make_episode: makes demonstration number n, from n alone.
+      make_example: makes judge example n of a window, from a conversation and the index of a turn;
+        None for no judge examples.
+      seed: seed of the order of batches and the choice of turns.
       length_multiple: lengths are padded to multiples of this.
-      rows_multiple: rows of a batch are a multiple of this; micro-batches times devices.
+      rows_multiple: micro-batches times devices; rows of a batch are a multiple of this.
       cursor: (window, batch) to start from.
     """
 
     def __init__(
         self,
+        shown: DemonstrationSettings,
         *,
         make_episode: Callable[[int], Conversation],
         make_example: Callable[[int, Conversation, int], Conversation] | None,
         seed: int,
-        window: int,
-        judge_examples: int,
-        tokens_per_batch: int,
         length_multiple: int,
         rows_multiple: int,
         cursor: Sequence[int],
     ):
-        self._make_episode, self._make_example = make_episode, make_example
-        self._seed, self._window, self._judge_examples = seed, window, judge_examples
-        self._tokens_per_batch, self._length_multiple = tokens_per_batch, length_multiple
+        self._shown, self._make_episode, self._make_example = shown, make_episode, make_example
+        self._seed, self._length_multiple = seed, length_multiple
         self._rows_multiple = rows_multiple
         self.cursor = list(cursor)
         # One thread generates the next window while the device trains on this one.
@@ -185,15 +180,15 @@ class Stream:
 
     def _generate(self, window: int) -> list[tuple[list[Conversation], int]]:
         rng = random.Random(f"{self._seed}/window/{window}")
-        first = window * self._window
-        episodes = [self._make_episode(first + i) for i in range(self._window)]
+        first = window * self._shown.window
+        episodes = [self._make_episode(first + i) for i in range(self._shown.window)]
         examples = []
         if self._make_example is not None:
-            turns = balanced_turns(episodes, self._judge_examples, rng)
+            turns = balanced_turns(episodes, self._shown.judge_examples, rng)
             examples = [self._make_example(n, *turn) for n, turn in enumerate(turns)]
         batches = group_by_length(
             [c for c in episodes + examples if c.tokens],
-            tokens_per_batch=self._tokens_per_batch,
+            tokens_per_batch=self._shown.tokens_per_batch,
             length_multiple=self._length_multiple,
             rows_multiple=self._rows_multiple,
         )

@@ -1,4 +1,4 @@
-"""Which tasks a run plays: the splits of its environment, and the order of training tasks."""
+"""The tasks that a run plays: how many each split has, which, and in what order."""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -12,19 +12,19 @@ from opd_jax.envs.base import Env
 from opd_jax.report.writers import read_summary, write_summary
 from opd_jax.runtime import processes
 
-# In a workdir: the digest of each split that the run plays.
+# File in a workdir with the digest of each split.
 TASKS_FILE = "tasks.json"
 
 
 class Panel(NamedTuple):
-    """How many tasks a split has, and which, as its environment says."""
+    """The number of a split's tasks, and a digest that tells which tasks they are."""
 
     size: int
     digest: str
 
 
 def split_size(env: Env, split: str, *, field: str) -> int:
-    """Number of tasks in a split that a setting names.
+    """The number of tasks in a split that the setting `field` names.
 
     Raises:
       ValueError: the split is unknown or empty; names `field`.
@@ -42,11 +42,11 @@ def find_panels(env: Env, splits: Mapping[str, str]) -> dict[str, Panel]:
     """The tasks of every split.
 
     Args:
-      env: is asked.
-      splits: each split, and the setting that names it.
+      env: the environment that has them.
+      splits: split to the setting that names it, for errors.
 
     Raises:
-      ValueError: as `split_size` does, or processes of the run have different tasks.
+      ValueError: a split is unknown or empty, or the run's processes have different tasks.
     """
     found = {
         split: Panel(split_size(env, split, field=field), env.digest(split))
@@ -65,20 +65,20 @@ def find_panels(env: Env, splits: Mapping[str, str]) -> dict[str, Panel]:
 
 
 def describe(split: str, tasks: Panel) -> str:
-    """A line that says which tasks a split has."""
+    """A split's number of tasks and digest, as a line of text."""
     return f"{split}: {tasks.size} tasks, digest {tasks.digest}"
 
 
 def check_same_tasks(split: str, tasks: Panel, workdir: Path) -> None:
-    """Makes sure that the training tasks are those that a workdir's run was started on.
+    """Checks that the training tasks are those that the workdir's run was started on.
 
-    The same config may name other tasks: files in a folder change, or `ALFWORLD_DATA` names another
-    folder.
+    The same config may give other tasks later: files in a folder change, or `ALFWORLD_DATA` names
+    another folder. A workdir without `TASKS_FILE` passes.
 
     Args:
       split: `data.split`.
-      tasks: which it has now.
-      workdir: of a run; without `TASKS_FILE` nothing is known and nothing is refused.
+      tasks: its tasks now.
+      workdir: the run's.
 
     Raises:
       ValueError: they differ; names the field and both digests.
@@ -87,13 +87,13 @@ def check_same_tasks(split: str, tasks: Panel, workdir: Path) -> None:
     if before not in (None, now):
         raise ValueError(
             f"`data.split`: the tasks of {split!r} are not those that the run in `{workdir}` was "
-            f"started on (digest {before} then, {now} now); give it the same data, or choose "
+            f"started on (digest {before} then, {now} now); provide the same data, or choose "
             "another --workdir"
         )
 
 
 def store_tasks(found: Mapping[str, Panel], workdir: Path) -> None:
-    """Writes the digest of every split into a workdir, and says them."""
+    """Prints the tasks of every split and writes their digests into a workdir."""
     for split, tasks in found.items():
         processes.say(describe(split, tasks))
     digests = {split: tasks.digest for split, tasks in found.items()}
@@ -101,7 +101,7 @@ def store_tasks(found: Mapping[str, Panel], workdir: Path) -> None:
 
 
 def train_tasks(size: int, *, seed: int, start: int, count: int) -> list[int]:
-    """Tasks number `start` to `start + count` of an endless series of shuffled epochs."""
+    """`count` tasks of an endless series of shuffled epochs, from number `start` on."""
     tasks = []
     for number in range(start, start + count):
         epoch, place = divmod(number, size)

@@ -1,1 +1,1 @@
-"""What a run reports: metrics, figures with intervals, tables, and the files that hold them."""
+"""Reports of a run: metrics, figures with intervals, tables, and the files that hold them."""

@@ -15,15 +15,17 @@ from opd_jax.report.intervals import average_interval, mean_interval, wilson_int
 def summarize(conversations: Sequence[Conversation]) -> dict[str, object]:
     """The figures of a panel of episodes.
 
-    An episode whose environment broke says nothing of who played. It is counted as `broken` and
+    An episode whose environment broke says nothing about the player. It is counted as `broken` and
     left out of everything else.
 
     Returns:
-      `success` (share), `ci95` (its Wilson interval), `score` (mean) and `score_ci95`, `turns`
-      (mean), `repeated` (share of turns that repeat an earlier action of their episode), `failed`
-      (share of turns that failed deterministically), `n` (episodes without the broken ones),
-      `broken`, and `measures` (name to mean of each of the environment's measures; an episode
-      without it counts 0).
+      success: share of episodes that succeeded; `ci95`: its Wilson interval.
+      score: mean score; `score_ci95`: its interval.
+      turns: mean turns of an episode.
+      repeated: share of turns that repeat an earlier action of their episode.
+      failed: share of turns that failed deterministically.
+      n, broken: number of episodes that did not break, and that did.
+      measures: name to mean of each measure of the environment; an episode without it counts 0.
 
     Raises:
       ValueError: every episode broke.
@@ -54,14 +56,10 @@ def summarize(conversations: Sequence[Conversation]) -> dict[str, object]:
 
 
 def macro_average(parts: Sequence[Mapping[str, Any]]) -> dict[str, object]:
-    """The means of figures over splits; each split counts the same, whatever its size.
+    """The mean of figures of `summarize` over splits, each with the same weight.
 
-    Args:
-      parts: as from `summarize`, at least one.
-
-    Returns:
-      The same figures. Intervals come from those of the parts (`intervals.average_interval`); `n`
-      and `broken` are sums.
+    Intervals come from those of the parts (`intervals.average_interval`); `n` and `broken` are
+    sums.
     """
 
     def mean(values: Iterable[float]) -> float:

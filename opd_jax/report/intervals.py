@@ -1,4 +1,4 @@
-"""How far a measured rate or mean can be trusted: 95 % confidence intervals."""
+"""95 % confidence intervals of rates and means."""
 
 import math
 from collections.abc import Sequence
@@ -14,14 +14,10 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
         (p + z²/2n ± z · sqrt(p(1−p)/n + z²/4n²)) / (1 + z²/n)
 
     Unlike p ± z·sqrt(p(1−p)/n) it stays inside [0, 1] and has a width at p = 0 and p = 1, where
-    trained agents often are.
-
-    Args:
-      successes: number of successes, in [0, n].
-      n: number of trials. With 0 nothing is known, and the interval is [0, 1].
+    trained agents often are. With n = 0 it is [0, 1].
 
     Returns:
-      (low, high), in [0, 1]; exactly 0 below no success, exactly 1 above no failure.
+      (low, high), in [0, 1]; low is exactly 0 without successes, high exactly 1 without failures.
 
     Raises:
       ValueError: `successes` is outside [0, n].
@@ -40,14 +36,10 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """95 % Student t interval of a mean: m ± t(0.975, n−1) · s / sqrt(n).
 
-    It suits few values, such as one score a seed. s is the sample standard deviation (n − 1).
-
-    Args:
-      values: at least one number.
+    s is the sample standard deviation (n − 1). It suits few values, such as one score per seed.
 
     Returns:
-      (low, high). Equal values give (m, m). A single value says nothing of spread and gives
-      (nan, nan).
+      (low, high). Equal values give (m, m). A single value gives (nan, nan).
 
     Raises:
       ValueError: `values` is empty.
@@ -60,7 +52,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
         return math.nan, math.nan
     from scipy.stats import sem, t
 
-    # Not `t.interval`: it gives nan where all values are equal.
+    # Not `t.interval`: it gives nan if all values are equal.
     mean, half = float(np.mean(values)), float(t.ppf(0.975, len(values) - 1) * sem(values))
     return mean - half, mean + half
 
@@ -72,13 +64,13 @@ def average_interval(estimates: Sequence[tuple[float, float, float]]) -> tuple[f
 
         (m − sqrt(Σ (m_i − l_i)²) / k, m + sqrt(Σ (h_i − m_i)²) / k)
 
-    It is as lopsided as its parts. So it has a width even where all of them are 0 or 1.
+    It keeps the asymmetry of its parts, so it has a width even if all of them are 0 or 1.
 
     Args:
       estimates: (m_i, l_i, h_i), at least one.
 
     Returns:
-      (low, high). An end is nan where that end of a part is.
+      (low, high). An end is nan if that end of any part is nan.
 
     Source: G. Y. Zou and A. Donner, Construction of confidence limits about effect measures: a
     general approach, Statistics in Medicine 27 (2008), 1693-1702.

@@ -1,4 +1,4 @@
-"""What a run says of each update: in `metrics.jsonl`, to TensorBoard and on standard output."""
+"""Writes each update to `metrics.jsonl`, to TensorBoard and to standard output."""
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping
@@ -15,10 +15,10 @@ class UpdateLog:
     """Writes every update into a workdir and to standard output.
 
     Args:
-      workdir: of the run.
-      done: updates that the run resumes after; lines of later ones are dropped.
-      updates: of the whole run.
-      leave_out: metrics that are not measured; see `update.unmeasured`.
+      workdir: the run's workdir.
+      done: updates done before this start; lines of later ones are dropped.
+      updates: length of the whole run.
+      leave_out: names of metrics to leave out (`update.unmeasured`).
     """
 
     def __init__(self, workdir: Path, *, done: int, updates: int, leave_out: Collection[str]):
@@ -38,10 +38,10 @@ class UpdateLog:
     def write(
         self, update: int, raw: Mapping[str, Any], played: Mapping[str, Any], clock: Stopwatch
     ) -> None:
-        """Writes one update; arguments as of `update.update_metrics`.
+        """Writes one update; for the arguments see `update.update_metrics`.
 
         Raises:
-          ValueError: the update left the finite numbers. Its line is written all the same.
+          ValueError: loss or norms are not finite. The line is written first.
         """
         metrics = update_metrics(raw, played, clock, leave_out=self._leave_out)
         self._lines.write(update, metrics)

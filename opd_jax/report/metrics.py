@@ -9,17 +9,16 @@ import numpy as np
 def means(values: Mapping[str, Any]) -> dict[str, float | list[float | None]]:
     """Divides each metric's sum by its count.
 
-    A ratio stays a (sum, count) until it is written. So its mean over micro-batches or hosts is the
+    Ratios stay (sum, count) until they are written. So a mean over micro-batches or hosts is the
     mean over everything, not a mean of means.
 
     Args:
-      values: name to (sum, count), or to a plain scalar x, which stands for (x, 1). Sum and count
-        are numbers or arrays [K], for quantities by turn index; jax and numpy both serve. They are
-        divided in float64.
+      values: name to (sum, count), or to a scalar x, which means (x, 1). Sum and count are numbers,
+        or arrays [K] for quantities by turn index. They are divided in float64.
 
     Returns:
-      Name to mean. A scalar whose count is 0 is left out: it was not observed, which is not zero.
-      An array becomes a list with None where the count is 0.
+      Name to mean. A scalar with count 0 is left out: it was not observed. An array becomes a list,
+      with None where the count is 0.
 
     Raises:
       ValueError: sum and count differ in shape, or have more than one dimension.

@@ -1,4 +1,4 @@
-"""Where the seconds of an update go."""
+"""Measures the seconds that an update spends in each of its parts."""
 
 import contextlib
 import time
@@ -22,8 +22,8 @@ monitoring.register_event_duration_secs_listener(_on_event)
 class Stopwatch:
     """Seconds of the named parts of an update, with compilation counted apart.
 
-    JAX compiles inside whichever part first meets a shape. The time that JAX reports for it is
-    taken out of that part and added to `compile_s`.
+    JAX compiles inside the part that first meets a shape. That time is subtracted from the part and
+    added to `compile_s`.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def measure(self, part: str) -> Iterator[None]:
-        """Adds the time of the block to `part`; a part may be measured more than once."""
+        """Adds the time of the block to `part`."""
         start, compiled_before = time.perf_counter(), _compiled_s
         yield
         compiled = _compiled_s - compiled_before

@@ -1,7 +1,7 @@
-"""Markdown tables, and the two of them that show the figures of `figures.summarize`.
+"""Markdown tables, among them those of episodes' figures and of the judge's.
 
-Those two take `{who: {split: figures}}`, as `summary.json` holds it. A split whose figures are None
-is left out.
+These two take `{who: {split: figures}}`, as in `summary.json`. A split whose figures are None is
+left out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,17 +9,14 @@ from typing import Any
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """Formats rows as a Markdown table whose source is aligned too.
+    """Formats rows as a Markdown table that is aligned as plain text too.
 
     Args:
-      rows: each a mapping from column to cell; a missing cell or None shows as ``-``. A float shows
-        four significant digits, anything else as ``str``.
-      columns: headings, in order. A column of numbers only is aligned to the right.
-
-    Returns:
-      The table, without a final newline.
+      rows: mappings from column to cell. A missing cell or None shows as ``-``, a float with four
+        significant digits.
+      columns: headings, in order. A column of numbers is aligned to the right.
     """
-    # Not `rich`: its Markdown has no colons for alignment, and takes "[...]" in a cell for markup.
+    # Not `rich`: its Markdown has no colons for alignment, and it reads "[...]" as markup.
     aligned = []
     for column in columns:
         values = [row.get(column) for row in rows]
@@ -33,10 +30,9 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
 
 
 def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """A Markdown table of everybody's figures, and below it who never acted at all.
+    """A Markdown table of everybody's figures. Lines below it name who never acted.
 
-    Scores are shown where they say more than success. The environment's measures are shown where it
-    has any, and broken episodes where there are any.
+    Scores are shown only if they differ from success, broken episodes only if there are any.
     """
     found = _labelled(results)
     rows = [
@@ -71,7 +67,7 @@ def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def judge_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """A Markdown table of the judge's figures on everybody's turns; "" without any."""
+    """A Markdown table of the judge's figures on everybody's turns; "" if there are none."""
     rows = [
         {
             "turns of": who,
@@ -96,7 +92,7 @@ def split_label(split: str, figures: Mapping[str, Any]) -> str:
 
 
 def _labelled(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, dict[str, Any]]]:
-    """(who, label of the split, figures) of every evaluation that there is."""
+    """(who, label of the split, figures) of every evaluation."""
     return [
         (who, split_label(split, figures), figures)
         for who, splits in results.items()

@@ -5,13 +5,13 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from opd_jax.agent.conversation import Conversation
 from opd_jax.judge.agreement import VERDICT_NAMES
 from opd_jax.learner.objective import Objective
 from opd_jax.losses import NO_TURN
 from opd_jax.report.metrics import means
-from opd_jax.report.progress import progress_line
 from opd_jax.report.stopwatch import Stopwatch
 
 
@@ -21,10 +21,7 @@ def episode_metrics(
     """How the batch's episodes went, as (sum, count).
 
     Those whose environment broke are counted in `end/broken` and left out of everything else.
-
-    Args:
-      conversations: the batch's episodes.
-      rows: the sequences made of them, for the counts of tokens.
+    `rows` are the sequences made of the episodes; their tokens are counted.
     """
     ends = Counter(c.end for c in conversations)
     played = [c for c in conversations if not c.broken]
@@ -57,11 +54,9 @@ def sequence_tokens(rows: Sequence[Conversation]) -> int:
 
 
 def unmeasured(objective: Objective, *, on_policy: bool) -> set[str]:
-    """Metrics that such updates do not compute: left out, since they are not zero.
+    """Names of metrics that the updates do not compute. They are left out, since they are not zero.
 
-    Args:
-      objective: what is minimized.
-      on_policy: whether the tokens are the student's own samples.
+    `on_policy`: the tokens are the student's own samples.
     """
     names: set[str] = set()
     if not objective.confidence:
@@ -86,9 +81,9 @@ def update_metrics(
 
     Args:
       raw: what the train step returned, on the host.
-      played: of the episodes and the judge, (sum, count) or scalars.
-      clock: where the time went.
-      leave_out: see `unmeasured`.
+      played: metrics of the episodes and the judge, as (sum, count) or scalars.
+      clock: the update's seconds.
+      leave_out: names of metrics to leave out (`unmeasured`).
     """
     sums = raw["sums"]
     totals = sums.totals
@@ -120,32 +115,35 @@ def update_metrics(
 
 
 def describe(metrics: Mapping[str, Any], *, update: int, updates: int) -> str:
-    """The line about an update that is printed."""
-    shares = {
-        name: metrics[f"verdict/{name}"]
-        for name in VERDICT_NAMES.values()
-        if f"verdict/{name}" in metrics
-    }
-    return progress_line(
-        step=update,
-        total_steps=updates,
-        loss=metrics["loss"],
-        success=metrics.get("batch/success"),
-        verdicts=shares,
-        tokens_per_s=metrics.get("tokens_per_s/update"),
-        seconds_per_step=sum(
-            seconds
-            for name, seconds in metrics.items()
-            if name.startswith("seconds/") and name != "seconds/compile"
-        ),
+    """One line about an update: how far the run is, how it does, how long it still takes.
+
+    Such as ``"12/200  loss 0.4321  success 25%  skip 50% weak 20%  1.23k tok/s  03:08 left"``. What
+    was not measured is left out.
+    """
+    parts = [f"{update:>{len(str(updates))}}/{updates}", f"loss {metrics['loss']:.4f}"]
+    if (success := metrics.get("batch/success")) is not None:
+        parts.append(f"success {success:.0%}")
+    shares = {name: metrics.get(f"verdict/{name}") for name in VERDICT_NAMES.values()}
+    verdicts = [f"{name} {share:.0%}" for name, share in shares.items() if share is not None]
+    if verdicts:
+        parts.append(" ".join(verdicts))
+    if (speed := metrics.get("tokens_per_s/update")) is not None:
+        parts.append(f"{tqdm.format_sizeof(speed)} tok/s")
+    # Compiling is not repeated, so it does not count for the time left.
+    seconds = sum(
+        value
+        for name, value in metrics.items()
+        if name.startswith("seconds/") and name != "seconds/compile"
     )
+    left = tqdm.format_interval(round(seconds * (updates - update)))
+    return "  ".join([*parts, f"{left} left"])
 
 
 def check_finite(raw: Mapping[str, Any], *, update: int, checkpoints: object) -> None:
-    """Raises where an update left the finite numbers.
+    """Checks that loss and norms are finite.
 
     Raises:
-      ValueError: names the figure, the update and where the last good checkpoint is.
+      ValueError: one is not; names it, the update and the folder of the last good checkpoint.
     """
     for name in ("loss", "grad_norm", "update_norm"):
         if not np.isfinite(raw[name]):

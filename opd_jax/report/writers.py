@@ -1,12 +1,11 @@
 """The files that a run writes: JSON lines, TensorBoard events, and a summary.
 
-In a run of several processes only process 0 writes. Elsewhere the writers take ``write=False`` and
-do nothing.
+In a run of several processes only process 0 writes. On the others the writers get ``write=False``
+and do nothing.
 """
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from opd_jax.runtime.files import read_json, replace_text
+
 
 class JsonlWriter:
-    """Writes one JSON object a line, one line an update, and resumes without gap or duplicate.
+    """Writes one JSON object per line and update. A resumed file has no gap and no duplicate.
 
     `write` hands the line to the operating system before it returns, so a kill of the process does
     not lose it. Write the line of step s before you save checkpoint s: a run that resumes from it
@@ -25,8 +26,8 @@ class JsonlWriter:
     Args:
       path: the file, usually ``metrics.jsonl`` in the workdir; its directory is created.
       resume_step: the step of the checkpoint to resume from. Lines of later steps are dropped, and
-        a last line that a kill cut short. None starts an empty file.
-      write: false on all processes but one; the object then does nothing.
+        so is a last line that a kill cut short. None starts an empty file.
+      write: false on all processes but one.
 
     Raises:
       ValueError: a line other than the last is not a JSON object with a `step`.
@@ -39,7 +40,7 @@ class JsonlWriter:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [] if resume_step is None else _lines_until(path, resume_step)
-        _replace_text(path, "".join(kept))
+        replace_text(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -59,18 +60,16 @@ class JsonlWriter:
 class EventWriter:
     """Writes the scalars of `JsonlWriter` to a TensorBoard event file; each `write` flushes it.
 
-    Args:
-      directory: where event files go; it is created. Every start of a run adds one file.
-      resume_step: as in `JsonlWriter`. TensorBoard then hides earlier events of later steps.
-      write: false on all processes but one; the object then does nothing.
+    Every start of a run adds one file to `directory`, which is created. With `resume_step`
+    TensorBoard hides the events of later steps in earlier files.
     """
 
     def __init__(self, directory: str | Path, *, resume_step: int | None, write: bool):
         self._file = None
         if not write:
             return
-        # Imported late: it takes seconds. Not its `SummaryWriter`: that writes from a thread and
-        # cannot be waited for, so a kill would lose steps that a checkpoint already covers.
+        # Imported late: it takes seconds. Not its `SummaryWriter`: it writes from a thread that
+        # nobody can wait for, so a kill would lose steps that a checkpoint already covers.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -115,9 +114,9 @@ def write_summary(path: str | Path, results: Mapping[str, Any], *, write: bool) 
     Args:
       path: usually ``summary.json`` in the workdir.
       results: nested mappings, such as ``{"eval": {who: {split: {"success": ..., ...}}}}``. The
-        first three levels merge key by key. What lies deeper, the figures of one evaluation,
-        replaces the old as a whole. Non-finite numbers become null.
-      write: false on all processes but one; then nothing happens.
+        first three levels merge key by key. Deeper levels, the figures of one evaluation, replace
+        the old ones as a whole. Non-finite numbers become null.
+      write: false on all processes but one.
 
     Raises:
       ValueError: the file exists and does not hold a JSON object.
@@ -127,7 +126,7 @@ def write_summary(path: str | Path, results: Mapping[str, Any], *, write: bool) 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     merged = _merge(read_summary(path), _jsonable(results), levels=3)
-    _replace_text(path, json.dumps(merged, indent=2, allow_nan=False) + "\n")
+    replace_text(path, json.dumps(merged, indent=2, allow_nan=False) + "\n")
 
 
 def read_summary(path: str | Path) -> dict[str, Any]:
@@ -136,16 +135,7 @@ def read_summary(path: str | Path) -> dict[str, Any]:
     Raises:
       ValueError: the file does not hold a JSON object.
     """
-    path = Path(path)
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"`{path}` must hold a JSON object and does not; move it away")
-    return content
+    return read_json(Path(path)) if Path(path).exists() else {}
 
 
 def _lines_until(path: Path, last_step: int) -> list[str]:
@@ -168,16 +158,6 @@ def _lines_until(path: Path, last_step: int) -> list[str]:
         if step <= last_step:
             kept.append(line + "\n")
     return kept
-
-
-def _replace_text(path: Path, text: str) -> None:
-    """Writes a file so that a kill or a crash leaves the old content or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _jsonable(value: Any) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from opd_jax.config import differences, from_json, load, parse_arg, to_json
+from opd_jax.config import differences, load, parse_arg, read_stored, to_json
 
 CONFIG = """
     from ml_collections import ConfigDict, config_dict
@@ -190,11 +190,12 @@ def test_an_error_inside_the_config_keeps_its_own_message(path):
 # --- the stored copy
 
 
-def test_the_stored_config_is_json_and_reads_back(path):
+def test_the_stored_config_is_json_and_reads_back(path, tmp_path):
     config = load(path, ["--config.limit=2.5"])
     text = to_json(config)
     assert json.loads(text)["train"]["betas"] == [0.9, 0.95]
-    again = from_json(text)
+    (tmp_path / "config.json").write_text(text)
+    again = read_stored(tmp_path / "config.json")
     assert differences(config, again, binds=lambda field: True) == []
     assert to_json(again) == text
 
@@ -206,9 +207,10 @@ def test_a_value_json_cannot_hold_is_named(value):
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", ""])
-def test_a_damaged_stored_config_is_an_error(text):
-    with pytest.raises(ValueError, match="stored config"):
-        from_json(text)
+def test_a_damaged_stored_config_is_an_error(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json` must hold a JSON object"):
+        read_stored(tmp_path / "config.json")
 
 
 def test_differences_list_every_field_that_binds_once():

@@ -9,7 +9,13 @@ import pytest
 from opd_jax.agent.conversation import Conversation, Turn
 from opd_jax.envs.base import Task
 from opd_jax.experience.source import Played
-from opd_jax.experience.stream import Stream, balanced_turns, group_by_length, judge_example
+from opd_jax.experience.stream import (
+    DemonstrationSettings,
+    Stream,
+    balanced_turns,
+    group_by_length,
+    judge_example,
+)
 from opd_jax.losses import NO_TURN
 
 TASK = Task(id="t/0", type="walk", goal="walk", scene="here")
@@ -109,6 +115,18 @@ def test_labels_are_balanced_and_unlabelled_or_failed_turns_left_out() -> None:
 # --- The stream -----------------------------------------------------------------------------------
 
 WINDOW = 7
+SHOWN = DemonstrationSettings(
+    sizes=("small",),
+    sizes_from=(),
+    player="expert",
+    distraction=0.0,
+    distractors=(),
+    habits={},
+    window=WINDOW,
+    judge_examples=5,
+    judge_contexts=("table9",),
+    tokens_per_batch=80,
+)
 
 
 def episode(number: int) -> Conversation:
@@ -130,12 +148,10 @@ def make_stream(request: pytest.FixtureRequest):
         cursor: tuple[int, int] = (0, 0), seed: int = 0, judge_examples: int = 5, examples=example
     ) -> Stream:
         stream = Stream(
+            dataclasses.replace(SHOWN, judge_examples=judge_examples),
             make_episode=episode,
             make_example=examples,
             seed=seed,
-            window=WINDOW,
-            judge_examples=judge_examples,
-            tokens_per_batch=80,
             length_multiple=8,
             rows_multiple=1,
             cursor=cursor,
