@@ -500,7 +500,6 @@ def test_the_listener_hears_compilations(compilations: list[str]) -> None:
         ("--config.env.size=vast", ["`size`", "small", "'vast'"]),
         ("--config.env.by=office", ["`env.by`", "household", "'office'"]),
         ("--config.student=some/where", ["`some/where`", "does not exist"]),
-        ("--config.rollout.context_tokens=9999", ["`rollout.context_tokens`", "9999"]),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(
