@@ -63,6 +63,7 @@ def test_the_compiler_of_this_machine_is_asked_once_for_each_program_and_revisio
 
     # Another revision of our source gets results of its own.
     copy = shutil.copytree(PACKAGE, tmp_path / "opd_jax")
+    shutil.copytree(PACKAGE.parent / "configs", tmp_path / "configs")
     with (copy / "losses.py").open("a") as file:
         file.write("# another line\n")
     found, said = run(command, *LOCAL, *late, PYTHONPATH=str(tmp_path), PYTHONSAFEPATH="1")
