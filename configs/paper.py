@@ -104,7 +104,7 @@ def paper_config(
     # student's weights.
     config.dtype = "float32"
     config.compute_dtype = "bfloat16"
-    config.teacher_dtype = "bfloat16"  # int8 halves what a large teacher takes; see `quantize`
+    config.teacher_dtype = "bfloat16"  # int8 halves what a large teacher takes; see `opd_jax/model/int8.py`
     config.mesh.fsdp = 8
     # A token reads the whole cache. Smaller steps read less and compile more programs.
     config.rollout.cache_step = 4096

@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         after = read_summary(directory / "summary.json").get("eval", {}).get("after")
         settings = read_settings(run)
         if not after or not is_evaluated(
-            after, settings, panels=build.panels(settings), update=settings.train.updates
+            after, settings, panels=build.eval_panels(settings), update=settings.train.updates
         ):
             return STOPPED
     return 0

@@ -379,7 +379,7 @@ def run(config: FrozenConfigDict, workdir: Path, policy: str) -> dict[str, Figur
     """
     settings = read_settings(config)
     check_same_run(config, workdir, binds=binds_an_evaluation)
-    panels = build.panels(settings)
+    panels = build.eval_panels(settings)
     for split in settings.eval.splits:
         processes.say(describe(split, panels[split]))
     if policy == "model":

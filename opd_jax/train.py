@@ -2,10 +2,9 @@
 
     python -m opd_jax.train --config=NAME[:arg] --workdir=DIR [--config.x.y=v]
 
-A run that finds a checkpoint in its workdir resumes. It ends with the same parameters, to the bit,
-as a run that was never interrupted: what an update draws depends on the seed and on the update's
-number alone. SIGTERM saves after the update under way, or ends an evaluation after the split under
-way. The command then exits with status 0.
+A run that finds a checkpoint in its workdir resumes, and ends with the bits of a run that was never
+interrupted: what an update draws depends on the seed and the update's number alone. SIGTERM saves
+after the update under way, or ends an evaluation after its split; the exit status is then 0.
 """
 
 import dataclasses
@@ -22,13 +21,12 @@ from opd_jax.compare import compare
 from opd_jax.config import build, fail, parse_command_line
 from opd_jax.config.models import load_student, load_teacher
 from opd_jax.config.settings import Settings, read_settings
-from opd_jax.config.workdir import check_workdir, store_run
+from opd_jax.config.workdir import check_tasks, check_workdir, store_run
 from opd_jax.evaluate import evaluate_others, evaluate_trained
 from opd_jax.experience.source import Source
 from opd_jax.judge.labellers import Labeller
 from opd_jax.learner.train_state import TrainState, restore_or_init
 from opd_jax.report.log import UpdateLog
-from opd_jax.report.stopwatch import Stopwatch
 from opd_jax.report.tables import results_table
 from opd_jax.report.writers import write_summary
 from opd_jax.runtime import processes
@@ -53,14 +51,14 @@ def train(
     """The algorithm: every update from the state's own number up to `train.updates`."""
     done, updates = int(state.step), settings.train.updates
     while done < updates:
-        clock = Stopwatch()
-        with clock.measure("rollout"):
-            # The student plays an episode of each of the next tasks.
-            played = source.play(state)
-        with clock.measure("judge"):
-            # The teacher gives every turn a verdict, [B, K].
-            verdict, judged = judge(played.conversations, done)
-        batch = pack(played, verdict)
+        with log.watch(done + 1) as clock:
+            with clock.measure("rollout"):
+                # The student plays an episode of each of the next tasks.
+                played = source.play(state)
+            with clock.measure("judge"):
+                # The teacher gives every turn a verdict, [B, K].
+                verdict, judged = judge(played.conversations, done)
+            batch = pack(played, verdict)
         with clock.measure("update"):
             # The teacher reads the batch, tokens are weighted, the optimizer takes one step.
             state, raw = step(state, batch)
@@ -88,8 +86,10 @@ def run(config: FrozenConfigDict, workdir: Path) -> dict[str, Any]:
 def _run(
     config: FrozenConfigDict, settings: Settings, workdir: Path, mesh: jax.sharding.Mesh
 ) -> dict[str, Any]:
-    stop, panels = Stop(), build.panels(settings)
-    check_workdir(config, settings, panels, workdir)
+    stop = Stop()
+    check_workdir(config, settings, workdir)
+    panels = build.panels(settings)
+    check_tasks(settings, panels, workdir)
     build.check_players(settings)
     student, teacher = load_student(settings, mesh), load_teacher(settings, mesh)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)

@@ -43,6 +43,23 @@ _SIZES = {
 }
 
 
+# Marked `quick`: what to run while working. A file or two of each room, in less than 90 s.
+QUICK = {
+    *("test_losses.py", "test_structure.py", "test_readme.py"),
+    *("test_chat.py", "test_conversation.py", "test_rollout.py"),
+    *("test_agreement.py", "test_batch.py", "test_objective.py", "test_teacher.py"),
+    *("test_settings.py", "test_loading.py", "test_command_line.py"),
+    *("test_by.py", "test_mesh.py", "test_turns.py", "test_make.py", "test_tasks.py"),
+    *("test_figures.py", "test_intervals.py", "test_metrics.py", "test_update.py"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.name in QUICK and not item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.quick)
+
+
 @dataclass(frozen=True)
 class Reference:
     """A model of `transformers` in evaluation mode, float32, and the folder it was saved to."""

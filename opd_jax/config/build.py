@@ -6,7 +6,7 @@ The only room in which settings meet what they configure. Everything below takes
 import dataclasses
 import random
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from opd_jax.agent.rollout import make_envs, rollout, row_keys
 from opd_jax.config.models import LoadedModel
 from opd_jax.config.settings import Settings
 from opd_jax.envs.base import Env
-from opd_jax.envs.make import make_env
+from opd_jax.envs.make import EnvSettings, make_env
 from opd_jax.envs.players import make_player
 from opd_jax.experience.demonstrations import demonstrate
 from opd_jax.experience.source import Episodes, Play, Played, Source, TaskOrder, play_expert
@@ -216,8 +216,19 @@ def make_labeller(settings: Settings, teacher: LoadedModel | None) -> Labeller:
 
 def panels(settings: Settings) -> dict[str, Panel]:
     """The tasks of every split that the settings name; errors as in `tasks.find_panels`."""
-    splits = dict.fromkeys(settings.eval.splits, "eval.splits")
-    return find_panels(make_env(settings.env), {settings.data.split: "data.split", **splits})
+    evaluated = ((split, "eval.splits") for split in settings.eval.splits)
+    return dict(_panels(settings.env, ((settings.data.split, "data.split"), *evaluated)))
+
+
+def eval_panels(settings: Settings) -> dict[str, Panel]:
+    """The tasks of the splits that are evaluated: the training tasks need not be there."""
+    evaluated = tuple((split, "eval.splits") for split in settings.eval.splits)
+    return dict(_panels(settings.env, evaluated))
+
+
+@cache  # a comparison asks for each of its runs, and some environments read thousands of files
+def _panels(env: EnvSettings, splits: tuple[tuple[str, str], ...]) -> dict[str, Panel]:
+    return find_panels(make_env(env), dict(splits))
 
 
 def check_players(settings: Settings) -> None:

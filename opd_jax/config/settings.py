@@ -162,7 +162,7 @@ def read_settings(config: ConfigDict) -> Settings:
     for name, given in sections.items():
         kind = _plain(hints[name])
         if not dataclasses.is_dataclass(kind):
-            values[name] = _typed(name, kind, given)
+            values[name] = _typed(name, hints[name], given)
             continue
         if not isinstance(given, ConfigDict):
             raise ValueError(f"`{name}`: expected a group of fields, got {given!r}")
@@ -176,7 +176,7 @@ def read_settings(config: ConfigDict) -> Settings:
 def _with_options(env: dict[str, Any]) -> dict[str, Any]:
     """Fields that are the environment's own become its `options`."""
     own = {f.name for f in dataclasses.fields(EnvSettings)} - {"options"}
-    options = {name: value for name, value in env.items() if name not in own}
+    options = tuple((name, value) for name, value in sorted(env.items()) if name not in own)
     return {name: value for name, value in env.items() if name in own} | {"options": options}
 
 
@@ -191,8 +191,7 @@ def _section(section: str, kind: type[T], given: Mapping[str, Any]) -> T:
     needed = {name for name, f in fields.items() if f.default is dataclasses.MISSING}
     _check_names(f"{section}.", needed, fields.keys(), given)
     values = {
-        name: _typed(f"{section}.{name}", _plain(hints[name]), value)
-        for name, value in given.items()
+        name: _typed(f"{section}.{name}", hints[name], value) for name, value in given.items()
     }
     try:
         return kind(**values)
@@ -229,17 +228,21 @@ def _plain(hint: Any) -> Any:
     return get_origin(hint) or hint
 
 
-def _typed(name: str, kind: Any, value: Any) -> Any:
+def _typed(name: str, hint: Any, value: Any) -> Any:
     """A value of a field, once it is known to have the field's type."""
+    kind = _plain(hint)
     if isinstance(value, ConfigDict):
         value = value.to_dict()
-    if value is None or kind is Any:
+    if kind is Any or (value is None and types.NoneType in get_args(hint)):
         return value
     if kind is tuple and isinstance(value, list):
         value = tuple(value)
     accepted: Any = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"`{name}`: expected {kind.__name__}, got {value!r}")
+    if kind is tuple:
+        element = get_args(hint)[0]
+        return tuple(_typed(name, element, part) for part in value)
     return value
 
 

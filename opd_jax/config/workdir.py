@@ -11,19 +11,30 @@ from opd_jax.experience.tasks import Panel, check_same_tasks, store_tasks
 from opd_jax.runtime import processes
 
 
-def check_workdir(
-    config: FrozenConfigDict, settings: Settings, panels: Mapping[str, Panel], workdir: Path
-) -> None:
-    """Makes sure that the workdir holds no other run.
+def check_workdir(config: FrozenConfigDict, settings: Settings, workdir: Path) -> None:
+    """Makes sure that the workdir holds no run with another config.
 
     Before its first checkpoint a run has nothing to continue, and a mistake may be corrected.
 
     Raises:
-      ValueError: it holds a checkpoint of a run with another config, or on other tasks.
+      ValueError: it holds a checkpoint of such a run.
     """
-    if processes.first(any((workdir / "checkpoints").glob("[0-9]*"))):
+    if _has_checkpoint(workdir):
         check_same_run(config, workdir, binds=binds_a_run(settings))
+
+
+def check_tasks(settings: Settings, panels: Mapping[str, Panel], workdir: Path) -> None:
+    """Makes sure that a run goes on with the training tasks that it was started on.
+
+    Raises:
+      ValueError: the workdir holds a checkpoint of a run on other tasks.
+    """
+    if _has_checkpoint(workdir):
         check_same_tasks(settings.data.split, panels[settings.data.split], workdir)
+
+
+def _has_checkpoint(workdir: Path) -> bool:
+    return processes.first(any((workdir / "checkpoints").glob("[0-9]*")))
 
 
 def store_run(

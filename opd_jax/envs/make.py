@@ -1,6 +1,5 @@
 """Environments from their settings: one of ours by name, or anybody's by `module:Class`."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -30,7 +29,7 @@ class EnvSettings:
       start_timeout_s: of a worker's start; see `workers.Worker`.
       step_timeout_s: of a worker's step.
       max_turns: K, of an episode.
-      options: further keyword arguments of the environment.
+      options: further keyword arguments of the environment, as pairs, so that settings hash.
     """
 
     by: str
@@ -38,7 +37,7 @@ class EnvSettings:
     start_timeout_s: float = field(metadata=affects(WORLD))
     step_timeout_s: float = field(metadata=affects(WORLD))
     max_turns: int
-    options: Mapping[str, Any]
+    options: tuple[Any, ...]
 
     def __post_init__(self):
         check_within(1, max_turns=self.max_turns)
@@ -55,7 +54,7 @@ def make_env(settings: EnvSettings, **changes: Any) -> Env:
       ValueError: an unknown name, options that are another environment's, or what the environment
         itself misses, such as its extra.
     """
-    arguments = {**settings.options, "max_turns": settings.max_turns, **changes}
+    arguments = {**dict(settings.options), "max_turns": settings.max_turns, **changes}
     kind = named.find(settings.by, ENVS, section="env")
     named.check_arguments(settings.by, kind, arguments, section="env")
     make = partial(kind, **arguments)

@@ -61,7 +61,8 @@ def _alfworld(env: EnvSettings, habits: Mapping) -> dict[str, MakePlayer]:
 def _scienceworld(env: EnvSettings, habits: Mapping) -> dict[str, MakePlayer]:
     from opd_jax.envs.scienceworld import players
 
-    settings = {name: env.options[name] for name in ("simplifications", "heap_mb", "timeout_s")}
+    options = dict(env.options)
+    settings = {name: options[name] for name in ("simplifications", "heap_mb", "timeout_s")}
     paths = players.gold_paths(**settings)
     return {"expert": lambda task, first, rng: players.Expert(paths(task.id)), "random": _random}
 

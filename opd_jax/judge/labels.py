@@ -45,6 +45,11 @@ def env_labels(conversations: Sequence[Conversation], *, max_turns: int) -> EnvL
     for row, conversation in enumerate(conversations):
         if conversation.task is None or conversation.broken:
             continue
+        if len(conversation.turns) > max_turns:
+            raise ValueError(
+                f"`env.max_turns` = {max_turns}: an episode has {len(conversation.turns)} turns; "
+                "the environment has to end it after `max_turns`"
+            )
         for k, turn in enumerate(conversation.turns):
             labels.played[row, k] = True
             labels.failed[row, k] = bool(turn.failure)

@@ -1,6 +1,7 @@
 """What a run says of each update: in `metrics.jsonl`, to TensorBoard and on standard output."""
 
-from collections.abc import Collection, Mapping
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,14 @@ class UpdateLog:
         how: dict[str, Any] = dict(resume_step=done or None, write=processes.is_first())
         self._lines = JsonlWriter(workdir / "metrics.jsonl", **how)
         self._events = EventWriter(workdir / "events", **how)
+
+    @contextlib.contextmanager
+    def watch(self, update: int) -> Iterator[Stopwatch]:
+        """A stopwatch for one update. A `ValueError` raised inside names the update."""
+        try:
+            yield Stopwatch()
+        except ValueError as error:
+            raise ValueError(f"update {update}: {error}") from error
 
     def write(
         self, update: int, raw: Mapping[str, Any], played: Mapping[str, Any], clock: Stopwatch

@@ -43,7 +43,7 @@ def test_settings_have_the_attributes_of_their_config() -> None:
                 elif part in {f.name for f in dataclasses.fields(node)}:
                     node = getattr(node, part)
                 else:
-                    node = node.options[part]
+                    node = dict(node.options)[part]
             assert node == value, field
 
 
