@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from opd_jax.plan.compiling import PACKAGE
+from opd_jax import config as cfg
+from opd_jax.plan.chips import V5E, find
+from opd_jax.plan.compiling import PACKAGE, compile_programs
+from opd_jax.plan.programs import plan_run
+from opd_jax.plan.verdict import verdict
 
 # As little as a run can be: nothing is sampled or judged in its updates.
 LOCAL = (
@@ -63,6 +67,7 @@ def test_the_compiler_of_this_machine_is_asked_once_for_each_program_and_revisio
 
     # Another revision of our source gets results of its own.
     copy = shutil.copytree(PACKAGE, tmp_path / "opd_jax")
+    shutil.copytree(PACKAGE.parent / "configs", tmp_path / "configs")
     with (copy / "losses.py").open("a") as file:
         file.write("# another line\n")
     found, said = run(command, *LOCAL, *late, PYTHONPATH=str(tmp_path), PYTHONSAFEPATH="1")
@@ -97,9 +102,8 @@ def folder(path: Path, *, width: int, vocab: int, tied: bool) -> Path:
 needs_tpu_compiler = pytest.mark.skipif(
     find_spec("libtpu") is None, reason="needs the extra `plan`"
 )
-TPU = (
-    "--config=configs/alfworld_qwen3.py:method=opd",
-    "--topology=v5e:2x2",
+PAPER = "configs/alfworld_qwen3.py:method=opd"
+SMALL = (
     "--config.env.max_turns=2",
     "--config.rollout.batch=8",
     "--config.rollout.context_tokens=256",
@@ -122,7 +126,14 @@ def test_the_tpu_compiler_plans_a_model_of_two_layers(command, tmp_path):
     student = folder(tmp_path / "student", width=256, vocab=8192, tied=True)
     teacher = folder(tmp_path / "teacher", width=512, vocab=8192, tied=False)
     models = (f"--config.student={student}", f"--config.teacher={teacher}")
-    found, _ = run(command, *TPU, *models, f"--cache={tmp_path / 'cache'}")
+    found, _ = run(
+        command,
+        f"--config={PAPER}",
+        "--topology=v5e:2x2",
+        *SMALL,
+        *models,
+        f"--cache={tmp_path / 'cache'}",
+    )
     assert found["verdict"] == "fits"
     rollout = ["copy to sample with", "observation", "sampling"]
     names = [*rollout, "teacher's pass", "train step"]
@@ -141,12 +152,9 @@ def test_the_tpu_compiler_plans_a_model_of_two_layers(command, tmp_path):
 
 
 @needs_tpu_compiler
-def test_a_program_that_the_tpu_compiler_refuses_does_not_fit(command, tmp_path):
+def test_a_program_that_the_tpu_compiler_refuses_does_not_fit(tmp_path):
     model = folder(tmp_path / "model", width=256, vocab=65536, tied=True)
-    found, _ = run(
-        command,
-        *TPU,
-        f"--cache={tmp_path / 'cache'}",
+    large = (
         f"--config.student={model}",
         f"--config.teacher={model}",
         # Logits of all positions at once.
@@ -157,7 +165,11 @@ def test_a_program_that_the_tpu_compiler_refuses_does_not_fit(command, tmp_path)
         "--config.train.micro_batches=1",
         "--config.train.query_chunk=2048",
     )
-    (step,) = [program for program in found["programs"] if program["name"] == "train step"]
-    assert step["least"] < found["chip"]["memory"]
-    assert "RESOURCE_EXHAUSTED" in step["refused"]
-    assert step["verdict"] == found["verdict"] == "does not fit"
+    config = cfg.load(str(PACKAGE.parent / PAPER), [*SMALL, *large])
+    run = plan_run(config, find("v5e:2x2", local_chips=0))
+    # What is least likely to fit comes first.
+    step, result = next(compile_programs(run, cache=tmp_path / "cache", limit_s=300))
+    assert step.name == "train step"
+    assert run.least(step) < V5E.memory
+    assert "RESOURCE_EXHAUSTED" in result["refused"]
+    assert verdict(run, step, result) == "does not fit"
