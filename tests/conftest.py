@@ -291,7 +291,16 @@ BENCHMARKS = {
 }
 
 
-@pytest.fixture(scope="session", params=BENCHMARKS)
+# Two of the engines take minutes: ALFWorld's to compile its games, ScienceWorld's to start.
+_SLOW = {"alfworld_qwen3", "scienceworld_qwen3"}
+
+
+@pytest.fixture(
+    scope="session",
+    params=[
+        pytest.param(name, marks=pytest.mark.slow if name in _SLOW else ()) for name in BENCHMARKS
+    ],
+)
 def benchmark(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, ...]:

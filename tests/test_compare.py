@@ -204,6 +204,7 @@ def test_figures_of_the_judge_are_pooled_over_updates_and_seeds(tmp_path: Path) 
 # --- End to end
 
 
+@pytest.mark.slow
 def test_a_small_comparison_from_end_to_end_and_again(
     command: Callable, in_process: Callable, is_finished: Callable, small: tuple, tmp_path: Path
 ) -> None:

@@ -13,7 +13,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "opd_jax"
-PYTHON = ("opd_jax", "configs", "launch")
 PAIR_LIMIT_BYTES = 8 * 10**6
 
 
@@ -186,19 +185,6 @@ def test_every_package_imported_is_declared() -> None:
 
 
 # --- Style
-
-
-@pytest.mark.parametrize("command", [("check",), ("format", "--check")])
-def test_ruff_has_nothing_to_say(command: tuple[str, ...]) -> None:
-    words = [sys.executable, "-m", "ruff", *command, "--quiet", *PYTHON, "tests"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_mypy_has_nothing_to_say() -> None:
-    words = [sys.executable, "-m", "mypy", "--no-error-summary", *PYTHON]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_docstrings_are_asked_of_the_package() -> None:

@@ -305,6 +305,7 @@ def test_stopped_by_sigterm_it_saves_and_ends_with_the_same_bits(
     assert_ended_alike(workdir, trained.workdir)
 
 
+@pytest.mark.slow
 def test_sigterm_ends_an_evaluation_after_its_split_and_it_goes_on_later(
     trained: Any, copy: Path, start: Callable, command: Callable
 ) -> None:

@@ -70,6 +70,7 @@ def success(conversations: list[Conversation]) -> float:
     return summarize(conversations)["success"]
 
 
+@pytest.mark.slow
 def test_the_teacher_solves_tasks_in_unseen_scenes_and_the_student_has_much_to_learn(
     played: dict,
 ) -> None:

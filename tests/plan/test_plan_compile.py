@@ -34,6 +34,7 @@ def run(command, *flags: object, **variables: str) -> tuple[dict, str]:
     return json.loads(done.stdout)["plan"], done.stderr
 
 
+@pytest.mark.slow
 def test_the_compiler_of_this_machine_is_asked_once_for_each_program_and_revision(
     command, tmp_path
 ):

@@ -122,6 +122,7 @@ def settings(method: str, small: tuple[str, ...], *changed: str) -> tuple[str, .
     return (f"--config=configs/quickstart.py:runlocal,method={method}", *small, *changed)
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_two_processes_end_with_the_bits_of_one(
     start: Start, small: tuple, tmp_path: Path
 ) -> None:
