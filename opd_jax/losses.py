@@ -182,14 +182,10 @@ class TokenScores(NamedTuple):
 
 
 def kind_to_beta(kind: str, beta: float | None = None) -> float:
-    """The β of `jsd` that a divergence's name stands for. Only this function knows the names.
-
-    Args:
-      kind: "reverse_kl", "forward_kl" or "jsd".
-      beta: 0..1, for "jsd" only.
+    """The β of `jsd` for "reverse_kl" (1), "forward_kl" (0) or "jsd" (`beta`).
 
     Raises:
-      ValueError: an unknown kind, or "jsd" without a `beta`.
+      ValueError: an unknown kind, or "jsd" without a `beta` in 0..1.
     """
     if kind == "jsd":
         if beta is None:
@@ -324,13 +320,7 @@ def _score_chunk(
 def fused_cross_entropy(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, *, chunk_size: int
 ) -> tuple[jax.Array, jax.Array]:
-    """−log p(target), the objective of SFT, and the entropy of p, from hidden states in chunks.
-
-    Args:
-      hidden: float [N, D].
-      head: float [D, V].
-      targets: int [N].
-      chunk_size: positions a chunk, ≥ 1.
+    """−log p(target), the objective of SFT, and the entropy of p; chunked like `fused_divergence`.
 
     Returns:
       (cross-entropy [N], entropy [N]) in nats, float32; gradients flow through the first only.
