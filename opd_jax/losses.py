@@ -1,7 +1,7 @@
 """The objective of SAGE-OPD (arXiv 2606.19659) and of its baselines, as pure functions on arrays.
 
-Each student token has a divergence and a weight. The loss is the sum of their products over the
-number N of student tokens:
+Each student token has a divergence and a weight. The loss is the sum of their products, divided by
+the number N of student tokens:
 
     loss = (1/N) Σ_token weight · divergence,    weight = z · s,    s = i_turn · c_turn [· e_token]
 
@@ -144,6 +144,9 @@ def sampled_reverse_kl(student_logprob: jax.Array, teacher_logprob: jax.Array) -
 
     Returns:
       float32 [...], nats; single values may be negative.
+
+    Raises:
+      ValueError: the shapes differ.
 
     Source: the per-token estimator of on-policy distillation with one teacher log-probability, a
       baseline here; the paper does not state its estimator.
@@ -406,6 +409,9 @@ def turn_confidence(teacher_top1_prob: jax.Array, turn_id: jax.Array, num_turns:
 
     Returns:
       float32 [B, K], in (0, 1]; 0 for a turn without tokens. No gradient.
+
+    Raises:
+      ValueError: the shapes differ.
 
     Source: arXiv 2606.19659, teacher confidence.
     """
