@@ -1,7 +1,7 @@
 """The objective of SAGE-OPD (arXiv 2606.19659) and of its baselines, as pure functions on arrays.
 
-Each student token has a divergence and a weight. The loss is the sum of their products over the
-number N of student tokens:
+Each student token has a divergence and a weight. The loss is the sum of their products, divided by
+the number N of student tokens:
 
     loss = (1/N) Σ_token weight · divergence,    weight = z · s,    s = i_turn · c_turn [· e_token]
 
@@ -145,6 +145,9 @@ def sampled_reverse_kl(student_logprob: jax.Array, teacher_logprob: jax.Array) -
     Returns:
       float32 [...], nats; single values may be negative.
 
+    Raises:
+      ValueError: the shapes differ.
+
     Source: the per-token estimator of on-policy distillation with one teacher log-probability, a
       baseline here; the paper does not state its estimator.
     """
@@ -182,14 +185,10 @@ class TokenScores(NamedTuple):
 
 
 def kind_to_beta(kind: str, beta: float | None = None) -> float:
-    """The β of `jsd` that a divergence's name stands for. Only this function knows the names.
-
-    Args:
-      kind: "reverse_kl", "forward_kl" or "jsd".
-      beta: 0..1, for "jsd" only.
+    """The β of `jsd` for "reverse_kl" (1), "forward_kl" (0) or "jsd" (`beta`).
 
     Raises:
-      ValueError: an unknown kind, or "jsd" without a `beta`.
+      ValueError: an unknown kind, or "jsd" without a `beta` in 0..1.
     """
     if kind == "jsd":
         if beta is None:
@@ -324,13 +323,7 @@ def _score_chunk(
 def fused_cross_entropy(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, *, chunk_size: int
 ) -> tuple[jax.Array, jax.Array]:
-    """−log p(target), the objective of SFT, and the entropy of p, from hidden states in chunks.
-
-    Args:
-      hidden: float [N, D].
-      head: float [D, V].
-      targets: int [N].
-      chunk_size: positions a chunk, ≥ 1.
+    """−log p(target), the objective of SFT, and the entropy of p; chunked like `fused_divergence`.
 
     Returns:
       (cross-entropy [N], entropy [N]) in nats, float32; gradients flow through the first only.
@@ -416,6 +409,9 @@ def turn_confidence(teacher_top1_prob: jax.Array, turn_id: jax.Array, num_turns:
 
     Returns:
       float32 [B, K], in (0, 1]; 0 for a turn without tokens. No gradient.
+
+    Raises:
+      ValueError: the shapes differ.
 
     Source: arXiv 2606.19659, teacher confidence.
     """

@@ -98,11 +98,7 @@ class RolloutSettings(Decoding):
 class Agent:
     """Everything but the parameters that turns a model into an agent.
 
-    Attributes:
-      model: its sizes.
-      tokenizer: a `transformers` tokenizer. It decodes responses and never encodes them again.
-      chat: how messages become tokens.
-      decoding: how responses are sampled.
+    The `transformers` tokenizer decodes responses and never encodes them again.
     """
 
     model: ModelConfig

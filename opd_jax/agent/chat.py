@@ -96,9 +96,7 @@ class ChatFormat:
     def first(self, system: str, user: str) -> list[int]:
         """Token ids of the opening prompt, up to where the first response starts.
 
-        Args:
-          system: system message; "" for the template's default or none.
-          user: first user message.
+        With `system` "" the template's default applies, which may be none.
 
         Raises:
           ValueError: `system` is given and the template has no system role.
@@ -115,9 +113,7 @@ class ChatFormat:
     def follow(self, user: str, *, ended: bool) -> list[int]:
         """Token ids appended after a response, up to where the next response starts.
 
-        Args:
-          user: the next user message.
-          ended: the response already ends with a stop token, so none is added.
+        `ended` says that the response already ends with a stop token, so none is added.
         """
         ids = self._join(self.following, (user,))
         # Dropped as a token and not as text: a special token may swallow the space after it.

@@ -115,12 +115,7 @@ def record_turn(
 ) -> None:
     """Adds a finished turn to its conversation; ends the conversation if the environment did.
 
-    Args:
-      conversation: changed in place.
-      before: what the agent reacted to.
-      response: what it wrote.
-      stop: see `Turn`.
-      after: the environment's answer.
+    The agent reacted to `before`, and the environment answered `after`. For `stop` see `Turn`.
     """
     conversation.turns.append(
         Turn(

@@ -70,7 +70,7 @@ def sampling_params(
     log-probabilities would differ from those that the update recomputes.
 
     Args:
-      dtype: the model computes in it.
+      dtype: compute dtype.
       gather: all-gather weights along `fsdp` first, so that no token waits for weights. If false
         they stay sharded: less memory.
     """

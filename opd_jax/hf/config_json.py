@@ -92,11 +92,7 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 
 def read_json(path: Path) -> dict:
-    """Reads the JSON object in a file of a model folder.
-
-    Raises:
-      ValueError: the folder or file is missing, or the file holds no JSON object.
-    """
+    """The JSON object in a file of a model folder; ValueError if missing or not an object."""
     if not path.parent.is_dir():
         raise ValueError(f"model folder `{path.parent}` does not exist; check the path")
     if not path.is_file():
@@ -187,8 +183,7 @@ def _refuse(folder: Path, key: str, got: object, supported: str) -> NoReturn:
 def config_json(config: ModelConfig, *, dtype_name: str) -> dict:
     """The content of `config.json`, with keys that both `transformers` 4 and 5 read.
 
-    Raises:
-      ValueError: no architecture in `FAMILIES` fits the config.
+    ValueError if no architecture in `FAMILIES` fits the config.
     """
     c = config
     kinds = {(f.qk_norm, f.qkv_bias, f.experts): name for name, f in FAMILIES.items()}

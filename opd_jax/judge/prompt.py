@@ -116,14 +116,7 @@ class JudgeSettings:
 
 @dataclass(frozen=True)
 class Judge:
-    """Everything but the parameters that turns the teacher into a judge.
-
-    Attributes:
-      model: the teacher's sizes.
-      tokenizer: the teacher's tokenizer.
-      chat: its chat format.
-      settings: how it is asked.
-    """
+    """Everything but the parameters that turns the teacher into a judge."""
 
     model: ModelConfig
     tokenizer: Any

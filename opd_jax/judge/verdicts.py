@@ -28,7 +28,7 @@ class Judgement:
       verdict: int32 [B, K], `Verdict` codes; SKIP if there is no turn or the environment broke. An
         unparsable answer is STRONG, the conservative reading.
       asked: bool [B, K], turns that reached the judge.
-      unparsable: bool [B, K], answers that held none of the three words.
+      unparsable: bool [B, K], answers with none or several of the three words.
     """
 
     verdict: np.ndarray
@@ -46,12 +46,7 @@ def judge_turns(
 ) -> Judgement:
     """Verdicts for every turn of every conversation.
 
-    Args:
-      params: the teacher's.
-      conversations: finished ones.
-      by: how the teacher is asked.
-      max_turns: K.
-      decode: "constrained" or "generate"; replaces `by.settings.decode`.
+    `decode`, "constrained" or "generate", replaces `by.settings.decode`. `max_turns` is K.
 
     Raises:
       ValueError: a question and its answer exceed the teacher's positions.

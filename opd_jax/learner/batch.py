@@ -136,12 +136,9 @@ def merge_rows(x: jax.Array) -> jax.Array:
 
 
 def num_parts(batch: Batch, *, micro_batches: int, batch_rows: int | None) -> int:
-    """How many micro-batches a batch has.
+    """How many micro-batches a batch has: `micro_batches` for `batch_rows` rows.
 
-    Args:
-      batch: its rows are counted.
-      micro_batches: parts of a batch of `batch_rows` rows; n times the rows give n times the parts.
-      batch_rows: rows of a batch in which each episode is one row. None: `micro_batches` for every
-        batch.
+    n times the rows give n times the parts. `batch_rows` are the rows of a batch in which each
+    episode is one row; None gives every batch `micro_batches` parts.
     """
     return micro_batches * (len(batch.tokens) // batch_rows if batch_rows else 1)

@@ -1,7 +1,7 @@
 """The teacher's pass: one forward over the student's tokens, compiled as its own program.
 
 It depends neither on the weights of tokens nor on the student, so it can run as soon as a batch is
-packed. It returns hidden states at the student's tokens. Beside the teacher's head, the update
+packed. It returns hidden states at the student's tokens. Besides the teacher's head, the update
 needs nothing else of the teacher.
 """
 

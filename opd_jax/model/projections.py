@@ -91,10 +91,8 @@ def project(x: jax.Array, weight: jax.Array | Int8Weight | LoraWeight, spec: str
     Integers up to 127 are exact in bfloat16, so `x·v` is as exact as with a float weight. The scale
     multiplies in float32.
 
-    Args:
-      x: an activation.
-      weight: the weight of one layer.
-      spec: subscripts of `einsum`. The output ends with the output axes of the weight, in order.
+    `weight` is that of one layer. The output of `spec` ends with the output axes of the weight, in
+    order.
     """
     return checkpoint_name(_product(x, weight, spec, x.dtype), PROJECTION)
 
@@ -165,7 +163,7 @@ def project_groups(
       weight: [G, D, F], one matrix for each group.
       group_R: int32, the group of each row, ascending.
       sizes_G: int32, the number of rows in each group; may be 0.
-      dtype: dtype of the result.
+      dtype: the dtype of sums and of the result.
     """
     multiply = partial(jax.lax.ragged_dot, preferred_element_type=dtype)
     if not isinstance(weight, Int8Weight):

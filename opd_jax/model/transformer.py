@@ -27,16 +27,10 @@ from opd_jax.runtime.mesh import constrain
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x²) + eps) · weight over the last axis; normalized in float32.
+    """x / sqrt(mean(x²) + eps) · weight over the last axis, in the dtype of `x`.
 
-    Args:
-      x: float [..., D].
-      weight: float [D].
-      eps: added to the mean square.
-
-    Returns:
-      [..., D] in the dtype of `x`. It is rounded to that dtype before `weight` multiplies it, as in
-      `transformers`.
+    It is normalized in float32, and rounded to the dtype of `x` before `weight` multiplies it, as
+    in `transformers`.
 
     Source: Zhang and Sennrich, arXiv 1910.07467.
     """

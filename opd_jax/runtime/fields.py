@@ -27,11 +27,7 @@ def affects(*kinds: str) -> dict[str, frozenset[str]]:
 
 
 def check_within(low: float, high: float | None = None, **values: float) -> None:
-    """Checks that each value is at least `low` and at most `high`; None: no upper bound.
-
-    Raises:
-      ValueError: names the field, the bounds and the value.
-    """
+    """ValueError unless each value is at least `low` and at most `high` (None: no upper bound)."""
     for name, value in values.items():
         if not (low <= value and (high is None or value <= high)):
             expected = f"at least {low}" if high is None else f"{low}..{high}"
@@ -39,11 +35,7 @@ def check_within(low: float, high: float | None = None, **values: float) -> None
 
 
 def check_choice(known: Collection[str], **values: Any) -> None:
-    """Checks that each value is one of `known`.
-
-    Raises:
-      ValueError: names the field, the choices and the value.
-    """
+    """ValueError unless each value is one of `known`."""
     for name, value in values.items():
         if value not in known:
             raise ValueError(f"`{name}`: expected one of {', '.join(known)}, got {value!r}")

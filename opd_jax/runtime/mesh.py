@@ -55,13 +55,7 @@ SAMPLING_RULES: Rules = {**RULES, "embed": None}
 
 @dataclass(frozen=True)
 class MeshShape:
-    """Sizes of the mesh axes.
-
-    Attributes:
-      data: replicates parameters and shards the batch.
-      fsdp: shards both.
-      tensor: shards heads, feed-forward width and vocabulary.
-    """
+    """Sizes of the mesh axes; the module says what each shards."""
 
     data: int = field(metadata=affects(LAYOUT))
     fsdp: int = field(metadata=affects(LAYOUT))
