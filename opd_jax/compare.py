@@ -76,7 +76,7 @@ def comparison_table(
       judge: method to further cells, from `judge_figures`.
     """
     figures = next(iter(results.values()))[0]
-    labels = {split: split_label(split, figures[split]) for split in figures}
+    labels = {split: split_label(split, figures[split]) for split in figures if figures[split]}
     last = list(labels)[-1]
     score, turns, repeated = (f"{name}, {labels[last]}" for name in ("score", "turns", "repeated"))
     rows = []

@@ -287,7 +287,7 @@ def evaluate_others(
         else:
             results[who] = evaluate_player(settings, who, panels=panels, after_split=after_split)
         write_summary(workdir / "summary.json", {"eval": {who: results[who]}}, write=write)
-        shares = ", ".join(f"{s} {r['success']:.1%}" for s, r in results[who].items())
+        shares = ", ".join(f"{s} {r['success']:.1%}" for s, r in results[who].items() if r)
         processes.say(f"{who}: success {shares}")
         after_split()
     return results
