@@ -39,7 +39,7 @@ def judging(
         yield teacher.program(name, label_scores, cache, rows, *words, runs=runs, times=times)
 
     if judge.context == "history":
-        # Conversations are read in pieces, then questions are asked behind them.
+        # Conversations are read in pieces, then questions are asked after them.
         piece, width = judge.length_multiple, work.short_question
         rows = min(judge.batch, work.rows)
         calls = -(-work.rows // rows)

@@ -68,7 +68,7 @@ class Player:
 
         Args:
           rows: shapes of one row of the arguments that are sharded as a batch.
-          more: arguments behind these.
+          more: arguments after these.
           static: keyword arguments beside those that all these programs have.
         """
         # With an untied head, only single rows of the embedding are read.

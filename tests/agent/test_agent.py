@@ -30,7 +30,7 @@ ROLLOUT = RolloutSettings(
         ({"extend_widths": (4, 4)}, r"^`extend_widths`: .*got \[4, 4\]"),
         ({"extend_widths": (0, 4)}, r"^`extend_widths`: .*got \[0, 4\]"),
         ({"batch": 0}, "^`batch`: expected at least 1, got 0"),
-        ({"batch": 7}, "^`batch` = 7 does not divide by `per_task` = 2"),
+        ({"batch": 7}, "^`batch` = 7 is not a multiple of `per_task` = 2"),
         ({"per_task": 0}, "^`per_task`: expected at least 1, got 0"),
         ({"depth_start": -1}, "^`depth_start`: expected at least 0, got -1"),
         ({"depth_every": 0}, "^`depth_every`: expected at least 1, got 0"),
