@@ -28,6 +28,7 @@ import jax.numpy as jnp
 
 NO_TURN = -1
 
+KINDS = ("reverse_kl", "forward_kl", "jsd", "sampled_reverse_kl")
 NORMALIZERS = ("all_tokens", "active_tokens", "none")
 SCOPES = ("batch", "trajectory")
 
@@ -184,23 +185,6 @@ class TokenScores(NamedTuple):
     teacher_entropy: jax.Array
 
 
-def kind_to_beta(kind: str, beta: float | None = None) -> float:
-    """The β of `jsd` for "reverse_kl" (1), "forward_kl" (0) or "jsd" (`beta`).
-
-    Raises:
-      ValueError: an unknown kind, or "jsd" without a `beta` in 0..1.
-    """
-    if kind == "jsd":
-        if beta is None:
-            raise ValueError("`kind` is 'jsd', which needs `beta` in 0..1; got None")
-        _check_beta(beta)
-        return float(beta)
-    ends = {"reverse_kl": 1.0, "forward_kl": 0.0}
-    if kind not in ends:
-        raise ValueError(f"`kind`: expected reverse_kl, forward_kl or jsd, got {kind!r}")
-    return ends[kind]
-
-
 def fused_divergence(
     student_hidden: jax.Array,
     student_head: jax.Array,
@@ -233,13 +217,19 @@ def fused_divergence(
       ValueError: positions, widths or vocabularies that do not match, an unknown kind, or a
         `chunk_size` below 1.
     """
+    if kind == "sampled_reverse_kl":
+        raise ValueError(
+            "`kind`: 'sampled_reverse_kl' needs the sampled tokens; call `fused_scores`, or "
+            "`sampled_reverse_kl` with the log-probabilities you have"
+        )
     scores = fused_scores(
         student_hidden,
         student_head,
         teacher_hidden,
         teacher_head,
         jnp.zeros(student_hidden.shape[0], jnp.int32),
-        beta=kind_to_beta(kind, beta),
+        kind=kind,
+        beta=beta,
         chunk_size=chunk_size,
         confidence_temperature=1.0,
     )
@@ -253,9 +243,10 @@ def fused_scores(
     teacher_head: jax.Array,
     targets: jax.Array,
     *,
-    beta: float,
+    kind: str,
     chunk_size: int,
     confidence_temperature: float,
+    beta: float | None = None,
 ) -> TokenScores:
     """`fused_divergence` with everything else that the same logits tell.
 
@@ -264,17 +255,17 @@ def fused_scores(
     Args:
       student_hidden, student_head, teacher_hidden, teacher_head: as in `fused_divergence`.
       targets: int [N], the sampled tokens.
-      beta: the divergence, as in `jsd`.
-      chunk_size: as in `fused_divergence`.
+      kind, chunk_size, beta: as in `fused_divergence`. The kind may also be "sampled_reverse_kl",
+        the estimate from the targets.
       confidence_temperature: temperature of the teacher's softmax for `teacher_top1_prob` only;
         0 makes it 1 everywhere (the paper's sensitivity table names such a setting).
 
     Raises:
-      ValueError: as `fused_divergence`, or a `beta` outside 0..1.
+      ValueError: as `fused_divergence`.
     """
     _check_heads("student_hidden", student_hidden, "student_head", student_head)
     _check_heads("teacher_hidden", teacher_hidden, "teacher_head", teacher_head)
-    _check_beta(beta)
+    share = _teacher_share(kind, beta)
     if student_hidden.shape[0] != teacher_hidden.shape[0]:
         raise ValueError(
             f"`teacher_hidden` has {teacher_hidden.shape[0]} positions, expected the "
@@ -288,12 +279,28 @@ def fused_scores(
     frozen_hidden, frozen_head = jax.lax.stop_gradient((teacher_hidden, teacher_head))
     # Keep the head in float32 outside the scan, so that its gradient adds up in float32.
     master_head = student_head.astype(jnp.float32)
-    chunk = partial(_score_chunk, beta=beta, confidence_temperature=confidence_temperature)
-    return _scan_chunks(
+    chunk = partial(_score_chunk, beta=share, confidence_temperature=confidence_temperature)
+    scores = _scan_chunks(
         lambda s, t, target: chunk(s, master_head.astype(s.dtype), t, frozen_head, target),
         (student_hidden, frozen_hidden, targets),
         chunk_size=chunk_size,
     )
+    if kind != "sampled_reverse_kl":
+        return scores
+    estimate = sampled_reverse_kl(scores.student_logprob, scores.teacher_logprob)
+    return scores._replace(divergence=estimate)
+
+
+def _teacher_share(kind: str, beta: float | None) -> float:
+    """The teacher's share β in `jsd`, of which both directions of the KL are the ends."""
+    if kind not in KINDS:
+        raise ValueError(f"`kind`: expected one of {', '.join(KINDS)}, got {kind!r}")
+    if kind != "jsd":
+        return 0.0 if kind == "forward_kl" else 1.0
+    if beta is None:
+        raise ValueError("`kind` is 'jsd', which needs `beta` in 0..1; got None")
+    _check_beta(beta)
+    return float(beta)
 
 
 def _score_chunk(
@@ -322,11 +329,12 @@ def _score_chunk(
 
 def fused_cross_entropy(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, *, chunk_size: int
-) -> tuple[jax.Array, jax.Array]:
-    """−log p(target), the objective of SFT, and the entropy of p; chunked like `fused_divergence`.
+) -> TokenScores:
+    """−log p(target), the objective of SFT, as the divergence; chunked like `fused_divergence`.
 
     Returns:
-      (cross-entropy [N], entropy [N]) in nats, float32; gradients flow through the first only.
+      float32 [N] each. Only the divergence and the target's log-probability have gradients. What
+      needs a teacher is 0.
     """
     _check_heads("hidden", hidden, "head", head)
     master_head = head.astype(jnp.float32)  # see `fused_scores`
@@ -335,7 +343,9 @@ def fused_cross_entropy(
         log_p = jax.nn.log_softmax(_logits(h, master_head.astype(h.dtype)))
         return -_pick(log_p, target), _entropy(jax.lax.stop_gradient(log_p))
 
-    return _scan_chunks(chunk, (hidden, targets), chunk_size=chunk_size)
+    nll, entropy = _scan_chunks(chunk, (hidden, targets), chunk_size=chunk_size)
+    zero = jnp.zeros_like(nll)
+    return TokenScores(nll, zero, -nll, zero, entropy, zero)
 
 
 def _scan_chunks(function, arrays, *, chunk_size: int):
@@ -461,8 +471,8 @@ class WeightTotals(NamedTuple):
 
 def raw_weights(
     turn_id: jax.Array,
-    verdict: jax.Array,
-    confidence: jax.Array,
+    verdict: jax.Array | None,
+    confidence: jax.Array | None,
     *,
     weak_weight: float,
     token_factor: jax.Array | None,
@@ -480,14 +490,13 @@ def raw_weights(
     """
     if scope not in SCOPES:
         raise ValueError(f"`scope`: expected one of {', '.join(SCOPES)}, got {scope!r}")
-    if verdict.shape != confidence.shape or verdict.shape[:1] != turn_id.shape[:1]:
-        raise ValueError(
-            f"`verdict` {verdict.shape} and `confidence` {confidence.shape}: expected both [B, K] "
-            f"with B = {turn_id.shape[0]} of `turn_id` {turn_id.shape}"
-        )
-    turn_weight = intervention_weight(verdict, weak_weight=weak_weight) * confidence
-    turn_weight = jax.lax.stop_gradient(turn_weight).astype(jnp.float32)
-    s = jnp.take_along_axis(turn_weight, jnp.maximum(turn_id, 0), axis=1)
+    if verdict is not None and confidence is not None:
+        _check_same_shape("verdict", verdict, "confidence", confidence)
+    s = jnp.ones(turn_id.shape, jnp.float32)
+    if verdict is not None:
+        s *= _of_turn(intervention_weight(verdict, weak_weight=weak_weight), turn_id, "verdict")
+    if confidence is not None:
+        s *= _of_turn(confidence, turn_id, "confidence")
     if token_factor is not None:
         _check_same_shape("token_factor", token_factor, "turn_id", turn_id)
         s *= jax.lax.stop_gradient(token_factor)
@@ -499,6 +508,17 @@ def raw_weights(
         active=jnp.sum(s > 0, axis=axis).astype(jnp.float32),
     )
     return s, totals
+
+
+def _of_turn(weight_BK: jax.Array, turn_id: jax.Array, name: str) -> jax.Array:
+    """The weight of each token's turn, float32 [B, T], without gradient."""
+    if weight_BK.ndim != 2 or weight_BK.shape[0] != turn_id.shape[0]:
+        raise ValueError(
+            f"`{name}` {weight_BK.shape}: expected [B, K] with B = {turn_id.shape[0]} of `turn_id` "
+            f"{turn_id.shape}"
+        )
+    weight_BK = jax.lax.stop_gradient(weight_BK).astype(jnp.float32)
+    return jnp.take_along_axis(weight_BK, jnp.maximum(turn_id, 0), axis=1)
 
 
 def scale(totals: WeightTotals, *, normalize: str, eps: float, max_z: float | None) -> jax.Array:
@@ -532,8 +552,8 @@ def scale(totals: WeightTotals, *, normalize: str, eps: float, max_z: float | No
 
 def sage_weights(
     turn_id: jax.Array,
-    verdict: jax.Array,
-    confidence: jax.Array,
+    verdict: jax.Array | None,
+    confidence: jax.Array | None,
     *,
     weak_weight: float = 0.5,
     normalize: str = "all_tokens",
@@ -546,8 +566,8 @@ def sage_weights(
 
     Args:
       turn_id: int [B, T].
-      verdict: int [B, K], codes of `Verdict`.
-      confidence: float [B, K], from `turn_confidence`; ones switch it off.
+      verdict: int [B, K], codes of `Verdict`; None: i = 1, no intervention.
+      confidence: float [B, K], from `turn_confidence`; None: c = 1.
       weak_weight: α, the weight of WEAK.
       normalize: see `scale`.
       scope: "batch": one z for the batch; "trajectory": one for each row.

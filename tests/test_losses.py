@@ -23,7 +23,6 @@ from opd_jax.losses import (
     fused_scores,
     intervention_weight,
     jsd,
-    kind_to_beta,
     raw_weights,
     reverse_kl,
     sage_weights,
@@ -203,7 +202,9 @@ def unfused(kind: str, beta: float | None) -> tuple[jax.Array, tuple[jax.Array, 
     """Value and gradient to the student of the weighted divergence from whole logits."""
 
     def loss(h_s: jax.Array, w_s: jax.Array, h_t: jax.Array, w_t: jax.Array) -> jax.Array:
-        return TOKEN_WEIGHT @ jsd(h_s @ w_s, h_t @ w_t, beta=kind_to_beta(kind, beta))
+        return TOKEN_WEIGHT @ jsd(
+            h_s @ w_s, h_t @ w_t, beta={"forward_kl": 0.0, "reverse_kl": 1.0}.get(kind, beta)
+        )
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(*HEADS)
 
@@ -229,7 +230,7 @@ def test_fused_scores_equal_float64(temperature: float) -> None:
     h_s, w_s, h_t, w_t = (x.astype(np.float64) for x in HEADS)
     log_s, log_t = log_softmax(h_s @ w_s, axis=-1), log_softmax(h_t @ w_t, axis=-1)
     got = fused_scores(
-        *HEADS, TARGETS, beta=1.0, chunk_size=4, confidence_temperature=temperature
+        *HEADS, TARGETS, kind="reverse_kl", chunk_size=4, confidence_temperature=temperature
     )._asdict()
     sharpened = 1.0 if temperature == 0 else softmax(h_t @ w_t / temperature, axis=-1).max(-1)
     # The temperature is the confidence's alone: nothing else moves with it.
@@ -264,14 +265,22 @@ def test_fused_scores_bfloat16_in_float32() -> None:
 @pytest.mark.parametrize("chunk_size", [1, 4, 64])
 def test_fused_cross_entropy_equals_float64(chunk_size: int) -> None:
     h, w = (x.astype(np.float64) for x in HEADS[:2])
-    nll, entropies = fused_cross_entropy(*HEADS[:2], TARGETS, chunk_size=chunk_size)
+    got = fused_cross_entropy(*HEADS[:2], TARGETS, chunk_size=chunk_size)
     log_p = log_softmax(h @ w, axis=-1)
-    np.testing.assert_allclose(nll, -log_p[np.arange(N), TARGETS], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(entropies, entropy(np.exp(log_p), axis=-1), rtol=1e-4, atol=1e-5)
+    nll = -log_p[np.arange(N), TARGETS]
+    np.testing.assert_allclose(got.divergence, nll, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got.student_logprob, -nll, rtol=1e-5, atol=1e-6)
+    entropies = entropy(np.exp(log_p), axis=-1)
+    np.testing.assert_allclose(got.student_entropy, entropies, rtol=1e-4, atol=1e-5)
+    assert not np.any([got.teacher_top1_prob, got.teacher_logprob, got.teacher_entropy])
     # ∇_hidden Σ nll = (p - onehot) headᵀ, and nothing through the entropy.
     gradient = jax.grad(
         lambda h: sum(
-            x.sum() for x in fused_cross_entropy(h, HEADS[1], TARGETS, chunk_size=chunk_size)
+            x.sum()
+            for name, x in fused_cross_entropy(h, HEADS[1], TARGETS, chunk_size=chunk_size)
+            ._asdict()
+            .items()
+            if name != "student_logprob"
         )
     )(HEADS[0])
     np.testing.assert_allclose(gradient, (np.exp(log_p) - np.eye(V)[TARGETS]) @ w.T, atol=1e-5)
@@ -291,7 +300,8 @@ def test_fused_of_no_positions_is_empty() -> None:
         (lambda h: (h[0], h[1][1:], h[2], h[3]), "`student_hidden` .* and `student_head`"),
         (lambda h: (h[0], h[1], h[2], h[3].T), "`teacher_hidden` .* and `teacher_head`"),
         (lambda h: (h[0][None], h[1], h[2], h[3]), r"expected \[N, D\] and \[D, V\]"),
-        ({"kind": "kl"}, "`kind`: expected reverse_kl, forward_kl or jsd"),
+        ({"kind": "kl"}, "`kind`: expected one of reverse_kl, forward_kl, jsd"),
+        ({"kind": "sampled_reverse_kl"}, "needs the sampled tokens"),
         ({"kind": "jsd"}, "needs `beta`"),
         ({"kind": "jsd", "beta": 2.0}, "`beta`: expected 0..1"),
         ({"chunk_size": 0}, "`chunk_size`: expected at least 1, got 0"),
@@ -536,7 +546,7 @@ def test_weights_reject_unknown_settings_and_other_shapes() -> None:
         weights(scope="turn")
     with pytest.raises(ValueError, match="`token_factor` and `turn_id`"):
         weights(token_factor=jnp.ones(3))
-    with pytest.raises(ValueError, match=r"`verdict` .* and `confidence`"):
+    with pytest.raises(ValueError, match="`verdict` and `confidence`: expected equal"):
         sage_weights(TURN_ID, VERDICT, CONFIDENCE[:, :2])
     with pytest.raises(ValueError, match="with B = 2 of `turn_id`"):
         sage_weights(TURN_ID, VERDICT[:1], CONFIDENCE[:1])
