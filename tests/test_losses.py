@@ -418,9 +418,37 @@ def test_totals_of_the_parts_give_the_scale_of_the_whole(normalize: str) -> None
 
 
 def test_the_scale_of_a_tiny_sum_is_bounded_by_eps() -> None:
-    nothing = WeightTotals(weight=jnp.zeros(()), tokens=jnp.float32(5), active=jnp.zeros(()))
-    assert scale(nothing, normalize="all_tokens", eps=0.5, max_z=None) == 10
-    assert scale(nothing, normalize="all_tokens", eps=0.5, max_z=3.0) == 3
+    tiny = WeightTotals(weight=jnp.float32(0.1), tokens=jnp.float32(5), active=jnp.float32(1))
+    assert scale(tiny, normalize="all_tokens", eps=0.5, max_z=None) == 10
+    assert scale(tiny, normalize="all_tokens", eps=0.5, max_z=3.0) == 3
+
+
+@pytest.mark.parametrize("normalize", ["all_tokens", "active_tokens", "none"])
+def test_without_any_weight_the_scale_is_one(normalize: str) -> None:
+    rows = WeightTotals(*jnp.array([[0.0, 2.0], [5.0, 4.0], [0.0, 4.0]]))
+    z = scale(rows, normalize=normalize, eps=1e-8, max_z=None)
+    np.testing.assert_array_equal(z, [1.0, 1.0 if normalize == "none" else 2.0])
+
+
+def test_a_turn_that_no_verdict_is_for() -> None:
+    turn_id = jnp.array([[0, 1, NO_TURN, 2]])
+    args = (turn_id, jnp.array([[STRONG, WEAK]]), jnp.ones((1, 2)))
+    with pytest.raises(ValueError, match=r"`turn_id`: expected turns below K = 2 .* got 2"):
+        sage_weights(*args)
+    weight, _ = jax.jit(partial(sage_weights, normalize="none"))(*args)
+    np.testing.assert_array_equal(weight, [[1.0, 0.5, 0.0, 0.0]])
+
+
+def test_without_a_verdict_or_a_confidence_their_factor_is_one() -> None:
+    how: dict[str, Any] = dict(weak_weight=0.5, token_factor=None, scope="batch")
+    ones = jnp.ones(CONFIDENCE.shape)
+    plain, _ = raw_weights(TURN_ID, None, None, **how)
+    np.testing.assert_array_equal(plain, (TURN_ID != NO_TURN).astype(np.float32))
+    intervened, _ = raw_weights(TURN_ID, VERDICT, None, **how)
+    np.testing.assert_array_equal(intervened, raw_weights(TURN_ID, VERDICT, ones, **how)[0])
+    confident, _ = raw_weights(TURN_ID, None, CONFIDENCE, **how)
+    strong = jnp.full(VERDICT.shape, STRONG)
+    np.testing.assert_array_equal(confident, raw_weights(TURN_ID, strong, CONFIDENCE, **how)[0])
 
 
 @pytest.mark.parametrize(
