@@ -24,6 +24,7 @@ from opd_jax.agent.rollout import close, make_envs, rollout, row_keys
 from opd_jax.config import build, check_same_run, fail, parse_command_line
 from opd_jax.config.models import LoadedModel, load_student, load_teacher
 from opd_jax.config.settings import Settings, binds_an_evaluation, read_settings
+from opd_jax.config.workdir import check_models
 from opd_jax.envs.make import benchmark_splits, make_env
 from opd_jax.envs.players import make_player
 from opd_jax.experience.demonstrations import play_out
@@ -329,7 +330,8 @@ def run(config: FrozenConfigDict, workdir: Path, policy: str) -> dict[str, Figur
         runs.
     """
     settings = read_settings(config)
-    check_same_run(config, workdir, binds=binds_an_evaluation)
+    check_same_run(config, workdir, binds=binds_an_evaluation(settings))
+    check_models(settings, workdir)
     panels = build.eval_panels(settings)
     for split in settings.eval.splits:
         processes.say(describe(split, panels[split]))
