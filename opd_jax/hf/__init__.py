@@ -4,7 +4,6 @@
 - `layout`: names and shapes of the tensors that store each parameter.
 - `load`: safetensors files to arrays; reads each device's shard on its own.
 - `save`: arrays to a folder that `transformers` opens.
-- `gguf`: converts a Llama model in a GGUF file to such a folder.
 - `tokenizer`: loads a folder's tokenizer, and checks it against a model or another tokenizer.
 - `published`: sizes of well-known models.
 """
