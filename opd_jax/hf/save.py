@@ -52,8 +52,6 @@ def save_model(
       folder: absent or empty.
       params: arrays of jax or numpy. A `LoraWeight` is written as W + (α / r) · A B and an
         `Int8Weight` as values · scale, computed in float32 and rounded once.
-      config: the sizes of `params`.
-      dtype: dtype of the stored tensors.
       tokenizer_from: a folder, whose tokenizer files and generation_config.json are copied
         unchanged, or a `transformers` tokenizer. Its special token ids go into config.json.
       max_shard_bytes: largest file of weights. More weights are split into several files with an
@@ -86,8 +84,7 @@ def save_model(
 
 
 def _check_params(params: Params, config: ModelConfig) -> None:
-    want = {_path(p): s.shape for p, s in _flatten(param_specs(config))}
-    got = {_path(p): _shape(weight) for p, weight in _flatten(params)}
+    want, got = _shapes(param_specs(config)), _shapes(params)
     for name in sorted(want.keys() | got.keys()):
         if want.get(name) != got.get(name):
             raise ValueError(
@@ -96,8 +93,9 @@ def _check_params(params: Params, config: ModelConfig) -> None:
             )
 
 
-def _flatten(tree: Any) -> list[tuple]:
-    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_parameter)[0]
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    paths = jax.tree.leaves_with_path(tree, is_leaf=_is_parameter)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): _shape(w) for p, w in paths}
 
 
 def _is_parameter(node: object) -> bool:
@@ -107,10 +105,6 @@ def _is_parameter(node: object) -> bool:
 def _shape(weight: Any) -> tuple[int, ...]:
     weight = weight.base if isinstance(weight, LoraWeight) else weight
     return tuple((weight.values if isinstance(weight, Int8Weight) else weight).shape)
-
-
-def _path(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _write_weights(
