@@ -12,12 +12,3 @@ from opd_jax.hf.config_json import read_config
 from opd_jax.hf.load import load_params
 from opd_jax.hf.save import save_model
 from opd_jax.hf.tokenizer import check_same_tokenizer, check_vocab, load_tokenizer
-
-__all__ = [
-    "check_same_tokenizer",
-    "check_vocab",
-    "load_params",
-    "load_tokenizer",
-    "read_config",
-    "save_model",
-]
