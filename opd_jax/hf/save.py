@@ -24,7 +24,7 @@ from opd_jax.hf.layout import (
     tensor_names,
     to_stored,
 )
-from opd_jax.hf.tokenizer import load_tokenizer, write_tokenizer
+from opd_jax.hf.tokenizer import copy_tokenizer, load_tokenizer
 from opd_jax.model import ModelConfig, Params, ParamSpec, is_spec, param_specs
 from opd_jax.model.int8 import contracted_axes
 from opd_jax.model.lora import merged
@@ -67,14 +67,17 @@ def save_model(
     _check_params(params, config)
     content = config_json(config, dtype_name=dtype.name)
     is_folder = isinstance(tokenizer_from, (str, os.PathLike))
-    tokenizer = load_tokenizer(tokenizer_from) if is_folder else tokenizer_from
+    tokenizer: Any = load_tokenizer(tokenizer_from) if is_folder else tokenizer_from
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         content[name] = getattr(tokenizer, name)
 
     partial = folder.absolute().with_name(f".{folder.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
-        write_tokenizer(partial, tokenizer_from)
+        if is_folder:
+            copy_tokenizer(tokenizer_from, partial)
+        else:
+            tokenizer.save_pretrained(partial)
         (partial / "config.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
         _write_weights(partial, params, config, dtype, max_shard_bytes)
         partial.replace(folder)
