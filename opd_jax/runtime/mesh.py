@@ -163,11 +163,6 @@ def replicated(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_multiple() -> int:
-    """The current mesh needs a multiple of this many rows in a batch."""
-    return shards("batch")
-
-
 def shards(logical: str) -> int:
     """The number of shards of a logical axis on the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
