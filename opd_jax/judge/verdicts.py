@@ -17,7 +17,7 @@ from opd_jax.judge.labels import env_labels
 from opd_jax.judge.prompt import Judge
 from opd_jax.losses import Verdict
 from opd_jax.model import KVCache, Params
-from opd_jax.runtime.mesh import batch_multiple, shard_batch
+from opd_jax.runtime.mesh import shard_batch, shards
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _after_conversations(
     question is written over what followed.
     """
     rows = [row for row in range(len(conversations)) if asked[row].any()]
-    size = min(by.settings.batch, -(-len(conversations) // batch_multiple()) * batch_multiple())
+    size = min(by.settings.batch, -(-len(conversations) // shards("batch")) * shards("batch"))
     for start in range(0, len(rows), size):
         slots = {row: slot for slot, row in enumerate(rows[start : start + size])}
         turns = {row: np.flatnonzero(asked[row]).tolist() for row in slots}
