@@ -54,10 +54,9 @@ def compare(config: FrozenConfigDict, workdir: Path, *, run: Run) -> str:
             found = run(FrozenConfigDict(one), workdir / method / f"seed-{seed}")
             references = references or {w: r for w, r in found.items() if w != "after"}
             results[method].append(found["after"])
-    write = processes.is_first()
-    write_summary(workdir / "summary.json", {"eval": references, "compare": results}, write=write)
+    write_summary(workdir / "summary.json", {"eval": references, "compare": results})
     text = comparison_table(references, results, judge=judge_figures(config, workdir))
-    if write:
+    if processes.is_first():
         (workdir / "comparison.md").write_text(text + "\n")
     return text
 

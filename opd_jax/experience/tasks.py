@@ -97,7 +97,7 @@ def store_tasks(found: Mapping[str, Panel], workdir: Path) -> None:
     for split, tasks in found.items():
         processes.say(describe(split, tasks))
     digests = {split: tasks.digest for split, tasks in found.items()}
-    write_summary(workdir / TASKS_FILE, digests, write=processes.is_first())
+    write_summary(workdir / TASKS_FILE, digests)
 
 
 def train_tasks(size: int, *, seed: int, start: int, count: int) -> list[int]:

@@ -17,8 +17,7 @@ from opd_jax.envs.household.expert import Expert
 from opd_jax.envs.household.habits import Careless, Clumsy, Mistaken
 from opd_jax.envs.household.tables import OBJECTS, RECEPTACLES, SIZES, SPLIT_SIZES, TASK_TYPES
 from opd_jax.envs.react import Random
-from opd_jax.judge.answer import LABELS
-from opd_jax.judge.prompt import FIELDS, ROLE, RUBRIC, judge_prompt
+from opd_jax.judge.prompt import FIELDS, LABELS, ROLE, RUBRIC, judge_prompt
 
 PHRASES = ["\n".join([ROLE, RUBRIC, *FIELDS["+feedback"]]), *LABELS]
 HABITS = {"skip_step": 0.4, "list_order": 0.4, "ignore_closed": 0.4, "idle": 0.2, "forget": 0.4}
