@@ -50,24 +50,18 @@ Figures = dict[str, Any]  # by split
 
 
 def play_model(
-    params: Params,
-    rng: jax.Array,
-    *,
-    agent: Agent,
-    make: Callable[[], Any],
-    split: str,
-    tasks: int,
-    batch: int,
+    settings: Settings, agent: Agent, params: Params, split: str, *, tasks: int
 ) -> list[Conversation]:
-    """A model's episodes of the first `tasks` tasks of a split, in order, `batch` at a time.
+    """A model's episodes of the first `tasks` tasks of a split, in order, `eval.batch` at a time.
 
-    Each episode is sampled with `rng` folded with its task's index. So it depends neither on
-    `tasks` nor on `batch`.
+    Each episode is sampled with the key of `eval.seed` folded with its task's index. So it depends
+    neither on `tasks` nor on the batch.
 
     Raises:
       ValueError: the environment's errors, or a first prompt exceeds the agent's context.
     """
-    envs = make_envs(make, batch)
+    batch, rng = settings.eval.batch, jax.random.key(settings.eval.seed)
+    envs = make_envs(partial(make_env, settings.env), batch)
     conversations: list[Conversation] = []
     try:
         for start in range(0, tasks, batch):
@@ -131,17 +125,9 @@ def evaluate_model(
     Raises:
       ValueError: all episodes of a split broke, or the environment has no labels for `eval.judge`.
     """
-    how = settings.eval
-    play = partial(
-        play_model,
-        params,
-        jax.random.key(how.seed),
-        agent=build.make_agent(model, settings, temperature=how.temperature),
-        make=partial(make_env, settings.env),
-        batch=how.batch,
-    )
-    played_with = _played_with(settings, update)
-    return _evaluate(settings, play, panels, played_with, judging, after_split)
+    agent = build.make_agent(model, settings, temperature=settings.eval.temperature)
+    play = partial(play_model, settings, agent, params)
+    return _evaluate(settings, play, panels, _played_with(settings, update), judging, after_split)
 
 
 def evaluate_player(
@@ -167,7 +153,7 @@ def _evaluate(
     """Plays every split and measures its episodes."""
     results: Figures = {}
     for split in settings.eval.splits:
-        played = play(split=split, tasks=_tasks(settings, panels[split]))
+        played = play(split, tasks=_tasks(settings, panels[split]))
         results[split] = summarize(played) | {"digest": panels[split].digest, **played_with}
         if settings.eval.judge and judging is not None:
             results[split]["judge"] = measure_judge(settings, judging, played)

@@ -9,10 +9,8 @@ import json
 import random
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from settings import one_device, read
@@ -22,7 +20,6 @@ from opd_jax.agent.conversation import Conversation
 from opd_jax.config import build
 from opd_jax.config.models import LoadedModel, load_student, load_teacher
 from opd_jax.config.settings import Settings
-from opd_jax.envs.make import make_env
 from opd_jax.experience.stream import balanced_turns
 from opd_jax.judge import agreement
 from opd_jax.judge.labels import Judgement, env_labels
@@ -36,7 +33,7 @@ MAX_TURNS = 30
 def settings(size: str, *changes: str) -> Settings:
     """Rooms of one size, all else alike: one set of compiled programs serves every size."""
     turns = (f"env.max_turns={MAX_TURNS}", "rollout.context_tokens=896")
-    return read("quickstart", f"env.size={size}", *turns, *changes)
+    return read("quickstart", f"env.size={size}", f"eval.batch={TASKS}", *turns, *changes)
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +50,11 @@ def played(models: dict) -> dict[tuple[str, str], list[Conversation]]:
     """Greedy episodes in scenes nobody trained in."""
     return {
         (who, size): evaluate.play_model(
+            settings(size),
+            build.make_agent(loaded, settings(size), temperature=0.0),
             loaded.params,
-            jax.random.key(0),
-            agent=build.make_agent(loaded, settings(size), temperature=0.0),
-            make=partial(make_env, settings(size).env),
-            split="valid_unseen",
+            "valid_unseen",
             tasks=TASKS,
-            batch=TASKS,
         )
         for who, loaded in models.items()
         for size in ("small", "large")
