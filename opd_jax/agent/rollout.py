@@ -39,10 +39,8 @@ def rollout(
     the cache size, which the longest row sets.
 
     Args:
-      params: parameters of `agent.model`.
       keys: PRNG keys, one for each environment (see `row_keys`). A key is folded with the turn,
         then with the position.
-      agent: the model's sizes, tokenizer, chat format and decoding.
       envs: one environment a row; their number is the batch of every compiled program. None for a
         row whose environment lives in another process.
       tasks: (split, index), at most one a row; rows without a task stay idle.

@@ -15,7 +15,6 @@ from opd_jax.agent.conversation import Conversation
 from opd_jax.experience.source import Played
 from opd_jax.judge.prompt import FIELDS
 from opd_jax.learner.train_state import TrainState
-from opd_jax.report.update import sequence_tokens
 from opd_jax.runtime.fields import check_choice, check_within
 
 
@@ -75,8 +74,6 @@ def balanced_turns(
     """
     by_label: dict[str, list[tuple[Conversation, int]]] = {}
     for conversation in conversations:
-        if conversation.task is None:  # a row that only fills a batch has no turns
-            continue
         for index, turn in enumerate(conversation.turns):
             if turn.oracle and not turn.failure:
                 by_label.setdefault(turn.oracle, []).append((conversation, index))
@@ -166,7 +163,7 @@ class Stream:
             rows=conversations,
             episode=list(range(len(conversations))),
             length_multiple=padded,
-            metrics={"tokens/sequence": sequence_tokens(conversations)},
+            metrics={"tokens/sequence": sum(len(c.tokens) for c in conversations)},
         )
 
     def close(self) -> None:

@@ -6,6 +6,8 @@ does not. There the teacher sees what was tried before. Without that, going back
 good as going to a new one.
 """
 
+import re
+
 from opd_jax.agent.conversation import Turn
 from opd_jax.envs.base import Task
 from opd_jax.envs.turns import listed
@@ -23,24 +25,23 @@ RUBRIC = (
     "too ambiguous to correct. WEAK: it may be suboptimal, but that is uncertain or of low impact. "
     "STRONG: it is clearly wrong, off task, redundant or likely to fail."
 )
-ADMISSIBLE, FEEDBACK = "Admissible actions: ", "Feedback: "
 TABLE_9 = (
-    "Task type: ",
-    "Goal: ",
-    "Scene: ",
-    "Observation: ",
-    ADMISSIBLE,
-    "Agent's response: ",
+    "Task type: {task.type}\n"
+    "Goal: {task.goal}\n"
+    "Scene: {task.scene}\n"
+    "Observation: {turn.observation}\n"
+    "Admissible actions: {admissible}\n"
+    "Agent's response: {turn.response}"
 )
 # Which fields each context has.
 FIELDS = {
     "table9": TABLE_9,
-    "+feedback": (*TABLE_9, FEEDBACK),
-    "history": (ADMISSIBLE,),
+    "+feedback": TABLE_9 + "\nFeedback: {turn.feedback}",
+    "history": "Admissible actions: {admissible}",
 }
 
 # All fixed text of a prompt, for a tokenizer that is built around it.
-PHRASES = ("\n".join([ROLE, RUBRIC, *FIELDS["+feedback"]]), *LABELS)
+PHRASES = ("\n".join([ROLE, RUBRIC, re.sub("{.*?}", "", FIELDS["+feedback"])]), *LABELS)
 
 
 def judge_prompt(task: Task, turn: Turn, *, admissible_shown: int, context: str) -> str:
@@ -52,13 +53,6 @@ def judge_prompt(task: Task, turn: Turn, *, admissible_shown: int, context: str)
         answered (the paper's section 3.3 mentions it, its Table 9 does not); "history": only what
         the conversation does not hold, for a question that follows it.
     """
-    values = {
-        "Task type: ": task.type,
-        "Goal: ": task.goal,
-        "Scene: ": task.scene,
-        "Observation: ": turn.observation,
-        ADMISSIBLE: listed(turn.admissible, admissible_shown),
-        "Agent's response: ": turn.response,
-        FEEDBACK: turn.feedback,
-    }
-    return "\n".join([ROLE, RUBRIC, *(name + values[name] for name in FIELDS[context])])
+    admissible = listed(turn.admissible, admissible_shown)
+    fields = FIELDS[context].format(task=task, turn=turn, admissible=admissible)
+    return "\n".join([ROLE, RUBRIC, fields])

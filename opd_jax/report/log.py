@@ -15,7 +15,6 @@ class UpdateLog:
     """Writes every update into a workdir and to standard output; of several processes, only one.
 
     Args:
-      workdir: the run's workdir.
       done: updates done before this start; lines of later ones are dropped.
       updates: length of the whole run.
       leave_out: names of metrics to leave out (`update.unmeasured`).

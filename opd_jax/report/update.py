@@ -43,13 +43,8 @@ def episode_metrics(
             for stop in ("stop_token", "turn_budget", "context")
         },
         "tokens/sampled": sampled,
-        "tokens/sequence": sequence_tokens(rows),
+        "tokens/sequence": sum(len(row.tokens) for row in rows),
     }
-
-
-def sequence_tokens(rows: Sequence[Conversation]) -> int:
-    """Tokens of the rows, without padding."""
-    return sum(len(row.tokens) for row in rows)
 
 
 def unmeasured(objective: Objective, *, on_policy: bool) -> set[str]:

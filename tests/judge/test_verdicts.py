@@ -55,7 +55,7 @@ def tokenizer() -> Any:
     whole = [
         ROLE,
         RUBRIC,
-        *FIELDS["+feedback"],
+        *re.findall("^[^{]+", FIELDS["+feedback"], re.MULTILINE),
         *(piece for label in LABELS for piece in PIECES[label]),
     ]
     characters = [chr(code) for code in range(32, 127)] + ["\n"]
