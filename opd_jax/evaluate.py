@@ -244,7 +244,9 @@ def evaluate_others(
 
     `untrained` is what is trained, before any update. Figures are written as soon as they exist.
     """
-    results = processes.first(read_summary(workdir / "summary.json").get("eval", {}))
+    # One process reads for all: on another, the file could vanish meanwhile.
+    stored = read_summary(workdir / "summary.json") if processes.is_first() else {}
+    results = processes.first(stored.get("eval", {}))
     play = partial(
         evaluate_model, settings, panels=panels, update=0, judging=teacher, after_split=after_split
     )
