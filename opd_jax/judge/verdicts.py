@@ -87,7 +87,7 @@ def _one_by_one(
         for row, index in np.argwhere(asked).tolist()
     }
     order = sorted(questions, key=lambda place: len(questions[place]))
-    size = by.settings.batch
+    size, answer = by.settings.batch, DECODINGS[by.settings.decode]
     for start in range(0, len(order), size):
         places = order[start : start + size]
         rows = [questions[place] for place in places] + [[]] * (size - len(places))
@@ -95,7 +95,7 @@ def _one_by_one(
         width = _multiple(longest, by.settings.length_multiple)
         slots = width + _answer_room(longest, by)
         cache = empty_cache(params, by.model, rows=size, slots=slots)
-        labels, _ = _answer(params, cache, rows, width=width, by=by)
+        labels, _ = answer(params, cache, *padded(rows, width=width), by=by)
         yield from zip(places, labels, strict=False)
 
 
@@ -109,6 +109,7 @@ def _after_conversations(
     """
     rows = [row for row in range(len(conversations)) if asked[row].any()]
     size = min(by.settings.batch, _multiple(len(conversations), batch_multiple()))
+    answer = DECODINGS[by.settings.decode]
     for start in range(0, len(rows), size):
         slots = {row: slot for slot, row in enumerate(rows[start : start + size])}
         turns = {row: np.flatnonzero(asked[row]).tolist() for row in slots}
@@ -126,7 +127,7 @@ def _after_conversations(
                 slot = slots[place[0]]
                 lengths[slot], asking[slot] = ends[place], questions[place]
             cache = replace(cache, lengths=shard_batch(lengths))
-            labels, cache = _answer(params, cache, asking, width=width, by=by)
+            labels, cache = answer(params, cache, *padded(asking, width=width), by=by)
             yield from ((place, labels[slots[place[0]]]) for place in places)
 
 
@@ -142,14 +143,6 @@ def _read(
         new = shard_batch(padded([row[start : start + width] for row in filled], width=width))
         cache = gen.extend(params, cache, *new, config=by.model, sharded=sharded)
     return cache
-
-
-def _answer(
-    params: Params, cache: KVCache, questions: Sequence[Sequence[int]], *, width: int, by: Judge
-) -> tuple[list[int], KVCache]:
-    """A label for each row's question, padded to `width`; the cache is donated."""
-    tokens, counts = padded(questions, width=width)
-    return DECODINGS[by.settings.decode](params, cache, tokens, counts, by=by)
 
 
 def _answer_room(longest: int, by: Judge) -> int:
