@@ -23,7 +23,6 @@ from opd_jax.losses import (
     fused_scores,
     intervention_weight,
     jsd,
-    kind_to_beta,
     raw_weights,
     reverse_kl,
     sage_weights,
@@ -203,7 +202,9 @@ def unfused(kind: str, beta: float | None) -> tuple[jax.Array, tuple[jax.Array, 
     """Value and gradient to the student of the weighted divergence from whole logits."""
 
     def loss(h_s: jax.Array, w_s: jax.Array, h_t: jax.Array, w_t: jax.Array) -> jax.Array:
-        return TOKEN_WEIGHT @ jsd(h_s @ w_s, h_t @ w_t, beta=kind_to_beta(kind, beta))
+        return TOKEN_WEIGHT @ jsd(
+            h_s @ w_s, h_t @ w_t, beta={"forward_kl": 0.0, "reverse_kl": 1.0}.get(kind, beta)
+        )
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(*HEADS)
 
@@ -229,7 +230,7 @@ def test_fused_scores_equal_float64(temperature: float) -> None:
     h_s, w_s, h_t, w_t = (x.astype(np.float64) for x in HEADS)
     log_s, log_t = log_softmax(h_s @ w_s, axis=-1), log_softmax(h_t @ w_t, axis=-1)
     got = fused_scores(
-        *HEADS, TARGETS, beta=1.0, chunk_size=4, confidence_temperature=temperature
+        *HEADS, TARGETS, kind="reverse_kl", chunk_size=4, confidence_temperature=temperature
     )._asdict()
     sharpened = 1.0 if temperature == 0 else softmax(h_t @ w_t / temperature, axis=-1).max(-1)
     # The temperature is the confidence's alone: nothing else moves with it.
@@ -264,14 +265,22 @@ def test_fused_scores_bfloat16_in_float32() -> None:
 @pytest.mark.parametrize("chunk_size", [1, 4, 64])
 def test_fused_cross_entropy_equals_float64(chunk_size: int) -> None:
     h, w = (x.astype(np.float64) for x in HEADS[:2])
-    nll, entropies = fused_cross_entropy(*HEADS[:2], TARGETS, chunk_size=chunk_size)
+    got = fused_cross_entropy(*HEADS[:2], TARGETS, chunk_size=chunk_size)
     log_p = log_softmax(h @ w, axis=-1)
-    np.testing.assert_allclose(nll, -log_p[np.arange(N), TARGETS], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(entropies, entropy(np.exp(log_p), axis=-1), rtol=1e-4, atol=1e-5)
+    nll = -log_p[np.arange(N), TARGETS]
+    np.testing.assert_allclose(got.divergence, nll, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got.student_logprob, -nll, rtol=1e-5, atol=1e-6)
+    entropies = entropy(np.exp(log_p), axis=-1)
+    np.testing.assert_allclose(got.student_entropy, entropies, rtol=1e-4, atol=1e-5)
+    assert not np.any([got.teacher_top1_prob, got.teacher_logprob, got.teacher_entropy])
     # ∇_hidden Σ nll = (p - onehot) headᵀ, and nothing through the entropy.
     gradient = jax.grad(
         lambda h: sum(
-            x.sum() for x in fused_cross_entropy(h, HEADS[1], TARGETS, chunk_size=chunk_size)
+            x.sum()
+            for name, x in fused_cross_entropy(h, HEADS[1], TARGETS, chunk_size=chunk_size)
+            ._asdict()
+            .items()
+            if name != "student_logprob"
         )
     )(HEADS[0])
     np.testing.assert_allclose(gradient, (np.exp(log_p) - np.eye(V)[TARGETS]) @ w.T, atol=1e-5)
@@ -291,7 +300,8 @@ def test_fused_of_no_positions_is_empty() -> None:
         (lambda h: (h[0], h[1][1:], h[2], h[3]), "`student_hidden` .* and `student_head`"),
         (lambda h: (h[0], h[1], h[2], h[3].T), "`teacher_hidden` .* and `teacher_head`"),
         (lambda h: (h[0][None], h[1], h[2], h[3]), r"expected \[N, D\] and \[D, V\]"),
-        ({"kind": "kl"}, "`kind`: expected reverse_kl, forward_kl or jsd"),
+        ({"kind": "kl"}, "`kind`: expected one of reverse_kl, forward_kl, jsd"),
+        ({"kind": "sampled_reverse_kl"}, "needs the sampled tokens"),
         ({"kind": "jsd"}, "needs `beta`"),
         ({"kind": "jsd", "beta": 2.0}, "`beta`: expected 0..1"),
         ({"chunk_size": 0}, "`chunk_size`: expected at least 1, got 0"),
@@ -408,9 +418,37 @@ def test_totals_of_the_parts_give_the_scale_of_the_whole(normalize: str) -> None
 
 
 def test_the_scale_of_a_tiny_sum_is_bounded_by_eps() -> None:
-    nothing = WeightTotals(weight=jnp.zeros(()), tokens=jnp.float32(5), active=jnp.zeros(()))
-    assert scale(nothing, normalize="all_tokens", eps=0.5, max_z=None) == 10
-    assert scale(nothing, normalize="all_tokens", eps=0.5, max_z=3.0) == 3
+    tiny = WeightTotals(weight=jnp.float32(0.1), tokens=jnp.float32(5), active=jnp.float32(1))
+    assert scale(tiny, normalize="all_tokens", eps=0.5, max_z=None) == 10
+    assert scale(tiny, normalize="all_tokens", eps=0.5, max_z=3.0) == 3
+
+
+@pytest.mark.parametrize("normalize", ["all_tokens", "active_tokens", "none"])
+def test_without_any_weight_the_scale_is_one(normalize: str) -> None:
+    rows = WeightTotals(*jnp.array([[0.0, 2.0], [5.0, 4.0], [0.0, 4.0]]))
+    z = scale(rows, normalize=normalize, eps=1e-8, max_z=None)
+    np.testing.assert_array_equal(z, [1.0, 1.0 if normalize == "none" else 2.0])
+
+
+def test_a_turn_that_no_verdict_is_for() -> None:
+    turn_id = jnp.array([[0, 1, NO_TURN, 2]])
+    args = (turn_id, jnp.array([[STRONG, WEAK]]), jnp.ones((1, 2)))
+    with pytest.raises(ValueError, match=r"`turn_id`: expected turns below K = 2 .* got 2"):
+        sage_weights(*args)
+    weight, _ = jax.jit(partial(sage_weights, normalize="none"))(*args)
+    np.testing.assert_array_equal(weight, [[1.0, 0.5, 0.0, 0.0]])
+
+
+def test_without_a_verdict_or_a_confidence_their_factor_is_one() -> None:
+    how: dict[str, Any] = dict(weak_weight=0.5, token_factor=None, scope="batch")
+    ones = jnp.ones(CONFIDENCE.shape)
+    plain, _ = raw_weights(TURN_ID, None, None, **how)
+    np.testing.assert_array_equal(plain, (TURN_ID != NO_TURN).astype(np.float32))
+    intervened, _ = raw_weights(TURN_ID, VERDICT, None, **how)
+    np.testing.assert_array_equal(intervened, raw_weights(TURN_ID, VERDICT, ones, **how)[0])
+    confident, _ = raw_weights(TURN_ID, None, CONFIDENCE, **how)
+    strong = jnp.full(VERDICT.shape, STRONG)
+    np.testing.assert_array_equal(confident, raw_weights(TURN_ID, strong, CONFIDENCE, **how)[0])
 
 
 @pytest.mark.parametrize(
@@ -536,7 +574,7 @@ def test_weights_reject_unknown_settings_and_other_shapes() -> None:
         weights(scope="turn")
     with pytest.raises(ValueError, match="`token_factor` and `turn_id`"):
         weights(token_factor=jnp.ones(3))
-    with pytest.raises(ValueError, match=r"`verdict` .* and `confidence`"):
+    with pytest.raises(ValueError, match="`verdict` and `confidence`: expected equal"):
         sage_weights(TURN_ID, VERDICT, CONFIDENCE[:, :2])
     with pytest.raises(ValueError, match="with B = 2 of `turn_id`"):
         sage_weights(TURN_ID, VERDICT[:1], CONFIDENCE[:1])

@@ -264,3 +264,36 @@ def test_a_value_out_of_range_is_named(name: str) -> None:
     TrainSettings(**good)
     with pytest.raises(ValueError, match=f"^`{name}`: expected .* got 0"):
         TrainSettings(**good | {name: 0})
+
+
+def test_an_update_without_any_weight_changes_nothing() -> None:
+    # Momentum of a first step, and weight decay, would move the student on a gradient of zero.
+    optimizer = optax.adamw(1e-3, b1=0.9, weight_decay=0.1)
+    step = make_train_step(
+        student=CONFIG,
+        objective=SAGE,
+        optimizer=optimizer,
+        placement=None,
+        micro_batches=2,
+        batch_rows=None,
+        dtype=jnp.dtype("float32"),
+        query_chunk=16,
+        loss_chunk=8,
+        remat="none",
+    )
+    batch = make_batch()
+    teacher = read_by_teacher(batch)
+    first, metrics = step(init_state(STUDENT(), optimizer, seed=0), teacher, batch)
+    assert metrics["no_step"] == 0
+    before = jax.device_get(first)
+    skipped = replace(batch, verdict=np.full((B, K), SKIP, np.int32))
+    after, metrics = jax.device_get(step(first, teacher, skipped))
+    for new, old in zip(
+        jax.tree.leaves((after.params, after.opt_state)),
+        jax.tree.leaves((before.params, before.opt_state)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(new, old)
+    assert after.step == before.step + 1
+    assert metrics["no_step"] == 1
+    assert (metrics["z"], metrics["loss"], metrics["update_norm"]) == (1, 0, 0)
