@@ -12,7 +12,7 @@ from opd_jax.runtime import processes
 
 
 class UpdateLog:
-    """Writes every update into a workdir and to standard output; of several processes, only one.
+    """Writes every update into a workdir and to standard output, in the first process only.
 
     Args:
       done: updates done before this start; lines of later ones are dropped.
