@@ -18,7 +18,7 @@ from opd_jax.config.flags import closest
 from opd_jax.envs.make import EnvSettings, labels_turns, world_options
 from opd_jax.experience.source import DataSettings
 from opd_jax.experience.stream import DemonstrationSettings
-from opd_jax.judge.prompt import JudgeSettings
+from opd_jax.judge.answer import JudgeSettings
 from opd_jax.learner.objective import Objective
 from opd_jax.learner.optimizer import AdamW
 from opd_jax.learner.train_step import TrainSettings
