@@ -11,10 +11,11 @@ import sys
 from collections.abc import Sequence
 
 from opd_jax.compare import variant
-from opd_jax.config import build, fail, parse_command_line
+from opd_jax.config import build, parse_command_line
 from opd_jax.config.settings import read_settings
 from opd_jax.evaluate import is_evaluated
 from opd_jax.report.writers import read_summary
+from opd_jax.runtime.exits import reported
 
 STOPPED = 75
 
@@ -42,7 +43,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
+    with reported():
         sys.exit(main(sys.argv[1:]))
-    except ValueError as error:
-        fail(error)

@@ -21,7 +21,7 @@ from ml_collections import FrozenConfigDict
 from opd_jax.agent.agent import Agent
 from opd_jax.agent.conversation import Conversation
 from opd_jax.agent.rollout import close, make_envs, rollout, row_keys
-from opd_jax.config import build, check_same_run, fail, parse_command_line
+from opd_jax.config import build, check_same_run, parse_command_line
 from opd_jax.config.models import LoadedModel, load_student, load_teacher
 from opd_jax.config.settings import Settings, binds_an_evaluation, read_settings
 from opd_jax.config.workdir import check_models
@@ -38,6 +38,7 @@ from opd_jax.report.tables import judge_table, results_table
 from opd_jax.report.writers import read_summary, write_summary
 from opd_jax.runtime import processes
 from opd_jax.runtime.checkpoint import Checkpoints
+from opd_jax.runtime.exits import reported
 from opd_jax.runtime.mesh import make_mesh
 
 # Key of the mean over a benchmark's splits (`envs.make.benchmark_splits`).
@@ -124,7 +125,8 @@ def evaluate_model(
         evaluation.
 
     Raises:
-      ValueError: all episodes of a split broke, or the environment has no labels for `eval.judge`.
+      ValueError: the environment has no labels for `eval.judge`.
+      WorldFailed: all episodes of a split broke.
     """
     agent = build.make_agent(model, settings, temperature=settings.eval.temperature)
     play = partial(play_model, settings, agent, params)
@@ -341,7 +343,7 @@ def _evaluate_student(
 
 def main(argv: Sequence[str]) -> None:
     """The command `python -m opd_jax.evaluate`."""
-    try:
+    with reported():
         policies = ("model", "expert", "random")
         config, workdir, flags = parse_command_line(argv, usage=__doc__, policy=policies)
         read_settings(config)
@@ -349,8 +351,6 @@ def main(argv: Sequence[str]) -> None:
         with processes.ending_together():
             results = run(config, workdir, flags["policy"])
         processes.say("\n\n".join(filter(None, (results_table(results), judge_table(results)))))
-    except ValueError as error:
-        fail(error)
 
 
 if __name__ == "__main__":

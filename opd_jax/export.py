@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax import hf
-from opd_jax.config import build, fail, parse_command_line, read_stored
+from opd_jax.config import build, parse_command_line, read_stored
 from opd_jax.config.models import load_student, model_folder, new_sizes, student_sizes
 from opd_jax.config.settings import Settings, read_settings
 from opd_jax.model import ModelConfig, Params, is_spec, param_specs
 from opd_jax.model.lora import lora_specs, with_adapters
 from opd_jax.runtime.checkpoint import Checkpoints
+from opd_jax.runtime.exits import reported
 from opd_jax.runtime.mesh import make_mesh
 
 
@@ -65,12 +66,10 @@ def main(argv: Sequence[str]) -> None:
     """The command `python -m opd_jax.export`."""
     # Otherwise JAX takes the memory of accelerators.
     jax.config.update("jax_platforms", "cpu")
-    try:
+    with reported():
         _, workdir, flags = parse_command_line(argv, usage=__doc__, needs_config=False, out=str)
         step = export(workdir, Path(flags["out"]))
         print(f"update {step} of {workdir} written to {flags['out']}")
-    except ValueError as error:
-        fail(error)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import jax
 from ml_collections import FrozenConfigDict
 
 from opd_jax.compare import compare
-from opd_jax.config import build, fail, parse_command_line
+from opd_jax.config import build, parse_command_line
 from opd_jax.config.models import load_student, load_teacher
 from opd_jax.config.settings import Settings, read_settings
 from opd_jax.config.workdir import check_tasks, check_workdir, store_run
@@ -31,6 +31,7 @@ from opd_jax.report.tables import results_table
 from opd_jax.report.writers import write_summary
 from opd_jax.runtime import processes
 from opd_jax.runtime.checkpoint import Checkpoints
+from opd_jax.runtime.exits import reported
 from opd_jax.runtime.mesh import make_mesh
 from opd_jax.runtime.stop import Stop
 
@@ -133,7 +134,7 @@ def _run(
 
 def main(argv: Sequence[str]) -> None:
     """The command `python -m opd_jax.train`."""
-    try:
+    with reported():
         config, workdir, _ = parse_command_line(argv, usage=__doc__)
         settings = read_settings(config)
         processes.start()
@@ -142,8 +143,6 @@ def main(argv: Sequence[str]) -> None:
                 processes.say(compare(config, workdir, run=run))
             else:
                 run(config, workdir)
-    except ValueError as error:
-        fail(error)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,10 @@ from opd_jax.config.command_line import parse_command_line
 from opd_jax.config.flags import given_fields
 from opd_jax.config.loading import load, parse_arg
 from opd_jax.config.stored import check_same_run, differences, read_stored, to_json
-from opd_jax.runtime.exits import fail
 
 __all__ = [
     "check_same_run",
     "differences",
-    "fail",
     "given_fields",
     "load",
     "parse_arg",

@@ -57,7 +57,7 @@ def parse_command_line(
 
     Raises:
       ValueError: an unknown, missing or repeated flag, or a value that it does not take. The caller
-        then calls `runtime.exits.fail`.
+        runs in `runtime.exits.reported`.
     """
     required = ["config"] * needs_config + ["workdir"] * needs_workdir
     known = [*required, *flags]

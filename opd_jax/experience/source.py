@@ -16,6 +16,7 @@ from opd_jax.envs.base import Env
 from opd_jax.experience.tasks import TaskOrder
 from opd_jax.learner.train_state import TrainState
 from opd_jax.report.update import episode_metrics
+from opd_jax.runtime.exits import WorldFailed
 from opd_jax.runtime.fields import check_choice
 
 SOURCES = ("on_policy", "teacher", "expert", "players")
@@ -102,13 +103,16 @@ class Episodes:
         """One episode of each of the next training tasks.
 
         Raises:
-          ValueError: the environments of all episodes broke.
+          WorldFailed: the environments of all episodes broke, twice.
         """
         start = self.cursor[0]
-        conversations = self.play_tasks(state, self.tasks.from_number(start))
+        tasks = self.tasks.from_number(start)
+        conversations = self.play_tasks(state, tasks)
+        if all(c.broken for c in conversations):  # a machine may have hung for a moment
+            conversations = self.play_tasks(state, tasks)
         self.cursor = [start + self.tasks.count, 0]
         if all(c.broken for c in conversations):
-            raise ValueError(
+            raise WorldFailed(
                 f"`env`: the environments of all {len(conversations)} episodes broke; the warnings "
                 "above say how"
             )

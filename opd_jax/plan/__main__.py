@@ -29,11 +29,12 @@ from opd_jax.plan.report import describe
 from opd_jax.plan.smallest import smallest
 from opd_jax.plan.verdict import MISFIT, verdict
 from opd_jax.report.tables import table
+from opd_jax.runtime.exits import reported
 
 
 def main(argv: Sequence[str]) -> None:
     """The command `python -m opd_jax.plan`."""
-    try:
+    with reported():
         config, _, flags = cfg.parse_command_line(
             argv,
             usage=__doc__,
@@ -47,8 +48,6 @@ def main(argv: Sequence[str]) -> None:
             cache="",
         )
         _run(config, cfg.given_fields(argv), flags)
-    except ValueError as error:
-        cfg.fail(error)
 
 
 def _run(config: Any, given: Sequence[str], flags: dict[str, Any]) -> None:

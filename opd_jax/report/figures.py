@@ -10,6 +10,7 @@ import numpy as np
 
 from opd_jax.agent.conversation import Conversation
 from opd_jax.report.intervals import average_interval, mean_interval, wilson_interval
+from opd_jax.runtime.exits import WorldFailed
 
 
 def summarize(conversations: Sequence[Conversation]) -> dict[str, object]:
@@ -28,12 +29,12 @@ def summarize(conversations: Sequence[Conversation]) -> dict[str, object]:
       measures: name to mean of each measure of the environment; an episode without it counts 0.
 
     Raises:
-      ValueError: every episode broke.
+      WorldFailed: every episode broke.
     """
     played = [c for c in conversations if not c.broken]
     n = len(played)
     if not n:
-        raise ValueError(
+        raise WorldFailed(
             f"`env`: the environments of all {len(conversations)} episodes broke; the warnings "
             "above say how"
         )

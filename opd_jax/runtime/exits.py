@@ -12,7 +12,6 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 # 0 is done, or stopped by a signal with everything saved. 1 is a bug: Python's, with a traceback.
 MISTAKE = 2  # the user's: in the command, the config or a folder
@@ -33,10 +32,9 @@ class WorldFailed(RuntimeError):
     """
 
 
-def fail(message: object, status: int = MISTAKE) -> NoReturn:
-    """Ends a command: one line to stderr, and the exit status."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr, flush=True)
-    raise SystemExit(status)
+def print_error(message: str) -> None:
+    """One line to stderr."""
+    print("error:", " ".join(message.split()), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -45,9 +43,12 @@ def reported() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if known := explain(error):
-            fail(*known)
-        raise
+        known = explain(error)
+        if not known:
+            raise
+        message, status = known
+        print_error(message)
+        raise SystemExit(status) from None
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:

@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeVar
 import jax
 import numpy as np
 
-from opd_jax.runtime.exits import MISTAKE
+from opd_jax.runtime.exits import MISTAKE, WORLD, WorldFailed, explain, print_error
 
 VARIABLE = "OPD_JAX_DISTRIBUTED"
 # If a process dies, the others end within about this time. CPU processes have direct connections
@@ -76,12 +76,12 @@ def _where(text: str) -> dict[str, Any]:
     return dict(coordinator_address=address, process_id=process, num_processes=processes)
 
 
-class LostProcesses(RuntimeError):
+class LostProcesses(WorldFailed):
     """Another process of the run has ended or cannot be reached."""
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether an error, our own or JAX's, means that another process has ended."""
+    """Whether an error, our own or JAX's, may mean that another process has ended."""
     lost = isinstance(error, LostProcesses) or bool(_BROKEN_CONNECTION.match(str(error)))
     return lost and jax.distributed.is_initialized()
 
@@ -105,29 +105,29 @@ def ending_together() -> Iterator[None]:
 
 def _end(error: BaseException) -> NoReturn:
     sys.stdout.flush()
-    status = 1
+    known, status = explain(error), 1
     if is_lost(error):
+        status = WORLD
+        if not isinstance(error, LostProcesses):  # a computation's: it may have failed by itself
+            traceback.print_exception(error)
         reason = str(error).partition("\n")[0][:200]
-        _print_error(
+        print_error(
             f"process {jax.process_index()} of {jax.process_count()} lost the others ({reason}); "
             "start all of them again with the same --workdir, and the run resumes from its last "
             "checkpoint"
         )
-    elif isinstance(error, ValueError):
-        status = MISTAKE
-        _print_error(str(error))
+    elif known:
+        message, status = known
+        print_error(message)
+    else:
+        traceback.print_exception(error)
+    if status == MISTAKE:
         # If process 0 ended at once, the others would be aborted before they print the same.
         farewell = threading.Thread(target=_farewell, daemon=True)
         farewell.start()
         farewell.join(_FAREWELL_S)
-    else:
-        traceback.print_exception(error)
     sys.stderr.flush()
     os._exit(status)
-
-
-def _print_error(text: str) -> None:
-    print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
 
 
 def _farewell() -> None:

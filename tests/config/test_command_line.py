@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from opd_jax.config import fail, parse_command_line
+from opd_jax.config import parse_command_line
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -86,10 +86,3 @@ def test_help_lists_flags_and_the_fields_of_the_config(path, capsys):
     assert stop.value.code == 0
     for word in ["Trains.", "--workdir", "--policy=a|b", "--config.seed=5", "train.learning_rate"]:
         assert word in shown
-
-
-def test_fail_prints_one_line_and_exits_with_2(capsys):
-    with pytest.raises(SystemExit) as stop:
-        fail(ValueError("first\n  second"))
-    shown = capsys.readouterr()
-    assert (stop.value.code, shown.out, shown.err) == (2, "", "error: first second\n")

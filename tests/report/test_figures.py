@@ -9,6 +9,7 @@ from opd_jax.agent.conversation import Conversation, Turn
 from opd_jax.report.figures import macro_average, summarize
 from opd_jax.report.intervals import mean_interval, wilson_interval
 from opd_jax.report.tables import judge_table, results_table, table
+from opd_jax.runtime.exits import WorldFailed
 
 
 def episode(
@@ -91,7 +92,7 @@ def test_broken_episodes_are_counted_and_left_out() -> None:
     assert "broken" not in results_table({"expert": {"s": summarize(EPISODES)}})
     header, row = cells(results_table({"expert": {"s": figures}}))
     assert (header[-1], row[-1]) == ("broken", "2")
-    with pytest.raises(ValueError, match="environments of all 2 episodes broke"):
+    with pytest.raises(WorldFailed, match="environments of all 2 episodes broke"):
         summarize([broken, broken])
 
 
