@@ -66,15 +66,32 @@ def load(name: str, overrides: Sequence[str]) -> FrozenConfigDict:
       The config with the overrides applied, immutable; lists have become tuples.
 
     Raises:
-      ValueError: no such config, no `get_config` in it, an unknown field, or a value of another
-        type.
+      ValueError: no such config, no `get_config` in it, an unknown field, a value of another type,
+        or one that a comparison would undo.
     """
-    config = _build(name)
+    config, given = _build(name), []
     for flag, text in flag_pairs(overrides):
         if not flag.startswith("config."):
             raise ValueError(f"a config override starts with `--config.`; got `--{flag}`")
-        _override(config, flag.removeprefix("config."), text)
+        given.append(flag.removeprefix("config."))
+        _override(config, given[-1], text)
+    _check_kept(config, given)
     return FrozenConfigDict(config)
+
+
+def _check_kept(config: ConfigDict, given: Sequence[str]) -> None:
+    """Checks that no method of a comparison sets a given field to another value."""
+    methods = config.compare.methods if "compare" in config else ()
+    fields = flatten(config)
+    for method in methods:
+        own = flatten(config.compare.variants.get(method, ConfigDict())) | {"seed": None}
+        undone = [field for field in given if field in own and own[field] != fields[field]]
+        if undone:
+            raise ValueError(
+                f"`--config.{undone[0]}`: a comparison sets it itself, as in {method!r}; "
+                "change `compare.variants` (`compare.seeds` for the seed) in the config file, or "
+                "run one method at a time"
+            )
 
 
 def _build(text: str) -> ConfigDict:

@@ -52,6 +52,19 @@ class DemonstrationSettings:
         check_within(0, 1, distraction=self.distraction)
         for context in self.judge_contexts:
             check_choice(FIELDS, judge_contexts=context)
+        needs = {
+            "sizes": True,
+            "distractors": self.distraction > 0,
+            "judge_contexts": self.judge_examples > 0,
+        }
+        for name, needed in needs.items():
+            if needed and not getattr(self, name):
+                raise ValueError(f"`{name}`: expected at least one, got none")
+        if len(self.sizes_from) != len(self.sizes) - 1:
+            raise ValueError(
+                f"`sizes_from`: expected a number for each of `sizes` after the first, "
+                f"{len(self.sizes) - 1}, got {list(self.sizes_from)}"
+            )
 
 
 def judge_example(prompt: Sequence[int], answer: Sequence[int]) -> Conversation:

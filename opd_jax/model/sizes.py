@@ -9,6 +9,7 @@ Axes, declared once for the package:
 from dataclasses import dataclass
 
 from opd_jax.model import moe
+from opd_jax.runtime.fields import check_within
 
 
 @dataclass(frozen=True)
@@ -66,3 +67,15 @@ class ModelConfig:
     qkv_bias: bool
     tied: bool
     experts: moe.Experts | None = None
+
+    def __post_init__(self):
+        sizes = ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+        check_within(1, **{name: getattr(self, name) for name in (*sizes, "d_ff", "max_positions")})
+        check_within(1e-30, norm_eps=self.norm_eps, rope_theta=self.rope_theta)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"`num_kv_heads`: expected a divisor of `num_heads` = {self.num_heads}, got "
+                f"{self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"`head_dim`: expected an even number, got {self.head_dim}")

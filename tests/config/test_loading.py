@@ -222,3 +222,15 @@ def test_differences_list_every_field_that_binds_once():
         "train.lr: 0.1 -> 0.2",
     ]
     assert differences(saved, now, binds={"log.every"}.__contains__) == ["log.every: 1 -> 5"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["data.source=expert", "data.source=teacher", "objective.normalize=active_tokens", "seed=3"],
+)
+def test_a_comparison_does_not_undo_what_is_given(given: str) -> None:
+    field = given.partition("=")[0]
+    with pytest.raises(ValueError, match=f"`--config.{field}`: a comparison sets it itself"):
+        load("quickstart:compare", [f"--config.{given}"])
+    load("quickstart:compare", ["--config.objective.beta=0.3"])  # which no method sets
+    load("quickstart:compare", ["--config.compare.methods=opd", "--config.data.source=on_policy"])

@@ -194,6 +194,31 @@ def test_players_need_their_section_and_the_household() -> None:
         read("household_pair", "demonstrations.judge_contexts=all")
 
 
+@pytest.mark.parametrize(
+    ("flag", "text"),
+    [
+        ("demonstrations.window=0", "`demonstrations.window`: expected at least 1"),
+        ("demonstrations.sizes=", "`demonstrations.sizes`: expected at least one"),
+        ("demonstrations.sizes=small", "`demonstrations.sizes_from`: .* 0, got .15000, 40000."),
+        ("demonstrations.distractors=", "`demonstrations.distractors`: expected at least one"),
+        ("demonstrations.judge_contexts=", "`demonstrations.judge_contexts`: .* at least one"),
+        ("demonstrations.distraction=7", r"`demonstrations.distraction`: expected 0\.\.1"),
+        ("new_model.num_layers=0", "`new_model.num_layers`: expected at least 1"),
+        ("new_model.head_dim=15", "`new_model.head_dim`: expected an even number, got 15"),
+        ("new_model.num_kv_heads=3", "`new_model.num_kv_heads`: .* `new_model.num_heads` = 4"),
+    ],
+)
+def test_players_and_new_models_that_cannot_be_are_refused(flag: str, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        read("household_pair:who=teacher", flag)
+
+
+@pytest.mark.parametrize("name", ["alfworld_qwen3", "scienceworld_qwen3", "searchqa_qwen3"])
+def test_a_judge_is_measured_only_against_labels(name: str) -> None:
+    with pytest.raises(ValueError, match="`eval.judge` compares .* `env.by` = .* has none"):
+        read(name, "eval.judge=true")
+
+
 # --- What a field affects
 
 
