@@ -215,7 +215,7 @@ def test_players_and_new_models_that_cannot_be_are_refused(flag: str, text: str)
 
 @pytest.mark.parametrize("name", ["alfworld_qwen3", "scienceworld_qwen3", "searchqa_qwen3"])
 def test_a_judge_is_measured_only_against_labels(name: str) -> None:
-    with pytest.raises(ValueError, match="`eval.judge` compares .* `env.by` = .* has none"):
+    with pytest.raises(ValueError, match=r"`eval.judge` compares .* `env.by` = .* has none"):
         read(name, "eval.judge=true")
 
 
