@@ -195,19 +195,6 @@ def test_each_divergence_equals_float64() -> None:
         )
 
 
-def test_the_teacher_gets_no_gradient() -> None:
-    batch = make_batch()
-
-    def loss(student: Params, teacher: Teacher) -> jax.Array:
-        read = score(student, teacher, batch, objective=SAGE, **SETTINGS)
-        return objective_sums(read, batch, objective=SAGE).loss
-
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
-    student, teacher = gradient(STUDENT(), read_by_teacher(batch))
-    assert all(np.any(x) for x in jax.tree.leaves(student))
-    assert not any(np.any(x) for x in jax.tree.leaves(teacher))
-
-
 # --- By hand ------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
 """One update: its loss and gradient, and what leaves it as it is: splits, devices, padding."""
 
 from dataclasses import dataclass, fields, replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import jax
@@ -19,7 +19,6 @@ from tiny_batch import (
     STUDENT,
     STUDENT_MASK,
     STUDENT_TOKENS,
-    TEACHER,
     VERDICT,
     WEAK,
     B,
@@ -35,12 +34,10 @@ from tiny_batch import (
 from opd_jax import model
 from opd_jax.learner.batch import Batch
 from opd_jax.learner.objective import Objective
-from opd_jax.learner.teacher import Teacher, make_teacher_pass
-from opd_jax.learner.train_state import TrainState, init_state, placement_of
+from opd_jax.learner.train_state import TrainState, init_state
 from opd_jax.learner.train_step import TrainSettings, make_train_step
 from opd_jax.losses import NO_TURN
-from opd_jax.model import Params, param_specs
-from opd_jax.runtime.mesh import make_mesh, param_shardings, shard_batch
+from opd_jax.model import Params
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -208,23 +205,6 @@ def test_garbage_where_the_student_did_not_write_changes_nothing() -> None:
     got = update(SAGE, dirty)
     assert_same_update(got, update(SAGE), rounding=0)
     assert np.isfinite(got.metrics["sums"].logprob_error)
-
-
-def test_eight_devices_give_the_same_update_as_one() -> None:
-    mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    place = partial(jax.device_put, device=param_shardings(param_specs(CONFIG), mesh))
-    state, teacher = init_state(place(STUDENT()), GRADIENT_KEEPER, seed=0), place(TEACHER())
-    placement, batch = placement_of(state), shard_batch(make_batch(), mesh)
-    read = make_teacher_pass(CONFIG, micro_batches=1, batch_rows=None, query_chunk=16)
-    said = Teacher(read(teacher, batch), model.head_params(teacher))
-    step = step_function.__wrapped__(SAGE, placement=placement)
-    got, metrics = step(state, said, batch)
-    assert_same_update(Updated(got.params, got.opt_state[0].trace, metrics), update(SAGE))
-    # The update leaves everything where it was, so the next one runs the same program.
-    assert jax.tree.leaves(placement_of(got)) == jax.tree.leaves(placement)
-    step(got, said, batch)
-    assert step._cache_size() == 1
-    assert len(batch.tokens.sharding.device_set) == len(placement.step.device_set) == 8
 
 
 # --- Edges --------------------------------------------------------------------------------------

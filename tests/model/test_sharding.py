@@ -40,11 +40,10 @@ TEACHER = replace(STUDENT, d_model=64, tied=False)
 WIDE = replace(STUDENT, d_model=256, num_kv_heads=8, head_dim=32, d_ff=256)
 LORA = Lora(rank=3, alpha=6.0, targets=TARGETS, int8=False)
 ROWS, LENGTH, TURNS = 16, 16, 2
-MESHES = [(1, 8, 1), (2, 2, 2), (1, 2, 4)]
 SLOTS = 32
 
 
-@pytest.fixture(params=MESHES, ids=lambda sizes: "x".join(map(str, sizes)))
+@pytest.fixture
 def mesh(request: pytest.FixtureRequest) -> Iterator[Mesh]:
     data, fsdp, tensor = request.param
     made = make_mesh(data=data, fsdp=fsdp, tensor=tensor)
@@ -107,10 +106,14 @@ def update(mesh: Mesh, lora: Lora | None = None) -> Updated:
     placement = placement_of(state)
     step = step_on(placement, lora)
     rows, base = shard_batch(batch(), mesh), own if lora else None
-    teacher = teacher_of(TEACHER, placed(TEACHER, 1, mesh), rows)
+    teacher = teacher_of(TEACHER, placed(TEACHER, 1, mesh), rows, micro_batches=2)
     state, metrics = step(state, teacher, rows, base)
+    # The update leaves everything where it was, so the next one runs the same program.
     assert jax.tree.leaves(placement_of(state)) == jax.tree.leaves(placement)
-    return Updated(jax.device_get(state.opt_state.trace), jax.device_get(metrics))
+    updated = Updated(jax.device_get(state.opt_state.trace), jax.device_get(metrics))
+    step(state, teacher, rows, base)
+    assert step._cache_size() == 1
+    return updated
 
 
 def update_of_adapters(mesh: Mesh) -> Updated:
@@ -206,7 +209,7 @@ def assert_same_update(got: Updated, want: Updated) -> None:
 
 @pytest.mark.parametrize(
     ("mesh", "how"),
-    [*((sizes, update) for sizes in MESHES), ((2, 2, 2), update_of_adapters)],
+    [((2, 2, 2), update), ((1, 2, 4), update), ((1, 8, 1), update_of_adapters)],
     indirect=["mesh"],
 )
 def test_one_update(mesh: Mesh, how: Callable[[Mesh], Updated]) -> None:
@@ -234,9 +237,8 @@ def test_the_loss_psums_over_a_sharded_vocabulary(mesh: Mesh) -> None:
 @pytest.mark.parametrize(
     ("mesh", "how"),
     [
-        *((sizes, sampled_from_shards) for sizes in MESHES),
-        *((sizes, sampled) for sizes in MESHES[1:]),
-        ((2, 2, 2), sampled_with_adapters),
+        *(((1, 8, 1), sampled_from_shards), ((2, 2, 2), sampled_from_shards)),
+        *(((1, 2, 4), sampled), ((2, 2, 2), sampled_with_adapters)),
     ],
     indirect=["mesh"],
 )
@@ -251,7 +253,7 @@ def test_one_generation(mesh: Mesh, how: Callable[[Mesh], Any]) -> None:
         assert len({len(row) for row in want}) > 1  # some rows stopped sooner
 
 
-@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2)], indirect=True)
+@pytest.mark.parametrize("mesh", [(2, 2, 2)], indirect=True)
 def test_for_a_token_activations_are_sent_and_no_weights(mesh: Mesh) -> None:
     specs = param_specs(WIDE)
     shardings = param_shardings(specs, mesh)
@@ -274,10 +276,7 @@ def test_for_a_token_activations_are_sent_and_no_weights(mesh: Mesh) -> None:
             *(weights, kv, rows, rows, keys, np.array([63])), **settings, **how
         )
         # Questions of few tokens, and labels of two.
-        questions, words = (
-            shard_batch(np.ones((ROWS, 4), np.int32)),
-            np.ones((3, 2), np.int32),
-        )
+        questions, words = shard_batch(np.ones((ROWS, 4), np.int32)), np.ones((3, 2), np.int32)
         judging = labels.label_scores.lower(
             *(weights, kv, questions, rows, words, np.full(3, 2)), **settings
         )
@@ -317,6 +316,7 @@ def test_in_bfloat16_partial_sums_are_not_rounded(mesh: Mesh) -> None:
     assert np.abs(got - want).mean() < np.abs(want - exact).mean() / 10
 
 
+@pytest.mark.parametrize("mesh", [(2, 2, 2)], indirect=True)
 def test_one_judging(mesh: Mesh) -> None:
     scores = judged(mesh)
     want = on_one_device(judged)

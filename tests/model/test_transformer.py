@@ -12,7 +12,6 @@ from passes import cached_logits, logits
 
 from opd_jax import hf, model
 from opd_jax.model.attention import _SPANS
-from opd_jax.runtime.mesh import make_mesh, shard_batch
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -31,11 +30,15 @@ def load(reference: Any) -> tuple[model.ModelConfig, model.Params]:
     return config, hf.load_params(reference.folder, config, dtype=jnp.float32)
 
 
+@pytest.mark.parametrize(
+    "name", ["qwen3", "qwen3_tied", "qwen2", "llama", "qwen3_moe", "qwen3_moe_shares"]
+)
 def test_logits_and_parameters_are_those_of_transformers(
-    reference: Any, tokens: np.ndarray
+    references: dict, tokens: np.ndarray, name: str
 ) -> None:
     import torch
 
+    reference = references[name]
     config, params = load(reference)
     assert sum(x.size for x in jax.tree.leaves(params)) == reference.model.num_parameters()
     specs = model.param_specs(config)
@@ -47,15 +50,6 @@ def test_logits_and_parameters_are_those_of_transformers(
     assert np.abs(expected).max() > 1  # else 1e-5 would say little
     got = logits(params, tokens, config)
     np.testing.assert_allclose(got[REAL], expected[REAL], rtol=0, atol=1e-5)
-
-
-def test_forward_on_a_mesh_equals_one_device(references: dict, tokens: np.ndarray) -> None:
-    config, params = load(references["qwen3"])
-    mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    sharded = hf.load_params(references["qwen3"].folder, config, dtype=jnp.float32, mesh=mesh)
-    rows = shard_batch({"tokens": np.concatenate([tokens, tokens[:1]])}, mesh)["tokens"]
-    got, want = logits(sharded, rows, config)[:3], logits(params, tokens, config)
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
 def test_rope_frequencies_are_those_of_transformers(references: dict) -> None:
@@ -71,7 +65,9 @@ def test_rope_frequencies_are_those_of_transformers(references: dict) -> None:
     assert ((ratio > 1.01) & (ratio < 0.99 * factor)).any()
 
 
-@pytest.mark.parametrize(("name", "layout"), [("qwen3", "BGSH"), ("qwen2", "BSGH")])
+@pytest.mark.parametrize(
+    ("name", "layout"), [("qwen3", "BGSH"), ("qwen2", "BSGH"), ("qwen3_moe", "BSGH")]
+)
 def test_ragged_pieces_over_a_cache_equal_one_forward(
     references: dict, tokens: np.ndarray, name: str, layout: str
 ) -> None:

@@ -33,11 +33,14 @@ def train_step(student: ModelConfig, objective: Objective, **options: Any) -> Ca
     return make_train_step(student=student, objective=objective, **(defaults | options))
 
 
-def teacher_of(config: ModelConfig, params: Params, batch: Batch) -> Teacher:
+def teacher_of(
+    config: ModelConfig, params: Params, batch: Batch, *, micro_batches: int = 1
+) -> Teacher:
     """The teacher's pass over a batch."""
-    return Teacher(_teacher_pass(config)(params, batch), model.head_params(params))
+    run = _teacher_pass(config, micro_batches)
+    return Teacher(run(params, batch), model.head_params(params))
 
 
 @cache
-def _teacher_pass(config: ModelConfig) -> Callable:
-    return make_teacher_pass(config, micro_batches=1, batch_rows=None, query_chunk=16)
+def _teacher_pass(config: ModelConfig, micro_batches: int) -> Callable:
+    return make_teacher_pass(config, micro_batches=micro_batches, batch_rows=None, query_chunk=16)
