@@ -5,7 +5,8 @@ from functools import partial
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_batch import CONFIG, STUDENT_MASK, TEACHER, T, assert_same_tree, make_batch
+from models import assert_same_tree
+from tiny_batch import CONFIG, STUDENT_MASK, TEACHER, T, make_batch
 
 from opd_jax import model
 from opd_jax.learner.objective import response_hidden

@@ -1,5 +1,6 @@
 """One update: its loss and gradient, and what leaves it as it is: splits, devices, padding."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
@@ -7,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from models import assert_same_tree
 from objectives import OPD, SAGE, SFT
 from test_objective import BY_TRAJECTORY, reference_divergence, reference_weights
 from tiny_batch import (
@@ -24,18 +25,18 @@ from tiny_batch import (
     B,
     K,
     T,
-    assert_same_tree,
     logprobs,
     make_batch,
     params,
     read_by_teacher,
 )
+from updates import KEEPER, train_step
 
 from opd_jax import model
 from opd_jax.learner.batch import Batch
 from opd_jax.learner.objective import Objective
-from opd_jax.learner.train_state import TrainState, init_state
-from opd_jax.learner.train_step import TrainSettings, make_train_step
+from opd_jax.learner.train_state import init_state
+from opd_jax.learner.train_step import TrainSettings
 from opd_jax.losses import NO_TURN
 from opd_jax.model import Params
 
@@ -45,32 +46,11 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 # layers and in their gradients, relative to the largest entry of a parameter's gradient.
 ROUNDING = 5e-6
 
-# Its state is the gradient itself, and its update -1 times that.
-GRADIENT_KEEPER = optax.chain(optax.trace(decay=0.0), optax.scale(-1.0))
-
 
 @cache
-def step_function(
-    objective: Objective,
-    *,
-    micro_batches: int = 1,
-    batch_rows: int | None = None,
-    remat: str = "none",
-    placement: TrainState | None = None,
-):
+def step_function(objective: Objective, **settings: Any) -> Callable:
     """Compiled once for all tests that share its settings."""
-    return make_train_step(
-        student=CONFIG,
-        objective=objective,
-        optimizer=GRADIENT_KEEPER,
-        placement=placement,
-        micro_batches=micro_batches,
-        batch_rows=batch_rows,
-        dtype=jnp.dtype("float32"),
-        query_chunk=16,
-        loss_chunk=8,
-        remat=remat,
-    )
+    return train_step(CONFIG, objective, loss_chunk=8, **settings)
 
 
 @dataclass(frozen=True)
@@ -85,10 +65,10 @@ class Updated:
 def update(objective: Objective, batch: Batch | None = None, **settings: Any) -> Updated:
     batch = make_batch() if batch is None else batch
     teacher = read_by_teacher(batch) if objective.needs_teacher else None
-    state = init_state(STUDENT(), GRADIENT_KEEPER, seed=0)
+    state = init_state(STUDENT(), KEEPER, seed=0)
     state, metrics = step_function(objective, **settings)(state, teacher, batch)
     state, metrics = jax.device_get((state, metrics))
-    return Updated(state.params, state.opt_state[0].trace, metrics)
+    return Updated(state.params, state.opt_state.trace, metrics)
 
 
 def assert_same_update(got: Updated, want: Updated, *, rounding: float = ROUNDING) -> None:
@@ -225,7 +205,7 @@ def test_skipped_turns_and_silent_rows_leave_the_student_alone(objective: Object
 
 def test_the_state_is_donated_and_its_source_is_not() -> None:
     mine, teacher = params(3), read_by_teacher(make_batch())
-    state = init_state(mine, GRADIENT_KEEPER, seed=0)
+    state = init_state(mine, KEEPER, seed=0)
     new, _ = step_function(SAGE)(state, teacher, make_batch())
     assert all(x.is_deleted() for x in jax.tree.leaves((state.params, state.opt_state)))
     assert not any(x.is_deleted() for x in jax.tree.leaves((mine, teacher)))
@@ -233,7 +213,7 @@ def test_the_state_is_donated_and_its_source_is_not() -> None:
 
 
 def test_an_objective_without_the_teacher_it_needs_is_refused() -> None:
-    state = init_state(STUDENT(), GRADIENT_KEEPER, seed=0)
+    state = init_state(STUDENT(), KEEPER, seed=0)
     with pytest.raises(ValueError, match=r"`objective.divergence` = 'reverse_kl'.*got None"):
         step_function(SAGE)(state, None, make_batch())
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from models import TINY
+from models import TINY, assert_same_tree
 from numpy.testing import assert_allclose, assert_array_equal
 from objectives import SAGE
 from passes import cached_logits, dequantized, dequantized_params, logits
@@ -188,14 +188,6 @@ def updated(student: Params, teacher: Params, mesh: Any = None) -> tuple[Params,
     return state.opt_state.trace, metrics["loss"]
 
 
-def assert_near(got: Params, want: Params) -> None:
-    for (path, x), y in zip(
-        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
-    ):
-        name = jax.tree_util.keystr(path)
-        assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(y).max(), err_msg=name)
-
-
 def test_an_update_from_an_int8_teacher(random_params: Callable, int8: Params) -> None:
     student = random_params(CONFIG, seed=3)
     gradient, loss = updated(student, int8)
@@ -203,11 +195,11 @@ def test_an_update_from_an_int8_teacher(random_params: Callable, int8: Params) -
     # The distributions of the dequantized teacher.
     same, same_loss = updated(student, dequantized_params(int8, CONFIG))
     assert_allclose(loss, same_loss, rtol=1e-5)
-    assert_near(gradient, same)
+    assert_same_tree(gradient, same, rounding=1e-5)
     # On eight devices, each with shards of values and scales.
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     placed = jax.device_put(int8, param_shardings(int8_specs(CONFIG), mesh))
     with jax.set_mesh(mesh):
         sharded, sharded_loss = updated(student, placed, mesh)
     assert_allclose(sharded_loss, loss, rtol=1e-5)
-    assert_near(sharded, gradient)
+    assert_same_tree(sharded, gradient, rounding=1e-5)

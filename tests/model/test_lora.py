@@ -20,7 +20,7 @@ from models import TINY
 from numpy.testing import assert_allclose, assert_array_equal
 from objectives import SAGE
 from passes import dequantized, logits
-from updates import KEEPER, teacher_of, train_step
+from updates import KEEPER, random_adapters, teacher_of, train_step
 
 from opd_jax import evaluate, export, hf, model, train
 from opd_jax.agent import generate as gen
@@ -63,16 +63,6 @@ def teacher(random_params: Callable) -> Params:
 
 def untrained(lora: Lora = LORA, config: ModelConfig = CONFIG) -> Params:
     return init_arrays(lora_specs(config, lora), jax.random.key(0), dtype=jnp.float32)
-
-
-def random_adapters(config: ModelConfig = CONFIG, lora: Lora = LORA, *, scale: float) -> Params:
-    """Adapters as after many updates, neither factor zero."""
-    rng = np.random.default_rng(2)
-    return jax.tree.map(
-        lambda spec: jnp.asarray(rng.normal(0, scale, spec.shape), jnp.float32),
-        lora_specs(config, lora),
-        is_leaf=is_spec,
-    )
 
 
 def plain_params(params: Params) -> Params:
@@ -125,7 +115,7 @@ def test_a_projection_adds_the_product_through_the_rank(key: str) -> None:
         rng.normal(size=[sizes[a] for a in axes]).astype(np.float32) for axes in (x_axes, w_axes)
     )
     # One layer of the very shapes that the model has for this projection.
-    adapter = jax.tree.map(lambda p: np.asarray(p[0]), random_adapters(scale=0.4)[key])
+    adapter = jax.tree.map(lambda p: p[0], random_adapters(CONFIG, LORA, scale=0.4)[key])
     got = project(x, LoraWeight(weight, adapter["a"], adapter["b"], 2.0), spec)
     a, b = adapter["a"].reshape(-1, 3).astype(float), adapter["b"].reshape(3, -1).astype(float)
     want = np.einsum(spec, x.astype(float), weight + 2.0 * (a @ b).reshape(weight.shape))
@@ -199,7 +189,7 @@ def reading(teacher: Params, rows: Batch) -> Teacher:
 
 
 def test_the_gradient_is_the_merged_models_by_the_chain_rule(base: Params, teacher: Params) -> None:
-    adapters = random_adapters(scale=0.2)
+    adapters = random_adapters(CONFIG, LORA, scale=0.2)
     state = init_state(adapters, KEEPER, seed=0)
     state, metrics = step_function(SAGE)(state, reading(teacher, batch()), batch(), base)
     plain = plain_params(with_adapters(base, adapters, LORA))
@@ -248,7 +238,7 @@ def test_what_is_sampled_is_what_the_update_recomputes(
     frozen: str, base: Params, teacher: Params
 ) -> None:
     own = base if frozen == "base" else quantize_params(base, CONFIG)
-    adapters = random_adapters(scale=0.2)
+    adapters = random_adapters(CONFIG, LORA, scale=0.2)
     rows = batch(*sampled(with_adapters(own, adapters, LORA)))
     state = init_state(adapters, KEEPER, seed=0)
     _, metrics = step_function(SAGE)(state, reading(teacher, rows), rows, own)
@@ -332,7 +322,7 @@ def test_export_merges_adapters_and_rounds_once(
     low = jax.tree.map(lambda p: p.astype(jnp.bfloat16), base)
     low["embed"] = jnp.zeros((config.vocab_size, config.d_model), jnp.bfloat16)
     frozen = quantize_params(low, config) if int8 else low
-    adapters = random_adapters(scale=0.2)
+    adapters = random_adapters(CONFIG, LORA, scale=0.2)
     params = with_adapters(frozen, adapters, LORA)
     hf.save_model(tmp_path / "m", params, config, dtype="bfloat16", tokenizer_from=tokenizer)
     got = hf.load_params(tmp_path / "m", config, dtype=jnp.bfloat16)["layers"]

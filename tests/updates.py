@@ -1,10 +1,12 @@
-"""One update of a tiny student, for tests that compare gradients."""
+"""One update of a tiny student, or of its adapters, for tests that compare gradients."""
 
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from opd_jax import model
@@ -13,6 +15,7 @@ from opd_jax.learner.objective import Objective
 from opd_jax.learner.teacher import Teacher, make_teacher_pass
 from opd_jax.learner.train_step import make_train_step
 from opd_jax.model import ModelConfig, Params
+from opd_jax.model.lora import Lora, lora_specs
 
 # Its state is the gradient itself.
 KEEPER = optax.trace(decay=0.0)
@@ -31,6 +34,16 @@ def train_step(student: ModelConfig, objective: Objective, **options: Any) -> Ca
         remat="none",
     )
     return make_train_step(student=student, objective=objective, **(defaults | options))
+
+
+def random_adapters(config: ModelConfig, lora: Lora, *, scale: float) -> Params:
+    """Adapters as after many updates, neither factor zero."""
+    rng = np.random.default_rng(2)
+    return jax.tree.map(
+        lambda spec: rng.normal(0, scale, spec.shape).astype(np.float32),
+        lora_specs(config, lora),
+        is_leaf=model.is_spec,
+    )
 
 
 def teacher_of(
