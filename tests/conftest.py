@@ -199,16 +199,22 @@ def command() -> Command:
 
 
 @pytest.fixture
-def in_process(capsys: pytest.CaptureFixture) -> Iterator[Callable[..., str]]:
-    """Runs a command's `main` in this process; returns what it printed."""
+def keep_sigterm() -> Iterator[None]:
+    """A run in this process takes the signal; afterwards it is pytest's again."""
     handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def in_process(capsys: pytest.CaptureFixture, keep_sigterm: None) -> Callable[..., str]:
+    """Runs a command's `main` in this process; returns what it printed."""
 
     def run(main: Callable, *words: object) -> str:
         main([str(word) for word in words])
         return capsys.readouterr().out
 
-    yield run
-    signal.signal(signal.SIGTERM, handler)
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -351,14 +351,6 @@ def test_the_config_of_the_pair_trains_a_teacher(built: Any) -> None:
 # --- Many devices
 
 
-@pytest.fixture
-def keep_sigterm() -> Iterator[None]:
-    """A run in this process takes the signal; afterwards it is pytest's again."""
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("keep_sigterm")
 def test_on_many_devices_a_continued_run_ends_with_the_same_bits_and_one_device_exports_it(
