@@ -190,15 +190,6 @@ def test_unknown_tasks_are_named(env):
         env.reset("panel", 150)
 
 
-def test_the_package_is_imported_when_it_is_used():
-    code = (
-        "import sys, opd_jax.envs.scienceworld.players\n"
-        "print(sorted({'py4j', 'scienceworld', 'jax'} & sys.modules.keys()))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stderr
-
-
 # Episodes
 
 
