@@ -182,17 +182,6 @@ def test_an_int8_teacher_takes_half_and_its_scales():
     assert Player(place, sizes, params, ()).cache(rows=1, slots=1).keys[0].dtype == "bfloat16"
 
 
-def test_a_large_int8_teacher_and_a_student_in_training_fit_one_device_of_80_gb():
-    sizes = "mesh.fsdp=1 rollout.batch=8 judge.batch=8 eval.batch=4 train.loss_chunk=4096"
-
-    def most(dtype: str) -> int:
-        run = plan(f"{PAPER}:teacher=32b", *sizes.split(), f"teacher_dtype={dtype}")
-        return max(map(run.least, run.programs))
-
-    assert most("int8") < 74e9
-    assert most("bfloat16") > 80e9
-
-
 def test_a_cache_is_counted_on_each_device():
     sizes = PUBLISHED["Qwen3-8B"]
     place = Placement(abstract_mesh(data=2, fsdp=2, tensor=4), "BSGH")
