@@ -14,6 +14,7 @@ from opd_jax.learner.batch import Batch
 from opd_jax.learner.objective import Objective
 from opd_jax.learner.teacher import Teacher, make_teacher_pass
 from opd_jax.learner.train_step import make_train_step
+from opd_jax.losses import NO_TURN
 from opd_jax.model import ModelConfig, Params
 from opd_jax.model.lora import Lora, lora_specs
 
@@ -34,6 +35,17 @@ def train_step(student: ModelConfig, objective: Objective, **options: Any) -> Ca
         remat="none",
     )
     return make_train_step(student=student, objective=objective, **(defaults | options))
+
+
+def two_turns(rows: int, *, vocab: int) -> Batch:
+    """Rows of 16 random tokens, of which two turns of four are the student's."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, vocab, (rows, 16)).astype(np.int32)
+    turn_id = np.full((rows, 16), NO_TURN, np.int32)
+    turn_id[:, 3:7], turn_id[:, 10:14] = 0, 1
+    response = np.tile(np.r_[3:7, 10:14], (rows, 1)).astype(np.int32)
+    verdict = rng.integers(0, 4, (rows, 2)).astype(np.int32)
+    return Batch(tokens, turn_id, np.zeros((rows, 16), np.float32), verdict, response)
 
 
 def random_adapters(config: ModelConfig, lora: Lora, *, scale: float) -> Params:

@@ -14,12 +14,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 from objectives import SAGE
 from passes import cached_logits, dequantized, dequantized_params, logits
 from scipy.special import log_softmax
-from updates import KEEPER, teacher_of, train_step
+from updates import KEEPER, teacher_of, train_step, two_turns
 
 from opd_jax import hf, model
-from opd_jax.learner.batch import Batch
 from opd_jax.learner.train_state import init_state, placement_of
-from opd_jax.losses import NO_TURN
 from opd_jax.model import Params
 from opd_jax.model.int8 import int8_specs, quantize_params, quantize_weight
 from opd_jax.model.projections import Int8Weight, project
@@ -161,23 +159,12 @@ def test_a_folder_is_loaded_as_int8_shards(references: dict, name: str, sizes: A
 # --- As a teacher ---------------------------------------------------------------------------------
 
 
-def batch() -> Batch:
-    rng = np.random.default_rng(2)
-    turn_id = np.where(rng.random((4, 12)) < 0.5, 0, NO_TURN).astype(np.int32)
-    turn_id[:, :2] = NO_TURN, 0
-    response = [np.flatnonzero(row == 0) for row in turn_id]
-    return Batch(
-        tokens=rng.integers(0, 32, (4, 12)).astype(np.int32),
-        turn_id=turn_id,
-        sampled_logprobs=np.full((4, 12), -1.5, np.float32),
-        verdict=np.ones((4, 1), np.int32),
-        response=np.array([np.pad(r, (0, 12 - len(r)), constant_values=12) for r in response]),
-    )
-
-
 def updated(student: Params, teacher: Params, mesh: Any = None) -> tuple[Params, float]:
     """(gradient, loss) of one update."""
-    student, rows = jax.tree.map(jnp.array, student), batch()  # a copy: the update donates it
+    student, rows = (
+        jax.tree.map(jnp.array, student),
+        two_turns(4, vocab=32),
+    )  # a copy: the update donates it
     if mesh is not None:
         student = jax.device_put(student, param_shardings(model.param_specs(CONFIG), mesh))
         rows = shard_batch(rows, mesh)

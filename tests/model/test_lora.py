@@ -20,6 +20,7 @@ from models import TINY
 from numpy.testing import assert_allclose, assert_array_equal
 from objectives import SAGE
 from passes import dequantized, logits
+from settings import read
 from updates import KEEPER, random_adapters, teacher_of, train_step
 
 from opd_jax import evaluate, export, hf, model, train
@@ -338,11 +339,8 @@ def test_adapters_that_a_model_cannot_have(config: ModelConfig, changed: dict, t
         lora_specs(config, replace(LORA, **changed))
 
 
-QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.py")
-
-
 @pytest.mark.parametrize(
-    ("flags", "text"),
+    ("flag", "text"),
     [
         ("rank=-1", "`lora.rank`: expected at least 0, got -1"),
         ("alpha=0", "`lora.alpha`: expected at least 1e-09, got 0.0"),
@@ -353,16 +351,14 @@ QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.py")
         ("int8=true", "`lora.int8` rounds .*`lora.rank` = 0 trains them all"),
     ],
 )
-def test_mistakes_in_a_config_name_their_field(flags: str, text: str) -> None:
-    config = load(QUICKSTART, [f"--config.lora.{flag}" for flag in flags.split()])
+def test_mistakes_in_a_config_name_their_field(flag: str, text: str) -> None:
     with pytest.raises(ValueError, match=text):
-        read_settings(config)
+        read("quickstart", f"lora.{flag}")
 
 
 def test_a_new_student_has_no_adapters() -> None:
-    path = QUICKSTART.replace("quickstart", "household_pair")
     with pytest.raises(ValueError, match=r"`lora.rank` = 4 .* `student` = 'new'"):
-        read_settings(load(path, ["--config.lora.rank=4"]))
+        read("household_pair", "lora.rank=4")
 
 
 def test_specs_of_a_student_are_those_of_its_arrays(base: Params) -> None:
@@ -392,7 +388,7 @@ def adapting(small: tuple[str, ...]) -> FrozenConfigDict:
         *("--config.train.updates=3", "--config.checkpoint.every=1"),
         *("--config.eval.who=before", "--config.eval.splits=valid_seen"),
     )
-    return load(f"{QUICKSTART}:runlocal", flags)
+    return load("quickstart:runlocal", flags)
 
 
 def saved(config: FrozenConfigDict, workdir: Path) -> tuple[LoadedModel, Any]:

@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import Mesh
 from models import TINY, assert_same_tree
 from objectives import SAGE
-from updates import KEEPER, random_adapters, teacher_of, train_step
+from updates import KEEPER, random_adapters, teacher_of, train_step, two_turns
 
 from opd_jax import model
 from opd_jax.agent import generate as gen
@@ -25,7 +25,7 @@ from opd_jax.agent.generate import Sampling
 from opd_jax.judge import answer as labels
 from opd_jax.learner.batch import Batch
 from opd_jax.learner.train_state import init_state, placement_of
-from opd_jax.losses import NO_TURN, Verdict
+from opd_jax.losses import Verdict
 from opd_jax.model import ModelConfig, Params, init_params, param_specs
 from opd_jax.model.lora import TARGETS, Lora, lora_specs, with_adapters
 from opd_jax.plan.collectives import KINDS, collectives
@@ -39,7 +39,7 @@ TEACHER = replace(STUDENT, d_model=64, tied=False)
 # Each of its matrices is larger than the activations of a batch.
 WIDE = replace(STUDENT, d_model=256, num_kv_heads=8, head_dim=32, d_ff=256)
 LORA = Lora(rank=3, alpha=6.0, targets=TARGETS, int8=False)
-ROWS, LENGTH, TURNS = 16, 16, 2
+ROWS = 16
 SLOTS = 32
 
 
@@ -64,14 +64,9 @@ def placed(config: ModelConfig, seed: int, mesh: Mesh) -> Params:
 
 
 def batch() -> Batch:
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(1, 64, (ROWS, LENGTH)).astype(np.int32)
-    turn_id = np.full((ROWS, LENGTH), NO_TURN, np.int32)
-    turn_id[:, 3:7], turn_id[:, 10:14] = 0, 1
-    response = np.tile(np.r_[3:7, 10:14], (ROWS, 1)).astype(np.int32)
-    verdict = rng.integers(0, 4, (ROWS, TURNS)).astype(np.int32)
-    assert {*verdict.flat} == set(map(int, Verdict))
-    return Batch(tokens, turn_id, np.zeros((ROWS, LENGTH), np.float32), verdict, response)
+    made = two_turns(ROWS, vocab=64)
+    assert {*made.verdict.flat} == set(map(int, Verdict))
+    return made
 
 
 def placed_adapters(mesh: Mesh) -> Params:
@@ -210,7 +205,7 @@ def test_the_loss_psums_over_a_sharded_vocabulary(mesh: Mesh) -> None:
     summed = {text for row in of_loss for text in re.findall(r"\[([\d,]*)\]", row.shape)}
     assert {row.kind for row in of_loss} == {"all-reduce"}
     assert {f"{chunk}", f"{chunk},{width}"} <= summed
-    totals = {"", f"{TURNS}"}
+    totals = {"", f"{batch().verdict.shape[1]}"}
     assert summed - totals <= {f"{chunk}", f"{chunk},1", f"{chunk},{width}", f"{part},{width}"}
 
 

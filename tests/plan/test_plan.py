@@ -3,13 +3,12 @@
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import pytest
+from settings import read
 
 from opd_jax import config as cfg
-from opd_jax.config.settings import read_settings
 from opd_jax.hf.published import PUBLISHED
 from opd_jax.model import is_spec, param_specs
 from opd_jax.plan import screen
@@ -24,9 +23,7 @@ from opd_jax.plan.verdict import verdict, worst
 from opd_jax.plan.workload import fit_to_slice, workload
 from opd_jax.runtime.mesh import abstract_mesh
 
-ROOT = Path(__file__).parents[2]
-PAPER = str(ROOT / "configs" / "alfworld_qwen3.py")
-QUICKSTART = str(ROOT / "configs" / "quickstart.py")
+PAPER, QUICKSTART = "alfworld_qwen3", "quickstart"
 
 
 def load(path: str, *fields: str):
@@ -95,14 +92,14 @@ def test_what_does_not_divide_is_refused_and_given_fields_are_kept(fields, chips
 
 
 def test_an_update_fills_its_contexts():
-    work = workload(read_settings(load(PAPER)))
+    work = workload(read(PAPER))
     # The first message takes 512 tokens, each of the 29 later ones 128; the rest is sampled.
     assert work.sampled == 16384 - 512 - 29 * 128
     assert (work.sequence, work.response) == (16384, 12288)
     assert work.longest_question == 512 + 4096
     # In steps of 64 tokens: 56 of the 248 into 4,096 slots, then 64 into each larger cache.
     assert work.slots_read == 4096 * (56 + 64 * (2 + 3 + 4)) / 248
-    short = workload(read_settings(load(PAPER, "rollout.turn_tokens=100")))
+    short = workload(read(PAPER, "rollout.turn_tokens=100"))
     assert (short.sampled, short.response) == (3000, 3072)
 
 
@@ -221,25 +218,24 @@ def test_programs_are_those_that_the_method_runs():
 
 
 def test_models_built_from_nothing_are_planned_too():
-    path = str(ROOT / "configs" / "household_pair.py")
-    found = programs(path)
+    found = programs("household_pair")
     assert "sampling" not in found
     assert found["train step"].args[2].tokens.shape == (4096 // 896, 896)
     with pytest.raises(
         ValueError, match=r"`demonstrations.tokens_per_batch` = 512: expected at least 896"
     ):
-        programs(path, "demonstrations.tokens_per_batch=512")
+        programs("household_pair", "demonstrations.tokens_per_batch=512")
 
 
 def test_sizes_come_from_a_folder_or_are_the_published_ones():
-    student, teacher = planned_pair(read_settings(load(QUICKSTART)))
+    student, teacher = planned_pair(read(QUICKSTART))
     assert "config.json" in student.source
     assert (student.sizes.d_model, teacher.sizes.d_model) == (64, 96)
     assert teacher.label_width == 1  # its tokenizer has the labels' words
-    student, _ = planned_pair(read_settings(load(PAPER)))
+    student, _ = planned_pair(read(PAPER))
     assert "published sizes of Qwen3-1.7B" in student.source
     with pytest.raises(ValueError, match=r"`teacher`.*Qwen3-32B.*models/Nobody-7B"):
-        planned_pair(read_settings(load(PAPER, "teacher=models/Nobody-7B")))
+        planned_pair(read(PAPER, "teacher=models/Nobody-7B"))
 
 
 # --- Bounds and verdicts
