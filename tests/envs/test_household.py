@@ -437,19 +437,6 @@ def test_distance_is_exact_in_every_reachable_state(name):
     assert len(distances) > 500
 
 
-@pytest.mark.parametrize("size", tables.SIZES)
-def test_distance_is_exact_along_episodes(size):
-    rng = random.Random(5)
-    for index in range(30):
-        world = World(scenes.task("train", index, size))
-        while not world.solved:
-            after = [(distance(other), command) for command, other in next_worlds(world)]
-            assert distance(world) == 1 + min(after)[0]
-            # Often towards the goal: chance alone would hardly ever reach the late states.
-            best = rng.random() < 0.4
-            world.act(min(after)[1] if best else random_command(world, rng))
-
-
 def check_labels(spec, *script):
     """Act out lines of `command: LABEL; command: LABEL` and compare the oracle's labels."""
     world = World(spec)

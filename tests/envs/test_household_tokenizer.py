@@ -153,9 +153,7 @@ def test_saved_files_load_alike_and_do_not_depend_on_hash_order(tokenizer, tmp_p
     for name in ("pad_token_id", "unk_token_id", "eos_token_id"):
         assert getattr(loaded, name) == getattr(tokenizer, name)
     for text in texts_of("medium", "valid_unseen", 1, show_admissible=4):
-        ids = loaded.encode(text)
-        assert ids == tokenizer.encode(text)
-        assert loaded.decode(ids) == text
+        assert loaded.encode(text) == tokenizer.encode(text)
 
     code = (
         "import sys; from opd_jax.envs.household import tokenizer as h; "
