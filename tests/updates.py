@@ -52,7 +52,7 @@ def random_adapters(config: ModelConfig, lora: Lora, *, scale: float) -> Params:
     """Adapters as after many updates, neither factor zero."""
     rng = np.random.default_rng(2)
     return jax.tree.map(
-        lambda spec: rng.normal(0, scale, spec.shape).astype(np.float32),
+        lambda spec: jnp.asarray(rng.normal(0, scale, spec.shape), jnp.float32),
         lora_specs(config, lora),
         is_leaf=model.is_spec,
     )
