@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 def run_python(code: str, *arguments: object, **environment: str) -> str:
     """Runs code to its end, which must be a success; returns what it printed."""
-    path = f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'envs'}"
+    path = os.pathsep.join(str(ROOT / name) for name in ("", "tests", "tests/envs"))
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": path, **environment},
