@@ -12,6 +12,7 @@ from opd_jax import config as cfg
 from opd_jax.hf.published import PUBLISHED
 from opd_jax.model import is_spec, param_specs
 from opd_jax.plan import screen
+from opd_jax.plan.__main__ import main
 from opd_jax.plan.chips import GIB, V5E, V6E, Slice, find, slices
 from opd_jax.plan.models import planned_pair
 from opd_jax.plan.placement import Placement, device_bytes
@@ -384,11 +385,9 @@ def test_the_command_plans_a_paper_run_without_a_compiler(command):
     assert found["sampling_share"] == pytest.approx(share)
 
 
-def test_the_smallest_slice_is_the_first_that_is_no_misfit(command):
-    flags = ("--config=configs/alfworld_qwen3.py", "--topology=v6e", "--smallest")
-    done = command("plan", *flags, "--compile=false", "--json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+def test_the_smallest_slice_is_the_first_that_is_no_misfit(in_process):
+    flags = (f"--config={PAPER}", "--topology=v6e", "--smallest", "--compile=false", "--json")
+    found = json.loads(in_process(main, *flags))
     verdicts = {row["slice"]: row["verdict"] for row in found["tried"]}
     last = found["plan"]["topology"]
     assert list(verdicts) == [s.name for s in slices("v6e")][: len(verdicts)]
@@ -397,10 +396,9 @@ def test_the_smallest_slice_is_the_first_that_is_no_misfit(command):
     assert all(program["least"] <= V6E.memory for program in found["plan"]["programs"])
 
 
-def test_mistakes_end_in_one_line(command):
-    flags = ("--config=configs/alfworld_qwen3.py", "--topology=v5e", "--smallest")
-    done = command("plan", *flags, "--config.mesh.data=7")
-    assert (done.returncode, done.stderr) == (
-        2,
-        "error: `--smallest`: the run fits no slice of v5e\n",
-    )
+def test_mistakes_end_in_one_line(in_process, capsys):
+    flags = (f"--config={PAPER}", "--topology=v5e", "--smallest", "--config.mesh.data=7")
+    with pytest.raises(SystemExit) as stop:
+        in_process(main, *flags)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: `--smallest`: the run fits no slice of v5e\n"
