@@ -48,8 +48,8 @@ SEARCHQA = PROTOCOL | dict(
     test_questions=500,  # most questions of each other set
     retriever="http://127.0.0.1:8000/retrieve",
     timeout_s=30.0,  # longest wait for an answer of the server
-    retries=3,  # how often a failed request is sent again
-    wait_s=0.5,  # seconds before the first retry; doubled for each further one
+    retry_minutes=10.0,  # how long a request is sent again while the server is away or busy
+    wait_s=0.5,  # seconds before the first retry; doubled for each further one, up to 30
     batch=64,  # most queries in a request
 )
 SETS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")

@@ -21,13 +21,14 @@ This file imports JAX only. Inputs may be any float dtype; arithmetic is float32
 
 from enum import IntEnum
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 NO_TURN = -1
 
+KINDS = ("reverse_kl", "forward_kl", "jsd", "sampled_reverse_kl")
 NORMALIZERS = ("all_tokens", "active_tokens", "none")
 SCOPES = ("batch", "trajectory")
 
@@ -102,32 +103,51 @@ def jsd(student_logits: jax.Array, teacher_logits: jax.Array, *, beta: float) ->
     _check_beta(beta)
     log_s = jax.nn.log_softmax(student_logits.astype(jnp.float32))
     log_t = jax.lax.stop_gradient(jax.nn.log_softmax(teacher_logits.astype(jnp.float32)))
-    return _divergence(log_s, log_t, beta)
+    return _divergence(log_s, log_t, beta, None)
 
 
-def _divergence(log_s: jax.Array, log_t: jax.Array, beta: float) -> jax.Array:
-    """The divergence of normalized log-probabilities over the last axis."""
+def _divergence(log_s: jax.Array, log_t: jax.Array, beta: float, axis: str | None) -> jax.Array:
+    """The divergence of normalized log-probabilities over the last axis; see `_sum` for `axis`."""
     if beta == 1.0:
-        return _kl(log_s, log_t)
+        return _kl(log_s, log_t, axis)
     if beta == 0.0:
-        return _kl(log_t, log_s)
+        return _kl(log_t, log_s, axis)
     # A token banned by both has log m = −inf, where the gradient of logaddexp is NaN. One finite
     # argument prevents that and changes nothing: `_kl` drops the token, whatever its log m.
     possible = (log_s > -jnp.inf) | (log_t > -jnp.inf)
     log_s_finite = jnp.where(possible, log_s, 0.0)
     log_m = jnp.logaddexp(log_t + jnp.log(beta), log_s_finite + jnp.log1p(-beta))
-    return beta * _kl(log_t, log_m) + (1 - beta) * _kl(log_s, log_m)
+    return beta * _kl(log_t, log_m, axis) + (1 - beta) * _kl(log_s, log_m, axis)
 
 
-def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+def _kl(log_p: jax.Array, log_q: jax.Array, axis: str | None) -> jax.Array:
     # A banned token (logit −inf) has p = 0 and contributes nothing, where 0 · (−inf) would be NaN.
     # The inner `where` keeps that NaN out of the gradient too.
     possible = log_p > -jnp.inf
     log_ratio = jnp.where(possible, log_p, 0.0) - jnp.where(possible, log_q, 0.0)
     bounded = jnp.minimum(log_ratio, _LARGE)
-    divergence = jnp.sum(jnp.where(possible, jnp.exp(log_p) * bounded, 0.0), axis=-1)
+    divergence = _sum(jnp.where(possible, jnp.exp(log_p) * bounded, 0.0), axis)
     # A token that only q bans makes the divergence infinite. This summand has no gradient.
-    return divergence + jnp.where(jnp.any(log_ratio == jnp.inf, axis=-1), jnp.inf, 0.0)
+    return divergence + _sum(jnp.where(log_ratio == jnp.inf, jnp.inf, 0.0), axis)
+
+
+def _sum(x: jax.Array, axis: str | None) -> jax.Array:
+    """Sum over the vocabulary, x's last axis. A mapped `axis` means that each device has a part."""
+    total = jnp.sum(x, axis=-1)
+    return total if axis is None else jax.lax.psum(total, axis)
+
+
+def _log_softmax(logits: jax.Array, axis: str | None) -> jax.Array:
+    if axis is None:
+        return jax.nn.log_softmax(logits)
+    shifted = logits - _max(logits, axis)[..., None]
+    return shifted - jnp.log(_sum(jnp.exp(shifted), axis))[..., None]
+
+
+def _max(x: jax.Array, axis: str | None) -> jax.Array:
+    """Maximum over the vocabulary, without gradient; see `_sum`."""
+    largest = jnp.max(jax.lax.stop_gradient(x), axis=-1)
+    return largest if axis is None else jax.lax.pmax(largest, axis)
 
 
 def sampled_reverse_kl(student_logprob: jax.Array, teacher_logprob: jax.Array) -> jax.Array:
@@ -184,23 +204,6 @@ class TokenScores(NamedTuple):
     teacher_entropy: jax.Array
 
 
-def kind_to_beta(kind: str, beta: float | None = None) -> float:
-    """The β of `jsd` for "reverse_kl" (1), "forward_kl" (0) or "jsd" (`beta`).
-
-    Raises:
-      ValueError: an unknown kind, or "jsd" without a `beta` in 0..1.
-    """
-    if kind == "jsd":
-        if beta is None:
-            raise ValueError("`kind` is 'jsd', which needs `beta` in 0..1; got None")
-        _check_beta(beta)
-        return float(beta)
-    ends = {"reverse_kl": 1.0, "forward_kl": 0.0}
-    if kind not in ends:
-        raise ValueError(f"`kind`: expected reverse_kl, forward_kl or jsd, got {kind!r}")
-    return ends[kind]
-
-
 def fused_divergence(
     student_hidden: jax.Array,
     student_head: jax.Array,
@@ -210,6 +213,7 @@ def fused_divergence(
     kind: str,
     chunk_size: int,
     beta: float | None = None,
+    axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Divergence and the teacher's top-1 probability from hidden states, without any `[N, V]`.
 
@@ -222,8 +226,11 @@ def fused_divergence(
       teacher_hidden: float [N, D'] of the teacher's own width.
       teacher_head: float [D', V].
       kind: "reverse_kl", "forward_kl" or "jsd".
-      chunk_size: positions a chunk, ≥ 1; N need not be a multiple of it.
+      chunk_size: positions a chunk, ≥ 1; N need not be a multiple of it. On a mesh with explicit
+        axes that split the positions, it is a multiple of the number of parts.
       beta: the teacher's share for kind "jsd" (see `jsd`).
+      axis_name: under `jax.shard_map`, the mesh axis that splits V: each device has its columns of
+        both heads. None where arrays are global; then any sharding of them is fine.
 
     Returns:
       (divergence [N] in nats, teacher_top1_prob [N]), float32. Gradients flow to `student_hidden`
@@ -231,17 +238,20 @@ def fused_divergence(
 
     Raises:
       ValueError: positions, widths or vocabularies that do not match, an unknown kind, or a
-        `chunk_size` below 1.
+        `chunk_size` below 1; or under `shard_map` the heads differ along a mesh axis along which
+        the hidden states do not, and `axis_name` is None.
     """
     scores = fused_scores(
         student_hidden,
         student_head,
         teacher_hidden,
         teacher_head,
-        jnp.zeros(student_hidden.shape[0], jnp.int32),
-        beta=kind_to_beta(kind, beta),
+        None,
+        kind=kind,
+        beta=beta,
         chunk_size=chunk_size,
         confidence_temperature=1.0,
+        axis_name=axis_name,
     )
     return scores.divergence, scores.teacher_top1_prob
 
@@ -251,11 +261,13 @@ def fused_scores(
     student_head: jax.Array,
     teacher_hidden: jax.Array,
     teacher_head: jax.Array,
-    targets: jax.Array,
+    targets: jax.Array | None,
     *,
-    beta: float,
+    kind: str,
     chunk_size: int,
     confidence_temperature: float,
+    beta: float | None = None,
+    axis_name: str | None = None,
 ) -> TokenScores:
     """`fused_divergence` with everything else that the same logits tell.
 
@@ -263,18 +275,18 @@ def fused_scores(
 
     Args:
       student_hidden, student_head, teacher_hidden, teacher_head: as in `fused_divergence`.
-      targets: int [N], the sampled tokens.
-      beta: the divergence, as in `jsd`.
-      chunk_size: as in `fused_divergence`.
+      targets: int [N], the sampled tokens; None leaves out their log-probabilities.
+      kind, chunk_size, beta, axis_name: as in `fused_divergence`. The kind may also be
+        "sampled_reverse_kl", the estimate from the targets.
       confidence_temperature: temperature of the teacher's softmax for `teacher_top1_prob` only;
         0 makes it 1 everywhere (the paper's sensitivity table names such a setting).
 
     Raises:
-      ValueError: as `fused_divergence`, or a `beta` outside 0..1.
+      ValueError: as `fused_divergence`.
     """
     _check_heads("student_hidden", student_hidden, "student_head", student_head)
     _check_heads("teacher_hidden", teacher_hidden, "teacher_head", teacher_head)
-    _check_beta(beta)
+    share = _teacher_share(kind, beta)
     if student_hidden.shape[0] != teacher_hidden.shape[0]:
         raise ValueError(
             f"`teacher_hidden` has {teacher_hidden.shape[0]} positions, expected the "
@@ -285,15 +297,40 @@ def fused_scores(
             f"`teacher_head` has {teacher_head.shape[1]} tokens, expected the "
             f"{student_head.shape[1]} of `student_head`: slice padded vocabularies to equal size"
         )
+    if kind == "sampled_reverse_kl" and targets is None:
+        raise ValueError("`kind` is 'sampled_reverse_kl', which needs the sampled tokens")
+    if axis_name is None:
+        _check_whole_vocabulary(student_hidden, student_head)
     frozen_hidden, frozen_head = jax.lax.stop_gradient((teacher_hidden, teacher_head))
     # Keep the head in float32 outside the scan, so that its gradient adds up in float32.
     master_head = student_head.astype(jnp.float32)
-    chunk = partial(_score_chunk, beta=beta, confidence_temperature=confidence_temperature)
-    return _scan_chunks(
+    chunk = partial(
+        _score_chunk,
+        beta=share,
+        confidence_temperature=confidence_temperature,
+        axis=axis_name,
+    )
+    scores = _scan_chunks(
         lambda s, t, target: chunk(s, master_head.astype(s.dtype), t, frozen_head, target),
         (student_hidden, frozen_hidden, targets),
         chunk_size=chunk_size,
     )
+    if kind != "sampled_reverse_kl":
+        return scores
+    estimate = sampled_reverse_kl(scores.student_logprob, scores.teacher_logprob)
+    return scores._replace(divergence=estimate)
+
+
+def _teacher_share(kind: str, beta: float | None) -> float:
+    """The teacher's share β in `jsd`, of which both directions of the KL are the ends."""
+    if kind not in KINDS:
+        raise ValueError(f"`kind`: expected one of {', '.join(KINDS)}, got {kind!r}")
+    if kind != "jsd":
+        return 0.0 if kind == "forward_kl" else 1.0
+    if beta is None:
+        raise ValueError("`kind` is 'jsd', which needs `beta` in 0..1; got None")
+    _check_beta(beta)
+    return float(beta)
 
 
 def _score_chunk(
@@ -301,41 +338,45 @@ def _score_chunk(
     student_head: jax.Array,
     teacher_hidden: jax.Array,
     teacher_head: jax.Array,
-    targets: jax.Array,
+    targets: jax.Array | None,
     *,
     beta: float,
     confidence_temperature: float,
+    axis: str | None,
 ) -> TokenScores:
     logits_t = _logits(teacher_hidden, teacher_head)
-    log_s = jax.nn.log_softmax(_logits(student_hidden, student_head))
-    log_t = jax.nn.log_softmax(logits_t)
+    log_s = _log_softmax(_logits(student_hidden, student_head), axis)
+    log_t = _log_softmax(logits_t, axis)
     log_s_frozen = jax.lax.stop_gradient(log_s)
     return TokenScores(
-        divergence=_divergence(log_s, log_t, beta),
-        teacher_top1_prob=_top1_prob(logits_t, confidence_temperature),
-        student_logprob=_pick(log_s, targets),
-        teacher_logprob=_pick(log_t, targets),
-        student_entropy=_entropy(log_s_frozen),
-        teacher_entropy=_entropy(log_t),
+        divergence=_divergence(log_s, log_t, beta, axis),
+        teacher_top1_prob=_top1_prob(logits_t, confidence_temperature, axis),
+        student_logprob=_pick(log_s, targets, axis),
+        teacher_logprob=_pick(log_t, targets, axis),
+        student_entropy=_entropy(log_s_frozen, axis),
+        teacher_entropy=_entropy(log_t, axis),
     )
 
 
 def fused_cross_entropy(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, *, chunk_size: int
-) -> tuple[jax.Array, jax.Array]:
-    """−log p(target), the objective of SFT, and the entropy of p; chunked like `fused_divergence`.
+) -> TokenScores:
+    """−log p(target), the objective of SFT, as the divergence; chunked like `fused_divergence`.
 
     Returns:
-      (cross-entropy [N], entropy [N]) in nats, float32; gradients flow through the first only.
+      float32 [N] each. Only the divergence and the target's log-probability have gradients. What
+      needs a teacher is 0.
     """
     _check_heads("hidden", hidden, "head", head)
     master_head = head.astype(jnp.float32)  # see `fused_scores`
 
     def chunk(h: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
         log_p = jax.nn.log_softmax(_logits(h, master_head.astype(h.dtype)))
-        return -_pick(log_p, target), _entropy(jax.lax.stop_gradient(log_p))
+        return -_pick(log_p, target, None), _entropy(jax.lax.stop_gradient(log_p), None)
 
-    return _scan_chunks(chunk, (hidden, targets), chunk_size=chunk_size)
+    nll, entropy = _scan_chunks(chunk, (hidden, targets), chunk_size=chunk_size)
+    zero = jnp.zeros_like(nll)
+    return TokenScores(nll, zero, -nll, zero, entropy, zero)
 
 
 def _scan_chunks(function, arrays, *, chunk_size: int):
@@ -356,7 +397,7 @@ def _scan_chunks(function, arrays, *, chunk_size: int):
         return jnp.moveaxis(apart, 1, 0)
 
     body = jax.checkpoint(lambda _, chunk: (None, function(*chunk)))
-    _, out = jax.lax.scan(body, None, tuple(chunks(x) for x in arrays))
+    _, out = jax.lax.scan(body, None, jax.tree.map(chunks, arrays))
     return jax.tree.map(lambda x: x.T.reshape(-1)[:size], out)
 
 
@@ -364,19 +405,28 @@ def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
     return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
 
 
-def _pick(logprobs: jax.Array, targets: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(logprobs, targets[:, None], axis=-1)[:, 0]
+def _pick(logprobs: jax.Array, targets: jax.Array | None, axis: str | None) -> Any:
+    if targets is None:
+        return None
+    if axis is None:
+        return jnp.take_along_axis(logprobs, targets[:, None], axis=-1)[:, 0]
+    # Only one device has the target's column.
+    column = targets - jax.lax.axis_index(axis) * logprobs.shape[-1]
+    mine = column[:, None] == jnp.arange(logprobs.shape[-1])
+    return _sum(jnp.where(mine, logprobs, 0.0), axis)
 
 
-def _entropy(logprobs: jax.Array) -> jax.Array:
-    return -jnp.sum(jnp.where(logprobs > -jnp.inf, jnp.exp(logprobs) * logprobs, 0.0), axis=-1)
+def _entropy(logprobs: jax.Array, axis: str | None) -> jax.Array:
+    return -_sum(jnp.where(logprobs > -jnp.inf, jnp.exp(logprobs) * logprobs, 0.0), axis)
 
 
-def _top1_prob(logits: jax.Array, temperature: float) -> jax.Array:
+def _top1_prob(logits: jax.Array, temperature: float, axis: str | None) -> jax.Array:
     if temperature == 0.0:
         return jnp.ones(logits.shape[:-1], jnp.float32)
     scaled = logits / temperature
-    return jnp.exp(jnp.max(scaled, axis=-1) - jax.nn.logsumexp(scaled, axis=-1))
+    if axis is None:
+        return jnp.exp(jnp.max(scaled, axis=-1) - jax.nn.logsumexp(scaled, axis=-1))
+    return 1 / _sum(jnp.exp(scaled - _max(scaled, axis)[..., None]), axis)
 
 
 # --- Weights ------------------------------------------------------------------------------------
@@ -461,8 +511,8 @@ class WeightTotals(NamedTuple):
 
 def raw_weights(
     turn_id: jax.Array,
-    verdict: jax.Array,
-    confidence: jax.Array,
+    verdict: jax.Array | None,
+    confidence: jax.Array | None,
     *,
     weak_weight: float,
     token_factor: jax.Array | None,
@@ -476,18 +526,17 @@ def raw_weights(
       (s float32 [B, T], 0 where `turn_id` is `NO_TURN`; its totals). No gradient.
 
     Raises:
-      ValueError: shapes that do not match, or an unknown `scope`.
+      ValueError: shapes that do not match, a turn id of K or more, or an unknown `scope`.
     """
     if scope not in SCOPES:
         raise ValueError(f"`scope`: expected one of {', '.join(SCOPES)}, got {scope!r}")
-    if verdict.shape != confidence.shape or verdict.shape[:1] != turn_id.shape[:1]:
-        raise ValueError(
-            f"`verdict` {verdict.shape} and `confidence` {confidence.shape}: expected both [B, K] "
-            f"with B = {turn_id.shape[0]} of `turn_id` {turn_id.shape}"
-        )
-    turn_weight = intervention_weight(verdict, weak_weight=weak_weight) * confidence
-    turn_weight = jax.lax.stop_gradient(turn_weight).astype(jnp.float32)
-    s = jnp.take_along_axis(turn_weight, jnp.maximum(turn_id, 0), axis=1)
+    if verdict is not None and confidence is not None:
+        _check_same_shape("verdict", verdict, "confidence", confidence)
+    s = jnp.ones(turn_id.shape, jnp.float32)
+    if verdict is not None:
+        s *= _of_turn(intervention_weight(verdict, weak_weight=weak_weight), turn_id, "verdict")
+    if confidence is not None:
+        s *= _of_turn(confidence, turn_id, "confidence")
     if token_factor is not None:
         _check_same_shape("token_factor", token_factor, "turn_id", turn_id)
         s *= jax.lax.stop_gradient(token_factor)
@@ -501,14 +550,32 @@ def raw_weights(
     return s, totals
 
 
+def _of_turn(weight_BK: jax.Array, turn_id: jax.Array, name: str) -> jax.Array:
+    """The weight of each token's turn, float32 [B, T], without gradient."""
+    if weight_BK.ndim != 2 or weight_BK.shape[0] != turn_id.shape[0]:
+        raise ValueError(
+            f"`{name}` {weight_BK.shape}: expected [B, K] with B = {turn_id.shape[0]} of `turn_id` "
+            f"{turn_id.shape}"
+        )
+    turns = weight_BK.shape[1]
+    if not isinstance(turn_id, jax.core.Tracer) and jnp.any(turn_id >= turns):
+        raise ValueError(
+            f"`turn_id`: expected turns below K = {turns} of `{name}` {weight_BK.shape}, got "
+            f"{jnp.max(turn_id)}"
+        )
+    weight_BK = jax.lax.stop_gradient(weight_BK).astype(jnp.float32)
+    at = jnp.maximum(turn_id, 0)
+    return jnp.take_along_axis(weight_BK, at, axis=1, mode="fill", fill_value=0)
+
+
 def scale(totals: WeightTotals, *, normalize: str, eps: float, max_z: float | None) -> jax.Array:
-    """z = N / max(Σ s, ε), which brings the mean token weight to one.
+    """z = N / max(Σ s, ε), which brings the mean token weight to one; 1 if no token has a weight.
 
     Args:
       totals: those of the whole batch, or of each trajectory.
       normalize: "all_tokens" (the paper's), "active_tokens" (N counts active tokens only; the
         paper's ablation) or "none" (z = 1).
-      eps: ε keeps z finite where every turn is skipped; the weights there are 0 anyway.
+      eps: ε, the least sum to divide by.
       max_z: upper bound on z, or None; ours.
 
     Returns:
@@ -526,14 +593,14 @@ def scale(totals: WeightTotals, *, normalize: str, eps: float, max_z: float | No
     if normalize == "none":
         return jnp.ones_like(totals.weight, jnp.float32)
     count = totals.tokens if normalize == "all_tokens" else totals.active
-    z = count / jnp.maximum(totals.weight, eps)
+    z = jnp.where(totals.weight > 0, count / jnp.maximum(totals.weight, eps), 1.0)
     return z if max_z is None else jnp.minimum(z, max_z)
 
 
 def sage_weights(
     turn_id: jax.Array,
-    verdict: jax.Array,
-    confidence: jax.Array,
+    verdict: jax.Array | None,
+    confidence: jax.Array | None,
     *,
     weak_weight: float = 0.5,
     normalize: str = "all_tokens",
@@ -545,9 +612,10 @@ def sage_weights(
     """The weight of every token, z · i · c: `raw_weights` times `scale` of their totals.
 
     Args:
-      turn_id: int [B, T].
-      verdict: int [B, K], codes of `Verdict`.
-      confidence: float [B, K], from `turn_confidence`; ones switch it off.
+      turn_id: int [B, T], below K. A compiled program cannot raise; there turns of K and more have
+        weight 0.
+      verdict: int [B, K], codes of `Verdict`; None: i = 1, no intervention.
+      confidence: float [B, K], from `turn_confidence`; None: c = 1.
       weak_weight: α, the weight of WEAK.
       normalize: see `scale`.
       scope: "batch": one z for the batch; "trajectory": one for each row.
@@ -562,7 +630,8 @@ def sage_weights(
       skipped: then all weights are 0.
 
     Raises:
-      ValueError: shapes that do not match, or an unknown `normalize` or `scope`.
+      ValueError: shapes that do not match, a turn id of K or more, or an unknown `normalize` or
+        `scope`.
 
     Source: arXiv 2606.19659: intervention, confidence and normalized loss.
     """
@@ -638,3 +707,20 @@ def _check_heads(name: str, hidden: jax.Array, head_name: str, head: jax.Array) 
             f"`{name}` {hidden.shape} and `{head_name}` {head.shape}: expected [N, D] and [D, V] "
             "with one D"
         )
+
+
+def _check_whole_vocabulary(hidden: jax.Array, head: jax.Array) -> None:
+    """Raises if each device has only some columns of the head, as under `shard_map`."""
+    split = _varies_along(head) - _varies_along(hidden)
+    if split:
+        raise ValueError(
+            f"`student_head` varies along the mesh axis {', '.join(sorted(split))} and "
+            "`student_hidden` does not, so each device has a part of the vocabulary: give that "
+            "axis as `axis_name`"
+        )
+
+
+def _varies_along(x: jax.Array) -> frozenset[str]:
+    """Mesh axes along which devices hold different x, inside `shard_map` (with `check_vma`)."""
+    kind: Any = jax.typeof(x)
+    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # from jax 0.10 on

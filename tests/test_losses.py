@@ -15,6 +15,7 @@ from scipy.stats import entropy
 from opd_jax.losses import (
     NO_TURN,
     Verdict,
+    WeightTotals,
     entropy_factor,
     forward_kl,
     fused_cross_entropy,
@@ -22,7 +23,6 @@ from opd_jax.losses import (
     fused_scores,
     intervention_weight,
     jsd,
-    kind_to_beta,
     raw_weights,
     reverse_kl,
     sage_weights,
@@ -188,7 +188,8 @@ def unfused(kind: str, beta: float | None) -> tuple[jax.Array, tuple[jax.Array, 
     """Value and gradient to the student of the weighted divergence from whole logits."""
 
     def loss(h_s: jax.Array, w_s: jax.Array, h_t: jax.Array, w_t: jax.Array) -> jax.Array:
-        return TOKEN_WEIGHT @ jsd(h_s @ w_s, h_t @ w_t, beta=kind_to_beta(kind, beta))
+        known = {"forward_kl": 0.0, "reverse_kl": 1.0}
+        return TOKEN_WEIGHT @ jsd(h_s @ w_s, h_t @ w_t, beta=known.get(kind, beta))
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(*HEADS)
 
@@ -214,7 +215,7 @@ def test_fused_scores_equal_float64(temperature: float) -> None:
     h_s, w_s, h_t, w_t = (x.astype(np.float64) for x in HEADS)
     log_s, log_t = log_softmax(h_s @ w_s, axis=-1), log_softmax(h_t @ w_t, axis=-1)
     got = fused_scores(
-        *HEADS, TARGETS, beta=1.0, chunk_size=4, confidence_temperature=temperature
+        *HEADS, TARGETS, kind="reverse_kl", chunk_size=4, confidence_temperature=temperature
     )._asdict()
     sharpened = 1.0 if temperature == 0 else softmax(h_t @ w_t / temperature, axis=-1).max(-1)
     # The temperature is the confidence's alone: nothing else moves with it.
@@ -249,16 +250,21 @@ def test_fused_scores_bfloat16_in_float32() -> None:
 @pytest.mark.parametrize("chunk_size", [1, 4, 64])
 def test_fused_cross_entropy_equals_float64(chunk_size: int) -> None:
     h, w = (x.astype(np.float64) for x in HEADS[:2])
-    nll, entropies = fused_cross_entropy(*HEADS[:2], TARGETS, chunk_size=chunk_size)
+    got = fused_cross_entropy(*HEADS[:2], TARGETS, chunk_size=chunk_size)
     log_p = log_softmax(h @ w, axis=-1)
-    np.testing.assert_allclose(nll, -log_p[np.arange(N), TARGETS], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(entropies, entropy(np.exp(log_p), axis=-1), rtol=1e-4, atol=1e-5)
+    nll = -log_p[np.arange(N), TARGETS]
+    np.testing.assert_allclose(got.divergence, nll, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got.student_logprob, -nll, rtol=1e-5, atol=1e-6)
+    entropies = entropy(np.exp(log_p), axis=-1)
+    np.testing.assert_allclose(got.student_entropy, entropies, rtol=1e-4, atol=1e-5)
+    assert not np.any([got.teacher_top1_prob, got.teacher_logprob, got.teacher_entropy])
+
     # ∇_hidden Σ nll = (p - onehot) headᵀ, and nothing through the entropy.
-    gradient = jax.grad(
-        lambda h: sum(
-            x.sum() for x in fused_cross_entropy(h, HEADS[1], TARGETS, chunk_size=chunk_size)
-        )
-    )(HEADS[0])
+    def total(h: jax.Array) -> jax.Array:
+        scores = fused_cross_entropy(h, HEADS[1], TARGETS, chunk_size=chunk_size)
+        return sum(x.sum() for x in scores._replace(student_logprob=jnp.zeros(())))
+
+    gradient = jax.grad(total)(HEADS[0])
     np.testing.assert_allclose(gradient, (np.exp(log_p) - np.eye(V)[TARGETS]) @ w.T, atol=1e-5)
 
 
@@ -352,6 +358,32 @@ def test_totals_of_the_parts_give_the_scale_of_the_whole(normalize: str) -> None
     # With it, weights of the parts are those of the whole.
     s = np.concatenate([raw_weights(*part, **how)[0] for part in parts])
     np.testing.assert_allclose(s * z, weight, rtol=1e-6)
+
+
+@pytest.mark.parametrize("normalize", ["all_tokens", "active_tokens", "none"])
+def test_without_any_weight_the_scale_is_one(normalize: str) -> None:
+    rows = WeightTotals(*jnp.array([[0.0, 2.0], [5.0, 4.0], [0.0, 4.0]]))
+    z = scale(rows, normalize=normalize, eps=1e-8, max_z=None)
+    np.testing.assert_array_equal(z, [1.0, 1.0 if normalize == "none" else 2.0])
+
+
+def test_a_turn_that_no_verdict_is_for_has_no_weight_under_jit() -> None:
+    turn_id = jnp.array([[0, 1, NO_TURN, 2]])
+    args = (turn_id, jnp.array([[STRONG, WEAK]]), jnp.ones((1, 2)))
+    weight, _ = jax.jit(partial(sage_weights, normalize="none"))(*args)
+    np.testing.assert_array_equal(weight, [[1.0, 0.5, 0.0, 0.0]])
+
+
+def test_without_a_verdict_or_a_confidence_their_factor_is_one() -> None:
+    how: dict[str, Any] = dict(weak_weight=0.5, token_factor=None, scope="batch")
+    ones = jnp.ones(CONFIDENCE.shape)
+    plain, _ = raw_weights(TURN_ID, None, None, **how)
+    np.testing.assert_array_equal(plain, (TURN_ID != NO_TURN).astype(np.float32))
+    intervened, _ = raw_weights(TURN_ID, VERDICT, None, **how)
+    np.testing.assert_array_equal(intervened, raw_weights(TURN_ID, VERDICT, ones, **how)[0])
+    confident, _ = raw_weights(TURN_ID, None, CONFIDENCE, **how)
+    strong = jnp.full(VERDICT.shape, STRONG)
+    np.testing.assert_array_equal(confident, raw_weights(TURN_ID, strong, CONFIDENCE, **how)[0])
 
 
 @pytest.mark.parametrize(
@@ -585,7 +617,8 @@ H_S, W_S, H_T, W_T = HEADS
         (lambda: fused(H_S, W_S[1:], H_T, W_T), "`student_hidden` .* and `student_head`"),
         (lambda: fused(H_S, W_S, H_T, W_T.T), "`teacher_hidden` .* and `teacher_head`"),
         (lambda: fused(H_S[None], W_S, H_T, W_T), r"expected \[N, D\] and \[D, V\]"),
-        (lambda: fused(*HEADS, kind="kl"), "`kind`: expected reverse_kl, forward_kl or jsd"),
+        (lambda: fused(*HEADS, kind="kl"), "`kind`: expected one of reverse_kl, forward_kl, jsd"),
+        (lambda: fused(*HEADS, kind="sampled_reverse_kl"), "needs the sampled tokens"),
         (lambda: fused(*HEADS, kind="jsd"), "needs `beta`"),
         (lambda: fused(*HEADS, kind="jsd", beta=2.0), "`beta`: expected 0..1"),
         (lambda: fused(*HEADS, chunk_size=0), "`chunk_size`: expected at least 1, got 0"),
@@ -594,7 +627,11 @@ H_S, W_S, H_T, W_T = HEADS
         (lambda: weights(token_factor=jnp.ones(3)), "`token_factor` and `turn_id`"),
         (
             lambda: sage_weights(TURN_ID, VERDICT, CONFIDENCE[:, :2]),
-            "`verdict` .* and `confidence`",
+            "`verdict` and `confidence`: expected equal",
+        ),
+        (
+            lambda: sage_weights(jnp.array([[2]]), jnp.ones((1, 2), int), jnp.ones((1, 2))),
+            r"`turn_id`: expected turns below K = 2 .* got 2",
         ),
         (lambda: sage_weights(TURN_ID, VERDICT[:1], CONFIDENCE[:1]), "with B = 2 of `turn_id`"),
         (lambda: turn_confidence(TOP1[:, 1:], TURN_ID, 3), "`teacher_top1_prob` and `turn_id`"),

@@ -100,7 +100,8 @@ def test_config_tasks_and_events_are_there(trained: Any) -> None:
 
 MEASURED = (
     *("loss", "divergence", "z", "raw_weight", "active_tokens", "confidence"),
-    *("student_entropy", "teacher_entropy", "grad_norm", "update_norm", "logprob_error"),
+    *("student_entropy", "teacher_entropy", "grad_norm", "update_norm", "no_step"),
+    "logprob_error",
     *("verdict/skip", "verdict/weak", "verdict/strong", "verdict/det_fail"),
     *("batch/success", "batch/score", "batch/turns", "batch/repeated", "batch/failed"),
     *("tokens/sampled", "tokens/sequence", "tokens/student", "judge/asked"),

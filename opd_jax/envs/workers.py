@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from opd_jax.envs.base import BROKEN, Env, Observation, Task
 from opd_jax.envs.turns import NOT_RUNNING
 from opd_jax.envs.worker_process import defining_module, encode, receive, send
+from opd_jax.runtime.exits import WorldFailed
 
 # What `Worker.breaks` counts.
 TIMEOUT, DIED, EXCEPTION, GARBAGE = "timeout", "died", "exception", "garbage"
@@ -82,11 +83,11 @@ class Worker:
         return self._process.pid if self._process else None
 
     def size(self, split: str) -> int:
-        """Number of tasks in `split`; RuntimeError if it breaks twice."""
+        """Number of tasks in `split`; WorldFailed if it breaks twice."""
         return self._query("size", split, read=_whole_number)
 
     def digest(self, split: str) -> str:
-        """The environment's digest of `split`; RuntimeError if it breaks twice."""
+        """The environment's digest of `split`; WorldFailed if it breaks twice."""
         return self._query("digest", split, read=_text)
 
     def reset(self, split: str, index: int) -> Observation:
@@ -126,7 +127,7 @@ class Worker:
         try:
             return self._ask_twice(name, split, read=read)
         except _BreakError as why:
-            raise RuntimeError(f"the environment broke in `{name}`, twice: {why}") from why
+            raise WorldFailed(f"the environment broke in `{name}`, twice: {why}") from why
 
     def _ask_twice(self, name: str, *arguments: Any, read: Callable[[Any], Read]) -> Read:
         try:

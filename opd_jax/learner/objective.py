@@ -12,13 +12,11 @@ from flax import struct
 from opd_jax import losses, model
 from opd_jax.learner.batch import Array, Batch
 from opd_jax.learner.teacher import Teacher, response_hidden
-from opd_jax.losses import NO_TURN, TokenScores, Verdict, WeightTotals
+from opd_jax.losses import NO_TURN, TokenScores, WeightTotals
 from opd_jax.model import ModelConfig, Params
 from opd_jax.model.projections import cast
 from opd_jax.runtime.fields import check_choice, check_within
 from opd_jax.runtime.mesh import constrain
-
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "sampled_reverse_kl", "cross_entropy")
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Objective:
     max_z: float
 
     def __post_init__(self):
-        check_choice(DIVERGENCES, divergence=self.divergence)
+        check_choice((*losses.KINDS, "cross_entropy"), divergence=self.divergence)
         check_choice(losses.NORMALIZERS, normalize=self.normalize)
         check_choice(losses.SCOPES, scope=self.scope)
         check_within(0, 1, beta=self.beta, weak_weight=self.weak_weight)
@@ -142,7 +140,7 @@ def score(
     hidden = _positions(hidden)
     head = _gathered_head(params)
     if not objective.needs_teacher:
-        scores = _fine_tuning_scores(hidden, head, targets, loss_chunk=loss_chunk)
+        scores = losses.fused_cross_entropy(hidden, head, targets, chunk_size=loss_chunk)
     elif teacher is None:
         raise ValueError(
             f"`objective.divergence` = {objective.divergence!r} compares the student with a "
@@ -150,14 +148,16 @@ def score(
         )
     else:
         frozen = jax.lax.stop_gradient(teacher)
-        scores = _distillation_scores(
+        scores = losses.fused_scores(
             hidden,
             head,
             _positions(frozen.hidden),
             _gathered_head(frozen.head),
             targets,
-            objective=objective,
-            loss_chunk=loss_chunk,
+            kind=objective.divergence,
+            beta=objective.beta,
+            chunk_size=loss_chunk,
+            confidence_temperature=objective.confidence_temperature,
         )
     return jax.tree.map(lambda x: x.reshape(batch.response.shape), scores)
 
@@ -181,44 +181,6 @@ def _gathered_head(params: Params) -> jax.Array:
     return constrain(model.head(params), None, "vocab")
 
 
-def _distillation_scores(
-    hidden: jax.Array,
-    head: jax.Array,
-    teacher_hidden: jax.Array,
-    teacher_head: jax.Array,
-    targets: jax.Array,
-    *,
-    objective: Objective,
-    loss_chunk: int,
-) -> TokenScores:
-    """Scores of the objective's divergence at N positions; arguments as in `fused_scores`."""
-    sampled = objective.divergence == "sampled_reverse_kl"
-    kind = "reverse_kl" if sampled else objective.divergence
-    scores = losses.fused_scores(
-        hidden,
-        head,
-        teacher_hidden,
-        teacher_head,
-        targets,
-        beta=losses.kind_to_beta(kind, objective.beta),
-        chunk_size=loss_chunk,
-        confidence_temperature=objective.confidence_temperature,
-    )
-    if not sampled:
-        return scores
-    estimate = losses.sampled_reverse_kl(scores.student_logprob, scores.teacher_logprob)
-    return scores._replace(divergence=estimate)
-
-
-def _fine_tuning_scores(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, *, loss_chunk: int
-) -> TokenScores:
-    """Scores at N positions, with the cross-entropy of the tokens themselves as divergence."""
-    nll, entropy = losses.fused_cross_entropy(hidden, head, targets, chunk_size=loss_chunk)
-    zero = jnp.zeros_like(nll)
-    return TokenScores(nll, zero, -nll, zero, entropy, zero)
-
-
 def objective_sums(scores: TokenScores, batch: Batch, *, objective: Objective) -> Sums:
     """The weighted objective of a micro-batch, as sums; differentiate `loss`.
 
@@ -228,13 +190,23 @@ def objective_sums(scores: TokenScores, batch: Batch, *, objective: Objective) -
     K = batch.verdict.shape[1]
     in_turn = turn_id[..., None] == jnp.arange(K)  # [B, R, K]
     exists = jnp.any(in_turn, axis=1)
-    if objective.confidence:
-        confidence = losses.turn_confidence(scores.teacher_top1_prob, turn_id, K)
-    else:
-        confidence = exists.astype(jnp.float32)
-    weight, totals = _weights(
-        turn_id, batch.verdict, confidence, scores.teacher_entropy, objective=objective
+    confidence = losses.turn_confidence(scores.teacher_top1_prob, turn_id, K)
+    bonus, threshold = objective.entropy_bonus, objective.entropy_threshold
+    weight, totals = losses.raw_weights(
+        turn_id,
+        jnp.asarray(batch.verdict) if objective.intervention else None,
+        confidence if objective.confidence else None,
+        weak_weight=objective.weak_weight,
+        token_factor=(
+            losses.entropy_factor(scores.teacher_entropy, bonus=bonus, threshold=threshold)
+            if bonus
+            else None
+        ),
+        scope=objective.scope,
     )
+    if objective.scope == "trajectory":  # one row, so its totals are complete
+        weight = weight * objective.scale(totals)[:, None]
+        totals = jax.tree.map(jnp.sum, totals)
     mine = turn_id != NO_TURN
 
     def clean(x: jax.Array) -> jax.Array:
@@ -256,37 +228,3 @@ def objective_sums(scores: TokenScores, batch: Batch, *, objective: Objective) -
         teacher_entropy=jnp.sum(clean(scores.teacher_entropy)),
         logprob_error=jnp.max(clean(jnp.abs(scores.student_logprob - sampled))),
     )
-
-
-def _weights(
-    turn_id: jax.Array,
-    verdict: Array,
-    confidence: jax.Array,
-    teacher_entropy: jax.Array,
-    *,
-    objective: Objective,
-) -> tuple[jax.Array, WeightTotals]:
-    """s = i · c · e of every token, [B, R], and its totals over the micro-batch.
-
-    With the scope "trajectory" the scale is applied here: a trajectory is one row, so its totals
-    are complete.
-    """
-    verdict = jnp.asarray(verdict)
-    if not objective.intervention:
-        verdict = jnp.full_like(verdict, Verdict.STRONG)
-    factor = None
-    if objective.entropy_bonus:
-        bonus, threshold = objective.entropy_bonus, objective.entropy_threshold
-        factor = losses.entropy_factor(teacher_entropy, bonus=bonus, threshold=threshold)
-    weight, totals = losses.raw_weights(
-        turn_id,
-        verdict,
-        confidence,
-        weak_weight=objective.weak_weight,
-        token_factor=factor,
-        scope=objective.scope,
-    )
-    if objective.scope == "trajectory":
-        weight = weight * objective.scale(totals)[:, None]
-        totals = jax.tree.map(jnp.sum, totals)
-    return weight, totals

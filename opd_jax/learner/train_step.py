@@ -92,8 +92,9 @@ def make_train_step(
         parameters.
 
     Returns:
-      The update. Its metrics are `loss`, `z`, `sums` (`objective.Sums`), `grad_norm` and
-      `update_norm`, replicated.
+      The update. Its metrics are `loss`, `z`, `sums` (`objective.Sums`), `grad_norm`,
+      `update_norm` and `no_step`, replicated. If no token has a weight, parameters and optimizer
+      stay as they are, and `no_step` is 1.
 
     Raises:
       ValueError: when the update is traced: the batch does not divide into the micro-batches, the
@@ -129,19 +130,22 @@ def make_train_step(
         factor = z / jnp.maximum(sums.totals.tokens, 1)
         gradient = jax.tree.map(lambda g, p: (g * factor).astype(p.dtype), gradient, state.params)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        # Momentum and weight decay would move the student even if no token had a weight.
+        weighs = sums.totals.weight > 0
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(weighs, new, old),
+            (optax.apply_updates(state.params, updates), opt_state),
+            (state.params, state.opt_state),
+        )
         metrics = {
             "loss": sums.loss * factor,
             "z": z,
             "sums": sums,
             "grad_norm": optax.global_norm(gradient),
-            "update_norm": optax.global_norm(updates),
+            "update_norm": jnp.where(weighs, optax.global_norm(updates), 0.0),
+            "no_step": 1 - weighs.astype(jnp.float32),
         }
-        new = dataclasses.replace(
-            state,
-            params=optax.apply_updates(state.params, updates),
-            opt_state=opt_state,
-            step=state.step + 1,
-        )
+        new = dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1)
         return new, replicate(metrics)
 
     return train_step

@@ -101,7 +101,7 @@ def update_metrics(
             "by_turn/raw_weight": (sums.weight_by_turn, sums.tokens_by_turn),
             "by_turn/confidence": (sums.confidence, sums.turns),
             "by_turn/turns": (sums.turns, np.ones_like(sums.turns)),
-            **{name: raw[name] for name in ("loss", "z", "grad_norm", "update_norm")},
+            **{name: raw[name] for name in ("loss", "z", "grad_norm", "update_norm", "no_step")},
             "logprob_error": sums.logprob_error,
             **{f"seconds/{part}": seconds for part, seconds in clock.seconds.items()},
             "seconds/compile": clock.compile_s,

@@ -1,15 +1,81 @@
-"""How commands end."""
+"""How commands end: one table of exit statuses.
 
+Launchers start a run again after `WORLD`, as often as `launch` says without a new checkpoint. They
+stop at every other status.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import shutil
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn
 
-MISTAKE = 2
+# 0 is done, or stopped by a signal with everything saved. 1 is a bug: Python's, with a traceback.
+MISTAKE = 2  # the user's: in the command, the config or a folder
+DISK = 74  # full, or cannot be written (EX_IOERR of sysexits.h)
+WORLD = 75  # a server, an engine or another process failed (EX_TEMPFAIL)
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+# The storage layer of checkpoints raises other types, with the system's words in their text.
+_DISK_WORDS = re.compile(
+    "|".join(os.strerror(code) for code in sorted(_DISK_ERRORS - {errno.EIO, errno.EPERM}))
+)
 
 
-def fail(message: object) -> NoReturn:
-    """Ends a command because of a user's mistake: one line to stderr, exit status `MISTAKE`.
+class WorldFailed(RuntimeError):
+    """Something outside the program failed: a server, an engine, another process.
 
-    A command wraps its body in ``try: ... except ValueError as error: fail(error)``.
+    The same command resumes the run, so launchers start it again.
     """
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(MISTAKE)
+
+
+def fail(message: object, status: int = MISTAKE) -> NoReturn:
+    """Ends a command: one line to stderr, and the exit status."""
+    print("error:", " ".join(str(message).split()), file=sys.stderr, flush=True)
+    raise SystemExit(status)
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """Runs a command. Errors that `explain` knows end it with one line, without a traceback."""
+    try:
+        yield
+    except Exception as error:
+        if known := explain(error):
+            fail(*known)
+        raise
+
+
+def explain(error: BaseException) -> tuple[str, int] | None:
+    """The line and the exit status of an error; None for a bug."""
+    cause: BaseException | None = error
+    while cause:
+        if (isinstance(cause, OSError) and cause.errno in _DISK_ERRORS) or (
+            not isinstance(cause, OSError) and _DISK_WORDS.search(str(cause))
+        ):
+            return _about_the_disk(cause), DISK
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, WorldFailed):
+        return f"{error}; the same command goes on from the last checkpoint", WORLD
+    if isinstance(error, ValueError):
+        return str(error), MISTAKE
+    return None
+
+
+def _about_the_disk(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    named = getattr(error, "filename", None) or next(
+        iter(re.findall(r"[\"'`](/[^\"'`]+)", text)), ""
+    )
+    room = ""
+    if named:
+        folder = next(p for p in (Path(named), *Path(named).parents) if p.is_dir())
+        room = f"; {shutil.disk_usage(folder).free} bytes are free in `{folder}`"
+    return (
+        f"the disk is full or cannot be written: {text[:300]}{room}; what was saved before is "
+        "whole: make room, and start the same command again"
+    )

@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from opd_jax.envs.search import retrieval_server
 from opd_jax.envs.search.retrieval import BM25, Passage, RetrievalError, load_bm25, read_corpus
 from opd_jax.envs.search.retrieval_client import HttpRetriever
 from opd_jax.envs.search.searchqa import open_retriever
+from opd_jax.runtime.exits import WorldFailed
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["ode", "tern", "alder", "mill", "market", "clock", "river", "town", "the", "is", "of"]
@@ -66,7 +68,7 @@ def bm25_url(index, serve):
     return serve(retrieval_server.make_server(index, host="127.0.0.1", port=0, top=3))
 
 
-def make_server(respond):
+def make_server(respond, address=("127.0.0.1", 0)):
     """A server that answers each request with `respond(handler, request)`."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -77,7 +79,7 @@ def make_server(respond):
         def log_message(self, format, *args):
             pass
 
-    return ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    return ThreadingHTTPServer(address, Handler)
 
 
 def reply(handler, content, status=200):
@@ -96,7 +98,7 @@ def echo(asked):
 
 def client(url, **settings):
     return HttpRetriever(
-        url, **{"timeout_s": 20.0, "retries": 2, "wait_s": 0.01, "batch": 4, **settings}
+        url, **{"timeout_s": 20.0, "retry_minutes": 1.0, "wait_s": 0.01, "batch": 4, **settings}
     )
 
 
@@ -239,7 +241,7 @@ def test_the_command_serves_a_corpus(index, tmp_path):
     try:
         line = running.stdout.readline()
         url = re.fullmatch(r"200 passages at (http://127\.0\.0\.1:\d+/retrieve)\n", line)[1]
-        settings = {"timeout_s": 20.0, "retries": 0, "wait_s": 0.1, "batch": 8}
+        settings = {"timeout_s": 20.0, "retry_minutes": 0.0, "wait_s": 0.1, "batch": 8}
         remote, local = open_retriever(url, **settings), open_retriever(str(corpus), **settings)
         assert remote.search(["ode mill"], top=3) == local.search(["ode mill"], top=3)
         assert open_retriever(url, **settings) is remote
@@ -325,23 +327,68 @@ def test_failed_requests_are_repeated_as_often_as_set(serve):
         else:
             reply(handler, echo(asked))
 
-    remote = client(serve(make_server(respond)), retries=3)
+    remote = client(serve(make_server(respond)))
     troubles += [
         lambda handler: reply(handler, {}, status=503),
         lambda handler: reply(handler, b"<html>"),
         lambda handler: handler.connection.close(),
+        lambda handler: reply(handler, b"busy", status=429),
     ]
     assert remote.search(["patience"], top=1)[0][0].title == "patience"
-    assert calls["patience"] == 4
-    for query, status, said, asked in (
-        ("too much", 500, "out of memory", 4),
-        ("nonsense", 422, "no such thing", 1),  # asking again would not help
-    ):
-        troubles += [lambda h, s=status, said=said: reply(h, said.encode(), status=s)] * asked
-        with pytest.raises(RetrievalError, match=f"status {status} {said}"):
-            remote.search([query], top=1)
-        assert calls[query] == asked
+    assert calls["patience"] == 5
+    # Asking again would not help.
+    troubles.append(lambda handler: reply(handler, b"no such thing", status=422))
+    with pytest.raises(RetrievalError, match="status 422 no such thing"):
+        remote.search(["nonsense"], top=1)
+    assert calls["nonsense"] == 1
     assert remote.search(["after"], top=1)[0][0].title == "after"
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_server_may_say_when_to_come_back(serve, status):
+    came = []
+
+    def respond(handler, asked):
+        came.append(time.monotonic())
+        if len(came) == 2:
+            handler.send_response(status)
+            handler.send_header("Retry-After", "1")
+            handler.end_headers()
+        else:
+            reply(handler, echo(asked))
+
+    client(serve(make_server(respond))).search(["query"], top=1)
+    assert len(came) == 3
+    assert came[2] - came[1] >= 1
+
+
+def test_asking_again_ends_with_the_budget(serve):
+    asked_for = []
+
+    def respond(handler, asked):
+        asked_for.extend(asked["queries"])
+        late = asked["queries"] == ["late"]
+        reply(handler, b"out of memory" if late else echo(asked), status=500 if late else 200)
+
+    remote = client(serve(make_server(respond)), retry_minutes=0.005)
+    with pytest.raises(RetrievalError, match="status 500 out of memory"):
+        remote.search(["late"], top=1)
+    assert asked_for.count("late") > 1
+
+
+def test_a_server_that_comes_back_is_waited_for(serve):
+    gone = make_server(lambda handler, asked: reply(handler, echo(asked)))
+    address = gone.server_address
+    threading.Thread(target=gone.serve_forever, args=(0.01,), daemon=True).start()
+    remote = client(f"http://127.0.0.1:{address[1]}/retrieve")
+    gone.shutdown()
+    gone.server_close()
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(remote.search, ["query"], top=1)
+        time.sleep(0.2)
+        assert not found.done()
+        serve(make_server(lambda handler, asked: reply(handler, echo(asked)), address))
+        assert found.result(timeout=60)[0][0].title == "query"
 
 
 def test_replies_are_read_with_and_without_scores_and_refused_in_another_form(serve):
@@ -350,7 +397,7 @@ def test_replies_are_read_with_and_without_scores_and_refused_in_another_form(se
     def respond(handler, asked):
         reply(handler, contents.pop() if contents else echo(asked))
 
-    remote = client(serve(make_server(respond)), retries=0)
+    remote = client(serve(make_server(respond)), retry_minutes=0.0)
     contents.append({"result": [[{"id": "7", "contents": "x\ntext"}]]})
     assert remote.search(["query"], top=1) == [[Passage("7", "x", "text")]]
     for content in (
@@ -393,7 +440,7 @@ def test_a_server_that_hangs_is_not_waited_for(serve, hang):
         else:
             reply(handler, echo(asked))
 
-    remote = client(serve(make_server(respond)), timeout_s=0.3, retries=1)
+    remote = client(serve(make_server(respond)), timeout_s=0.3, retry_minutes=0.0)
     started.append(True)
     try:
         with pytest.raises(RetrievalError, match="timed out"):
@@ -407,12 +454,22 @@ def test_wrong_settings_are_named():
     server.server_close()
     url = f"http://127.0.0.1:{server.server_address[1]}/retrieve"  # nobody answers there
     for address, settings, said in (
-        (url, {"retries": 0}, f"`retriever`: no answer from {url}"),
-        (url, {"timeout_s": 0.0}, "`timeout_s` must be above 0"),
-        (url, {"wait_s": -1.0}, "`wait_s` must be above 0"),
-        (url, {"retries": -1}, "`retries` must be at least 0"),
-        (url, {"batch": 0}, "`batch` must be at least 1"),
+        (url, {"timeout_s": 0.0}, "`timeout_s`: expected seconds above 0"),
+        (url, {"wait_s": -1.0}, "`wait_s`: expected seconds above 0"),
+        (url, {"retry_minutes": -1.0}, "`retry_minutes`: expected at least 0"),
+        (url, {"batch": 0}, "`batch`: expected at least 1"),
         ("ftp://127.0.0.1/retrieve", {}, "expected an http"),
     ):
         with pytest.raises(ValueError, match=said):
             client(address, **settings)
+
+
+def test_a_server_that_is_away_is_no_mistake_but_one_that_refuses_is(serve):
+    server = make_server(reply)
+    server.server_close()
+    url = f"http://127.0.0.1:{server.server_address[1]}/retrieve"
+    with pytest.raises(WorldFailed, match=rf"`retriever`: no answer from {url}.*start a server"):
+        client(url, retry_minutes=0.0)
+    refusing = serve(make_server(lambda handler, asked: reply(handler, b"no page", status=404)))
+    with pytest.raises(ValueError, match=r"`retriever`: no answer from .* status 404 no page"):
+        client(refusing)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,9 @@ from opd_jax.envs.react import RESPONSE, Random
 from opd_jax.envs.scienceworld import prompts
 from opd_jax.envs.scienceworld import tasks as sets
 from opd_jax.envs.scienceworld.env import FAILURES, NO_ACTION, ScienceWorld, spread
+from opd_jax.envs.scienceworld.jvm import Jvm
 from opd_jax.envs.scienceworld.players import Expert, GoldPaths, gold_paths, thought
+from opd_jax.runtime.exits import WorldFailed
 
 HAVE_ENGINE = bool(importlib.util.find_spec("scienceworld") and shutil.which("java"))
 needs_engine = pytest.mark.skipif(not HAVE_ENGINE, reason="needs scienceworld and java")
@@ -179,8 +182,37 @@ def test_java_that_does_not_start_says_why(monkeypatch, tmp_path):
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path) + os.pathsep + os.environ["PATH"])
     monkeypatch.delenv("JAVA_HOME", raising=False)
-    with pytest.raises(ValueError, match=r"did not start.*no room for the heap"):
-        ScienceWorld(**SETTINGS).reset("train", 0)
+    with pytest.raises(WorldFailed, match=r"did not start.*no room for the heap"):
+        Jvm(heap_mb=256, timeout_s=60)
+    first = ScienceWorld(**SETTINGS).reset("train", 0)
+    assert first.end == BROKEN
+    assert "no room for the heap" in first.text
+
+
+@needs_engine
+def test_java_may_print_warnings_first(monkeypatch, tmp_path):
+    shim = tmp_path / "java"
+    shim.write_text(
+        f'#!/bin/sh\necho a warning\necho 12 warnings\nexec {shutil.which("java")} "$@"\n'
+    )
+    shim.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path) + os.pathsep + os.environ["PATH"])
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    jvm = Jvm(heap_mb=256, timeout_s=60)
+    jvm.load("find-plant", 0, "easy")
+    jvm.close()
+
+
+@needs_engine
+def test_threads_share_the_process_that_finds_paths():
+    paths = GoldPaths(simplifications="easy", heap_mb=256, timeout_s=60)
+    names = [sets.task_id("find-plant", n) for n in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(paths, names))
+    alone = GoldPaths(simplifications="easy", heap_mb=256, timeout_s=60)
+    assert found == [alone(name) for name in names]
+    for each in (paths, alone):
+        each.close()
 
 
 def test_unknown_tasks_are_named(env):

@@ -421,7 +421,7 @@ def test_data_and_retriever_must_be_named_and_exist(tmp_path):
     for data in ("", "no such folder"):
         with pytest.raises(ValueError, match=f"`data`: expected a folder .*'{data}'"):
             make_searchqa(data)
-    settings = {"timeout_s": 1.0, "retries": 0, "wait_s": 0.1, "batch": 8}
+    settings = {"timeout_s": 1.0, "retry_minutes": 0.0, "wait_s": 0.1, "batch": 8}
     with pytest.raises(ValueError, match="`retriever`: expected the address"):
         open_retriever("", **settings)
     with pytest.raises(ValueError, match="no file"):

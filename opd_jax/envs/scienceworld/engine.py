@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from opd_jax.envs.scienceworld.jvm import EngineLost, EpisodeLost, Jvm, Reply
 from opd_jax.envs.scienceworld.tasks import task_id
+from opd_jax.runtime.exits import WorldFailed
 
 T = TypeVar("T")
 
@@ -104,7 +105,10 @@ class Engine:
     def _begin(self) -> None:
         self._task, self._log = None, []
         if self._jvm is None:
-            self._jvm = self._start()
+            try:
+                self._jvm = self._start()
+            except WorldFailed as error:
+                raise EpisodeLost(str(error)) from error
 
     def _start(self) -> Jvm:
         return Jvm(heap_mb=self._heap_mb, timeout_s=self._timeout_s)
@@ -122,7 +126,7 @@ class Engine:
                 self._jvm = self._start()
                 self._replay(self._jvm)
                 return ask(self._jvm)
-            except (EngineLost, EpisodeLost, ValueError) as again:
+            except (EngineLost, EpisodeLost, WorldFailed, ValueError) as again:
                 self.close()
                 raise EpisodeLost(f"{lost}; its replacement did not help: {again}") from again
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from opd_jax.envs.scienceworld.tasks import VARIATIONS
+from opd_jax.runtime.exits import WorldFailed
 
 T = TypeVar("T")
 
@@ -67,7 +68,8 @@ class Jvm:
       process: the Java process. It ends with this object, and with the Python process.
 
     Raises:
-      ValueError: the package or Java is missing, or Java does not start.
+      ValueError: the package or Java is missing.
+      WorldFailed: Java does not start.
     """
 
     def __init__(self, *, heap_mb: int, timeout_s: float):
@@ -111,21 +113,28 @@ class Jvm:
         """Port and token, which the process prints when it listens."""
         assert self.process.stdout is not None
         assert self.process.stderr is not None
-        lines: list[str] = []
-        read = self.process.stdout.readline
-        waiting = threading.Thread(
-            target=lambda: lines.extend(read().decode().strip() for _ in range(2)), daemon=True
-        )
+        said: list[str] = []
+        found: list[str] = []
+
+        def read() -> None:
+            # Java may print warnings of its own first.
+            for line in self.process.stdout:  # type: ignore[union-attr]
+                said.append(line.decode(errors="replace").strip())
+                if len(said) > 1 and said[-2].isdecimal():
+                    found.extend(said[-2:])
+                    return
+
+        waiting = threading.Thread(target=read, daemon=True)
         waiting.start()
         waiting.join(timeout_s)
-        if len(lines) == 2 and lines[0].isdecimal():
-            return lines[0], lines[1]
+        if found:
+            return found[0], found[1]
         self.process.kill()
         waiting.join()
-        said = " ".join([*lines, *self.process.stderr.read().decode(errors="replace").split()])
-        raise ValueError(
+        said += self.process.stderr.read().decode(errors="replace").split()
+        raise WorldFailed(
             f"ScienceWorld's Java process did not start within {timeout_s:g} s with a heap of "
-            f"{heap_mb} MiB: {said.strip() or 'it said nothing'}"
+            f"{heap_mb} MiB: {' '.join(said) or 'it said nothing'}"
         )
 
     def _call(self, ask: Callable[[], T]) -> T:

@@ -4,6 +4,7 @@ The engine computes this path ("gold path") with full knowledge of the task, so 
 explores. It shows what success looks like and how long it takes, not how to find the way.
 """
 
+import threading
 from collections.abc import Sequence
 from functools import cache
 
@@ -65,23 +66,25 @@ class GoldPaths:
     def __init__(self, *, simplifications: str, heap_mb: int, timeout_s: float):
         self._engine = Engine(simplifications=simplifications, heap_mb=heap_mb, timeout_s=timeout_s)
         self._paths: dict[str, tuple[str, ...]] = {}
+        self._searching = threading.Lock()
 
     def __call__(self, name: str) -> tuple[str, ...]:
         """The commands that solve the task with this id.
 
         Commands after the end of the episode are dropped. So are those that the engine does not
-        carry out, if the rest still reaches the goal. Takes up to a few seconds for a new task.
+        carry out, if the rest still reaches the goal. Takes up to a few seconds for a new task, one
+        at a time: threads share the process.
 
         Raises:
           ValueError, EpisodeLost: as `Engine.load`.
         """
-        if name not in self._paths:
-            kind, variation = parse_id(name)
-            path = self._engine.gold_path(kind, variation)
-            needed, _ = self._played(name, path)
-            shorter, solved = self._played(name, needed)
-            self._paths[name] = tuple(shorter if solved else path)
-        return self._paths[name]
+        with self._searching:
+            if name not in self._paths:
+                path = self._engine.gold_path(*parse_id(name))
+                needed, _ = self._played(name, path)
+                shorter, solved = self._played(name, needed)
+                self._paths[name] = tuple(shorter if solved else path)
+            return self._paths[name]
 
     def _played(self, name: str, path: Sequence[str]) -> tuple[list[str], bool]:
         """The commands of a path that were carried out, and whether they reach the goal."""

@@ -6,6 +6,7 @@ the document itself if scores were not asked for.
 """
 
 import json
+import logging
 import threading
 import time
 import urllib.error
@@ -14,12 +15,22 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from http.client import HTTPException
 
 from opd_jax.envs.search.retrieval import Passage, RetrievalError, passage_from
+from opd_jax.runtime.exits import WorldFailed
+from opd_jax.runtime.fields import check_within
 
 _BLOCK_BYTES = 1 << 16
 _SHOWN_BYTES = 200  # of what a server says about an error
+_BUSY = (408, 425, 429)  # statuses that ask the client to come back
+_MOST_WAIT_S = 30.0
+
+
+class _Refused(RetrievalError):
+    """The server says that the request itself is wrong."""
 
 
 @dataclass(eq=False)
@@ -41,37 +52,42 @@ class HttpRetriever:
     Args:
       url: for example `http://127.0.0.1:8000/retrieve`.
       timeout_s: longest wait for one reply, in seconds.
-      retries: how often a failed request is sent again.
-      wait_s: seconds before the first retry; doubled for each further one.
+      retry_minutes: how long a request is sent again while the server is away, busy (429) or fails
+        (5xx); 0: never.
+      wait_s: seconds before the first retry; doubled for each further one, up to 30 s. A longer
+        `Retry-After` of the server is kept.
       batch: most queries in a request.
 
     Raises:
-      ValueError: a setting is out of range, or the server does not answer a first query.
+      ValueError: a setting is out of range, or the server refuses a first query.
+      WorldFailed: it does not answer that query.
     """
 
     waits = True
 
-    def __init__(self, url: str, *, timeout_s: float, retries: int, wait_s: float, batch: int):
-        for name, value, least in (("retries", retries, 0), ("batch", batch, 1)):
-            if value < least:
-                raise ValueError(f"`{name}` must be at least {least}; got {value}")
+    def __init__(
+        self, url: str, *, timeout_s: float, retry_minutes: float, wait_s: float, batch: int
+    ):
+        check_within(0, retry_minutes=retry_minutes)
+        check_within(1, batch=batch)
         for name, seconds in (("timeout_s", timeout_s), ("wait_s", wait_s)):
             if seconds <= 0:
-                raise ValueError(f"`{name}` must be above 0; got {seconds}")
+                raise ValueError(f"`{name}`: expected seconds above 0, got {seconds}")
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"`retriever`: expected an http:// or https:// address, got {url!r}")
         self._url, self._timeout_s, self._batch = url, timeout_s, batch
-        self._waits = [wait_s * 2**n for n in range(retries)]
+        self._retry_s, self._wait_s = 60 * retry_minutes, wait_s
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
         self._waiting: deque[_Query] = deque()
         self._sending = threading.Lock()
         try:
             self.search(["first query"], top=1)
         except RetrievalError as error:
-            raise ValueError(
+            advice = (
                 f"`retriever`: {error}; start a server there (python -m "
                 "opd_jax.envs.search.retrieval_server) or correct the address"
-            ) from None
+            )
+            raise (ValueError if isinstance(error, _Refused) else WorldFailed)(advice) from None
 
     def search(self, queries: Sequence[str], *, top: int) -> list[list[Passage]]:
         """For each query at most `top` passages, best first.
@@ -105,19 +121,29 @@ class HttpRetriever:
         # Nobody reads the scores, but Search-R1's dense server fails without this field.
         asked = {"queries": queries, "topk": top, "return_scores": True}
         body = json.dumps(asked).encode()
-        for wait_s in (*self._waits, None):
+        deadline, wait_s = time.monotonic() + self._retry_s, self._wait_s
+        while True:
+            least_s = 0.0
             try:
                 return _passages(self._post(body), len(queries))
             except urllib.error.HTTPError as error:
                 said = error.read(_SHOWN_BYTES).decode(errors="replace")
                 reason = f"status {error.code} {said}".strip()
-                if error.code < 500:  # asking again would not help
-                    break
+                if error.code < 500 and error.code not in _BUSY:  # asking again would not help
+                    raise _Refused(f"no answer from {self._url}: {reason}") from None
+                least_s = _retry_after_s(error.headers.get("Retry-After", ""))
             except (OSError, HTTPException, ValueError) as error:
                 reason = str(error) or type(error).__name__
-            if wait_s is not None:
-                time.sleep(wait_s)
-        raise RetrievalError(f"no answer from {self._url}: {reason}")
+            pause_s = max(wait_s, least_s)
+            if time.monotonic() + pause_s > deadline:
+                raise RetrievalError(f"no answer from {self._url}: {reason}")
+            if wait_s == self._wait_s:
+                logging.getLogger(__name__).warning(
+                    "%s does not answer (%s); asking again for up to %g minutes",
+                    *(self._url, reason, self._retry_s / 60),
+                )
+            time.sleep(pause_s)
+            wait_s = min(2 * wait_s, _MOST_WAIT_S)
 
     def _post(self, body: bytes) -> bytes:
         """The reply's body; TimeoutError if it is not complete in time."""
@@ -132,6 +158,16 @@ class HttpRetriever:
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"timed out after {self._timeout_s} s")
         return b"".join(parts)
+
+
+def _retry_after_s(text: str) -> float:
+    """The seconds that a `Retry-After` header asks to wait; 0 if it names none."""
+    if text.isdecimal():
+        return float(text)
+    try:
+        return (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds()
+    except (TypeError, ValueError):
+        return 0.0
 
 
 def _passages(body: bytes, count: int) -> list[list[Passage]]:

@@ -17,13 +17,13 @@ from opd_jax.envs.search.searchqa_data import SETS, TRAIN, questions
 
 @cache  # all environments of a process share the index, or the client that batches their queries
 def open_retriever(
-    where: str, *, timeout_s: float, retries: int, wait_s: float, batch: int
+    where: str, *, timeout_s: float, retry_minutes: float, wait_s: float, batch: int
 ) -> Retriever:
     """A client for an `http://` or `https://` address, else BM25 over the JSONL file of that name.
 
     Args:
       where: address or file name.
-      timeout_s, retries, wait_s, batch: see `HttpRetriever`.
+      timeout_s, retry_minutes, wait_s, batch: see `HttpRetriever`.
 
     Raises:
       ValueError: no server answers, or there is no such corpus.
@@ -34,7 +34,7 @@ def open_retriever(
         )
     if where.startswith(("http://", "https://")):
         return HttpRetriever(
-            where, timeout_s=timeout_s, retries=retries, wait_s=wait_s, batch=batch
+            where, timeout_s=timeout_s, retry_minutes=retry_minutes, wait_s=wait_s, batch=batch
         )
     return load_bm25(Path(where))
 
@@ -71,7 +71,7 @@ def open_searchqa(
     test_questions: int,
     retriever: str,
     timeout_s: float,
-    retries: int,
+    retry_minutes: float,
     wait_s: float,
     batch: int,
     max_turns: int,
@@ -84,14 +84,14 @@ def open_searchqa(
 
     Args:
       data, train_questions, test_questions: see `SearchQA`.
-      retriever, timeout_s, retries, wait_s, batch: see `open_retriever`.
+      retriever, timeout_s, retry_minutes, wait_s, batch: see `open_retriever`.
       max_turns, max_searches, passages, passage_words, retry_wrong: see `SearchEnv`.
 
     Raises:
       ValueError: as `open_retriever` or `SearchQA`.
     """
     engine = open_retriever(
-        retriever, timeout_s=timeout_s, retries=retries, wait_s=wait_s, batch=batch
+        retriever, timeout_s=timeout_s, retry_minutes=retry_minutes, wait_s=wait_s, batch=batch
     )
     return SearchQA(
         data=data,
