@@ -32,6 +32,8 @@ from opd_jax.losses import (
     weighted_loss,
 )
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 SKIP, WEAK, STRONG, DET_FAIL = (int(v) for v in Verdict)
 KINDS = [("reverse_kl", None), ("forward_kl", None), ("jsd", 0.3)]
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
