@@ -29,6 +29,8 @@ from opd_jax.judge.labels import env_labels
 from opd_jax.judge.verdicts import judge_turns
 from opd_jax.report.figures import summarize
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 TASKS = 20
 MAX_TURNS = 30
 
