@@ -29,7 +29,7 @@ ensure_venv() {
 }
 
 ensure_test_venv() {
-  local extras=test,scienceworld,searchqa,smollm2
+  local extras=test,scienceworld,searchqa
   command -v g++ >/dev/null && command -v cmake >/dev/null && extras+=,alfworld
   ensure_venv "$extras"
   # Find it, do not import it: the import needs its dependencies. The tests need none of them.

@@ -36,10 +36,7 @@ def compare(config: FrozenConfigDict, workdir: Path, *, run: Run) -> str:
     Runs go seed by seed, so an interrupted comparison has all methods equally often. Each has its
     own workdir `METHOD/seed-N` and resumes there. Untrained models and players are evaluated once.
 
-    Args:
-      config: with `compare.methods`, `compare.seeds` and `compare.variants`.
-      workdir: the workdir of the whole comparison.
-      run: trains and evaluates one config in one workdir; returns `{who: {split: figures}}`.
+    `run` trains and evaluates one config in one workdir and returns `{who: {split: figures}}`.
     """
     for method in config.compare.methods:
         read_settings(variant(config, method, config.compare.seeds[0]))
@@ -54,10 +51,9 @@ def compare(config: FrozenConfigDict, workdir: Path, *, run: Run) -> str:
             found = run(FrozenConfigDict(one), workdir / method / f"seed-{seed}")
             references = references or {w: r for w, r in found.items() if w != "after"}
             results[method].append(found["after"])
-    write = processes.is_first()
-    write_summary(workdir / "summary.json", {"eval": references, "compare": results}, write=write)
+    write_summary(workdir / "summary.json", {"eval": references, "compare": results})
     text = comparison_table(references, results, judge=judge_figures(config, workdir))
-    if write:
+    if processes.is_first():
         (workdir / "comparison.md").write_text(text + "\n")
     return text
 
@@ -81,19 +77,19 @@ def comparison_table(
     score, turns, repeated = (f"{name}, {labels[last]}" for name in ("score", "turns", "repeated"))
     rows = []
     for who, result in references.items():
-        row = {"method": who} | {label: _episodes(result[s]) for s, label in labels.items()}
-        rows.append(row | {score: f"{result[last]['score']:.2f}"})
+        row = {"method": who, score: f"{result[last]['score']:.2f}"}
+        for split, label in labels.items():
+            row[label] = f"{result[split]['success']:.1%} {_interval(result[split]['ci95'])}"
+        rows.append(row)
     for method, runs in results.items():
         row = {"method": method}
         for split, label in labels.items():
             shares = [run[split]["success"] for run in runs]
             n = sum(run[split]["n"] for run in runs)
-            low, high = wilson_interval(round(sum(s * n / len(runs) for s in shares)), n)
-            cell = f"{np.mean(shares):.1%} [{low:.1%}, {high:.1%}]"
+            wins = round(sum(s * n / len(runs) for s in shares))
+            row[label] = f"{np.mean(shares):.1%} {_interval(wilson_interval(wins, n))}"
             if len(shares) > 1:
-                low, high = mean_interval(shares)
-                cell += f"; seeds [{max(low, 0):.1%}, {min(high, 1):.1%}]"
-            row[label] = cell
+                row[label] += f"; seeds {_interval(mean_interval(shares))}"
         row[score] = f"{np.mean([run[last]['score'] for run in runs]):.2f}"
         row[turns] = f"{np.mean([run[last]['turns'] for run in runs]):.1f}"
         row[repeated] = f"{np.mean([run[last]['repeated'] for run in runs]):.1%}"
@@ -107,9 +103,9 @@ def comparison_table(
     return table([{c: row.get(c, "") for c in columns} for row in rows], columns)
 
 
-def _episodes(result: Mapping[str, Any]) -> str:
-    low, high = result["ci95"]
-    return f"{result['success']:.1%} [{low:.1%}, {high:.1%}]"
+def _interval(ends: Sequence[float]) -> str:
+    """An interval of a share, cut to [0, 1]."""
+    return f"[{max(ends[0], 0):.1%}, {min(ends[1], 1):.1%}]"
 
 
 def judge_figures(config: FrozenConfigDict, workdir: Path) -> dict[str, dict[str, str]]:

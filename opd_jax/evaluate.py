@@ -24,6 +24,7 @@ from opd_jax.agent.rollout import close, make_envs, rollout, row_keys
 from opd_jax.config import build, check_same_run, fail, parse_command_line
 from opd_jax.config.models import LoadedModel, load_student, load_teacher
 from opd_jax.config.settings import Settings, binds_an_evaluation, read_settings
+from opd_jax.config.workdir import check_models
 from opd_jax.envs.make import benchmark_splits, make_env
 from opd_jax.envs.players import make_player
 from opd_jax.experience.demonstrations import play_out
@@ -39,7 +40,6 @@ from opd_jax.runtime import processes
 from opd_jax.runtime.checkpoint import Checkpoints
 from opd_jax.runtime.mesh import make_mesh
 
-POLICIES = ("model", "expert", "random")
 # Key of the mean over a benchmark's splits (`envs.make.benchmark_splits`).
 MACRO_AVERAGE = "macro_average"
 
@@ -51,24 +51,18 @@ Figures = dict[str, Any]  # by split
 
 
 def play_model(
-    params: Params,
-    rng: jax.Array,
-    *,
-    agent: Agent,
-    make: Callable[[], Any],
-    split: str,
-    tasks: int,
-    batch: int,
+    settings: Settings, agent: Agent, params: Params, split: str, *, tasks: int
 ) -> list[Conversation]:
-    """A model's episodes of the first `tasks` tasks of a split, in order, `batch` at a time.
+    """A model's episodes of the first `tasks` tasks of a split, in order, `eval.batch` at a time.
 
-    Each episode is sampled with `rng` folded with its task's index. So it depends neither on
-    `tasks` nor on `batch`.
+    Each episode is sampled with the key of `eval.seed` folded with its task's index. So it depends
+    neither on `tasks` nor on the batch.
 
     Raises:
       ValueError: the environment's errors, or a first prompt exceeds the agent's context.
     """
-    envs = make_envs(make, batch)
+    batch, rng = settings.eval.batch, jax.random.key(settings.eval.seed)
+    envs = make_envs(partial(make_env, settings.env), batch)
     conversations: list[Conversation] = []
     try:
         for start in range(0, tasks, batch):
@@ -114,17 +108,16 @@ def evaluate_model(
     judging: LoadedModel | None,
     after_split: Callable[[], None] | None = None,
 ) -> Figures:
-    """A model's figures (`summarize`) on every split of `eval.splits`, and their `MACRO_AVERAGE`.
+    """A model's figures (`summarize`) on every split of `eval.splits`.
 
     The figures also hold what they depend on: the `digest` of the split's tasks, `update`,
     `temperature` and `seed`. With `eval.judge` they hold `judge`: how well the verdicts of
-    `judging` on the played turns agree with the environment's labels (`agreement.figures`).
+    `judging` on the played turns agree with the environment's labels (`agreement.figures`). Beside
+    a benchmark's splits stands their `MACRO_AVERAGE`; None if some of them are missing.
 
     Args:
-      settings: the run's settings.
       model: sizes, tokenizer and chat format; its own `params` are not used.
       params: the parameters to play with.
-      panels: the tasks of each split.
       update: how many updates `params` have had.
       judging: the teacher, or None.
       after_split: called after each split, which takes minutes. An exception from it ends the
@@ -133,26 +126,9 @@ def evaluate_model(
     Raises:
       ValueError: all episodes of a split broke, or the environment has no labels for `eval.judge`.
     """
-    how = settings.eval
-    agent = build.make_agent(model, settings, temperature=how.temperature)
-    results: Figures = {}
-    for split in how.splits:
-        conversations = play_model(
-            params,
-            jax.random.key(how.seed),
-            agent=agent,
-            make=partial(make_env, settings.env),
-            split=split,
-            tasks=_tasks(settings, panels[split]),
-            batch=how.batch,
-        )
-        figures = summarize(conversations) | {"digest": panels[split].digest}
-        results[split] = figures | {"update": update, **_sampled_with(settings)}
-        if how.judge and judging is not None:
-            results[split]["judge"] = measure_judge(settings, judging, conversations)
-        if after_split:
-            after_split()
-    return _with_average(settings, results)
+    agent = build.make_agent(model, settings, temperature=settings.eval.temperature)
+    play = partial(play_model, settings, agent, params)
+    return _evaluate(settings, play, panels, _played_with(settings, update), judging, after_split)
 
 
 def evaluate_player(
@@ -163,13 +139,32 @@ def evaluate_player(
     after_split: Callable[[], None] | None = None,
 ) -> Figures:
     """A player's figures on every split of `eval.splits`; see `evaluate_model`."""
+    play = partial(play_player, settings, who)
+    return _evaluate(settings, play, panels, {}, None, after_split)
+
+
+def _evaluate(
+    settings: Settings,
+    play: Callable[..., list[Conversation]],
+    panels: Panels,
+    played_with: Mapping[str, Any],
+    judging: LoadedModel | None,
+    after_split: Callable[[], None] | None,
+) -> Figures:
+    """Plays every split and measures its episodes."""
     results: Figures = {}
     for split in settings.eval.splits:
-        played = play_player(settings, who, split, tasks=_tasks(settings, panels[split]))
-        results[split] = summarize(played) | {"digest": panels[split].digest}
+        played = play(split, tasks=_tasks(settings, panels[split]))
+        results[split] = summarize(played) | {"digest": panels[split].digest, **played_with}
+        if settings.eval.judge and judging is not None:
+            results[split]["judge"] = measure_judge(settings, judging, played)
         if after_split:
             after_split()
-    return _with_average(settings, results)
+    if splits := benchmark_splits(settings.env.by):
+        complete = results.keys() >= set(splits)
+        average = macro_average([results[split] for split in splits]) if complete else None
+        results[MACRO_AVERAGE] = average
+    return results
 
 
 def measure_judge(
@@ -180,17 +175,11 @@ def measure_judge(
     Raises:
       ValueError: the environment has no oracle.
     """
-    max_turns = settings.env.max_turns
-    judgement = judge_turns(
-        judging.params,
-        conversations,
-        by=build.make_judge(judging, settings),
-        max_turns=max_turns,
-        decode=settings.judge.decode,
-    )
-    oracle = env_labels(conversations, max_turns=max_turns).oracle
+    labels = env_labels(conversations, max_turns=settings.env.max_turns)
+    by = build.make_judge(judging, settings)
+    judgement = judge_turns(judging.params, conversations, labels, by=by)
     try:
-        figures = agreement.figures(agreement.confusion(judgement, oracle))
+        figures = agreement.figures(agreement.confusion(judgement, labels.oracle))
     except ValueError as error:
         raise ValueError(f"`eval.judge`: {error}") from None
     return figures | _judged_by(settings)
@@ -201,56 +190,42 @@ def _tasks(settings: Settings, panel: Panel) -> int:
     return min(settings.eval.tasks, panel.size)
 
 
-def _sampled_with(settings: Settings) -> dict[str, object]:
-    """What a model's episodes depend on, besides its parameters and the tasks."""
-    return {"temperature": settings.eval.temperature, "seed": settings.eval.seed}
+def _played_with(settings: Settings, update: int) -> dict[str, Any]:
+    """What a model's episodes depend on, besides the tasks."""
+    how = settings.eval
+    return {"update": update, "temperature": how.temperature, "seed": how.seed}
 
 
-def _judged_by(settings: Settings) -> dict[str, object]:
+def _judged_by(settings: Settings) -> dict[str, Any]:
     """What a judge's figures depend on, besides the teacher and the turns."""
     names = ("context", "decode", "admissible_shown")
     return {name: getattr(settings.judge, name) for name in names}
 
 
-def _with_average(settings: Settings, results: Figures) -> Figures:
-    """Adds the average over a benchmark's splits; None if some of them are missing."""
-    splits = benchmark_splits(settings.env.by)
-    if not splits:
-        return results
-    complete = results.keys() >= set(splits)
-    average = macro_average([results[split] for split in splits]) if complete else None
-    return results | {MACRO_AVERAGE: average}
-
-
 def is_evaluated(
     result: Mapping[str, Any] | None, settings: Settings, *, panels: Panels, update: int
 ) -> bool:
-    """Whether evaluating again would give the stored figures.
+    """Whether evaluating again would give the stored figures, `result` by split.
 
-    Args:
-      result: the stored figures by split, or None.
-      settings: what is asked for now.
-      panels: the tasks of each split now.
-      update: how many updates the model has had; of no effect for players.
+    `update` is how many updates the model has had; of no effect for players.
     """
 
-    def good(figures: Mapping[str, Any] | None, panel: Panel) -> bool:
-        if figures is None or figures.get("digest") != panel.digest:
+    def good(figures: Mapping[str, Any], panel: Panel) -> bool:
+        if figures.get("digest") != panel.digest:
             return False
         # Broken episodes count. Else episodes that always break would be played on every start.
         if figures["n"] + figures.get("broken", 0) != _tasks(settings, panel):
             return False
         if "update" not in figures:  # a player's
             return True
-        played_with = {"update": update, **_sampled_with(settings)}
-        judged = not settings.eval.judge or (
-            _judged_by(settings).items() <= figures.get("judge", {}).items()
+        judge = _judged_by(settings) if settings.eval.judge else {}
+        return (
+            _played_with(settings, update).items() <= figures.items()
+            and judge.items() <= figures.get("judge", {}).items()
         )
-        return judged and played_with.items() <= figures.items()
 
-    return result is not None and all(
-        good(result.get(split), panels[split]) for split in settings.eval.splits
-    )
+    stored = result or {}
+    return all(good(stored.get(split) or {}, panels[split]) for split in settings.eval.splits)
 
 
 # --- Evaluations of a training run --------------------------------------------------------------
@@ -270,23 +245,22 @@ def evaluate_others(
 
     `untrained` is what is trained, before any update. Figures are written as soon as they exist.
     """
-    write = processes.is_first()
-    # One process reads for all, before any writes.
-    stored = read_summary(workdir / "summary.json") if write else {}
+    # One process reads for all: on another, the file could vanish meanwhile.
+    stored = read_summary(workdir / "summary.json") if processes.is_first() else {}
     results = processes.first(stored.get("eval", {}))
-    done = partial(is_evaluated, settings=settings, panels=panels, update=0)
-    play = partial(evaluate_model, settings, panels=panels, update=0, judging=teacher)
+    play = partial(
+        evaluate_model, settings, panels=panels, update=0, judging=teacher, after_split=after_split
+    )
     for who in settings.eval.who:
-        if done(results.get(who)):
+        if is_evaluated(results.get(who), settings, panels=panels, update=0):
             continue
         if who == "before":
-            sampling = build.make_sampling_params(untrained, student, settings)
-            results[who] = play(student, sampling, after_split=after_split)
+            results[who] = play(student, build.make_sampling_params(untrained, student, settings))
         elif who == "teacher" and teacher:
-            results[who] = play(teacher, teacher.params, after_split=after_split)
+            results[who] = play(teacher, teacher.params)
         else:
             results[who] = evaluate_player(settings, who, panels=panels, after_split=after_split)
-        write_summary(workdir / "summary.json", {"eval": {who: results[who]}}, write=write)
+        write_summary(workdir / "summary.json", {"eval": {who: results[who]}})
         shares = ", ".join(f"{s} {r['success']:.1%}" for s, r in results[who].items() if r)
         processes.say(f"{who}: success {shares}")
         after_split()
@@ -305,7 +279,7 @@ def evaluate_trained(
     after_split: Callable[[], None],
 ) -> Figures:
     """Evaluates the student after `update` updates, unless `known` has these figures already."""
-    if known is not None and is_evaluated(known, settings, panels=panels, update=update):
+    if known and is_evaluated(known, settings, panels=panels, update=update):
         return known
     return evaluate_model(
         settings,
@@ -329,7 +303,8 @@ def run(config: FrozenConfigDict, workdir: Path, policy: str) -> dict[str, Figur
         runs.
     """
     settings = read_settings(config)
-    check_same_run(config, workdir, binds=binds_an_evaluation)
+    check_same_run(config, workdir, binds=binds_an_evaluation(settings))
+    check_models(settings, workdir)
     panels = build.eval_panels(settings)
     for split in settings.eval.splits:
         processes.say(describe(split, panels[split]))
@@ -339,7 +314,7 @@ def run(config: FrozenConfigDict, workdir: Path, policy: str) -> dict[str, Figur
             results = _evaluate_student(settings, workdir, mesh, panels)
     else:
         results = {policy: evaluate_player(settings, policy, panels=panels)}
-    write_summary(workdir / "summary.json", {"eval": results}, write=processes.is_first())
+    write_summary(workdir / "summary.json", {"eval": results})
     return results
 
 
@@ -367,7 +342,8 @@ def _evaluate_student(
 def main(argv: Sequence[str]) -> None:
     """The command `python -m opd_jax.evaluate`."""
     try:
-        config, workdir, flags = parse_command_line(argv, usage=__doc__, policy=POLICIES)
+        policies = ("model", "expert", "random")
+        config, workdir, flags = parse_command_line(argv, usage=__doc__, policy=policies)
         read_settings(config)
         processes.start()
         with processes.ending_together():

@@ -40,7 +40,11 @@ def export(workdir: Path, out: Path) -> int:
     if restored is None:
         raise ValueError(f"`--workdir`: `{workdir}` has no checkpoint yet; let the run save one")
     step, state, _ = restored
-    params = with_adapters(_frozen(settings), state["params"], build.adapters(settings))
+    frozen = None
+    if settings.lora.rank:  # the student's own parameters, on the host
+        host = make_mesh(data=1, fsdp=1, tensor=1, devices=jax.local_devices(backend="cpu")[:1])
+        frozen = load_student(settings, host).params
+    params = with_adapters(frozen, state["params"], build.adapters(settings))
     new = settings.student == "new"
     tokenizer = new_sizes(settings)[1] if new else model_folder(settings.student)
     hf.save_model(out, params, sizes, dtype=jnp.dtype(settings.dtype), tokenizer_from=tokenizer)
@@ -55,14 +59,6 @@ def _trained(settings: Settings, sizes: ModelConfig) -> Params:
         lora_specs(sizes, lora) if lora else param_specs(sizes),
         is_leaf=is_spec,
     )
-
-
-def _frozen(settings: Settings) -> Params | None:
-    """The student's own parameters under adapters, on the host; None without adapters."""
-    if not settings.lora.rank:
-        return None
-    host = make_mesh(data=1, fsdp=1, tensor=1, devices=jax.local_devices(backend="cpu")[:1])
-    return load_student(settings, host).params
 
 
 def main(argv: Sequence[str]) -> None:

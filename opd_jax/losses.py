@@ -128,7 +128,8 @@ def _kl(log_p: jax.Array, log_q: jax.Array, axis: str | None) -> jax.Array:
     bounded = jnp.minimum(log_ratio, _LARGE)
     divergence = _sum(jnp.where(possible, jnp.exp(log_p) * bounded, 0.0), axis)
     # A token that only q bans makes the divergence infinite. This summand has no gradient.
-    return divergence + _sum(jnp.where(log_ratio == jnp.inf, jnp.inf, 0.0), axis)
+    infinite = jax.lax.stop_gradient(jnp.where(log_ratio == jnp.inf, log_ratio, 0.0))
+    return divergence + _sum(infinite, axis)
 
 
 def _sum(x: jax.Array, axis: str | None) -> jax.Array:
@@ -532,11 +533,12 @@ def raw_weights(
         raise ValueError(f"`scope`: expected one of {', '.join(SCOPES)}, got {scope!r}")
     if verdict is not None and confidence is not None:
         _check_same_shape("verdict", verdict, "confidence", confidence)
-    s = jnp.ones(turn_id.shape, jnp.float32)
-    if verdict is not None:
-        s *= _of_turn(intervention_weight(verdict, weak_weight=weak_weight), turn_id, "verdict")
+    turn_weight = None if verdict is None else intervention_weight(verdict, weak_weight=weak_weight)
     if confidence is not None:
-        s *= _of_turn(confidence, turn_id, "confidence")
+        turn_weight = confidence if turn_weight is None else turn_weight * confidence
+    s = jnp.ones(turn_id.shape, jnp.float32)
+    if turn_weight is not None:
+        s = _of_each_token(turn_weight, turn_id)
     if token_factor is not None:
         _check_same_shape("token_factor", token_factor, "turn_id", turn_id)
         s *= jax.lax.stop_gradient(token_factor)
@@ -550,22 +552,22 @@ def raw_weights(
     return s, totals
 
 
-def _of_turn(weight_BK: jax.Array, turn_id: jax.Array, name: str) -> jax.Array:
+def _of_each_token(turn_weight: jax.Array, turn_id: jax.Array) -> jax.Array:
     """The weight of each token's turn, float32 [B, T], without gradient."""
-    if weight_BK.ndim != 2 or weight_BK.shape[0] != turn_id.shape[0]:
+    if turn_weight.ndim != 2 or turn_weight.shape[0] != turn_id.shape[0]:
         raise ValueError(
-            f"`{name}` {weight_BK.shape}: expected [B, K] with B = {turn_id.shape[0]} of `turn_id` "
-            f"{turn_id.shape}"
+            f"`verdict` and `confidence`: expected [B, K] with B = {turn_id.shape[0]} of `turn_id` "
+            f"{turn_id.shape}, got {turn_weight.shape}"
         )
-    turns = weight_BK.shape[1]
+    turns = turn_weight.shape[1]
     if not isinstance(turn_id, jax.core.Tracer) and jnp.any(turn_id >= turns):
         raise ValueError(
-            f"`turn_id`: expected turns below K = {turns} of `{name}` {weight_BK.shape}, got "
+            f"`turn_id`: expected turns below K = {turns} of `verdict` and `confidence`, got "
             f"{jnp.max(turn_id)}"
         )
-    weight_BK = jax.lax.stop_gradient(weight_BK).astype(jnp.float32)
+    turn_weight = jax.lax.stop_gradient(turn_weight).astype(jnp.float32)
     at = jnp.maximum(turn_id, 0)
-    return jnp.take_along_axis(weight_BK, at, axis=1, mode="fill", fill_value=0)
+    return jnp.take_along_axis(turn_weight, at, axis=1, mode="fill", fill_value=0)
 
 
 def scale(totals: WeightTotals, *, normalize: str, eps: float, max_z: float | None) -> jax.Array:
@@ -593,7 +595,8 @@ def scale(totals: WeightTotals, *, normalize: str, eps: float, max_z: float | No
     if normalize == "none":
         return jnp.ones_like(totals.weight, jnp.float32)
     count = totals.tokens if normalize == "all_tokens" else totals.active
-    z = jnp.where(totals.weight > 0, count / jnp.maximum(totals.weight, eps), 1.0)
+    some = totals.weight > 0
+    z = jnp.where(some, count, 1.0) / jnp.where(some, jnp.maximum(totals.weight, eps), 1.0)
     return z if max_z is None else jnp.minimum(z, max_z)
 
 

@@ -24,7 +24,7 @@ from opd_jax.config.settings import Settings, read_settings
 from opd_jax.config.workdir import check_tasks, check_workdir, store_run
 from opd_jax.evaluate import evaluate_others, evaluate_trained
 from opd_jax.experience.source import Source
-from opd_jax.judge.labellers import Labeller
+from opd_jax.judge.verdicts import Labeller
 from opd_jax.learner.train_state import TrainState, restore_or_init
 from opd_jax.report.log import UpdateLog
 from opd_jax.report.tables import results_table
@@ -124,7 +124,7 @@ def _run(
         )
     how |= dict(update=int(state.step), known=results.get("after"))
     results["after"] = evaluate_trained(settings, student, state.params, teacher, **how)
-    write_summary(workdir / "summary.json", {"eval": results}, write=processes.is_first())
+    write_summary(workdir / "summary.json", {"eval": results})
     processes.say(results_table(results))
     if stop.anywhere():
         raise SystemExit(0)

@@ -13,11 +13,9 @@ import pytest
 from settings import one_device, read
 
 from opd_jax import evaluate, export, model
-from opd_jax.agent.conversation import Conversation
 from opd_jax.config import build, load, read_stored, to_json
 from opd_jax.config.models import LoadedModel, load_model, load_student, load_teacher
 from opd_jax.config.settings import read_settings
-from opd_jax.envs.make import make_env
 from opd_jax.envs.search.searchqa_data import SETS
 from opd_jax.report.tables import judge_table, results_table
 from opd_jax.runtime.checkpoint import Checkpoints
@@ -68,18 +66,11 @@ def student() -> LoadedModel:
 @pytest.fixture(scope="module")
 def play(student: LoadedModel, small: tuple) -> Callable[..., list[list[int]]]:
     """Plays tasks with the student; returns the tokens of each episode."""
-    settings = read(QUICKSTART, *small)
 
     def run(tasks: int, batch: int = 2, seed: int = 0, temperature: float = 1.0):
-        played = evaluate.play_model(
-            student.params,
-            jax.random.key(seed),
-            agent=build.make_agent(student, settings, temperature=temperature),
-            make=partial(make_env, settings.env),
-            split="valid_seen",
-            tasks=tasks,
-            batch=batch,
-        )
+        settings = read(QUICKSTART, *small, f"eval.batch={batch}", f"eval.seed={seed}")
+        agent = build.make_agent(student, settings, temperature=temperature)
+        played = evaluate.play_model(settings, agent, student.params, "valid_seen", tasks=tasks)
         # The first tasks in order. The last batch need not be full.
         ids = [f"household/small/valid_seen/{i}" for i in range(tasks)]
         assert [c.task.id for c in played] == ids
@@ -291,15 +282,8 @@ def test_the_judge_is_measured_on_the_turns_that_an_untrained_student_played(
     assert teacher is not None
     agent = build.make_agent(student, settings, temperature=settings.eval.temperature)
     for split, figures in before[1].items():
-        played: list[Conversation] = evaluate.play_model(
-            student.params,
-            jax.random.key(settings.eval.seed),
-            agent=agent,
-            make=partial(make_env, settings.env),
-            split=split,
-            tasks=settings.eval.tasks,
-            batch=settings.eval.batch,
-        )
+        tasks = settings.eval.tasks
+        played = evaluate.play_model(settings, agent, student.params, split, tasks=tasks)
         # Every turn that did not fail has a label in this environment.
         labelled = sum(not turn.failure for c in played for turn in c.turns)
         assert figures["judge"]["n"] == labelled > 0

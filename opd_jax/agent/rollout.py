@@ -39,10 +39,8 @@ def rollout(
     the cache size, which the longest row sets.
 
     Args:
-      params: parameters of `agent.model`.
       keys: PRNG keys, one for each environment (see `row_keys`). A key is folded with the turn,
         then with the position.
-      agent: the model's sizes, tokenizer, chat format and decoding.
       envs: one environment a row; their number is the batch of every compiled program. None for a
         row whose environment lives in another process.
       tasks: (split, index), at most one a row; rows without a task stay idle.
@@ -136,21 +134,15 @@ def everywhere(
     `envs` has None for a row that another process owns. Answers are pickled.
     """
     own = {row: env for row, env in enumerate(envs) if env is not None}
-    answers = _side_by_side(act, list(own.values()), [arguments[row] for row in own])
+    calls = (act, own.values(), [arguments[row] for row in own])
+    # In threads if all environments wait for a process or a server. Otherwise one after another: an
+    # engine need not be thread-safe, and most would gain nothing.
+    if own and all(env.waits for env in own.values()):
+        with ThreadPoolExecutor(len(own)) as pool:
+            answers = list(pool.map(*calls))
+    else:
+        answers = list(map(*calls))
     return processes.share(dict(zip(own, answers, strict=True)), len(envs))
-
-
-def _side_by_side(
-    act: Callable[[Env, Any], T], envs: Sequence[Env], arguments: Sequence[Any]
-) -> list[T]:
-    """`act` of each environment, in threads if all of them wait for a process or a server.
-
-    Otherwise one after another: an engine need not be thread-safe, and most would gain nothing.
-    """
-    if not envs or not all(env.waits for env in envs):
-        return list(map(act, envs, arguments))
-    with ThreadPoolExecutor(len(envs)) as pool:
-        return list(pool.map(act, envs, arguments))
 
 
 def _go_on(agent: Agent, conversation: Conversation, stop: str, after: Observation) -> None:

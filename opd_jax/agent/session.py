@@ -11,7 +11,7 @@ import numpy as np
 from opd_jax import model
 from opd_jax.agent import generate as gen
 from opd_jax.agent.agent import Agent
-from opd_jax.model import KVCache, Params
+from opd_jax.model import KVCache, ModelConfig, Params
 from opd_jax.runtime.mesh import shard_batch
 
 
@@ -38,13 +38,8 @@ class CacheSession:
     def __init__(self, params: Params, agent: Agent, rows: int):
         self.params, self.agent = params, agent
         self.sharded = model.is_sharded(params)
-        self.cache: KVCache = model.init_cache(
-            agent.model,
-            batch=rows,
-            slots=min(agent.decoding.cache_step, agent.decoding.context_tokens),
-            dtype=params["embed"].dtype,
-            layout=model.backend_cache_layout(),
-        )
+        slots = min(agent.decoding.cache_step, agent.decoding.context_tokens)
+        self.cache = empty_cache(params, agent.model, rows=rows, slots=slots)
         self.contexts: list[list[int]] = [[] for _ in range(rows)]
         self.held = np.zeros(rows, np.int32)
         self.stop_ids = jnp.asarray(agent.chat.stop_ids, jnp.int32)
@@ -62,10 +57,7 @@ class CacheSession:
                 return
             widths = self.agent.decoding.extend_widths
             width = next((w for w in widths if w >= longest), widths[-1])
-            tokens = np.zeros((len(new), width), np.int32)
-            for row, pending in enumerate(new):
-                tokens[row, : len(pending[:width])] = pending[:width]
-            counts = np.array([min(len(pending), width) for pending in new], np.int32)
+            tokens, counts = padded([pending[:width] for pending in new], width=width)
             self._make_room(counts)
             self.cache = gen.extend(
                 self.params,
@@ -99,11 +91,14 @@ class CacheSession:
         `keys` has this turn's PRNG key for each row of the batch.
         """
         agent = self.agent
-        budget, last = self._start_turn(rows)
+        budget, last = np.zeros_like(self.held), np.zeros_like(self.held)
+        for row in rows:
+            room = agent.decoding.context_tokens - len(self.contexts[row])
+            budget[row] = min(agent.decoding.turn_tokens, room)
+            last[row] = self.contexts[row][-1]
         full = budget < agent.decoding.turn_tokens
         stopped = np.zeros(len(self.held), bool)
-        tokens: dict[int, list[int]] = {row: [] for row in rows}
-        logprobs: dict[int, list[float]] = {row: [] for row in rows}
+        said = {row: Response([], [], stop="") for row in rows}
         while budget.any():
             self._make_room(np.minimum(budget, agent.decoding.chunk))
             self.cache, out = gen.generate(
@@ -118,33 +113,40 @@ class CacheSession:
                 sharded=self.sharded,
             )
             out = jax.device_get(out)
-            for row in rows:
+            for row, response in said.items():
                 count = int(out.counts[row])
-                tokens[row] += out.tokens[row, :count].tolist()
-                logprobs[row] += out.logprobs[row, :count].tolist()
+                response.tokens.extend(out.tokens[row, :count].tolist())
+                response.logprobs.extend(out.logprobs[row, :count].tolist())
                 if count:
-                    last[row] = tokens[row][-1]
+                    last[row] = response.tokens[-1]
             self.held += out.counts
             stopped |= out.stopped
             budget = np.where(stopped, 0, budget - out.counts)
 
-        for row in rows:
-            self.contexts[row] = [*self.contexts[row], *tokens[row]]
+        for row, response in said.items():
+            self.contexts[row] = [*self.contexts[row], *response.tokens]
+            stop = "stop_token" if stopped[row] else "context" if full[row] else "turn_budget"
+            said[row] = response._replace(stop=stop)
+        return said
 
-        def why(row: int) -> str:
-            return "stop_token" if stopped[row] else "context" if full[row] else "turn_budget"
 
-        return {row: Response(tokens[row], logprobs[row], why(row)) for row in rows}
+def empty_cache(params: Params, sizes: ModelConfig, *, rows: int, slots: int) -> KVCache:
+    """An empty cache in the dtype of the parameters and the layout that suits the backend."""
+    return model.init_cache(
+        sizes,
+        batch=rows,
+        slots=slots,
+        dtype=params["embed"].dtype,
+        layout=model.backend_cache_layout(),
+    )
 
-    def _start_turn(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Each row's budget of tokens (0 if it does not sample) and its last token."""
-        budget = np.zeros(len(self.held), np.int32)
-        last = np.zeros(len(self.held), np.int32)
-        for row in rows:
-            room = self.agent.decoding.context_tokens - len(self.contexts[row])
-            budget[row] = min(self.agent.decoding.turn_tokens, room)
-            last[row] = self.contexts[row][-1]
-        return budget, last
+
+def padded(rows: Sequence[Sequence[int]], *, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of tokens as int32 [rows, width], padded with 0, and their lengths, int32 [rows]."""
+    tokens = np.zeros((len(rows), width), np.int32)
+    for row, ids in zip(tokens, rows, strict=True):
+        row[: len(ids)] = ids
+    return tokens, np.array([len(ids) for ids in rows], np.int32)
 
 
 def _common(held: list[int], context: list[int]) -> int:

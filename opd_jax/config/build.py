@@ -27,12 +27,12 @@ from opd_jax.envs.base import Env
 from opd_jax.envs.make import EnvSettings, make_env
 from opd_jax.envs.players import make_player
 from opd_jax.experience.demonstrations import demonstrate
-from opd_jax.experience.source import Episodes, Play, Played, Source, TaskOrder
+from opd_jax.experience.source import Episodes, Play, Played, Source
 from opd_jax.experience.stream import Stream, judge_example
-from opd_jax.experience.tasks import Panel, find_panels, split_size
-from opd_jax.judge.answer import LABELS
-from opd_jax.judge.labellers import Labeller, no_judge, teacher_judge
-from opd_jax.judge.prompt import Judge
+from opd_jax.experience.tasks import Panel, TaskOrder, find_panels, split_size
+from opd_jax.judge.answer import Judge
+from opd_jax.judge.prompt import LABELS
+from opd_jax.judge.verdicts import Labeller, no_judge, teacher_judge
 from opd_jax.learner.batch import Batch, pack
 from opd_jax.learner.optimizer import make_optimizer
 from opd_jax.learner.teacher import Teacher, make_teacher_pass

@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 
 from opd_jax.agent.agent import RolloutSettings
 from opd_jax.config.flags import closest
-from opd_jax.envs.make import EnvSettings
+from opd_jax.envs.make import EnvSettings, labels_turns, world_options
 from opd_jax.experience.source import DataSettings
 from opd_jax.experience.stream import DemonstrationSettings
-from opd_jax.judge.prompt import JudgeSettings
+from opd_jax.judge.answer import JudgeSettings
 from opd_jax.learner.objective import Objective
 from opd_jax.learner.optimizer import AdamW
 from opd_jax.learner.train_step import TrainSettings
@@ -30,6 +30,7 @@ from opd_jax.runtime.fields import (
     FIGURES,
     LAYOUT,
     METHOD,
+    WORLD,
     affects,
     check_choice,
     check_within,
@@ -111,8 +112,8 @@ class Settings:
     dtype: str
     compute_dtype: str
     teacher_dtype: str
-    student: str
-    teacher: str
+    student: str = field(metadata=affects(WORLD))  # `models.json` says which models a run has
+    teacher: str = field(metadata=affects(WORLD))
     mesh: MeshShape
     lora: Lora
     env: EnvSettings
@@ -249,33 +250,47 @@ def _typed(name: str, hint: Any, value: Any) -> Any:
 # --- What a field affects ---------------------------------------------------------------------
 
 
-def affected_by(name: str) -> frozenset[str]:
+def affected_by(name: str, *, env: str) -> frozenset[str]:
     """What a config field affects (`runtime.fields`).
 
     Args:
-      name: dotted, such as `train.updates`. A field that only one environment has affects the
-        method.
+      name: dotted, such as `train.updates`.
+      env: `env.by`. Of the fields that only this environment has, those that its `world` names
+        affect the world, and all others the method.
     """
     section, _, rest = name.partition(".")
-    kind = _plain(get_type_hints(Settings).get(section, str))
-    fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
-    own = rest.partition(".")[0]
-    metadata: Mapping = next((f.metadata for f in fields if f.name == own), {})
-    return metadata.get("affects", frozenset([METHOD]))
+    hints = get_type_hints(Settings)
+    kind = _plain(hints.get(section, str))
+    own = rest.partition(".")[0] if dataclasses.is_dataclass(kind) else section
+    fields = dataclasses.fields(kind if dataclasses.is_dataclass(kind) else Settings)
+    found = next((f for f in fields if f.name == own), None)
+    if found:
+        return found.metadata.get("affects", frozenset([METHOD]))
+    return frozenset([WORLD if section == "env" and own in world_options(env) else METHOD])
 
 
 def binds_a_run(settings: Settings) -> Callable[[str], bool]:
     """Tells of a field's name whether its value must be equal to resume a run.
 
-    Batches of demonstrations are cut to fit micro-batches and mesh, so there the layout binds too.
+    A constant rate does not depend on the number of updates, so there it is free. Batches of
+    demonstrations are cut to fit micro-batches and mesh, so there the layout binds too.
     """
-    kinds = {METHOD, EXTENT} | ({LAYOUT} if settings.shows_players else set())
-    return lambda name: not kinds.isdisjoint(affected_by(name))
+    kinds = {METHOD}
+    if settings.optimizer.schedule != "constant":
+        kinds.add(EXTENT)
+    if settings.shows_players:
+        kinds.add(LAYOUT)
+    return lambda name: not kinds.isdisjoint(affected_by(name, env=settings.env.by))
 
 
-def binds_an_evaluation(name: str) -> bool:
-    """Whether a field must be equal to evaluate a workdir's run."""
-    return METHOD in affected_by(name) and FIGURES not in affected_by(name)
+def binds_an_evaluation(settings: Settings) -> Callable[[str], bool]:
+    """Tells of a field's name whether it must be equal to evaluate a workdir's run."""
+
+    def binds(name: str) -> bool:
+        kinds = affected_by(name, env=settings.env.by)
+        return METHOD in kinds and FIGURES not in kinds
+
+    return binds
 
 
 # --- Relations between sections ---------------------------------------------------------------
@@ -351,6 +366,13 @@ def _check_source(s: Settings) -> None:
             "samples: set `data.source` to on_policy",
         ),
         (
+            objective.divergence == "sampled_reverse_kl"
+            and (rollout.temperature, rollout.top_k, rollout.top_p) != (1.0, 0, 1.0),
+            "`objective.divergence` = 'sampled_reverse_kl' holds for tokens drawn from the "
+            "student's own distribution: set `rollout.temperature` to 1, `rollout.top_k` to 0 and "
+            "`rollout.top_p` to 1, or choose reverse_kl",
+        ),
+        (
             not objective.needs_teacher and source == "on_policy",
             "`objective.divergence` = 'cross_entropy' on the student's own episodes teaches "
             "nothing: set `data.source` to teacher, expert or players",
@@ -376,7 +398,12 @@ def _check_source(s: Settings) -> None:
 
 
 def _check_teacher(s: Settings) -> None:
-    """There is a teacher wherever one is needed."""
+    """There is a teacher, and labels to compare its verdicts with, wherever they are needed."""
+    if s.eval.judge and not labels_turns(s.env.by):
+        raise ValueError(
+            f"`eval.judge` compares verdicts with the environment's labels, and `env.by` = "
+            f"{s.env.by!r} has none: set it to False"
+        )
     needs = [
         (
             s.objective.needs_teacher or s.data.source == "teacher" or s.objective.intervention,

@@ -75,6 +75,10 @@ class Observation:
 class Env(Protocol):
     """An environment that plays one episode at a time.
 
+    Its class (or the function that makes it) may also have two attributes. `world` names the
+    arguments that change neither tasks nor answers, such as a timeout or a folder: a run may be
+    resumed with others. `labels_turns` = False says that no observation has an `oracle`.
+
     Attributes:
       system: the system message of the conversation; "" for none.
       task: the task of the current episode; set by `reset`.

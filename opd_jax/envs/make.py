@@ -65,6 +65,16 @@ def make_env(settings: EnvSettings, **changes: Any) -> Env:
     )
 
 
+def world_options(by: str) -> tuple[str, ...]:
+    """Names of an environment's options that change neither tasks nor answers (its `world`)."""
+    return getattr(named.find(by, ENVS, section="env"), "world", ())
+
+
+def labels_turns(by: str) -> bool:
+    """Whether an environment's observations have an `oracle` (its `labels_turns`)."""
+    return getattr(named.find(by, ENVS, section="env"), "labels_turns", True)
+
+
 def benchmark_splits(by: str) -> tuple[str, ...]:
     """The splits whose mean is a benchmark's figure; () where each split stands for itself."""
     if by != "searchqa":

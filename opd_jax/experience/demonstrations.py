@@ -32,18 +32,10 @@ def play(
     distraction: float,
     rng: random.Random,
 ) -> Iterator[Step]:
-    """The turns of one episode.
+    """The turns of one episode after its `first` observation; none if the environment broke there.
 
-    With probability `distraction` the distractor plays a turn (it strays), and the player goes on
-    from there. Both see every observation.
-
-    Args:
-      env: the environment, just reset.
-      first: the first observation; if the environment broke with it, there are no turns.
-      player: makes the player.
-      distractor: makes the distractor; None for none.
-      distraction: probability that a turn strays.
-      rng: all randomness of the episode.
+    With probability `distraction` the distractor, if there is one, plays a turn (it strays), and
+    the player goes on from there. Both see every observation. `rng` is all their randomness.
     """
     if first.done:
         return

@@ -13,7 +13,7 @@ from opd_jax.agent.agent import Agent
 from opd_jax.agent.conversation import Conversation
 from opd_jax.agent.rollout import close
 from opd_jax.envs.base import Env
-from opd_jax.experience.tasks import train_tasks
+from opd_jax.experience.tasks import TaskOrder
 from opd_jax.learner.train_state import TrainState
 from opd_jax.report.update import episode_metrics
 from opd_jax.runtime.fields import check_choice
@@ -61,7 +61,7 @@ class Source(Protocol):
     """Gives the episodes of one update after another."""
 
     @property
-    def cursor(self) -> list[int]:
+    def cursor(self) -> Sequence[int]:
         """Where the next `play` starts; stored as JSON."""
         ...
 
@@ -74,59 +74,29 @@ class Source(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class TaskOrder:
-    """The order of the training tasks.
-
-    Attributes:
-      split: the tasks' split.
-      size: number of tasks in it.
-      seed: shuffles the epochs.
-      count: tasks of an update.
-      per_task: episodes of each task.
-    """
-
-    split: str
-    size: int
-    seed: int
-    count: int
-    per_task: int
-
-    def from_number(self, start: int) -> list[tuple[str, int]]:
-        """(split, index) of an update's episodes, from task number `start` of the series."""
-        numbers = train_tasks(self.size, seed=self.seed, start=start, count=self.count)
-        return [(self.split, number) for number in numbers for _ in range(self.per_task)]
-
-
 # Plays one episode of each (split, index), with the parameters of a state.
 Play = Callable[[TrainState, Sequence[tuple[str, int]]], list[Conversation]]
 
 
+@dataclass
 class Episodes:
     """A `Source` that plays the training tasks in order.
 
-    Args:
-      play: plays the episodes.
+    Attributes:
+      play_tasks: plays the episodes.
       envs: the environments that it plays in; closed with the source.
       tasks: the order of the tasks.
       agent: gives the chat format and `history_turns` of the rows.
       length_multiple: see `Played`.
-      cursor: (number of the next task, 0).
+      cursor: [number of the next task, 0].
     """
 
-    def __init__(
-        self,
-        play: Play,
-        *,
-        envs: Sequence[Env | None],
-        tasks: TaskOrder,
-        agent: Agent,
-        length_multiple: int,
-        cursor: Sequence[int],
-    ):
-        self._play, self._envs, self._tasks, self._agent = play, envs, tasks, agent
-        self._length_multiple = length_multiple
-        self.cursor = list(cursor)
+    play_tasks: Play
+    envs: Sequence[Env | None]
+    tasks: TaskOrder
+    agent: Agent
+    length_multiple: int
+    cursor: Sequence[int]
 
     def play(self, state: TrainState) -> Played:
         """One episode of each of the next training tasks.
@@ -134,9 +104,9 @@ class Episodes:
         Raises:
           ValueError: the environments of all episodes broke.
         """
-        start, order = self.cursor[0], self._tasks
-        conversations = self._play(state, order.from_number(start))
-        self.cursor = [start + order.count, 0]
+        start = self.cursor[0]
+        conversations = self.play_tasks(state, self.tasks.from_number(start))
+        self.cursor = [start + self.tasks.count, 0]
         if all(c.broken for c in conversations):
             raise ValueError(
                 f"`env`: the environments of all {len(conversations)} episodes broke; the warnings "
@@ -144,8 +114,8 @@ class Episodes:
             )
         rows, episode = history.rows(
             conversations,
-            history_turns=self._agent.decoding.history_turns,
-            left_out=self._agent.chat.left_out,
+            history_turns=self.agent.decoding.history_turns,
+            left_out=self.agent.chat.left_out,
         )
         # With `history_turns` the number of rows varies. Padded to multiples of the batch it takes
         # few values, and few programs are compiled.
@@ -155,10 +125,10 @@ class Episodes:
             conversations,
             rows,
             episode=episode + [0] * missing,
-            length_multiple=self._length_multiple,
+            length_multiple=self.length_multiple,
             metrics=episode_metrics(conversations, rows),
         )
 
     def close(self) -> None:
         """Ends the environments' processes."""
-        close(self._envs)
+        close(self.envs)

@@ -15,7 +15,6 @@ from opd_jax.agent.conversation import Conversation
 from opd_jax.experience.source import Played
 from opd_jax.judge.prompt import FIELDS
 from opd_jax.learner.train_state import TrainState
-from opd_jax.report.update import sequence_tokens
 from opd_jax.runtime.fields import check_choice, check_within
 
 
@@ -75,8 +74,6 @@ def balanced_turns(
     """
     by_label: dict[str, list[tuple[Conversation, int]]] = {}
     for conversation in conversations:
-        if conversation.task is None:  # a row that only fills a batch has no turns
-            continue
         for index, turn in enumerate(conversation.turns):
             if turn.oracle and not turn.failure:
                 by_label.setdefault(turn.oracle, []).append((conversation, index))
@@ -123,10 +120,11 @@ def group_by_length(
     return batches
 
 
+@dataclass
 class Stream:
     """A `Source` of supervised batches.
 
-    Args:
+    Attributes:
       shown: sizes of windows and batches.
       make_episode: makes demonstration number n, from n alone.
       make_example: makes judge example n of a window, from a conversation and the index of a turn;
@@ -134,24 +132,18 @@ class Stream:
       seed: seed of the order of batches and the choice of turns.
       length_multiple: lengths are padded to multiples of this.
       rows_multiple: micro-batches times devices; rows of a batch are a multiple of this.
-      cursor: (window, batch) to start from.
+      cursor: [window, batch] to go on from.
     """
 
-    def __init__(
-        self,
-        shown: DemonstrationSettings,
-        *,
-        make_episode: Callable[[int], Conversation],
-        make_example: Callable[[int, Conversation, int], Conversation] | None,
-        seed: int,
-        length_multiple: int,
-        rows_multiple: int,
-        cursor: Sequence[int],
-    ):
-        self._shown, self._make_episode, self._make_example = shown, make_episode, make_example
-        self._seed, self._length_multiple = seed, length_multiple
-        self._rows_multiple = rows_multiple
-        self.cursor = list(cursor)
+    shown: DemonstrationSettings
+    make_episode: Callable[[int], Conversation]
+    make_example: Callable[[int, Conversation, int], Conversation] | None
+    seed: int
+    length_multiple: int
+    rows_multiple: int
+    cursor: Sequence[int]
+
+    def __post_init__(self) -> None:
         # One thread generates the next window while the device trains on this one.
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._batches = self._generate(self.cursor[0])
@@ -171,7 +163,7 @@ class Stream:
             rows=conversations,
             episode=list(range(len(conversations))),
             length_multiple=padded,
-            metrics={"tokens/sequence": sequence_tokens(conversations)},
+            metrics={"tokens/sequence": sum(len(c.tokens) for c in conversations)},
         )
 
     def close(self) -> None:
@@ -179,18 +171,18 @@ class Stream:
         self._pool.shutdown(cancel_futures=True)
 
     def _generate(self, window: int) -> list[tuple[list[Conversation], int]]:
-        rng = random.Random(f"{self._seed}/window/{window}")
-        first = window * self._shown.window
-        episodes = [self._make_episode(first + i) for i in range(self._shown.window)]
+        rng = random.Random(f"{self.seed}/window/{window}")
+        first = window * self.shown.window
+        episodes = [self.make_episode(first + i) for i in range(self.shown.window)]
         examples = []
-        if self._make_example is not None:
-            turns = balanced_turns(episodes, self._shown.judge_examples, rng)
-            examples = [self._make_example(n, *turn) for n, turn in enumerate(turns)]
+        if self.make_example is not None:
+            turns = balanced_turns(episodes, self.shown.judge_examples, rng)
+            examples = [self.make_example(n, *turn) for n, turn in enumerate(turns)]
         batches = group_by_length(
             [c for c in episodes + examples if c.tokens],
-            tokens_per_batch=self._shown.tokens_per_batch,
-            length_multiple=self._length_multiple,
-            rows_multiple=self._rows_multiple,
+            tokens_per_batch=self.shown.tokens_per_batch,
+            length_multiple=self.length_multiple,
+            rows_multiple=self.rows_multiple,
         )
         rng.shuffle(batches)
         return batches

@@ -1,6 +1,7 @@
 """The tasks that a run plays: how many each split has, which, and in what order."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -41,9 +42,7 @@ def split_size(env: Env, split: str, *, field: str) -> int:
 def find_panels(env: Env, splits: Mapping[str, str]) -> dict[str, Panel]:
     """The tasks of every split.
 
-    Args:
-      env: the environment that has them.
-      splits: split to the setting that names it, for errors.
+    `splits` maps a split to the setting that names it, for errors.
 
     Raises:
       ValueError: a split is unknown or empty, or the run's processes have different tasks.
@@ -75,11 +74,6 @@ def check_same_tasks(split: str, tasks: Panel, workdir: Path) -> None:
     The same config may give other tasks later: files in a folder change, or `ALFWORLD_DATA` names
     another folder. A workdir without `TASKS_FILE` passes.
 
-    Args:
-      split: `data.split`.
-      tasks: its tasks now.
-      workdir: the run's.
-
     Raises:
       ValueError: they differ; names the field and both digests.
     """
@@ -97,16 +91,35 @@ def store_tasks(found: Mapping[str, Panel], workdir: Path) -> None:
     for split, tasks in found.items():
         processes.say(describe(split, tasks))
     digests = {split: tasks.digest for split, tasks in found.items()}
-    write_summary(workdir / TASKS_FILE, digests, write=processes.is_first())
+    write_summary(workdir / TASKS_FILE, digests)
 
 
-def train_tasks(size: int, *, seed: int, start: int, count: int) -> list[int]:
-    """`count` tasks of an endless series of shuffled epochs, from number `start` on."""
-    tasks = []
-    for number in range(start, start + count):
-        epoch, place = divmod(number, size)
-        tasks.append(int(_permutation(size, seed, epoch)[place]))
-    return tasks
+@dataclass(frozen=True)
+class TaskOrder:
+    """The order of the training tasks: an endless series of shuffled epochs.
+
+    Attributes:
+      split: the tasks' split.
+      size: number of tasks in it.
+      seed: shuffles the epochs.
+      count: tasks of an update.
+      per_task: episodes of each task.
+    """
+
+    split: str
+    size: int
+    seed: int
+    count: int
+    per_task: int
+
+    def from_number(self, start: int) -> list[tuple[str, int]]:
+        """(split, index) of an update's episodes, from task number `start` of the series."""
+        tasks = []
+        for number in range(start, start + self.count):
+            epoch, place = divmod(number, self.size)
+            task = int(_permutation(self.size, self.seed, epoch)[place])
+            tasks += [(self.split, task)] * self.per_task
+        return tasks
 
 
 @lru_cache(maxsize=2)  # a batch may span two epochs

@@ -4,21 +4,13 @@
 - `layout`: names and shapes of the tensors that store each parameter.
 - `load`: safetensors files to arrays; reads each device's shard on its own.
 - `save`: arrays to a folder that `transformers` opens.
-- `gguf`: converts a Llama model in a GGUF file to such a folder.
+- `fingerprint`: tells whether two folders hold the same model.
 - `tokenizer`: loads a folder's tokenizer, and checks it against a model or another tokenizer.
 - `published`: sizes of well-known models.
 """
 
 from opd_jax.hf.config_json import read_config
+from opd_jax.hf.fingerprint import fingerprint
 from opd_jax.hf.load import load_params
 from opd_jax.hf.save import save_model
 from opd_jax.hf.tokenizer import check_same_tokenizer, check_vocab, load_tokenizer
-
-__all__ = [
-    "check_same_tokenizer",
-    "check_vocab",
-    "load_params",
-    "load_tokenizer",
-    "read_config",
-    "save_model",
-]

@@ -1,12 +1,12 @@
 """`config.json` of a Hugging Face folder as a `ModelConfig`, and back."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from opd_jax.model import ModelConfig, RopeScaling
 from opd_jax.model.moe import Experts
+from opd_jax.runtime import files
 
 Number = TypeVar("Number", int, float)
 
@@ -100,13 +100,7 @@ def read_json(path: Path) -> dict:
             f"model folder `{path.parent}` has no {path.name}; give a Hugging Face folder with "
             "config.json and safetensors files"
         )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`{path}` cannot be read as JSON: {error}; fetch it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"`{path}` must hold a JSON object, got {type(content).__name__}")
-    return content
+    return files.read_json(path, advice="fetch it again")
 
 
 def _read_family(folder: Path, raw: dict) -> _Family:

@@ -42,7 +42,7 @@ _NAMES = {
 
 def leaves(config: ModelConfig) -> list[tuple[str, ParamSpec]]:
     """Name and spec of each parameter, in the order of `jax.tree.leaves`."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(param_specs(config), is_leaf=is_spec)
+    paths = jax.tree.leaves_with_path(param_specs(config), is_leaf=is_spec)
     return [(path[-1].key, spec) for path, spec in paths]
 
 
@@ -73,7 +73,7 @@ def read_slice(tensor: Any, key: str, spec: ParamSpec, index: tuple[slice, ...])
     """Reads the slice `index` of one tensor of a parameter into our layout, and little else.
 
     Args:
-      tensor: a lazy slice of safetensors, or an array.
+      tensor: a lazy slice of safetensors.
       index: a slice for each dimension of our layout, without the stack.
     """
     shape, axis = spec.shape[len(stack_shape(spec)) :], _head_dim_axis(spec)

@@ -52,7 +52,6 @@ def load_params(
     Args:
       folder: has safetensors files of float32, float16 or bfloat16.
       config: `read_config(folder)`, or that with a smaller `vocab_size`.
-      dtype: dtype of the arrays.
       int8: quantize the projections of the layers to `projections.Int8Weight`. Each is quantized
         before the next is read, so only one of them at a time exists in `dtype`.
       mesh: shardings follow `mesh.RULES`; None puts everything on the first device.
@@ -67,21 +66,14 @@ def load_params(
         shardings = jax.tree.map(lambda _: one, specs, is_leaf=is_spec)
     else:
         shardings = param_shardings(specs, mesh)
-    treedef = jax.tree.structure(shardings, is_leaf=_is_leaf)
     with ExitStack() as stack:
         tensors = _open_tensors(folder, stack)
         _check_tensors(folder, config, tensors)
-        arrays = [
-            _load_leaf(key, spec, sharding, tensors, np.dtype(dtype))
-            for (key, spec), sharding in zip(
-                leaves(config), jax.tree.leaves(shardings, is_leaf=_is_leaf), strict=True
-            )
-        ]
-    return jax.tree.unflatten(treedef, arrays)
 
+        def load(path: tuple, spec: ParamSpec, sharding: Any) -> Any:
+            return _load_leaf(path[-1].key, spec, sharding, tensors, np.dtype(dtype))
 
-def _is_leaf(node: object) -> bool:
-    return isinstance(node, Int8Weight)
+        return jax.tree.map_with_path(load, param_specs(config), shardings, is_leaf=is_spec)
 
 
 def _load_leaf(
@@ -176,14 +168,12 @@ def _reader(
 
     def assemble(index: tuple[slice, ...]) -> np.ndarray:
         depth = len(stack)
-        chosen = [range(size)[part] for size, part in zip(stack, index[:depth], strict=True)]
-        first, *others = itertools.product(*chosen)
-        part = read_slice(tensors[named[first]], key, spec, index[depth:])
-        out = np.empty((1 + len(others), *part.shape), dtype)
-        out[0] = part
-        for i, place in enumerate(others, 1):
-            out[i] = read_slice(tensors[named[place]], key, spec, index[depth:])
-        return out.reshape(*map(len, chosen), *part.shape)
+        chosen = [range(size)[part] for size, part in zip(spec.shape, index, strict=True)]
+        out = np.empty([len(places) for places in chosen], dtype)
+        places = itertools.product(*chosen[:depth])
+        for at, place in zip(np.ndindex(out.shape[:depth]), places, strict=True):
+            out[at] = read_slice(tensors[named[place]], key, spec, index[depth:])
+        return out
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None  # JAX's type allows None, but JAX never passes it

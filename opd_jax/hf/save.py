@@ -24,7 +24,7 @@ from opd_jax.hf.layout import (
     tensor_names,
     to_stored,
 )
-from opd_jax.hf.tokenizer import load_tokenizer, write_tokenizer
+from opd_jax.hf.tokenizer import copy_tokenizer, load_tokenizer
 from opd_jax.model import ModelConfig, Params, ParamSpec, is_spec, param_specs
 from opd_jax.model.int8 import contracted_axes
 from opd_jax.model.lora import merged
@@ -52,8 +52,6 @@ def save_model(
       folder: absent or empty.
       params: arrays of jax or numpy. A `LoraWeight` is written as W + (α / r) · A B and an
         `Int8Weight` as values · scale, computed in float32 and rounded once.
-      config: the sizes of `params`.
-      dtype: dtype of the stored tensors.
       tokenizer_from: a folder, whose tokenizer files and generation_config.json are copied
         unchanged, or a `transformers` tokenizer. Its special token ids go into config.json.
       max_shard_bytes: largest file of weights. More weights are split into several files with an
@@ -69,14 +67,17 @@ def save_model(
     _check_params(params, config)
     content = config_json(config, dtype_name=dtype.name)
     is_folder = isinstance(tokenizer_from, (str, os.PathLike))
-    tokenizer = load_tokenizer(tokenizer_from) if is_folder else tokenizer_from
+    tokenizer: Any = load_tokenizer(tokenizer_from) if is_folder else tokenizer_from
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         content[name] = getattr(tokenizer, name)
 
     partial = folder.absolute().with_name(f".{folder.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
-        write_tokenizer(partial, tokenizer_from)
+        if is_folder:
+            copy_tokenizer(tokenizer_from, partial)
+        else:
+            tokenizer.save_pretrained(partial)
         (partial / "config.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
         _write_weights(partial, params, config, dtype, max_shard_bytes)
         partial.replace(folder)
@@ -86,8 +87,7 @@ def save_model(
 
 
 def _check_params(params: Params, config: ModelConfig) -> None:
-    want = {_path(p): s.shape for p, s in _flatten(param_specs(config))}
-    got = {_path(p): _shape(weight) for p, weight in _flatten(params)}
+    want, got = _shapes(param_specs(config)), _shapes(params)
     for name in sorted(want.keys() | got.keys()):
         if want.get(name) != got.get(name):
             raise ValueError(
@@ -96,8 +96,9 @@ def _check_params(params: Params, config: ModelConfig) -> None:
             )
 
 
-def _flatten(tree: Any) -> list[tuple]:
-    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_parameter)[0]
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    paths = jax.tree.leaves_with_path(tree, is_leaf=_is_parameter)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): _shape(w) for p, w in paths}
 
 
 def _is_parameter(node: object) -> bool:
@@ -107,10 +108,6 @@ def _is_parameter(node: object) -> bool:
 def _shape(weight: Any) -> tuple[int, ...]:
     weight = weight.base if isinstance(weight, LoraWeight) else weight
     return tuple((weight.values if isinstance(weight, Int8Weight) else weight).shape)
-
-
-def _path(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _write_weights(

@@ -1,6 +1,5 @@
 """Loads the tokenizer of a model folder, and checks it against a model or another tokenizer."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -50,14 +49,11 @@ def load_tokenizer(folder: str | Path) -> Any:
         raise ValueError(f"the tokenizer in `{folder}` cannot be read: {reason}") from error
 
 
-def write_tokenizer(folder: Path, tokenizer_from: str | os.PathLike[str] | Any) -> None:
-    """Copies tokenizer files from another folder unchanged, or saves a `transformers` tokenizer."""
-    if not isinstance(tokenizer_from, (str, os.PathLike)):
-        tokenizer_from.save_pretrained(folder)
-        return
+def copy_tokenizer(source: str | Path, folder: Path) -> None:
+    """Copies the tokenizer files and generation_config.json of the folder `source` unchanged."""
     for name in _FILES:
-        if (Path(tokenizer_from) / name).is_file():
-            shutil.copyfile(Path(tokenizer_from) / name, folder / name)
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, folder / name)
 
 
 def check_vocab(folder: str | Path, tokenizer: Any, config: ModelConfig) -> None:

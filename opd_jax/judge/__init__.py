@@ -1,6 +1,6 @@
 """The teacher as a judge: a verdict for every turn.
 
-- `prompt`: the question. `answer`: how it is answered. `verdicts`: all turns of a batch.
-- `labels`: the environment's labels of turns. `agreement`: how far the judge agrees with them.
-- `labellers`: who gives the verdicts of an update.
+- `prompt`: the question. `answer`: who answers it, and how. `verdicts`: all turns of a batch.
+- `labels`: what is said of every turn of a batch, as arrays: by the environment, and by the judge.
+- `agreement`: how far the two agree.
 """

@@ -8,13 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from opd_jax.judge.answer import LABELS
-from opd_jax.judge.labels import NO_LABEL, EnvLabels
-from opd_jax.judge.verdicts import Judgement
+from opd_jax.judge.labels import NO_LABEL, EnvLabels, Judgement
+from opd_jax.judge.prompt import LABELS
 from opd_jax.losses import Verdict
 
 _RESAMPLES = 1000
-VERDICT_NAMES = {verdict: verdict.name.lower() for verdict in Verdict}
 
 
 def confusion(judgement: Judgement, oracle: np.ndarray) -> np.ndarray:
@@ -101,7 +99,8 @@ def judge_metrics(judgement: Judgement, labels: EnvLabels) -> dict[str, Any]:
         "judge/asked": (judgement.asked.sum(), exists.sum()),
         "judge/unparsable": (judgement.unparsable.sum(), judgement.asked.sum()),
     }
-    for verdict, name in VERDICT_NAMES.items():
+    for verdict in Verdict:
+        name = verdict.name.lower()
         given = (judgement.verdict == verdict) & exists
         metrics[f"verdict/{name}"] = (given.sum(), exists.sum())
         metrics[f"by_turn/{name}"] = (given.sum(axis=0), exists.sum(axis=0))
@@ -110,8 +109,8 @@ def judge_metrics(judgement: Judgement, labels: EnvLabels) -> dict[str, Any]:
         metrics["judge/precision"] = precision(counts)
         metrics["judge/recall"] = recall(counts)
         # The two denominators, so that precision and recall can be pooled over updates.
-        metrics["judge/corrected"] = precision(counts)[1]
-        metrics["judge/wrong"] = recall(counts)[1]
+        metrics["judge/corrected"] = metrics["judge/precision"][1]
+        metrics["judge/wrong"] = metrics["judge/recall"][1]
         for row, label in enumerate(LABELS):
             metrics[f"judge/recall_{label.lower()}"] = (counts[row, row], counts[row].sum())
     return metrics

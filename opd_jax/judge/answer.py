@@ -1,4 +1,4 @@
-"""How a teacher answers a question with one of three words: two decodings over a kept cache.
+"""A judge, and how it answers a question with one of three words: two decodings over a kept cache.
 
 `score_labels` compares the likelihoods of the words. It always gives a label and needs no loop over
 tokens. `generate_labels` is the paper's literal procedure: it searches greedy text for a word. Both
@@ -6,8 +6,7 @@ append the questions to a cache that is empty or holds conversations.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,38 +16,113 @@ import numpy as np
 
 from opd_jax import model
 from opd_jax.agent import generate as gen
+from opd_jax.agent.chat import ChatFormat
+from opd_jax.agent.conversation import Conversation
+from opd_jax.agent.session import padded
+from opd_jax.judge.prompt import FIELDS, LABELS, judge_prompt
 from opd_jax.losses import Verdict
 from opd_jax.model import KVCache, ModelConfig, Params
+from opd_jax.runtime.fields import (
+    FIGURES,
+    LAYOUT,
+    METHOD,
+    affects,
+    check_choice,
+    check_within,
+)
 from opd_jax.runtime.mesh import replicate, shard_batch
 
-LABELS = ("SKIP", "WEAK", "STRONG")
 UNPARSABLE = -1
-# The names of `score_labels` and `generate_labels` in a config.
-DECODINGS = ("constrained", "generate")
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """How the judge is asked.
+
+    Attributes:
+      decode: "constrained" or "generate" (`answer`).
+      context: see `judge_prompt`.
+      admissible_shown: see `judge_prompt`.
+      batch: most questions at a time; with "history", most conversations.
+      length_multiple: questions are padded to a multiple of this; conversations are read in pieces
+        of this length.
+      max_new_tokens: longest answer of the `generate` decoding.
+      agreement_every: every so many updates the other decoding is asked too; 0: never.
+    """
+
+    decode: str = field(metadata=affects(METHOD, FIGURES))
+    context: str = field(metadata=affects(METHOD, FIGURES))
+    admissible_shown: int = field(metadata=affects(METHOD, FIGURES))
+    batch: int = field(metadata=affects(LAYOUT))
+    length_multiple: int = field(metadata=affects(LAYOUT))
+    max_new_tokens: int = field(metadata=affects(METHOD, FIGURES))
+    agreement_every: int = field(metadata=affects(FIGURES))
+
+    def __post_init__(self):
+        check_choice(DECODINGS, decode=self.decode)
+        check_choice(FIELDS, context=self.context)
+        check_within(
+            0, admissible_shown=self.admissible_shown, agreement_every=self.agreement_every
+        )
+        check_within(
+            1,
+            batch=self.batch,
+            length_multiple=self.length_multiple,
+            max_new_tokens=self.max_new_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Everything but the parameters that turns the teacher into a judge."""
+
+    model: ModelConfig
+    tokenizer: Any
+    chat: ChatFormat
+    settings: JudgeSettings
+
+    def question(self, conversation: Conversation, index: int) -> list[int]:
+        """The tokens of the question about one turn, up to where the answer starts.
+
+        With "history" they are the conversation's next message, else a conversation of their own.
+        """
+        task, turn = conversation.task, conversation.turns[index]
+        assert task is not None  # a row that only fills a batch has no turns
+        how = self.settings
+        text = judge_prompt(task, turn, admissible_shown=how.admissible_shown, context=how.context)
+        if how.context != "history":
+            return self.chat.first("", text)
+        return self.chat.follow(text, ended=turn.stop == "stop_token")
+
+    def prefix(self, conversation: Conversation, index: int) -> list[int]:
+        """The tokens before the question: with "history" all up to the turn's end, else none."""
+        if self.settings.context != "history":
+            return []
+        return conversation.tokens[: conversation.spans[index][1]]
+
+    @property
+    def answer_tokens(self) -> int:
+        """Most tokens of an answer."""
+        if self.settings.decode == "generate":
+            return self.settings.max_new_tokens
+        return label_tokens(self.tokenizer)[0].shape[1]
 
 
 def parse_label(answer: str) -> int:
     """The label that an answer names, in upper or lower case; `UNPARSABLE` for none or several."""
-    found = {word.upper() for word in re.findall(r"\b(SKIP|WEAK|STRONG)\b", answer, re.IGNORECASE)}
+    words = re.findall(rf"\b({'|'.join(LABELS)})\b", answer, re.IGNORECASE)
+    found = {word.upper() for word in words}
     return Verdict[found.pop()] if len(found) == 1 else UNPARSABLE
 
 
 def label_tokens(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     """The tokens of the three words, int32 [labels, W] padded with 0, and how many each has."""
     words = [tokenizer.encode(label, add_special_tokens=False) for label in LABELS]
-    width = max(map(len, words))
-    tokens = np.array([word + [0] * (width - len(word)) for word in words], np.int32)
-    return tokens, np.array([len(word) for word in words], np.int32)
+    return padded(words, width=max(map(len, words)))
 
 
 def score_labels(
-    params: Params,
-    cache: KVCache,
-    tokens: np.ndarray,
-    counts: np.ndarray,
-    *,
-    config: ModelConfig,
-    tokenizer: Any,
+    params: Params, cache: KVCache, tokens: np.ndarray, counts: np.ndarray, *, by: Judge
 ) -> tuple[list[int], KVCache]:
     """The label whose tokens the teacher finds most likely after each question.
 
@@ -68,8 +142,8 @@ def score_labels(
         params,
         cache,
         *shard_batch((tokens, counts)),
-        *label_tokens(tokenizer),
-        config=config,
+        *label_tokens(by.tokenizer),
+        config=by.model,
         sharded=model.is_sharded(params),
     )
     return np.asarray(jnp.argmax(scores, axis=-1)).tolist(), cache
@@ -113,36 +187,32 @@ def label_scores(
 
 
 def generate_labels(
-    params: Params,
-    cache: KVCache,
-    tokens: np.ndarray,
-    counts: np.ndarray,
-    *,
-    config: ModelConfig,
-    tokenizer: Any,
-    stop_ids: Sequence[int],
-    max_new_tokens: int,
+    params: Params, cache: KVCache, tokens: np.ndarray, counts: np.ndarray, *, by: Judge
 ) -> tuple[list[int], KVCache]:
     """The label in the teacher's greedy answer to each question, or `UNPARSABLE`.
 
     Arguments as in `score_labels`; the cache needs room for `max_new_tokens` of each answer.
     """
-    rows, sharded = len(counts), model.is_sharded(params)
+    rows, longest = len(counts), by.settings.max_new_tokens
+    static: dict[str, Any] = dict(config=by.model, sharded=model.is_sharded(params))
     asked = shard_batch((tokens, np.maximum(counts - 1, 0)))
-    cache = gen.extend(params, cache, *asked, config=config, sharded=sharded)
+    cache = gen.extend(params, cache, *asked, **static)
     last = tokens[np.arange(rows), counts - 1]
-    budget = np.where(counts > 0, max_new_tokens, 0).astype(np.int32)
+    budget = np.where(counts > 0, longest, 0).astype(np.int32)
     cache, out = gen.generate(
         params,
         cache,
         *shard_batch((last, budget)),
         jax.random.split(jax.random.key(0), rows),  # unused: decoding is greedy
-        jnp.asarray(stop_ids, jnp.int32),
-        config=config,
+        jnp.asarray(by.chat.stop_ids, jnp.int32),
         sampling=gen.Sampling(temperature=0.0, top_k=0, top_p=1.0),
-        chunk=max_new_tokens,
-        sharded=sharded,
+        chunk=longest,
+        **static,
     )
     out = jax.device_get(out)
-    answers = [tokenizer.decode(row[:n]) for row, n in zip(out.tokens, out.counts, strict=True)]
+    answers = [by.tokenizer.decode(row[:n]) for row, n in zip(out.tokens, out.counts, strict=True)]
     return [parse_label(answer) for answer in answers], cache
+
+
+# How `judge.decode` names them.
+DECODINGS = {"constrained": score_labels, "generate": generate_labels}

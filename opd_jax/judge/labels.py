@@ -1,4 +1,4 @@
-"""The environment's labels of every turn of a batch, as arrays [B, K] like the judge's verdicts."""
+"""What is said of every turn of a batch, as arrays [B, K]: by the environment, and by the judge."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,7 +12,7 @@ NO_LABEL = -1
 
 
 class EnvLabels(NamedTuple):
-    """What the environment says of every turn.
+    """What the environment says.
 
     Attributes:
       played: bool [B, K], there is such a turn, and the environment did not break in its episode.
@@ -23,6 +23,21 @@ class EnvLabels(NamedTuple):
     played: np.ndarray
     failed: np.ndarray
     oracle: np.ndarray
+
+
+class Judgement(NamedTuple):
+    """What the judge says.
+
+    Attributes:
+      verdict: int32 [B, K], `Verdict` codes; SKIP if there is no turn or the environment broke. An
+        unparsable answer is STRONG, the conservative reading.
+      asked: bool [B, K], turns that reached the judge.
+      unparsable: bool [B, K], answers with none or several of the three words.
+    """
+
+    verdict: np.ndarray
+    asked: np.ndarray
+    unparsable: np.ndarray
 
 
 def env_labels(conversations: Sequence[Conversation], *, max_turns: int) -> EnvLabels:

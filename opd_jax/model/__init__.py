@@ -6,7 +6,6 @@
 - `int8`: frozen weights in 8 bits. `lora`: adapters beside frozen weights.
 """
 
-from opd_jax.model.attention import attention
 from opd_jax.model.cache import (
     KVCache,
     backend_cache_layout,
@@ -28,31 +27,4 @@ from opd_jax.model.params import (
     param_specs,
 )
 from opd_jax.model.sizes import ModelConfig, RopeScaling
-from opd_jax.model.transformer import REMAT, forward, forward_cached, rms_norm, rope_frequencies
-
-__all__ = [
-    "REMAT",
-    "KVCache",
-    "ModelConfig",
-    "ParamSpec",
-    "Params",
-    "RopeScaling",
-    "attention",
-    "backend_cache_layout",
-    "cache_layout",
-    "cache_specs",
-    "forward",
-    "forward_cached",
-    "grow_cache",
-    "head",
-    "head_params",
-    "init_arrays",
-    "init_cache",
-    "init_params",
-    "is_sharded",
-    "is_spec",
-    "logits",
-    "param_specs",
-    "rms_norm",
-    "rope_frequencies",
-]
+from opd_jax.model.transformer import REMAT, forward, forward_cached

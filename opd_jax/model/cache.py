@@ -9,7 +9,7 @@ from flax import struct
 
 from opd_jax.model.params import ParamSpec
 from opd_jax.model.sizes import ModelConfig
-from opd_jax.runtime.mesh import check_divides, constrain
+from opd_jax.runtime.mesh import constrain, param_shardings
 
 _CACHE_AXES = {"B": "batch", "G": "kv_heads", "S": "slots", "H": "head_dim"}
 
@@ -66,7 +66,8 @@ def init_cache(
       ValueError: the rows or the heads do not divide evenly over the mesh.
     """
     spec = cache_specs(config, batch=batch, slots=slots, layout=layout)
-    check_divides({"cache": spec})
+    if not (mesh := jax.sharding.get_abstract_mesh()).empty:
+        param_shardings({"cache": spec}, mesh)  # raises
 
     def buffers() -> tuple[jax.Array, ...]:
         empty = (jnp.zeros(spec.shape, dtype) for _ in range(config.num_layers))

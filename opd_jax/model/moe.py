@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax.model.projections import Int8Weight, project_groups
-from opd_jax.runtime.mesh import divides, psum, shard_map
+from opd_jax.runtime.mesh import psum, shard_map, shards
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def feed_forward(layer: dict, x_BTD: jax.Array, experts: Experts, *, all_gather:
         "expert_up": (None, width, "mlp"),
         "expert_down": (None, "mlp", width),
     }
-    tokens = (batch if divides(len(x_BTD), batch) else None, None, width)
+    tokens = (None if len(x_BTD) % shards(batch) else batch, None, width)
     mix = shard_map(
         partial(_mix, experts=experts, width=width),
         in_axes=({name: _axes(layer[name], axes[name]) for name in axes}, tokens),

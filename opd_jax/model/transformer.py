@@ -23,6 +23,7 @@ from opd_jax.model.params import Params
 from opd_jax.model.projections import PROJECTION, projection
 from opd_jax.model.sizes import ModelConfig
 from opd_jax.runtime import mesh
+from opd_jax.runtime.fields import check_choice
 from opd_jax.runtime.mesh import constrain
 
 
@@ -163,8 +164,7 @@ def forward(
     Raises:
       ValueError: an unknown `remat`.
     """
-    if remat not in REMAT:
-        raise ValueError(f"`remat`: expected one of {', '.join(REMAT)}, got {remat!r}")
+    check_choice(REMAT, remat=remat)
     x = _embed(params, tokens)
     cos, sin = _rotation(jnp.arange(tokens.shape[1])[None], config)
 
@@ -227,11 +227,6 @@ def forward_cached(
         mixed = attention(q, k, v, position_BT, layout=cache.layout, query_chunk=_CACHED_QUERIES)
         return _after_attention(layer, x_BTD, mixed, config, all_gather=all_gather), k, v
 
-    def unchanged(
-        x_BTD: jax.Array, k: jax.Array, v: jax.Array, _: Params
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return x_BTD, k, v
-
     keys, values = [], []
     for index, (k, v) in enumerate(zip(cache.keys, cache.values, strict=True)):
         layer = jax.tree.map(lambda p, i=index: p[i], params["layers"])
@@ -239,7 +234,9 @@ def forward_cached(
             # Practically always true. The condition only bounds memory: without it the TPU compiler
             # holds the all-gathered weights of all layers from the start. The price: no all-gather
             # overlaps with the layer before.
-            x, k, v = jax.lax.cond(jnp.any(counts > 0), block, unchanged, x, k, v, layer)
+            x, k, v = jax.lax.cond(
+                jnp.any(counts > 0), block, lambda x, k, v, _: (x, k, v), x, k, v, layer
+            )
         else:
             x, k, v = block(x, k, v, layer)
         keys.append(k)

@@ -24,6 +24,7 @@ from opd_jax.plan.collectives import collectives
 from opd_jax.plan.hlo import parse
 from opd_jax.plan.program import Program, Run
 from opd_jax.plan.programs import plan_run
+from opd_jax.runtime.files import replace_text
 
 PACKAGE = Path(__file__).parents[1]
 DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "opd_jax/plan")
@@ -52,10 +53,7 @@ def compile_programs(
         result, answered = _in_process(run, program, limit_s)
         if answered:
             cache.mkdir(parents=True, exist_ok=True)
-            # Other processes may read at any time, so the file appears complete.
-            partial = path.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(result), encoding="utf-8")
-            partial.replace(path)
+            replace_text(path, json.dumps(result))
         yield program, result
 
 

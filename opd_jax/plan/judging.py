@@ -5,7 +5,8 @@ from typing import Any
 
 from opd_jax.agent.generate import Sampling
 from opd_jax.config.settings import Settings
-from opd_jax.judge.answer import LABELS, label_scores
+from opd_jax.judge.answer import label_scores
+from opd_jax.judge.prompt import LABELS
 from opd_jax.plan.program import Program
 from opd_jax.plan.sampling import Player
 from opd_jax.plan.workload import Workload

@@ -12,10 +12,9 @@ from opd_jax.runtime import processes
 
 
 class UpdateLog:
-    """Writes every update into a workdir and to standard output.
+    """Writes every update into a workdir and to standard output, in the first process only.
 
     Args:
-      workdir: the run's workdir.
       done: updates done before this start; lines of later ones are dropped.
       updates: length of the whole run.
       leave_out: names of metrics to leave out (`update.unmeasured`).
@@ -23,9 +22,13 @@ class UpdateLog:
 
     def __init__(self, workdir: Path, *, done: int, updates: int, leave_out: Collection[str]):
         self._workdir, self._updates, self._leave_out = workdir, updates, leave_out
-        how: dict[str, Any] = dict(resume_step=done or None, write=processes.is_first())
-        self._lines = JsonlWriter(workdir / "metrics.jsonl", **how)
-        self._events = EventWriter(workdir / "events", **how)
+        self._writers: list[JsonlWriter | EventWriter] = []
+        if processes.is_first():
+            resume_step = done or None
+            self._writers = [
+                JsonlWriter(workdir / "metrics.jsonl", resume_step=resume_step),
+                EventWriter(workdir / "events", resume_step=resume_step),
+            ]
 
     @contextlib.contextmanager
     def watch(self, update: int) -> Iterator[Stopwatch]:
@@ -44,12 +47,12 @@ class UpdateLog:
           ValueError: loss or norms are not finite. The line is written first.
         """
         metrics = update_metrics(raw, played, clock, leave_out=self._leave_out)
-        self._lines.write(update, metrics)
-        self._events.write(update, metrics)
+        for writer in self._writers:
+            writer.write(update, metrics)
         check_finite(raw, update=update, checkpoints=(self._workdir / "checkpoints").resolve())
         processes.say(describe(metrics, update=update, updates=self._updates))
 
     def close(self) -> None:
         """Closes the files."""
-        self._lines.close()
-        self._events.close()
+        for writer in self._writers:
+            writer.close()

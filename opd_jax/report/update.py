@@ -8,9 +8,8 @@ import numpy as np
 from tqdm import tqdm
 
 from opd_jax.agent.conversation import Conversation
-from opd_jax.judge.agreement import VERDICT_NAMES
 from opd_jax.learner.objective import Objective
-from opd_jax.losses import NO_TURN
+from opd_jax.losses import NO_TURN, Verdict
 from opd_jax.report.metrics import means
 from opd_jax.report.stopwatch import Stopwatch
 
@@ -44,13 +43,8 @@ def episode_metrics(
             for stop in ("stop_token", "turn_budget", "context")
         },
         "tokens/sampled": sampled,
-        "tokens/sequence": sequence_tokens(rows),
+        "tokens/sequence": sum(len(row.tokens) for row in rows),
     }
-
-
-def sequence_tokens(rows: Sequence[Conversation]) -> int:
-    """Tokens of the rows, without padding."""
-    return sum(len(row.tokens) for row in rows)
 
 
 def unmeasured(objective: Objective, *, on_policy: bool) -> set[str]:
@@ -59,6 +53,8 @@ def unmeasured(objective: Objective, *, on_policy: bool) -> set[str]:
     `on_policy`: the tokens are the student's own samples.
     """
     names: set[str] = set()
+    if not objective.intervention:  # nobody judges
+        names |= {"seconds/judge"}
     if not objective.confidence:
         names |= {"confidence", "by_turn/confidence"}
     if not objective.needs_teacher:
@@ -123,7 +119,8 @@ def describe(metrics: Mapping[str, Any], *, update: int, updates: int) -> str:
     parts = [f"{update:>{len(str(updates))}}/{updates}", f"loss {metrics['loss']:.4f}"]
     if (success := metrics.get("batch/success")) is not None:
         parts.append(f"success {success:.0%}")
-    shares = {name: metrics.get(f"verdict/{name}") for name in VERDICT_NAMES.values()}
+    names = [verdict.name.lower() for verdict in Verdict]
+    shares = {name: metrics.get(f"verdict/{name}") for name in names}
     verdicts = [f"{name} {share:.0%}" for name, share in shares.items() if share is not None]
     if verdicts:
         parts.append(" ".join(verdicts))

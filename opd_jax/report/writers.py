@@ -1,8 +1,4 @@
-"""The files that a run writes: JSON lines, TensorBoard events, and a summary.
-
-In a run of several processes only process 0 writes. On the others the writers get ``write=False``
-and do nothing.
-"""
+"""The files that a run writes: JSON lines, TensorBoard events, and a summary."""
 
 import json
 import math
@@ -13,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from opd_jax.runtime import processes
 from opd_jax.runtime.files import read_json, replace_text
 
 
@@ -27,17 +24,12 @@ class JsonlWriter:
       path: the file, usually ``metrics.jsonl`` in the workdir; its directory is created.
       resume_step: the step of the checkpoint to resume from. Lines of later steps are dropped, and
         so is a last line that a kill cut short. None starts an empty file.
-      write: false on all processes but one.
 
     Raises:
       ValueError: a line other than the last is not a JSON object with a `step`.
     """
 
-    def __init__(self, path: str | Path, *, resume_step: int | None, write: bool):
-        self._file = None
-        if not write:
-            return
-        path = Path(path)
+    def __init__(self, path: Path, *, resume_step: int | None):
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [] if resume_step is None else _lines_until(path, resume_step)
         replace_text(path, "".join(kept))
@@ -45,16 +37,13 @@ class JsonlWriter:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends ``{"step": step, **values}``; NaN and infinity, which JSON lacks, become null."""
-        if self._file is not None:
-            line = json.dumps(_jsonable({"step": step, **values}), allow_nan=False)
-            self._file.write(line + "\n")
-            self._file.flush()
+        line = json.dumps(_jsonable({"step": step, **values}), allow_nan=False)
+        self._file.write(line + "\n")
+        self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._file.close()
 
 
 class EventWriter:
@@ -64,25 +53,20 @@ class EventWriter:
     TensorBoard hides the events of later steps in earlier files.
     """
 
-    def __init__(self, directory: str | Path, *, resume_step: int | None, write: bool):
-        self._file = None
-        if not write:
-            return
+    def __init__(self, directory: Path, *, resume_step: int | None):
         # Imported late: it takes seconds. Not its `SummaryWriter`: it writes from a thread that
         # nobody can wait for, so a kill would lose steps that a checkpoint already covers.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        self._file = EventsWriter(str(Path(directory) / "events"))
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file = EventsWriter(str(directory / "events"))
         if resume_step is not None:
             start = SessionLog(status=SessionLog.START)
             self._file.write_event(Event(step=resume_step + 1, session_log=start))
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes every finite number of `values`; entry k of a list goes to ``name/k``."""
-        if self._file is None:
-            return
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.proto.summary_pb2 import Summary
 
@@ -103,39 +87,37 @@ class EventWriter:
 
     def close(self) -> None:
         """Closes the event file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._file.close()
 
 
-def write_summary(path: str | Path, results: Mapping[str, Any], *, write: bool) -> None:
+def write_summary(path: Path, results: Mapping[str, Any]) -> None:
     """Merges `results` into a JSON file; readers see the old file or the new one, never a part.
+
+    In a run of several processes only process 0 writes.
 
     Args:
       path: usually ``summary.json`` in the workdir.
       results: nested mappings, such as ``{"eval": {who: {split: {"success": ..., ...}}}}``. The
         first three levels merge key by key. Deeper levels, the figures of one evaluation, replace
         the old ones as a whole. Non-finite numbers become null.
-      write: false on all processes but one.
 
     Raises:
       ValueError: the file exists and does not hold a JSON object.
     """
-    if not write:
+    if not processes.is_first():
         return
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     merged = _merge(read_summary(path), _jsonable(results), levels=3)
     replace_text(path, json.dumps(merged, indent=2, allow_nan=False) + "\n")
 
 
-def read_summary(path: str | Path) -> dict[str, Any]:
+def read_summary(path: Path) -> dict[str, Any]:
     """What `write_summary` has written so far; {} if there is no file.
 
     Raises:
       ValueError: the file does not hold a JSON object.
     """
-    return read_json(Path(path)) if Path(path).exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def _lines_until(path: Path, last_step: int) -> list[str]:

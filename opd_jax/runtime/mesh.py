@@ -24,6 +24,8 @@ from opd_jax.runtime.fields import LAYOUT, affects, check_within
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
+_AXIS_TYPES = (AxisType.Auto,) * len(MESH_AXES)
+
 # An abstract mesh has sizes and no devices: enough for a plan.
 AnyMesh = Mesh | AbstractMesh
 
@@ -91,14 +93,12 @@ def make_mesh(
             f"{expected if processes > 1 else f'at most {most} devices'}, "
             f"got {data} × {fsdp} × {tensor} = {size}; change the mesh"
         )
-    axis_types = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=axis_types, devices=devices[:size])
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=_AXIS_TYPES, devices=devices[:size])
 
 
 def abstract_mesh(*, data: int, fsdp: int, tensor: int) -> AbstractMesh:
     """The same mesh without devices."""
-    axis_types = (AxisType.Auto,) * len(MESH_AXES)
-    return AbstractMesh((data, fsdp, tensor), MESH_AXES, axis_types=axis_types)
+    return AbstractMesh((data, fsdp, tensor), MESH_AXES, axis_types=_AXIS_TYPES)
 
 
 def _mesh_axes(logical: str, rules: Rules = RULES) -> tuple[str, ...]:
@@ -163,33 +163,10 @@ def replicated(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def current() -> Mesh | None:
-    """The mesh set by `jax.set_mesh`, or None."""
-    mesh = jax.sharding.get_mesh()
-    return None if mesh.empty else mesh
-
-
-def batch_multiple() -> int:
-    """The current mesh needs a multiple of this many rows in a batch."""
-    return shards("batch")
-
-
 def shards(logical: str) -> int:
     """The number of shards of a logical axis on the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else _shards(mesh, logical)
-
-
-def divides(size: int, logical: str) -> bool:
-    """Whether a dimension of `size` can be sharded over the current mesh."""
-    return size % shards(logical) == 0
-
-
-def check_divides(specs: Any) -> None:
-    """Raises the error of `param_shardings` if `specs` do not fit the current mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty:
-        param_shardings(specs, mesh)
 
 
 def is_sharded(array: Any, logical: str) -> bool:
@@ -263,8 +240,8 @@ def shard_batch(tree: Any, mesh: Mesh | None = None) -> Any:
     Raises:
       ValueError: B is not divisible by the number of shards of the batch.
     """
-    mesh = mesh or current()
-    if mesh is None:
+    mesh = mesh or jax.sharding.get_mesh()
+    if mesh.empty:
         return tree
     sharding, shards = batch_sharding(mesh), _shards(mesh, "batch")
 

@@ -25,7 +25,6 @@ from opd_jax.envs.household.expert import Expert
 from opd_jax.envs.workers import DIED, TIMEOUT, Worker
 from opd_jax.experience.demonstrations import demonstrate, play_out
 from opd_jax.losses import NO_TURN
-from opd_jax.report.update import episode_metrics
 
 MAX_TURNS = 4
 # Workers import this in a process without JAX.
@@ -177,18 +176,6 @@ def test_the_next_rollout_has_all_environments_back(
     for row in (0, 1, 2, 3, 5):
         assert again[row] == clean[row]
     assert [worker.restarts for worker in workers] == [0, 1, 1, 1, 3, 0]
-
-
-def test_figures_count_broken_episodes_and_leave_them_out(played: list[Conversation]) -> None:
-    sound = [played[row] for row in SOUND_ROWS]
-    got, expected = episode_metrics(played, played), episode_metrics(sound, sound)
-    assert got["end/broken"] == (len(BROKEN_ROWS), len(ROWS))
-    assert sum(got[name][0] for name in got if name.startswith("end/")) == len(ROWS)
-    for name, value in expected.items():
-        if name.startswith("end/"):
-            assert got[name] == (value[0], len(ROWS)), name
-        elif name != "tokens/sequence":
-            assert got[name] == value, name
 
 
 # --- Players ------------------------------------------------------------------------------------

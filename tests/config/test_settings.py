@@ -154,6 +154,14 @@ def test_whole_numbers_serve_as_floats_and_lists_as_tuples() -> None:
             "objective.divergence=sampled_reverse_kl data.source=teacher",
             "'sampled_reverse_kl' .* set `data.source` to on_policy",
         ),
+        *(
+            (f"objective.divergence=sampled_reverse_kl rollout.{cut}", f"set `rollout.{named}` to")
+            for cut, named in (
+                ("temperature=0.4", "temperature"),
+                ("top_k=5", "temperature` to 1, `rollout.top_k"),
+                ("top_p=0.9", "temperature` to 1, .*`rollout.top_p"),
+            )
+        ),
         (
             "objective.divergence=cross_entropy objective.intervention=0 objective.confidence=0",
             "'cross_entropy' on the student's own episodes teaches nothing",
@@ -198,18 +206,25 @@ def test_what_fields_affect_by_a_sample_of_each_kind() -> None:
         kinds.FIGURES: ["eval.tasks", "eval.splits", "compare.variants.opd.objective.confidence"],
     }
     for kind, fields in samples.items():
-        assert all(kind in affected_by(field) for field in fields), kind
-    assert affected_by("judge.context") == {kinds.METHOD, kinds.FIGURES}
+        assert all(kind in affected_by(field, env="household") for field in fields), kind
+    assert affected_by("judge.context", env="household") == {kinds.METHOD, kinds.FIGURES}
+
+
+def test_an_environment_says_which_of_its_options_change_nothing_that_is_learnt() -> None:
+    for field in ("env.retriever", "env.timeout_s", "env.retry_minutes", "env.data"):
+        assert affected_by(field, env="searchqa") == {kinds.WORLD}, field
+    for env, field in (("scienceworld", "env.heap_mb"), ("alfworld", "env.data")):
+        assert affected_by(field, env=env) == {kinds.WORLD}
+    assert affected_by("env.passages", env="searchqa") == {kinds.METHOD}
+    assert affected_by("env.simplifications", env="scienceworld") == {kinds.METHOD}
 
 
 def test_a_resumed_run_may_differ_in_layout_world_and_figures_only() -> None:
     config = load("quickstart", [])
     binding = {field for field in flatten(config) if binds_a_run(read_settings(config))(field)}
     free = set(flatten(config)) - binding
-    assert {"seed", "student", "env.size", "train.updates", "optimizer.b2", "judge.context"} <= (
-        binding
-    )
-    assert {"mesh.data", "train.micro_batches", "env.start_timeout_s", "eval.seed"} <= free
+    assert {"seed", "env.size", "train.updates", "optimizer.b2", "judge.context"} <= binding
+    assert {"student", "mesh.data", "train.micro_batches", "env.start_timeout_s"} <= free
     assert not any(
         field.startswith(("objective.", "optimizer.", "lora.", "data.")) for field in free
     )
@@ -222,8 +237,13 @@ def test_batches_of_demonstrations_are_cut_to_fit_the_layout_which_then_binds() 
     assert not binds("checkpoint.every")
 
 
+def test_a_constant_rate_leaves_the_number_of_updates_free() -> None:
+    assert binds_a_run(read("quickstart"))("train.updates")
+    assert not binds_a_run(read("quickstart", "optimizer.schedule=constant"))("train.updates")
+
+
 def test_an_evaluation_needs_the_same_method_but_for_what_figures_say_themselves() -> None:
-    assert binds_an_evaluation("env.size")
-    assert binds_an_evaluation("student")
+    binds = binds_an_evaluation(read("quickstart"))
+    assert binds("env.size")
     for field in ("train.updates", "eval.tasks", "judge.context", "mesh.data", "env.workers"):
-        assert not binds_an_evaluation(field), field
+        assert not binds(field), field

@@ -17,7 +17,7 @@ from opd_jax.config.settings import Settings
 from opd_jax.envs.household.expert import Expert
 from opd_jax.envs.make import make_env
 from opd_jax.experience.source import Played, Source
-from opd_jax.experience.tasks import train_tasks
+from opd_jax.experience.tasks import TaskOrder
 from opd_jax.learner.train_state import TrainState, init_state
 from opd_jax.losses import NO_TURN, Verdict
 
@@ -86,8 +86,8 @@ def test_the_student_plays_the_next_tasks_of_the_shuffled_order(
     played = playing.play(start)
     assert playing.cursor == [8 + 4 // per_task, 0]
     env = partial(make_env, base.env)
-    tasks = train_tasks(env().size("train"), seed=base.seed, start=8, count=4 // per_task)
-    twice = [("train", task) for task in tasks for _ in range(per_task)]
+    order = TaskOrder("train", env().size("train"), base.seed, count=4 // per_task, per_task=1)
+    twice = [task for task in order.from_number(8) for _ in range(per_task)]
     assert played.conversations == rollout(
         start.params,
         row_keys(jax.random.fold_in(start.rng, 3), range(4)),
@@ -169,9 +169,9 @@ def test_the_expert_plays_the_same_tasks_without_a_model(base: Settings, pair: P
     assert play(settings, pair, start=8) == played
     assert played.metrics["batch/success"] == (4, 4)
     env, student = make_env(settings.env), pair[0]
-    tasks = train_tasks(env.size("train"), seed=base.seed, start=8, count=4)
-    for conversation, task in zip(played.conversations, tasks, strict=True):
-        first = env.reset("train", task)
+    order = TaskOrder("train", env.size("train"), base.seed, count=4, per_task=1)
+    for conversation, task in zip(played.conversations, order.from_number(8), strict=True):
+        first = env.reset(*task)
         prompt = student.chat.first(env.system, first.message)
         response = Expert(env.task, first, rng=random.Random(0)).respond(first)
         answer = [*student.tokenizer.encode(response), student.chat.stop_ids[0]]

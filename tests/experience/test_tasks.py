@@ -6,11 +6,16 @@ import pytest
 
 from opd_jax.experience.tasks import (
     Panel,
+    TaskOrder,
     check_same_tasks,
     find_panels,
     store_tasks,
-    train_tasks,
 )
+
+
+def train_tasks(size: int, *, seed: int, start: int, count: int) -> list[int]:
+    order = TaskOrder("train", size=size, seed=seed, count=count, per_task=1)
+    return [index for _, index in order.from_number(start)]
 
 
 def test_an_epoch_holds_every_task_once_and_the_next_has_another_order() -> None:

@@ -157,7 +157,7 @@ def test_an_unreadable_config_is_named(tmp_path: Path) -> None:
         hf.read_config(tmp_path / "none")
     with pytest.raises(ValueError, match=r"has no config\.json"):
         hf.read_config(tmp_path)
-    for content, text in (("{", "cannot be read as JSON"), ("[]", "must hold a JSON object")):
+    for content, text in (("{", "must hold a JSON object: Exp"), ("[]", "JSON object, got list")):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(ValueError, match=text):
             hf.read_config(tmp_path)

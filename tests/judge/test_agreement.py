@@ -8,8 +8,7 @@ import pytest
 from opd_jax.agent.conversation import Conversation, Turn
 from opd_jax.envs.base import BROKEN, Task
 from opd_jax.judge import agreement
-from opd_jax.judge.labels import NO_LABEL, EnvLabels, env_labels
-from opd_jax.judge.verdicts import Judgement
+from opd_jax.judge.labels import NO_LABEL, EnvLabels, Judgement, env_labels
 from opd_jax.losses import Verdict
 
 SKIP, WEAK, STRONG, DET_FAIL = (int(v) for v in Verdict)

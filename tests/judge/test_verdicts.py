@@ -19,12 +19,13 @@ from scipy.special import log_softmax
 from opd_jax import model
 from opd_jax.agent.chat import ChatFormat
 from opd_jax.agent.conversation import Conversation, Turn
+from opd_jax.agent.session import empty_cache, padded
 from opd_jax.envs.base import BROKEN, Task
 from opd_jax.judge import answer
-from opd_jax.judge.answer import LABELS, UNPARSABLE, parse_label
-from opd_jax.judge.labellers import no_judge, teacher_judge
-from opd_jax.judge.prompt import FIELDS, ROLE, RUBRIC, Judge, JudgeSettings, judge_prompt
-from opd_jax.judge.verdicts import judge_turns
+from opd_jax.judge.answer import DECODINGS, UNPARSABLE, Judge, JudgeSettings, parse_label
+from opd_jax.judge.labels import Judgement, env_labels
+from opd_jax.judge.prompt import FIELDS, LABELS, ROLE, RUBRIC, judge_prompt
+from opd_jax.judge.verdicts import judge_turns, no_judge, teacher_judge
 from opd_jax.losses import Verdict
 from opd_jax.runtime.mesh import make_mesh
 
@@ -54,7 +55,7 @@ def tokenizer() -> Any:
     whole = [
         ROLE,
         RUBRIC,
-        *FIELDS["+feedback"],
+        *re.findall("^[^{]+", FIELDS["+feedback"], re.MULTILINE),
         *(piece for label in LABELS for piece in PIECES[label]),
     ]
     characters = [chr(code) for code in range(32, 127)] + ["\n"]
@@ -97,6 +98,12 @@ def random_judge(tokenizer: Any) -> Judge:
 
 def with_settings(judge: Judge, **changes: Any) -> Judge:
     return replace(judge, settings=replace(judge.settings, **changes))
+
+
+def judged(
+    params: model.Params, played: list[Conversation], *, by: Judge, max_turns: int
+) -> Judgement:
+    return judge_turns(params, played, env_labels(played, max_turns=max_turns), by=by)
 
 
 @pytest.fixture(scope="module")
@@ -231,37 +238,20 @@ def test_the_one_whole_word_is_the_label(text: str, label: int) -> None:
 # --- The two decodings --------------------------------------------------------------------------
 
 
-def cache_of(judge: Judge, rows: int, slots: int) -> model.KVCache:
-    return model.init_cache(
-        judge.model, batch=rows, slots=slots, dtype=jnp.float32, layout=model.backend_cache_layout()
-    )
-
-
-def padded(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
-    for n, row in enumerate(rows):
-        tokens[n, : len(row)] = row
-    return tokens, np.array([len(row) for row in rows], np.int32)
-
-
 def answers(params: model.Params, judge: Judge, prompts: list[list[int]], decode: str) -> list[int]:
     """Labels of prompts as they are, all in one batch."""
-    tokens, counts = padded(prompts)
-    cache = cache_of(judge, len(prompts), tokens.shape[1] + 8)
-    settings: dict[str, Any] = {"config": judge.model, "tokenizer": judge.tokenizer}
-    if decode == "constrained":
-        return answer.score_labels(params, cache, tokens, counts, **settings)[0]
-    settings |= {"stop_ids": judge.chat.stop_ids, "max_new_tokens": judge.settings.max_new_tokens}
-    return answer.generate_labels(params, cache, tokens, counts, **settings)[0]
+    width = max(map(len, prompts))
+    cache = empty_cache(params, judge.model, rows=len(prompts), slots=width + 8)
+    return DECODINGS[decode](params, cache, *padded(prompts, width=width), by=judge)[0]
 
 
 def test_constrained_picks_the_label_of_the_largest_likelihood(
     params: model.Params, random_judge: Judge, prompts: list[list[int]], likelihoods: np.ndarray
 ) -> None:
-    tokens, counts = padded(prompts)
+    tokens, counts = padded(prompts, width=24)
     scores, cache = answer.label_scores(
         params,
-        cache_of(random_judge, len(prompts), 32),
+        empty_cache(params, random_judge.model, rows=len(prompts), slots=32),
         tokens,
         counts,
         *answer.label_tokens(random_judge.tokenizer),
@@ -315,9 +305,8 @@ def conversation(*failures: str) -> Conversation:
 @pytest.mark.parametrize("words", [["x", END], ["x", "x"], ["x", "SKIP", END]])
 def test_an_unparsable_answer_is_strong_and_counted(random_judge: Judge, words: list[str]) -> None:
     judge, params = always(random_judge, *words)
-    got = judge_turns(
-        params, [conversation("", "rejected")], by=judge, max_turns=3, decode="generate"
-    )
+    judge = with_settings(judge, decode="generate")
+    got = judged(params, [conversation("", "rejected")], by=judge, max_turns=3)
     assert got.verdict.tolist() == [[Verdict.STRONG, Verdict.DET_FAIL, Verdict.SKIP]]
     assert got.unparsable.tolist() == [[True, False, False]]
 
@@ -350,14 +339,14 @@ def test_a_labeller_asks_the_other_decoding_now_and_then(random_judge: Judge) ->
 def test_turns_that_failed_and_broken_episodes_never_reach_the_judge(
     random_judge: Judge, decode: str
 ) -> None:
-    judge, params = always(random_judge, *PIECES["WEAK"], END)
+    judge, params = always(with_settings(random_judge, decode=decode), *PIECES["WEAK"], END)
     # A question about one of these turns would not fit into the teacher and raise.
     long = replace(TURN, response="x" * 300, failure="no_action")
     played = [conversation("", "empty", ""), conversation("rejected"), conversation("")]
     played.append(replace(conversation("", "rejected"), end=BROKEN))
     for c in played:
         c.turns = [long if turn.failure else turn for turn in c.turns]
-    got = judge_turns(params, played, by=judge, max_turns=4, decode=decode)
+    got = judged(params, played, by=judge, max_turns=4)
     assert got.asked.tolist() == [
         [True, False, True, False],
         [False] * 4,
@@ -373,7 +362,7 @@ def test_turns_that_failed_and_broken_episodes_never_reach_the_judge(
     ]
     assert not got.unparsable.any()
     # A batch in which every turn failed asks nothing.
-    nobody = judge_turns(params, played[1:2], by=judge, max_turns=1, decode=decode)
+    nobody = judged(params, played[1:2], by=judge, max_turns=1)
     assert (nobody.verdict.tolist(), nobody.asked.any()) == ([[failed]], False)
 
 
@@ -381,7 +370,7 @@ def test_turns_that_failed_and_broken_episodes_never_reach_the_judge(
 def test_a_question_may_fill_the_teachers_positions_and_no_more(
     random_judge: Judge, decode: str
 ) -> None:
-    judge, params = always(random_judge, "SKIP", END)
+    judge, params = always(with_settings(random_judge, decode=decode), "SKIP", END)
     room = {"constrained": 3, "generate": SETTINGS.max_new_tokens}[decode]  # the longest answer
     empty = Conversation(task=TASK, turns=[replace(TURN, response="")])
     used = len(judge.question(empty, 0))
@@ -389,7 +378,7 @@ def test_a_question_may_fill_the_teachers_positions_and_no_more(
 
     def ask(size: int) -> np.ndarray:
         played = [Conversation(task=TASK, turns=[replace(TURN, response="x" * size)])]
-        return judge_turns(params, played, by=judge, max_turns=1, decode=decode).verdict
+        return judged(params, played, by=judge, max_turns=1).verdict
 
     assert ask(fits).tolist() == [[Verdict.SKIP]]
     wrong = rf"`judge`: a prompt of {used + fits + 1} tokens.*256 positions; lower `judge.admissib"
@@ -422,9 +411,8 @@ def test_verdicts_stay_with_their_turns(random_judge: Judge, decode: str) -> Non
     expected[2, 1] = Verdict.DET_FAIL
     assert len(set(expected.flatten())) == 4
     for batch, multiple in ((4, 128), (3, 96)):
-        by = with_settings(judge, batch=batch, length_multiple=multiple)
-        verdicts = judge_turns(params, played, by=by, max_turns=4, decode=decode)
-        assert verdicts.verdict.tolist() == expected.tolist()
+        by = with_settings(judge, batch=batch, length_multiple=multiple, decode=decode)
+        assert judged(params, played, by=by, max_turns=4).verdict.tolist() == expected.tolist()
 
 
 # --- Behind the conversation --------------------------------------------------------------------
@@ -493,7 +481,7 @@ def test_verdicts_behind_conversations_are_those_of_whole_prompts(
     played = [talk(behind, n, stops) for n, stops in enumerate(CONVERSATIONS)]
     played.insert(2, Conversation(task=None))
     by = with_settings(behind, batch=2, length_multiple=16)
-    got = judge_turns(params, played, by=by, max_turns=5, decode="constrained")
+    got = judged(params, played, by=by, max_turns=5)
     places = np.argwhere(got.asked)
     whole = [[*by.prefix(played[r], n), *by.question(played[r], n)] for r, n in places]
     expected = answers(params, by, whole, "constrained")
@@ -507,9 +495,9 @@ def test_verdicts_behind_conversations_are_those_of_whole_prompts(
 
 @pytest.mark.parametrize("decode", ["constrained", "generate"])
 def test_both_decodings_answer_behind_conversations(behind: Judge, decode: str) -> None:
-    judge, params = always(behind, *PIECES["WEAK"], END)
+    judge, params = always(with_settings(behind, decode=decode), *PIECES["WEAK"], END)
     played = [talk(judge, n, stops) for n, stops in enumerate(CONVERSATIONS)]
-    got = judge_turns(params, played, by=judge, max_turns=4, decode=decode)
+    got = judged(params, played, by=judge, max_turns=4)
     assert got.asked.sum() == 9
     assert (got.verdict[got.asked] == Verdict.WEAK).all()
     assert not got.unparsable.any()
@@ -519,10 +507,10 @@ def test_fewer_conversations_than_devices_are_judged_on_a_mesh(
     params: model.Params, behind: Judge
 ) -> None:
     played = [talk(behind, n, stops) for n, stops in enumerate(CONVERSATIONS[:3])]
-    expected = judge_turns(params, played, by=behind, max_turns=5, decode="constrained")
+    expected = judged(params, played, by=behind, max_turns=5)
     by = with_settings(behind, batch=8)
     with jax.set_mesh(make_mesh(data=4, fsdp=2, tensor=1)):
-        got = judge_turns(params, played, by=by, max_turns=5, decode="constrained")
+        got = judged(params, played, by=by, max_turns=5)
     np.testing.assert_array_equal(got.verdict, expected.verdict)
 
 
@@ -532,4 +520,4 @@ def test_a_conversation_longer_than_the_teachers_positions_is_refused(
     played = talk(behind, 0, "." * 12)
     assert len(played.tokens) > behind.model.max_positions
     with pytest.raises(ValueError, match=r"`judge`: a prompt of \d+ tokens.*256 positions"):
-        judge_turns(params, [played], by=behind, max_turns=12, decode="constrained")
+        judged(params, [played], by=behind, max_turns=12)

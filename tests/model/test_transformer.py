@@ -12,6 +12,7 @@ from passes import cached_logits, logits
 
 from opd_jax import hf, model
 from opd_jax.model.attention import _SPANS
+from opd_jax.model.transformer import rope_frequencies
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -56,10 +57,10 @@ def test_rope_frequencies_are_those_of_transformers(references: dict) -> None:
     for name in ("qwen3", "llama"):
         config = hf.read_config(references[name].folder)
         expected = references[name].model.model.rotary_emb.inv_freq.numpy()
-        np.testing.assert_allclose(model.rope_frequencies(config), expected, rtol=1e-6)
+        np.testing.assert_allclose(rope_frequencies(config), expected, rtol=1e-6)
     # Llama's scaling keeps some frequencies, divides some, and interpolates some.
-    plain = model.rope_frequencies(dataclasses.replace(config, rope_scaling=None))
-    ratio, factor = plain / model.rope_frequencies(config), config.rope_scaling.factor
+    plain = rope_frequencies(dataclasses.replace(config, rope_scaling=None))
+    ratio, factor = plain / rope_frequencies(config), config.rope_scaling.factor
     assert ratio.min() == 1
     assert ratio.max() == pytest.approx(factor)
     assert ((ratio > 1.01) & (ratio < 0.99 * factor)).any()

@@ -9,10 +9,9 @@ import json
 import random
 import re
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from settings import one_device, read
@@ -22,10 +21,9 @@ from opd_jax.agent.conversation import Conversation
 from opd_jax.config import build
 from opd_jax.config.models import LoadedModel, load_student, load_teacher
 from opd_jax.config.settings import Settings
-from opd_jax.envs.make import make_env
 from opd_jax.experience.stream import balanced_turns
 from opd_jax.judge import agreement
-from opd_jax.judge.labels import env_labels
+from opd_jax.judge.labels import Judgement, env_labels
 from opd_jax.judge.verdicts import judge_turns
 from opd_jax.report.figures import summarize
 
@@ -35,10 +33,10 @@ TASKS = 20
 MAX_TURNS = 30
 
 
-def settings(size: str) -> Settings:
+def settings(size: str, *changes: str) -> Settings:
     """Rooms of one size, all else alike: one set of compiled programs serves every size."""
     turns = (f"env.max_turns={MAX_TURNS}", "rollout.context_tokens=896")
-    return read("quickstart", f"env.size={size}", *turns)
+    return read("quickstart", f"env.size={size}", f"eval.batch={TASKS}", *turns, *changes)
 
 
 @cache
@@ -50,15 +48,9 @@ def loaded(who: str) -> LoadedModel:
 @cache
 def played(who: str, size: str) -> list[Conversation]:
     """Greedy episodes in scenes nobody trained in."""
-    return evaluate.play_model(
-        loaded(who).params,
-        jax.random.key(0),
-        agent=build.make_agent(loaded(who), settings(size), temperature=0.0),
-        make=partial(make_env, settings(size).env),
-        split="valid_unseen",
-        tasks=TASKS,
-        batch=TASKS,
-    )
+    agent = build.make_agent(loaded(who), settings(size), temperature=0.0)
+    params = loaded(who).params
+    return evaluate.play_model(settings(size), agent, params, "valid_unseen", tasks=TASKS)
 
 
 def success(conversations: list[Conversation]) -> float:
@@ -108,17 +100,15 @@ def questions() -> list[Conversation]:
 
 def test_the_judge_tells_good_turns_from_bad_ones_and_answers_in_words_as_it_scores() -> None:
     teacher, asked = loaded("teacher"), questions()
-    ask = partial(
-        judge_turns,
-        teacher.params,
-        asked,
-        by=build.make_judge(teacher, settings("large")),
-        max_turns=MAX_TURNS,
-    )
-    scored, said = ask(decode="constrained"), ask(decode="generate")
+    labels = env_labels(asked, max_turns=MAX_TURNS)
+
+    def ask(decode: str) -> Judgement:
+        by = build.make_judge(teacher, settings("large", f"judge.decode={decode}"))
+        return judge_turns(teacher.params, asked, labels, by=by)
+
+    scored, said = ask("constrained"), ask("generate")
     assert scored.asked.sum() == len(asked)
-    oracle = env_labels(asked, max_turns=MAX_TURNS).oracle
-    confusion = agreement.confusion(scored, oracle).sum(axis=0)
+    confusion = agreement.confusion(scored, labels.oracle).sum(axis=0)
     assert confusion.sum(axis=1).tolist() == [len(asked) / 3] * 3
     # One label for everything, whichever, would have 1/3.
     assert agreement.balanced_accuracy(confusion) >= 0.5, confusion

@@ -80,10 +80,14 @@ def test_an_episode_whose_environment_broke_counts_as_broken_and_nowhere_else() 
     ("name", "names"),
     [
         ("quickstart", set()),
+        ("quickstart:method=opd", {"seconds/judge", "confidence", "by_turn/confidence"}),
         ("quickstart:ablate=confidence", {"confidence", "by_turn/confidence"}),
         (
             "quickstart:method=sft",
-            {"confidence", "by_turn/confidence", "teacher_entropy", "logprob_error"},
+            {
+                *("seconds/judge", "confidence", "by_turn/confidence"),
+                *("teacher_entropy", "logprob_error"),
+            },
         ),
     ],
 )

@@ -21,7 +21,7 @@ def records(path: Path) -> list[dict]:
 
 def test_lines_are_json_with_null_for_what_is_not_finite(tmp_path: Path) -> None:
     path = tmp_path / "run" / "metrics.jsonl"
-    writer = JsonlWriter(path, resume_step=None, write=True)
+    writer = JsonlWriter(path, resume_step=None)
     writer.write(1, {"a": math.nan, "b": [1.0, math.inf, None], "c": np.float32(0.5)})
     writer.write(2, {"a": jnp.float32(2), "b": np.arange(2), "c": {"d": -math.inf}})
     # Read before closing: a process that is killed never closes.
@@ -46,7 +46,7 @@ def test_resuming_drops_later_lines_and_continues(
 ) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n' + last)
-    writer = JsonlWriter(path, resume_step=resume_step, write=True)
+    writer = JsonlWriter(path, resume_step=resume_step)
     writer.write(9, {})
     writer.close()
     assert [line["step"] for line in records(path)] == [*kept, 9]
@@ -59,18 +59,8 @@ def test_a_damaged_line_is_named_and_nothing_is_lost(line: str, tmp_path: Path) 
     before = f'{{"step": 1}}\n{line}\n{{"step": 2}}\n'
     path.write_text(before)
     with pytest.raises(ValueError, match=r"line 2 of .*metrics\.jsonl"):
-        JsonlWriter(path, resume_step=2, write=True)
+        JsonlWriter(path, resume_step=2)
     assert path.read_text() == before
-
-
-def test_only_the_writing_process_touches_files(tmp_path: Path) -> None:
-    lines = JsonlWriter(tmp_path / "m.jsonl", resume_step=None, write=False)
-    events = EventWriter(tmp_path / "events", resume_step=None, write=False)
-    for writer in (lines, events):
-        writer.write(1, {"a": 1})
-        writer.close()
-    write_summary(tmp_path / "summary.json", {"a": 1}, write=False)
-    assert list(tmp_path.iterdir()) == []
 
 
 def events_in(file: Path) -> list:
@@ -94,14 +84,14 @@ def scalars(file: Path) -> list[tuple[int, str, float]]:
 
 
 def test_event_files_hold_the_finite_scalars_and_hide_those_of_later_steps(tmp_path: Path) -> None:
-    writer = EventWriter(tmp_path / "a", resume_step=None, write=True)
+    writer = EventWriter(tmp_path / "a", resume_step=None)
     writer.write(1, {"loss": 0.5, "kl": [1.0, None, 3.0], "bad": math.nan})
     (file,) = (tmp_path / "a").iterdir()
     # Read before closing: a process that is killed never closes.
     assert scalars(file) == [(1, "loss", 0.5), (1, "kl/0", 1.0), (1, "kl/2", 3.0)]
     writer.close()
 
-    writer = EventWriter(tmp_path / "b", resume_step=7, write=True)
+    writer = EventWriter(tmp_path / "b", resume_step=7)
     writer.write(8, {"loss": 0.25})
     writer.close()
     (file,) = (tmp_path / "b").iterdir()
@@ -113,9 +103,9 @@ def test_summaries_merge_key_by_key_and_figures_replace_figures(tmp_path: Path) 
     path = tmp_path / "run" / "summary.json"
     assert read_summary(path) == {}
     old = {"train": {"success": 0.1, "judge": {"n": 9}}, "valid": {"success": 0.3}}
-    write_summary(path, {"eval": {"before": old}}, write=True)
+    write_summary(path, {"eval": {"before": old}})
     new = {"before": {"train": {"success": 0.2, "ci95": (0.1, np.nan)}}, "after": {}}
-    write_summary(path, {"eval": new}, write=True)
+    write_summary(path, {"eval": new})
     assert read_summary(path)["eval"] == {
         "before": {"train": {"success": 0.2, "ci95": [0.1, None]}, "valid": {"success": 0.3}},
         "after": {},
@@ -128,5 +118,5 @@ def test_a_damaged_summary_is_named_and_left(text: str, tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"summary\.json"):
-        write_summary(path, {"a": 1}, write=True)
+        write_summary(path, {"a": 1})
     assert path.read_text() == text

@@ -127,8 +127,7 @@ def test_a_shard_map_sees_the_shards_of_its_device_and_sums_the_results() -> Non
 
     @jax.jit
     def run(x: jax.Array, w: jax.Array) -> jax.Array:
-        assert mesh_lib.divides(6, "batch")
-        assert mesh_lib.divides(5, "batch") == (mesh_lib.shards("batch") == 1)
+        assert mesh_lib.shards("batch") == (1 if jax.sharding.get_abstract_mesh().empty else 2)
         sharded = mesh_lib.shard_map(
             matmul,
             in_axes=(("batch", None), {"w": (None, "mlp", None)}),

@@ -136,6 +136,8 @@ class AlfWorld:
 
     system = system_message()
     waits = False
+    world = ("data",)
+    labels_turns = False
 
     def __init__(self, *, data: str, max_turns: int, show_admissible: int):
         self._clock = TurnClock(max_turns)

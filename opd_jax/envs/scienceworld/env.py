@@ -164,6 +164,9 @@ class ScienceWorld:
       ValueError: an argument is out of range, or the package or Java is missing.
     """
 
+    world = ("heap_mb", "timeout_s")
+    labels_turns = False
+
     def __init__(
         self,
         *,

@@ -104,3 +104,7 @@ def open_searchqa(
         passage_words=passage_words,
         retry_wrong=retry_wrong,
     )
+
+
+open_searchqa.world = ("data", "retriever", "timeout_s", "retry_minutes", "wait_s", "batch")  # type: ignore[attr-defined]
+open_searchqa.labels_turns = False  # type: ignore[attr-defined]
