@@ -96,28 +96,20 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]
         "original_max_position_embeddings": 100,
     }
     theta = {"rope_type": "default", "rope_theta": 1e5}
+    wide = {**_SIZES, "head_dim": 16, "rope_parameters": theta}
     experts = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
-    mixture = {**_SIZES, **experts, "head_dim": 16, "rope_parameters": theta}
-    models = {
-        "qwen3": lambda: hf.Qwen3ForCausalLM(
-            hf.Qwen3Config(**_SIZES, head_dim=16, rope_parameters=theta)
-        ),
-        "qwen3_tied": lambda: hf.Qwen3ForCausalLM(
-            hf.Qwen3Config(**_SIZES, head_dim=16, rope_parameters=theta, tie_word_embeddings=True)
-        ),
-        "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_SIZES, rope_parameters=theta)),
-        "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_SIZES, rope_parameters=llama3)),
-        "qwen3_moe": lambda: hf.Qwen3MoeForCausalLM(
-            hf.Qwen3MoeConfig(**mixture, norm_topk_prob=True)
-        ),
-        "qwen3_moe_shares": lambda: hf.Qwen3MoeForCausalLM(
-            hf.Qwen3MoeConfig(**mixture, norm_topk_prob=False)
-        ),
+    configs = {
+        "qwen3": hf.Qwen3Config(**wide),
+        "qwen3_tied": hf.Qwen3Config(**wide, tie_word_embeddings=True),
+        "qwen2": hf.Qwen2Config(**_SIZES, rope_parameters=theta),
+        "llama": hf.LlamaConfig(**_SIZES, rope_parameters=llama3),
+        "qwen3_moe": hf.Qwen3MoeConfig(**wide, **experts, norm_topk_prob=True),
+        "qwen3_moe_shares": hf.Qwen3MoeConfig(**wide, **experts, norm_topk_prob=False),
     }
     made = {}
-    for seed, (name, make) in enumerate(models.items()):
+    for seed, (name, config) in enumerate(configs.items()):
         torch.manual_seed(seed)
-        model = make().eval()
+        model = hf.AutoModelForCausalLM.from_config(config).eval()
         _randomize_vectors(model)
         folder = tmp_path_factory.mktemp("references") / name
         model.save_pretrained(folder)
@@ -171,6 +163,7 @@ def _settings(**variables: str) -> dict[str, Any]:
         "JAX_COMPILATION_CACHE_DIR": str(CACHE),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "XLA_FLAGS": " ".join(QUICK_TO_COMPILE),
+        "PYTHONPATH": str(ROOT / "tests" / "no_torch"),  # TensorBoard's writer would load torch
         **variables,
     }
     pipe = subprocess.PIPE
@@ -199,16 +192,22 @@ def command() -> Command:
 
 
 @pytest.fixture
-def in_process(capsys: pytest.CaptureFixture) -> Iterator[Callable[..., str]]:
-    """Runs a command's `main` in this process; returns what it printed."""
+def keep_sigterm() -> Iterator[None]:
+    """A run in this process takes the signal; afterwards it is pytest's again."""
     handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def in_process(capsys: pytest.CaptureFixture, keep_sigterm: None) -> Callable[..., str]:
+    """Runs a command's `main` in this process; returns what it printed."""
 
     def run(main: Callable, *words: object) -> str:
         main([str(word) for word in words])
         return capsys.readouterr().out
 
-    yield run
-    signal.signal(signal.SIGTERM, handler)
+    return run
 
 
 @pytest.fixture(scope="session")

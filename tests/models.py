@@ -55,3 +55,12 @@ def chain(vocab: int, successor: Mapping[int, int], *, logit: float) -> tuple[Mo
         head[token, following] = logit / np.sqrt(vocab)  # a normalized one-hot has the entry √V
     ends = {"embed": jnp.eye(vocab), "final_norm": jnp.ones(vocab), "head": jnp.asarray(head)}
     return config, params | ends
+
+
+def assert_same_tree(got: Params, want: Params, *, rounding: float) -> None:
+    """Equal up to `rounding` times the largest entry of each array; 0: equal to the bit."""
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+    ):
+        atol = rounding * np.max(np.abs(y))
+        np.testing.assert_allclose(x, y, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))

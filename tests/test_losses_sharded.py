@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from opd_jax.losses import fused_divergence, fused_scores
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 N, D, D_TEACHER, V = 18, 8, 12, 32
 RNG = np.random.default_rng(0)
 ARRAYS = [

@@ -19,10 +19,6 @@ EVERYTHING = "\n".join(TEXT.values())
 LOSSES, OWN_CONFIG = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_readme_can_be_read_to_the_end() -> None:
-    assert len(README.splitlines()) <= 320
-
-
 def test_the_loss_example_prints_what_it_says() -> None:
     output = README.partition(LOSSES)[2].split("```\n")[2]
     done = subprocess.run(

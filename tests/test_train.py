@@ -248,35 +248,18 @@ def killed_in_save(start: Callable, step: int, flags: tuple[str, ...]) -> None:
     assert process.returncode == -signal.SIGKILL, errors
 
 
-def test_killed_in_a_save_it_goes_on_from_the_last_one_and_ends_with_the_same_bits(
+def test_killed_in_its_saves_it_goes_on_from_the_last_one_and_ends_with_the_same_bits(
     trained: Any, tmp_path: Path, start: Callable, command: Callable
 ) -> None:
     workdir = tmp_path / "killed"
     flags = (*trained.flags, *NO_EVALUATION, f"--workdir={workdir}")
-    killed_in_save(start, 4, flags)
-    assert steps_of(workdir) == [2]
-    assert len(lines_of(workdir)) == UPDATES
+    for step, saved_before in ((2, []), (4, [2])):
+        killed_in_save(start, step, flags)
+        assert steps_of(workdir) == saved_before
+        assert len(lines_of(workdir)) == step
     done = command("train", *flags)
     assert done.returncode == 0, done.stderr
     assert "resuming after update 2" in done.stdout
-    assert_ended_alike(workdir, trained.workdir)
-
-
-@pytest.mark.slow
-def test_killed_before_there_is_a_checkpoint_it_ends_with_the_same_bits(
-    trained: Any, tmp_path: Path, start: Callable, command: Callable
-) -> None:
-    workdir = tmp_path / "killed"
-    flags = (*trained.flags, *NO_EVALUATION, f"--workdir={workdir}")
-    process = start("-m", "opd_jax.train", *flags)
-    wait_for(lambda: (workdir / "metrics.jsonl").exists() and lines_of(workdir) != [], process)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    killed_in_save(start, 2, flags)
-    assert steps_of(workdir) == []
-    done = command("train", *flags)
-    assert done.returncode == 0, done.stderr
     assert_ended_alike(workdir, trained.workdir)
 
 
@@ -352,35 +335,17 @@ def test_the_config_of_the_pair_trains_a_teacher(built: Any) -> None:
 # --- Many devices
 
 
-@pytest.fixture
-def keep_sigterm() -> Iterator[None]:
-    """A run in this process takes the signal; afterwards it is pytest's again."""
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("keep_sigterm")
 def test_on_many_devices_a_continued_run_ends_with_the_same_bits_and_one_device_exports_it(
     small: tuple[str, ...], start: Callable, tmp_path: Path
 ) -> None:
     changes = (
-        *(
-            "mesh.data=4",
-            "mesh.fsdp=2",
-            "rollout.batch=8",
-            "eval.batch=8",
-            "eval.splits=valid_seen",
-        ),
-        *("demonstrations.sizes=small", "demonstrations.window=8"),
+        *("mesh.data=4", "mesh.fsdp=2", "rollout.batch=8", "eval.batch=8"),
+        *("demonstrations.sizes=small", "demonstrations.window=8", "eval.splits=valid_seen"),
         "demonstrations.tokens_per_batch=1536",  # eight rows, one a device
-        *(
-            "new_model.d_model=32",
-            "new_model.num_layers=1",
-            "train.updates=3",
-            "checkpoint.every=1",
-        ),
+        *("new_model.d_model=32", "new_model.num_layers=1"),
+        *("train.updates=3", "checkpoint.every=1"),
     )
     on_eight = load(
         "household_pair:runlocal,who=student",
@@ -422,10 +387,8 @@ def test_on_many_devices_a_continued_run_ends_with_the_same_bits_and_one_device_
 def test_a_run_that_diverges_stops_and_keeps_what_was_good(
     rate: str, message: str, tmp_path: Path, trained: Any, command: Callable
 ) -> None:
-    done = command(
-        *("train", *trained.flags, *NO_EVALUATION, f"--workdir={tmp_path}"),
-        *(f"--config.optimizer.learning_rate={rate}", "--config.checkpoint.every=1"),
-    )
+    flags = (f"--config.optimizer.learning_rate={rate}", "--config.checkpoint.every=1")
+    done = command("train", *trained.flags, *NO_EVALUATION, *flags, f"--workdir={tmp_path}")
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith(f"error: {message}")
     assert done.stderr.count("\n") == 1

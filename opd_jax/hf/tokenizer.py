@@ -37,12 +37,12 @@ def load_tokenizer(folder: str | Path) -> Any:
             f"model folder `{folder}` has no tokenizer, expected one of "
             f"{', '.join(_VOCABULARIES)}; copy the tokenizer files of the model there"
         )
-    # This import takes seconds if torch is installed.
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    if (folder / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast as loader
+    else:  # this import takes seconds if torch is installed
+        from transformers import AutoTokenizer as loader
 
-    whole = (folder / "tokenizer.json").is_file()
     try:
-        loader = PreTrainedTokenizerFast if whole else AutoTokenizer
         return loader.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception on a broken file
         reason = str(error).strip().split("\n")[0]

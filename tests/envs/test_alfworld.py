@@ -2,18 +2,16 @@
 
 import hashlib
 import json
-import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
+from processes import run_python
 
 from opd_jax.envs.alfworld import env as alfworld
 from opd_jax.envs.alfworld import games as alfworld_games
@@ -28,11 +26,8 @@ from opd_jax.envs.household.tables import LOOK, SIMPLE, TWO
 from opd_jax.envs.household.world import NOTHING
 from opd_jax.envs.react import RESPONSE, Random, parse_response
 
-ROOT = Path(__file__).parents[2]
-needs_engine = pytest.mark.skipif(
-    find_spec("alfworld") is None or find_spec("fast_downward") is None,
-    reason="needs the extra alfworld",
-)
+HAVE_ENGINE = all(map(find_spec, ("alfworld", "fast_downward")))
+needs_engine = pytest.mark.skipif(not HAVE_ENGINE, reason="needs the extra alfworld")
 GAMES = 6  # of each split: one of each type
 # Games of seed 0 with alfworld 0.4.2. If it changes, all games have changed: raise `VERSION`.
 PANEL = "generated-ee0d82ea2ead35152a34c4562c5ac0e9eb7af664c2a397e23dbbd2644f7e6481"
@@ -44,15 +39,6 @@ def answer(command):
 
 def make_env(folder, max_turns=60, show_admissible=0):
     return AlfWorld(data=str(folder), max_turns=max_turns, show_admissible=show_admissible)
-
-
-def run_python(code, *arguments, **environment):
-    """Run code in another process and return what it prints."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    words = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(words, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 # The panel of games
@@ -154,16 +140,6 @@ def test_a_game_that_cannot_be_read_is_named(broken, tmp_path):
 # The optional packages
 
 
-def test_the_packages_are_not_imported_before_an_engine_is_made():
-    modules = [path.stem for path in (ROOT / "opd_jax/envs/alfworld").glob("[a-z]*.py")]
-    assert len(modules) == 6
-    lines = [f"import opd_jax.envs.alfworld.{name}" for name in modules]
-    lines.append("import sys; print({n.partition('.')[0] for n in sys.modules})")
-    loaded = run_python("\n".join(lines))
-    for name in ("alfworld", "textworld", "fast_downward", "jericho", "jax"):
-        assert f"'{name}'" not in loaded
-
-
 @pytest.mark.parametrize("missing", ["fast_downward", "textworld", "alfworld"])
 def test_a_missing_package_is_one_line_that_names_the_extra(missing, tmp_path, monkeypatch):
     for name in [n for n in sys.modules if n.partition(".")[0] == missing]:
@@ -190,7 +166,9 @@ def test_importing_alfworld_leaves_home_and_environment_alone(tmp_path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Generated games, one of each type in each split."""
+    """Generated games, one of each type in each split, where there is an engine."""
+    if not HAVE_ENGINE:
+        pytest.skip("needs the extra alfworld")
     folder = tmp_path_factory.mktemp("games")
     alfworld_games.main([f"--out={folder}", f"--games={GAMES}", "--seed=0"])
     return folder
@@ -233,7 +211,6 @@ def files_of(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*-*")}
 
 
-@needs_engine
 def test_games_depend_on_the_seed_and_on_nothing_else(folder, tmp_path):
     code = "import sys; from opd_jax.envs.alfworld.games import main; main(sys.argv[1:])"
     flags = [f"--out={tmp_path / 'again'}", f"--games={GAMES}"]
@@ -258,7 +235,6 @@ def test_the_generator_refuses_what_it_cannot_do(flags, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
-@needs_engine
 @pytest.mark.parametrize("index", range(GAMES))
 def test_every_game_can_be_won_as_its_walkthrough_says(index, folder):
     """This also shows that things have the names that `names` gives them."""
@@ -297,7 +273,6 @@ def plain_engine():
     return wrapper(alfworld_module("textworld.envs").PddlEnv(infos))
 
 
-@needs_engine
 def test_the_engine_says_what_textworld_says(folder):
     """The results kept between steps and resets change nothing."""
     path = panel(folder.resolve(), "valid_unseen")[smallest(folder, "valid_unseen")].path
@@ -322,7 +297,6 @@ def playthrough(env, index):
     return hashlib.sha256("\n".join(messages).encode()).hexdigest()
 
 
-@needs_engine
 def test_an_episode_is_the_same_again_in_threads_and_in_another_process(env, folder):
     index = smallest(folder, "valid_seen")
     expected = playthrough(env, index)
@@ -330,15 +304,12 @@ def test_an_episode_is_the_same_again_in_threads_and_in_another_process(env, fol
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(playthrough, envs, (index, index))) == [expected] * 2
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import test_alfworld as t; "
-        "env = t.make_env(sys.argv[2], show_admissible=5); "
-        "print(t.playthrough(env, int(sys.argv[3])))"
+        "import sys, test_alfworld as t; env = t.make_env(sys.argv[1], show_admissible=5); "
+        "print(t.playthrough(env, int(sys.argv[2])))"
     )
-    tests = Path(__file__).parent
-    assert run_python(code, tests, folder, index, PYTHONHASHSEED="11") == expected
+    assert run_python(code, folder, index, PYTHONHASHSEED="11") == expected
 
 
-@needs_engine
 def test_messages_hold_task_observation_and_the_first_admissible_commands(env, folder):
     index = smallest(folder, "valid_unseen")
     first = env.reset("valid_unseen", index)
@@ -358,11 +329,8 @@ def test_messages_hold_task_observation_and_the_first_admissible_commands(env, f
             f"Admissible actions: {shown} (+{more} more)"
         )
         observation = env.step(player.respond(observation))
-    for shown in (0, 999):
-        observation = make_env(folder, show_admissible=shown).reset("valid_unseen", index)
-        for command in observation.admissible:
-            assert (command in observation.message) == bool(shown)
-        assert "more)" not in observation.message
+    unlisted = make_env(folder).reset("valid_unseen", index)
+    assert unlisted.message == first.message.partition("\nAdmissible")[0]
 
 
 def test_admissible_commands_come_most_specific_first():
@@ -374,7 +342,6 @@ def test_admissible_commands_come_most_specific_first():
     )  # fmt: skip
 
 
-@needs_engine
 def test_the_table_of_failures_is_the_engines(folder):
     """Admissible commands never fail. All others do, with a text of the table."""
     rng, env = random.Random(5), make_env(folder, max_turns=999)
@@ -413,11 +380,8 @@ def test_move_and_put_are_both_understood():
     assert alfworld.canonical(" Put pen 1 in  safe 1.", [command]) == "put pen 1 in safe 1"
 
 
-@needs_engine
 def test_episodes_end_at_the_turn_limit(folder):
     env, index, argv = make_env(folder, max_turns=2), smallest(folder, "train"), list(sys.argv)
-    with pytest.raises(ValueError, match="reset"):
-        env.step(answer("look"))
     env.reset("train", index)
     assert sys.argv == argv  # the translator of problems replaces it
     assert not env.step("").done
@@ -428,7 +392,6 @@ def test_episodes_end_at_the_turn_limit(folder):
     assert not env.reset("train", index).done
 
 
-@needs_engine
 def test_wrong_arguments_are_named(folder, tmp_path):
     env = make_env(folder)
     assert [env.size(split) for split in SPLITS] == [GAMES] * 3
@@ -501,7 +464,6 @@ def play(env, split, index, seed, strays=0.0):
     return observations, responses
 
 
-@needs_engine
 @pytest.mark.parametrize("index", range(GAMES))
 def test_the_expert_wins_and_its_thoughts_come_in_two_lines(index, folder):
     env = make_env(folder)
@@ -523,7 +485,6 @@ def test_the_expert_wins_and_its_thoughts_come_in_two_lines(index, folder):
         assert not holding or f"I have {holding}." in response
 
 
-@needs_engine
 def test_the_expert_goes_on_from_what_others_do_and_draws_from_its_own_generator(folder):
     env = make_env(folder, max_turns=120)
     index = smallest(folder, "train")
@@ -534,7 +495,6 @@ def test_the_expert_goes_on_from_what_others_do_and_draws_from_its_own_generator
     assert play(env, "train", index, seed=0, strays=0.3) == plays[0]
 
 
-@needs_engine
 def test_the_expert_plays_games_of_older_versions(folder, tmp_path):
     (game,) = [game for game in panel(folder.resolve(), "valid_seen") if game.type == TWO]
     old = tmp_path / "train/task/trial"

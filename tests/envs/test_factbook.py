@@ -1,13 +1,11 @@
 """FactbookQA over a small invented world, and over the real Factbook if it is installed."""
 
-import os
 import random
-import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from processes import run_python
 
 from opd_jax.envs.base import Task
 from opd_jax.envs.search import factbook, factbook_data
@@ -26,7 +24,6 @@ from opd_jax.envs.search.factbook_players import GIVE_UP, Expert
 from opd_jax.envs.search.players import Random
 from opd_jax.envs.search.retrieval import BM25
 
-ROOT = Path(__file__).parents[2]
 SETTINGS = {
     "max_turns": 16,
     "max_searches": 8,
@@ -245,21 +242,14 @@ def test_no_country_is_in_two_splits(corpus):
 
 
 def test_questions_are_the_same_in_any_process(corpus):
-    script = (
-        "import sys; sys.path.insert(0, 'tests/envs')\n"
+    code = (
         "from test_factbook import WORLD, passages, questions\n"
-        "print([q for found in questions(passages(WORLD)).values() for q in found])\n"
+        "print([q for found in questions(passages(WORLD)).values() for q in found])"
     )
-    outputs = set()
-    for seed in "12":  # another order of hashes
-        environment = {**os.environ, "PYTHONHASHSEED": seed}
-        words = [sys.executable, "-c", script]
-        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        outputs.add(done.stdout)
+    outputs = {run_python(code, PYTHONHASHSEED=seed) for seed in "12"}
     shuffled = dict(random.Random(0).sample(sorted(WORLD.items()), len(WORLD)))
     again = [q for found in questions(passages(shuffled)).values() for q in found]
-    assert outputs == {f"{again}\n"}
+    assert outputs == {f"{again}"}
 
 
 def test_a_missing_package_is_named(monkeypatch):

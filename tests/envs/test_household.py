@@ -1,21 +1,16 @@
 """The household: scenes and tasks, the world, the environment, the oracle and the players."""
 
-import ast
 import dataclasses
 import hashlib
-import os
 import random
 import re
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from processes import run_python
 
 from opd_jax.envs.base import Observation, Task
 from opd_jax.envs.household import env as household
-from opd_jax.envs.household import expert as experts
 from opd_jax.envs.household import scenes, tables, thoughts
 from opd_jax.envs.household import world as worlds
 from opd_jax.envs.household.env import Household
@@ -171,12 +166,8 @@ def test_the_object_table_is_ordered_and_every_word_has_one_role():
 
 def test_playthroughs_are_pinned_and_independent_of_hash_order():
     assert playthrough_digest() == PLAYTHROUGH
-    root = str(Path(household.__file__).parents[3])
-    env = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": root}
-    result = subprocess.run(
-        [sys.executable, __file__], env=env, capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == PLAYTHROUGH
+    code = "import test_household as t; print(t.playthrough_digest())"
+    assert run_python(code, PYTHONHASHSEED="12345") == PLAYTHROUGH
 
 
 # Engine
@@ -204,17 +195,14 @@ def test_move_and_put_are_both_understood():
         world.act("take apple 1 from countertop 1")
 
 
-def test_impossible_commands_change_nothing():
+def test_commands_of_another_form_change_nothing():
     world = kitchen()
     world.act("go to countertop 1")
     before = state_key(world)
     for command in (
-        "", ".", "go", "go to", "go to countertop", "go to countertop 1", "go to countertop 9",
-        "go cabinet 1", "take apple 1", "take egg 1 from fridge 1", "take egg 1 from countertop 1",
-        "put bread 1 on countertop 1", "put apple 1 to countertop 1", "open countertop 1",
-        "open fridge 1", "close countertop 1", "heat apple 1 with microwave 1", "use apple 1",
-        "examine egg 1", "examine fridge 1", "look around", "inventory now", "dance",
-        "take apple 1 from countertop 1 now", "move apple 1 to fridge 1",
+        "", ".", "go", "go to", "go to countertop", "go to countertop 9", "go cabinet 1",
+        "take apple 1", "put apple 1 to countertop 1", "look around", "inventory now", "dance",
+        "take apple 1 from countertop 1 now",
     ):  # fmt: skip
         assert world.act(command) == worlds.NOTHING, command
         assert state_key(world) == before
@@ -255,9 +243,11 @@ def test_admissible_are_the_commands_that_do_something_and_they_are_ordered(size
             assert going == [c for i, c in enumerate(world.room.go) if i != world.at]
             if step % 3 == 2:
                 before = state_key(world)
-                commands = [*every_command(world)]
-                possible = {c for c in commands if world.copy().act(c) != worlds.NOTHING}
-                assert possible == set(admissible)
+                for command in every_command(world):
+                    other = world.copy()
+                    impossible = other.act(command) == worlds.NOTHING
+                    assert impossible == (command not in admissible)
+                    assert not impossible or state_key(other) == before
                 assert state_key(world) == before  # copies share no state
             world.act(random_command(world, rng))
 
@@ -337,31 +327,26 @@ def test_failed_turns_are_told_apart_and_change_nothing():
     assert env.step("Action: look").failure == ""
 
 
+def test_episodes_end_at_success_or_after_max_turns():
+    env = make_env(max_turns=3)
+    env.reset("train", 0)
+    assert [env.step("Action: look").end for _ in range(3)] == ["", "", "turn_limit"]
+    (*others, last), _ = run_episode(make_env(), "train", 0, expert)
+    assert (last.end, last.done, last.success, last.score) == ("success", True, True, 1.0)
+    assert {(o.end, o.success, o.score) for o in others} == {("", False, 0.0)}
+
+
 def test_messages_hold_text_goal_and_admissible_commands():
-    envs = [make_env(show_admissible=shown) for shown in (0, 3, 500)]
-    plain, short, full = (env.reset("valid_seen", 4) for env in envs)
+    envs = [make_env(show_admissible=shown) for shown in (0, 3)]
+    plain, short = (env.reset("valid_seen", 4) for env in envs)
     task = envs[0].task
     assert plain.text == task.scene
     assert plain.message == f"{plain.text}\nYour task is to: {task.goal}"
     a, b, c, *rest = short.admissible
     assert short.message == f"{plain.message}\nAdmissible: {a}, {b}, {c} (+{len(rest)} more)"
-    assert full.message == f"{plain.message}\nAdmissible: " + ", ".join(full.admissible)
-    plain, short, _ = (env.step(f"Action: {a}") for env in envs)
+    plain, short = (env.step(f"Action: {a}") for env in envs)
     assert plain.message == plain.text
     assert short.message.startswith(plain.text + "\nAdmissible: ")
-
-
-def test_episodes_end_at_success_or_after_max_turns():
-    env = make_env(max_turns=3)
-    with pytest.raises(ValueError, match="`step`"):
-        env.step("Action: look")
-    env.reset("train", 0)
-    assert [env.step("Action: look").end for _ in range(3)] == ["", "", "turn_limit"]
-    with pytest.raises(ValueError, match="`reset`"):
-        env.step("Action: look")
-    (*others, last), _ = run_episode(make_env(), "train", 0, expert)
-    assert (last.end, last.done, last.success, last.score) == ("success", True, True, 1.0)
-    assert {(o.end, o.success, o.score) for o in others} == {("", False, 0.0)}
 
 
 @pytest.mark.parametrize(
@@ -452,19 +437,6 @@ def test_distance_is_exact_in_every_reachable_state(name):
     assert len(distances) > 500
 
 
-@pytest.mark.parametrize("size", tables.SIZES)
-def test_distance_is_exact_along_episodes(size):
-    rng = random.Random(5)
-    for index in range(30):
-        world = World(scenes.task("train", index, size))
-        while not world.solved:
-            after = [(distance(other), command) for command, other in next_worlds(world)]
-            assert distance(world) == 1 + min(after)[0]
-            # Often towards the goal: chance alone would hardly ever reach the late states.
-            best = rng.random() < 0.4
-            world.act(min(after)[1] if best else random_command(world, rng))
-
-
 def check_labels(spec, *script):
     """Act out lines of `command: LABEL; command: LABEL` and compare the oracle's labels."""
     world = World(spec)
@@ -523,17 +495,6 @@ def test_closed_places_are_to_be_opened_not_collected():
 
 
 # Players
-
-
-def test_players_know_nothing_of_the_world():
-    nodes = list(ast.walk(ast.parse(Path(experts.__file__).read_text())))
-    imported = {a.name for node in nodes if isinstance(node, ast.Import) for a in node.names}
-    for node in nodes:
-        if isinstance(node, ast.ImportFrom):
-            imported |= {f"{node.module}.{a.name}" for a in node.names}
-    ours = {name.removeprefix("opd_jax.envs.") for name in imported if "opd_jax" in name}
-    known = ("base.", "react.", "household.tables.", "household.thoughts")
-    assert all(name.startswith(known) for name in ours), ours
 
 
 @pytest.mark.parametrize("size", tables.SIZES)
@@ -704,7 +665,3 @@ def test_most_of_what_others_try_fails_or_does_not_help(kind):
     assert labels.keys() >= {"failed", "STRONG"}
     assert labels["SKIP"] < 0.5 * labels.total()
     assert same == ({False, True} if kind is Mistaken else {False})  # some mistakes change nothing
-
-
-if __name__ == "__main__":
-    print(playthrough_digest())

@@ -1,13 +1,11 @@
 """The household's tokenizer: no text has an unknown word, and phrases are single tokens."""
 
 import hashlib
-import os
 import random
 import re
-import subprocess
-import sys
 
 import pytest
+from processes import run_python
 from transformers import AutoTokenizer
 
 from opd_jax.agent.chat import ChatFormat
@@ -155,17 +153,13 @@ def test_saved_files_load_alike_and_do_not_depend_on_hash_order(tokenizer, tmp_p
     for name in ("pad_token_id", "unk_token_id", "eos_token_id"):
         assert getattr(loaded, name) == getattr(tokenizer, name)
     for text in texts_of("medium", "valid_unseen", 1, show_admissible=4):
-        ids = loaded.encode(text)
-        assert ids == tokenizer.encode(text)
-        assert loaded.decode(ids) == text
+        assert loaded.encode(text) == tokenizer.encode(text)
 
     code = (
         "import sys; from opd_jax.envs.household import tokenizer as h; "
         "h.build(phrases=sys.argv[2:]).save_pretrained(sys.argv[1])"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "there"), *PHRASES]
-    env = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run(command, check=True, env=env)
+    run_python(code, tmp_path / "there", *PHRASES, PYTHONHASHSEED="7")
     here, there = (
         {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path / d).iterdir()}
         for d in ("here", "there")

@@ -18,9 +18,6 @@ from opd_jax.experience.tasks import Panel
     ("config", "by", "wrong"),
     [
         ("quickstart", "alfworld", "`env.size` is none .*`env.data` is missing"),
-        ("quickstart", "scienceworld", "`env.size` is none .*`env.heap_mb` is missing"),
-        ("quickstart", "factbookqa", "`env.size` is none .*`env.max_searches` is missing"),
-        ("quickstart", "searchqa", "`env.size` is none .*`env.retriever` is missing"),
         ("alfworld_qwen3", "household", "`env.data` is none .*`env.size` is missing"),
     ],
 )

@@ -53,7 +53,9 @@ def java_compiles_quickly():
 
 @pytest.fixture(scope="module")
 def open_env():
-    """Makes environments that are closed after the module."""
+    """Makes environments that are closed after the module, where there is an engine."""
+    if not HAVE_ENGINE:
+        pytest.skip("needs scienceworld and java")
     made = []
 
     def make(**settings):
@@ -123,7 +125,6 @@ def test_names_of_tasks_can_be_read_back():
             sets.parse_id(name)
 
 
-@needs_engine
 def test_variations_and_their_splits_are_the_engines(env):
     start(env, "boil", 0)
     server = java(env)._server
@@ -214,7 +215,6 @@ def test_threads_share_the_process_that_finds_paths():
         each.close()
 
 
-@needs_engine
 def test_unknown_tasks_are_named(env):
     with pytest.raises(ValueError, match="'tests': expected one of train, dev, test, panel"):
         env.size("tests")
@@ -222,19 +222,9 @@ def test_unknown_tasks_are_named(env):
         env.reset("panel", 150)
 
 
-def test_the_package_is_imported_when_it_is_used():
-    code = (
-        "import sys, opd_jax.envs.scienceworld.players\n"
-        "print(sorted({'py4j', 'scienceworld', 'jax'} & sys.modules.keys()))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stderr
-
-
 # Episodes
 
 
-@needs_engine
 def test_the_demonstration_is_a_real_episode_of_training(plain_env):
     env = plain_env
     assert prompts.DEMONSTRATION_TASK in sets.tasks("train")
@@ -253,7 +243,6 @@ def test_the_demonstration_is_a_real_episode_of_training(plain_env):
         act(env, "look around")
 
 
-@needs_engine
 def test_an_episode_ends_at_the_turn_limit(plain_env):
     start(plain_env, "boil", 0)
     responses = ["Action: wait1", "", "Action: bake a cake", "Action: look around"] * 3
@@ -267,7 +256,6 @@ def test_teleporting_is_offered_where_it_is_possible():
     assert "teleport to X" not in prompts.system_message("openDoors")
 
 
-@needs_engine
 def test_an_episode_from_the_first_message_to_a_wrong_focus(env):
     first = start(env, "boil", 0)
     task = env.task
@@ -287,7 +275,6 @@ def test_an_episode_from_the_first_message_to_a_wrong_focus(env):
     assert not last.failure  # the judge says what is wrong with it
 
 
-@needs_engine
 def test_a_response_without_a_command_changes_nothing(env):
     start(env, "boil", 0)
     act(env, "go to kitchen")
@@ -307,7 +294,6 @@ def test_a_response_without_a_command_changes_nothing(env):
     assert act(env, "0").end == "failed"
 
 
-@needs_engine
 def test_scores_are_the_engines_and_progress_cannot_be_reset(env):
     assert start(env, "find-non-living-thing", 0).score == 8.0
     scores = [act(env, command).score for command in ("go to kitchen", "focus on cupboard")]
@@ -320,7 +306,6 @@ def test_scores_are_the_engines_and_progress_cannot_be_reset(env):
     assert "reset task" not in act(env, "help").text
 
 
-@needs_engine
 def test_any_text_may_be_a_command(env):
     first = start(env, "boil", 0)
     for command in ("看 \ud800 \x00 !ye", "move " + "orange to " * 500, "\\n\\e"):
@@ -356,7 +341,6 @@ TROUBLE = (
 )  # fmt: skip
 
 
-@needs_engine
 def test_every_text_of_the_table_is_the_engines(env):
     heard = []
     for kind, variation, commands in TROUBLE:
@@ -369,7 +353,6 @@ def test_every_text_of_the_table_is_the_engines(env):
             assert any(pattern.fullmatch(answer) for answer in answers), text
 
 
-@needs_engine
 def test_what_the_engine_lists_as_impossible_is_recognized(env):
     # The reference is the engine's list of admissible commands. A command about things in sight
     # that is not in the list must fail, unless it is another name for one in the list.
@@ -403,7 +386,6 @@ def test_what_the_engine_lists_as_impossible_is_recognized(env):
 # Admissible commands
 
 
-@needs_engine
 def test_admissible_commands_are_listed_only_on_request(env, listing_env):
     unlisted = start(env, "boil", 0)
     assert unlisted.admissible == ()
@@ -442,7 +424,6 @@ def script(env, kind, variation, *, seed, turns, kill_after=None):
     return seen
 
 
-@needs_engine
 def test_episodes_are_the_same_in_every_process(listing_env):
     # These rooms show lists in the order of Java's hashes, which are random in the original.
     rooms = {"identify-life-stages-2": "outside", "power-component": "workshop"}
@@ -461,7 +442,6 @@ def test_episodes_are_the_same_in_every_process(listing_env):
     assert {kind: play(kind) for kind in reversed(rooms)} == seen
 
 
-@needs_engine
 def test_a_process_killed_in_an_episode_is_replaced_and_nobody_notices(listing_env):
     seen = script(listing_env, "grow-plant", 4, seed=2, turns=10)
     restarts = listing_env.restarts
@@ -489,7 +469,6 @@ def test_a_hung_process_is_replaced_and_the_last_leaves_nothing_behind(monkeypat
     assert not list(tmp_path.iterdir())
 
 
-@needs_engine
 def test_an_episode_that_cannot_be_repeated_ends_as_broken(env):
     start(env, "boil", 0)
     act(env, "go to kitchen")
@@ -506,7 +485,6 @@ def test_an_episode_that_cannot_be_repeated_ends_as_broken(env):
     assert not start(env, "boil", 0).done
 
 
-@needs_engine
 def test_memory_is_bounded_and_a_fault_of_the_simulator_breaks_the_episode(env):
     start(env, "boil", 0)
     runtime = java(env)._gateway.jvm.java.lang.Runtime.getRuntime()
@@ -554,7 +532,6 @@ def play_the_expert(env, paths, kind):
     return observation, responses, failures
 
 
-@needs_engine
 @pytest.mark.parametrize(
     ("kind", "most"),
     [("lifespan-shortest-lived", 5), pytest.param("melt", 32, marks=pytest.mark.slow)],
@@ -584,7 +561,6 @@ def test_an_expert_at_the_end_of_its_path_looks_around():
 
 
 @pytest.mark.slow
-@needs_engine
 def test_gold_paths_reach_the_goal_of_at_least_27_of_30_types(open_env):
     paths = GoldPaths(simplifications="easy", heap_mb=256, timeout_s=300)
     env = open_env(timeout_s=300)

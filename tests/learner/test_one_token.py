@@ -6,54 +6,45 @@ by the functions that a run calls. Then the loss is written out again in float64
 a line, and compared.
 """
 
-from pathlib import Path
+from functools import partial
 
+import jax
 import numpy as np
 import pytest
 from scipy.special import log_softmax
+from settings import one_device, read
 
 from opd_jax import model
-from opd_jax.config import build, load
+from opd_jax.config import build
 from opd_jax.config.models import LoadedModel, load_student, load_teacher
-from opd_jax.config.settings import read_settings
 from opd_jax.learner.train_state import init_state
 from opd_jax.losses import NO_TURN, Verdict, entropy_factor, sage_weights, turn_confidence
-from opd_jax.runtime.mesh import make_mesh
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
-QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.py"
 BONUS, THRESHOLD = 1.0, 0.5  # of the factor e, which the quickstart leaves at 1
 CHANGES = [
-    "--config.rollout.batch=2",
-    "--config.env.max_turns=4",
-    "--config.judge.batch=8",  # one question for each turn
-    "--config.judge.agreement_every=0",
-    f"--config.objective.entropy_bonus={BONUS}",
-    f"--config.objective.entropy_threshold={THRESHOLD}",
+    *("rollout.batch=2", "env.max_turns=4", "judge.agreement_every=0"),
+    "judge.batch=8",  # one question for each turn
+    f"objective.entropy_bonus={BONUS}",
+    f"objective.entropy_threshold={THRESHOLD}",
 ]
-INTERVENTION = {
-    Verdict.SKIP: 0.0,
-    Verdict.WEAK: 0.5,
-    Verdict.STRONG: 1.0,
-    Verdict.DET_FAIL: 1.0,
-}
+INTERVENTION = {Verdict.SKIP: 0.0, Verdict.WEAK: 0.5, Verdict.STRONG: 1.0, Verdict.DET_FAIL: 1.0}
 
 
 def logprobs(loaded: LoadedModel, tokens: np.ndarray) -> np.ndarray:
     """log p of every token of the vocabulary, float64 [B, T, V]. Entry t is about token t."""
-    hidden = model.forward(
-        loaded.params, tokens, config=loaded.config, query_chunk=128, remat="none"
-    )
+    forward = jax.jit(partial(model.forward, config=loaded.config, query_chunk=128, remat="none"))
+    hidden = forward(loaded.params, tokens)
     logits = np.asarray(hidden @ model.head(loaded.params), np.float64)
     return np.roll(log_softmax(logits, axis=-1), 1, axis=1)  # position t - 1 predicts token t
 
 
 def test_a_token_from_its_logits_to_its_share_of_the_loss() -> None:
     # 1. Two models, and the state of a run before its first update.
-    settings = read_settings(load(f"{QUICKSTART}:runlocal", CHANGES))
-    mesh = make_mesh(data=1, fsdp=1, tensor=1)
-    student, teacher = load_student(settings, mesh), load_teacher(settings, mesh)
+    settings = read("quickstart:runlocal", *CHANGES)
+    student = load_student(settings, one_device())
+    teacher = load_teacher(settings, one_device())
     assert teacher is not None
     state = init_state(student.params, build.optimizer(settings), seed=settings.seed)
 

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from models import TINY
 from scipy.special import log_softmax
+from updates import teacher_of
 
 from opd_jax import model
 from opd_jax.agent.conversation import Conversation
 from opd_jax.learner.batch import Batch, pack
-from opd_jax.learner.teacher import Teacher, make_teacher_pass
+from opd_jax.learner.teacher import Teacher
 from opd_jax.losses import NO_TURN, Verdict
 from opd_jax.model import Params, init_params
 
@@ -76,11 +77,9 @@ def params(seed: int) -> Params:
 
 STUDENT, TEACHER = partial(params, 1), partial(params, 2)
 
-_teacher_pass = make_teacher_pass(CONFIG, micro_batches=1, batch_rows=None, query_chunk=16)
-
 
 def read_by_teacher(batch: Batch) -> Teacher:
-    return Teacher(_teacher_pass(TEACHER(), batch), model.head_params(TEACHER()))
+    return teacher_of(CONFIG, TEACHER(), batch)
 
 
 @cache
@@ -90,12 +89,3 @@ def logprobs(who: int) -> np.ndarray:
     hidden = model.forward(params(who), tokens, config=CONFIG, query_chunk=16, remat="none")
     logits = np.asarray(hidden, np.float64) @ np.asarray(params(who)["head"], np.float64)
     return np.roll(log_softmax(logits, axis=-1), 1, axis=1)
-
-
-def assert_same_tree(got: Params, want: Params, *, rounding: float) -> None:
-    """Equal up to `rounding` times the largest entry of each array; 0: equal to the bit."""
-    for (path, x), y in zip(
-        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
-    ):
-        atol = rounding * np.max(np.abs(y))
-        np.testing.assert_allclose(x, y, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))

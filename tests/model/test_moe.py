@@ -1,25 +1,27 @@
-"""Mixtures of experts: against `transformers`, against loops in float64, on a mesh and in int8."""
+"""Mixtures of experts: against torch, against loops in float64, on a mesh and in int8.
+
+That their logits are those of `transformers` is in `test_transformer.py`.
+"""
 
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import TINY
+from models import TINY, assert_same_tree
 from numpy.testing import assert_allclose, assert_array_equal
-from passes import cached_logits, dequantized_params, logits
+from passes import dequantized_params, logits
 
 from opd_jax import hf, model
-from opd_jax.model import ModelConfig, Params, moe
+from opd_jax.model import Params, moe
 from opd_jax.model.int8 import int8_specs, quantize_params
 from opd_jax.model.moe import Experts
-from opd_jax.model.projections import Int8Weight, project_groups
+from opd_jax.model.projections import Int8Weight
 from opd_jax.plan.collectives import collectives
 from opd_jax.plan.hlo import parse
 from opd_jax.runtime.mesh import make_mesh, param_shardings, shard_batch
@@ -32,59 +34,26 @@ CONFIG = replace(TINY, num_kv_heads=4, experts=EXPERTS)
 quantize = jax.jit(quantize_params, static_argnames="config")
 
 
-def load(folder: Path, **options: Any) -> tuple[ModelConfig, Params]:
+def test_the_gradient_is_that_of_torch(references: dict) -> None:
+    import torch
+
+    folder = references["qwen3_moe"].folder
     config = hf.read_config(folder)
-    return config, hf.load_params(folder, config, **{"dtype": jnp.float32} | options)
-
-
-@pytest.fixture(scope="module")
-def tokens() -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 96, (3, 19))
-
-
-# --- Against transformers -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_moe_shares"])
-def test_logits_are_those_of_transformers(references: dict, tokens: np.ndarray, name: str) -> None:
-    import torch
-
-    network = references[name].model
-    config, params = load(references[name].folder)
-    normalized = network.config.norm_topk_prob
-    assert config.experts == Experts(count=8, per_token=3, d_ff=24, normalized=normalized)
-    with torch.no_grad():
-        expected = network(torch.tensor(tokens)).logits.numpy()
-    assert np.abs(expected).max() > 1  # else 1e-5 would say little
-    assert_allclose(logits(params, tokens, config), expected, rtol=0, atol=1e-5)
-
-
-def test_ragged_pieces_over_a_cache_equal_one_forward(references: dict, tokens: np.ndarray) -> None:
-    config, params = load(references["qwen3_moe"].folder)
-    # What fills a piece is routed to experts too, and changes nothing.
-    pieces = [[7, 0, 3], [7, 7, 7], [5, 7, 1]]
-    got = cached_logits(params, tokens, config, pieces=pieces, layout="BSGH")
-    want = logits(params, tokens, config)
-    for row, length in enumerate(np.sum(pieces, axis=0)):
-        assert_allclose(got[row, :length], want[row, :length], rtol=0, atol=2e-5)
-
-
-def test_the_gradient_is_that_of_torch(references: dict, tokens: np.ndarray) -> None:
-    import torch
-
-    config, params = load(references["qwen3_moe"].folder)
-    weight = np.random.default_rng(1).normal(size=(3, 5, 96)).astype(np.float32) / 100
+    params = hf.load_params(folder, config, dtype=jnp.float32)
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, 96, (3, 5))
+    weight = rng.normal(size=(3, 5, 96)).astype(np.float32) / 100
 
     @jax.jit
     @jax.grad
     def gradient(params: Params) -> jax.Array:
-        hidden = model.forward(params, tokens[:, :5], config=config, query_chunk=8, remat="layers")
+        hidden = model.forward(params, tokens, config=config, query_chunk=8, remat="layers")
         return jnp.sum(hidden @ model.head(params) * weight)
 
     got = jax.tree.map(np.asarray, gradient(params)["layers"])
     network = references["qwen3_moe"].model
     network.zero_grad()
-    (network(torch.tensor(tokens[:, :5])).logits * torch.tensor(weight)).sum().backward()
+    (network(torch.tensor(tokens)).logits * torch.tensor(weight)).sum().backward()
     block = network.model.layers[1].mlp
     gate, up = np.split(block.experts.gate_up_proj.grad.numpy().transpose(0, 2, 1), 2, axis=2)
     pairs = {
@@ -103,30 +72,6 @@ def test_the_gradient_is_that_of_torch(references: dict, tokens: np.ndarray) -> 
 
 def silu(x: Any) -> Any:
     return x / (1 + np.exp(-x))
-
-
-def test_two_tokens_by_hand() -> None:
-    # Router probabilities 1/8, 2/8, 5/8 of token 0 and 6/10, 1/10, 3/10 of token 1.
-    layer = {
-        "router": np.log([[1.0, 2.0, 5.0], [6.0, 1.0, 3.0]]),
-        "expert_gate": np.array([[[1.0], [2.0]], [[3.0], [-1.0]], [[0.5], [4.0]]]),
-        "expert_up": np.array([[[2.0], [1.0]], [[1.0], [1.0]], [[-2.0], [3.0]]]),
-        "expert_down": np.array([[[1.0, 0.0]], [[0.0, 1.0]], [[1.0, 2.0]]]),
-    }
-    # Token 0 is the first unit vector and takes experts 2 and 1; token 1, the second, 0 and 2.
-    first = np.array([1.0, 2.0]) * silu(0.5) * -2
-    second = np.array([0.0, 1.0]) * silu(3.0) * 1
-    third = np.array([1.0, 0.0]) * silu(2.0) * 1
-    fourth = np.array([1.0, 2.0]) * silu(4.0) * 3
-    wants = {
-        True: [first * 5 / 7 + second * 2 / 7, third * 2 / 3 + fourth * 1 / 3],
-        False: [first * 5 / 8 + second * 2 / 8, third * 0.6 + fourth * 0.3],
-    }
-    layer = {name: jnp.asarray(value, jnp.float32) for name, value in layer.items()}
-    for normalized, want in wants.items():
-        experts = Experts(count=3, per_token=2, d_ff=1, normalized=normalized)
-        got = moe.feed_forward(layer, jnp.eye(2)[None], experts, all_gather=True)
-        assert_allclose(got[0], want, rtol=1e-6, atol=5e-7)  # a difference of terms up to 1.4
 
 
 def random_layer(rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -150,10 +95,7 @@ def by_loops(layer: dict[str, np.ndarray], x_MD: np.ndarray, experts: Experts) -
     return out
 
 
-apply = jax.jit(
-    partial(moe.feed_forward, all_gather=True),
-    static_argnames="experts",
-)
+apply = jax.jit(partial(moe.feed_forward, all_gather=True), static_argnames="experts")
 
 
 @pytest.mark.parametrize("per_token", [1, 2, 6])
@@ -167,18 +109,6 @@ def test_any_choice_of_experts_equals_loops(per_token: int) -> None:
     want = by_loops(layer, x.reshape(10, 16), experts).reshape(2, 5, 16)
     assert np.abs(want).max() > 0.3
     assert_allclose(got, want, rtol=0, atol=3e-6)
-
-
-def test_each_row_is_multiplied_by_the_matrix_of_its_group() -> None:
-    rng = np.random.default_rng(2)
-    for sizes in ((2, 0, 3), (0, 0, 5), (5, 0, 0)):
-        group = np.repeat(np.arange(3), sizes)
-        x, weight = rng.normal(size=(5, 4)), rng.normal(size=(3, 4, 6))
-        rows, matrices = jnp.float32(x), jnp.float32(weight)
-        got = project_groups(
-            rows, matrices, jnp.asarray(group), jnp.array(sizes), dtype=jnp.float32
-        )
-        assert_allclose(got, np.einsum("rd,rdf->rf", x, weight[group]), rtol=0, atol=1e-5)
 
 
 def test_a_token_does_not_depend_on_other_tokens() -> None:
@@ -212,9 +142,7 @@ def one_token(params: Params, tokens: jax.Array) -> jax.Array:
     return model.forward_cached(params, kv, tokens, one, config=CONFIG, sharded=True)[0]
 
 
-@pytest.mark.parametrize(
-    ("sizes", "int8"), [((1, 2, 4), True), ((1, 8, 1), False), ((2, 2, 2), False)]
-)
+@pytest.mark.parametrize(("sizes", "int8"), [((1, 2, 4), True), ((1, 8, 1), False)])
 def test_a_mesh_computes_what_one_device_does(
     params: Params, rows: np.ndarray, sizes: tuple[int, int, int], int8: bool
 ) -> None:
@@ -248,7 +176,7 @@ def test_rows_that_do_not_divide_over_a_mesh_are_replicated(
     placed = jax.device_put(params, param_shardings(model.param_specs(CONFIG), mesh))
     with jax.set_mesh(mesh):
         got = logits(placed, rows[:3], CONFIG)
-    want = logits(params, rows[:3], CONFIG)
+    want = logits(params, rows, CONFIG)[:3]
     assert_allclose(got, want, rtol=0, atol=3e-6 * np.abs(want).max())
 
 
@@ -265,11 +193,9 @@ def test_a_mesh_gives_the_gradient_of_one_device(params: Params, rows: np.ndarra
     placed = jax.device_put(params, param_shardings(model.param_specs(CONFIG), mesh))
     with jax.set_mesh(mesh):
         got = gradient(placed, shard_batch({"tokens": rows}, mesh)["tokens"])
-    want = jax.tree.leaves(gradient(params, rows))
-    for (path, mine), other in zip(jax.tree_util.tree_leaves_with_path(got), want, strict=True):
-        name, size = jax.tree_util.keystr(path), np.abs(other).max()
-        assert size > 0, name
-        assert_allclose(mine, other, rtol=0, atol=1e-5 * size, err_msg=name)
+    want = gradient(params, rows)
+    assert all(np.any(x) for x in jax.tree.leaves(want))
+    assert_same_tree(got, want, rounding=1e-5)
 
 
 # --- In int8 --------------------------------------------------------------------------------------

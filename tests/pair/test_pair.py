@@ -9,6 +9,7 @@ import json
 import random
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ from opd_jax.judge.labels import Judgement, env_labels
 from opd_jax.judge.verdicts import judge_turns
 from opd_jax.report.figures import summarize
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 TASKS = 20
 MAX_TURNS = 30
 
@@ -36,29 +39,18 @@ def settings(size: str, *changes: str) -> Settings:
     return read("quickstart", f"env.size={size}", f"eval.batch={TASKS}", *turns, *changes)
 
 
-@pytest.fixture(scope="module")
-def models() -> dict[str, LoadedModel | None]:
-    quickstart = settings("small")
-    return {
-        "student": load_student(quickstart, one_device()),
-        "teacher": load_teacher(quickstart, one_device()),
-    }
+@cache
+def loaded(who: str) -> LoadedModel:
+    load = {"student": load_student, "teacher": load_teacher}[who]
+    return load(settings("small"), one_device())
 
 
-@pytest.fixture(scope="module")
-def played(models: dict) -> dict[tuple[str, str], list[Conversation]]:
+@cache
+def played(who: str, size: str) -> list[Conversation]:
     """Greedy episodes in scenes nobody trained in."""
-    return {
-        (who, size): evaluate.play_model(
-            settings(size),
-            build.make_agent(loaded, settings(size), temperature=0.0),
-            loaded.params,
-            "valid_unseen",
-            tasks=TASKS,
-        )
-        for who, loaded in models.items()
-        for size in ("small", "large")
-    }
+    agent = build.make_agent(loaded(who), settings(size), temperature=0.0)
+    params = loaded(who).params
+    return evaluate.play_model(settings(size), agent, params, "valid_unseen", tasks=TASKS)
 
 
 def success(conversations: list[Conversation]) -> float:
@@ -66,21 +58,19 @@ def success(conversations: list[Conversation]) -> float:
 
 
 @pytest.mark.slow
-def test_the_teacher_solves_tasks_in_unseen_scenes_and_the_student_has_much_to_learn(
-    played: dict,
-) -> None:
-    assert success(played["teacher", "small"]) >= 0.8
-    assert success(played["teacher", "large"]) >= 0.7
+def test_the_teacher_solves_tasks_in_unseen_scenes_and_the_student_has_much_to_learn() -> None:
+    assert success(played("teacher", "small")) >= 0.8
+    assert success(played("teacher", "large")) >= 0.7
     # Over both sizes, for more episodes: a share from the low tens to the middle of percents.
     student, best = (
-        success(played[who, "small"] + played[who, "large"]) for who in ("student", "teacher")
+        success(played(who, "small") + played(who, "large")) for who in ("student", "teacher")
     )
     assert 0.05 <= student <= best - 0.2
 
 
 @pytest.mark.parametrize("who", ["student", "teacher"])
-def test_both_think_before_they_act(played: dict, who: str) -> None:
-    turns = [t for size in ("small", "large") for c in played[who, size] for t in c.turns]
+def test_both_think_before_they_act(who: str) -> None:
+    turns = [turn for conversation in played(who, "small") for turn in conversation.turns]
     formed = [re.fullmatch(r"Thought: [^\n]+\nAction: [^\n]+", turn.response) for turn in turns]
     assert np.mean([match is not None for match in formed]) >= 0.95
     assert np.mean([turn.stop == "stop_token" for turn in turns]) >= 0.95
@@ -91,15 +81,14 @@ def test_both_think_before_they_act(played: dict, who: str) -> None:
 # --- The judge
 
 
-@pytest.fixture(scope="module")
-def asked(models: dict) -> list[Conversation]:
+def questions() -> list[Conversation]:
     """The same number of turns of each label, each the only one of its conversation to judge.
 
     Other players played them in unseen scenes, and the oracle has labelled them.
     """
     rooms = ("demonstrations.sizes=small,large", "demonstrations.sizes_from=0")
     pair = read("household_pair:who=teacher", "data.split=valid_unseen", "seed=99", *rooms)
-    teacher = models["teacher"]
+    teacher = loaded("teacher")
     play = build.make_demonstrator(pair, tokenizer=teacher.tokenizer, chat=teacher.chat)
     made = []
     for conversation, index in balanced_turns(list(map(play, range(60))), 120, random.Random(0)):
@@ -109,10 +98,8 @@ def asked(models: dict) -> list[Conversation]:
     return made
 
 
-def test_the_judge_tells_good_turns_from_bad_ones_and_answers_in_words_as_it_scores(
-    models: dict, asked: list[Conversation]
-) -> None:
-    teacher = models["teacher"]
+def test_the_judge_tells_good_turns_from_bad_ones_and_answers_in_words_as_it_scores() -> None:
+    teacher, asked = loaded("teacher"), questions()
     labels = env_labels(asked, max_turns=MAX_TURNS)
 
     def ask(decode: str) -> Judgement:
