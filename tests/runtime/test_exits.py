@@ -26,11 +26,13 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/proc/self/none/file")
         (caused_by(RuntimeError("a thread failed"), FULL), DISK, "No space left on device"),
         # As the storage layer of checkpoints says it.
         (
-            ValueError('Error writing "/tmp/x/state": No space left on device [OS error 28]'),
+            ValueError(
+                'Error writing "/proc/self/none/state": No space left on device [OS error 28]'
+            ),
             DISK,
-            "bytes are free in `/tmp`",
+            "bytes are free in `/proc/self`",
         ),
-        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), DISK, "cannot be written"),
+        (PermissionError(errno.EACCES, "Permission denied", "/proc/x"), DISK, "cannot be written"),
     ],
 )
 def test_an_error_that_is_no_bug_has_a_status_and_a_line(
