@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from opd_jax.config.build import check_named
 from opd_jax.config.settings import read_settings
 from opd_jax.report.intervals import mean_interval, wilson_interval
 from opd_jax.report.tables import split_label, table
@@ -39,7 +40,8 @@ def compare(config: FrozenConfigDict, workdir: Path, *, run: Run) -> str:
     `run` trains and evaluates one config in one workdir and returns `{who: {split: figures}}`.
     """
     for method in config.compare.methods:
-        read_settings(variant(config, method, config.compare.seeds[0]))
+        for seed in config.compare.seeds:
+            check_named(read_settings(variant(config, method, seed)))
     references: dict[str, Any] = {}
     results: dict[str, list[dict]] = {method: [] for method in config.compare.methods}
     for seed in config.compare.seeds:

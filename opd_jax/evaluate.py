@@ -306,6 +306,7 @@ def run(config: FrozenConfigDict, workdir: Path, policy: str) -> dict[str, Figur
     """
     settings = read_settings(config)
     check_same_run(config, workdir, binds=binds_an_evaluation(settings))
+    build.check_named(settings)
     check_models(settings, workdir)
     panels = build.eval_panels(settings)
     for split in settings.eval.splits:

@@ -91,7 +91,7 @@ def _run(
     check_workdir(config, settings, workdir)
     panels = build.panels(settings)
     check_tasks(settings, panels, workdir)
-    build.check_players(settings)
+    build.check_named(settings)
     student, teacher = load_student(settings, mesh), load_teacher(settings, mesh)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
     untrained, optimizer = build.initial_params(student, settings, mesh), build.optimizer(settings)

@@ -21,7 +21,7 @@ from opd_jax.agent.chat import ChatFormat
 from opd_jax.agent.conversation import Conversation
 from opd_jax.agent.generate import sampling_params
 from opd_jax.agent.rollout import everywhere, make_envs, rollout, row_keys
-from opd_jax.config.models import LoadedModel
+from opd_jax.config.models import LoadedModel, named_sizes
 from opd_jax.config.settings import Settings
 from opd_jax.envs.base import Env
 from opd_jax.envs.make import EnvSettings, make_env
@@ -176,17 +176,8 @@ def make_log(settings: Settings, workdir: Path, *, done: int) -> UpdateLog:
 def make_agent(
     loaded: LoadedModel, settings: Settings, *, temperature: float | None = None
 ) -> Agent:
-    """A model as an agent; `temperature` replaces the one for training.
-
-    Raises:
-      ValueError: `rollout.context_tokens` exceeds the model's positions.
-    """
-    decoding, most = settings.rollout, loaded.config.max_positions
-    if decoding.context_tokens > most:
-        raise ValueError(
-            f"`rollout.context_tokens` = {decoding.context_tokens} exceeds the {most} positions of "
-            f"`{loaded.folder}`; lower it"
-        )
+    """A model as an agent; `temperature` replaces the one for training."""
+    decoding = settings.rollout
     if temperature is not None:
         decoding = dataclasses.replace(decoding, temperature=temperature)
     return Agent(loaded.config, loaded.tokenizer, loaded.chat, decoding)
@@ -225,8 +216,24 @@ def _panels(env: EnvSettings, splits: tuple[tuple[str, str], ...]) -> dict[str, 
     return find_panels(make_env(env), dict(splits))
 
 
+def check_named(settings: Settings) -> None:
+    """Checks the models and players that settings name, before anything is loaded.
+
+    Raises:
+      ValueError: a folder is not there, a model has fewer positions than `rollout.context_tokens`,
+        or the environment has no such player.
+    """
+    for who, sizes in named_sizes(settings).items():
+        if settings.rollout.context_tokens > sizes.max_positions:
+            raise ValueError(
+                f"`rollout.context_tokens` = {settings.rollout.context_tokens} exceeds the "
+                f"{sizes.max_positions} positions of `{who}` = {getattr(settings, who)!r}; lower it"
+            )
+    check_players(settings)
+
+
 def check_players(settings: Settings) -> None:
-    """Checks that every player that the settings name can be made; errors as in `make_player`."""
+    """Checks that every player that settings name can be made; errors as in `make_player`."""
     wanted = [("eval.who", who) for who in settings.eval.who if who not in ("before", "teacher")]
     habits: Any = {}
     if settings.data.source == "expert":

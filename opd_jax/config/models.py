@@ -108,6 +108,17 @@ def load_teacher(settings: Settings, mesh: jax.sharding.Mesh) -> LoadedModel | N
     )
 
 
+def named_sizes(settings: Settings) -> dict[str, ModelConfig]:
+    """Sizes of `student` and `teacher`, those that there are; no weight is read."""
+    named = {"student": settings.student, "teacher": settings.teacher}
+    sizes = {
+        who: hf.read_config(model_folder(reference))
+        for who, reference in named.items()
+        if reference not in ("", "new")
+    }
+    return sizes | ({"student": new_sizes(settings)[0]} if settings.student == "new" else {})
+
+
 def student_sizes(settings: Settings) -> ModelConfig:
     """Sizes of the student that `load_student` gives; no weight is read."""
     if settings.student == "new":
@@ -125,8 +136,7 @@ def student_dtype(settings: Settings) -> str:
 
 def _shared_vocab(settings: Settings) -> int:
     """The smaller of the vocabularies: models of one tokenizer may be padded differently."""
-    names = [name for name in (settings.student, settings.teacher) if name]
-    return min(hf.read_config(model_folder(name)).vocab_size for name in names)
+    return min(sizes.vocab_size for sizes in named_sizes(settings).values())
 
 
 def new_model(settings: Settings, mesh: jax.sharding.Mesh) -> LoadedModel:

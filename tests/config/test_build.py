@@ -48,8 +48,16 @@ def test_an_agent_for_evaluation_differs_in_temperature_only() -> None:
     assert (training.decoding.temperature, greedy.decoding.temperature) == (0.8, 0.0)
     cooled = dataclasses.replace(training.decoding, temperature=0.0)
     assert dataclasses.replace(training, decoding=cooled) == greedy
-    with pytest.raises(ValueError, match=r"`rollout.context_tokens` = 9999 exceeds the .*student"):
-        build.make_agent(student, read("quickstart", "rollout.context_tokens=9999"))
+
+
+def test_a_context_beyond_a_models_positions_is_refused_before_anything_is_loaded() -> None:
+    build.check_named(read("quickstart"))
+    with pytest.raises(ValueError, match=r"`rollout.context_tokens` = 9999 exceeds .* `student`"):
+        build.check_named(read("quickstart", "rollout.context_tokens=9999"))
+    with pytest.raises(ValueError, match=r"exceeds the 700 positions of `student` = 'new'"):
+        build.check_named(pair("new_model.max_positions=700", "rollout.context_tokens=701"))
+    with pytest.raises(ValueError, match="nowhere"):
+        build.check_named(read("quickstart", "teacher=nowhere"))
 
 
 def test_without_intervention_every_turn_is_strong_and_nobody_is_asked() -> None:
