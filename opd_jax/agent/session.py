@@ -89,6 +89,9 @@ class CacheSession:
         """One response for each of `rows`; the other rows stay as they are.
 
         `keys` has this turn's PRNG key for each row of the batch.
+
+        Raises:
+          ValueError: the model's logits are not finite.
         """
         agent = self.agent
         budget, last = np.zeros_like(self.held), np.zeros_like(self.held)
@@ -113,6 +116,13 @@ class CacheSession:
                 sharded=self.sharded,
             )
             out = jax.device_get(out)
+            sampled = np.arange(out.tokens.shape[1]) < out.counts[:, None]
+            if not np.isfinite(out.logprobs[sampled]).all():
+                raise ValueError(
+                    "the logits of the model that plays are not finite, so nothing can be sampled: "
+                    "if it is being trained, it has diverged; lower `optimizer.learning_rate`, or "
+                    "go on from an older checkpoint"
+                )
             for row, response in said.items():
                 count = int(out.counts[row])
                 response.tokens.extend(out.tokens[row, :count].tolist())

@@ -460,3 +460,9 @@ def test_a_cache_that_grows_with_its_conversations_changes_none(
     for ours, theirs in zip(stepwise, played[: len(TASKS)], strict=True):
         assert ours.tokens == theirs.tokens
         np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=0, atol=1e-5)
+
+
+def test_a_model_that_has_diverged_is_said_to_have(agent: Agent, params: model.Params) -> None:
+    lost = params | {"final_norm": params["final_norm"] * jnp.nan}
+    with pytest.raises(ValueError, match=r"not finite.*diverged; lower `optimizer.learning_rate`"):
+        play(agent, lost, TASKS)
