@@ -45,7 +45,7 @@ def test_a_config_of_ones_own_works_from_any_folder(tmp_path: Path) -> None:
     path.write_text(OWN_CONFIG)
     config = cfg.load(str(path), [])
     read_settings(config)
-    assert config.train.updates == 160
+    assert config.env.max_turns == 30
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

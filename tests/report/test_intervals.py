@@ -35,7 +35,8 @@ def test_mean_interval_follows_its_formula() -> None:
         mean = sum(values) / len(values)
         variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
         half = quantile * math.sqrt(variance / len(values))
-        assert mean_interval(values) == pytest.approx((mean - half, mean + half), rel=1e-12)
+        # Until 1.16 scipy's quantile is 2.5e-11 from the closed form.
+        assert mean_interval(values) == pytest.approx((mean - half, mean + half), rel=1e-10)
 
 
 def test_mean_interval_of_too_few_or_equal_values() -> None:
