@@ -14,6 +14,7 @@ from test_train import NO_EVALUATION, assert_ended_alike, saved
 
 from opd_jax.envs.household.env import Household
 from opd_jax.runtime import processes
+from opd_jax.runtime.exits import WORLD
 
 # A broken connection or a missed heartbeat is noticed far sooner. Only a process that waits for
 # ever gets here.
@@ -167,6 +168,26 @@ def test_an_error_of_one_process_ends_the_other(start: Start, small: tuple, tmp_
     assert "NotADirectoryError" in first
     assert "error: process" not in first
     assert_lost_the_other(1, other)
+
+
+def test_a_computation_that_may_have_lost_the_others_keeps_its_traceback(start: Start) -> None:
+    code = """
+from opd_jax.runtime import processes
+processes.start()
+with processes.ending_together():
+    if processes.gather("here") and not processes.is_first():
+        raise RuntimeError("INTERNAL: a kernel failed")
+    processes.gather("there")
+"""
+    port = free_port()
+    first, second = (
+        start("-c", code, OPD_JAX_DISTRIBUTED=f"localhost:{port},{n},2") for n in range(2)
+    )
+    _, errors = errors_of([first, second])
+    assert second.returncode == WORLD
+    assert "Traceback" in errors
+    assert "RuntimeError: INTERNAL: a kernel failed" in errors
+    assert line_of(errors).startswith("error: process 1 of 2 lost the others (INTERNAL: a kernel")
 
 
 def test_processes_with_other_tasks_all_say_so(start: Start, small: tuple, tmp_path: Path) -> None:
