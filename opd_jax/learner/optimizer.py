@@ -1,5 +1,6 @@
 """The optimizer: AdamW with a schedule; the gradient is clipped first."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -7,6 +8,13 @@ import optax
 
 from opd_jax.model import Params
 from opd_jax.runtime.fields import check_choice, check_within
+
+# (peak, updates after the warm-up) to the rate.
+SCHEDULES: dict[str, Callable[[float, int], optax.Schedule]] = {
+    "constant": lambda peak, _: optax.constant_schedule(peak),
+    "cosine": optax.cosine_decay_schedule,
+    "linear": lambda peak, updates: optax.linear_schedule(peak, 0.0, updates),
+}
 
 # With a decay of 1 the bias correction of a moment divides by zero.
 _BELOW_ONE = 1 - 1e-9
@@ -38,7 +46,7 @@ class AdamW:
     clip_norm: float
 
     def __post_init__(self):
-        check_choice(("constant", "cosine", "linear"), schedule=self.schedule)
+        check_choice(SCHEDULES, schedule=self.schedule)
         check_within(
             0,
             learning_rate=self.learning_rate,
@@ -54,11 +62,7 @@ def make_optimizer(adamw: AdamW, *, total_updates: int) -> optax.GradientTransfo
     """The optimizer of a run of `total_updates`."""
     peak, warmup_updates = adamw.learning_rate, adamw.warmup_updates
     decay_updates = max(total_updates - warmup_updates, 1)
-    after = {
-        "constant": optax.constant_schedule(peak),
-        "cosine": optax.cosine_decay_schedule(peak, decay_updates),
-        "linear": optax.linear_schedule(peak, 0.0, decay_updates),
-    }[adamw.schedule]
+    after = SCHEDULES[adamw.schedule](peak, decay_updates)
     # The first rate is above 0: an update at rate 0 would be wasted.
     warmup = optax.linear_schedule(peak / (warmup_updates + 1), peak, max(warmup_updates, 1))
     optimizer = optax.adamw(
