@@ -8,15 +8,11 @@ template is rendered a few times with sentinels as contents, and cut at the sent
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_ROLES = {"s": "system", "u": "user", "a": "assistant"}
-
-# Llama 3's templates write today's date into the system message, unless they are given one. A run
-# resumed tomorrow would then train on other prompts. This is the templates' own default for when
-# there is no clock.
-DATE_STRING = "26 Jul 2024"
+from opd_jax.hf.chat_template import ROLES, render
 
 # The response that stands for earlier ones in a context that shows only the last few turns.
 LEFT_OUT = "(Earlier turns are left out.)"
@@ -39,7 +35,7 @@ class ChatFormat:
         None if the template has no system role.
       following: text between an assistant content and the next user content, and after the latter.
       stop_ids: tokens that end a response: the one that follows an assistant content in the
-        template, then the tokenizer's end-of-sequence token if it is another.
+        template, then the tokenizer's end-of-sequence token, then those of the model's folder.
       left_out: tokens of `LEFT_OUT`, without an end-of-turn token.
     """
 
@@ -52,8 +48,10 @@ class ChatFormat:
     left_out: tuple[int, ...]
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: Any) -> "ChatFormat":
+    def from_tokenizer(cls, tokenizer: Any, *, end_ids: Sequence[int] = ()) -> "ChatFormat":
         """Derives the format from the chat template of a `transformers` tokenizer.
+
+        `end_ids` are further tokens that end a response (`hf.read_end_ids`).
 
         Raises:
           ValueError: the template is missing, fails, drops or repeats a content, renders later
@@ -88,10 +86,12 @@ class ChatFormat:
                 f"got {following[0]!r}; declare its end-of-turn token special"
             )
         eos = tokenizer.eos_token_id
-        stop_ids = (ids[cut],) if eos in (None, ids[cut]) else (ids[cut], eos)
+        stop_ids = dict.fromkeys([ids[cut], *([] if eos is None else [eos]), *end_ids])
         opening = _around(tokenizer, "u")
         left_out = tuple(tokenizer.encode(LEFT_OUT, add_special_tokens=False))
-        return cls(tokenizer, special, opening, system_opening, following, stop_ids, left_out)
+        return cls(
+            tokenizer, special, opening, system_opening, following, tuple(stop_ids), left_out
+        )
 
     def first(self, system: str, user: str) -> list[int]:
         """Token ids of the opening prompt, up to where the first response starts.
@@ -137,23 +137,15 @@ class ChatFormat:
 
 def _around(tokenizer: Any, roles: str) -> tuple[str, ...]:
     """Renders one sentinel for each letter of `roles` and returns the texts around them."""
-    marks = [f"Sentinel{n}Content" for n in range(len(roles))]  # nothing a template would edit
-    messages = [{"role": _ROLES[r], "content": m} for r, m in zip(roles, marks, strict=True)]
-    error = None
+    error, marks = None, [r"(?!)"]  # matches nothing
     try:
-        text = tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=False,
-            date_string=DATE_STRING,
-        )
+        text, marks = render(tokenizer, roles)
     except Exception as caught:  # a template may raise anything
         text, error = f"{type(caught).__name__}: {caught}", caught
-    texts = re.split("|".join(marks), text)
-    if error or re.findall("|".join(marks), text) != marks:
+    if re.findall("|".join(marks), text) != marks:
+        said = ", ".join(ROLES[role] for role in roles)
         raise ValueError(
-            f"the chat template of `tokenizer` must show {messages} once each and in order, "
-            f"got {text!r}; use a template that takes these roles and keeps all messages"
+            f"the chat template of `tokenizer` must show messages of {said} once each and in "
+            f"order, got {text!r}; use a template that takes these roles and keeps all messages"
         ) from error
-    return tuple(texts)
+    return tuple(re.split("|".join(marks), text))

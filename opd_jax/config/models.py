@@ -39,10 +39,17 @@ class LoadedModel:
 
 
 def model_folder(reference: str) -> Path:
-    """The folder of a model reference: a path, or `embedded:NAME` for a model of the package."""
-    if reference.startswith("embedded:"):
-        return EMBEDDED / reference.removeprefix("embedded:")
-    return Path(reference)
+    """The folder of a model reference: a path, or `embedded:NAME` for a model of the package.
+
+    ValueError if the package has no such model.
+    """
+    if not reference.startswith("embedded:"):
+        return Path(reference).expanduser()
+    folder = EMBEDDED / (name := reference.removeprefix("embedded:"))
+    if not name or not folder.is_dir():
+        known = ", ".join(f"embedded:{path.name}" for path in sorted(EMBEDDED.iterdir()))
+        raise ValueError(f"the package has no model `{reference}`, only {known}")
+    return folder
 
 
 def load_model(
@@ -62,6 +69,7 @@ def load_model(
     if vocab_size is not None:
         config = dataclasses.replace(config, vocab_size=vocab_size)
     hf.check_vocab(folder, tokenizer, config)
+    config = dataclasses.replace(config, unused_ids=hf.unused_ids(tokenizer, config))
     return LoadedModel(
         folder=folder,
         config=config,
@@ -73,7 +81,7 @@ def load_model(
             mesh=mesh,
         ),
         tokenizer=tokenizer,
-        chat=ChatFormat.from_tokenizer(tokenizer),
+        chat=ChatFormat.from_tokenizer(tokenizer, end_ids=hf.read_end_ids(folder)),
     )
 
 
@@ -117,14 +125,6 @@ def named_sizes(settings: Settings) -> dict[str, ModelConfig]:
         if reference not in ("", "new")
     }
     return sizes | ({"student": new_sizes(settings)[0]} if settings.student == "new" else {})
-
-
-def student_sizes(settings: Settings) -> ModelConfig:
-    """Sizes of the student that `load_student` gives; no weight is read."""
-    if settings.student == "new":
-        return new_sizes(settings)[0]
-    sizes = hf.read_config(model_folder(settings.student))
-    return dataclasses.replace(sizes, vocab_size=_shared_vocab(settings))
 
 
 def student_dtype(settings: Settings) -> str:

@@ -297,7 +297,12 @@ def binds_an_evaluation(settings: Settings) -> Callable[[str], bool]:
 
 
 def _check_student(s: Settings) -> None:
-    """A new student has sizes, and no adapters."""
+    """There is a student. A new one has sizes, and no adapters."""
+    if not s.student:
+        raise ValueError(
+            "`student` is empty: name a model folder (`hf download Qwen/Qwen3-1.7B --local-dir "
+            "models/Qwen3-1.7B` makes one), embedded:student, or new"
+        )
     if s.student != "new":
         return
     if s.new_model is None:

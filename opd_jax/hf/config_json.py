@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
+from opd_jax.hf.folder import check_folder
 from opd_jax.model import ModelConfig, RopeScaling
 from opd_jax.model.moe import Experts
 from opd_jax.runtime import files
@@ -31,13 +32,14 @@ FAMILIES = {
     ),
 }
 
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
 # Keys that would change the model, and the only value that `model` supports.
 _FIXED = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
     "use_sliding_window": False,
-    "quantization_config": None,
 }
 # The same for mixtures of experts: every layer is a mixture, and no expert is shared by all tokens.
 _FIXED_EXPERTS = {
@@ -93,14 +95,41 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 def read_json(path: Path) -> dict:
     """The JSON object in a file of a model folder; ValueError if missing or not an object."""
-    if not path.parent.is_dir():
-        raise ValueError(f"model folder `{path.parent}` does not exist; check the path")
+    check_folder(path.parent)
     if not path.is_file():
         raise ValueError(
             f"model folder `{path.parent}` has no {path.name}; give a Hugging Face folder with "
             "config.json and safetensors files"
         )
     return files.read_json(path, advice="fetch it again")
+
+
+def read_end_ids(folder: str | Path) -> tuple[int, ...]:
+    """The tokens that end a response: `eos_token_id` of generation_config.json or config.json.
+
+    As in `transformers`, the former wins if both name any.
+
+    Raises:
+      ValueError: it is neither an integer nor a list of integers.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = Path(folder) / name
+        ids = read_json(path).get("eos_token_id") if path.is_file() else None
+        ids = ids if isinstance(ids, list) else [ids]
+        if ids in ([], [None]):
+            continue
+        if any(type(i) is not int for i in ids):
+            raise ValueError(
+                f"model folder `{folder}`: `eos_token_id` in {name} must be token ids, got {ids}"
+            )
+        return tuple(ids)
+    return ()
+
+
+def read_token_ids(folder: str | Path) -> dict[str, Any]:
+    """The special token ids that config.json names."""
+    raw = read_json(Path(folder) / "config.json")
+    return {name: raw[name] for name in TOKEN_IDS if raw.get(name) is not None}
 
 
 def _read_family(folder: Path, raw: dict) -> _Family:
@@ -112,6 +141,8 @@ def _read_family(folder: Path, raw: dict) -> _Family:
     for key, value in fixed.items():
         if raw.get(key, value) not in (None, value):
             _refuse(folder, key, raw[key], repr(value))
+    if raw.get("quantization_config") is not None:
+        _refuse(folder, "quantization_config", raw["quantization_config"], "none")
     if set(raw.get("layer_types") or ()) - {"full_attention"}:
         _refuse(folder, "layer_types", raw["layer_types"], "full_attention in every layer")
     return FAMILIES[architecture]
@@ -175,7 +206,7 @@ def _refuse(folder: Path, key: str, got: object, supported: str) -> NoReturn:
 
 
 def config_json(config: ModelConfig, *, dtype_name: str) -> dict:
-    """The content of `config.json`, with keys that both `transformers` 4 and 5 read.
+    """The content of `config.json`, with keys that both `transformers` 4 and 5 read, none null.
 
     ValueError if no architecture in `FAMILIES` fits the config.
     """
@@ -189,13 +220,7 @@ def config_json(config: ModelConfig, *, dtype_name: str) -> dict:
             "cannot be exported"
         )
     experts = {} if c.experts is None else _experts_json(c.experts)
-    scaling = c.rope_scaling and {
-        "rope_type": "llama3",
-        "factor": c.rope_scaling.factor,
-        "low_freq_factor": c.rope_scaling.low_freq_factor,
-        "high_freq_factor": c.rope_scaling.high_freq_factor,
-        "original_max_position_embeddings": c.rope_scaling.original_max_positions,
-    }
+    rope = {} if c.rope_scaling is None else {"rope_scaling": _rope_json(c.rope_scaling)}
     return {
         "architectures": [architecture],
         "model_type": FAMILIES[architecture].model_type,
@@ -209,11 +234,21 @@ def config_json(config: ModelConfig, *, dtype_name: str) -> dict:
         "intermediate_size": c.d_ff,
         "rms_norm_eps": c.norm_eps,
         "rope_theta": c.rope_theta,
-        "rope_scaling": scaling,
+        **rope,
         "max_position_embeddings": c.max_positions,
         "tie_word_embeddings": c.tied,
         **_FIXED,
         **experts,
+    }
+
+
+def _rope_json(scaling: RopeScaling) -> dict:
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_max_positions,
     }
 
 

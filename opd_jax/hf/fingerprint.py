@@ -6,9 +6,14 @@ from pathlib import Path
 # Reading all of a large model takes minutes. Weights that were trained differ nearly everywhere.
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
+_SMALL = (
+    *("config.json", "generation_config.json", "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer_config.json"),
+)
+
 
 def fingerprint(folder: Path) -> str:
-    """A hash of the sizes, the tokenizer, and samples of the weights with all their headers."""
+    """A hash of the small files of a model, the headers of its weights, and samples of them."""
     found = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
@@ -18,7 +23,7 @@ def fingerprint(folder: Path) -> str:
             for n in range(_SAMPLES):
                 file.seek(start + (end - start) * n // _SAMPLES)
                 found.update(file.read(_SAMPLE_BYTES))
-    for name in ("config.json", "tokenizer.json"):
+    for name in _SMALL:
         if (folder / name).is_file():
             found.update((folder / name).read_bytes())
     return found.hexdigest()[:16]

@@ -12,6 +12,7 @@ import numpy as np
 
 from opd_jax.model import ModelConfig, ParamSpec, is_spec, param_specs
 
+LAYERS = "model.layers."
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 # Our parameter -> name of its tensors. No family has all of them; the names are always the same.
@@ -38,6 +39,7 @@ _NAMES = {
     "final_norm": "model.norm.weight",
     "head": "lm_head.weight",
 }
+EMBED, HEAD = _NAMES["embed"], _NAMES["head"]
 
 
 def leaves(config: ModelConfig) -> list[tuple[str, ParamSpec]]:

@@ -7,6 +7,7 @@ one parameter at a time.
 import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ import numpy as np
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 
-from opd_jax.hf.config_json import read_json
+from opd_jax.hf.config_json import read_config, read_json
 from opd_jax.hf.layout import (
+    EMBED,
+    HEAD,
     INDEX,
+    LAYERS,
     WEIGHTS,
     leaves,
     read_slice,
@@ -32,7 +36,9 @@ from opd_jax.model.int8 import contracted_axes, int8_specs, quantize_weight
 from opd_jax.model.projections import Int8Weight
 from opd_jax.runtime.mesh import param_shardings
 
-_DTYPES = ("F32", "F16", "BF16")
+DTYPES = ("float32", "float16", "bfloat16")
+_DTYPES = dict(zip(("F32", "F16", "BF16"), DTYPES, strict=True))  # as safetensors calls them
+_ROWS = 4096  # of two tensors that are compared, read at a time
 
 
 def load_params(
@@ -45,9 +51,10 @@ def load_params(
 ) -> Params:
     """Loads the parameters of a Hugging Face folder; each shard is created on its own device.
 
-    All tensors are checked for presence, shape and type before any is read. Embedding rows beyond
-    `config.vocab_size` are padding and are not read. So two models with one tokenizer but different
-    padding load to the same vocabulary with `dataclasses.replace(config, vocab_size=...)`.
+    All tensors are checked for presence, shape and type before any is read, and a layer must have
+    no others. Embedding rows beyond `config.vocab_size` are padding and are not read. So two models
+    with one tokenizer but different padding load to the same vocabulary with
+    `dataclasses.replace(config, vocab_size=...)`.
 
     Args:
       folder: has safetensors files of float32, float16 or bfloat16.
@@ -69,11 +76,32 @@ def load_params(
     with ExitStack() as stack:
         tensors = _open_tensors(folder, stack)
         _check_tensors(folder, config, tensors)
+        _check_tied(folder, config, tensors)
 
         def load(path: tuple, spec: ParamSpec, sharding: Any) -> Any:
             return _load_leaf(path[-1].key, spec, sharding, tensors, np.dtype(dtype))
 
         return jax.tree.map_with_path(load, param_specs(config), shardings, is_leaf=is_spec)
+
+
+def read_dtype(folder: str | Path) -> str:
+    """The dtype of a folder's model, from `DTYPES`: as config.json says, else that of its weights.
+
+    Raises:
+      ValueError: it is another, or the weights cannot be read.
+    """
+    raw = read_json(Path(folder) / "config.json")
+    name = raw.get("dtype") or raw.get("torch_dtype")  # `transformers` 5 and 4
+    if name is None:
+        with ExitStack() as stack:
+            tensors = _open_tensors(Path(folder), stack)
+            found = tensors[EMBED].get_dtype() if EMBED in tensors else f"no `{EMBED}`"
+            name = _DTYPES.get(found, found)
+    if name not in DTYPES:
+        raise ValueError(
+            f"model folder `{folder}`: expected a dtype of {', '.join(DTYPES)}, got {name!r}"
+        )
+    return name
 
 
 def _load_leaf(
@@ -94,10 +122,11 @@ def _load_leaf(
     return jax.block_until_ready(jax.jit(quantize, out_shardings=sharding)(weight))
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def _weight_files(folder: Path) -> dict[str, list[str] | None]:
+    """Each file of weights, and which of its tensors count; None for all."""
+    if (folder / WEIGHTS).is_file():  # beside an index too, as `transformers` does
+        return {WEIGHTS: None}
     if not (folder / INDEX).is_file():
-        if (folder / WEIGHTS).is_file():
-            return [folder / WEIGHTS]
         found = ", ".join(sorted(p.name for p in folder.glob("*"))[:8]) or "nothing"
         raise ValueError(
             f"model folder `{folder}` must hold {WEIGHTS} or {INDEX}, got {found}; "
@@ -106,13 +135,17 @@ def _weight_files(folder: Path) -> list[Path]:
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"`{folder / INDEX}` must hold a `weight_map`; fetch it again")
-    return [folder / name for name in sorted(set(weight_map.values()))]
+    files: dict[str, list[str] | None] = {}
+    for tensor, name in sorted(weight_map.items()):
+        files[name] = [*(files.get(name) or ()), tensor]
+    return files
 
 
 def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
     """All tensors of the folder by name, as lazy slices. Only headers are read."""
     tensors: dict[str, Any] = {}
-    for path in _weight_files(folder):
+    for name, wanted in _weight_files(folder).items():
+        path = folder / name
         try:
             file = stack.enter_context(safe_open(path, framework="numpy"))
         except FileNotFoundError:
@@ -123,32 +156,47 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
             raise ValueError(
                 f"`{path}` is not a complete safetensors file ({error}); fetch it again"
             ) from None
-        tensors |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        there = file.keys()
+        names = there if wanted is None else set(there).intersection(wanted)
+        tensors |= {tensor: file.get_slice(tensor) for tensor in names}
     return tensors
 
 
 def _check_tensors(folder: Path, config: ModelConfig, tensors: dict[str, Any]) -> None:
-    """ValueError unless every tensor of `config` exists, with its shape and a float type."""
+    """ValueError unless every tensor of `config` exists, with its shape and a float type.
+
+    The vocabulary of `config` may be smaller than that of the folder.
+    """
+    config = replace(config, vocab_size=read_config(folder).vocab_size)
     expected = {
-        name: (stored_shape(key, spec), "vocab" in spec.axes)
+        name: stored_shape(key, spec)
         for key, spec in leaves(config)
         for name in tensor_names(key, spec)
     }
     missing = [name for name in expected if name not in tensors]
     if missing:
+        if fused := next((name for name in tensors if "experts.gate_up_proj" in name), None):
+            raise ValueError(
+                f"model folder `{folder}` holds fused experts (`{fused}`), expected a tensor for "
+                "each; open it with transformers 5 and write it again with `save_pretrained`"
+            )
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise ValueError(
             f"model folder `{folder}` lacks tensor `{missing[0]}`{more}, which its config.json "
             "asks for; check that the weights and config.json belong together"
         )
-    for name, (shape, vocab) in expected.items():
+    others = (n for n in tensors.keys() - expected if n.startswith(LAYERS))
+    surplus = min((n for n in others if not n.endswith("rotary_emb.inv_freq")), default=None)
+    if surplus:
+        raise ValueError(
+            f"model folder `{folder}` holds tensor `{surplus}`, which its config.json knows "
+            "nothing of; check that the weights and config.json belong together"
+        )
+    for name, shape in expected.items():
         got = tuple(tensors[name].get_shape())
-        # Rows beyond the vocabulary are padding.
-        fits = got[:1] >= shape[:1] and got[1:] == shape[1:] if vocab else got == shape
-        if not fits:
+        if got != shape:
             raise ValueError(
-                f"model folder `{folder}`: tensor `{name}` must have shape {shape}"
-                f"{' or more rows' if vocab else ''}, got {got}; "
+                f"model folder `{folder}`: tensor `{name}` must have shape {shape}, got {got}; "
                 "check that the weights and config.json belong together"
             )
         if tensors[name].get_dtype() not in _DTYPES:
@@ -156,6 +204,22 @@ def _check_tensors(folder: Path, config: ModelConfig, tensors: dict[str, Any]) -
                 f"model folder `{folder}`: tensor `{name}` must be one of {', '.join(_DTYPES)}, "
                 f"got {tensors[name].get_dtype()}; quantized weights are not supported"
             )
+
+
+def _check_tied(folder: Path, config: ModelConfig, tensors: dict[str, Any]) -> None:
+    """ValueError if a tied model holds another head: `transformers` 4 drops it, 5 uses it."""
+    if not config.tied or HEAD not in tensors:
+        return
+    head, embed = tensors[HEAD], tensors[EMBED]
+    rows = head.get_shape()[0]
+    parts = (slice(start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS))
+    if head.get_shape() != embed.get_shape() or any(
+        not np.array_equal(head[part], embed[part]) for part in parts
+    ):
+        raise ValueError(
+            f"model folder `{folder}`: config.json says `tie_word_embeddings`, but the weights "
+            f"hold a `{HEAD}` that is not `{EMBED}`; set it to false, or delete the tensor"
+        )
 
 
 def _reader(

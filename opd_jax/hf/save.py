@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from opd_jax.hf.config_json import config_json
+from opd_jax.hf.config_json import TOKEN_IDS, config_json, read_token_ids
+from opd_jax.hf.folder import copy_beside_weights
 from opd_jax.hf.layout import (
     INDEX,
     WEIGHTS,
@@ -24,7 +25,7 @@ from opd_jax.hf.layout import (
     tensor_names,
     to_stored,
 )
-from opd_jax.hf.tokenizer import copy_tokenizer, load_tokenizer
+from opd_jax.hf.tokenizer import load_tokenizer, write_for_both, write_tokenizer
 from opd_jax.model import ModelConfig, Params, ParamSpec, is_spec, param_specs
 from opd_jax.model.int8 import contracted_axes
 from opd_jax.model.lora import merged
@@ -43,7 +44,7 @@ def save_model(
     tokenizer_from: str | Path | Any,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a folder that `transformers` opens: config.json, weights, tokenizer.
+    """Writes a folder that `transformers` 4.51 and later open: config.json, weights, tokenizer.
 
     It is written under another name and then renamed, so it is complete or absent. The host holds
     `params` and the content of one file at a time.
@@ -52,8 +53,9 @@ def save_model(
       folder: absent or empty.
       params: arrays of jax or numpy. A `LoraWeight` is written as W + (α / r) · A B and an
         `Int8Weight` as values · scale, computed in float32 and rounded once.
-      tokenizer_from: a folder, whose tokenizer files and generation_config.json are copied
-        unchanged, or a `transformers` tokenizer. Its special token ids go into config.json.
+      tokenizer_from: a `transformers` tokenizer, or a model folder. All its files beside the
+        weights are copied (generation_config.json, chat template, licence, …), and the special
+        token ids of its config.json are kept.
       max_shard_bytes: largest file of weights. More weights are split into several files with an
         index.
 
@@ -68,22 +70,34 @@ def save_model(
     content = config_json(config, dtype_name=dtype.name)
     is_folder = isinstance(tokenizer_from, (str, os.PathLike))
     tokenizer: Any = load_tokenizer(tokenizer_from) if is_folder else tokenizer_from
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        content[name] = getattr(tokenizer, name)
+    content |= _token_ids(tokenizer, content["model_type"])
+    if is_folder and (Path(tokenizer_from) / "config.json").is_file():
+        content |= read_token_ids(tokenizer_from)
 
     partial = folder.absolute().with_name(f".{folder.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
         if is_folder:
-            copy_tokenizer(tokenizer_from, partial)
+            copy_beside_weights(Path(tokenizer_from), partial)
+            write_for_both(partial)
         else:
-            tokenizer.save_pretrained(partial)
+            write_tokenizer(partial, tokenizer)
         (partial / "config.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
         _write_weights(partial, params, config, dtype, max_shard_bytes)
         partial.replace(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _token_ids(tokenizer: Any, model_type: str) -> dict[str, int | None]:
+    """The special token ids of a tokenizer.
+
+    An absent one is left out. Only Llama's class would fill it with an id of its own, so there it
+    is null.
+    """
+    ids = {name: getattr(tokenizer, name) for name in TOKEN_IDS}
+    return {name: i for name, i in ids.items() if i is not None or model_type == "llama"}
 
 
 def _check_params(params: Params, config: ModelConfig) -> None:

@@ -1,22 +1,17 @@
-"""Loads the tokenizer of a model folder, and checks it against a model or another tokenizer."""
+"""Loads and writes the tokenizer of a model folder, and checks it against a model or another."""
 
-import shutil
+import json
 from pathlib import Path
 from typing import Any
 
+from opd_jax.hf.chat_template import ROLES, render
+from opd_jax.hf.folder import check_folder
 from opd_jax.model import ModelConfig
+from opd_jax.runtime.files import read_json
+from opd_jax.runtime.lazy import import_transformers
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one is enough
-_FILES = (
-    *_VOCABULARIES,
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
+_CONFIG = "tokenizer_config.json"
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -24,42 +19,62 @@ def load_tokenizer(folder: str | Path) -> Any:
 
     A `tokenizer.json` is read as it is. `AutoTokenizer` would choose by architecture: for a Qwen2
     model it rebuilds a byte-level BPE from the vocabulary and ignores the rest of the file, without
-    a warning.
+    a warning. Decoding never cleans up spaces, whatever the folder says: a response has to be what
+    was sampled.
 
     Raises:
       ValueError: the folder has no tokenizer, or it cannot be read.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"model folder `{folder}` does not exist; check the path")
+    check_folder(folder)
     if not any((folder / name).is_file() for name in _VOCABULARIES):
         raise ValueError(
             f"model folder `{folder}` has no tokenizer, expected one of "
             f"{', '.join(_VOCABULARIES)}; copy the tokenizer files of the model there"
         )
-    if (folder / "tokenizer.json").is_file():
-        from transformers import PreTrainedTokenizerFast as loader
-    else:  # this import takes seconds if torch is installed
-        from transformers import AutoTokenizer as loader
-
+    transformers = import_transformers()
+    whole = (folder / "tokenizer.json").is_file()
     try:
-        return loader.from_pretrained(folder, local_files_only=True)
+        loader = transformers.PreTrainedTokenizerFast if whole else transformers.AutoTokenizer
+        tokenizer = loader.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception on a broken file
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"the tokenizer in `{folder}` cannot be read: {reason}") from error
+    tokenizer.clean_up_tokenization_spaces = False
+    return tokenizer
 
 
-def copy_tokenizer(source: str | Path, folder: Path) -> None:
-    """Copies the tokenizer files and generation_config.json of the folder `source` unchanged."""
-    for name in _FILES:
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, folder / name)
+def write_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Writes the files of a `transformers` tokenizer, for `transformers` 4 and 5."""
+    tokenizer.save_pretrained(folder)
+    write_for_both(folder)
+
+
+def write_for_both(folder: Path) -> None:
+    """Rewrites a tokenizer_config.json of `transformers` 5 so that 4 reads it too; else no change.
+
+    5 names a class that 4 lacks, and lists the special tokens that have no role of their own under
+    another key. It still reads the class and the key of 4.
+    """
+    path = folder / _CONFIG
+    if not path.is_file():
+        return
+    content = read_json(path, advice="fetch it again")
+    before = dict(content)
+    if content.get("tokenizer_class") == "TokenizersBackend":
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(content.get("extra_special_tokens"), list):
+        content["additional_special_tokens"] = content.pop("extra_special_tokens")
+    for key in ("backend", "is_local", "local_files_only"):
+        content.pop(key, None)
+    if content != before:
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def check_vocab(folder: str | Path, tokenizer: Any, config: ModelConfig) -> None:
     """Checks that every token has a row in the embedding.
 
-    Rows without a token are padding and harmless. A token without a row would get another token's
+    Rows without a token are padding (`unused_ids`). A token without a row would get another token's
     row, since JAX clamps indices that are out of range. The message names `folder`.
 
     Raises:
@@ -74,44 +89,72 @@ def check_vocab(folder: str | Path, tokenizer: Any, config: ModelConfig) -> None
         )
 
 
+def unused_ids(tokenizer: Any, config: ModelConfig) -> tuple[tuple[int, int], ...]:
+    """The rows of the embedding that no token has, as ranges [start, stop) in ascending order."""
+    ids = sorted(i for i in set(tokenizer.get_vocab().values()) if i < config.vocab_size)
+    edges = zip([-1, *ids], [*ids, config.vocab_size], strict=True)
+    return tuple((last + 1, following) for last, following in edges if following > last + 1)
+
+
+# Every kind of turn that `agent.chat` takes from a template.
+_CONVERSATIONS = ("u", "su", "uau", "uauau", "suauau")
+
+
 def check_same_tokenizer(student_folder: str | Path, teacher_folder: str | Path) -> None:
-    """Checks that student and teacher have the same tokens, special tokens and chat template.
+    """Checks that student and teacher have the same tokens, end of sequence and rendered prompts.
 
     Divergences compare the two models id by id, and the teacher scores the tokens that the student
-    sampled.
+    sampled. Templates may differ where what they render does not. Padding is never read.
 
     Raises:
       ValueError: they differ. The message names both folders and the first difference.
     """
     student = _views(load_tokenizer(student_folder))
     teacher = _views(load_tokenizer(teacher_folder))
-    for what, ours in student.items():
-        theirs = teacher[what]
-        keys = sorted(ours.keys() | theirs.keys())
-        key = next((k for k in keys if _differ(ours, theirs, k)), None)
+    for what, (ours, advice) in student.items():
+        theirs = teacher[what][0]
+        key = next((k for k in [*ours, *theirs] if ours.get(k) != theirs.get(k)), None)
         if key is not None:
+            mine, other = _around_difference(ours.get(key), theirs.get(key))
             raise ValueError(
                 f"student `{student_folder}` and teacher `{teacher_folder}` must have the same "
-                f"tokenizer; {what} {key} is {_show(ours, key)} in the student and "
-                f"{_show(theirs, key)} in the teacher; use models of one family"
+                f"tokenizer; {what} {key} is {mine} in the student and {other} in the teacher; "
+                f"use models of one family{advice}"
             )
 
 
-def _views(tokenizer: Any) -> dict[str, dict]:
-    """What has to be equal, keyed by its name in the error message."""
+def _views(tokenizer: Any) -> dict[str, tuple[dict[Any, str | None], str]]:
+    """What has to be equal and advice if it is not, by the name in the error message."""
+    copy = ", or write the student's {} into a copy of the teacher's folder"
+    tokens = {i: token for token, i in tokenizer.get_vocab().items()}
+    rendered = {
+        ", ".join(ROLES[r] for r in roles): _said(tokenizer, roles) for roles in _CONVERSATIONS
+    }
     return {
-        "token": {i: token for token, i in tokenizer.get_vocab().items()},
-        "special token": dict(tokenizer.special_tokens_map),
-        "the": {"chat template": tokenizer.chat_template},
+        "token": (dict(sorted(tokens.items())), ""),
+        "special token": ({"eos_token": tokenizer.eos_token}, copy.format("`eos_token`")),
+        "the chat template's rendering of": (rendered, copy.format("chat template")),
     }
 
 
-def _differ(ours: dict, theirs: dict, key: object) -> bool:
-    return key not in ours or key not in theirs or ours[key] != theirs[key]
+def _said(tokenizer: Any, roles: str) -> str:
+    try:
+        return render(tokenizer, roles)[0]
+    except Exception as error:  # a template may raise anything; both may lack one
+        return f"{type(error).__name__}: {error}"
 
 
-def _show(view: dict, key: object) -> str:
-    if key not in view:
+def _around_difference(ours: str | None, theirs: str | None) -> tuple[str, str]:
+    """Both texts from a few characters before they differ, for a message."""
+    if ours is None or theirs is None:
+        return (_shortened(ours, 0), _shortened(theirs, 0))
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    first = next((n for n, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
+    return (_shortened(ours, first), _shortened(theirs, first))
+
+
+def _shortened(text: str | None, first: int) -> str:
+    if text is None:
         return "absent"
-    text = repr(view[key])
-    return text if len(text) <= 60 else text[:60] + "…"
+    start, stop = max(0, first - 20), first + 40
+    return "…" * (start > 0) + repr(text[start:stop]) + "…" * (stop < len(text))

@@ -50,6 +50,7 @@ class ModelConfig:
       qkv_bias: bias on the query, key and value projections (Qwen2.5).
       tied: the output head is the transposed embedding.
       experts: a mixture of experts replaces the dense feed-forward layer; None for a dense model.
+      unused_ids: rows of the embedding that no token has, ranges [start, stop); never sampled.
     """
 
     vocab_size: int
@@ -67,6 +68,7 @@ class ModelConfig:
     qkv_bias: bool
     tied: bool
     experts: moe.Experts | None = None
+    unused_ids: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self):
         sizes = ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim")

@@ -1,6 +1,7 @@
 """Appending a message gives the template's own tokens and never changes what came before."""
 
 import copy
+from datetime import datetime
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -146,6 +147,17 @@ def test_a_template_that_dates_its_prompt_gives_the_same_tokens_every_day(tokeni
     assert ids != rendered(tokenizer, messages, date_string="27 Jul 2024")
 
 
+@pytest.mark.parametrize("form", ["%d %b %Y", "%A, %-d %B at %H:%M, %j, 5 %%"])
+def test_a_template_that_asks_for_the_time_gets_the_same_every_day(tokenizer, form):
+    opening = f"\n  {{% set x = 1 %}}\n{{{{ strftime_now('{form}') }}}}\n"
+    dated = with_template(tokenizer, opening + PLAIN)
+    fixed = with_template(tokenizer, opening.replace("strftime_now('", "('") + PLAIN)
+    said = datetime(2024, 7, 26).strftime(form)
+    fixed.chat_template = fixed.chat_template.replace(form, said)
+    ids = ChatFormat.from_tokenizer(dated).first("", "look")
+    assert ids == rendered(fixed, [{"role": "user", "content": "look"}])
+
+
 def test_appending_keeps_earlier_turns_that_a_rendering_would_rewrite(tokenizer):
     tokenizer = with_template(tokenizer, THINKING)
     chat = ChatFormat.from_tokenizer(tokenizer)
@@ -176,6 +188,8 @@ def test_stop_ids_are_end_of_turn_then_eos(tokenizer):
     none = ChatFormat.from_tokenizer(with_template(tokenizer, PLAIN, eos_token=None))
     assert same.stop_ids == none.stop_ids == (end,)
     assert other.stop_ids == (end, eos)
+    more = ChatFormat.from_tokenizer(with_template(tokenizer, PLAIN), end_ids=[eos, end, 7])
+    assert more.stop_ids == (end, eos, 7)
 
 
 def test_an_end_of_turn_may_swallow_the_space_behind_it(tokenizer):

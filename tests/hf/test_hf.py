@@ -137,6 +137,61 @@ def test_rows_beyond_the_vocabulary_are_not_read(references: dict) -> None:
         np.testing.assert_array_equal(model.head(params), model.head(whole)[:, :90])
 
 
+def test_a_single_file_comes_before_an_index_as_in_transformers(
+    references: dict, tmp_path: Path
+) -> None:
+    source = references["llama"].folder
+    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+    old = {name: 2 * tensor for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    save_file(old, tmp_path / "model-00001-of-00001.safetensors")
+    weight_map = dict.fromkeys(old, "model-00001-of-00001.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert_trees_equal(load(tmp_path), load(source))
+    (tmp_path / "model.safetensors").unlink()
+    assert_trees_equal(load(tmp_path), jax.tree.map(lambda x: 2 * x, load(source)))
+
+
+def test_a_tensor_in_two_files_is_read_from_the_one_that_the_index_names(
+    references: dict, tmp_path: Path
+) -> None:
+    source = references["llama"].folder
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    save_file(tensors, tmp_path / "a.safetensors")
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, tmp_path / "b.safetensors")
+    weight_map = {name: "b.safetensors" if "head" in name else "a.safetensors" for name in tensors}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    expected = load(source)
+    assert_trees_equal(load(tmp_path), expected | {"head": 2 * expected["head"]})
+
+
+def test_a_tied_model_may_hold_its_embedding_twice_but_no_other_head(
+    references: dict, tmp_path: Path
+) -> None:
+    shutil.copytree(references["qwen3_tied"].folder, tmp_path, dirs_exist_ok=True)
+    expected = load(tmp_path)
+    embed = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    _put("lm_head.weight", embed)(tmp_path)
+    assert_trees_equal(load(tmp_path), expected)
+    other = embed.copy()
+    other[-1, -1] += 1
+    for head in (other, embed[:-1]):
+        _put("lm_head.weight", head)(tmp_path)
+        with pytest.raises(ValueError, match=r"says `tie_word_embeddings`, but .*`lm_head.weight`"):
+            load(tmp_path)
+
+
+def test_fused_experts_are_refused_by_name(references: dict, tmp_path: Path) -> None:
+    shutil.copytree(references["qwen3_moe"].folder, tmp_path, dirs_exist_ok=True)
+    shape = (8, 48, 32)
+    fused = {f"model.layers.{n}.mlp.experts.gate_up_proj": np.ones(shape) for n in range(2)}
+    tensors = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    save_file(kept | fused, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"holds fused experts \(`model\.layers\.\d\.mlp\.exp"):
+        load(tmp_path)
+
+
 # --- Writing ------------------------------------------------------------------------------------
 
 
@@ -216,14 +271,26 @@ def test_tokenizer_travels_with_the_model(references: dict, tokenizer: Any, tmp_
     )
     save(tmp_path / "a", tokenizer_from=tokenizer)
     (tmp_path / "a" / "generation_config.json").write_text('{"temperature": 0.5}')
+    (tmp_path / "a" / "LICENSE").write_text("as you like")
+    (tmp_path / "a" / "additional_chat_templates").mkdir()
+    (tmp_path / "a" / "additional_chat_templates" / "tool.jinja").write_text("{{ 1 }}")
+    for name in ("pytorch_model.bin", "model.gguf", "pytorch_model.bin.index.json", ".cache"):
+        (tmp_path / "a" / name).write_text("weights, or nobody's business")
+    raw = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert (raw["eos_token_id"], raw["pad_token_id"]) == (2, 0)
+    raw |= {"eos_token_id": [2, 7], "bos_token_id": 5}  # a list, as Llama 3 has it
+    (tmp_path / "a" / "config.json").write_text(json.dumps(raw))
     (tmp_path / "b").mkdir()  # an empty folder may be filled
     save(tmp_path / "b", tokenizer_from=str(tmp_path / "a"))
     hf.check_same_tokenizer(tmp_path / "a", tmp_path / "b")
     assert hf.load_tokenizer(tmp_path / "b").encode("word3 <|im_end|>") == [6, 2]
-    raw = json.loads((tmp_path / "b" / "config.json").read_text())
-    assert (raw["eos_token_id"], raw["pad_token_id"], raw["bos_token_id"]) == (2, 0, None)
-    for path in (tmp_path / "a").iterdir():
-        assert (tmp_path / "b" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert json.loads((tmp_path / "b" / "config.json").read_text()) == raw
+    copied = {path.relative_to(tmp_path / "b") for path in (tmp_path / "b").rglob("*")}
+    assert {Path("LICENSE"), Path("additional_chat_templates", "tool.jinja")} <= copied
+    assert not copied & {Path("pytorch_model.bin"), Path("model.gguf"), Path(".cache")}
+    assert Path("pytorch_model.bin.index.json") not in copied
+    for name in copied - {Path("additional_chat_templates"), Path("config.json")}:
+        assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes(), name
 
 
 def test_a_failed_export_leaves_nothing(references: dict, tmp_path: Path) -> None:
@@ -278,6 +345,7 @@ def _only_bin(folder: Path) -> None:
 
 def _index(weight_map: object) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
         index = {"weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
@@ -306,12 +374,25 @@ def _more_experts(folder: Path) -> None:
         ),
         (
             _put("lm_head.weight", np.zeros((90, 32), np.float32)),
-            r"`lm_head\.weight` must have shape \(96, 32\) or more rows, got \(90, 32\)",
+            r"`lm_head\.weight` must have shape \(96, 32\), got \(90, 32\)",
+        ),
+        (
+            _put("model.embed_tokens.weight", np.zeros((98, 32), np.float32)),
+            r"`model\.embed_tokens\.weight` must have shape \(96, 32\), got \(98, 32\)",
+        ),
+        (
+            _put("model.layers.0.self_attn.q_proj.bias", np.zeros(32, np.float32)),
+            r"holds tensor `model\.layers\.0\.self_attn\.q_proj\.bias`, which its config",
+        ),
+        (
+            _put("model.layers.2.input_layernorm.weight", np.zeros(32, np.float32)),
+            r"holds tensor `model\.layers\.2\.input_layernorm\.weight`, which its config",
         ),
         (_put("model.norm.weight", np.zeros(32, np.int8)), r"`model\.norm\.weight`.*BF16, got I8"),
         (_truncate, r"model\.safetensors` is not a complete safetensors file"),
         (_only_bin, r"must hold model\.safetensors or .*, got config\.json.*pytorch_model\.bin"),
-        (_index({"a": "model-00001-of-00002.safetensors"}), r"lacks model-00001-of-00002"),
+        (_index({"a": "model-00002-of-00002.safetensors"}), r"lacks model-00002-of-00002"),
+        (_index({"a": "model-00001-of-00002.safetensors"}), r"lacks tensor `model\.embed_tokens"),
         (_index(None), r"index\.json` must hold a `weight_map`"),
     ],
 )

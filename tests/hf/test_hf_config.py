@@ -3,8 +3,11 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from opd_jax import hf, model
 from opd_jax.hf.config_json import config_json
@@ -84,6 +87,57 @@ def test_defaults_are_those_of_transformers(references: dict, tmp_path: Path) ->
     assert ours.num_kv_heads == theirs.num_key_value_heads == 4  # llama: as many as queries
 
 
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        (None, None, ()),
+        (3, None, (3,)),
+        ([3, 10], None, (3, 10)),
+        (None, [3, 10], (3, 10)),
+        (10, {}, (10,)),
+        (3, [10, 11], (10, 11)),  # as in transformers
+        ([3, 10], 3, (3,)),
+    ],
+)
+def test_what_ends_a_turn_is_read_from_both_files(
+    tmp_path: Path, config: object, generation: object, expected: tuple
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": config}))
+    if generation is not None:
+        content = {"eos_token_id": generation} if generation else {}
+        (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    assert hf.read_end_ids(tmp_path) == expected
+
+
+def test_the_dtype_of_a_folder(references: dict, tmp_path: Path) -> None:
+    source = references["llama"].folder
+    for changes, expected in (
+        ({}, "float32"),
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": None, "torch_dtype": "float16"}, "float16"),
+        ({"dtype": "float16", "torch_dtype": "bfloat16"}, "float16"),
+    ):
+        assert hf.read_dtype(write_config(tmp_path, source, changes)) == expected
+    folder = write_config(tmp_path, source, {"dtype": None})
+    tensors = load_file(source / "model.safetensors")
+    low = {name: tensor.astype(jnp.bfloat16) for name, tensor in tensors.items()}
+    save_file(low, folder / "model.safetensors")
+    assert hf.read_dtype(folder) == "bfloat16"
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2", "llama", "qwen3_moe"])
+def test_no_key_is_null_but_an_id_that_llamas_class_would_fill(
+    references: dict, tokenizer: Any, tmp_path: Path, name: str
+) -> None:
+    folder, out = references[name].folder, tmp_path / "out"
+    config = hf.read_config(folder)
+    params = hf.load_params(folder, config, dtype=jnp.float32)
+    hf.save_model(out, params, config, dtype=jnp.float32, tokenizer_from=tokenizer)
+    raw = json.loads((out / "config.json").read_text())
+    nulls = [key for key, value in raw.items() if value is None]
+    assert nulls == (["bos_token_id"] if name == "llama" else [])
+
+
 # --- Refusals
 
 
@@ -150,6 +204,19 @@ def test_a_model_without_an_architecture_cannot_be_exported(references: dict) ->
         config = replace(hf.read_config(references[name].folder), **changed)
         with pytest.raises(ValueError, match=texts[name]):
             config_json(config, dtype_name="float32")
+
+
+@pytest.mark.parametrize("ids", ["</s>", [3, None], [True], 2.0])
+def test_what_ends_a_turn_must_be_token_ids(tmp_path: Path, ids: object) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(ValueError, match=r"`eos_token_id` in config\.json must be token ids, got"):
+        hf.read_end_ids(tmp_path)
+
+
+def test_a_dtype_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"dtype": "float64"}))
+    with pytest.raises(ValueError, match=r"expected a dtype of .*'float64'"):
+        hf.read_dtype(tmp_path)
 
 
 def test_an_unreadable_config_is_named(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The tokenizer of a folder: loaded, and checked against a model and another tokenizer."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import pytest
 
 from opd_jax import hf
+from opd_jax.envs.household.tokenizer import build
+from opd_jax.hf.tokenizer import write_for_both, write_tokenizer
 
 
 def test_a_folder_without_a_readable_tokenizer_is_named(tmp_path: Path) -> None:
@@ -19,6 +22,42 @@ def test_a_folder_without_a_readable_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"tokenizer in `{tmp_path}` cannot be read") as caught:
         hf.load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_is_not_here_is_told_how_it_is_downloaded(tmp_path: Path) -> None:
+    for load in (hf.load_tokenizer, hf.read_config):
+        with pytest.raises(ValueError, match=r"`hf download Qwen/Qwen3-8B --local-dir models/Qwen"):
+            load("Qwen/Qwen3-8B")
+        for path in (tmp_path / "none", "models/Qwen3-8B", "tests/none"):
+            with pytest.raises(ValueError, match=f"`{path}` does not exist.* OWNER/NAME"):
+                load(path)
+
+
+def test_decoding_cleans_up_no_spaces(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    cleans = {"clean_up_tokenization_spaces": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | cleans))
+    loaded = hf.load_tokenizer(tmp_path)
+    loaded.add_tokens(["don", "n't", "."])
+    ids = loaded.convert_tokens_to_ids(["don", "n't", "word1", "."])
+    assert loaded.decode(ids) == "don n't word1 ."
+    assert loaded.decode(ids, clean_up_tokenization_spaces=True) == "donn't word1."
+
+
+def test_a_tokenizer_is_written_for_transformers_4_and_5(tmp_path: Path) -> None:
+    made = build(phrases=[])
+    write_tokenizer(tmp_path, made)
+    written = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert written["additional_special_tokens"] == ["<|im_start|>"]
+    assert not written.keys() & {"extra_special_tokens", "backend", "is_local"}
+    again = hf.load_tokenizer(tmp_path)
+    assert again.get_vocab() == made.get_vocab()
+    assert again.all_special_ids == made.all_special_ids
+    before = (tmp_path / "tokenizer_config.json").read_bytes()
+    write_for_both(tmp_path)
+    assert (tmp_path / "tokenizer_config.json").read_bytes() == before
 
 
 def test_every_token_needs_a_row_and_a_row_may_lack_a_token(
@@ -33,7 +72,7 @@ def test_every_token_needs_a_row_and_a_row_may_lack_a_token(
         hf.check_vocab(folder, tokenizer, dataclasses.replace(config, vocab_size=88))
 
 
-def test_token_ids_may_have_gaps(references: dict) -> None:
+def test_token_ids_may_have_gaps(references: dict, tokenizer: Any) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -41,8 +80,15 @@ def test_token_ids_may_have_gaps(references: dict) -> None:
     sparse = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="<unk>")
     config = hf.read_config(references["qwen3"].folder)
     hf.check_vocab("here", sparse, config)
+    assert hf.unused_ids(sparse, config) == ((1, 2), (3, 95))
+    assert hf.unused_ids(tokenizer, config) == ((89, 96),)
+    assert hf.unused_ids(tokenizer, dataclasses.replace(config, vocab_size=89)) == ()
     with pytest.raises(ValueError, match=r"`here`.* 96 tokens .* 95;"):
         hf.check_vocab("here", sparse, dataclasses.replace(config, vocab_size=95))
+
+
+def edit_template(tokenizer: Any, before: str, after: str) -> None:
+    tokenizer.chat_template = before + tokenizer.chat_template + after
 
 
 @pytest.mark.parametrize(
@@ -51,7 +97,15 @@ def test_token_ids_may_have_gaps(references: dict) -> None:
         (lambda t: None, None),
         (lambda t: t.add_tokens(["<think>"]), "token 89 is absent .*'<think>' in the teacher"),
         (lambda t: setattr(t, "eos_token", "word1"), "special token eos_token is '<.im_end.>' in"),
-        (lambda t: setattr(t, "chat_template", "{{ 1 }}"), "the chat template is .*'{{ 1 }}' in"),
+        (lambda t: setattr(t, "pad_token", "word1"), None),
+        (lambda t: setattr(t, "unk_token", "word1"), None),
+        (lambda t: edit_template(t, "{# of another year #}", ""), None),
+        (lambda t: edit_template(t, "", "{{ '' }}"), None),
+        (lambda t: setattr(t, "chat_template", "{{ 1 }}"), "rendering of user is .* and '1' in"),
+        (
+            lambda t: edit_template(t, "", "{% if messages[1:] %}END{% endif %}"),
+            "rendering of system, user is …'.*> ' in .* and …'.*> END' in .* student's chat",
+        ),
     ],
 )
 def test_student_and_teacher_must_have_the_same_tokenizer(

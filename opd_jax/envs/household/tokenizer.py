@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from opd_jax.envs.household import env, thoughts, world
 from opd_jax.envs.household.tables import GOALS, OBJECTS, ROOMS, TASK_TYPES, TREATMENTS
 from opd_jax.envs.react import RESPONSE
+from opd_jax.runtime.lazy import import_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -46,7 +47,6 @@ def build(*, phrases: Sequence[str]) -> "PreTrainedTokenizerFast":
       A `transformers` tokenizer with a ChatML template; a response ends with `<|im_end|>`.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     pieces = _pieces([*_texts(), *phrases])
     words = {word for piece in pieces for word in re.findall(_WORD, piece)}
@@ -61,7 +61,7 @@ def build(*, phrases: Sequence[str]) -> "PreTrainedTokenizerFast":
     )
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
+    return import_transformers().PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,
         unk_token=UNKNOWN,

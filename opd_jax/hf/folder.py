@@ -1,0 +1,44 @@
+"""What lies in a model folder beside its weights."""
+
+import fnmatch
+import re
+import shutil
+from pathlib import Path
+
+# Weights, in every format, and their indices.
+_WEIGHTS = (
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.npz"),
+    *("*.onnx", "*.onnx_data", "*.ot", "*.tflite", "*.index.json"),
+)
+
+
+def check_folder(folder: Path) -> None:
+    """ValueError if the folder does not exist; says how a model is downloaded."""
+    if folder.is_dir():
+        return
+    # OWNER/NAME, as models of the Hub are called, and not a path into a folder that is there.
+    named = re.fullmatch(r"(?!models/)[\w-][\w.-]*/[\w-][\w.-]*", str(folder))
+    on_hub = bool(named) and not folder.parent.is_dir()
+    name = str(folder) if on_hub else "OWNER/NAME"
+    target = f"models/{folder.name}" if on_hub else "DIR"
+    raise ValueError(
+        f"model folder `{folder}` does not exist; check the path, or download the model with "
+        f"`hf download {name} --local-dir {target}` and give {target}"
+    )
+
+
+def copy_beside_weights(source: Path, folder: Path) -> None:
+    """Copies all files of a model folder except weights, config.json and hidden ones.
+
+    Of subfolders only that of further chat templates belongs to what `transformers` opens.
+    """
+    for path in sorted([*source.iterdir(), *source.glob("additional_chat_templates/*")]):
+        hidden = path.name.startswith(".") or path.name == "config.json"
+        if path.is_file() and not hidden and not _is_weights(path.name):
+            target = folder / path.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+
+
+def _is_weights(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in _WEIGHTS)
