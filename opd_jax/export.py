@@ -2,11 +2,13 @@
 
     python -m opd_jax.export --workdir=DIR --out=DIR
 
-`transformers` opens the folder; `student` and `teacher` of a config may name it too. Adapters are
+`transformers` 4.51 and later open the folder; `student` and `teacher` of a config may name it too.
+It has the dtype of the student's folder, or `--dtype`, and that folder's other files. Adapters are
 merged into the weights. No accelerator is used: the host reads the parameters, without the
 optimizer's moments, and writes them file by file. Any number of devices may have trained them.
 """
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 
 from opd_jax import hf
 from opd_jax.config import build, parse_command_line, read_stored
-from opd_jax.config.models import load_student, model_folder, new_sizes, student_sizes
+from opd_jax.config.models import load_model, model_folder, new_sizes, student_dtype
 from opd_jax.config.settings import Settings, read_settings
 from opd_jax.model import ModelConfig, Params, is_spec, param_specs
 from opd_jax.model.lora import lora_specs, with_adapters
@@ -25,8 +27,16 @@ from opd_jax.runtime.exits import reported
 from opd_jax.runtime.mesh import make_mesh
 
 
-def export(workdir: Path, out: Path) -> int:
+def export(workdir: Path, out: Path, *, dtype: str = "folder") -> int:
     """Exports the student of `workdir` to `out`; returns the number of its update.
+
+    It reads the run and the student's folder, not the teacher's.
+
+    Args:
+      workdir: a run's.
+      out: absent or empty.
+      dtype: one of `hf.DTYPES`; "folder" is that of the student's folder, and of a new student
+        the one in which it was trained.
 
     Raises:
       ValueError: no run or no checkpoint in `workdir`, or `out` is in use.
@@ -35,21 +45,32 @@ def export(workdir: Path, out: Path) -> int:
     if not stored.is_file():
         raise ValueError(f"`--workdir`: `{workdir}` has no config.json; give a run's workdir")
     settings = read_settings(read_stored(stored))
-    sizes = student_sizes(settings)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
-    restored = checkpoints.restore_latest({"params": _trained(settings, sizes)}, partial=True)
-    if restored is None:
+    newest = checkpoints.latest()
+    if newest is None:
         raise ValueError(f"`--workdir`: `{workdir}` has no checkpoint yet; let the run save one")
-    step, state, _ = restored
-    frozen = None
-    if settings.lora.rank:  # the student's own parameters, on the host
-        host = make_mesh(data=1, fsdp=1, tensor=1, devices=jax.local_devices(backend="cpu")[:1])
-        frozen = load_student(settings, host).params
-    params = with_adapters(frozen, state["params"], build.adapters(settings))
-    new = settings.student == "new"
-    tokenizer = new_sizes(settings)[1] if new else model_folder(settings.student)
-    hf.save_model(out, params, sizes, dtype=jnp.dtype(settings.dtype), tokenizer_from=tokenizer)
-    return step
+    if settings.student == "new":
+        sizes, tokenizer_from = new_sizes(settings)
+        trained_in = settings.dtype
+    else:
+        tokenizer_from = model_folder(settings.student)
+        sizes, trained_in = hf.read_config(tokenizer_from), hf.read_dtype(tokenizer_from)
+    # Padding that the teacher lacks was cut from what was trained.
+    if embed := checkpoints.shapes(newest).get("params/embed"):
+        sizes = dataclasses.replace(sizes, vocab_size=embed[0])
+    state, _ = checkpoints.restore(newest, {"params": _trained(settings, sizes)}, partial=True)
+    params = with_adapters(_frozen(settings), state["params"], build.adapters(settings))
+    dtype = trained_in if dtype == "folder" else dtype
+    hf.save_model(out, params, sizes, dtype=jnp.dtype(dtype), tokenizer_from=tokenizer_from)
+    return newest
+
+
+def _frozen(settings: Settings) -> Params | None:
+    """The student's own parameters, on the host, if adapters of them were trained."""
+    if not settings.lora.rank:
+        return None
+    host = make_mesh(data=1, fsdp=1, tensor=1, devices=jax.local_devices(backend="cpu")[:1])
+    return load_model(settings.student, dtype=student_dtype(settings), mesh=host).params
 
 
 def _trained(settings: Settings, sizes: ModelConfig) -> Params:
@@ -67,8 +88,10 @@ def main(argv: Sequence[str]) -> None:
     # Otherwise JAX takes the memory of accelerators.
     jax.config.update("jax_platforms", "cpu")
     with reported():
-        _, workdir, flags = parse_command_line(argv, usage=__doc__, needs_config=False, out=str)
-        step = export(workdir, Path(flags["out"]))
+        _, workdir, flags = parse_command_line(
+            argv, usage=__doc__, needs_config=False, out=str, dtype=("folder", *hf.DTYPES)
+        )
+        step = export(workdir, Path(flags["out"]), dtype=flags["dtype"])
         print(f"update {step} of {workdir} written to {flags['out']}")
 
 

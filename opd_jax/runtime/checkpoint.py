@@ -144,6 +144,17 @@ class Checkpoints:
         step = processes.first(self.latest())
         return None if step is None else (step, *self.restore(step, abstract, partial=partial))
 
+    def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
+        """The shape of each array of checkpoint `step` by its path, as `params/embed`.
+
+        Empty if their list cannot be read; `restore` then says so.
+        """
+        try:
+            tree = self._manager()[0].item_metadata(step)["state"].tree
+        except Exception:  # as in `restore`
+            return {}
+        return {_path(path): tuple(leaf.shape) for path, leaf in jax.tree.leaves_with_path(tree)}
+
     def wait(self) -> None:
         """Returns when every save is complete on disk. Raises the error of a failed save."""
         if self._opened is not None:
@@ -225,9 +236,12 @@ def _by_name(tree: Any) -> dict[str, str]:
     for path, leaf in jax.tree.leaves_with_path(tree):
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.eval_shape(jax.random.key_data, leaf)
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        arrays[name] = f"{leaf.dtype}{list(leaf.shape)}"
+        arrays[_path(path)] = f"{leaf.dtype}{list(leaf.shape)}"
     return arrays
+
+
+def _path(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _one_line(error: BaseException) -> str:
