@@ -8,11 +8,13 @@ to get the first logits. After a turn the cache holds all tokens but the last sa
 The two functions serve any number of turns. Each is compiled once per shape.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from opd_jax import model
@@ -164,7 +166,7 @@ def generate(
         )
         logits = model.logits(params, hidden[:, 0], sharded=sharded)
         keys = jax.vmap(jax.random.fold_in)(row_keys, cache.lengths)
-        sampled, logprob = sample(logits, keys, sampling=sampling)
+        sampled, logprob = sample(logits, keys, sampling=sampling, unused_ids=config.unused_ids)
         token = jnp.where(going, sampled, token)
         out = Sampled(
             tokens=out.tokens.at[:, step].set(jnp.where(going, sampled, 0)),
@@ -179,7 +181,11 @@ def generate(
 
 
 def sample(
-    logits: jax.Array, row_keys: jax.Array, *, sampling: Sampling
+    logits: jax.Array,
+    row_keys: jax.Array,
+    *,
+    sampling: Sampling,
+    unused_ids: Sequence[tuple[int, int]] = (),
 ) -> tuple[jax.Array, jax.Array]:
     """Draws one token a row by inverting the cumulative distribution.
 
@@ -189,11 +195,17 @@ def sample(
     Args:
       logits: float32 [B, V].
       row_keys: PRNG keys [B].
+      unused_ids: ranges [start, stop) of ids that are never drawn; see `ModelConfig`.
 
     Returns:
       (token int32 [B], logprob float32 [B] of the model's own distribution; see `Sampled`).
     """
     logprobs = jax.nn.log_softmax(logits)
+    if unused_ids:
+        used = np.ones(logits.shape[-1], bool)
+        for start, stop in unused_ids:
+            used[start:stop] = False
+        logits = jnp.where(used, logits, -jnp.inf)
     if sampling.temperature == 0:
         token = jnp.argmax(logits, axis=-1)
     else:

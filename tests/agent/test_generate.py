@@ -299,11 +299,13 @@ def exact_probs(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     return probs
 
 
-@partial(jax.jit, static_argnames=("sampling", "draws"))
-def draw(logits: jax.Array, seed: int, *, sampling: Sampling, draws: int) -> tuple:
+@partial(jax.jit, static_argnames=("sampling", "draws", "unused_ids"))
+def draw(
+    logits: jax.Array, seed: int, *, sampling: Sampling, draws: int, unused_ids: tuple = ()
+) -> tuple:
     keys = jax.random.split(jax.random.key(seed), draws)
     logits = jnp.broadcast_to(logits, (draws, logits.shape[-1]))
-    return gen.sample(logits, keys, sampling=sampling)
+    return gen.sample(logits, keys, sampling=sampling, unused_ids=unused_ids)
 
 
 @pytest.mark.parametrize(
@@ -352,6 +354,22 @@ def test_a_token_of_probability_zero_is_never_drawn() -> None:
     tokens, logprobs = draw(logits, 0, sampling=PLAIN, draws=DRAWS)
     assert set(np.asarray(tokens).tolist()) == {3, 4, 8}
     assert np.isfinite(logprobs).all()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.0, 0, 1.0), (2.0, 2, 1.0), (1.0, 0, 0.6)]
+)
+def test_an_id_without_a_token_is_drawn_as_if_it_were_not_there(
+    temperature: float, top_k: int, top_p: float
+) -> None:
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    unused = [2, 3, 8, 9]  # the most likely one among them
+    kept = np.array([n for n in range(len(LOGITS)) if n not in unused])
+    got, logprobs = draw(LOGITS, 0, sampling=sampling, draws=500, unused_ids=((2, 4), (8, 10)))
+    want, _ = draw(LOGITS[kept], 0, sampling=sampling, draws=500)
+    np.testing.assert_array_equal(got, kept[want])
+    own = log_softmax(LOGITS.astype(np.float64))[got]
+    np.testing.assert_allclose(logprobs, own, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("seed", [71_342, 873_185, 880_173])
