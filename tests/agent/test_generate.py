@@ -256,6 +256,30 @@ def test_a_row_stops_at_its_first_stop_token_and_keeps_it(
     assert stopped[0]
 
 
+@pytest.mark.parametrize("sampling", [PLAIN, GREEDY])
+def test_ids_that_the_model_does_not_use_are_never_sampled(
+    params: model.Params, sampling: Sampling
+) -> None:
+    config = replace(CONFIG, unused_ids=((0, 3), (9, VOCAB)))
+    cache = model.init_cache(config, batch=3, slots=SLOTS, dtype=jnp.float32, layout="BGSH")
+    drawn = gen.generate(
+        params,
+        cache,
+        np.array([5, 7, 8], np.int32),
+        np.full(3, 40, np.int32),
+        row_keys(3),
+        jnp.array(NO_STOP, jnp.int32),
+        config=config,
+        sampling=sampling,
+        chunk=40,
+        sharded=False,
+    )[1]
+    assert set(np.asarray(drawn.tokens).ravel().tolist()) <= {3, 4, 5, 6, 7, 8}
+    for start, tokens, logprobs in zip((5, 7, 8), drawn.tokens, drawn.logprobs, strict=True):
+        own = token_logprobs(params, [start, *tokens.tolist()])
+        np.testing.assert_allclose(logprobs, own, rtol=0, atol=1e-5)
+
+
 def test_budgets_are_met_exactly_and_a_row_without_one_is_untouched(
     params: model.Params, alone: list[list[int]]
 ) -> None:

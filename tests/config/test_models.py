@@ -35,6 +35,10 @@ def logits(loaded: LoadedModel) -> np.ndarray:
 def test_names_stand_for_folders() -> None:
     assert (model_folder("embedded:student") / "config.json").is_file()
     assert model_folder("some/where") == Path("some/where")
+    assert model_folder("~/where") == Path.home() / "where"
+    for reference in ("embedded:", "embedded:studnet"):
+        with pytest.raises(ValueError, match=f"no model `{reference}`, only embedded:student, emb"):
+            model_folder(reference)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -82,6 +86,21 @@ def test_rows_that_pad_one_vocabulary_are_cut(who: str, dtype: str, tmp_path: Pa
         assert ours.config == theirs.config
         jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
         np.testing.assert_array_equal(logits(ours), logits(theirs))
+
+
+def test_rows_that_no_token_has_are_known(tmp_path: Path) -> None:
+    folder = with_padded_vocabulary(EMBEDDED / "student", tmp_path / "student", rows=10)
+    loaded = load_model(str(folder), dtype="float32", mesh=one_device())
+    assert loaded.config.vocab_size == loaded.params["embed"].shape[0] == 675
+    assert loaded.config.unused_ids == ((665, 675),)
+    plain = load_model("embedded:student", dtype="float32", mesh=one_device())
+    assert plain.config.unused_ids == ()
+
+
+def test_a_turn_ends_where_the_folder_says(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(EMBEDDED / "student", tmp_path / "student"))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [12, 3]}')
+    assert load_model(str(folder), dtype="float32", mesh=one_device()).chat.stop_ids == (3, 12)
 
 
 def test_without_a_teacher_none_is_loaded() -> None:

@@ -138,6 +138,7 @@ def test_whole_numbers_serve_as_floats_and_lists_as_tuples() -> None:
             "`rollout.batch` / `train.micro_batches` = 1 .*`mesh.data` × `mesh.fsdp` = 2",
         ),
         ("teacher=", "the objective .* needs a teacher, but `teacher` is empty"),
+        ("student=", "`student` is empty: name a model folder .`hf download Qwen/Qwen3-1.7B"),
         ("student=new", "`student` = 'new' needs its sizes in `new_model`"),
         ("objective.divergence=cross_entropy", "'cross_entropy' has no verdicts, confidence"),
         (

@@ -33,6 +33,13 @@ def test_a_folder_that_is_not_here_is_told_how_it_is_downloaded(tmp_path: Path) 
                 load(path)
 
 
+def test_nobody_is_told_that_there_is_no_torch(start: Callable) -> None:
+    code = "import sys; sys.modules['torch'] = None; from opd_jax import hf; "
+    loading = start("-c", code + "hf.load_tokenizer('opd_jax/pair/student')")
+    assert loading.communicate() == ("", "")
+    assert loading.returncode == 0
+
+
 def test_decoding_cleans_up_no_spaces(tokenizer: Any, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     path = tmp_path / "tokenizer_config.json"

@@ -178,6 +178,9 @@ def test_a_part_is_restored_without_reading_the_rest(directory):
     assert (step, meta) == (1, {"cursor": 1})
     assert bits(arrays) == bits(part)
     assert read < moments[0].nbytes / 10
+    shapes = checkpoints.shapes(1)
+    assert shapes["params/layers/w"] == (4, 500)
+    assert shapes["opt_state/1"] == (1000, 2000)
 
     before = bytes_read()
     checkpoints.restore_latest(abstract(whole))
