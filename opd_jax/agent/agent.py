@@ -1,5 +1,7 @@
 """A model that acts: its tokenizer and chat format, and how it is sampled from."""
 
+import re
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,6 +9,7 @@ from opd_jax.agent import history
 from opd_jax.agent.chat import ChatFormat
 from opd_jax.agent.conversation import Conversation
 from opd_jax.agent.generate import Sampling
+from opd_jax.envs.turns import own_words
 from opd_jax.model import ModelConfig
 from opd_jax.runtime.fields import LAYOUT, affects, check_within
 
@@ -98,13 +101,15 @@ class RolloutSettings(Decoding):
 class Agent:
     """Everything but the parameters that turns a model into an agent.
 
-    The `transformers` tokenizer decodes responses and never encodes them again.
+    The `transformers` tokenizer decodes responses and never encodes them again. `others` finds
+    where a response makes up another's words (`Env.others`); None: it may say anything.
     """
 
     model: ModelConfig
     tokenizer: Any
     chat: ChatFormat
     decoding: Decoding
+    others: re.Pattern[str] | None = None
 
     def context(self, conversation: Conversation) -> list[int]:
         """The tokens that the conversation's next response is sampled from."""
@@ -118,3 +123,19 @@ class Agent:
     def text(self, tokens: list[int], stop: str) -> str:
         """The text of a response, without the token that ended it."""
         return self.tokenizer.decode(tokens[:-1] if stop == "stop_token" else tokens)
+
+    def made_up(self, tokens: list[int]) -> int | None:
+        """How many tokens a response has when another's words have begun in it; None: they do not.
+
+        The token with which they have begun is the response's last.
+        """
+        if self.others is None:
+            return None
+        others, decode = self.others, self.tokenizer.decode
+
+        def begun(count: int) -> bool:
+            return own_words(decode(tokens[:count]), others)[1]
+
+        if not begun(len(tokens)):
+            return None
+        return bisect_left(range(len(tokens)), True, key=begun)

@@ -19,7 +19,7 @@ class Turn:
       observation: the environment's text that the student reacts to.
       admissible: the commands admissible at that point.
       response: the student's whole response text.
-      stop: why sampling ended: "stop_token", "turn_budget" or "context".
+      stop: why sampling ended (`session.Response`).
       action: the action parsed from the response; "" if none.
       failure: the environment's name for a deterministic failure; "" if none.
       feedback: the environment's answer.

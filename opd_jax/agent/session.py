@@ -21,7 +21,8 @@ class Response(NamedTuple):
     Attributes:
       tokens: sampled tokens, the stop token included.
       logprobs: one a token, nats.
-      stop: why it ended: "stop_token", "turn_budget" or "context".
+      stop: why it ended: "stop_token", "turn_budget", "context", or "others" if it began to make up
+        another's words.
     """
 
     tokens: list[int]
@@ -88,7 +89,9 @@ class CacheSession:
     def sample(self, rows: Sequence[int], keys: jax.Array) -> dict[int, Response]:
         """One response for each of `rows`; the other rows stay as they are.
 
-        `keys` has this turn's PRNG key for each row of the batch.
+        `keys` has this turn's PRNG key for each row of the batch. After each chunk a row whose
+        response makes up another's words is cut there. What was sampled beyond is dropped: the
+        cache is rolled back when the row's next context is read.
 
         Raises:
           ValueError: the model's logits are not finite.
@@ -102,6 +105,7 @@ class CacheSession:
         full = budget < agent.decoding.turn_tokens
         stopped = np.zeros(len(self.held), bool)
         said = {row: Response([], [], stop="") for row in rows}
+        made_up: dict[int, int] = {}  # row to the tokens that stay
         while budget.any():
             self._make_room(np.minimum(budget, agent.decoding.chunk))
             self.cache, out = gen.generate(
@@ -129,13 +133,19 @@ class CacheSession:
                 response.logprobs.extend(out.logprobs[row, :count].tolist())
                 if count:
                     last[row] = response.tokens[-1]
+                    if (stay := agent.made_up(response.tokens)) is not None:
+                        made_up[row] = stay
             self.held += out.counts
             stopped |= out.stopped
             budget = np.where(stopped, 0, budget - out.counts)
+            budget[list(made_up)] = 0
 
         for row, response in said.items():
             self.contexts[row] = [*self.contexts[row], *response.tokens]
             stop = "stop_token" if stopped[row] else "context" if full[row] else "turn_budget"
+            if stay := made_up.get(row):
+                tokens, logprobs, _ = response
+                response, stop = Response(tokens[:stay], logprobs[:stay], ""), "others"
             said[row] = response._replace(stop=stop)
         return said
 

@@ -24,7 +24,7 @@ from opd_jax.agent.rollout import everywhere, make_envs, rollout, row_keys
 from opd_jax.config.models import LoadedModel, named_sizes
 from opd_jax.config.settings import Settings
 from opd_jax.envs.base import Env
-from opd_jax.envs.make import EnvSettings, make_env
+from opd_jax.envs.make import EnvSettings, make_env, others
 from opd_jax.envs.players import make_player
 from opd_jax.experience.demonstrations import demonstrate
 from opd_jax.experience.source import Episodes, Play, Played, Source
@@ -180,7 +180,7 @@ def make_agent(
     decoding = settings.rollout
     if temperature is not None:
         decoding = dataclasses.replace(decoding, temperature=temperature)
-    return Agent(loaded.config, loaded.tokenizer, loaded.chat, decoding)
+    return Agent(loaded.config, loaded.tokenizer, loaded.chat, decoding, others(settings.env.by))
 
 
 def make_judge(loaded: LoadedModel, settings: Settings) -> Judge:

@@ -75,9 +75,11 @@ class Observation:
 class Env(Protocol):
     """An environment that plays one episode at a time.
 
-    Its class (or the function that makes it) may also have two attributes. `world` names the
+    Its class (or the function that makes it) may also have three attributes. `world` names the
     arguments that change neither tasks nor answers, such as a timeout or a folder: a run may be
-    resumed with others. `labels_turns` = False says that no observation has an `oracle`.
+    resumed with others. `labels_turns` = False says that no observation has an `oracle`. `others`,
+    a compiled pattern, finds where words of the environment or the user begin: a response that
+    makes them up is sampled no further.
 
     Attributes:
       system: the system message of the conversation; "" for none.

@@ -1,5 +1,6 @@
 """Environments from their settings: one of ours by name, or anybody's by `module:Class`."""
 
+import re
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -73,6 +74,11 @@ def world_options(by: str) -> tuple[str, ...]:
 def labels_turns(by: str) -> bool:
     """Whether an environment's observations have an `oracle` (its `labels_turns`)."""
     return getattr(named.find(by, ENVS, section="env"), "labels_turns", True)
+
+
+def others(by: str) -> re.Pattern[str] | None:
+    """How another's words begin in a response (an environment's `others`); None: unknown."""
+    return getattr(named.find(by, ENVS, section="env"), "others", None)
 
 
 def benchmark_splits(by: str) -> tuple[str, ...]:

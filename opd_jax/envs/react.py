@@ -4,26 +4,31 @@ Here are their form, their parser, and a random player, which needs to know noth
 """
 
 import random
+import re
 
 from opd_jax.envs.base import Observation
+from opd_jax.envs.turns import own_words
 
 RESPONSE = "Thought: %s\nAction: %s"
 TRY = "try this."
+# How a line of the environment or the user begins (`Env.others`).
+OTHERS = re.compile(r"^[\s*#]*(observation|user|human)\b[ \d*]*:", re.MULTILINE | re.IGNORECASE)
 
 
 def parse_response(response: str) -> tuple[str, str]:
     """Find the command in a response.
 
     Args:
-      response: the model's whole text. The last line that starts with `Action:`, in upper or lower
-        case, holds the command. All other lines are free.
+      response: the model's whole text. The first line that starts with `Action:`, in upper or lower
+        case, holds the command: whatever follows it was written before the model saw the answer.
+        Nothing counts from a line of another's (`OTHERS`) on.
 
     Returns:
       The command and "". Without a command: "" and the reason, `empty` or `no_action`.
     """
     if not response.strip():
         return "", "empty"
-    for line in reversed(response.splitlines()):
+    for line in own_words(response, OTHERS)[0].splitlines():
         line = line.strip()
         if line[:7].lower() == "action:":
             command = line[7:].strip()

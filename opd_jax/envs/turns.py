@@ -1,5 +1,6 @@
-"""What all environments do in a turn: count it, and list the admissible commands."""
+"""What all environments do in a turn: count it, read its response, list what is admissible."""
 
+import re
 from collections.abc import Sequence
 
 NOT_RUNNING = "`step` needs a running episode; call `reset` first."
@@ -51,6 +52,26 @@ class TurnClock:
     def stop(self) -> None:
         """End the episode at once."""
         self._running = False
+
+
+def own_words(response: str, others: re.Pattern[str]) -> tuple[str, bool]:
+    """What a response says itself: after the thinking it opens with, before another's words.
+
+    A model may go on after its action and make up the environment's answer and turns that follow.
+    No turn stands for that text, so nothing in it may be carried out.
+
+    Args:
+      response: the model's whole text.
+      others: how words of the environment or the user begin.
+
+    Returns:
+      The text, and whether another's words follow it.
+    """
+    spoken = response
+    if response.lstrip().startswith("<think>"):
+        spoken = response.partition("</think>")[2]
+    found = others.search(spoken)
+    return (spoken[: found.start()], True) if found else (spoken, False)
 
 
 def listed(commands: Sequence[str], most: int) -> str:

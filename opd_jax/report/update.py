@@ -40,7 +40,7 @@ def episode_metrics(
         },
         **{
             f"stop/{stop}": (stops[stop], len(turns))
-            for stop in ("stop_token", "turn_budget", "context")
+            for stop in sorted({"stop_token", "turn_budget", "context", *stops})
         },
         "tokens/sampled": sampled,
         "tokens/sequence": sum(len(row.tokens) for row in rows),

@@ -4,6 +4,7 @@ One of the three tests to read first: it shows what an episode is, token by toke
 """
 
 import dataclasses
+import re
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -228,6 +229,21 @@ def test_a_first_prompt_must_leave_room_for_an_answer() -> None:
         play_script(scripted(openings, REPLIES), tasks=2)
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+def test_a_response_ends_where_it_begins_to_make_up_anothers_words(chunk: int) -> None:
+    agent, params = golden_agent()
+    agent = with_decoding(agent, turn_tokens=6, chunk=chunk)
+    agent = dataclasses.replace(agent, others=re.compile("spin spin"))
+    envs = scripted(["wheel"], {"spin spin": "call bell", "ring": "fine"})
+    keys = row_keys(jax.random.key(0), range(ENVS))
+    (played,) = rollout(params, keys, agent=agent, envs=envs, tasks=[("any", 0)], depth=0)
+    words = "<system> act <user> wheel spin spin <end> <user> call bell ring <end>"
+    assert [WORDS[i] for i in played.tokens] == words.split()
+    assert provenance(played) == "....00....11"
+    assert [turn.stop for turn in played.turns] == ["others", "stop_token"]
+    assert played.success
+
+
 def test_environments_that_wait_are_waited_for_together() -> None:
     everybody = threading.Barrier(ENVS)
 
@@ -333,6 +349,11 @@ def test_every_stop_and_end_of_these_episodes_is_covered(played: list[Conversati
 def test_sampled_logprobs_are_those_of_one_forward_over_the_final_tokens(
     agent: Agent, params: model.Params, played: list[Conversation]
 ) -> None:
+    assert check_logprobs(agent, params, played) > 200
+
+
+def check_logprobs(agent: Agent, params: model.Params, played: list[Conversation]) -> int:
+    """Compares what was sampled with one forward; returns how many tokens were."""
     batch = pack(
         played,
         np.zeros((len(played), MAX_TURNS), np.int32),
@@ -348,13 +369,13 @@ def test_sampled_logprobs_are_those_of_one_forward_over_the_final_tokens(
         return jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1)[..., 0]
 
     sampled = batch.turn_id[:, 1:] != NO_TURN
-    assert sampled.sum() > 200
     np.testing.assert_allclose(
         batch.sampled_logprobs[:, 1:][sampled],
         np.asarray(recompute(batch.tokens))[sampled],
         rtol=0,
         atol=1e-5,
     )
+    return int(sampled.sum())
 
 
 def test_a_conversation_is_its_chat_format_around_the_sampled_tokens(
@@ -436,6 +457,25 @@ def test_a_few_compiled_programs_serve_any_number_of_turns(
     # Other tasks, fewer of them.
     play(agent, params, [("train", 50), ("train", 51)], seed=7)
     assert programs() == once
+
+
+def test_what_is_cut_off_leaves_no_trace(agent: Agent, params: model.Params) -> None:
+    # A pattern that these random responses soon hold, in the middle of a chunk too.
+    agent = dataclasses.replace(agent, others=re.compile("[vwxz].*[vwxz]", re.DOTALL))
+    cut = play(agent, params, TASKS)
+    assert check_logprobs(agent, params, cut) > 50
+    turns = [
+        (turn, end - start)
+        for c in cut
+        for turn, (start, end) in zip(c.turns, c.spans, strict=True)
+    ]
+    lengths = [length for turn, length in turns if turn.stop == "others"]
+    assert len({length % agent.decoding.chunk for length in lengths}) > 2
+    for turn, _ in turns:
+        assert bool(agent.others and agent.others.search(turn.response)) == (turn.stop == "others")
+    # Nothing is ever sampled in vain where the host looks after each token.
+    each = play(with_decoding(agent, chunk=1), params, TASKS)
+    assert [c.tokens for c in each] == [c.tokens for c in cut]
 
 
 def test_a_cache_that_grows_with_its_conversations_changes_none(

@@ -18,7 +18,8 @@ from opd_jax.envs.household.expert import Expert, Memory
 from opd_jax.envs.household.habits import Careless, Clumsy, Forgetful, Mistaken
 from opd_jax.envs.household.oracle import Learnt, distance, label
 from opd_jax.envs.household.world import World
-from opd_jax.envs.react import Random, parse_response
+from opd_jax.envs.react import OTHERS, Random, parse_response
+from opd_jax.envs.turns import own_words
 
 SPLITS = tuple(tables.SPLIT_SIZES)
 # SHA-256 of fixed playthroughs. If it changes, all tasks have changed: raise `VERSION`.
@@ -298,17 +299,38 @@ def test_nothing_shows_what_is_hidden():
 # Environment
 
 
-def test_the_last_action_line_counts():
+def test_the_first_action_line_counts():
     for response, parsed in (
         ("Thought: a.\nAction: go to cabinet 1", ("go to cabinet 1", "")),
-        ("action:look\nACTION:  inventory  \nbye", ("inventory", "")),
-        ("Action: look\nAction:", ("", "no_action")),
+        ("hm\nACTION:  inventory  \nbye", ("inventory", "")),
+        ("action:look\nAction: go to desk 1", ("look", "")),
+        ("Action:\nAction: look", ("", "no_action")),
         ("Thought: Action: look", ("", "no_action")),
         ("look", ("", "no_action")),
         ("", ("", "empty")),
         (" \n\t", ("", "empty")),
     ):
         assert parse_response(response) == parsed
+
+
+@pytest.mark.parametrize(
+    "opening", ["Observation:", "**Observation:** ", "OBSERVATION 1:", "User:", "  Human: "]
+)
+def test_nothing_counts_that_stands_behind_made_up_words_of_another(opening: str):
+    said = "Thought: a.\nAction: look"
+    more = f"\n{opening} The fridge is open.\nThought: b.\nAction: inventory"
+    assert parse_response(said + more) == ("look", "")
+    assert parse_response(f"Thought: a.{more}") == ("", "no_action")
+    assert own_words(said + more, OTHERS) == (f"{said}\n", True)
+    assert own_words(f"{said} at the observation: none", OTHERS)[1] is False
+
+
+def test_thinking_is_not_acted_on():
+    draft = "<think>\nAction: look\nObservation: what would I see?\n"
+    assert parse_response(draft) == ("", "no_action")
+    assert parse_response(f"{draft}</think>\nAction: inventory") == ("inventory", "")
+    late = "Action: look\n<think>x</think>\nAction: inventory"
+    assert parse_response(late) == ("look", "")
 
 
 def test_failed_turns_are_told_apart_and_change_nothing():

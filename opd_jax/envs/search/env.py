@@ -17,7 +17,7 @@ from opd_jax.envs.base import BROKEN, Observation, Task
 from opd_jax.envs.search.answers import exact_match, f1
 from opd_jax.envs.search.questions import Question, digest
 from opd_jax.envs.search.retrieval import Passage, RetrievalError, Retriever
-from opd_jax.envs.turns import TurnClock
+from opd_jax.envs.turns import TurnClock, own_words
 
 SYSTEM = """\
 You answer questions by searching a collection of passages. Reply with two blocks:
@@ -72,6 +72,8 @@ SEARCH, ANSWER = "search", "answer"
 ADMISSIBLE = {SEARCH: "search[query]", ANSWER: "answer[text]"}
 
 _BLOCK = re.compile(r"<action>(.*?)</action>", re.DOTALL | re.IGNORECASE)
+# How words of the environment or the user begin (`Env.others`).
+OTHERS = re.compile(r"(^[\s*]*result:\s*)?<information>|^[\s*]*(user|human):", re.M | re.I)
 _ACTION = re.compile(r"\s*(search|answer)\s*\[(.*)\]\s*", re.DOTALL | re.IGNORECASE)
 
 
@@ -108,11 +110,11 @@ def parse_response(response: str) -> Action:
 
     Args:
       response: the model's whole text. The first action block counts: whatever follows it was
-        written before the model saw the reply.
+        written before the model saw the reply. So was what follows a made-up reply (`OTHERS`).
     """
     if not response.strip():
         return Action("", "", "empty")
-    block = _BLOCK.search(response)
+    block = _BLOCK.search(own_words(response, OTHERS)[0])
     if not block:
         return Action("", "", "no_action")
     action = _ACTION.fullmatch(block[1])
@@ -146,6 +148,7 @@ class SearchEnv:
     """
 
     task: Task
+    others = OTHERS
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from opd_jax.envs.search.env import SearchEnv
+from opd_jax.envs.search.env import OTHERS, SearchEnv
 from opd_jax.envs.search.retrieval import Retriever, load_bm25
 from opd_jax.envs.search.retrieval_client import HttpRetriever
 from opd_jax.envs.search.searchqa_data import SETS, TRAIN, questions
@@ -108,3 +108,4 @@ def open_searchqa(
 
 open_searchqa.world = ("data", "retriever", "timeout_s", "retry_minutes", "wait_s", "batch")  # type: ignore[attr-defined]
 open_searchqa.labels_turns = False  # type: ignore[attr-defined]
+open_searchqa.others = OTHERS  # type: ignore[attr-defined]
