@@ -31,7 +31,7 @@ from opd_jax.experience.demonstrations import play_out
 from opd_jax.experience.tasks import Panel, describe
 from opd_jax.judge import agreement
 from opd_jax.judge.labels import env_labels
-from opd_jax.judge.verdicts import judge_turns
+from opd_jax.judge.verdicts import check_some_fit, judge_turns
 from opd_jax.model import Params
 from opd_jax.report.figures import macro_average, summarize
 from opd_jax.report.tables import judge_table, results_table
@@ -60,7 +60,7 @@ def play_model(
     neither on `tasks` nor on the batch.
 
     Raises:
-      ValueError: the environment's errors, or a first prompt exceeds the agent's context.
+      ValueError: the environment's errors.
     """
     batch, rng = settings.eval.batch, jax.random.key(settings.eval.seed)
     envs = make_envs(partial(make_env, settings.env), batch)
@@ -125,7 +125,8 @@ def evaluate_model(
         evaluation.
 
     Raises:
-      ValueError: the environment has no labels for `eval.judge`.
+      ValueError: the environment has no labels for `eval.judge`, or no episode of a split fits its
+        context.
       WorldFailed: all episodes of a split broke.
     """
     agent = build.make_agent(model, settings, temperature=settings.eval.temperature)
@@ -155,7 +156,7 @@ def _evaluate(
 ) -> Figures:
     """Plays every split and measures its episodes."""
     results: Figures = {}
-    for split in settings.eval.splits:
+    for split in _splits(settings, panels):
         played = play(split, tasks=_tasks(settings, panels[split]))
         results[split] = summarize(played) | {"digest": panels[split].digest, **played_with}
         if settings.eval.judge and judging is not None:
@@ -175,16 +176,22 @@ def measure_judge(
     """`agreement.figures` of a judge over the turns of episodes, and how it was asked.
 
     Raises:
-      ValueError: the environment has no oracle.
+      ValueError: the environment has no oracle, or no question fits the teacher's positions.
     """
     labels = env_labels(conversations, max_turns=settings.env.max_turns)
     by = build.make_judge(judging, settings)
     judgement = judge_turns(judging.params, conversations, labels, by=by)
+    check_some_fit(judgement)
     try:
         figures = agreement.figures(agreement.confusion(judgement, labels.oracle))
     except ValueError as error:
         raise ValueError(f"`eval.judge`: {error}") from None
     return figures | _judged_by(settings)
+
+
+def _splits(settings: Settings, panels: Panels) -> list[str]:
+    """The evaluated splits that have tasks here."""
+    return [split for split in settings.eval.splits if split in panels]
 
 
 def _tasks(settings: Settings, panel: Panel) -> int:
@@ -227,7 +234,8 @@ def is_evaluated(
         )
 
     stored = result or {}
-    return all(good(stored.get(split) or {}, panels[split]) for split in settings.eval.splits)
+    splits = _splits(settings, panels)
+    return all(good(stored.get(split) or {}, panels[split]) for split in splits)
 
 
 # --- Evaluations of a training run --------------------------------------------------------------
@@ -309,7 +317,7 @@ def run(config: FrozenConfigDict, workdir: Path, policy: str) -> dict[str, Figur
     build.check_named(settings)
     check_models(settings, workdir)
     panels = build.eval_panels(settings)
-    for split in settings.eval.splits:
+    for split in _splits(settings, panels):
         processes.say(describe(split, panels[split]))
     if policy == "model":
         mesh = make_mesh(**dataclasses.asdict(settings.mesh))

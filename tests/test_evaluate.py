@@ -170,7 +170,7 @@ def test_environments_of_an_evaluation_that_fails_do_not_outlive_it(
     panels = build.panels(settings)
     before = children()
     # Held by the caught error, nothing that it left behind is collected.
-    with pytest.raises(ValueError, match="`context_tokens`") as caught:
+    with pytest.raises(ValueError, match=r"`rollout.context_tokens`") as caught:
         evaluate.evaluate_model(
             settings, student, student.params, panels=panels, update=0, judging=None
         )
@@ -242,6 +242,19 @@ def test_searchqa_has_a_macro_average(in_process: Callable, tmp_path: Path) -> N
     last = [cell.strip() for cell in printed.splitlines()[-1].strip("|").split("|")]
     assert last[:3] == ["random", "macro_average", f"{average['success']:.1%}"]
 
+    # A set that is not there is left out. Named alone it is a mistake.
+    fewer = Path(shutil.copytree(data, tmp_path / "fewer"))
+    (fewer / SETS["musique"]).unlink()
+    there = (*flags, f"--config.env.data={fewer}")
+    in_process(evaluate.main, *there, f"--workdir={tmp_path / 'six'}")
+    six = json.loads((tmp_path / "six/summary.json").read_text())["eval"]["random"]
+    assert six.keys() == {*SETS, "macro_average"} - {"musique"}
+    assert six["macro_average"] is None
+    assert six["popqa"] == found["popqa"]
+    with pytest.raises(SystemExit):
+        in_process(
+            evaluate.main, *there, f"--workdir={tmp_path / 'no'}", "--config.eval.splits=nq,musique"
+        )
     # Of some of the sets there is none: it would be another figure under the same name.
     some = in_process(
         evaluate.main, *flags, f"--workdir={tmp_path / 'some'}", "--config.eval.splits=nq,popqa"

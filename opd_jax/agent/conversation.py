@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 from opd_jax.envs.base import BROKEN, Observation, Task
 from opd_jax.losses import NO_TURN
+from opd_jax.runtime import processes
+from opd_jax.runtime.exits import WorldFailed
 
 
 @dataclass
@@ -70,9 +72,14 @@ class Conversation:
         return self.end == "success"
 
     @property
+    def unfit(self) -> bool:
+        """The context has no room for a first turn."""
+        return self.end == "context" and not self.turns
+
+    @property
     def broken(self) -> bool:
-        """The environment failed; nothing is learnt or measured from the episode."""
-        return self.end == BROKEN
+        """The environment failed, or nothing fits: nothing is learnt or measured here."""
+        return self.end == BROKEN or self.unfit
 
     @property
     def repeated_actions(self) -> int:
@@ -97,17 +104,36 @@ class Conversation:
 def open_conversation(task: Task, prompt: Sequence[int], *, context_tokens: int) -> Conversation:
     """An episode that so far has only its first prompt.
 
-    Raises:
-      ValueError: the prompt leaves no room for a token within `context_tokens`.
+    It is over, and empty, if the prompt leaves no room for a token within `context_tokens`.
     """
     if len(prompt) >= context_tokens:
-        raise ValueError(
-            f"`context_tokens`: the first prompt of {task.id} has {len(prompt)} tokens, expected "
-            f"fewer than {context_tokens}; raise it"
+        processes.warn(
+            f"`rollout.context_tokens`: the first prompt of {task.id} has {len(prompt)} tokens, "
+            f"expected fewer than {context_tokens}; its episodes are left out"
         )
+        return Conversation(task=task, end="context")
     conversation = Conversation(task=task)
     conversation.append_given(prompt)
     return conversation
+
+
+def check_some_played(conversations: Sequence[Conversation]) -> None:
+    """Checks that not all episodes are `broken`.
+
+    Raises:
+      ValueError: none fits its context.
+      WorldFailed: environments failed.
+    """
+    number = len(conversations)
+    if all(c.unfit for c in conversations):
+        raise ValueError(
+            f"`rollout.context_tokens`: none of {number} episodes fits; raise it above the lengths "
+            "in the warnings"
+        )
+    if all(c.broken for c in conversations):
+        raise WorldFailed(
+            f"`env`: the environments of all {number} episodes broke; the warnings above say how"
+        )
 
 
 def record_turn(

@@ -47,8 +47,8 @@ def rollout(
       depth: turns after which an episode ends with "depth"; 0: no limit but the environment's.
 
     Returns:
-      A finished `Conversation` for each task, in order. It is `broken` if the environment broke,
-      and has no token if that happened before the first turn.
+      A finished `Conversation` for each task, in order. It is `broken` if the environment broke or
+      the first prompt did not fit, and has no token if that happened before the first turn.
 
     Raises:
       ValueError: more tasks than environments, or not a key for each environment.

@@ -24,7 +24,7 @@ from opd_jax.agent.rollout import everywhere, make_envs, rollout, row_keys
 from opd_jax.config.models import LoadedModel, named_sizes
 from opd_jax.config.settings import Settings
 from opd_jax.envs.base import Env
-from opd_jax.envs.make import EnvSettings, make_env, others
+from opd_jax.envs.make import EnvSettings, benchmark_splits, make_env, others
 from opd_jax.envs.players import make_player
 from opd_jax.experience.demonstrations import demonstrate
 from opd_jax.experience.source import Episodes, Play, Played, Source
@@ -202,18 +202,28 @@ def make_labeller(settings: Settings, teacher: LoadedModel | None) -> Labeller:
 def panels(settings: Settings) -> dict[str, Panel]:
     """The tasks of the training split and of every evaluated one."""
     evaluated = ((split, "eval.splits") for split in settings.eval.splits)
-    return dict(_panels(settings.env, ((settings.data.split, "data.split"), *evaluated)))
+    wanted = ((settings.data.split, "data.split"), *evaluated)
+    optional = _optional(settings) - {settings.data.split}
+    return dict(_panels(settings.env, wanted, optional))
 
 
 def eval_panels(settings: Settings) -> dict[str, Panel]:
     """The tasks of the evaluated splits; the training tasks may be missing."""
     evaluated = tuple((split, "eval.splits") for split in settings.eval.splits)
-    return dict(_panels(settings.env, evaluated))
+    return dict(_panels(settings.env, evaluated, _optional(settings)))
+
+
+def _optional(settings: Settings) -> frozenset[str]:
+    """A benchmark's splits where all are asked for: some may be missing, as may their mean."""
+    splits = frozenset(benchmark_splits(settings.env.by))
+    return splits if splits <= set(settings.eval.splits) else frozenset()
 
 
 @cache  # a comparison asks once per run, and some environments read thousands of files
-def _panels(env: EnvSettings, splits: tuple[tuple[str, str], ...]) -> dict[str, Panel]:
-    return find_panels(make_env(env), dict(splits))
+def _panels(
+    env: EnvSettings, splits: tuple[tuple[str, str], ...], optional: frozenset[str]
+) -> dict[str, Panel]:
+    return find_panels(make_env(env), dict(splits), optional=optional)
 
 
 def check_named(settings: Settings) -> None:

@@ -13,6 +13,10 @@ from typing import Protocol
 BROKEN = "broken"
 
 
+class NoTasks(ValueError):
+    """The tasks of a known split are not on this machine."""
+
+
 @dataclass(frozen=True)
 class Task:
     """One task: its name in records, and what the judge is told about it (paper Table 9).
@@ -93,7 +97,10 @@ class Env(Protocol):
     waits: bool
 
     def size(self, split: str) -> int:
-        """Number of tasks in `split`; ValueError naming the known splits otherwise."""
+        """Number of tasks in `split`; ValueError naming the known splits otherwise.
+
+        `NoTasks` for a known split whose data is missing.
+        """
         ...
 
     def digest(self, split: str) -> str:

@@ -69,16 +69,15 @@ def demonstrate(
 
     Strayed turns stay in the history but belong to no turn of the student (`NO_TURN`), so they
     carry no loss: the model learns to recover without learning to stray. The conversation ends
-    before a turn that would exceed `context_tokens`.
-
-    Raises:
-      ValueError: not even the first prompt fits.
+    before a turn that would exceed `context_tokens`; it is `unfit` if that is the first.
     """
     first = env.reset(split, index)
     if first.done:  # it broke
         return Conversation(env.task, end=first.end)
     prompt = chat.first(env.system, first.message)
     conversation = open_conversation(env.task, prompt, context_tokens=context_tokens)
+    if conversation.end:
+        return conversation
     for step in play(
         env, first, player=player, distractor=distractor, distraction=distraction, rng=rng
     ):

@@ -10,14 +10,16 @@ from typing import Any, Protocol
 
 from opd_jax.agent import history
 from opd_jax.agent.agent import Agent
-from opd_jax.agent.conversation import Conversation
+from opd_jax.agent.conversation import Conversation, check_some_played
 from opd_jax.agent.rollout import close
 from opd_jax.envs.base import Env
 from opd_jax.experience.tasks import TaskOrder
 from opd_jax.learner.train_state import TrainState
 from opd_jax.report.update import episode_metrics
-from opd_jax.runtime.exits import WorldFailed
 from opd_jax.runtime.fields import check_choice
+
+# After so many tasks in a row whose first prompts do not fit the context, none will.
+_UNFIT = 16
 
 SOURCES = ("on_policy", "teacher", "expert", "players")
 
@@ -102,20 +104,25 @@ class Episodes:
     def play(self, state: TrainState) -> Played:
         """One episode of each of the next training tasks.
 
+        Tasks of which no episode fits its context are passed over.
+
         Raises:
+          ValueError: no task fits.
           WorldFailed: the environments of all episodes broke, twice.
         """
-        start = self.cursor[0]
-        tasks = self.tasks.from_number(start)
-        conversations = self.play_tasks(state, tasks)
+        start = end = self.cursor[0]
+        while True:
+            tasks = self.tasks.from_number(end)
+            end += self.tasks.count
+            conversations = self.play_tasks(state, tasks)
+            if not all(c.unfit for c in conversations):
+                break
+            if end - start >= min(_UNFIT, self.tasks.size):
+                check_some_played(conversations)
         if all(c.broken for c in conversations):  # a machine may have hung for a moment
             conversations = self.play_tasks(state, tasks)
-        self.cursor = [start + self.tasks.count, 0]
-        if all(c.broken for c in conversations):
-            raise WorldFailed(
-                f"`env`: the environments of all {len(conversations)} episodes broke; the warnings "
-                "above say how"
-            )
+        check_some_played(conversations)
+        self.cursor = [end, 0]
         rows, episode = history.rows(
             conversations,
             history_turns=self.agent.decoding.history_turns,

@@ -11,10 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from opd_jax.agent.conversation import Conversation
+from opd_jax.agent.conversation import Conversation, check_some_played
 from opd_jax.experience.source import Played
 from opd_jax.judge.prompt import FIELDS
 from opd_jax.learner.train_state import TrainState
+from opd_jax.runtime import processes
 from opd_jax.runtime.fields import check_choice, check_within
 
 
@@ -107,17 +108,26 @@ def group_by_length(
     rounded down to a multiple of `rows_multiple`. Empty rows fill up the last batch. So each padded
     length compiles once.
 
+    A conversation of which `rows_multiple` padded rows exceed `tokens_per_batch` is left out.
+
     Raises:
-      ValueError: `rows_multiple` rows of the longest conversation, padded, exceed
-        `tokens_per_batch`.
+      ValueError: all are.
     """
-    waiting = sorted(conversations, key=lambda c: len(c.tokens))
-    longest = -(-len(waiting[-1].tokens) // length_multiple) * length_multiple if waiting else 0
-    if longest * rows_multiple > tokens_per_batch:
+    ordered = sorted(conversations, key=lambda c: len(c.tokens))
+    most = tokens_per_batch // rows_multiple // length_multiple * length_multiple
+    waiting = [c for c in ordered if len(c.tokens) <= most]
+    for c in ordered[len(waiting) :]:
+        name = c.task.id if c.task else "a judge example"
+        processes.warn(
+            f"`demonstrations.tokens_per_batch` = {tokens_per_batch}: {name} with {len(c.tokens)} "
+            f"tokens is left out, expected at most {most}"
+        )
+    if ordered and not waiting:
+        least = -(-len(ordered[0].tokens) // length_multiple) * length_multiple * rows_multiple
         raise ValueError(
-            f"`demonstrations.tokens_per_batch`: expected at least {longest * rows_multiple}, "
-            f"which is {rows_multiple} times the longest example of {len(waiting[-1].tokens)} "
-            f"tokens, padded; got {tokens_per_batch}"
+            f"`demonstrations.tokens_per_batch`: expected at least {least}, which is "
+            f"{rows_multiple} times the shortest example of {len(ordered[0].tokens)} tokens, "
+            f"padded; got {tokens_per_batch}"
         )
     batches = []
     while waiting:
@@ -187,6 +197,7 @@ class Stream:
         rng = random.Random(f"{self.seed}/window/{window}")
         first = window * self.shown.window
         episodes = [self.make_episode(first + i) for i in range(self.shown.window)]
+        check_some_played(episodes)
         examples = []
         if self.make_example is not None:
             turns = balanced_turns(episodes, self.shown.judge_examples, rng)

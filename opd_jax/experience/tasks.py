@@ -1,6 +1,6 @@
 """The tasks that a run plays: how many each split has, which, and in what order."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from opd_jax.envs.base import Env
+from opd_jax.envs.base import Env, NoTasks
 from opd_jax.report.writers import read_summary, write_summary
 from opd_jax.runtime import processes
 
@@ -24,40 +24,60 @@ class Panel(NamedTuple):
     digest: str
 
 
+_NONE = Panel(0, "none")
+
+
 def split_size(env: Env, split: str, *, field: str) -> int:
     """The number of tasks in a split that the setting `field` names.
 
     Raises:
-      ValueError: the split is unknown or empty; names `field`.
+      ValueError: the split is unknown or empty; names `field`. `NoTasks` if its data is missing.
     """
     try:
         size = env.size(split)
     except ValueError as error:
-        raise ValueError(f"`{field}`: {error}") from None
+        kind = NoTasks if isinstance(error, NoTasks) else ValueError
+        raise kind(f"`{field}`: {error}") from None
     if size < 1:
         raise ValueError(f"`{field}`: split {split!r} has no tasks; choose another or fill it")
     return size
 
 
-def find_panels(env: Env, splits: Mapping[str, str]) -> dict[str, Panel]:
+def find_panels(
+    env: Env, splits: Mapping[str, str], *, optional: Collection[str] = ()
+) -> dict[str, Panel]:
     """The tasks of every split.
 
-    `splits` maps a split to the setting that names it, for errors.
+    Args:
+      splits: maps a split to the setting that names it, for errors.
+      optional: splits that are left out with a warning if their data is missing, but not all.
 
     Raises:
       ValueError: a split is unknown or empty, or the run's processes have different tasks.
     """
-    found = {
-        split: Panel(split_size(env, split, field=field), env.digest(split))
-        for split, field in splits.items()
-    }
+    found: dict[str, Panel] = {}
+    missing: dict[str, NoTasks] = {}
+    for split, field in splits.items():
+        try:
+            found[split] = Panel(split_size(env, split, field=field), env.digest(split))
+        except NoTasks as error:
+            if split not in optional:
+                raise
+            missing[split] = error
+    for split, why in missing.items():
+        if len(missing) == len(optional):
+            raise why
+        processes.warn(f"{why}; split {split!r} is left out")
     for process, others in enumerate(processes.gather(found)):
-        different = [split for split in found if others[split] != found[split]]
+        different = [
+            split for split in splits if others.get(split, _NONE) != found.get(split, _NONE)
+        ]
         if different:
             split = different[0]
             raise ValueError(
                 f"`env`: process {process} has other tasks than process {jax.process_index()} "
-                f"({describe(split, others[split])}; {describe(split, found[split])}); give all "
+                f"({describe(split, others.get(split, _NONE))}; "
+                f"{describe(split, found.get(split, _NONE))}); give all "
                 "machines the same data"
             )
     return found

@@ -32,12 +32,14 @@ class Judgement(NamedTuple):
       verdict: int32 [B, K], `Verdict` codes; SKIP if there is no turn or the environment broke. An
         unparsable answer is STRONG, the conservative reading.
       asked: bool [B, K], turns that reached the judge.
-      unparsable: bool [B, K], answers with none or several of the three words.
+      unparsable: bool [B, K], answers with none or several of the three words, and `too_long`.
+      too_long: bool [B, K], questions that the teacher has no positions for.
     """
 
     verdict: np.ndarray
     asked: np.ndarray
     unparsable: np.ndarray
+    too_long: np.ndarray
 
 
 def env_labels(conversations: Sequence[Conversation], *, max_turns: int) -> EnvLabels:

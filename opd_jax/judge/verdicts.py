@@ -19,6 +19,7 @@ from opd_jax.judge.answer import DECODINGS, UNPARSABLE, Judge
 from opd_jax.judge.labels import EnvLabels, Judgement, env_labels
 from opd_jax.losses import Verdict
 from opd_jax.model import KVCache, Params
+from opd_jax.runtime import processes
 from opd_jax.runtime.mesh import shard_batch, shards
 
 # (conversations, updates done) to `Verdict` codes int32 [B, K] and metrics as (sum, count).
@@ -40,15 +41,21 @@ def teacher_judge(params: Params, *, by: Judge, max_turns: int) -> Labeller:
     (other,) = DECODINGS.keys() - {how.decode}
     by_other = replace(by, settings=replace(how, decode=other))
 
+    answered = False  # ever
+
     def label(conversations: Sequence[Conversation], update: int):
+        nonlocal answered
         labels = env_labels(conversations, max_turns=max_turns)
         judgement = judge_turns(params, conversations, labels, by=by)
+        if not answered:
+            check_some_fit(judgement)
+            answered = bool(judgement.asked.any())
         metrics = judge_metrics(judgement, labels)
         if how.agreement_every and update % how.agreement_every == 0:
             second = judge_turns(params, conversations, labels, by=by_other)
-            answered = judgement.asked & ~judgement.unparsable & ~second.unparsable
-            same = (second.verdict == judgement.verdict) & answered
-            metrics["judge/decodings_agree"] = (same.sum(), answered.sum())
+            both = judgement.asked & ~judgement.unparsable & ~second.unparsable
+            same = (second.verdict == judgement.verdict) & both
+            metrics["judge/decodings_agree"] = (same.sum(), both.sum())
             metrics[f"judge/unparsable_{other}"] = (second.unparsable.sum(), second.asked.sum())
         return judgement.verdict, metrics
 
@@ -60,72 +67,100 @@ def judge_turns(
 ) -> Judgement:
     """Verdicts for every turn of every conversation; `labels` are the environment's of the same.
 
-    Raises:
-      ValueError: a question and its answer exceed the teacher's positions.
+    A question that, with its answer, exceeds the teacher's positions is not asked; it counts as
+    unparsable.
 
     Source: arXiv 2606.19659, section 3.3. Constrained decoding is ours.
     """
     asked = labels.played & ~labels.failed
     verdict = np.where(labels.failed, Verdict.DET_FAIL, Verdict.SKIP).astype(np.int32)
-    unparsable = np.zeros_like(asked)
+    unparsable, too_long = np.zeros_like(asked), np.zeros_like(asked)
+    questions: Questions = {}
+    room = by.model.max_positions - by.answer_tokens
+    for row, turn in np.argwhere(asked).tolist():
+        question = by.question(conversations[row], turn)
+        length = len(by.prefix(conversations[row], turn)) + len(question)
+        if length <= room:
+            questions[row, turn] = question
+        else:
+            too_long[row, turn] = True
+            _warn(conversations[row], length, by=by)
     ask = _after_conversations if by.settings.context == "history" else _one_by_one
-    for place, label in ask(params, conversations, asked, by=by):
+    for place, label in ask(params, conversations, questions, by=by):
         unparsable[place] = label == UNPARSABLE
-        verdict[place] = Verdict.STRONG if label == UNPARSABLE else label
-    return Judgement(verdict, asked, unparsable)
+        verdict[place] = label
+    unparsable |= too_long
+    verdict[unparsable] = Verdict.STRONG
+    return Judgement(verdict, asked, unparsable, too_long)
+
+
+def check_some_fit(judgement: Judgement) -> None:
+    """Checks that not every question was too long; ValueError otherwise."""
+    if judgement.asked.any() and (judgement.too_long == judgement.asked).all():
+        raise ValueError(
+            f"`judge`: none of {judgement.asked.sum()} questions fits the teacher's positions; "
+            f"{REMEDY}"
+        )
+
+
+REMEDY = (
+    "lower `judge.admissible_shown`, or `rollout.context_tokens` with `judge.context` = history"
+)
+
+
+def _warn(conversation: Conversation, length: int, *, by: Judge) -> None:
+    name = conversation.task.id if conversation.task else ""
+    processes.warn(
+        f"`judge`: turns of {name} count as unparsable, since a question of {length} tokens and "
+        f"{by.answer_tokens} more exceed the teacher's {by.model.max_positions} positions; {REMEDY}"
+    )
 
 
 Place = tuple[int, int]  # (row of the batch, turn)
+Questions = dict[Place, list[int]]
 
 
 def _one_by_one(
-    params: Params, conversations: Sequence[Conversation], asked: np.ndarray, *, by: Judge
+    params: Params, conversations: Sequence[Conversation], questions: Questions, *, by: Judge
 ) -> Iterator[tuple[Place, int]]:
-    """A label for each turn asked about; questions of similar length share a batch."""
-    questions = {
-        (row, index): by.question(conversations[row], index)
-        for row, index in np.argwhere(asked).tolist()
-    }
+    """A label for each question; those of similar length share a batch."""
     order = sorted(questions, key=lambda place: len(questions[place]))
     size, answer = by.settings.batch, DECODINGS[by.settings.decode]
     for start in range(0, len(order), size):
         places = order[start : start + size]
         rows = [questions[place] for place in places] + [[]] * (size - len(places))
-        longest = max(map(len, rows))
-        width = _multiple(longest, by.settings.length_multiple)
-        slots = width + _answer_room(longest, by)
-        cache = empty_cache(params, by.model, rows=size, slots=slots)
+        width = _multiple(max(map(len, rows)), by.settings.length_multiple)
+        cache = empty_cache(params, by.model, rows=size, slots=width + by.answer_tokens)
         labels, _ = answer(params, cache, *padded(rows, width=width), by=by)
         yield from zip(places, labels, strict=False)
 
 
 def _after_conversations(
-    params: Params, conversations: Sequence[Conversation], asked: np.ndarray, *, by: Judge
+    params: Params, conversations: Sequence[Conversation], questions: Questions, *, by: Judge
 ) -> Iterator[tuple[Place, int]]:
-    """A label for each turn asked about; each conversation is prefilled once.
+    """A label for each question; each conversation is prefilled once.
 
     Turns go from the last to the first: the cache is rolled back to the end of a turn, and the
     question is written over what followed.
     """
-    rows = [row for row in range(len(conversations)) if asked[row].any()]
+    rows = sorted({row for row, _ in questions})
     size = min(by.settings.batch, _multiple(len(conversations), shards("batch")))
     answer = DECODINGS[by.settings.decode]
     for start in range(0, len(rows), size):
         slots = {row: slot for slot, row in enumerate(rows[start : start + size])}
-        turns = {row: np.flatnonzero(asked[row]).tolist() for row in slots}
-        questions = {(r, n): by.question(conversations[r], n) for r in slots for n in turns[r]}
-        ends = {(r, n): conversations[r].spans[n][1] for r, n in questions}
-        prefixes = [by.prefix(conversations[row], turns[row][-1]) for row in slots]
-        width = _multiple(max(map(len, questions.values())), by.settings.length_multiple)
-        longest = max(ends[place] + len(question) for place, question in questions.items())
-        room = max(map(len, prefixes)) + width + _answer_room(longest, by)
+        places_of = {row: sorted(place for place in questions if place[0] == row) for row in slots}
+        prefixes = [by.prefix(conversations[row], places_of[row][-1][1]) for row in slots]
+        here = [len(questions[place]) for row in slots for place in places_of[row]]
+        width = _multiple(max(here), by.settings.length_multiple)
+        room = max(map(len, prefixes)) + width + by.answer_tokens
         cache = _read(params, prefixes, rows=size, room=room, by=by)
-        while places := [(row, turns[row].pop()) for row in slots if turns[row]]:
+        while places := [places_of[row].pop() for row in slots if places_of[row]]:
             lengths = np.zeros(size, np.int32)
             asking: list[list[int]] = [[] for _ in range(size)]
-            for place in places:
-                slot = slots[place[0]]
-                lengths[slot], asking[slot] = ends[place], questions[place]
+            for row, turn in places:
+                slot = slots[row]
+                lengths[slot] = conversations[row].spans[turn][1]
+                asking[slot] = questions[row, turn]
             cache = replace(cache, lengths=shard_batch(lengths))
             labels, cache = answer(params, cache, *padded(asking, width=width), by=by)
             yield from ((place, labels[slots[place[0]]]) for place in places)
@@ -143,18 +178,6 @@ def _read(
         new = shard_batch(padded([row[start : start + width] for row in filled], width=width))
         cache = gen.extend(params, cache, *new, config=by.model, sharded=sharded)
     return cache
-
-
-def _answer_room(longest: int, by: Judge) -> int:
-    """Slots for an answer; raises if the `longest` prompt leaves too few positions for them."""
-    room = by.answer_tokens
-    if longest + room > by.model.max_positions:
-        raise ValueError(
-            f"`judge`: a prompt of {longest} tokens and {room} more exceed the teacher's "
-            f"{by.model.max_positions} positions; lower `judge.admissible_shown`, or "
-            "`rollout.context_tokens` with `judge.context` = history"
-        )
-    return room
 
 
 def _multiple(length: int, of: int) -> int:

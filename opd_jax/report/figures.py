@@ -8,16 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from opd_jax.agent.conversation import Conversation
+from opd_jax.agent.conversation import Conversation, check_some_played
 from opd_jax.report.intervals import average_interval, mean_interval, wilson_interval
-from opd_jax.runtime.exits import WorldFailed
 
 
 def summarize(conversations: Sequence[Conversation]) -> dict[str, object]:
     """The figures of a panel of episodes.
 
-    An episode whose environment broke says nothing about the player. It is counted as `broken` and
-    left out of everything else.
+    An episode whose environment broke says nothing about the player, nor does one that did not fit
+    the context. It is counted as `broken` and left out of everything else.
 
     Returns:
       success: share of episodes that succeeded; `ci95`: its Wilson interval.
@@ -29,15 +28,11 @@ def summarize(conversations: Sequence[Conversation]) -> dict[str, object]:
       measures: name to mean of each measure of the environment; an episode without it counts 0.
 
     Raises:
-      WorldFailed: every episode broke.
+      ValueError, WorldFailed: every episode is broken (`check_some_played`).
     """
+    check_some_played(conversations)
     played = [c for c in conversations if not c.broken]
     n = len(played)
-    if not n:
-        raise WorldFailed(
-            f"`env`: the environments of all {len(conversations)} episodes broke; the warnings "
-            "above say how"
-        )
     wins = sum(c.success for c in played)
     turns = sum(len(c.turns) for c in played)
     scores = [c.score for c in played]

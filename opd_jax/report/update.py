@@ -19,7 +19,8 @@ def episode_metrics(
 ) -> dict[str, Any]:
     """How the batch's episodes went, as (sum, count).
 
-    Those whose environment broke are counted in `end/broken` and left out of everything else.
+    Those whose environment broke are counted in `end/broken`, those that did not fit in
+    `end/context`. Both are left out of everything else.
     `rows` are the sequences made of the episodes; their tokens are counted.
     """
     ends = Counter(c.end for c in conversations)

@@ -7,6 +7,8 @@ conversations, make the same decisions and start the same compiled programs.
 """
 
 import contextlib
+import functools
+import logging
 import os
 import pickle
 import re
@@ -144,6 +146,13 @@ def say(text: str) -> None:
     """Prints a line, once for all processes."""
     if is_first():
         print(text, flush=True)
+
+
+@functools.cache
+def warn(text: str) -> None:
+    """Logs a warning, once for all processes and however often it is given."""
+    if is_first():
+        logging.getLogger(__name__).warning(text)
 
 
 def owns(row: int, rows: int) -> bool:

@@ -208,8 +208,8 @@ def test_a_demonstration_is_cut_before_the_turn_that_would_not_fit(
     # A turn ends behind its end-of-turn token; user messages hold one too, the prompt two.
     ends = [n + 1 for n, token in enumerate(whole.tokens) if token == end][2::2]
     assert len(ends) == len(whole.turns) > 2
-    with pytest.raises(ValueError, match=rf"`context_tokens`.*{len(prompt)} tokens"):
-        written(tokenizer, chat, 1, distraction=distraction, context_tokens=len(prompt))
+    none = written(tokenizer, chat, 1, distraction=distraction, context_tokens=len(prompt))
+    assert (none.unfit, none.tokens, none.turns) == (True, [], [])
     # Every seventh length, and those around the end of each turn.
     around = {end + near for end in ends for near in (-1, 0, 1)}
     for context in sorted({*range(len(prompt) + 1, len(whole.tokens) + 1, 7), *around}):
@@ -225,6 +225,7 @@ def test_a_demonstration_is_cut_before_the_turn_that_would_not_fit(
         after = cut.tokens[ends[kept - 1] :] if kept else cut.tokens[len(prompt) :]
         assert after.count(end) == (1 if after else 0)
         assert cut.end == (whole.end if kept == len(ends) else "context")
+        assert cut.broken == cut.unfit == (kept == 0)
 
 
 # --- Playing without tokens -----------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from settings import one_device, read
 
+from opd_jax.agent.conversation import Conversation
 from opd_jax.agent.rollout import make_envs, rollout, row_keys
 from opd_jax.config import build
 from opd_jax.config.models import LoadedModel, load_student, load_teacher, new_model
 from opd_jax.config.settings import Settings
+from opd_jax.envs.base import Task
 from opd_jax.envs.household.expert import Expert
 from opd_jax.envs.make import make_env
-from opd_jax.experience.source import Played, Source
+from opd_jax.experience.source import Episodes, Played, Source
 from opd_jax.experience.tasks import TaskOrder
 from opd_jax.learner.train_state import TrainState, init_state
 from opd_jax.losses import NO_TURN, Verdict
@@ -178,6 +180,40 @@ def test_the_expert_plays_the_same_tasks_without_a_model(base: Settings, pair: P
         length = len(prompt) + len(answer)
         assert conversation.tokens[:length] == [*prompt, *answer]
         assert conversation.turn_id[:length] == [NO_TURN] * len(prompt) + [0] * len(answer)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_tasks_that_fit_no_context_are_passed_over_unless_no_task_fits(
+    base: Settings, pair: Pair, batch: int
+) -> None:
+    asked: list[list[int]] = []
+
+    def playing(fits: Callable[[int], bool], size: int) -> Episodes:
+        def play_tasks(_: TrainState, tasks: Sequence[tuple[str, int]]) -> list[Conversation]:
+            asked.append([index for _, index in tasks])
+            return [
+                Conversation(
+                    Task(str(index), "", "", ""), end="success" if fits(index) else "context"
+                )
+                for _, index in tasks
+            ]
+
+        order = TaskOrder("train", size=size, seed=0, count=batch, per_task=1)
+        agent = build.make_agent(pair[0], base)
+        return Episodes(play_tasks, [], order, agent, length_multiple=8, cursor=[0, 0])
+
+    order = TaskOrder("train", size=8, seed=0, count=8, per_task=1).from_number(0)
+    late = [index for _, index in order[4:]]
+    some, start = playing(late.__contains__, 8), state(base, pair[0])
+    played = some.play(start)
+    assert not any(c.unfit for c in played.conversations)
+    assert [index for tasks in asked for index in tasks] == [n for _, n in order[: 4 + batch]]
+    assert some.cursor == [4 + batch, 0]
+    for size, tries in ((8, 8), (10**6, 16)):
+        asked.clear()
+        with pytest.raises(ValueError, match=r"`rollout.context_tokens`: none of"):
+            playing(lambda index: False, size).play(start)
+        assert sum(map(len, asked)) == tries
 
 
 # --- Demonstrations by players

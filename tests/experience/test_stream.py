@@ -81,14 +81,12 @@ def test_batches_hold_like_lengths() -> None:
 
 
 @pytest.mark.parametrize(("length", "multiple", "parts"), [(101, 1, 1), (90, 64, 1), (60, 1, 2)])
-def test_an_example_beyond_the_batch_is_refused(length: int, multiple: int, parts: int) -> None:
+def test_an_example_beyond_the_batch_is_left_out(length: int, multiple: int, parts: int) -> None:
+    how = dict(tokens_per_batch=100, length_multiple=multiple, rows_multiple=parts)
+    short, long = of_length(5), of_length(length)
+    assert group_by_length([short, long], **how) == group_by_length([short], **how)
     with pytest.raises(ValueError, match=rf"`demonstrations.tokens_per_batch`.*{length}.*got 100"):
-        group_by_length(
-            [of_length(5), of_length(length)],
-            tokens_per_batch=100,
-            length_multiple=multiple,
-            rows_multiple=parts,
-        )
+        group_by_length([long, of_length(length + 1)], **how)
 
 
 # --- Judge examples -------------------------------------------------------------------------------
@@ -160,6 +158,19 @@ def make_stream(request: pytest.FixtureRequest):
         return stream
 
     return make
+
+
+def test_episodes_that_fit_no_context_are_left_out_unless_all_are(make_stream) -> None:
+    unfit = Conversation(task=TASK, end="context")
+    stream = make_stream(examples=None)
+    whole = {tuple(c.tokens) for played, _ in draw(stream, 9) for c in played.conversations}
+    stream.make_episode = lambda n: episode(n) if n % 3 else unfit
+    some = [c for batch, _ in stream._generate(0) for c in batch if c.tokens]
+    assert len(some) == sum(n % 3 > 0 for n in range(WINDOW))
+    assert {tuple(c.tokens) for c in some} <= whole
+    stream.make_episode = lambda n: unfit
+    with pytest.raises(ValueError, match=r"`rollout.context_tokens`: none of"):
+        stream._generate(0)
 
 
 def draw(stream: Stream, count: int) -> list[tuple[Played, list[int]]]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from opd_jax.envs.base import NoTasks
 from opd_jax.experience.tasks import (
     Panel,
     TaskOrder,
@@ -60,6 +61,37 @@ def test_a_split_has_its_size_and_digest_or_the_setting_that_named_it_is_told() 
         find_panels(Counted(0), {"train": "data.split"})
     with pytest.raises(ValueError, match=r"`eval.splits`.*'dev'.*train"):
         find_panels(Counted(3), {"dev": "eval.splits"})
+
+
+class Partial(Counted):
+    """Has the data of some splits."""
+
+    def size(self, split: str) -> int:
+        if split not in ("a", "b", "c"):
+            raise ValueError(f"no split {split!r}")
+        if split in self.absent:
+            raise NoTasks(f"no file {split}.jsonl")
+        return self.tasks
+
+    def __init__(self, absent: str):
+        super().__init__(2)
+        self.absent = absent
+
+
+def test_a_benchmarks_missing_split_is_left_out_unless_all_are(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    splits = dict.fromkeys("abc", "eval.splits")
+    for absent, left in (("", "abc"), ("b", "ac"), ("ac", "b")):
+        assert [*find_panels(Partial(absent), splits, optional="abc")] == [*left]
+    assert caplog.text.count("no file a.jsonl; split 'a' is left out") == 1
+    with pytest.raises(ValueError, match=r"`eval.splits`: no file a.jsonl"):
+        find_panels(Partial("abc"), splits, optional="abc")
+    # Asked for by name, or unknown: a mistake.
+    with pytest.raises(ValueError, match=r"`eval.splits`: no file b.jsonl"):
+        find_panels(Partial("b"), splits, optional="ac")
+    with pytest.raises(ValueError, match=r"`eval.splits`: no split 'd'"):
+        find_panels(Partial(""), {"d": "eval.splits"}, optional="d")
 
 
 def test_a_workdir_holds_the_tasks_of_one_run(

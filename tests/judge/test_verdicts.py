@@ -376,14 +376,33 @@ def test_a_question_may_fill_the_teachers_positions_and_no_more(
     used = len(judge.question(empty, 0))
     fits = judge.model.max_positions - room - used
 
-    def ask(size: int) -> np.ndarray:
-        played = [Conversation(task=TASK, turns=[replace(TURN, response="x" * size)])]
-        return judged(params, played, by=judge, max_turns=1).verdict
+    def play(*sizes: int) -> list[Conversation]:
+        return [
+            Conversation(task=TASK, turns=[replace(TURN, response="x" * size)]) for size in sizes
+        ]
 
-    assert ask(fits).tolist() == [[Verdict.SKIP]]
-    wrong = rf"`judge`: a prompt of {used + fits + 1} tokens.*256 positions; lower `judge.admissib"
-    with pytest.raises(ValueError, match=wrong):
-        ask(fits + 1)
+    got = judged(params, play(fits, fits + 1, 0), by=judge, max_turns=1)
+    assert got.verdict[:, 0].tolist() == [Verdict.SKIP, Verdict.STRONG, Verdict.SKIP]
+    assert got.unparsable[:, 0].tolist() == got.too_long[:, 0].tolist() == [False, True, False]
+    assert got.asked.all()
+
+
+def test_only_a_judge_that_no_question_fits_is_a_mistake(
+    random_judge: Judge, caplog: pytest.LogCaptureFixture
+) -> None:
+    judge, params = always(with_settings(random_judge, decode="constrained"), "SKIP", END)
+    task = replace(TASK, id="t/wordy")
+    wordy = Conversation(task=task, turns=[replace(TURN, response="x" * 300)])
+    short = Conversation(task=TASK, turns=[TURN])
+    label = teacher_judge(params, by=judge, max_turns=1)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"`judge`: none of 2 questions.*admissible_shown"):
+            label([wordy, wordy], 1)
+    assert label([wordy, short], 1)[1]["judge/unparsable"] == (1, 2)
+    # One that has answered is no mistake: later a batch may have nothing but long questions.
+    verdict, metrics = label([wordy], 2)
+    assert (verdict.tolist(), metrics["judge/unparsable"]) == ([[Verdict.STRONG]], (1, 1))
+    assert caplog.text.count("t/wordy") == 1
 
 
 @pytest.mark.parametrize("decode", ["constrained", "generate"])
@@ -514,10 +533,19 @@ def test_fewer_conversations_than_devices_are_judged_on_a_mesh(
     np.testing.assert_array_equal(got.verdict, expected.verdict)
 
 
-def test_a_conversation_longer_than_the_teachers_positions_is_refused(
+def test_turns_beyond_the_teachers_positions_are_not_judged(
     params: model.Params, behind: Judge
 ) -> None:
     played = talk(behind, 0, "." * 12)
     assert len(played.tokens) > behind.model.max_positions
-    with pytest.raises(ValueError, match=r"`judge`: a prompt of \d+ tokens.*256 positions"):
-        judged(params, [played], by=behind, max_turns=12)
+    short = talk(behind, 1, "..")
+    got = judged(params, [played, short], by=behind, max_turns=12)
+    late = got.too_long[0].tolist()
+    assert late == sorted(late)
+    assert 0 < sum(late) < 12
+    assert not got.too_long[1].any()
+    # What fits is judged as if the rest were not there.
+    kept = late.index(True)
+    cut = replace(played, turns=played.turns[:kept], spans=played.spans[:kept])
+    alone = judged(params, [cut, short], by=behind, max_turns=12)
+    assert got.verdict[:, :kept].tolist() == alone.verdict[:, :kept].tolist()

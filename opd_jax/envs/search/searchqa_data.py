@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from opd_jax.envs.base import NoTasks
 from opd_jax.envs.search.questions import Question, panel
 
 # Set -> its evaluation file: `dev` if the published test questions have no answers.
@@ -31,11 +32,12 @@ def read_questions(folder: Path, name: str, file: str) -> Iterator[Question]:
     """The questions of one file of the set `name`.
 
     Raises:
-      ValueError: the file is missing, or a line is not a question; names file and line.
+      NoTasks: the file is missing.
+      ValueError: a line is not a question; names file and line.
     """
     path = folder / file
     if not path.is_file():
-        raise ValueError(
+        raise NoTasks(
             f"`data`: no file `{path}`; put the JSONL files of FlashRAG's datasets under "
             f"`{folder}`, a folder for each set"
         )
