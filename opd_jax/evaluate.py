@@ -314,12 +314,12 @@ def run(config: FrozenConfigDict, workdir: Path, policy: str) -> dict[str, Figur
     """
     settings = read_settings(config)
     check_same_run(config, workdir, binds=binds_an_evaluation(settings))
-    build.check_named(settings)
-    check_models(settings, workdir)
     panels = build.eval_panels(settings)
     for split in _splits(settings, panels):
         processes.say(describe(split, panels[split]))
     if policy == "model":
+        build.check_named(settings)
+        check_models(settings, workdir)
         mesh = make_mesh(**dataclasses.asdict(settings.mesh))
         with jax.set_mesh(mesh):
             results = _evaluate_student(settings, workdir, mesh, panels)

@@ -163,7 +163,6 @@ def _settings(**variables: str) -> dict[str, Any]:
         "JAX_COMPILATION_CACHE_DIR": str(CACHE),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "XLA_FLAGS": " ".join(QUICK_TO_COMPILE),
-        "PYTHONPATH": str(ROOT / "tests" / "no_torch"),  # TensorBoard's writer would load torch
         **variables,
     }
     pipe = subprocess.PIPE

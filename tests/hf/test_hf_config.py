@@ -182,7 +182,10 @@ MIXTURE = {
             "`shared_expert_intermediate_size` = 16 .*supported: 0",
         ),
         ({"num_experts_per_tok": 9}, "`num_experts_per_tok` = 9 .*at most num_experts = 8"),
-        ({"num_local_experts": None}, "`num_experts` in config.json must be a positive int"),
+        (
+            {"num_local_experts": None, "num_experts": None},
+            "`num_experts` in config.json must be a positive int",
+        ),
         ({"moe_intermediate_size": 0}, "`moe_intermediate_size` .* positive int, got 0"),
     ],
 )
