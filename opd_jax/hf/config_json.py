@@ -137,6 +137,9 @@ def _read_family(folder: Path, raw: dict) -> _Family:
     architecture = next(iter(raw.get("architectures") or ()), None)
     if architecture not in FAMILIES:
         _refuse(folder, "architectures", architecture, ", ".join(FAMILIES))
+    model_type = FAMILIES[architecture].model_type
+    if raw.get("model_type", model_type) != model_type:  # `transformers` goes by this one
+        _refuse(folder, "model_type", raw["model_type"], f"{model_type} for {architecture}")
     fixed = _FIXED | _FIXED_EXPERTS if FAMILIES[architecture].experts else _FIXED
     for key, value in fixed.items():
         if raw.get(key, value) not in (None, value):

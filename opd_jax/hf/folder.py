@@ -13,7 +13,17 @@ _WEIGHTS = (
 
 
 def check_folder(folder: Path) -> None:
-    """ValueError if the folder does not exist; says how a model is downloaded."""
+    """Checks that a model folder exists and holds a whole model.
+
+    Raises:
+      ValueError: it does not exist, with how a model is downloaded; or it holds adapters, which
+        `transformers` would add.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"model folder `{folder}` holds adapters (adapter_config.json); merge them into the "
+            "model with `merge_and_unload` of peft, and give the folder of the sum"
+        )
     if folder.is_dir():
         return
     # OWNER/NAME, as models of the Hub are called, and not a path into a folder that is there.

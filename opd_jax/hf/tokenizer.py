@@ -61,7 +61,7 @@ def write_for_both(folder: Path) -> None:
         return
     content = read_json(path, advice="fetch it again")
     before = dict(content)
-    if content.get("tokenizer_class") == "TokenizersBackend":
+    if str(content.get("tokenizer_class")).endswith("Backend"):
         content["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(content.get("extra_special_tokens"), list):
         content["additional_special_tokens"] = content.pop("extra_special_tokens")

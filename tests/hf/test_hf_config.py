@@ -157,6 +157,7 @@ MIXTURE = {
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel'.*Qwen3ForCausalLM, Qwen2"),
         ({"architectures": None}, "`architectures` = None"),
+        ({"model_type": "qwen3"}, "`model_type` = 'qwen3' .*: llama for LlamaForCausalLM"),
         ({"attention_bias": True}, "`attention_bias` = True"),
         ({"mlp_bias": True}, "`mlp_bias` = True"),
         ({"hidden_act": "gelu"}, "`hidden_act` = 'gelu'.*supported: 'silu'"),
@@ -196,6 +197,13 @@ def test_what_is_not_computed_is_refused(
     source = references["qwen3_moe" if mixture else "llama"].folder
     folder = write_config(tmp_path, source, changes)
     with pytest.raises(ValueError, match=f"`{tmp_path}`.*{text}"):
+        hf.read_config(folder)
+
+
+def test_a_folder_with_adapters_is_refused(references: dict, tmp_path: Path) -> None:
+    folder = write_config(tmp_path, references["llama"].folder, {})
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds adapters .*`merge_and_unload`"):
         hf.read_config(folder)
 
 
