@@ -122,10 +122,10 @@ def _load_leaf(
     return jax.block_until_ready(jax.jit(quantize, out_shardings=sharding)(weight))
 
 
-def _weight_files(folder: Path) -> dict[str, list[str] | None]:
-    """Each file of weights, and which of its tensors count; None for all."""
+def _weight_files(folder: Path) -> dict[str, list[str]]:
+    """Each file of weights, and the tensors that the index looks for there."""
     if (folder / WEIGHTS).is_file():  # beside an index too, as `transformers` does
-        return {WEIGHTS: None}
+        return {WEIGHTS: []}
     if not (folder / INDEX).is_file():
         found = ", ".join(sorted(p.name for p in folder.glob("*"))[:8]) or "nothing"
         raise ValueError(
@@ -135,15 +135,16 @@ def _weight_files(folder: Path) -> dict[str, list[str] | None]:
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"`{folder / INDEX}` must hold a `weight_map`; fetch it again")
-    files: dict[str, list[str] | None] = {}
+    files: dict[str, list[str]] = {}
     for tensor, name in sorted(weight_map.items()):
-        files[name] = [*(files.get(name) or ()), tensor]
+        files.setdefault(name, []).append(tensor)
     return files
 
 
 def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
     """All tensors of the folder by name, as lazy slices. Only headers are read."""
     tensors: dict[str, Any] = {}
+    indexed: dict[str, Any] = {}
     for name, wanted in _weight_files(folder).items():
         path = folder / name
         try:
@@ -156,10 +157,10 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
             raise ValueError(
                 f"`{path}` is not a complete safetensors file ({error}); fetch it again"
             ) from None
-        there = file.keys()
-        names = there if wanted is None else set(there).intersection(wanted)
-        tensors |= {tensor: file.get_slice(tensor) for tensor in names}
-    return tensors
+        there = {tensor: file.get_slice(tensor) for tensor in file.keys()}  # noqa: SIM118
+        tensors |= there
+        indexed |= {tensor: there[tensor] for tensor in wanted if tensor in there}
+    return tensors | indexed  # of two tensors of one name, the one that the index means
 
 
 def _check_tensors(folder: Path, config: ModelConfig, tensors: dict[str, Any]) -> None:
