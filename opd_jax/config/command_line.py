@@ -8,6 +8,7 @@ from ml_collections import FrozenConfigDict
 
 from opd_jax.config.flags import closest, flag_pairs, read_value
 from opd_jax.config.loading import flatten, load
+from opd_jax.runtime.files import local_path
 
 
 @overload
@@ -85,7 +86,8 @@ def parse_command_line(
             raise ValueError(f"flag `--{name}` is required: add `--{name}={_placeholder(name)}`")
     extra = {name: _flag_value(name, default, given.get(name)) for name, default in flags.items()}
     config = load(given["config"], overrides) if needs_config else None
-    return config, Path(given["workdir"]) if needs_workdir else None, extra
+    workdir = local_path(given["workdir"], name="--workdir") if needs_workdir else None
+    return config, workdir, extra
 
 
 def _flag_value(name: str, default: Any, text: str | None) -> Any:

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 import opd_jax
 from opd_jax.config.flags import closest, flag_pairs, read_optional, read_sequence, read_value
+from opd_jax.runtime.files import local_path
 
 # A wheel holds the configs as `opd_jax.configs`. A checkout has them beside the package.
 _CHECKOUT = Path(opd_jax.__path__[0]).parent
@@ -103,7 +104,8 @@ def _build(text: str) -> ConfigDict:
             f"`quickstart:runlocal` or `path/to/mine.py`; got `{text}`"
         )
     name, arg = match[1], match[2]
-    path = Path(name) if name.endswith(".py") else _shipped() / f"{name}.py"
+    shipped = not name.endswith(".py")
+    path = _shipped() / f"{name}.py" if shipped else local_path(name, name="--config")
     if not path.is_file():
         there = _config_names(path.parent)
         raise ValueError(

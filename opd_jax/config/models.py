@@ -14,6 +14,7 @@ from opd_jax.agent.chat import ChatFormat
 from opd_jax.config.settings import Settings
 from opd_jax.judge.prompt import PHRASES
 from opd_jax.model import ModelConfig, Params, init_params, param_specs
+from opd_jax.runtime.files import local_path
 from opd_jax.runtime.mesh import param_shardings
 
 EMBEDDED = Path(__file__).parents[1] / "pair"
@@ -41,10 +42,10 @@ class LoadedModel:
 def model_folder(reference: str) -> Path:
     """The folder of a model reference: a path, or `embedded:NAME` for a model of the package.
 
-    ValueError if the package has no such model.
+    ValueError if the package has no such model, or the path is an address of another kind.
     """
     if not reference.startswith("embedded:"):
-        return Path(reference).expanduser()
+        return local_path(reference, name="student` or `teacher")
     folder = EMBEDDED / (name := reference.removeprefix("embedded:"))
     if not name or not folder.is_dir():
         known = ", ".join(f"embedded:{path.name}" for path in sorted(EMBEDDED.iterdir()))

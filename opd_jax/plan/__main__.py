@@ -15,7 +15,6 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,6 +29,7 @@ from opd_jax.plan.smallest import smallest
 from opd_jax.plan.verdict import MISFIT, verdict
 from opd_jax.report.tables import table
 from opd_jax.runtime.exits import reported
+from opd_jax.runtime.files import local_path
 
 
 def main(argv: Sequence[str]) -> None:
@@ -65,7 +65,7 @@ def _run(config: Any, given: Sequence[str], flags: dict[str, Any]) -> None:
         if not flags["compile"] or not has_compiler(topology):
             return describe(run, None)
         results = {}
-        cache = Path(flags["cache"] or DEFAULT_CACHE)
+        cache = local_path(flags["cache"] or DEFAULT_CACHE, name="--cache")
         for program, result in compile_programs(run, cache=cache, limit_s=flags["limit_s"]):
             results[program.name] = result
             if flags["smallest"] and verdict(run, program, result) == MISFIT:

@@ -17,12 +17,22 @@ from pathlib import Path
 MISTAKE = 2  # the user's: in the command, the config or a folder
 DISK = 74  # full, or cannot be written (EX_IOERR of sysexits.h)
 WORLD = 75  # a server, an engine or another process failed (EX_TEMPFAIL)
+INTERRUPTED = 130  # Ctrl-C before there was anything to save (128 + SIGINT)
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+# A file where a folder is needed, or a folder where a file is.
+_PLACE_ERRORS = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
 # The storage layer of checkpoints raises other types, with the system's words in their text.
 _DISK_WORDS = re.compile(
     "|".join(os.strerror(code) for code in sorted(_DISK_ERRORS - {errno.EIO, errno.EPERM}))
 )
+
+
+class Stopped(SystemExit):
+    """A signal ended the command, and what was finished is saved; the status is 0."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
 
 
 class WorldFailed(RuntimeError):
@@ -49,6 +59,9 @@ def reported() -> Iterator[None]:
         message, status = known
         print_error(message)
         raise SystemExit(status) from None
+    except KeyboardInterrupt:
+        print_error("interrupted")
+        raise SystemExit(INTERRUPTED) from None
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
@@ -59,11 +72,14 @@ def explain(error: BaseException) -> tuple[str, int] | None:
             not isinstance(cause, OSError) and _DISK_WORDS.search(str(cause))
         ):
             return _about_the_disk(cause), DISK
-        cause = cause.__cause__ or cause.__context__
+        shown = not cause.__suppress_context__
+        cause = cause.__cause__ or (cause.__context__ if shown else None)
     if isinstance(error, WorldFailed):
         return f"{error}; the same command goes on from the last checkpoint", WORLD
     if isinstance(error, ValueError):
         return str(error), MISTAKE
+    if isinstance(error, OSError) and error.errno in _PLACE_ERRORS:
+        return f"a path cannot be used: {error}; give another, or move away what is there", MISTAKE
     return None
 
 

@@ -1,9 +1,33 @@
-"""JSON and text files: read with a clear error, replaced as a whole."""
+"""Paths that a user gives, and JSON and text files: read with an error, replaced as a whole."""
 
+import contextlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
+
+
+def local_path(text: str | Path, *, name: str) -> Path:
+    """A path that a user gives, with a leading `~` replaced by the home directory.
+
+    Args:
+      text: the path.
+      name: the flag or field that gives it, for the error.
+
+    Raises:
+      ValueError: it is a URL, such as gs://bucket/run, or names a home that does not exist.
+    """
+    # Two letters or more: a path of Windows begins with one. `Path` makes one slash of two.
+    if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(text)):
+        raise ValueError(
+            f"`{name}`: `{text}` is a URL; expected a folder: mount what `{scheme[1]}` holds, and "
+            "give a path below the mount"
+        )
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"`{name}`: `{text}`: {error}; write the path out") from None
 
 
 def read_json(
@@ -26,10 +50,27 @@ def read_json(
 
 def replace_text(path: Path, text: str) -> None:
     """Writes a file so that a kill or a crash leaves the old content or the new one."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """As `replace_text`."""
     # Processes that write the same file at the same time must not share a temporary one.
     temporary = path.with_name(f"{os.getpid()}.{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Removes what `replace_text` left where it was killed. Nobody else may be writing there."""
+    for path in folder.glob("*.tmp"):
+        if re.fullmatch(r"\d+\..+\.tmp", path.name):
+            path.unlink(missing_ok=True)

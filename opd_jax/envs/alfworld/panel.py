@@ -14,6 +14,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from opd_jax.runtime.files import local_path
+
 SPLITS = ("train", "valid_seen", "valid_unseen")
 TASK_TYPES = (
     "pick_and_place_simple",
@@ -68,7 +70,7 @@ def data_folder(data: str) -> Path:
     name = data or os.environ.get(VARIABLE, "")
     if not name:
         raise ValueError(f"`data`: expected a folder with ALFWorld games, got none; {_REMEDY}")
-    root = Path(name).expanduser()
+    root = local_path(name, name="data")
     for folder in (root / "json_2.1.1", root):
         if any((folder / split).is_dir() for split in SPLITS):
             return folder.resolve()

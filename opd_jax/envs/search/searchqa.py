@@ -6,13 +6,13 @@ searches Wikipedia 2018 with E5 and a flat FAISS index, as Search-R1's server do
 """
 
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 from opd_jax.envs.search.env import OTHERS, SearchEnv
 from opd_jax.envs.search.retrieval import Retriever, load_bm25
 from opd_jax.envs.search.retrieval_client import HttpRetriever
 from opd_jax.envs.search.searchqa_data import SETS, TRAIN, questions
+from opd_jax.runtime.files import local_path
 
 
 @cache  # all environments of a process share the index, or the client that batches their queries
@@ -36,7 +36,7 @@ def open_retriever(
         return HttpRetriever(
             where, timeout_s=timeout_s, retry_minutes=retry_minutes, wait_s=wait_s, batch=batch
         )
-    return load_bm25(Path(where))
+    return load_bm25(local_path(where, name="retriever"))
 
 
 class SearchQA(SearchEnv):
@@ -53,7 +53,7 @@ class SearchQA(SearchEnv):
     """
 
     def __init__(self, *, data: str, train_questions: int, test_questions: int, **settings: Any):
-        folder = Path(data)
+        folder = local_path(data, name="data")
         if not data or not folder.is_dir():
             raise ValueError(
                 f"`data`: expected a folder with the question files of SearchQA, got {data!r}; "
