@@ -1,0 +1,207 @@
+"""Who may write in a folder: one process at a time, and the next one when it is gone."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opd_jax.runtime import lease
+from opd_jax.runtime.exits import WORLD
+from opd_jax.runtime.lease import EXPIRES_S, FILE, Owner, held
+
+ROOT = Path(__file__).parents[2]
+HOLD = """
+import sys, time
+from pathlib import Path
+from opd_jax.runtime import lease
+lease.HEARTBEAT_S = float(sys.argv[2])
+with lease.held(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def write(folder: Path, *, age_s: float = 0.0, **owner: Any) -> None:
+    """A lease that another process might have left."""
+    content = dataclasses.asdict(dataclasses.replace(Owner.this_process(), **owner))
+    text = json.dumps({"owner": content, "heartbeat": time.time() - age_s})
+    (folder / FILE).write_text(text)
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Any:
+    """A living process that holds the lease on `tmp_path`, with frequent heartbeats."""
+    words = [sys.executable, "-c", HOLD, str(tmp_path), "0.05"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def dead_pid() -> int:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    return process.pid
+
+
+def test_a_folder_is_created_and_nothing_is_left_in_it(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    with held(folder) as opened:
+        assert opened == folder
+        assert [path.name for path in folder.iterdir()] == [FILE]
+    assert list(tmp_path.iterdir()) == []
+    with held(folder):
+        (folder / "result").touch()
+    assert [path.name for path in folder.iterdir()] == ["result"]
+    with pytest.raises(KeyError), held(tmp_path / "refused"):
+        raise KeyError
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_second_writer_is_refused_in_a_line(tmp_path: Path, holder: Any) -> None:
+    before = json.loads((tmp_path / FILE).read_text())
+    with pytest.raises(ValueError, match=f"process {holder.pid} on .* is working in") as error:
+        held(tmp_path).__enter__()
+    assert "\n" not in str(error.value)
+    time.sleep(0.3)
+    after = json.loads((tmp_path / FILE).read_text())
+    assert after["owner"] == before["owner"]
+    assert after["heartbeat"] > before["heartbeat"]
+
+
+def test_the_lease_of_a_killed_process_is_taken_over(tmp_path: Path, holder: Any) -> None:
+    (tmp_path / "12.summary.json.tmp").touch()  # as a kill in the middle of a write leaves it
+    (tmp_path / "notes.tmp").touch()
+    holder.kill()  # and nobody has waited for it yet
+    with held(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == {FILE, "notes.tmp"}
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        lambda: {"pid": dead_pid()},
+        lambda: {"start": "1"},  # its number belongs to another process by now
+        lambda: {"age_s": EXPIRES_S + 1},  # it lives, but was paused
+        lambda: {"host": "elsewhere", "age_s": EXPIRES_S + 1},
+        lambda: {"space": "another boot", "age_s": EXPIRES_S + 1},
+    ],
+)
+def test_an_expired_lease_is_taken_over(left: Callable[[], dict], tmp_path: Path) -> None:
+    write(tmp_path, **left())
+    with held(tmp_path):
+        owner = json.loads((tmp_path / FILE).read_text())["owner"]
+        assert owner == dataclasses.asdict(Owner.this_process())
+    assert not (tmp_path / FILE).exists()
+
+
+@pytest.mark.parametrize("elsewhere", [{"host": "elsewhere"}, {"space": "another container"}])
+@pytest.mark.parametrize("given_up", [True, False])
+def test_a_lease_of_another_machine_is_waited_for(
+    elsewhere: dict,
+    given_up: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(lease, "_LOOK_S", 0.01)
+    # Its clock is ahead, so that its age never shows.
+    write(tmp_path, pid=dead_pid(), age_s=-1e6, **elsewhere)
+    if given_up:
+        threading.Timer(0.5, (tmp_path / FILE).unlink).start()
+    else:
+        monkeypatch.setattr(lease, "EXPIRES_S", 0.5)
+    start = time.monotonic()
+    with held(tmp_path):
+        assert time.monotonic() - start > 0.4
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "on elsewhere" in line or "space" in elsewhere
+    assert "waiting" in line
+
+
+def test_a_lease_that_is_not_written_to_its_end_expires_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "_LOOK_S", 0.01)
+    monkeypatch.setattr(lease, "EXPIRES_S", 0.3)
+    (tmp_path / FILE).write_text('{"owner"')
+    with held(tmp_path):
+        assert json.loads((tmp_path / FILE).read_text())
+
+
+def test_a_process_that_lost_its_lease_ends(tmp_path: Path, holder: Any) -> None:
+    write(tmp_path, host="elsewhere")
+    there = (tmp_path / FILE).read_text()
+    assert holder.wait(60) == WORLD
+    (line,) = holder.stderr.read().splitlines()
+    assert str(tmp_path) in line
+    assert (tmp_path / FILE).read_text() == there
+
+
+def test_of_many_at_once_one_gets_an_expired_lease(tmp_path: Path) -> None:
+    write(tmp_path, pid=dead_pid())
+    words = [sys.executable, "-c", HOLD, str(tmp_path), "20"]
+    pipe = subprocess.PIPE
+    running = [subprocess.Popen(words, cwd=ROOT, stderr=pipe, text=True) for _ in range(3)]
+    refused = []
+    deadline = time.monotonic() + 120
+    while len(refused) < 2 and time.monotonic() < deadline:
+        refused = [process for process in running if process.poll() is not None]
+        time.sleep(0.05)
+    time.sleep(1)
+    (winner,) = (process for process in running if process.poll() is None)
+    assert json.loads((tmp_path / FILE).read_text())["owner"]["pid"] == winner.pid
+    winner.kill()
+    for process in running:
+        assert f"process {winner.pid} on" in process.communicate()[1] or process is winner
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("file", "not a folder"),
+        ("file/below", "not a folder"),
+        ("dangling", "not a folder"),
+        ("/proc/nothing/below", "cannot be made"),
+        ("gs://bucket/run", "URL"),
+        ("hdfs://host:9000/run", "URL"),
+        ("~nobody-of-this-name/run", "home"),
+    ],
+)
+def test_what_cannot_be_a_folder_is_refused_in_a_line(
+    name: str, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "below")
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=word) as error:
+        held(Path(name)).__enter__()
+    assert "`--workdir`" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    for folder in (tmp_path, tmp_path / "new"):
+        with pytest.raises(ValueError, match=r"cannot be made or written \(EACCES\)"):
+            held(folder).__enter__()
+
+
+def test_the_home_directory_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with held(Path("~/run")) as folder:
+        assert folder == tmp_path / "run"
+        assert folder.is_dir()
