@@ -9,6 +9,7 @@ counters, host-side random state).
 import functools
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -38,6 +39,12 @@ class CheckpointSettings:
 
     def __post_init__(self):
         check_within(1, every=self.every, keep=self.keep)
+
+
+def saved_steps(directory: Path) -> list[int]:
+    """The steps of the complete checkpoints in a directory, ascending; no save under way counts."""
+    names = (path.name for path in directory.glob("*/") if path.name.isdecimal())
+    return sorted(map(int, names))
 
 
 class _AnotherRun(ValueError):
@@ -74,6 +81,8 @@ class Checkpoints:
         Raises:
           ValueError: `step` is not newer than the newest checkpoint, or `meta` is not JSON.
         """
+        if self._opened is None and processes.is_first():
+            self._remove_leftovers()
         manager, ocp = self._manager()
         newest = manager.latest_step()
         if newest is not None and step <= newest:
@@ -92,10 +101,8 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, or None. Waits for a save in progress."""
-        if not self.directory.is_dir():
-            return None
         self.wait()
-        return self._manager()[0].latest_step()
+        return max(saved_steps(self.directory), default=None)
 
     def restore(
         self, step: int, abstract: Any, *, partial: bool = False
@@ -117,9 +124,12 @@ class Checkpoints:
             `abstract`; or its files cannot be read. Nothing on disk is changed. The message names
             the checkpoint before it; the user decides whether to resume from that one.
         """
-        steps = [] if self.latest() is None else sorted(self._manager()[0].all_steps())
-        if step not in steps:
+        self.wait()
+        if step not in (steps := saved_steps(self.directory)):
             raise ValueError(f"no checkpoint {step} in `{self.directory}`; saved steps: {steps}")
+        return self._restore(step, abstract, partial)
+
+    def _restore(self, step: int, abstract: Any, partial: bool) -> tuple[Any, dict[str, Any]]:
         abstract = jax.tree.map(_wanted, abstract)
         try:
             self._check_match(step, abstract, partial)
@@ -130,7 +140,7 @@ class Checkpoints:
             if processes.is_lost(error):
                 raise
             # Corrupt bytes surface as any of a dozen exception types.
-            raise ValueError(self._advice(step, steps, _one_line(error))) from None
+            raise ValueError(self._advice(step, _one_line(error))) from None
 
     def restore_latest(
         self, abstract: Any, *, partial: bool = False
@@ -139,10 +149,11 @@ class Checkpoints:
 
         Arguments and errors as in `restore`.
         """
-        # All processes take the step that process 0 sees: a network file system may show others an
-        # older state of the directory.
-        step = processes.first(self.latest())
-        return None if step is None else (step, *self.restore(step, abstract, partial=partial))
+        # All processes take the step that process 0 sees, and list nothing themselves: a network
+        # file system may show them an older state of the directory.
+        self.wait()
+        step = processes.first(self.latest() if processes.is_first() else None)
+        return None if step is None else (step, *self._restore(step, abstract, partial))
 
     def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
         """The shape of each array of checkpoint `step` by its path, as `params/embed`.
@@ -184,6 +195,11 @@ class Checkpoints:
             self._opened = (manager, ocp)
         return self._opened
 
+    def _remove_leftovers(self) -> None:
+        """Removes what killed saves left. Only who saves does, so it is nobody's save under way."""
+        for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path, ignore_errors=True)
+
     def _check_match(self, step: int, abstract: Any, partial: bool) -> None:
         """Compares names, shapes and dtypes before reading: orbax would cast dtypes silently."""
         metadata = self._manager()[0].item_metadata(step)["state"]
@@ -210,9 +226,9 @@ class Checkpoints:
         restored = manager.restore(step, args=items)
         return restored["state"], restored["meta"]
 
-    def _advice(self, step: int, steps: list[int], problem: str) -> str:
+    def _advice(self, step: int, problem: str) -> str:
         broken = self.directory / str(step)
-        older = [other for other in steps if other < step]
+        older = [other for other in saved_steps(self.directory) if other < step]
         if older:
             good = self.directory / str(older[-1])
             advice = f"to resume from the older checkpoint `{good}`, move `{broken}` away"
@@ -256,9 +272,9 @@ def _one_line(error: BaseException) -> str:
 def _quieten_orbax() -> None:
     """Silences two reports of orbax that tell a user nothing.
 
-    Orbax logs each step of each save. And if an array cannot be read, it closes the event loop of
-    the other reads. Each of those then reports the closed loop as an unraisable exception, possibly
-    after `restore` has raised the error itself.
+    Orbax logs each step of each save, and errors that it also raises. And if an array cannot be
+    read, it closes the event loop of the other reads. Each of those then reports the closed loop as
+    an unraisable exception, possibly after `restore` has raised the error itself.
     """
     logging.getLogger("absl").addFilter(_not_orbax_chatter)
     report = sys.unraisablehook
@@ -271,4 +287,6 @@ def _quieten_orbax() -> None:
 
 
 def _not_orbax_chatter(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR or "orbax" not in record.pathname
+    # An error with a traceback is one of its threads': `save` or `wait` raises it.
+    told = record.levelno >= logging.ERROR and not record.exc_info
+    return told or "orbax" not in record.pathname
