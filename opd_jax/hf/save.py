@@ -1,9 +1,12 @@
 """Writes parameters as a Hugging Face folder, one file of weights after another."""
 
+import errno
+import glob
 import itertools
 import json
 import operator
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,11 +49,13 @@ def save_model(
 ) -> None:
     """Writes a folder that `transformers` 4.51 and later open: config.json, weights, tokenizer.
 
-    It is written under another name and then renamed, so it is complete or absent. The host holds
-    `params` and the content of one file at a time.
+    It is written under another name and then renamed, so it is complete or absent. A folder that
+    exists cannot be replaced if something is mounted there. So it is filled, with config.json last:
+    without that, nobody takes it for a model. The host holds `params` and the content of one file
+    at a time.
 
     Args:
-      folder: absent or empty.
+      folder: absent or empty, or a link to such a folder. What killed exports left does not count.
       params: arrays of jax or numpy. A `LoraWeight` is written as W + (α / r) · A B and an
         `Int8Weight` as values · scale, computed in float32 and rounded once.
       tokenizer_from: a `transformers` tokenizer, or a model folder. All its files beside the
@@ -60,12 +65,10 @@ def save_model(
         index.
 
     Raises:
-      ValueError: the folder exists and is not empty, `params` and `config` disagree, no
+      ValueError: the folder is in use or cannot be written, `params` and `config` disagree, no
         architecture fits `config`, or `tokenizer_from` holds no tokenizer.
     """
-    folder, dtype = Path(folder), np.dtype(dtype)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"`{folder}` must be absent or an empty folder; it is not overwritten")
+    folder, dtype = _check_folder(Path(folder)), np.dtype(dtype)
     _check_params(params, config)
     content = config_json(config, dtype_name=dtype.name)
     is_folder = isinstance(tokenizer_from, (str, os.PathLike))
@@ -74,8 +77,7 @@ def save_model(
     if is_folder and (Path(tokenizer_from) / "config.json").is_file():
         content |= read_token_ids(tokenizer_from)
 
-    partial = folder.absolute().with_name(f".{folder.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
+    partial = _partial_folder(folder)
     try:
         if is_folder:
             copy_beside_weights(Path(tokenizer_from), partial)
@@ -84,7 +86,12 @@ def save_model(
             write_tokenizer(partial, tokenizer)
         (partial / "config.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
         _write_weights(partial, params, config, dtype, max_shard_bytes)
-        partial.replace(folder)
+        if partial.parent == folder:
+            for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
+                file.replace(folder / file.name)
+            partial.rmdir()
+        else:
+            partial.replace(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -98,6 +105,55 @@ def _token_ids(tokenizer: Any, model_type: str) -> dict[str, int | None]:
     """
     ids = {name: getattr(tokenizer, name) for name in TOKEN_IDS}
     return {name: i for name, i in ids.items() if i is not None or model_type == "llama"}
+
+
+def _check_folder(folder: Path) -> Path:
+    """The folder to write, with links followed."""
+    try:
+        target = folder.resolve()
+        used = target.exists() and (
+            not target.is_dir()
+            # The root of a disk has a `lost+found`.
+            or any(not _is_leftover(p) for p in target.iterdir() if p.name != "lost+found")
+        )
+    except (OSError, RuntimeError) as error:  # a loop of links, a folder that cannot be read
+        raise ValueError(f"`{folder}` cannot be used: {type(error).__name__}") from None
+    if used:
+        raise ValueError(f"`{folder}` must be absent or an empty folder; it is not overwritten")
+    return target
+
+
+def _partial_folder(folder: Path) -> Path:
+    """A new folder to write in: inside `folder` if that exists, else beside it."""
+    where = folder if folder.exists() else folder.parent
+    partial = where / f".{folder.name}.{os.getpid()}.partial"
+    for path in where.glob(f".{glob.escape(folder.name)}.*.partial"):
+        if _is_leftover(path):
+            shutil.rmtree(path, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        code = errno.errorcode.get(error.errno or 0, type(error).__name__)
+        raise ValueError(
+            f"`{folder}` cannot be made or written ({code}); choose another folder"
+        ) from None
+    return partial
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a process of this machine that is dead left it half-written."""
+    found = re.fullmatch(r"\..+\.(\d+)\.partial", path.name)
+    if not found:
+        return False
+    try:
+        os.kill(int(found[1]), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        pass
+    return int(found[1]) == os.getpid()
 
 
 def _check_params(params: Params, config: ModelConfig) -> None:
