@@ -2,6 +2,7 @@
 
 import json
 import math
+import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,12 @@ from typing import Any
 import numpy as np
 
 from opd_jax.runtime import processes
-from opd_jax.runtime.files import read_json, replace_text
+from opd_jax.runtime.files import (
+    read_json,
+    remove_temporaries,
+    replace_bytes,
+    replace_text,
+)
 
 
 class JsonlWriter:
@@ -49,8 +55,9 @@ class JsonlWriter:
 class EventWriter:
     """Writes the scalars of `JsonlWriter` to a TensorBoard event file; each `write` flushes it.
 
-    Every start of a run adds one file to `directory`, which is created. With `resume_step`
-    TensorBoard hides the events of later steps in earlier files.
+    Every start of a run adds one file to `directory`, which is created. Events of steps after
+    `resume_step`, or all of them if it is None, are dropped from earlier files: they belong to
+    updates that are done again. A TensorBoard that shows them already is told to hide them.
     """
 
     def __init__(self, directory: Path, *, resume_step: int | None):
@@ -60,6 +67,9 @@ class EventWriter:
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         directory.mkdir(parents=True, exist_ok=True)
+        remove_temporaries(directory)
+        for file in directory.glob("events.out.tfevents.*"):
+            _cut_events(file, -1 if resume_step is None else resume_step)
         self._file = EventsWriter(str(directory / "events"))
         if resume_step is not None:
             start = SessionLog(status=SessionLog.START)
@@ -140,6 +150,30 @@ def _lines_until(path: Path, last_step: int) -> list[str]:
         if step <= last_step:
             kept.append(line + "\n")
     return kept
+
+
+def _cut_events(file: Path, last_step: int) -> None:
+    """Drops the events after `last_step` from a file, and a last one that a kill cut short.
+
+    A record is its length (uint64) and a checksum (uint32) of that, an `Event`, and its checksum.
+    """
+    from tensorboardX.proto.event_pb2 import Event
+
+    data, start, kept, scalars = file.read_bytes(), 0, [], False
+    while start + 12 <= len(data):
+        (length,) = struct.unpack_from("<Q", data, start)
+        end = start + 12 + length + 4
+        if end > len(data):
+            break
+        event = Event.FromString(data[start + 12 : end - 4])
+        if event.step <= last_step:
+            kept.append(data[start:end])
+            scalars |= event.HasField("summary")
+        start = end
+    if not scalars:
+        file.unlink()
+    elif len(whole := b"".join(kept)) < len(data):
+        replace_bytes(file, whole)
 
 
 def _jsonable(value: Any) -> Any:
