@@ -4,8 +4,8 @@
 #   ./launch/gke.sh status          the JobSet, its pods, and the last lines of the first pod
 #   ./launch/gke.sh stop            delete the JobSet; its pods save on SIGTERM
 # The cluster needs JobSet 0.6 or newer. GKE_CLAIM is mounted at /runs. If a pod is preempted or
-# fails, all pods restart and resume, at most GKE_RESTARTS times. A mistake in the command or the
-# config (status 2) fails the JobSet at once. --dry-run prints the commands and the manifest.
+# fails, all pods restart and resume, at most GKE_RESTARTS times. A mistake in the command or config
+# (status 2) or a full disk (74) fails the JobSet at once. --dry-run prints commands and manifest.
 # Settings: launch/env.example.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -39,7 +39,8 @@ spec:
         completions: $hosts
         backoffLimit: 0
         podFailurePolicy:
-          rules: [{action: FailJob, onExitCodes: {containerName: train, operator: In, values: [2]}}]
+          rules:
+          - {action: FailJob, onExitCodes: {containerName: train, operator: In, values: [2, 74]}}
         template:
           spec:
             restartPolicy: Never

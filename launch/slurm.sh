@@ -5,8 +5,9 @@
 #   ./launch/slurm.sh stop          cancel them; training saves on SIGTERM
 # All nodes must mount the checkout and the workdir. `run` installs the package before it submits
 # the job, since nodes often have no network. A job that is preempted, loses a node or reaches
-# JOB_TIME goes back into the queue and resumes, until the run is finished. A job whose training
-# fails does not. The log is runs/slurm-NUMBER.log. --dry-run prints the commands.
+# JOB_TIME goes back into the queue and resumes, until the run is finished. So does one that ends
+# with status 75, a few times (env.example). Others that fail do not. The log is
+# runs/slurm-NUMBER.log. --dry-run prints the commands.
 # Settings: launch/env.example.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,7 +22,7 @@ case $verb in
   run)
     require_workdir "$@"
     call mkdir -p runs
-    call bash -c 'source launch/venv.sh && ensure_venv cuda'
+    call bash -c "source launch/venv.sh && ensure_venv cuda${EXTRAS:+,$EXTRAS}"
     # No --gpus-per-task: JAX picks a process's GPUs, and so must see all of the node. --signal: two
     # minutes before JOB_TIME ends, training gets SIGTERM; slurm_job.sh does not.
     call sbatch --job-name="$JOB_NAME" --partition="$JOB_PARTITION" --time="$JOB_TIME" \

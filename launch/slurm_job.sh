@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # The job that slurm.sh submits: train on all its nodes, and go back into the queue if the run was
-# stopped before it was finished.
+# stopped before it was finished, or ended with status 75 (`restarts.sh`).
 #   launch/slurm_job.sh [arguments of training]
 # Slurm runs a copy of this file, in the folder of the sbatch command.
 set -euo pipefail
-export EXTRAS=cuda OPD_JAX_DISTRIBUTED=auto
+source launch/restarts.sh
+export EXTRAS="cuda${EXTRAS:+,$EXTRAS}" OPD_JAX_DISTRIBUTED=auto
 
 task=(./launch/local.sh)
 if [[ $SLURM_NTASKS == "$SLURM_JOB_NUM_NODES" ]]; then
@@ -17,12 +18,16 @@ if [[ $SLURM_NTASKS == "$SLURM_JOB_NUM_NODES" ]]; then
   add='OPD_JAX_DISTRIBUTED+=,$SLURM_PROCID,$SLURM_NTASKS'
   task=(bash -c "$add; exec ./launch/local.sh \"\$@\"" task)
 fi
-srun --kill-on-bad-exit=1 --cpu-bind=none "${task[@]}" "$@"
-
-code=0
-.venv/bin/python launch/finished.py "$@" || code=$?
+code=0 again=""
+RESTARTS=0 srun --kill-on-bad-exit=1 --cpu-bind=none "${task[@]}" "$@" || code=$?
+if [[ $code == 0 ]]; then
+  .venv/bin/python launch/finished.py "$@" || code=$?
+  [[ $code != 75 ]] || again=1
+elif [[ $code == 75 ]] && may_restart "$@"; then
+  again=1
+fi
 # A cancelled job saves and gets here too, but its state is no longer RUNNING.
-if [[ $code == 75 && $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; then
+if [[ -n $again && $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; then
   exec scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -4,7 +4,7 @@
 #   ./launch/tpu_vm.sh sync          stop a run on the hosts (it saves); copy this checkout to them
 #   ./launch/tpu_vm.sh run --config=... --workdir=/DIR [--config.x.y=v]
 #       create if needed, wait, sync, train on every host, and show the log of the first; again
-#       after each preemption, until the run is finished. Ctrl-C does not stop the training
+#       after each preemption or status 75, until it is finished. Ctrl-C does not stop the training
 #   ./launch/tpu_vm.sh status        the slice, and the last line of every host's log
 #   ./launch/tpu_vm.sh stop          stop the run (it saves), and delete the slice
 # --dry-run prints the commands of a run without preemptions. Settings: launch/env.example. A
@@ -17,7 +17,7 @@ require TPU_NAME TPU_PROJECT TPU_ZONE TPU_TYPE TPU_RUNTIME TPU_SPOT TPU_SETUP
 one_of TPU_SPOT yes no
 where=("--project=$TPU_PROJECT" "--zone=$TPU_ZONE") spot=(--spot) exists=""
 [[ $TPU_SPOT == yes ]] || spot=()
-worker=opd_jax/launch/worker.sh log=opd_jax/runs/worker.log
+worker=opd_jax/launch/worker.sh log=opd_jax/runs/worker.log extras=${EXTRAS:+EXTRAS=$EXTRAS }
 
 tpus() { call gcloud compute tpus "$@"; }
 on() { tpus tpu-vm ssh "$TPU_NAME" "${where[@]}" --worker="$1" --command="$2"; }
@@ -61,8 +61,8 @@ run() {
   while true; do
     make_ready
     status=1
-    if sync && on all "$worker start $(quoted "$@")"; then
-      on 0 "$worker follow $(quoted "$@")" && return || status=$?
+    if sync && on all "$extras$worker start $(quoted "$@")"; then
+      on 0 "${RESTARTS:+RESTARTS=$RESTARTS }$worker follow $(quoted "$@")" && return || status=$?
     fi
     [[ $status != 2 ]] || fail "the command has a mistake, named above"
     for _ in {1..10}; do # a preemption shows in the state minutes after it ends the hosts

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # On a host of a TPU slice, called by tpu_vm.sh: train in the background, without the connection.
 #   launch/worker.sh start [arguments of training]    stop what runs here, then start
-#   launch/worker.sh follow [the same arguments]      show the log; exit with the run's status, or
-#                                                     with 75 if it was stopped before it finished
+#   launch/worker.sh follow [the same arguments]      show the log; exit with the run's status, with
+#                                                     75 if it was stopped before it finished, or
+#                                                     with 1 if 75 was its status too often
 #   launch/worker.sh stop                             SIGTERM (it saves); SIGKILL in five minutes
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -24,7 +25,7 @@ stop() {
 }
 train() {
   local code=0
-  ./launch/local.sh "$@" &
+  RESTARTS=0 ./launch/local.sh "$@" &
   echo $! >"$pid"
   wait $! || code=$?
   echo "$code" >"$status"
@@ -37,7 +38,7 @@ case $verb in
   start)
     stop
     rm -f "$pid" "$status"
-    export OPD_JAX_DISTRIBUTED=auto EXTRAS=tpu
+    export OPD_JAX_DISTRIBUTED=auto EXTRAS="tpu${EXTRAS:+,$EXTRAS}"
     trap '' HUP
     train "$@" >"$log" 2>&1 </dev/null &
     until [[ -s $pid ]]; do sleep 0.1; done
@@ -47,6 +48,8 @@ case $verb in
     for _ in {1..50}; do [[ -s $status ]] || sleep 0.1; done
     [[ -s $status ]] || exit 75 # no status: the host rebooted
     code=$(<"$status")
+    source launch/restarts.sh
+    [[ $code != 75 ]] || may_restart "$@" || exit 1
     [[ $code == 0 ]] || exit "$code"
     exec .venv/bin/python launch/finished.py "$@"
     ;;

@@ -22,7 +22,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
-SOURCED = {"venv.sh", "remote.sh", "dry_run.sh"}
+SOURCED = {"venv.sh", "remote.sh", "dry_run.sh", "restarts.sh"}
 SETTINGS = {
     script: dict(word.split("=", 1) for word in shlex.split(words))
     for script, words in {
@@ -111,6 +111,7 @@ STAND_INS = {
             echo "train [${OPD_JAX_DISTRIBUTED-}] [${JAX_LOCAL_DEVICE_IDS-}] ${*:3}" >>"$LOG"
             [[ $PWD == */1/* || ${SLURM_PROCID:-0} != 0 ]] && exit 0
             trap 'echo "saved by SIGTERM"; exit 0' TERM
+            trap 'exit 130' INT
             read -r what <"$SCENARIO"; sed -i 1d "$SCENARIO"; echo "$what" >"$SCENARIO.now"
             case $what in
               preempted) echo SUSPENDED >"$STATE"; kill -KILL $$ ;;
@@ -118,7 +119,14 @@ STAND_INS = {
               waits) while :; do command -p sleep 0.02; done ;;
               fails) echo Traceback; exit 1 ;;
               mistaken) exit 2 ;;
+              full) exit 74 ;;
+              away) exit 75 ;;
+              saves*)
+                [[ $* =~ --workdir=([^ ]+) ]]
+                mkdir -p "${BASH_REMATCH[1]}/opd/seed-0/checkpoints/${what#saves }"
+                exit 75 ;;
             esac ;;
+          "-m pip "*alfworld*) echo "install ${*: -1}" >>"$LOG" ;;
           "launch/finished.py "*) [[ $(<"$SCENARIO.now") == finishes ]] || exit 75 ;;
         esac""",
     "kubectl": 'echo "kubectl $*" >>"$LOG"; [[ $2 != create ]] || cat >>"$LOG"',
@@ -383,8 +391,8 @@ def test_the_manifest_says_what_was_given(checkout: Checkout) -> None:
     assert container["env"] == [{"name": "OPD_JAX_DISTRIBUTED", "value": "auto"}]
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
     assert container["volumeMounts"] == [{"name": "runs", "mountPath": "/runs"}]
-    # A mistake in the command, status 2, ends the JobSet.
-    codes = {"containerName": container["name"], "operator": "In", "values": [2]}
+    # A mistake in the command, status 2, or a full disk ends the JobSet.
+    codes = {"containerName": container["name"], "operator": "In", "values": [2, 74]}
     assert job(found)["backoffLimit"] == 0
     assert job(found)["podFailurePolicy"]["rules"] == [{"action": "FailJob", "onExitCodes": codes}]
     rule = {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
@@ -399,11 +407,13 @@ def test_the_manifest_says_what_was_given(checkout: Checkout) -> None:
 # --- A slice of TPU VMs
 
 
-def course(checkout: Checkout, *attempts: str, **changed: str) -> tuple[int, list[str], str]:
+def course(
+    checkout: Checkout, *attempts: str, words: Sequence[str] = TRAIN, **changed: str
+) -> tuple[int, list[str], str]:
     """Status of `run` with these attempts, what it did with the slice, and its last line."""
     checkout.plan(*attempts)
     settings = {"TPU_SETUP": checkout.install(Path("opd_jax"))} | changed
-    status, _, errors = checkout.run("tpu_vm.sh", "run", *TRAIN, **settings)
+    status, _, errors = checkout.run("tpu_vm.sh", "run", *words, **settings)
     verbs = r"queued-resources (create|delete)|worker\.sh (start|follow)"
     found = [match[1] or match[2] for line in checkout.log if (match := re.search(verbs, line))]
     return status, found, (errors.splitlines() or [""])[-1]
@@ -431,6 +441,7 @@ def test_a_connection_that_is_lost_is_made_again(checkout: Checkout) -> None:
     [
         ("fails", {}, (2, ["create", *TRY], "status 1, not by a preemption")),
         ("mistaken", {}, (2, ["create", *TRY], "the command has a mistake")),
+        ("full", {}, (2, ["create", *TRY], "status 74, not by a preemption")),
         ("deleted", {}, (2, ["create", *TRY], "`pod` was deleted before")),
         ("-", {"TPU_SETUP": "false"}, (2, ["create"], "status 1, not by a preemption")),
         ("-", {"GRANTED": "FAILED"}, (2, ["create"], "`pod` was refused")),
@@ -443,6 +454,29 @@ def test_what_no_preemption_explains_is_not_tried_again(
     status, did, said = course(checkout, attempt, "finishes", **changed)
     assert (status, did) == expected[:2]
     assert expected[2] in said
+
+
+def test_a_slice_whose_world_failed_trains_again_a_few_times(
+    checkout: Checkout, tmp_path: Path
+) -> None:
+    words = (TRAIN[0], f"--workdir={tmp_path / 'x'}")
+    tries = ("away", "saves 8", "finishes")
+    status, did, _ = course(checkout, *tries, words=words, RESTARTS="1")
+    assert (status, did) == (0, ["create", *TRY * 3])
+    (checkout.path / "log").write_text("")
+    words = (TRAIN[0], f"--workdir={tmp_path / 'y'}")
+    status, did, said = course(checkout, "away", "away", "finishes", words=words, RESTARTS="1")
+    assert (status, did) == (2, TRY * 2)
+    assert "status 1, not by a preemption" in said
+
+
+def test_hosts_install_the_environments_extra_too(checkout: Checkout) -> None:
+    assert course(checkout, "finishes", EXTRAS="alfworld")[0] == 0
+    installs = [line for line in checkout.log if line.startswith("install ")]
+    assert installs == ["install .[tpu,alfworld]"] * 2  # on two hosts
+    (checkout.path / "log").write_text("")
+    shown = checkout.run("slurm.sh", "run", *TRAIN, "--dry-run", EXTRAS="alfworld")[1]
+    assert "ensure_venv cuda,alfworld'" in shown
 
 
 def test_gcloud_that_never_answers_is_an_error(checkout: Checkout) -> None:
@@ -466,6 +500,55 @@ def test_sync_brings_this_checkout_and_leaves_what_the_host_made(checkout: Check
 
 
 # --- On the machines
+
+
+@pytest.mark.parametrize(
+    ("attempts", "status", "trained"),
+    [
+        (["away", "away", "away", "finishes"], 0, 4),
+        (["away"] * 5, 75, 4),
+        (["away", "away", "saves 3", "away", "away", "saves 4", "away", "finishes"], 0, 8),
+        (["saves 3-tmp"] + ["saves 3-tmp"] * 5, 75, 4),  # of a save that was killed
+        (["away", "fails"], 1, 2),
+        (["mistaken"], 2, 1),
+        (["full"], 74, 1),
+    ],
+)
+def test_a_run_whose_world_failed_is_started_again_a_few_times_without_a_checkpoint(
+    installed: Checkout, tmp_path: Path, attempts: list[str], status: int, trained: int
+) -> None:
+    (installed.path / ".venv" / "installed-core").touch()
+    installed.plan(*attempts)
+    assert installed.run("local.sh", TRAIN[0], f"--workdir={tmp_path / 'x'}")[0] == status
+    assert len(installed.trained) == trained
+    # Somebody who starts it by hand has all tries again.
+    if status == 75:
+        installed.plan("away", "away", "away", "finishes")
+        assert installed.run("local.sh", TRAIN[0], "--workdir", f"{tmp_path / 'x'}")[0] == 0
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_run_hears_the_signals_and_is_not_started_again(
+    installed: Checkout, tmp_path: Path, sent: signal.Signals, status: int
+) -> None:
+    (installed.path / ".venv" / "installed-core").touch()
+    installed.plan("waits", "finishes")
+    run = installed.start("local.sh", TRAIN[0], f"--workdir={tmp_path / 'x'}")
+    installed.wait_until_training()
+    run.send_signal(sent)
+    output, _ = run.communicate()
+    assert (run.returncode, output) == (status, "" if status else "saved by SIGTERM\n")
+    assert len(installed.trained) == 1
+
+
+def test_a_host_whose_world_failed_too_often_says_so(installed: Checkout, tmp_path: Path) -> None:
+    words = (TRAIN[0], f"--workdir={tmp_path / 'x'}")
+    for expected in (75, 75, 1, 75):
+        installed.plan("away")
+        assert installed.run("worker.sh", "start", *words)[0] == 0
+        status, _, errors = installed.run("worker.sh", "follow", *words, RESTARTS="2")
+        assert status == expected
+        assert ("75 again after 2 restarts" in errors) == (expected == 1)
 
 
 def test_training_on_a_host_outlives_the_connection_and_stops_when_told(
@@ -497,7 +580,8 @@ def test_a_host_that_started_anew_asks_to_be_started(installed: Checkout) -> Non
 
 
 @pytest.mark.parametrize(
-    ("attempt", "first", "other"), [("finishes", 0, 0), ("stops", 75, 0), ("fails", 1, 1)]
+    ("attempt", "first", "other"),
+    [("finishes", 0, 0), ("stops", 75, 0), ("fails", 1, 1), ("full", 74, 74), ("away", 75, 75)],
 )
 def test_a_pod_succeeds_only_if_the_run_is_finished(
     installed: Checkout, attempt: str, first: int, other: int
@@ -516,7 +600,14 @@ def test_a_pod_hands_on_the_signal_and_waits_for_the_save(installed: Checkout) -
     assert (pod.returncode, output) == (75, "saved by SIGTERM\n")
 
 
-def job(checkout: Checkout, attempt: str, *, tasks: int, state: str = "RUNNING") -> int:
+def job(
+    checkout: Checkout,
+    attempt: str,
+    *,
+    tasks: int,
+    state: str = "RUNNING",
+    words: Sequence[str] = TRAIN[:2],
+) -> int:
     """Status of a Slurm job of two nodes with four GPUs each."""
     checkout.plan(attempt)
     slurm = {
@@ -527,7 +618,7 @@ def job(checkout: Checkout, attempt: str, *, tasks: int, state: str = "RUNNING")
         "SLURM_GPUS_ON_NODE": "4",
         "JOB_STATE": state,
     }
-    return checkout.run("slurm_job.sh", *TRAIN[:2], **slurm)[0]
+    return checkout.run("slurm_job.sh", *words, **slurm)[0]
 
 
 def test_slurm_tasks_find_each_other_and_their_gpus(installed: Checkout) -> None:
@@ -548,6 +639,7 @@ def test_slurm_tasks_find_each_other_and_their_gpus(installed: Checkout) -> None
         ("stops", "COMPLETING", 75, []),  # somebody cancelled it
         ("fails", "RUNNING", 1, []),
         ("mistaken", "RUNNING", 2, []),
+        ("full", "RUNNING", 74, []),
     ],
 )
 def test_only_a_slurm_job_that_was_stopped_goes_back_into_the_queue(
@@ -555,3 +647,15 @@ def test_only_a_slurm_job_that_was_stopped_goes_back_into_the_queue(
 ) -> None:
     assert job(installed, attempt, tasks=8, state=state) == expected
     assert [line for line in installed.log if line.startswith("scontrol")] == again
+
+
+def test_a_slurm_job_whose_world_failed_goes_back_a_few_times(
+    installed: Checkout, tmp_path: Path
+) -> None:
+    words = (TRAIN[0], f"--workdir={tmp_path / 'x'}")
+    requeue = "scontrol requeue 5000"
+    for number, attempt in enumerate(["away", "away", "saves 7", "away", "away"], 1):
+        assert job(installed, attempt, tasks=8, words=words) == 0
+        assert installed.log.count(requeue) == number
+    assert job(installed, "away", tasks=8, words=words) == 75
+    assert installed.log.count(requeue) == 5
