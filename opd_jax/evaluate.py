@@ -2,9 +2,11 @@
 
     python -m opd_jax.evaluate --config=quickstart --workdir=DIR --policy=expert
 
-With `--policy=model` the student of the workdir's newest checkpoint plays, or the config's
-untrained student if there is no checkpoint. `--config.eval.judge=true` also measures how well the
-teacher's verdicts on the turns agree with the environment's labels.
+With `--policy=model` the student of the workdir's newest checkpoint plays, with `--policy=before`
+the config's untrained student. `--config.eval.judge=true` also measures how well the teacher's
+verdicts on the turns agree with the environment's labels. The figures of a split are in
+`summary.json` as soon as it is played. While a run trains in the workdir, nothing else writes
+there: wait, or export a checkpoint and evaluate the folder in a workdir of its own.
 """
 
 import dataclasses
@@ -24,7 +26,7 @@ from opd_jax.agent.rollout import close, make_envs, rollout, row_keys
 from opd_jax.config import build, check_same_run, parse_command_line
 from opd_jax.config.models import LoadedModel, load_student, load_teacher
 from opd_jax.config.settings import Settings, binds_an_evaluation, read_settings
-from opd_jax.config.workdir import check_models
+from opd_jax.config.workdir import check_checkpoint, check_models
 from opd_jax.envs.make import benchmark_splits, make_env
 from opd_jax.envs.players import make_player
 from opd_jax.experience.demonstrations import play_out
@@ -39,7 +41,9 @@ from opd_jax.report.writers import read_summary, write_summary
 from opd_jax.runtime import processes
 from opd_jax.runtime.checkpoint import Checkpoints
 from opd_jax.runtime.exits import reported
+from opd_jax.runtime.lease import held
 from opd_jax.runtime.mesh import make_mesh
+from opd_jax.runtime.stop import Stop, signalled
 
 # Key of the mean over a benchmark's splits (`envs.make.benchmark_splits`).
 MACRO_AVERAGE = "macro_average"
@@ -52,12 +56,18 @@ Figures = dict[str, Any]  # by split
 
 
 def play_model(
-    settings: Settings, agent: Agent, params: Params, split: str, *, tasks: int
+    settings: Settings,
+    agent: Agent,
+    params: Params,
+    split: str,
+    *,
+    tasks: int,
+    between: Callable[[], None] | None = None,
 ) -> list[Conversation]:
     """A model's episodes of the first `tasks` tasks of a split, in order, `eval.batch` at a time.
 
     Each episode is sampled with the key of `eval.seed` folded with its task's index. So it depends
-    neither on `tasks` nor on the batch.
+    neither on `tasks` nor on the batch. For `between` see `rollout`.
 
     Raises:
       ValueError: the environment's errors.
@@ -69,7 +79,9 @@ def play_model(
         for start in range(0, tasks, batch):
             panel = [(split, index) for index in range(start, min(start + batch, tasks))]
             keys = row_keys(rng, range(start, start + batch))
-            conversations += rollout(params, keys, agent=agent, envs=envs, tasks=panel, depth=0)
+            conversations += rollout(
+                params, keys, agent=agent, envs=envs, tasks=panel, depth=0, between=between
+            )
     finally:
         close(envs)
     return conversations
@@ -79,6 +91,7 @@ def play_player(settings: Settings, who: str, split: str, *, tasks: int) -> list
     """A player's episodes of the tasks that `play_model` plays, without tokens.
 
     Raises:
+      Stopped: a signal came to one of the processes (`runtime.stop`).
       ValueError: the environment has no such player, or an error of its own.
     """
     player = make_player(who, settings.env, field="--policy` or `eval.who", habits={})
@@ -86,14 +99,19 @@ def play_player(settings: Settings, who: str, split: str, *, tasks: int) -> list
     try:
         played = {
             index: play_out(
-                env, split, index, player=player, rng=random.Random(f"{who}/{split}/{index}")
+                env,
+                split,
+                index,
+                player=player,
+                rng=random.Random(f"{who}/{split}/{index}"),
+                stopping=signalled,
             )
             for index in range(tasks)
-            if processes.owns(index, tasks)
+            if processes.owns(index, tasks) and not signalled()
         }
     finally:
         close([env])
-    return processes.share(played, tasks)
+    return processes.share(None if signalled() else played, tasks)
 
 
 # --- Figures of a model or a player -------------------------------------------------------------
@@ -107,7 +125,9 @@ def evaluate_model(
     panels: Panels,
     update: int,
     judging: LoadedModel | None,
-    after_split: Callable[[], None] | None = None,
+    known: Figures | None = None,
+    after_split: Callable[[Figures], None] | None = None,
+    between: Callable[[], None] | None = None,
 ) -> Figures:
     """A model's figures (`summarize`) on every split of `eval.splits`.
 
@@ -121,8 +141,10 @@ def evaluate_model(
       params: the parameters to play with.
       update: how many updates `params` have had.
       judging: the teacher, or None.
-      after_split: called after each split, which takes minutes. An exception from it ends the
-        evaluation.
+      known: earlier figures; a split is not played again where they hold (`is_evaluated`).
+      after_split: gets the figures so far after each split that was played.
+      between: called between turns, batches of questions and splits, in all processes; what it
+        raises ends the evaluation.
 
     Raises:
       ValueError: the environment has no labels for `eval.judge`, or no episode of a split fits its
@@ -130,8 +152,11 @@ def evaluate_model(
       WorldFailed: all episodes of a split broke.
     """
     agent = build.make_agent(model, settings, temperature=settings.eval.temperature)
-    play = partial(play_model, settings, agent, params)
-    return _evaluate(settings, play, panels, _played_with(settings, update), judging, after_split)
+    play = partial(play_model, settings, agent, params, between=between)
+    made_with = _played_with(settings, update)
+    judge = partial(measure_judge, settings, judging, between=between) if judging else None
+    how: dict[str, Any] = dict(known=known, after_split=after_split, between=between)
+    return _evaluate(settings, play, panels, made_with, judge, **how)
 
 
 def evaluate_player(
@@ -139,48 +164,74 @@ def evaluate_player(
     who: str,
     *,
     panels: Panels,
-    after_split: Callable[[], None] | None = None,
+    known: Figures | None = None,
+    after_split: Callable[[Figures], None] | None = None,
+    between: Callable[[], None] | None = None,
 ) -> Figures:
     """A player's figures on every split of `eval.splits`; see `evaluate_model`."""
     play = partial(play_player, settings, who)
-    return _evaluate(settings, play, panels, {}, None, after_split)
+    how: dict[str, Any] = dict(known=known, after_split=after_split, between=between)
+    return _evaluate(settings, play, panels, {}, None, **how)
 
 
 def _evaluate(
     settings: Settings,
     play: Callable[..., list[Conversation]],
     panels: Panels,
-    played_with: Mapping[str, Any],
-    judging: LoadedModel | None,
-    after_split: Callable[[], None] | None,
+    made_with: Mapping[str, Any],
+    judge: Callable[[Sequence[Conversation]], Mapping[str, Any]] | None,
+    *,
+    known: Figures | None,
+    after_split: Callable[[Figures], None] | None,
+    between: Callable[[], None] | None,
 ) -> Figures:
-    """Plays every split and measures its episodes."""
-    results: Figures = {}
-    for split in _splits(settings, panels):
+    """Plays every split whose figures are not known, and measures its episodes."""
+    ask, stored, splits = between or (lambda: None), known or {}, _splits(settings, panels)
+    results: Figures = {
+        split: stored[split]
+        for split in splits
+        if _holds(stored.get(split) or {}, settings, panels[split], made_with)
+    }
+    for split in splits:
+        if split in results:
+            continue
+        ask()
         played = play(split, tasks=_tasks(settings, panels[split]))
-        results[split] = summarize(played) | {"digest": panels[split].digest, **played_with}
-        if settings.eval.judge and judging is not None:
-            results[split]["judge"] = measure_judge(settings, judging, played)
+        results[split] = summarize(played) | {"digest": panels[split].digest, **made_with}
+        if settings.eval.judge and judge:
+            results[split]["judge"] = judge(played)
         if after_split:
-            after_split()
-    if splits := benchmark_splits(settings.env.by):
-        complete = results.keys() >= set(splits)
-        average = macro_average([results[split] for split in splits]) if complete else None
-        results[MACRO_AVERAGE] = average
-    return results
+            after_split(_with_average(settings, results))
+    return _with_average(settings, {split: results[split] for split in splits})
+
+
+def _with_average(settings: Settings, results: Figures) -> Figures:
+    """Adds a benchmark's mean over its splits, None while some are missing."""
+    splits = benchmark_splits(settings.env.by)
+    if not splits:
+        return dict(results)
+    complete = results.keys() >= set(splits)
+    average = macro_average([results[split] for split in splits]) if complete else None
+    return results | {MACRO_AVERAGE: average}
 
 
 def measure_judge(
-    settings: Settings, judging: LoadedModel, conversations: Sequence[Conversation]
+    settings: Settings,
+    judging: LoadedModel,
+    conversations: Sequence[Conversation],
+    *,
+    between: Callable[[], None] | None = None,
 ) -> dict[str, object]:
     """`agreement.figures` of a judge over the turns of episodes, and how it was asked.
+
+    For `between` see `judge_turns`.
 
     Raises:
       ValueError: the environment has no oracle, or no question fits the teacher's positions.
     """
     labels = env_labels(conversations, max_turns=settings.env.max_turns)
     by = build.make_judge(judging, settings)
-    judgement = judge_turns(judging.params, conversations, labels, by=by)
+    judgement = judge_turns(judging.params, conversations, labels, by=by, between=between)
     check_some_fit(judgement)
     try:
         figures = agreement.figures(agreement.confusion(judgement, labels.oracle))
@@ -218,24 +269,28 @@ def is_evaluated(
 
     `update` is how many updates the model has had; of no effect for players.
     """
+    stored, made_with = result or {}, _played_with(settings, update)
+    return all(
+        _holds(stored.get(split) or {}, settings, panels[split], made_with)
+        for split in settings.eval.splits
+    )
 
-    def good(figures: Mapping[str, Any], panel: Panel) -> bool:
-        if figures.get("digest") != panel.digest:
-            return False
-        # Broken episodes count. Else episodes that always break would be played on every start.
-        if figures["n"] + figures.get("broken", 0) != _tasks(settings, panel):
-            return False
-        if "update" not in figures:  # a player's
-            return True
-        judge = _judged_by(settings) if settings.eval.judge else {}
-        return (
-            _played_with(settings, update).items() <= figures.items()
-            and judge.items() <= figures.get("judge", {}).items()
-        )
 
-    stored = result or {}
-    splits = _splits(settings, panels)
-    return all(good(stored.get(split) or {}, panels[split]) for split in splits)
+def _holds(
+    figures: Mapping[str, Any], settings: Settings, panel: Panel, made_with: Mapping[str, Any]
+) -> bool:
+    """Whether playing a split again would give these figures."""
+    if figures.get("digest") != panel.digest:
+        return False
+    # Broken episodes count. Else episodes that always break would be played on every start.
+    if figures["n"] + figures.get("broken", 0) != _tasks(settings, panel):
+        return False
+    if "update" not in figures:  # a player's
+        return True
+    judge = _judged_by(settings) if settings.eval.judge else {}
+    return (
+        made_with.items() <= figures.items() and judge.items() <= figures.get("judge", {}).items()
+    )
 
 
 # --- Evaluations of a training run --------------------------------------------------------------
@@ -249,31 +304,36 @@ def evaluate_others(
     *,
     panels: Panels,
     workdir: Path,
-    after_split: Callable[[], None],
+    between: Callable[[], None],
 ) -> dict[str, Figures]:
-    """Evaluates everyone in `eval.who`, unless the workdir's `summary.json` has their figures.
+    """Evaluates everyone in `eval.who`, except on splits whose figures `summary.json` has.
 
-    `untrained` is what is trained, before any update. Figures are written as soon as they exist.
+    `untrained` is what is trained, before any update. The figures of a split are written as soon as
+    they exist. For `between` see `evaluate_model`.
     """
     # One process reads for all: on another, the file could vanish meanwhile.
     stored = read_summary(workdir / "summary.json") if processes.is_first() else {}
     results = processes.first(stored.get("eval", {}))
-    play = partial(
-        evaluate_model, settings, panels=panels, update=0, judging=teacher, after_split=after_split
-    )
     for who in settings.eval.who:
-        if is_evaluated(results.get(who), settings, panels=panels, update=0):
+        known = results.get(who)
+        if is_evaluated(known, settings, panels=panels, update=0):
             continue
+        how: dict[str, Any] = dict(
+            panels=panels, known=known, after_split=partial(_write, workdir, who), between=between
+        )
+        of_model: Callable[..., Figures] = partial(
+            evaluate_model, settings, update=0, judging=teacher, **how
+        )
         if who == "before":
-            results[who] = play(student, build.make_sampling_params(untrained, student, settings))
+            params = build.make_sampling_params(untrained, student, settings)
+            results[who] = of_model(student, params)
         elif who == "teacher" and teacher:
-            results[who] = play(teacher, teacher.params)
+            results[who] = of_model(teacher, teacher.params)
         else:
-            results[who] = evaluate_player(settings, who, panels=panels, after_split=after_split)
-        write_summary(workdir / "summary.json", {"eval": {who: results[who]}})
+            results[who] = evaluate_player(settings, who, **how)
         shares = ", ".join(f"{s} {r['success']:.1%}" for s, r in results[who].items() if r)
         processes.say(f"{who}: success {shares}")
-        after_split()
+        between()
     return results
 
 
@@ -284,11 +344,12 @@ def evaluate_trained(
     teacher: LoadedModel | None,
     *,
     panels: Panels,
+    workdir: Path,
     update: int,
     known: Figures | None,
-    after_split: Callable[[], None],
+    between: Callable[[], None],
 ) -> Figures:
-    """Evaluates the student after `update` updates, unless `known` has these figures already."""
+    """Evaluates the student after `update` updates, except on splits whose figures `known` has."""
     if known and is_evaluated(known, settings, panels=panels, update=update):
         return known
     return evaluate_model(
@@ -298,62 +359,72 @@ def evaluate_trained(
         panels=panels,
         update=update,
         judging=teacher,
-        after_split=after_split,
+        known=known,
+        after_split=partial(_write, workdir, "after"),
+        between=between,
     )
+
+
+def _write(workdir: Path, who: str, figures: Figures) -> None:
+    write_summary(workdir / "summary.json", {"eval": {who: figures}})
 
 
 # --- The command --------------------------------------------------------------------------------
 
 
 def run(config: FrozenConfigDict, workdir: Path, policy: str) -> dict[str, Figures]:
-    """Evaluates one policy and merges its figures into `summary.json`.
+    """Evaluates one policy and merges its figures into `summary.json`, split by split.
 
     Raises:
-      ValueError: the workdir holds a run with another method. One file would mix figures of two
-        runs.
+      ValueError: the workdir holds a run with another method, since one file would mix figures of
+        two runs; a run is working in it; or it has no checkpoint, with the policy "model".
     """
     settings = read_settings(config)
     check_same_run(config, workdir, binds=binds_an_evaluation(settings))
-    panels = build.eval_panels(settings)
-    for split in _splits(settings, panels):
-        processes.say(describe(split, panels[split]))
-    if policy == "model":
+    if policy in ("model", "before"):
         build.check_named(settings)
         check_models(settings, workdir)
+    if policy == "model":
+        check_checkpoint(workdir)
+    panels = build.eval_panels(settings)
+    with held(workdir), Stop() as stop:
+        for split in _splits(settings, panels):
+            processes.say(describe(split, panels[split]))
+        how: dict[str, Any] = dict(panels=panels, between=stop.check)
+        if policy not in ("model", "before"):
+            write = partial(_write, workdir, policy)
+            return {policy: evaluate_player(settings, policy, after_split=write, **how)}
         mesh = make_mesh(**dataclasses.asdict(settings.mesh))
         with jax.set_mesh(mesh):
-            results = _evaluate_student(settings, workdir, mesh, panels)
-    else:
-        results = {policy: evaluate_player(settings, policy, panels=panels)}
-    write_summary(workdir / "summary.json", {"eval": results})
-    return results
+            return _evaluate_student(settings, workdir, mesh, policy == "model", how)
 
 
 def _evaluate_student(
-    settings: Settings, workdir: Path, mesh: jax.sharding.Mesh, panels: Panels
+    settings: Settings, workdir: Path, mesh: jax.sharding.Mesh, trained: bool, how: dict[str, Any]
 ) -> dict[str, Figures]:
     """The student `after` the workdir's newest checkpoint, or `before` any update."""
     student = load_student(settings, mesh)
     judging = load_teacher(settings, mesh) if settings.eval.judge else None
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
-    untrained = build.initial_params(student, settings, mesh)
-    restored = checkpoints.restore_latest({"params": untrained}, partial=True)
-    who = "after" if restored else "before"
-    update, state, _ = restored or (0, {"params": untrained}, {})
-    sampling = build.make_sampling_params(state["params"], student, settings)
-    # Free the trained parameters; only the sampling copy is needed.
+    params, update = build.initial_params(student, settings, mesh), 0
+    if trained:
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
+        restored = checkpoints.restore_latest({"params": params}, partial=True)
+        assert restored is not None  # as checked before
+        update, params = restored[0], restored[1]["params"]
+        del restored
+    sampling = build.make_sampling_params(params, student, settings)
+    # Free the parameters; only the sampling copy is needed.
     student = dataclasses.replace(student, params={})
-    del untrained, restored, state
-    figures = evaluate_model(
-        settings, student, sampling, panels=panels, update=update, judging=judging
-    )
-    return {who: figures}
+    del params
+    who = "after" if trained else "before"
+    how |= dict(update=update, judging=judging, after_split=partial(_write, workdir, who))
+    return {who: evaluate_model(settings, student, sampling, **how)}
 
 
 def main(argv: Sequence[str]) -> None:
     """The command `python -m opd_jax.evaluate`."""
     with reported():
-        policies = ("model", "expert", "random")
+        policies = ("model", "before", "expert", "random")
         config, workdir, flags = parse_command_line(argv, usage=__doc__, policy=policies)
         read_settings(config)
         processes.start()

@@ -20,10 +20,12 @@ from opd_jax import hf
 from opd_jax.config import build, parse_command_line, read_stored
 from opd_jax.config.models import load_model, model_folder, new_sizes, student_dtype
 from opd_jax.config.settings import Settings, read_settings
+from opd_jax.config.workdir import closest_run
 from opd_jax.model import ModelConfig, Params, is_spec, param_specs
 from opd_jax.model.lora import lora_specs, with_adapters
 from opd_jax.runtime.checkpoint import Checkpoints
 from opd_jax.runtime.exits import reported
+from opd_jax.runtime.files import local_path
 from opd_jax.runtime.mesh import make_mesh
 
 
@@ -43,7 +45,10 @@ def export(workdir: Path, out: Path, *, dtype: str = "folder") -> int:
     """
     stored = workdir / "config.json"
     if not stored.is_file():
-        raise ValueError(f"`--workdir`: `{workdir}` has no config.json; give a run's workdir")
+        raise ValueError(
+            f"`--workdir`: `{workdir}` has no config.json; give a run's workdir"
+            f"{closest_run(workdir)}"
+        )
     settings = read_settings(read_stored(stored))
     checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
     newest = checkpoints.latest()
@@ -91,8 +96,9 @@ def main(argv: Sequence[str]) -> None:
         _, workdir, flags = parse_command_line(
             argv, usage=__doc__, needs_config=False, out=str, dtype=("folder", *hf.DTYPES)
         )
-        step = export(workdir, Path(flags["out"]), dtype=flags["dtype"])
-        print(f"update {step} of {workdir} written to {flags['out']}")
+        out = local_path(flags["out"], name="--out")
+        step = export(workdir, out, dtype=flags["dtype"])
+        print(f"update {step} of {workdir} written to {out}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 A run that finds a checkpoint in its workdir resumes. It ends with the same bits as a run that was
 never interrupted, because an update's random draws depend only on the seed and its number. SIGTERM
-saves after the current update, or ends an evaluation after its split; the exit status is then 0.
+or Ctrl-C saves what is finished, without the update or the split under way, and ends with status 0.
 """
 
 import dataclasses
@@ -21,17 +21,17 @@ from opd_jax.compare import compare
 from opd_jax.config import build, parse_command_line
 from opd_jax.config.models import load_student, load_teacher
 from opd_jax.config.settings import Settings, read_settings
-from opd_jax.config.workdir import check_tasks, check_workdir, store_run
+from opd_jax.config.workdir import check_run, store_run
 from opd_jax.evaluate import evaluate_others, evaluate_trained
 from opd_jax.experience.source import Source
 from opd_jax.judge.verdicts import Labeller
 from opd_jax.learner.train_state import TrainState, restore_or_init
 from opd_jax.report.log import UpdateLog
 from opd_jax.report.tables import results_table
-from opd_jax.report.writers import write_summary
 from opd_jax.runtime import processes
 from opd_jax.runtime.checkpoint import Checkpoints
-from opd_jax.runtime.exits import reported
+from opd_jax.runtime.exits import Stopped, WorldFailed, reported
+from opd_jax.runtime.lease import held
 from opd_jax.runtime.mesh import make_mesh
 from opd_jax.runtime.stop import Stop
 
@@ -46,33 +46,40 @@ def train(
     step: build.Update,
     log: UpdateLog,
     checkpoints: Checkpoints,
-    stop: Stop,
-    workdir: Path,
+    between: Callable[[], None],
 ) -> TrainState:
-    """The algorithm: every update from the state's own number up to `train.updates`."""
-    done, updates = int(state.step), settings.train.updates
-    while done < updates:
-        with log.watch(done + 1) as clock:
-            with clock.measure("rollout"):
-                # The student plays an episode of each of the next tasks.
-                played = source.play(state)
-            with clock.measure("judge"):
-                # The teacher gives every turn a verdict, [B, K].
-                verdict, judged = judge(played.conversations, done)
-            batch = pack(played, verdict)
-        with clock.measure("update"):
-            # The teacher reads the batch, tokens are weighted, the optimizer takes one step.
-            state, raw = step(state, batch)
-        done += 1
-        log.write(done, raw, played.metrics | judged, clock)
+    """The algorithm: every update from the state's own number up to `train.updates`.
 
-        stopping = stop.anywhere()  # read once: the signal may come at any moment
-        if done % settings.checkpoint.every == 0 or done == updates or stopping:
-            checkpoints.save(done, state, {"cursor": source.cursor})
-        if stopping:
+    `between` is called between updates. If it, the source or the judge raises `Stopped`, or the
+    world fails, the last finished update is saved first.
+    """
+    done, updates, cursor = int(state.step), settings.train.updates, source.cursor
+    saved = done
+    try:
+        while done < updates:
+            between()
+            with log.watch(done + 1) as clock:
+                with clock.measure("rollout"):
+                    # The student plays an episode of each of the next tasks.
+                    played = source.play(state)
+                with clock.measure("judge"):
+                    # The teacher gives every turn a verdict, [B, K].
+                    verdict, judged = judge(played.conversations, done)
+                batch = pack(played, verdict)
+            with clock.measure("update"):
+                # The teacher reads the batch, tokens are weighted, the optimizer takes one step.
+                state, raw = step(state, batch)
+            done, cursor = done + 1, source.cursor
+            log.write(done, raw, played.metrics | judged, clock)
+            if done % settings.checkpoint.every == 0 or done == updates:
+                checkpoints.save(done, state, {"cursor": cursor})
+                saved = done
+    except (Stopped, WorldFailed) as error:
+        if done > saved and not processes.is_lost(error):
+            checkpoints.save(done, state, {"cursor": cursor})
             checkpoints.wait()
-            processes.say(f"stopped by SIGTERM; update {done} is saved in {workdir}")
-            raise SystemExit(0)
+            processes.say(f"update {done} is saved in {checkpoints.directory.parent}")
+        raise
     return state
 
 
@@ -80,18 +87,14 @@ def run(config: FrozenConfigDict, workdir: Path) -> dict[str, Any]:
     """One whole run; returns the `eval` part of its `summary.json`."""
     settings = read_settings(config)
     mesh = make_mesh(**dataclasses.asdict(settings.mesh))
-    with jax.set_mesh(mesh):
-        return _run(config, settings, workdir, mesh)
+    with held(workdir), jax.set_mesh(mesh), Stop() as stop:
+        return _run(config, settings, workdir, mesh, stop)
 
 
 def _run(
-    config: FrozenConfigDict, settings: Settings, workdir: Path, mesh: jax.sharding.Mesh
+    config: FrozenConfigDict, settings: Settings, workdir: Path, mesh: jax.sharding.Mesh, stop: Stop
 ) -> dict[str, Any]:
-    stop = Stop()
-    check_workdir(config, settings, workdir)
-    panels = build.panels(settings)
-    check_tasks(settings, panels, workdir)
-    build.check_named(settings)
+    panels = check_run(config, settings, workdir)
     student, teacher = load_student(settings, mesh), load_teacher(settings, mesh)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
     untrained, optimizer = build.initial_params(student, settings, mesh), build.optimizer(settings)
@@ -104,31 +107,29 @@ def _run(
     if not settings.lora.rank:  # the state has parameters of its own
         student = dataclasses.replace(student, params={})
 
-    how: dict[str, Any] = dict(panels=panels, after_split=stop.exit_if_set)
-    results = evaluate_others(settings, student, untrained, teacher, workdir=workdir, **how)
+    how: dict[str, Any] = dict(panels=panels, workdir=workdir, between=stop.check)
+    results = evaluate_others(settings, student, untrained, teacher, **how)
     del untrained
     log = build.make_log(settings, workdir, done=done)
-    tasks, cursor = panels[settings.data.split], meta.get("cursor", [0, 0])
-    source = build.make_source(settings, student, teacher, tasks=tasks, cursor=cursor)
+    new: dict[str, Any] = dict(tasks=panels[settings.data.split], between=stop.check)
+    cursor = meta.get("cursor", [0, 0])
+    source = build.make_source(settings, student, teacher, cursor=cursor, **new)
     with closing(source), closing(log), closing(checkpoints):
         state = train(
             settings,
             state,
             source=source,
-            judge=build.make_labeller(settings, teacher),
+            judge=build.make_labeller(settings, teacher, between=stop.check),
             pack=build.make_pack(settings, student.config),
             step=build.make_update(settings, student, teacher, state),
             log=log,
             checkpoints=checkpoints,
-            stop=stop,
-            workdir=workdir,
+            between=stop.check,
         )
     how |= dict(update=int(state.step), known=results.get("after"))
     results["after"] = evaluate_trained(settings, student, state.params, teacher, **how)
-    write_summary(workdir / "summary.json", {"eval": results})
     processes.say(results_table(results))
-    if stop.anywhere():
-        raise SystemExit(0)
+    stop.check()
     return results
 
 

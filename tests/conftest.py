@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -191,15 +190,7 @@ def command() -> Command:
 
 
 @pytest.fixture
-def keep_sigterm() -> Iterator[None]:
-    """A run in this process takes the signal; afterwards it is pytest's again."""
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
-
-
-@pytest.fixture
-def in_process(capsys: pytest.CaptureFixture, keep_sigterm: None) -> Callable[..., str]:
+def in_process(capsys: pytest.CaptureFixture) -> Callable[..., str]:
     """Runs a command's `main` in this process; returns what it printed."""
 
     def run(main: Callable, *words: object) -> str:

@@ -1,7 +1,11 @@
 """The commands that measure a policy and export a trained student."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,13 +16,16 @@ import numpy as np
 import pytest
 from settings import one_device, read
 
-from opd_jax import evaluate, export, model
+from opd_jax import evaluate, export, hf, model
 from opd_jax.config import build, load, read_stored, to_json
 from opd_jax.config.models import LoadedModel, load_model, load_student, load_teacher
 from opd_jax.config.settings import read_settings
 from opd_jax.envs.search.searchqa_data import SETS
 from opd_jax.report.tables import judge_table, results_table
 from opd_jax.runtime.checkpoint import Checkpoints
+from opd_jax.runtime.exits import Stopped
+from opd_jax.runtime.lease import held
+from opd_jax.runtime.stop import Stop
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -138,20 +145,66 @@ def test_figures_hold_for_the_settings_they_were_made_with(
 # --- The command
 
 
-def test_an_evaluation_may_end_after_a_split(student: LoadedModel, small: tuple) -> None:
+class Ended(Exception):
+    """What ends an evaluation here."""
+
+
+@pytest.mark.parametrize("who", ["player", "model"])
+def test_an_evaluation_that_was_ended_plays_only_the_splits_it_lacks(
+    who: str, student: LoadedModel, small: tuple
+) -> None:
     settings = read(QUICKSTART, *small, "eval.tasks=1", "eval.batch=1")
-    done = []
+    first, second = settings.eval.splits
+    how: dict[str, Any] = {"panels": build.panels(settings)}
+    run = partial(evaluate.evaluate_player, settings, "random", **how)
+    if who == "model":
+        model = (settings, student, student.params)
+        run = partial(evaluate.evaluate_model, *model, update=0, judging=None, **how)
+    whole, told = run(), []
 
-    def after_split() -> None:
-        done.append(1)
-        raise SystemExit(0)
+    def end_in_the_second() -> None:
+        if told:
+            raise Ended
 
-    how: dict[str, Any] = {"panels": build.panels(settings), "after_split": after_split}
-    with pytest.raises(SystemExit):
-        evaluate.evaluate_player(settings, "random", **how)
-    with pytest.raises(SystemExit):
-        evaluate.evaluate_model(settings, student, student.params, update=0, judging=None, **how)
-    assert (len(done), len(settings.eval.splits)) == (2, 2)
+    with pytest.raises(Ended):
+        run(after_split=told.append, between=end_in_the_second)
+    assert told == [{first: whole[first]}]
+    # As JSON gives them back.
+    known = json.loads(json.dumps(told.pop()))
+    known[first]["turns"] = 1234.0
+    found = run(known=known, after_split=told.append)
+    assert found == told[-1] == {first: known[first], second: whole[second]}
+    assert list(found) == [first, second]
+    assert len(told) == 1
+
+
+def test_a_model_is_asked_for_between_its_turns(student: LoadedModel, small: tuple) -> None:
+    settings = read(QUICKSTART, *small, "eval.tasks=1", "eval.batch=1")
+    agent = build.make_agent(student, settings, temperature=0.0)
+    asked: list[int] = []
+
+    def play(**how: Any) -> list:
+        return evaluate.play_model(settings, agent, student.params, "valid_seen", tasks=1, **how)
+
+    (episode,) = play(between=lambda: asked.append(1))
+    assert len(asked) == len(episode.turns) > 1
+    assert play() == [episode]
+    with pytest.raises(Ended):
+        play(between=lambda: raise_it(Ended()))
+
+
+def raise_it(error: Exception) -> None:
+    raise error
+
+
+def test_a_signal_ends_a_players_episodes(small: tuple) -> None:
+    settings = read(QUICKSTART, *small)
+    with Stop():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped):
+            evaluate.play_player(settings, "random", "valid_seen", tasks=4)
+    played = evaluate.play_player(settings, "random", "valid_seen", tasks=4)
+    assert all(c.turns for c in played)
 
 
 def children() -> set[str]:
@@ -286,8 +339,7 @@ def test_the_judge_is_measured_on_the_turns_that_an_untrained_student_played(
     in_process: Callable, tmp_path: Path, small: tuple
 ) -> None:
     words = ("--config=quickstart:runlocal", *small, "--config.eval.judge=true")
-    printed = in_process(evaluate.main, *words, f"--workdir={tmp_path}")
-    # There is no checkpoint.
+    printed = in_process(evaluate.main, *words, f"--workdir={tmp_path}", "--policy=before")
     (before,) = json.loads((tmp_path / "summary.json").read_text())["eval"].items()
     assert before[0] == "before"
     settings = read(QUICKSTART, *small)
@@ -306,6 +358,41 @@ def test_the_judge_is_measured_on_the_turns_that_an_untrained_student_played(
 
 
 @pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("quikstart", "quickstart"), ("quickstart/sagee/seed-0", "quickstart/sage/seed-0")],
+)
+def test_a_mistyped_workdir_is_not_evaluated_as_untrained(
+    typed: str, offered: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for name in ("quickstart", "quickstart/sage/seed-0", "other"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text(to_json(load(QUICKSTART, [])))
+    before = sorted(tmp_path.rglob("*"))
+    for main, words in (
+        (evaluate.main, [f"--config={QUICKSTART}", "--policy=model"]),
+        (export.main, [f"--out={tmp_path / 'out'}"]),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main([*words, f"--workdir={tmp_path / typed}"])
+        assert stop.value.code == 2
+        message = capsys.readouterr().err
+        assert f"closest: `{tmp_path / offered}`" in message
+        assert message.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_evaluation_in_the_workdir_of_a_running_run_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = [f"--config={QUICKSTART}", "--policy=random", f"--workdir={tmp_path}"]
+    with held(tmp_path), pytest.raises(SystemExit) as stop:
+        evaluate.main(words)
+    assert stop.value.code == 2
+    assert "is working in" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
     ("words", "expected"),
     [
         (["--policy=teacher"], ["`--policy`", "model", "expert", "random", "teacher"]),
@@ -313,13 +400,20 @@ def test_the_judge_is_measured_on_the_turns_that_an_untrained_student_played(
         (["--config.eval.task=3"], ["`eval.task`", "`eval.tasks`"]),
         (["--config.eval.tasks=0"], ["`eval.tasks`", "at least 1"]),
         (["--config.student=no/where"], ["`no/where`"]),
+        (["--policy=model"], ["`--policy=model`", "no checkpoint", "`--policy=before`"]),
+        (["--workdir=s3://bucket/run"], ["`--workdir`", "s3://bucket/run", "URL"]),
+        (["--config.student=gs://bucket/model"], ["gs://bucket/model", "URL"]),
     ],
 )
 def test_mistakes_are_one_line(
     words: list[str], expected: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
+    if not any(word.startswith("--workdir") for word in words):
+        words = [f"--workdir={tmp_path}", *words]
+    if not any(word.startswith("--policy") for word in words):
+        words = ["--policy=before", *words]
     with pytest.raises(SystemExit) as stop:
-        evaluate.main(["--config=quickstart:runlocal", f"--workdir={tmp_path}", *words])
+        evaluate.main(["--config=quickstart:runlocal", *words])
     message = capsys.readouterr().err
     assert stop.value.code == 2
     assert message.startswith("error: ")
@@ -403,6 +497,61 @@ def test_an_export_asks_for_parameters_alone(student: LoadedModel, tmp_path: Pat
     got = load_model(str(tmp_path / "model"), dtype="float32", mesh=one_device())
     assert got.config == student.config
     jax.tree.map(np.testing.assert_array_equal, got.params, params)
+
+
+def test_an_export_goes_where_it_may_and_is_whole_or_absent(
+    student: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(out: Path) -> None:
+        hf.save_model(
+            out, student.params, student.config, dtype="float32", tokenizer_from=student.folder
+        )
+
+    # A folder that exists is filled, as a mount point has to be; its own root is not replaced.
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "lost+found").mkdir()
+    killed = there / f".there.{dead_pid()}.partial"
+    killed.mkdir()
+    (killed / "model.safetensors").touch()
+    inode = there.stat().st_ino
+    (tmp_path / "link").symlink_to(there)
+    save(tmp_path / "link")
+    assert there.stat().st_ino == inode
+    expected = {path.name for path in student.folder.iterdir()}
+    assert {"config.json", "model.safetensors"} <= {p.name for p in there.iterdir()}
+    assert {p.name for p in there.iterdir()} - expected <= {"lost+found", "generation_config.json"}
+
+    # The same where nothing is, behind a link too, and killed exports are cleared away.
+    killed = tmp_path / f".new.{dead_pid()}.partial"
+    killed.mkdir()
+    (tmp_path / "ahead").symlink_to(tmp_path / "new")
+    save(tmp_path / "ahead")
+    files = {p.name: p.read_bytes() for p in there.iterdir() if p.is_file()}
+    assert {p.name: p.read_bytes() for p in (tmp_path / "new").iterdir()} == files
+    assert {p.name for p in tmp_path.iterdir()} == {"there", "link", "ahead", "new"}
+
+    # Fails in the middle.
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.setattr(hf.save, "save_file", lambda *_, **__: raise_it(OSError("full")))
+    for out in (empty, tmp_path / "absent"):
+        with pytest.raises(OSError, match="full"):
+            save(out)
+    assert list(empty.iterdir()) == []
+    assert not (tmp_path / "absent").exists()
+
+    # A place that is none.
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("new/config.json", "new/config.json/below", "loop", "loop/below"):
+        with pytest.raises(ValueError, match=rf"`.*{name}`"):
+            save(tmp_path / name)
+
+
+def dead_pid() -> int:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    return process.pid
 
 
 def test_an_export_needs_a_run_with_a_checkpoint_and_overwrites_nothing(

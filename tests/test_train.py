@@ -263,24 +263,60 @@ def test_killed_in_its_saves_it_goes_on_from_the_last_one_and_ends_with_the_same
     assert_ended_alike(workdir, trained.workdir)
 
 
-def test_stopped_by_sigterm_it_saves_and_ends_with_the_same_bits(
-    trained: Any, tmp_path: Path, start: Callable, command: Callable, is_finished: Callable
+# Sends itself a signal at call N of FUNCTION, a public one of opd_jax.MODULE, and writes when it
+# leaves what it has called since.
+SIGNALLED_AT = """
+import importlib, os, signal, sys
+module, function, number, name, *words = sys.argv[1:]
+module, calls = importlib.import_module(f"opd_jax.{module}"), []
+plain = getattr(module, function)
+def counted(*arguments, **named):
+    calls.append(1)
+    if len(calls) == int(number):
+        os.kill(os.getpid(), getattr(signal, name))
+    return plain(*arguments, **named)
+setattr(module, function, counted)
+from opd_jax.train import main
+try:
+    main(words)
+finally:
+    print("calls after the signal:", len(calls) - int(number))
+"""
+
+
+# A turn of a rollout samples once, and the runs have three turns; the first update's judge samples
+# once, too. Each update's judge scores once.
+@pytest.mark.parametrize(
+    ("place", "at", "name"),
+    [
+        (("agent.generate", "generate", 8), 2, "SIGTERM"),  # the first turn of the third rollout
+        (("judge.answer", "label_scores", 2), 1, "SIGINT"),  # the tasks of update 2 are played
+    ],
+)
+def test_a_signal_between_turns_keeps_what_is_finished_and_changes_no_bit(
+    place: tuple,
+    at: int,
+    name: str,
+    trained: Any,
+    tmp_path: Path,
+    start: Callable,
+    command: Callable,
+    is_finished: Callable,
 ) -> None:
     workdir = tmp_path / "stopped"
     flags = (*trained.flags, *NO_EVALUATION, f"--workdir={workdir}")
     # A checkpoint is there only because of the signal.
-    process = start("-m", "opd_jax.train", *flags, "--config.checkpoint.every=1000")
-    wait_for((workdir / "metrics.jsonl").exists, process)
-    process.send_signal(signal.SIGTERM)
+    process = start("-c", SIGNALLED_AT, *place, name, *flags, "--config.checkpoint.every=1000")
     output, errors = process.communicate()
     assert process.returncode == 0, errors
     assert "Traceback" not in errors
-    found = re.search(rf"stopped by SIGTERM; update (\d+) is saved in {workdir}\n", output)
-    assert found, output
-    at = int(found[1])
+    assert f"stopped by {name}; what is finished is kept\n" in output
+    assert f"update {at} is saved in {workdir}\n" in output
+    assert "calls after the signal: 0\n" in output
     assert steps_of(workdir) == [at]
     assert [line["step"] for line in lines_of(workdir)] == list(range(1, at + 1))
     assert not (workdir / "summary.json").exists()
+    assert not (workdir / "lease.json").exists()
     assert not is_finished(*flags)
 
     done = command("train", *flags)
@@ -290,7 +326,7 @@ def test_stopped_by_sigterm_it_saves_and_ends_with_the_same_bits(
 
 
 @pytest.mark.slow
-def test_sigterm_ends_an_evaluation_after_its_split_and_it_goes_on_later(
+def test_sigterm_ends_an_evaluation_and_it_goes_on_later(
     trained: Any, copy: Path, start: Callable, command: Callable
 ) -> None:
     summary = json.loads((copy / "summary.json").read_text())
@@ -336,7 +372,6 @@ def test_the_config_of_the_pair_trains_a_teacher(built: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("keep_sigterm")
 def test_on_many_devices_a_continued_run_ends_with_the_same_bits_and_one_device_exports_it(
     small: tuple[str, ...], start: Callable, tmp_path: Path
 ) -> None:
@@ -426,7 +461,7 @@ def compilations() -> Iterator[list[str]]:
 
 @pytest.fixture
 def refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture, compilations: list[str], keep_sigterm: None
+    tmp_path: Path, capsys: pytest.CaptureFixture, compilations: list[str]
 ) -> Callable[..., str]:
     """Runs the command in this process; returns its error, which came before any compilation."""
 

@@ -7,7 +7,8 @@ breaks ends only its own episode.
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -20,6 +21,10 @@ from opd_jax.envs.base import Env, Observation, Task
 from opd_jax.envs.workers import Worker
 from opd_jax.model import Params
 from opd_jax.runtime import processes
+from opd_jax.runtime.stop import signalled
+
+# How often a signal is looked for while environments are waited for.
+_LOOK_S = 0.5
 
 T = TypeVar("T")
 
@@ -32,6 +37,7 @@ def rollout(
     envs: Sequence[Env | None],
     tasks: Sequence[tuple[str, int]],
     depth: int,
+    between: Callable[[], None] | None = None,
 ) -> list[Conversation]:
     """Plays one episode of each task.
 
@@ -45,6 +51,7 @@ def rollout(
         row whose environment lives in another process.
       tasks: (split, index), at most one a row; rows without a task stay idle.
       depth: turns after which an episode ends with "depth"; 0: no limit but the environment's.
+      between: called before every turn, in all processes; what it raises ends the rollout.
 
     Returns:
       A finished `Conversation` for each task, in order. It is `broken` if the environment broke or
@@ -65,6 +72,8 @@ def rollout(
     session = CacheSession(params, agent, len(envs))
     turn = 0
     while rows := [r for r, c in enumerate(conversations) if not c.end]:
+        if between:
+            between()
         session.extend({row: agent.context(conversations[row]) for row in rows})
         sampled = session.sample(rows, _turn_keys(keys, turn))
         responses = [agent.text(sampled[row].tokens, sampled[row].stop) for row in rows]
@@ -132,17 +141,42 @@ def everywhere(
     """`act(env, argument)` of each row, in the process that owns it. All processes get all answers.
 
     `envs` has None for a row that another process owns. Answers are pickled.
+
+    Raises:
+      Stopped: a signal came to a process before it had its answers. A server that is away is asked
+        for minutes, and the process may have seconds.
     """
     own = {row: env for row, env in enumerate(envs) if env is not None}
-    calls = (act, own.values(), [arguments[row] for row in own])
+    calls = [partial(act, env, arguments[row]) for row, env in own.items()]
     # In threads if all environments wait for a process or a server. Otherwise one after another: an
     # engine need not be thread-safe, and most would gain nothing.
-    if own and all(env.waits for env in own.values()):
-        with ThreadPoolExecutor(len(own)) as pool:
-            answers = list(pool.map(*calls))
-    else:
-        answers = list(map(*calls))
-    return processes.share(dict(zip(own, answers, strict=True)), len(envs))
+    waits = own and all(env.waits for env in own.values())
+    answers = _in_threads(calls) if waits else _in_turn(calls)
+    return processes.share(
+        None if answers is None else dict(zip(own, answers, strict=True)), len(envs)
+    )
+
+
+def _in_turn(calls: Sequence[Callable[[], T]]) -> list[T] | None:
+    """The answers; None if a signal came before the last call."""
+    answers: list[T] = []
+    for call in calls:
+        if signalled():
+            return None
+        answers.append(call())
+    return answers
+
+
+def _in_threads(calls: Sequence[Callable[[], T]]) -> list[T] | None:
+    """The answers, from a thread each; None if a signal came before all were there."""
+    pool = ThreadPoolExecutor(len(calls))
+    futures = [pool.submit(call) for call in calls]
+    while wait(futures, timeout=_LOOK_S).not_done:
+        if signalled():
+            pool.shutdown(wait=False, cancel_futures=True)
+            return None
+    pool.shutdown()
+    return [future.result() for future in futures]
 
 
 def _go_on(agent: Agent, conversation: Conversation, stop: str, after: Observation) -> None:

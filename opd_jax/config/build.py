@@ -43,6 +43,7 @@ from opd_jax.model.lora import Lora, lora_specs, with_adapters
 from opd_jax.report.log import UpdateLog
 from opd_jax.report.update import unmeasured
 from opd_jax.runtime.mesh import param_shardings, shard_batch
+from opd_jax.runtime.stop import signalled
 
 # --- What is trained ----------------------------------------------------------------------------
 
@@ -188,12 +189,25 @@ def make_judge(loaded: LoadedModel, settings: Settings) -> Judge:
     return Judge(loaded.config, loaded.tokenizer, loaded.chat, settings.judge)
 
 
-def make_labeller(settings: Settings, teacher: LoadedModel | None) -> Labeller:
-    """The teacher as a judge, or no judge if the objective does not intervene."""
+def make_labeller(
+    settings: Settings,
+    teacher: LoadedModel | None,
+    *,
+    between: Callable[[], None] | None = None,
+) -> Labeller:
+    """The teacher as a judge, or no judge if the objective does not intervene.
+
+    `between` is called between batches of questions.
+    """
     max_turns = settings.env.max_turns
     if not settings.objective.intervention or teacher is None:
         return no_judge(max_turns=max_turns)
-    return teacher_judge(teacher.params, by=make_judge(teacher, settings), max_turns=max_turns)
+    return teacher_judge(
+        teacher.params,
+        by=make_judge(teacher, settings),
+        max_turns=max_turns,
+        between=between,
+    )
 
 
 # --- Tasks and sources of tokens ------------------------------------------------------------------
@@ -263,6 +277,7 @@ def make_source(
     *,
     tasks: Panel,
     cursor: Sequence[int],
+    between: Callable[[], None] | None = None,
 ) -> Source:
     """The source named by `data.source`.
 
@@ -272,6 +287,7 @@ def make_source(
       teacher: plays if `data.source` is "teacher".
       tasks: the tasks of `data.split`.
       cursor: where to start, an earlier `Source.cursor`; [0, 0] at the beginning.
+      between: called between turns, in all processes; what it raises ends the playing.
     """
     if settings.shows_players:
         return _demonstrations(settings, student, cursor=cursor)
@@ -280,9 +296,9 @@ def make_source(
     agent = make_agent(player, settings)
     envs = make_envs(partial(make_env, settings.env), how.batch)
     if source == "expert":
-        play = _play_expert(settings, agent, envs)
+        play = _play_expert(settings, agent, envs, between)
     else:
-        play = _play_model(settings, player, agent, envs)
+        play = _play_model(settings, player, agent, envs, between)
     return Episodes(
         play,
         envs=envs,
@@ -300,7 +316,11 @@ def make_source(
 
 
 def _play_model(
-    settings: Settings, player: LoadedModel, agent: Agent, envs: Sequence[Env | None]
+    settings: Settings,
+    player: LoadedModel,
+    agent: Agent,
+    envs: Sequence[Env | None],
+    between: Callable[[], None] | None,
 ) -> Play:
     """The student being trained plays, or the teacher."""
     on_policy = settings.data.source == "on_policy"
@@ -312,12 +332,19 @@ def _play_model(
         update = int(state.step)
         keys = row_keys(jax.random.fold_in(state.rng, state.step), range(len(tasks)))
         depth = settings.rollout.depth(update)
-        return rollout(params, keys, agent=agent, envs=envs, tasks=tasks, depth=depth)
+        return rollout(
+            params, keys, agent=agent, envs=envs, tasks=tasks, depth=depth, between=between
+        )
 
     return play
 
 
-def _play_expert(settings: Settings, agent: Agent, envs: Sequence[Env | None]) -> Play:
+def _play_expert(
+    settings: Settings,
+    agent: Agent,
+    envs: Sequence[Env | None],
+    between: Callable[[], None] | None,
+) -> Play:
     """The environment's expert plays, undisturbed; it needs no parameters."""
     expert = partial(make_player, "expert", settings.env, field="data.source", habits={})
 
@@ -334,9 +361,16 @@ def _play_expert(settings: Settings, agent: Agent, envs: Sequence[Env | None]) -
             tokenizer=agent.tokenizer,
             chat=agent.chat,
             context_tokens=agent.decoding.context_tokens,
+            stopping=signalled,
         )
 
-    return lambda _, tasks: everywhere(episode, envs, tasks)
+    def play(_: TrainState, tasks: Sequence[tuple[str, int]]) -> list[Conversation]:
+        played = everywhere(episode, envs, tasks)
+        if between:
+            between()  # before an episode that a signal has cut short is used
+        return played
+
+    return play
 
 
 def make_demonstrator(settings: Settings, *, tokenizer: Any, chat: ChatFormat):

@@ -7,28 +7,43 @@ from pathlib import Path
 from ml_collections import FrozenConfigDict
 
 from opd_jax import hf
+from opd_jax.config.build import check_named, panels
+from opd_jax.config.flags import closest
 from opd_jax.config.models import model_folder
 from opd_jax.config.settings import Settings, binds_a_run
 from opd_jax.config.stored import check_same_run, differences, read_stored, store
 from opd_jax.experience.tasks import Panel, check_same_tasks, store_tasks
 from opd_jax.report.writers import read_summary
 from opd_jax.runtime import processes
+from opd_jax.runtime.checkpoint import saved_steps
 from opd_jax.runtime.files import replace_text
 
 MODELS_FILE = "models.json"
 
 
-def check_workdir(config: FrozenConfigDict, settings: Settings, workdir: Path) -> None:
-    """Checks that the workdir holds no run with another config.
+def check_run(config: FrozenConfigDict, settings: Settings, workdir: Path) -> dict[str, Panel]:
+    """Checks what can be checked before a model is loaded; returns the tasks of the run's splits.
 
     A run without a checkpoint may be started again with a corrected config.
 
     Raises:
-      ValueError: it holds a checkpoint of a run with another config or other models.
+      ValueError: the workdir holds a checkpoint of a run with another config, other models or other
+        training tasks, or a file where a folder of the run would be; or there is no such player.
     """
-    if _has_checkpoint(workdir):
+    for name in ("checkpoints", "events"):
+        if (workdir / name).exists() and not (workdir / name).is_dir():
+            raise ValueError(
+                f"`{workdir / name}` is not a folder; move it away, or choose another --workdir"
+            )
+    has_checkpoint = _has_checkpoint(workdir)
+    if has_checkpoint:
         check_same_run(config, workdir, binds=binds_a_run(settings))
         check_models(settings, workdir)
+    found = panels(settings)
+    if has_checkpoint:
+        check_same_tasks(settings.data.split, found[settings.data.split], workdir)
+    check_named(settings)
+    return found
 
 
 def check_models(settings: Settings, workdir: Path) -> None:
@@ -56,22 +71,39 @@ def _fingerprints(settings: Settings) -> dict[str, str]:
     }
 
 
-def check_tasks(settings: Settings, panels: Mapping[str, Panel], workdir: Path) -> None:
-    """Checks that the workdir holds no checkpoint of a run on other training tasks.
+def check_checkpoint(workdir: Path) -> None:
+    """Checks that the workdir holds a checkpoint.
 
     Raises:
-      ValueError: it does.
+      ValueError: it does not; names workdirs near it that are spelt alike.
     """
-    if _has_checkpoint(workdir):
-        check_same_tasks(settings.data.split, panels[settings.data.split], workdir)
+    if not _has_checkpoint(workdir):
+        raise ValueError(
+            f"`--policy=model`: `{workdir}` has no checkpoint{closest_run(workdir)}; the untrained "
+            "student is `--policy=before`"
+        )
+
+
+def closest_run(workdir: Path) -> str:
+    """Names existing workdirs that are spelt like an absent one, for an error; "" if none is."""
+    above = next((folder for folder in workdir.parents if folder.is_dir()), Path())
+    inside = [folder for folder in (above, workdir) if folder.is_dir()]
+    runs = {
+        str(found.parent)
+        for folder in inside
+        for depth in ("*", "*/*", "*/*/*")
+        for found in folder.glob(f"{depth}/config.json")
+    }
+    return closest(str(workdir), sorted(runs - {str(workdir)}))
 
 
 def _has_checkpoint(workdir: Path) -> bool:
-    return processes.first(any((workdir / "checkpoints").glob("[0-9]*")))
+    directory = workdir / "checkpoints"
+    return processes.first(processes.is_first() and bool(saved_steps(directory)))
 
 
 def store_run(
-    config: FrozenConfigDict, settings: Settings, panels: Mapping[str, Panel], workdir: Path
+    config: FrozenConfigDict, settings: Settings, found: Mapping[str, Panel], workdir: Path
 ) -> None:
     """Writes `config.json`, the fingerprints of the models and the digests of the tasks.
 
@@ -84,4 +116,4 @@ def store_run(
             (workdir / "summary.json").unlink(missing_ok=True)
         store(config, workdir)
         replace_text(workdir / MODELS_FILE, json.dumps(_fingerprints(settings), indent=2) + "\n")
-    store_tasks(panels, workdir)
+    store_tasks(found, workdir)

@@ -5,7 +5,7 @@ A player reads observations and answers in text. Its responses become the sample
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from opd_jax.agent.chat import ChatFormat
@@ -31,18 +31,20 @@ def play(
     distractor: MakePlayer | None,
     distraction: float,
     rng: random.Random,
+    stopping: Callable[[], bool] | None = None,
 ) -> Iterator[Step]:
     """The turns of one episode after its `first` observation; none if the environment broke there.
 
     With probability `distraction` the distractor, if there is one, plays a turn (it strays), and
-    the player goes on from there. Both see every observation. `rng` is all their randomness.
+    the player goes on from there. Both see every observation. `rng` is all their randomness. Once
+    `stopping` is true, no turn is played any more.
     """
     if first.done:
         return
     observation = first
     plays = player(env.task, first, rng)
     strays = distractor(env.task, first, rng) if distractor else None
-    while not observation.done:
+    while not observation.done and not (stopping and stopping()):
         response, strayed = plays.respond(observation), False
         if strays is not None:
             other = strays.respond(observation)
@@ -64,6 +66,7 @@ def demonstrate(
     tokenizer: Any,
     chat: ChatFormat,
     context_tokens: int,
+    stopping: Callable[[], bool] | None = None,
 ) -> Conversation:
     """One episode of a task as a conversation; see `play` for the players.
 
@@ -79,7 +82,13 @@ def demonstrate(
     if conversation.end:
         return conversation
     for step in play(
-        env, first, player=player, distractor=distractor, distraction=distraction, rng=rng
+        env,
+        first,
+        player=player,
+        distractor=distractor,
+        distraction=distraction,
+        rng=rng,
+        stopping=stopping,
     ):
         tokens = [*tokenizer.encode(step.response, add_special_tokens=False), chat.stop_ids[0]]
         if len(conversation.tokens) + len(tokens) > context_tokens:
@@ -99,11 +108,19 @@ def demonstrate(
 
 
 def play_out(
-    env: Env, split: str, index: int, *, player: MakePlayer, rng: random.Random
+    env: Env,
+    split: str,
+    index: int,
+    *,
+    player: MakePlayer,
+    rng: random.Random,
+    stopping: Callable[[], bool] | None = None,
 ) -> Conversation:
     """One episode without tokens, for the figures of a player."""
     first = env.reset(split, index)
     conversation = Conversation(task=env.task, end=first.end)
-    for step in play(env, first, player=player, distractor=None, distraction=0.0, rng=rng):
+    for step in play(
+        env, first, player=player, distractor=None, distraction=0.0, rng=rng, stopping=stopping
+    ):
         record_turn(conversation, step.before, step.response, "stop_token", step.after)
     return conversation

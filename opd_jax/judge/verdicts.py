@@ -35,8 +35,13 @@ def no_judge(*, max_turns: int) -> Labeller:
     return label
 
 
-def teacher_judge(params: Params, *, by: Judge, max_turns: int) -> Labeller:
-    """The teacher's verdicts. Every `agreement_every` updates the other decoding is asked too."""
+def teacher_judge(
+    params: Params, *, by: Judge, max_turns: int, between: Callable[[], None] | None = None
+) -> Labeller:
+    """The teacher's verdicts. Every `agreement_every` updates the other decoding is asked too.
+
+    For `between` see `judge_turns`.
+    """
     how = by.settings
     (other,) = DECODINGS.keys() - {how.decode}
     by_other = replace(by, settings=replace(how, decode=other))
@@ -46,13 +51,13 @@ def teacher_judge(params: Params, *, by: Judge, max_turns: int) -> Labeller:
     def label(conversations: Sequence[Conversation], update: int):
         nonlocal answered
         labels = env_labels(conversations, max_turns=max_turns)
-        judgement = judge_turns(params, conversations, labels, by=by)
+        judgement = judge_turns(params, conversations, labels, by=by, between=between)
         if not answered:
             check_some_fit(judgement)
             answered = bool(judgement.asked.any())
         metrics = judge_metrics(judgement, labels)
         if how.agreement_every and update % how.agreement_every == 0:
-            second = judge_turns(params, conversations, labels, by=by_other)
+            second = judge_turns(params, conversations, labels, by=by_other, between=between)
             both = judgement.asked & ~judgement.unparsable & ~second.unparsable
             same = (second.verdict == judgement.verdict) & both
             metrics["judge/decodings_agree"] = (same.sum(), both.sum())
@@ -63,12 +68,17 @@ def teacher_judge(params: Params, *, by: Judge, max_turns: int) -> Labeller:
 
 
 def judge_turns(
-    params: Params, conversations: Sequence[Conversation], labels: EnvLabels, *, by: Judge
+    params: Params,
+    conversations: Sequence[Conversation],
+    labels: EnvLabels,
+    *,
+    by: Judge,
+    between: Callable[[], None] | None = None,
 ) -> Judgement:
     """Verdicts for every turn of every conversation; `labels` are the environment's of the same.
 
     A question that, with its answer, exceeds the teacher's positions is not asked; it counts as
-    unparsable.
+    unparsable. `between` is called after every batch of questions; what it raises ends the judging.
 
     Source: arXiv 2606.19659, section 3.3. Constrained decoding is ours.
     """
@@ -86,9 +96,12 @@ def judge_turns(
             too_long[row, turn] = True
             _warn(conversations[row], length, by=by)
     ask = _after_conversations if by.settings.context == "history" else _one_by_one
-    for place, label in ask(params, conversations, questions, by=by):
-        unparsable[place] = label == UNPARSABLE
-        verdict[place] = label
+    for answers in ask(params, conversations, questions, by=by):
+        for place, label in answers:
+            unparsable[place] = label == UNPARSABLE
+            verdict[place] = label
+        if between:
+            between()
     unparsable |= too_long
     verdict[unparsable] = Verdict.STRONG
     return Judgement(verdict, asked, unparsable, too_long)
@@ -118,11 +131,12 @@ def _warn(conversation: Conversation, length: int, *, by: Judge) -> None:
 
 Place = tuple[int, int]  # (row of the batch, turn)
 Questions = dict[Place, list[int]]
+Answers = list[tuple[Place, int]]  # a batch of labels
 
 
 def _one_by_one(
     params: Params, conversations: Sequence[Conversation], questions: Questions, *, by: Judge
-) -> Iterator[tuple[Place, int]]:
+) -> Iterator[Answers]:
     """A label for each question; those of similar length share a batch."""
     order = sorted(questions, key=lambda place: len(questions[place]))
     size, answer = by.settings.batch, DECODINGS[by.settings.decode]
@@ -132,12 +146,12 @@ def _one_by_one(
         width = _multiple(max(map(len, rows)), by.settings.length_multiple)
         cache = empty_cache(params, by.model, rows=size, slots=width + by.answer_tokens)
         labels, _ = answer(params, cache, *padded(rows, width=width), by=by)
-        yield from zip(places, labels, strict=False)
+        yield list(zip(places, labels, strict=False))
 
 
 def _after_conversations(
     params: Params, conversations: Sequence[Conversation], questions: Questions, *, by: Judge
-) -> Iterator[tuple[Place, int]]:
+) -> Iterator[Answers]:
     """A label for each question; each conversation is prefilled once.
 
     Turns go from the last to the first: the cache is rolled back to the end of a turn, and the
@@ -163,7 +177,7 @@ def _after_conversations(
                 asking[slot] = questions[row, turn]
             cache = replace(cache, lengths=shard_batch(lengths))
             labels, cache = answer(params, cache, *padded(asking, width=width), by=by)
-            yield from ((place, labels[slots[place[0]]]) for place in places)
+            yield [(place, labels[slots[place[0]]]) for place in places]
 
 
 def _read(

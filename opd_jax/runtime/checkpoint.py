@@ -65,6 +65,7 @@ class Checkpoints:
         self.directory = Path(directory).resolve()
         self._keep = keep
         self._opened: tuple[Any, Any] | None = None
+        self._has_saved = False
 
     def save(self, step: int, arrays: Any, meta: Mapping[str, Any]) -> None:
         """Saves `arrays` and `meta` as checkpoint `step`.
@@ -81,8 +82,9 @@ class Checkpoints:
         Raises:
           ValueError: `step` is not newer than the newest checkpoint, or `meta` is not JSON.
         """
-        if self._opened is None and processes.is_first():
+        if not self._has_saved and processes.is_first():
             self._remove_leftovers()
+        self._has_saved = True
         manager, ocp = self._manager()
         newest = manager.latest_step()
         if newest is not None and step <= newest:

@@ -19,7 +19,9 @@ DISK = 74  # full, or cannot be written (EX_IOERR of sysexits.h)
 WORLD = 75  # a server, an engine or another process failed (EX_TEMPFAIL)
 INTERRUPTED = 130  # Ctrl-C before there was anything to save (128 + SIGINT)
 
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+_DISK_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+}
 # A file where a folder is needed, or a folder where a file is.
 _PLACE_ERRORS = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
 # The storage layer of checkpoints raises other types, with the system's words in their text.

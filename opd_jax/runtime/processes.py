@@ -21,7 +21,14 @@ from typing import Any, NoReturn, TypeVar
 import jax
 import numpy as np
 
-from opd_jax.runtime.exits import MISTAKE, WORLD, WorldFailed, explain, print_error
+from opd_jax.runtime.exits import (
+    MISTAKE,
+    WORLD,
+    Stopped,
+    WorldFailed,
+    explain,
+    print_error,
+)
 
 VARIABLE = "OPD_JAX_DISTRIBUTED"
 # If a process dies, the others end within about this time. CPU processes have direct connections
@@ -160,14 +167,18 @@ def owns(row: int, rows: int) -> bool:
     return row * jax.process_count() // rows == jax.process_index()
 
 
-def share(own: Mapping[int, T], rows: int) -> list[T]:
+def share(own: Mapping[int, T] | None, rows: int) -> list[T]:
     """The values of rows 0 to `rows` - 1; each process passes those of its own rows.
 
     Raises:
+      Stopped: a process passes None, since a signal cut its work short.
       ValueError: no process has one of the rows.
     """
     everything: dict[int, T] = {}
-    for part in gather(dict(own)):
+    for part in gather(None if own is None else dict(own)):
+        if part is None:
+            say("stopped by a signal; what is finished is kept")
+            raise Stopped
         everything |= part
     missing = [row for row in range(rows) if row not in everything]
     if missing:

@@ -1,26 +1,55 @@
-"""SIGTERM: the notice that the machine is about to be preempted."""
+"""SIGTERM and SIGINT: the process must leave soon, with what is finished."""
 
+import os
 import signal
+import types
+from typing import Self
 
 from opd_jax.runtime import processes
+from opd_jax.runtime.exits import Stopped
+
+_came = ""  # the first signal's name; one for all, as signals are the process's
+
+
+def signalled() -> bool:
+    """Whether this process got a signal inside a `Stop`.
+
+    For long work of one process alone: cut it short, then let all processes call `Stop.check`,
+    since others may not have got one.
+    """
+    return bool(_came)
 
 
 class Stop:
-    """Remembers SIGTERM, which any process of a run may get."""
+    """Remembers SIGTERM (a machine is about to be preempted) and SIGINT (Ctrl-C) while entered.
 
-    def __init__(self) -> None:
-        self._came = False
-        signal.signal(signal.SIGTERM, self._on_signal)
+    Long work calls `check` between its parts: turns of a rollout, batches of the judge's questions.
+    A signal alone interrupts nothing, so arrays and files are always whole. A second SIGINT ends
+    the process at once.
+    """
 
-    def _on_signal(self, signum: int, frame: object) -> None:
-        self._came = True
+    def __enter__(self) -> Self:
+        signals = (signal.SIGTERM, signal.SIGINT)
+        self._before = {number: signal.signal(number, _remember) for number in signals}
+        return self
 
-    def anywhere(self) -> bool:
-        """Whether any process of the run got SIGTERM. Every process has to call this."""
-        return any(processes.gather(self._came))
+    def __exit__(self, *_: object) -> None:
+        global _came
+        _came = ""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
-    def exit_if_set(self) -> None:
-        """Ends the command with status 0 if SIGTERM came; called between parts of an evaluation."""
-        if self.anywhere():
-            processes.say("stopped by SIGTERM; started again, the run goes on with its evaluation")
-            raise SystemExit(0)
+    def check(self) -> None:
+        """Raises `Stopped` if any process of the run got a signal. Every process has to call it."""
+        if came := next(filter(None, processes.gather(_came)), ""):
+            processes.say(f"stopped by {came}; what is finished is kept")
+            raise Stopped
+
+
+def _remember(number: int, frame: types.FrameType | None) -> None:
+    global _came
+    _came = _came or signal.Signals(number).name
+    if number == signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        # Not `print`: the signal may have come inside one.
+        os.write(2, b"\nstopping after this turn; Ctrl-C again leaves at once\n")

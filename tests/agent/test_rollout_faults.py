@@ -6,8 +6,10 @@ The workers serve the real household. Faults are done to their processes from ou
 import os
 import random
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -18,13 +20,15 @@ from small_agent import household_agent
 from opd_jax import model
 from opd_jax.agent.agent import Agent
 from opd_jax.agent.conversation import Conversation
-from opd_jax.agent.rollout import rollout, row_keys
+from opd_jax.agent.rollout import everywhere, rollout, row_keys
 from opd_jax.envs.base import BROKEN, Env, Observation, Task
 from opd_jax.envs.household.env import Household
 from opd_jax.envs.household.expert import Expert
 from opd_jax.envs.workers import DIED, TIMEOUT, Worker
 from opd_jax.experience.demonstrations import demonstrate, play_out
 from opd_jax.losses import NO_TURN
+from opd_jax.runtime.exits import Stopped
+from opd_jax.runtime.stop import Stop
 
 MAX_TURNS = 4
 # Workers import this in a process without JAX.
@@ -210,3 +214,48 @@ def test_a_players_episode_breaks_alone_too(agent: Agent) -> None:
     expected = Conversation(Task(id="train/0", type="", goal="", scene=""), end=BROKEN)
     got = demonstrate(worker, "train", 0, rng=rng, **PLAYER | {"player": never}, **tokens)
     assert got == play_out(worker, "train", 0, player=never, rng=rng) == expected
+
+
+# --- Signals
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_signal_is_noticed_while_environments_are_waited_for(waits: bool) -> None:
+    def signal_and_hang(env: Any, argument: int) -> int:
+        if argument == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif waits:
+            released.wait(timeout=600)
+        else:
+            raise AssertionError("the second row is asked after the signal")
+        return argument
+
+    released = threading.Event()
+    envs: list[Any] = [SimpleNamespace(waits=waits) for _ in range(2)]
+    try:
+        with Stop(), pytest.raises(Stopped):
+            everywhere(signal_and_hang, envs, [0, 1])
+    finally:
+        released.set()
+    assert everywhere(lambda env, argument: argument, envs, [0, 1]) == [0, 1]
+
+
+def test_a_rollout_may_be_left_before_any_turn(agent: Agent, params: model.Params) -> None:
+    class Left(Exception):
+        pass
+
+    def play_turns(turns: int) -> list[Conversation]:
+        def between() -> None:
+            asked.append(1)
+            if len(asked) > turns:
+                raise Left
+
+        asked: list[int] = []
+        envs = [HOUSEHOLD() for _ in ROWS]
+        keys = row_keys(jax.random.key(0), range(len(ROWS)))
+        return rollout(params, keys, agent=agent, envs=envs, tasks=TASKS, depth=0, between=between)
+
+    for turns in (0, MAX_TURNS - 1):
+        with pytest.raises(Left):
+            play_turns(turns)
+    assert play_turns(MAX_TURNS) == play(agent, params, [HOUSEHOLD() for _ in ROWS])

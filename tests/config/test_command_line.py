@@ -36,6 +36,18 @@ def test_a_command_may_have_no_config_and_required_flags():
     assert (config, workdir, flags) == (None, Path("w"), {"out": "o"})
 
 
+def test_the_home_directory_is_understood(path, monkeypatch):
+    monkeypatch.setenv("HOME", "/people/her")
+    _, workdir, _ = parse_command_line([f"--config={path}", "--workdir=~/runs/a"], usage="")
+    assert workdir == Path("/people/her/runs/a")
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/run", "s3://b/r", "gs:/bucket/run"])
+def test_a_url_is_no_workdir(url, path):
+    with pytest.raises(ValueError, match=f"`--workdir`: `{url}` is a URL"):
+        parse_command_line([f"--config={path}", f"--workdir={url}"], usage="")
+
+
 def test_a_command_may_have_no_workdir(path):
     words = [f"--config={path}"]
     config, workdir, _ = parse_command_line(words, usage="", needs_workdir=False)

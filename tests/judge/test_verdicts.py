@@ -332,6 +332,28 @@ def test_a_labeller_asks_the_other_decoding_now_and_then(random_judge: Judge) ->
     assert (verdict.tolist(), metrics) == ([[Verdict.STRONG] * 3], {})
 
 
+@pytest.mark.parametrize("context", ["table9", "history"])
+def test_judging_may_be_left_between_batches_of_questions(
+    context: str, random_judge: Judge
+) -> None:
+    class Left(Exception):
+        pass
+
+    def between() -> None:
+        asked.append(1)
+        if len(asked) == 2:
+            raise Left
+
+    asked: list[int] = []
+    judge, params = always(with_settings(random_judge, batch=2), *PIECES["WEAK"], END)
+    played = [conversation("") for _ in range(5)]
+    label = teacher_judge(params, by=judge, max_turns=3, between=between)
+    with pytest.raises(Left):
+        label(played, 1)
+    label(played, 1)
+    assert len(asked) == 2 + 3  # five questions, two at a time
+
+
 # --- Which turns are asked about ----------------------------------------------------------------
 
 

@@ -406,7 +406,7 @@ def saved(config: FrozenConfigDict, workdir: Path) -> tuple[LoadedModel, Any]:
 
 @pytest.mark.slow
 def test_a_run_trains_adapters_goes_on_and_is_evaluated_and_exported_as_one_model(
-    adapting: FrozenConfigDict, keep_sigterm: None, tmp_path: Path, wide: np.ndarray
+    adapting: FrozenConfigDict, tmp_path: Path, wide: np.ndarray
 ) -> None:
     import torch
     from transformers import AutoModelForCausalLM

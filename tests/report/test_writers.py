@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -97,6 +98,31 @@ def test_event_files_hold_the_finite_scalars_and_hide_those_of_later_steps(tmp_p
     (file,) = (tmp_path / "b").iterdir()
     starts = [event.step for event in events_in(file) if event.HasField("session_log")]
     assert (starts, scalars(file)) == ([8], [(8, "loss", 0.25)])
+
+
+@pytest.mark.parametrize(("resume_step", "kept"), [(None, []), (1, [1]), (2, [1, 2])])
+def test_after_a_resumption_every_update_has_its_events_once(
+    resume_step: int | None, kept: list[int], tmp_path: Path
+) -> None:
+    # Two starts: to step 2, and from there to step 3.
+    for start, steps in ((None, [1, 2]), (2, [3])):
+        writer = EventWriter(tmp_path, resume_step=start)
+        for step in steps:
+            writer.write(step, {"loss": 1.0})
+        writer.close()
+        time.sleep(1.1)  # a file is named by the second
+    (last,) = (file for file in tmp_path.iterdir() if scalars(file)[-1][0] == 3)
+    last.write_bytes(last.read_bytes()[:-5])  # cut short by a kill
+    (tmp_path / "7.events.out.tfevents.1.tmp").touch()
+    (tmp_path / "notes.txt").write_text("mine")
+    writer = EventWriter(tmp_path, resume_step=resume_step)
+    writer.write(9, {"loss": 0.5})
+    writer.close()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    files = [file for file in tmp_path.iterdir() if file.suffix != ".txt"]
+    assert all(file.name.startswith("events.out.tfevents.") for file in files)
+    found = sorted(point for file in files for point in scalars(file))
+    assert found == [*((step, "loss", 1.0) for step in kept), (9, "loss", 0.5)]
 
 
 def test_summaries_merge_key_by_key_and_figures_replace_figures(tmp_path: Path) -> None:

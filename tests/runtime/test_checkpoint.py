@@ -14,7 +14,9 @@ import numpy as np
 import optax
 import pytest
 
-from opd_jax.runtime.checkpoint import Checkpoints
+from opd_jax.runtime import processes
+from opd_jax.runtime.checkpoint import Checkpoints, saved_steps
+from opd_jax.runtime.exits import DISK
 
 
 def train_state(seed: int) -> dict:
@@ -245,6 +247,71 @@ def test_a_kill_in_the_middle_of_a_save_loses_only_that_save(directory):
     assert checkpoints.latest() == 2
     assert bits(checkpoints.restore(2, {"x": saved["x"]})[0]) == bits({"x": saved["x"] + 1})
     checkpoints.close()
+
+
+def test_what_killed_saves_left_counts_for_nothing_and_goes_with_the_next_save(two_saved):
+    left = [two_saved / f"{step}.orbax-checkpoint-tmp{end}" for step, end in ((30, ""), (7, "-12"))]
+    for path in left:
+        shutil.copytree(two_saved / "20", path)
+    (two_saved / "40").write_text("a file")
+    (two_saved / "notes").mkdir()
+    assert saved_steps(two_saved) == [10, 20]
+    # Who only reads removes nothing: it could be another's save under way.
+    step, arrays, _ = restore(two_saved, abstract(train_state(0)))
+    assert step == 20
+    assert bits(arrays) == bits(train_state(20))
+    assert all(path.exists() for path in left)
+    checkpoints = Checkpoints(two_saved, keep=5)
+    checkpoints.restore_latest(abstract(train_state(0)))  # as a run that resumes
+    checkpoints.save(30, train_state(30), {})
+    checkpoints.close()
+    assert saved_steps(two_saved) == [10, 20, 30]
+    assert {path.name for path in two_saved.iterdir()} == {"10", "20", "30", "40", "notes"}
+
+
+def test_a_step_that_all_agreed_on_is_read_without_listing_again(two_saved, monkeypatch):
+    checkpoints = Checkpoints(two_saved, keep=5)
+    # As a process sees it whose view of a network file system is old.
+    monkeypatch.setattr(processes, "is_first", lambda: False)
+    monkeypatch.setattr(processes, "first", lambda value: 20)
+    monkeypatch.setattr("opd_jax.runtime.checkpoint.saved_steps", lambda directory: [10])
+    step, arrays, _ = checkpoints.restore_latest(abstract(train_state(0)))
+    checkpoints.close()
+    assert step == 20
+    assert bits(arrays) == bits(train_state(20))
+
+
+FULL = """
+import resource, signal, sys
+import jax.numpy as jnp
+from opd_jax.runtime.checkpoint import Checkpoints
+from opd_jax.runtime.exits import reported
+checkpoints = Checkpoints(sys.argv[1], keep=3)
+checkpoints.save(1, {"x": jnp.ones(10)}, {})
+checkpoints.wait()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+with reported():
+    checkpoints.save(2, {"x": jnp.arange(1 << 20)}, {})
+    checkpoints.wait()
+"""
+
+
+def test_a_write_that_fails_is_told_once_and_older_checkpoints_stay(directory):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(directory)],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == DISK, line
+    assert line.startswith("error: the disk is full or cannot be written: ")
+    assert saved_steps(directory) == [1]
+    _, arrays, _ = restore(directory, {"x": jnp.zeros(10)})
+    assert arrays["x"].tolist() == [1.0] * 10
 
 
 def truncate(path: Path) -> None:

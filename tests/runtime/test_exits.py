@@ -32,6 +32,12 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/proc/self/none/file")
             DISK,
             "bytes are free in `/proc/self`",
         ),
+        (
+            NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), "x/below"),
+            MISTAKE,
+            "a path cannot be used: .*x/below",
+        ),
+        (FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), "x"), MISTAKE, "give another"),
         (PermissionError(errno.EACCES, "Permission denied", "/proc/x"), DISK, "cannot be written"),
     ],
 )
@@ -59,6 +65,18 @@ def test_a_bug_keeps_its_traceback(error: Exception) -> None:
     assert explain(error) is None
     with pytest.raises(type(error)), reported():
         raise error
+
+
+def test_an_error_that_was_replaced_is_not_the_reason() -> None:
+    def refuse() -> None:
+        try:
+            raise FULL
+        except OSError:
+            raise ValueError("`a` is wrong") from None
+
+    with pytest.raises(ValueError, match="is wrong") as error:
+        refuse()
+    assert explain(error.value) == ("`a` is wrong", MISTAKE)
 
 
 def test_a_message_of_several_lines_becomes_one(capsys: pytest.CaptureFixture) -> None:

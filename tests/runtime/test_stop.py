@@ -1,0 +1,71 @@
+"""Signals: remembered until they are asked for, then given back."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from opd_jax.runtime.exits import INTERRUPTED, Stopped, reported
+from opd_jax.runtime.stop import Stop, signalled
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_waits_until_it_is_asked_for_and_handlers_are_given_back(
+    name: str, capsys: pytest.CaptureFixture
+) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with Stop() as stop:
+        stop.check()
+        assert not signalled()
+        os.kill(os.getpid(), getattr(signal, name))
+        assert signalled()
+        for _ in range(2):
+            with pytest.raises(Stopped) as ended:
+                stop.check()
+        assert ended.value.code == 0
+    assert capsys.readouterr().out == 2 * f"stopped by {name}; what is finished is kept\n"
+    assert not signalled()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+WORKS_ON = """
+import os, signal, sys
+from opd_jax.runtime.stop import Stop
+with Stop():
+    for name in sys.argv[1:]:
+        os.kill(os.getpid(), getattr(signal, name))
+    print("still there")
+"""
+
+
+@pytest.mark.parametrize(
+    ("names", "status"),
+    [
+        (["SIGINT"], 0),
+        (["SIGTERM", "SIGTERM"], 0),  # a launcher may send it to the process and to its group
+        (["SIGINT", "SIGTERM"], 0),
+        (["SIGINT", "SIGINT"], -signal.SIGINT),
+        (["SIGTERM", "SIGINT", "SIGINT"], -signal.SIGINT),
+    ],
+)
+def test_a_second_ctrl_c_ends_the_process_at_once(names: list[str], status: int) -> None:
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", WORKS_ON, *names], cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == status
+    assert done.stdout == ("" if status else "still there\n")
+    assert "Traceback" not in done.stderr
+    assert ("Ctrl-C again leaves at once" in done.stderr) == ("SIGINT" in names)
+
+
+def test_ctrl_c_before_there_is_anything_to_save_is_one_line(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    with pytest.raises(SystemExit) as ended, reported():
+        raise KeyboardInterrupt
+    assert ended.value.code == INTERRUPTED
+    assert capsys.readouterr().err == "error: interrupted\n"
