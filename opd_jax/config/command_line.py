@@ -6,7 +6,7 @@ from typing import Any, Literal, overload
 
 from ml_collections import FrozenConfigDict
 
-from opd_jax.config.flags import closest, flag_pairs, read_value
+from opd_jax.config.flags import closest, flag_pairs, read_value, written
 from opd_jax.config.loading import flatten, load
 from opd_jax.runtime.files import local_path
 
@@ -125,5 +125,10 @@ def _help_text(
     if config_path:
         lines += ["", f"fields of {config_path}:"]
         fields = flatten(load(config_path, overrides))
-        lines += [f"  --config.{field}={value}" for field, value in fields.items()]
+        for field, value in fields.items():
+            text = written(value)
+            if text is None:
+                lines.append(f"  config.{field} = {value}  (set in the config file)")
+            else:
+                lines.append(f"  --config.{field}={text}")
     return "\n".join(lines)

@@ -1,9 +1,10 @@
 """Splits a command line into (name, text) pairs, and reads texts as typed values."""
 
 import ast
+import contextlib
 import difflib
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 _BOOLS = {"true": True, "1": True, "false": False, "0": False}
@@ -56,11 +57,15 @@ def read_value(text: str, kind: type, name: str) -> Any:
 
 
 def read_sequence(text: str, default: tuple | list, name: str) -> tuple | list:
-    """Reads ``1,2,3`` or ``(1,2,3)``; elements have the type of the default's elements."""
+    """Reads ``1,2,3``, ``(1,2,3)`` or ``('a', 'b')``; elements have the type of the default's."""
     body = text.strip()
+    quoted = None
     if body[:1] + body[-1:] in ("()", "[]"):
-        body = body[1:-1]
+        quoted, body = _guess(body), body[1:-1]
     parts = [part.strip() for part in body.split(",") if part.strip()]
+    strings = isinstance(quoted, (tuple, list)) and all(isinstance(x, str) for x in quoted)
+    if quoted and strings:
+        parts = list(quoted)
     kinds = {type(element) for element in default}
     if len(kinds) > 1:
         raise ValueError(
@@ -68,8 +73,22 @@ def read_sequence(text: str, default: tuple | list, name: str) -> tuple | list:
             "change the config file"
         )
     kind = kinds.pop() if kinds else None
-    values = [read_value(part, kind, name) if kind else _guess(part) for part in parts]
+    guess = (lambda part: part) if strings else _guess
+    values = [read_value(part, kind, name) if kind else guess(part) for part in parts]
     return type(default)(values)
+
+
+def written(value: Any) -> str | None:
+    """A value as text that is read back as the same value; None if no text is."""
+    if isinstance(value, Mapping):
+        return None
+    if not isinstance(value, (tuple, list)):
+        return str(value)
+    for text in (",".join(map(str, value)), repr(tuple(value))):
+        with contextlib.suppress(ValueError):  # elements of several types, or none that are read
+            if list(read_sequence(text, value, "")) == list(value):
+                return text
+    return None
 
 
 def read_optional(text: str, kind: type, name: str) -> Any:
@@ -87,10 +106,13 @@ def _guess(text: str) -> Any:
         return text
 
 
-def closest(name: str, names: Sequence[str]) -> str:
-    """Names up to three of `names` that are like `name`, or share its last part, for an error."""
+def closest(name: str, names: Sequence[str], *, shown: Callable[[str], str] = str) -> str:
+    """Names up to three of `names` that are like `name`, or share its last part, for an error.
+
+    `shown` gives the text that names one of them.
+    """
     last = name.rpartition(".")[2]
     by_last = [other for other in names if other.rpartition(".")[2] == last]
     near = by_last + difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     near = list(dict.fromkeys(near))[:3]
-    return "; closest: " + ", ".join(f"`{other}`" for other in near) if near else ""
+    return "; closest: " + ", ".join(f"`{shown(other)}`" for other in near) if near else ""

@@ -108,8 +108,15 @@ def _build(text: str) -> ConfigDict:
     path = _shipped() / f"{name}.py" if shipped else local_path(name, name="--config")
     if not path.is_file():
         there = _config_names(path.parent)
+
+        def shown(stem: str) -> str:
+            return str(path.with_name(f"{stem}.py")) if name.endswith(".py") else stem
+
+        near = closest(path.stem, there, shown=shown) or closest(
+            path.stem, _config_names(_shipped())
+        )
         raise ValueError(
-            f"config `{name}` does not exist{closest(path.stem, there)}; configs in "
+            f"config `{name}` does not exist{near}; configs in "
             f"`{path.parent}`: {', '.join(there) or 'none'}"
         )
     # As with `python FILE`: a config may import its neighbours.

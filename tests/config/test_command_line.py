@@ -1,10 +1,13 @@
 """The command line: a config, a workdir and flags, and mistakes in one line."""
 
+import shlex
 from pathlib import Path
 
 import pytest
 
 from opd_jax.config import parse_command_line
+from opd_jax.config.flags import written
+from opd_jax.config.loading import flatten, load
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -98,3 +101,44 @@ def test_help_lists_flags_and_the_fields_of_the_config(path, capsys):
     assert stop.value.code == 0
     for word in ["Trains.", "--workdir", "--policy=a|b", "--config.seed=5", "train.learning_rate"]:
         assert word in shown
+
+
+SHIPPED = ("quickstart", "household_pair:runlocal", "alfworld_qwen3", "searchqa_qwen3:runlocal")
+
+
+@pytest.mark.parametrize("name", [*SHIPPED, "scienceworld_qwen3", "searchqa_qwen3"])
+def test_each_field_that_help_shows_can_be_given_back_to_a_shell(name, capsys):
+    with pytest.raises(SystemExit):
+        parse_command_line(["--help", f"--config={name}"], usage="")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "--config." in line][1:]
+    assert len(lines) > 50
+    words = shlex.split("\n".join(lines))
+    assert len(words) == len(lines)
+    expected = flatten(load(name, []))
+    given = {word[len("--config.") :].partition("=")[0] for word in words}
+    assert expected.keys() - given <= {"compare.variants", "demonstrations.habits"}
+    assert flatten(load(name, words)) == expected
+    for word in words:  # and alone
+        assert flatten(load(name, [word])) == expected
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *((), ("a",), ("a", "b c"), ("a,b", "c"), ("it's", '"'), ("", "x"), ("1", "2"), (" a",)),
+        *((1, 2), (0.1, 1e-9), (True, False), "a, b", "", 3, 1e-5, None, False),
+    ],
+)
+def test_what_is_written_is_read_as_the_same_value(value, tmp_path):
+    config = tmp_path / "any.py"
+    config.write_text(
+        "from ml_collections import ConfigDict\n"
+        f"def get_config(arg=None):\n    return ConfigDict({{'x': {value!r}}})\n"
+    )
+    assert load(str(config), [f"--config.x={written(value)}"]).x == value
+    # As Python writes it, too.
+    assert load(str(config), [f"--config.x={value}"]).x == value
+
+
+def test_what_no_text_means_is_not_written():
+    assert [written(value) for value in ({}, (1, "a"), ((1,), (2,)))] == [None] * 3

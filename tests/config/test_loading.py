@@ -135,8 +135,9 @@ def test_bad_overrides_name_the_field(path, overrides, words):
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("exampel.py", None, ["exampel.py", "does not exist", "closest: `example`"]),
+        ("exampel.py", None, ["exampel.py", "does not exist", "/example.py`; configs in"]),
         ("no/where.py", None, ["no/where.py", "does not exist", "none"]),
+        ("no/quickstrat.py", None, ["closest: `quickstart`; configs in"]),
         ("example", None, ["example", "`quickstart:runlocal`"]),
         ("none.py", "x = 1", ["none.py", "get_config"]),
         ("wrong.py", "def get_config(arg): return {}", ["wrong.py", "ConfigDict", "dict"]),
