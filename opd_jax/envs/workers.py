@@ -39,7 +39,8 @@ class Worker:
 
     A user's mistake is raised here as a `ValueError` with the environment's message. Two errors
     count as mistakes if a call other than `step` raises them: a `ValueError` of the environment's
-    own package, and an `ImportError`.
+    own package, and an `ImportError`. Where the environment could be made before, a failure to make
+    it again is a fault.
 
     Workers run side by side if each is called from its own thread; one worker serves one thread at
     a time. The first call starts the process. The process ends when the worker is collected, and
@@ -75,7 +76,7 @@ class Worker:
         self.restarts = 0
         self._factory = _pickled(make)
         self._process: _Process | None = None
-        self._running = self._broke = self._closed = False
+        self._running = self._broke = self._closed = self._made = False
 
     @property
     def pid(self) -> int | None:
@@ -171,9 +172,12 @@ class Worker:
         limit = ("start_timeout_s", self._limits["start_timeout_s"])
         try:
             process.ask("make", self._factory, limit=limit, read=_nothing)
-        except ValueError:  # there is no environment in it
+        except ValueError as error:  # there is no environment in it
             self._drop()
+            if self._made:  # with the same settings
+                raise _BreakError(EXCEPTION, str(error)) from None
             raise
+        self._made = True
         return process
 
     def _drop(self) -> None:

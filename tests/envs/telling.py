@@ -188,6 +188,13 @@ def no_extra() -> Env:
     raise ValueError("Tell needs an engine; pip install 'opd-jax[telling]'")
 
 
+def while_there(file: str) -> Env:
+    """An environment whose data may vanish."""
+    if not Path(file).exists():
+        raise ValueError(f"`data`: no file {file}")
+    return Telling()
+
+
 def no_module() -> Env:
     import an_engine_that_is_not_installed  # noqa: F401
 

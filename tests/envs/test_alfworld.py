@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import os
 import random
 import re
 import shutil
 import sys
+import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -135,6 +137,41 @@ def test_a_game_that_cannot_be_read_is_named(broken, tmp_path):
         (tmp_path / "train/broken_game/trial" / broken).write_text(text)
         with pytest.raises(ValueError, match=message):
             panel(tmp_path, "train")
+
+
+def test_the_list_of_games_is_read_once_for_all_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    data = tmp_path / "data"
+    for n in range(5):
+        put_game(data, f"train/task/trial_{n}", generated={} if n % 2 else {"seed": n})
+    read_again = panel.__wrapped__  # as another process would
+    games = panel(data, "train")
+    file, times = games[0].path, games[0].path.stat()
+    content = file.read_text()
+    file.write_text("x" * len(content))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert read_again(data, "train") == games  # nobody opened the file
+
+    os.utime(file)
+    with pytest.raises(ValueError, match="cannot read"):
+        read_again(data, "train")
+    file.write_text(content)
+    put_game(data, "train/task/trial_9")
+    assert len(read_again(data, "train")) == 6
+    (data / "train/task/trial_9" / GAME_FILE).unlink()
+    assert read_again(data, "train") == games
+
+
+def test_a_list_that_is_damaged_or_cannot_be_left_is_no_loss(tmp_path, monkeypatch):
+    put_game(tmp_path / "data", "train/task/trial")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    games = panel(tmp_path / "data", "train")
+    (stored,) = tmp_path.glob("opd_jax-*/*.json")
+    for text in ("", "[]", "{}", '{"state": 1, "games": 2}'):
+        stored.write_text(text)
+        assert panel.__wrapped__(tmp_path / "data", "train") == games
+    monkeypatch.setattr(tempfile, "tempdir", str(stored))  # no folder
+    assert panel.__wrapped__(tmp_path / "data", "train") == games
 
 
 # The optional packages

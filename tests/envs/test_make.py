@@ -7,8 +7,9 @@ import pytest
 from settings import read
 
 from opd_jax.config import build
-from opd_jax.envs.make import EnvSettings, make_env
+from opd_jax.envs.make import EnvSettings, make_env, others
 from opd_jax.envs.players import make_player
+from opd_jax.envs.turns import own_words
 from opd_jax.envs.workers import Worker
 from opd_jax.experience.demonstrations import play_out
 from opd_jax.experience.tasks import Panel
@@ -31,6 +32,31 @@ def test_unknown_names_are_errors() -> None:
         make_env(read("quickstart", "env.by=office").env)
     with pytest.raises(ValueError, match=r"`eval.who`.*household.*'nobody'.*expert"):
         make_player("nobody", read("quickstart").env, field="eval.who", habits={})
+
+
+@pytest.mark.parametrize(
+    ("by", "said", "made_up"),
+    [
+        ("alfworld", "Thought: so.\nAction: look\n", "Observation: You see a desk 1."),
+        ("scienceworld", "Thought: so.\nAction: look around\n", "Observation: A door."),
+        ("searchqa", "<action>search[x]</action>\n", "Result: <information>\nDoc 1"),
+        ("factbookqa", "<action>search[x]</action>", "<information>\nDoc 1"),
+    ],
+)
+def test_an_environment_knows_where_a_response_makes_up_its_words(
+    by: str, said: str, made_up: str
+) -> None:
+    pattern = others(by)
+    assert pattern is not None
+    assert own_words(said, pattern) == (said, False)
+    assert own_words(said + made_up, pattern) == (said, True)
+    thinking = f"<think>{made_up}\n{made_up}"
+    assert own_words(thinking, pattern) == ("", False)  # it may think what it will see
+    assert own_words(f"{thinking}</think>{said}{made_up}", pattern) == (said, True)
+
+
+def test_the_households_sampling_stops_at_tokens_only() -> None:
+    assert others("household") is None
 
 
 # --- Somebody else's

@@ -15,7 +15,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from telling import FAULTS, QUICK_FAULTS, SLOW_FAULTS, Telling, no_extra, no_module, starting
+from telling import (
+    FAULTS,
+    QUICK_FAULTS,
+    SLOW_FAULTS,
+    Telling,
+    no_extra,
+    no_module,
+    starting,
+    while_there,
+)
 
 from opd_jax.envs.base import Env, Observation, Task
 from opd_jax.envs.household.env import Household
@@ -276,6 +285,23 @@ def test_mistakes_in_making_the_environment_are_raised(
             call()
     assert worker.pid is None
     assert not worker.breaks
+
+
+def test_what_could_be_made_before_and_no_longer_can_is_a_fault(
+    make: Callable, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    data.touch()
+    worker = make(functools.partial(while_there, str(data)))
+    worker.reset("echo", 0)
+    assert worker.step("fail die").end == BROKEN
+    data.unlink()
+    lost = worker.reset("echo", 1)
+    assert lost.end == BROKEN
+    assert f"`data`: no file {data}" in lost.text
+    assert worker.breaks == {DIED: 1, EXCEPTION: 2}
+    data.touch()
+    assert not worker.reset("echo", 2).done
 
 
 def test_errors_of_an_engine_are_faults(make: Callable) -> None:

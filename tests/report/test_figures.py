@@ -96,8 +96,17 @@ def test_broken_episodes_are_counted_and_left_out() -> None:
         summarize([broken, broken])
 
 
+def test_episodes_that_do_not_fit_count_as_broken_and_all_of_them_are_a_mistake() -> None:
+    unfit = Conversation(task=None, end="context")
+    assert summarize([unfit, *EPISODES]) == summarize(EPISODES) | {"broken": 1}
+    with pytest.raises(ValueError, match=r"`rollout.context_tokens`: none of 2 episodes fits"):
+        summarize([unfit, unfit])
+    with pytest.raises(WorldFailed, match="environments of all 2"):
+        summarize([unfit, Conversation(task=None, end="broken")])
+
+
 def test_episodes_without_a_turn_have_figures() -> None:
-    figures = summarize([Conversation(task=None, end="context") for _ in range(3)])
+    figures = summarize([Conversation(task=None, end="failed") for _ in range(3)])
     assert [figures[name] for name in ("success", "turns", "repeated", "failed")] == [0] * 4
     assert figures["ci95"][0] == 0 < figures["ci95"][1] < 1
 

@@ -61,6 +61,16 @@ def test_figures_of_a_batch_of_episodes() -> None:
     }
 
 
+def test_an_episode_that_does_not_fit_counts_as_context_and_nowhere_else() -> None:
+    unfit = Conversation(task=None, end="context")
+    whole, found = (episode_metrics(e, e) for e in (EPISODES, [*EPISODES, unfit]))
+    before, after = whole.pop("end/context"), found.pop("end/context")
+    assert (after[0], after[1]) == (before[0] + 1, before[1] + 1)
+    assert {k: v for k, v in found.items() if k[:4] != "end/"} == {
+        k: v for k, v in whole.items() if k[:4] != "end/"
+    }
+
+
 def test_an_episode_whose_environment_broke_counts_as_broken_and_nowhere_else() -> None:
     broken = conversation([turn("go")], end=BROKEN, score=0.0, tokens=3)
     whole, found = (episode_metrics(e, e) for e in (EPISODES, [*EPISODES, broken]))

@@ -7,14 +7,16 @@ those of the six task types, known to be solvable, without sliced objects and wi
 receptacles.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from opd_jax.runtime.files import local_path
+from opd_jax.runtime.files import local_path, replace_text
 
 SPLITS = ("train", "valid_seen", "valid_unseen")
 TASK_TYPES = (
@@ -96,12 +98,7 @@ def panel(folder: Path, split: str) -> tuple[Game, ...]:
     """
     if split not in SPLITS:
         raise ValueError(f"`split` must be one of {', '.join(SPLITS)}; got {split!r}.")
-    found = [
-        game
-        for path in (folder / split).rglob(GAME_FILE)
-        if (game := _read(path, path.parent.relative_to(folder)))
-    ]
-    games = tuple(sorted(found, key=lambda game: _sha256(game.id)))
+    games = tuple(sorted(_find(folder, split), key=lambda game: _sha256(game.id)))
     expected = OFFICIAL_SIZES.get(split, len(games))
     if games and len(games) != expected and not all(game.generated for game in games):
         raise ValueError(
@@ -123,6 +120,33 @@ def digest(games: tuple[Game, ...]) -> str:
         for game in games
     )
     return label + _sha256("".join(lines))
+
+
+def _find(folder: Path, split: str) -> list[Game]:
+    """The games of a split in any order.
+
+    To read thousands of files takes many seconds, and each worker needs the list. So the first
+    reader leaves it in a file of the machine's temporary folder. It counts while no game file is
+    added, removed, written or replaced.
+    """
+    paths = sorted((folder / split).rglob(GAME_FILE))
+    files = [file for path in paths for file in (path, path.parent / TASK_FILE)]
+    stats = [(file, file.stat()) for file in files if file.exists()]
+    state = _sha256(str([(str(f), s.st_mtime_ns, s.st_size, s.st_ino) for f, s in stats]))
+    ours = Path(tempfile.gettempdir()) / f"opd_jax-{os.getuid()}"
+    stored = ours / f"alfworld-{_sha256(str(folder / split))}.json"
+    try:
+        known = json.loads(stored.read_text("utf-8"))
+        if known["state"] == state and ours.stat().st_uid == os.getuid():
+            return [Game(i, kind, Path(path), made) for i, kind, path, made in known["games"]]
+    except (OSError, ValueError, LookupError, TypeError):
+        pass  # nobody has read them, or something else lies there
+    found = [game for path in paths if (game := _read(path, path.parent.relative_to(folder)))]
+    listed = [(game.id, game.type, str(game.path), game.generated) for game in found]
+    with contextlib.suppress(OSError):  # then the next reads them too
+        ours.mkdir(mode=0o700, exist_ok=True)
+        replace_text(stored, json.dumps({"state": state, "games": listed}))
+    return found
 
 
 def _sha256(text: str) -> str:
