@@ -28,6 +28,7 @@ may_restart() {
     [[ $previous != --workdir ]] || workdir=$word
     previous=$word
   done
+  workdir=${workdir/#\~/${HOME-}} # as the training reads it
   file=$workdir/restarts
   # A comparison has its runs in METHOD/seed-N. A save that was killed leaves a longer name.
   now=$(find "$workdir" -maxdepth 4 -path "*/checkpoints/*" -name "[0-9]*" ! -name "*[!0-9]*" \

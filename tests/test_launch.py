@@ -521,6 +521,12 @@ def test_a_run_whose_world_failed_is_started_again_a_few_times_without_a_checkpo
     installed.plan(*attempts)
     assert installed.run("local.sh", TRAIN[0], f"--workdir={tmp_path / 'x'}")[0] == status
     assert len(installed.trained) == trained
+    if attempts[:3] == ["away"] * 3 and status == 0:  # where the training's checkpoints are
+        installed.plan("away", "finishes")
+        home = {"HOME": str(tmp_path / "home")}
+        assert installed.run("local.sh", TRAIN[0], "--workdir=~/x", **home)[0] == 0
+        assert (tmp_path / "home" / "x" / "restarts").is_file()
+        assert not list(installed.path.glob("~*"))
     # Somebody who starts it by hand has all tries again.
     if status == 75:
         installed.plan("away", "away", "away", "finishes")
