@@ -1,6 +1,7 @@
 """Several real processes of one run: they end as one process does, and none outlives another."""
 
 import re
+import signal
 import socket
 import subprocess
 from collections.abc import Sequence
@@ -128,7 +129,7 @@ def test_killed_and_started_again_two_processes_end_with_the_bits_of_one(
     start: Start, small: tuple, tmp_path: Path
 ) -> None:
     changed = (
-        *("mesh.data=2", "train.updates=4", "checkpoint.every=1", "eval.who=before,expert"),
+        *("mesh.data=2", "train.updates=5", "checkpoint.every=1", "eval.who=before,expert"),
         # Three tasks in batches of four rows: a row of the second process has no task.
         *("eval.tasks=3", "eval.splits=valid_seen,"),
     )
@@ -138,10 +139,18 @@ def test_killed_and_started_again_two_processes_end_with_the_bits_of_one(
 
     kill(together(start, 2, *flags, f"--workdir={two}"), victim=1, at="valid_seen: ")
     # A save begins when the one before it is complete.
-    kill(together(start, 2, *flags, f"--workdir={two}"), victim=0, at="3/4")
+    kill(together(start, 2, *flags, f"--workdir={two}"), victim=0, at="3/5")
+    # One of them gets a signal; both leave.
+    running = together(start, 2, *flags, f"--workdir={two}")
+    assert any(line.startswith("4/5") for line in running[0].stdout)
+    running[1].send_signal(signal.SIGTERM)
+    printed, nothing = finish(running)
+    assert re.search(r"stopped by (SIGTERM|a signal); what is finished is kept", printed)
+    assert nothing == ""
+    assert not (two / "lease.json").exists()
 
     printed, nothing = finish(together(start, 2, *flags, f"--workdir={two}"))
-    assert re.search(r"resuming after update [123] of 4", printed)
+    assert re.search(r"resuming after update [45] of 5", printed)
     assert nothing == ""  # the first process speaks for all
     assert table_of(printed) == table_of(want)
     assert_ended_alike(two, one)
@@ -160,14 +169,24 @@ def table_of(printed: str) -> list[str]:
 
 
 def test_an_error_of_one_process_ends_the_other(start: Start, small: tuple, tmp_path: Path) -> None:
-    # Only process 0 writes. It cannot make this workdir.
+    # Only process 0 writes. It cannot write this.
+    (tmp_path / "metrics.jsonl").mkdir()
+    flags = settings("opd", small, *NO_EVALUATION, "--config.mesh.data=2", f"--workdir={tmp_path}")
+    first, other = errors_of(together(start, 2, *flags))
+    assert "metrics.jsonl" in line_of(first)
+    assert_lost_the_other(1, other)
+
+
+def test_all_refuse_a_workdir_that_process_0_cannot_make(
+    start: Start, small: tuple, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     flags = settings("opd", small, *NO_EVALUATION, "--config.mesh.data=2")
-    first, other = errors_of(together(start, 2, *flags, f"--workdir={tmp_path / 'file' / 'run'}"))
-    assert "Traceback" in first
-    assert "NotADirectoryError" in first
-    assert "error: process" not in first
-    assert_lost_the_other(1, other)
+    running = together(start, 2, *flags, f"--workdir={tmp_path / 'file' / 'run'}")
+    first, second = map(line_of, errors_of(running))
+    assert first == second
+    assert f"`{tmp_path / 'file'}` is not a folder" in first
+    assert [process.returncode for process in running] == [2, 2]
 
 
 def test_a_computation_that_may_have_lost_the_others_keeps_its_traceback(start: Start) -> None:
