@@ -4,7 +4,7 @@ The lease is a file, ``lease.json``, that is created only if it is absent. It na
 thread of the owner renews its heartbeat. Who finds a lease
 
 - of a dead process of this machine, or with a heartbeat older than `EXPIRES_S`: takes it over;
-- of a living process of this machine: is refused;
+- of a process of this machine that goes on living: is refused;
 - of another machine: waits until it is given up or expires. A preempted machine cannot give its
   lease up, and whoever restarts the run elsewhere must not be refused for that.
 
@@ -35,7 +35,10 @@ FILE = "lease.json"
 HEARTBEAT_S = 20.0
 EXPIRES_S = 180.0
 # How often somebody who waits looks again.
-_LOOK_S = 2.0
+_LOOK_S = 1.0
+# How long a process of this machine may take to die.
+_PATIENCE_S = 2.0
+# How long after taking a lease over its owner looks whether another did the same.
 _SETTLE_S = 0.5
 
 
@@ -204,6 +207,8 @@ def _look(folder: Path, seen: dict[str, Any], name: str) -> str:
         return "again"
     who = f"process {owner.pid} on {owner.host}"
     if near:
+        if owner.pid != os.getpid() and now - seen.setdefault("first", now) < _PATIENCE_S:
+            return "wait"  # it may be dying
         return (
             f"`{name}`: {who} is working in `{folder}`; wait until it ends, stop it, or choose "
             f"another `{name}`"

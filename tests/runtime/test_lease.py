@@ -82,7 +82,8 @@ def test_a_second_writer_is_refused_in_a_line(tmp_path: Path, holder: Any) -> No
 def test_the_lease_of_a_killed_process_is_taken_over(tmp_path: Path, holder: Any) -> None:
     (tmp_path / "12.summary.json.tmp").touch()  # as a kill in the middle of a write leaves it
     (tmp_path / "notes.tmp").touch()
-    holder.kill()  # and nobody has waited for it yet
+    holder.kill()
+    os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # dead, but still in the list
     with held(tmp_path):
         assert {path.name for path in tmp_path.iterdir()} == {FILE, "notes.tmp"}
 
