@@ -111,7 +111,7 @@ def play_player(settings: Settings, who: str, split: str, *, tasks: int) -> list
         }
     finally:
         close([env])
-    return processes.share(None if signalled() else played, tasks)
+    return processes.share(signalled() or played, tasks)
 
 
 # --- Figures of a model or a player -------------------------------------------------------------

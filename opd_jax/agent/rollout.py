@@ -152,9 +152,8 @@ def everywhere(
     # engine need not be thread-safe, and most would gain nothing.
     waits = own and all(env.waits for env in own.values())
     answers = _in_threads(calls) if waits else _in_turn(calls)
-    return processes.share(
-        None if answers is None else dict(zip(own, answers, strict=True)), len(envs)
-    )
+    given = signalled() if answers is None else dict(zip(own, answers, strict=True))
+    return processes.share(given, len(envs))
 
 
 def _in_turn(calls: Sequence[Callable[[], T]]) -> list[T] | None:

@@ -31,7 +31,7 @@ def play(
     distractor: MakePlayer | None,
     distraction: float,
     rng: random.Random,
-    stopping: Callable[[], bool] | None = None,
+    stopping: Callable[[], object] | None = None,
 ) -> Iterator[Step]:
     """The turns of one episode after its `first` observation; none if the environment broke there.
 
@@ -66,7 +66,7 @@ def demonstrate(
     tokenizer: Any,
     chat: ChatFormat,
     context_tokens: int,
-    stopping: Callable[[], bool] | None = None,
+    stopping: Callable[[], object] | None = None,
 ) -> Conversation:
     """One episode of a task as a conversation; see `play` for the players.
 
@@ -114,7 +114,7 @@ def play_out(
     *,
     player: MakePlayer,
     rng: random.Random,
-    stopping: Callable[[], bool] | None = None,
+    stopping: Callable[[], object] | None = None,
 ) -> Conversation:
     """One episode without tokens, for the figures of a player."""
     first = env.reset(split, index)

@@ -167,17 +167,19 @@ def owns(row: int, rows: int) -> bool:
     return row * jax.process_count() // rows == jax.process_index()
 
 
-def share(own: Mapping[int, T] | None, rows: int) -> list[T]:
+def share(own: Mapping[int, T] | str, rows: int) -> list[T]:
     """The values of rows 0 to `rows` - 1; each process passes those of its own rows.
 
+    A process whose work was cut short passes the name of the signal.
+
     Raises:
-      Stopped: a process passes None, since a signal cut its work short.
+      Stopped: one did.
       ValueError: no process has one of the rows.
     """
     everything: dict[int, T] = {}
-    for part in gather(None if own is None else dict(own)):
-        if part is None:
-            say("stopped by a signal; what is finished is kept")
+    for part in gather(own if isinstance(own, str) else dict(own)):
+        if isinstance(part, str):
+            say(f"stopped by {part}; what is finished is kept")
             raise Stopped
         everything |= part
     missing = [row for row in range(rows) if row not in everything]

@@ -11,13 +11,13 @@ from opd_jax.runtime.exits import Stopped
 _came = ""  # the first signal's name; one for all, as signals are the process's
 
 
-def signalled() -> bool:
-    """Whether this process got a signal inside a `Stop`.
+def signalled() -> str:
+    """The name of the signal that this process got inside a `Stop`; "" if none.
 
     For long work of one process alone: cut it short, then let all processes call `Stop.check`,
     since others may not have got one.
     """
-    return bool(_came)
+    return _came
 
 
 class Stop:
