@@ -416,7 +416,7 @@ def test_on_many_devices_a_continued_run_ends_with_the_same_bits_and_one_device_
     [
         ("1e30", "`update_norm` is inf at update 1: nothing was saved from it"),
         # The next update samples with what is not finite any more.
-        ("1e15", "update 2: `tokens` of row "),
+        ("1e15", "update 2: the logits of the model that plays are not finite"),
     ],
 )
 def test_a_run_that_diverges_stops_and_keeps_what_was_good(
