@@ -35,9 +35,10 @@ def main(argv: Sequence[str]) -> int:
     for run, directory in runs:
         after = read_summary(directory / "summary.json").get("eval", {}).get("after")
         settings = read_settings(run)
-        if not after or not is_evaluated(
-            after, settings, panels=build.eval_panels(settings), update=settings.train.updates
-        ):
+        # With a constant schedule a run may have done more updates than are asked for now.
+        done = [figures["update"] for figures in (after or {}).values() if figures]
+        update = max([settings.train.updates, *done])
+        if not is_evaluated(after, settings, panels=build.eval_panels(settings), update=update):
             return STOPPED
     return 0
 

@@ -31,7 +31,7 @@ may_restart() {
   workdir=${workdir/#\~/${HOME-}} # as the training reads it
   file=$workdir/restarts
   # A comparison has its runs in METHOD/seed-N. A save that was killed leaves a longer name.
-  now=$(find "$workdir" -maxdepth 4 -path "*/checkpoints/*" -name "[0-9]*" ! -name "*[!0-9]*" \
+  now=$(find "$workdir/" -maxdepth 4 -path "*/checkpoints/*" -name "[0-9]*" ! -name "*[!0-9]*" \
     2>/dev/null | sort | cksum | cut -d" " -f1)
   [[ ! -f $file ]] || read -r before count <"$file"
   [[ $before == "$now" ]] || count=0

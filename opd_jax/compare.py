@@ -14,6 +14,8 @@ from opd_jax.report.intervals import mean_interval, wilson_interval
 from opd_jax.report.tables import split_label, table
 from opd_jax.report.writers import write_summary
 from opd_jax.runtime import processes
+from opd_jax.runtime.files import replace_text
+from opd_jax.runtime.lease import held
 
 Run = Callable[[FrozenConfigDict, Path], dict[str, Any]]
 
@@ -42,6 +44,11 @@ def compare(config: FrozenConfigDict, workdir: Path, *, run: Run) -> str:
     for method in config.compare.methods:
         for seed in config.compare.seeds:
             check_named(read_settings(variant(config, method, seed)))
+    with held(workdir) as workdir:
+        return _compare(config, workdir, run)
+
+
+def _compare(config: FrozenConfigDict, workdir: Path, run: Run) -> str:
     references: dict[str, Any] = {}
     results: dict[str, list[dict]] = {method: [] for method in config.compare.methods}
     for seed in config.compare.seeds:
@@ -56,7 +63,7 @@ def compare(config: FrozenConfigDict, workdir: Path, *, run: Run) -> str:
     write_summary(workdir / "summary.json", {"eval": references, "compare": results})
     text = comparison_table(references, results, judge=judge_figures(config, workdir))
     if processes.is_first():
-        (workdir / "comparison.md").write_text(text + "\n")
+        replace_text(workdir / "comparison.md", text + "\n")
     return text
 
 

@@ -43,7 +43,8 @@ from opd_jax.runtime.checkpoint import Checkpoints
 from opd_jax.runtime.exits import reported
 from opd_jax.runtime.lease import held
 from opd_jax.runtime.mesh import make_mesh
-from opd_jax.runtime.stop import Stop, signalled
+from opd_jax.runtime.signals import signalled
+from opd_jax.runtime.stop import Stop
 
 # Key of the mean over a benchmark's splits (`envs.make.benchmark_splits`).
 MACRO_AVERAGE = "macro_average"
@@ -272,7 +273,7 @@ def is_evaluated(
     stored, made_with = result or {}, _played_with(settings, update)
     return all(
         _holds(stored.get(split) or {}, settings, panels[split], made_with)
-        for split in settings.eval.splits
+        for split in _splits(settings, panels)
     )
 
 
@@ -387,7 +388,7 @@ def run(config: FrozenConfigDict, workdir: Path, policy: str) -> dict[str, Figur
     if policy == "model":
         check_checkpoint(workdir)
     panels = build.eval_panels(settings)
-    with held(workdir), Stop() as stop:
+    with held(workdir) as workdir, Stop() as stop:
         for split in _splits(settings, panels):
             processes.say(describe(split, panels[split]))
         how: dict[str, Any] = dict(panels=panels, between=stop.check)

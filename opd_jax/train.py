@@ -87,7 +87,7 @@ def run(config: FrozenConfigDict, workdir: Path) -> dict[str, Any]:
     """One whole run; returns the `eval` part of its `summary.json`."""
     settings = read_settings(config)
     mesh = make_mesh(**dataclasses.asdict(settings.mesh))
-    with held(workdir), jax.set_mesh(mesh), Stop() as stop:
+    with held(workdir) as workdir, jax.set_mesh(mesh), Stop() as stop:
         return _run(config, settings, workdir, mesh, stop)
 
 

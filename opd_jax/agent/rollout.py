@@ -21,7 +21,7 @@ from opd_jax.envs.base import Env, Observation, Task
 from opd_jax.envs.workers import Worker
 from opd_jax.model import Params
 from opd_jax.runtime import processes
-from opd_jax.runtime.stop import signalled
+from opd_jax.runtime.signals import signalled
 
 # How often a signal is looked for while environments are waited for.
 _LOOK_S = 0.5

@@ -43,7 +43,7 @@ from opd_jax.model.lora import Lora, lora_specs, with_adapters
 from opd_jax.report.log import UpdateLog
 from opd_jax.report.update import unmeasured
 from opd_jax.runtime.mesh import param_shardings, shard_batch
-from opd_jax.runtime.stop import signalled
+from opd_jax.runtime.signals import signalled
 
 # --- What is trained ----------------------------------------------------------------------------
 

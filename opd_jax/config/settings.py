@@ -89,6 +89,10 @@ class CompareSettings:
     def __post_init__(self):
         for method in self.methods:
             check_choice(self.variants, methods=method)
+        for name in ("methods", "seeds"):
+            given = getattr(self, name)
+            if len(set(given)) < len(given):
+                raise ValueError(f"`{name}`: expected each once, got {', '.join(map(str, given))}")
         if self.methods and not self.seeds:
             raise ValueError("`seeds`: expected at least one seed, got none")
 
@@ -341,6 +345,11 @@ def _check_source(s: Settings) -> None:
     """The objective, the rollout and the judge fit the source of the tokens."""
     objective, rollout, source = s.objective, s.rollout, s.data.source
     problems = [
+        (
+            rollout.per_task > 1 and rollout.temperature == 0,
+            "`rollout.per_task` above 1 would repeat the greedy episode of a task: set it to 1, or "
+            "`rollout.temperature` above 0",
+        ),
         (
             rollout.per_task > 1 and source == "expert",
             "`rollout.per_task` above 1 would repeat the expert's episode of a task: set it to 1, "

@@ -35,6 +35,7 @@ def check_run(config: FrozenConfigDict, settings: Settings, workdir: Path) -> di
             raise ValueError(
                 f"`{workdir / name}` is not a folder; move it away, or choose another --workdir"
             )
+    check_named(settings)
     has_checkpoint = _has_checkpoint(workdir)
     if has_checkpoint:
         check_same_run(config, workdir, binds=binds_a_run(settings))
@@ -42,7 +43,6 @@ def check_run(config: FrozenConfigDict, settings: Settings, workdir: Path) -> di
     found = panels(settings)
     if has_checkpoint:
         check_same_tasks(settings.data.split, found[settings.data.split], workdir)
-    check_named(settings)
     return found
 
 
@@ -107,13 +107,15 @@ def store_run(
 ) -> None:
     """Writes `config.json`, the fingerprints of the models and the digests of the tasks.
 
-    Call it after everything the config names has been found. If the config was corrected before the
-    first checkpoint, old figures are deleted: they belong to another run.
+    Call it after everything the config names has been found. Figures that there are of another
+    config, or of other models, are deleted: they belong to another run.
     """
     if processes.is_first():
         stored, binds = workdir / "config.json", binds_a_run(settings)
-        if stored.exists() and differences(read_stored(stored), config, binds=binds):
+        models = _fingerprints(settings)
+        same = stored.exists() and not differences(read_stored(stored), config, binds=binds)
+        if not same or read_summary(workdir / MODELS_FILE) != models:
             (workdir / "summary.json").unlink(missing_ok=True)
         store(config, workdir)
-        replace_text(workdir / MODELS_FILE, json.dumps(_fingerprints(settings), indent=2) + "\n")
+        replace_text(workdir / MODELS_FILE, json.dumps(models, indent=2) + "\n")
     store_tasks(found, workdir)

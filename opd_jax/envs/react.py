@@ -12,7 +12,7 @@ from opd_jax.envs.turns import own_words
 RESPONSE = "Thought: %s\nAction: %s"
 TRY = "try this."
 # How a line of the environment or the user begins (`Env.others`).
-OTHERS = re.compile(r"^[\s*#]*(observation|user|human)\b[ \d*]*:", re.MULTILINE | re.IGNORECASE)
+OTHERS = re.compile(r"^[ \t*#]*(observation|user|human)\b[ \d*]*:", re.MULTILINE | re.IGNORECASE)
 
 
 def parse_response(response: str) -> tuple[str, str]:

@@ -67,9 +67,10 @@ def own_words(response: str, others: re.Pattern[str]) -> tuple[str, bool]:
     Returns:
       The text, and whether another's words follow it.
     """
-    spoken = response
-    if response.lstrip().startswith("<think>"):
-        spoken = response.partition("</think>")[2]
+    # The prompt may have opened the thinking; then only its end is in the response.
+    spoken = response.rpartition("</think>")[2]
+    if "</think>" not in response and response.lstrip().startswith("<think>"):
+        spoken = ""
     found = others.search(spoken)
     return (spoken[: found.start()], True) if found else (spoken, False)
 

@@ -16,10 +16,12 @@ def fingerprint(folder: Path) -> str:
     """A hash of the small files of a model, the headers of its weights, and samples of them."""
     found = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
+        end = path.stat().st_size
         with path.open("rb") as file:
-            header = file.read(8)
-            found.update(header + file.read(int.from_bytes(header, "little")))
-            start, end = file.tell(), path.stat().st_size
+            length = file.read(8)
+            # What is no safetensors file, such as a pointer to one, has no true length.
+            found.update(length + file.read(min(int.from_bytes(length, "little"), end)))
+            start = file.tell()
             for n in range(_SAMPLES):
                 file.seek(start + (end - start) * n // _SAMPLES)
                 found.update(file.read(_SAMPLE_BYTES))

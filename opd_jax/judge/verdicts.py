@@ -46,15 +46,11 @@ def teacher_judge(
     (other,) = DECODINGS.keys() - {how.decode}
     by_other = replace(by, settings=replace(how, decode=other))
 
-    answered = False  # ever
-
     def label(conversations: Sequence[Conversation], update: int):
-        nonlocal answered
         labels = env_labels(conversations, max_turns=max_turns)
         judgement = judge_turns(params, conversations, labels, by=by, between=between)
-        if not answered:
+        if update == 0:  # later it is one bad batch, and a resumed run is to go on like any other
             check_some_fit(judgement)
-            answered = bool(judgement.asked.any())
         metrics = judge_metrics(judgement, labels)
         if how.agreement_every and update % how.agreement_every == 0:
             second = judge_turns(params, conversations, labels, by=by_other, between=between)

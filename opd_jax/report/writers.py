@@ -165,7 +165,10 @@ def _cut_events(file: Path, last_step: int) -> None:
         end = start + 12 + length + 4
         if end > len(data):
             break
-        event = Event.FromString(data[start + 12 : end - 4])
+        try:
+            event = Event.FromString(data[start + 12 : end - 4])
+        except Exception:  # protobuf's own: the machine crashed, and nothing after it is whole
+            break
         if event.step <= last_step:
             kept.append(data[start:end])
             scalars |= event.HasField("summary")

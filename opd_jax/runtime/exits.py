@@ -25,9 +25,7 @@ _DISK_ERRORS = {
 # A file where a folder is needed, or a folder where a file is.
 _PLACE_ERRORS = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
 # The storage layer of checkpoints raises other types, with the system's words in their text.
-_DISK_WORDS = re.compile(
-    "|".join(os.strerror(code) for code in sorted(_DISK_ERRORS - {errno.EIO, errno.EPERM}))
-)
+_DISK_WORDS = re.compile("|".join(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EROFS))))
 
 
 class Stopped(SystemExit):
@@ -68,6 +66,8 @@ def reported() -> Iterator[None]:
 
 def explain(error: BaseException) -> tuple[str, int] | None:
     """The line and the exit status of an error; None for a bug."""
+    if isinstance(error, WorldFailed):
+        return f"{error}; the same command goes on from the last checkpoint", WORLD
     cause: BaseException | None = error
     while cause:
         if (isinstance(cause, OSError) and cause.errno in _DISK_ERRORS) or (
@@ -76,8 +76,6 @@ def explain(error: BaseException) -> tuple[str, int] | None:
             return _about_the_disk(cause), DISK
         shown = not cause.__suppress_context__
         cause = cause.__cause__ or (cause.__context__ if shown else None)
-    if isinstance(error, WorldFailed):
-        return f"{error}; the same command goes on from the last checkpoint", WORLD
     if isinstance(error, ValueError):
         return str(error), MISTAKE
     if isinstance(error, OSError) and error.errno in _PLACE_ERRORS:
@@ -92,7 +90,8 @@ def _about_the_disk(error: BaseException) -> str:
     )
     room = ""
     if named:
-        folder = next(p for p in (Path(named), *Path(named).parents) if p.is_dir())
+        # Not `Path.is_dir`: that raises below a folder that may not be read.
+        folder = next(p for p in (Path(named), *Path(named).parents) if os.path.isdir(p))
         room = f"; {shutil.disk_usage(folder).free} bytes are free in `{folder}`"
     return (
         f"the disk is full or cannot be written: {text[:300]}{room}; what was saved before is "

@@ -3,7 +3,8 @@
 The lease is a file, ``lease.json``, that is created only if it is absent. It names its owner, and a
 thread of the owner renews its heartbeat. Who finds a lease
 
-- of a dead process of this machine, or with a heartbeat older than `EXPIRES_S`: takes it over;
+- of a dead process of this machine, or of another machine with a heartbeat older than `EXPIRES_S`:
+  takes it over;
 - of a process of this machine that goes on living: is refused;
 - of another machine: waits until it is given up or expires. A preempted machine cannot give its
   lease up, and whoever restarts the run elsewhere must not be refused for that.
@@ -169,14 +170,12 @@ def _claim(folder: Path, ours: Owner, created: list[Path], seen: dict[str, Any],
     """Tries to take the lease: "" if it is ours now, "again", "wait", or why it is refused."""
     try:
         _create(folder, created)
-        with (folder / FILE).open("x", encoding="utf-8") as file:
-            file.write(_Lease(ours, time.time()).text())
+        _write_new(folder / FILE, ours)
     except FileExistsError as error:
         if Path(error.filename or "") != folder / FILE:
             return f"`{name}`: `{error.filename}` is not a folder; choose another `{name}`"
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            (folder / FILE).unlink(missing_ok=True)
             raise
         code = errno.errorcode.get(error.errno or 0, type(error).__name__)
         return f"`{name}`: `{folder}` cannot be made or written ({code}); choose another `{name}`"
@@ -190,6 +189,16 @@ def _claim(folder: Path, ours: Owner, created: list[Path], seen: dict[str, Any],
     return _look(folder, seen, name)
 
 
+def _write_new(path: Path, ours: Owner) -> None:
+    with path.open("x", encoding="utf-8") as file:
+        try:
+            file.write(_Lease(ours, time.time()).text())
+            file.flush()
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+
+
 def _look(folder: Path, seen: dict[str, Any], name: str) -> str:
     """What to do about somebody's lease; removes one that has expired."""
     path = folder / FILE
@@ -200,7 +209,8 @@ def _look(folder: Path, seen: dict[str, Any], name: str) -> str:
         seen |= {"lease": lease, "at": now}
     age = max(time.time() - lease.heartbeat, now - seen["at"])
     near = owner.is_near()
-    if age > EXPIRES_S or (near and not owner.is_alive()):
+    # A living owner of this machine may have been unable to write: its disk is full.
+    if not owner.is_alive() if near else age > EXPIRES_S:
         if _read(path) == lease:  # nobody else was faster
             path.unlink(missing_ok=True)
             seen["removed"] = True
@@ -226,7 +236,7 @@ def _create(folder: Path, created: list[Path]) -> None:
     """Creates a folder and its parents; appends what it creates, the innermost last."""
     for path in reversed([folder, *folder.parents]):
         if not path.is_dir():
-            path.mkdir()
+            path.mkdir(exist_ok=True)  # another run may be faster
             created.append(path)
 
 

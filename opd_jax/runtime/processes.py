@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from opd_jax.runtime.exits import (
+    INTERRUPTED,
     MISTAKE,
     WORLD,
     Stopped,
@@ -115,6 +116,8 @@ def ending_together() -> Iterator[None]:
 def _end(error: BaseException) -> NoReturn:
     sys.stdout.flush()
     known, status = explain(error), 1
+    if isinstance(error, KeyboardInterrupt):
+        known = "interrupted", INTERRUPTED
     if is_lost(error):
         status = WORLD
         if not isinstance(error, LostProcesses):  # a computation's: it may have failed by itself

@@ -93,7 +93,6 @@ def test_the_lease_of_a_killed_process_is_taken_over(tmp_path: Path, holder: Any
     [
         lambda: {"pid": dead_pid()},
         lambda: {"start": "1"},  # its number belongs to another process by now
-        lambda: {"age_s": EXPIRES_S + 1},  # it lives, but was paused
         lambda: {"host": "elsewhere", "age_s": EXPIRES_S + 1},
         lambda: {"space": "another boot", "age_s": EXPIRES_S + 1},
     ],
@@ -104,6 +103,16 @@ def test_an_expired_lease_is_taken_over(left: Callable[[], dict], tmp_path: Path
         owner = json.loads((tmp_path / FILE).read_text())["owner"]
         assert owner == dataclasses.asdict(Owner.this_process())
     assert not (tmp_path / FILE).exists()
+
+
+def test_a_living_owner_of_this_machine_keeps_its_lease_at_any_age(
+    tmp_path: Path, holder: Any
+) -> None:
+    # Its disk may have been full, or it may be stopped.
+    owner = json.loads((tmp_path / FILE).read_text())["owner"]
+    write(tmp_path, age_s=EXPIRES_S + 1, **owner)
+    with pytest.raises(ValueError, match=f"process {holder.pid} on .* is working in"):
+        held(tmp_path).__enter__()
 
 
 @pytest.mark.parametrize("elsewhere", [{"host": "elsewhere"}, {"space": "another container"}])

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from opd_jax.runtime.exits import INTERRUPTED, Stopped, reported
-from opd_jax.runtime.stop import Stop, signalled
+from opd_jax.runtime.signals import signalled
+from opd_jax.runtime.stop import Stop
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])

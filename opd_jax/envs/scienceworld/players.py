@@ -12,7 +12,9 @@ from opd_jax.envs.base import Observation
 from opd_jax.envs.react import RESPONSE
 from opd_jax.envs.scienceworld.engine import Engine
 from opd_jax.envs.scienceworld.env import failure
+from opd_jax.envs.scienceworld.jvm import EpisodeLost
 from opd_jax.envs.scienceworld.tasks import parse_id
+from opd_jax.runtime.exits import WorldFailed
 
 # First word of a command -> the thought that goes with it; %s is the rest of the command.
 THOUGHTS = {
@@ -76,15 +78,22 @@ class GoldPaths:
         at a time: threads share the process.
 
         Raises:
-          ValueError, EpisodeLost: as `Engine.load`.
+          ValueError: as `Engine.load`.
+          WorldFailed: the engine was lost, and so was its replacement.
         """
         with self._searching:
             if name not in self._paths:
-                path = self._engine.gold_path(*parse_id(name))
-                needed, _ = self._played(name, path)
-                shorter, solved = self._played(name, needed)
-                self._paths[name] = tuple(shorter if solved else path)
+                try:
+                    self._paths[name] = self._find(name)
+                except EpisodeLost as lost:
+                    raise WorldFailed(f"ScienceWorld's path for {name}: {lost}") from lost
             return self._paths[name]
+
+    def _find(self, name: str) -> tuple[str, ...]:
+        path = self._engine.gold_path(*parse_id(name))
+        needed, _ = self._played(name, path)
+        shorter, solved = self._played(name, needed)
+        return tuple(shorter if solved else path)
 
     def _played(self, name: str, path: Sequence[str]) -> tuple[list[str], bool]:
         """The commands of a path that were carried out, and whether they reach the goal."""

@@ -73,7 +73,7 @@ ADMISSIBLE = {SEARCH: "search[query]", ANSWER: "answer[text]"}
 
 _BLOCK = re.compile(r"<action>(.*?)</action>", re.DOTALL | re.IGNORECASE)
 # How words of the environment or the user begin (`Env.others`).
-OTHERS = re.compile(r"(^[\s*]*result:\s*)?<information>|^[\s*]*(user|human):", re.M | re.I)
+OTHERS = re.compile(r"(^[ \t*]*result:\s*)?<information>|^[ \t*]*(user|human):", re.M | re.I)
 _ACTION = re.compile(r"\s*(search|answer)\s*\[(.*)\]\s*", re.DOTALL | re.IGNORECASE)
 
 

@@ -5,6 +5,7 @@ A request is a POST of `{"queries": [str], "topk": int, "return_scores": true}`.
 the document itself if scores were not asked for.
 """
 
+import contextlib
 import json
 import logging
 import threading
@@ -22,6 +23,7 @@ from http.client import HTTPException
 from opd_jax.envs.search.retrieval import Passage, RetrievalError, passage_from
 from opd_jax.runtime.exits import WorldFailed
 from opd_jax.runtime.fields import check_within
+from opd_jax.runtime.signals import signalled
 
 _BLOCK_BYTES = 1 << 16
 _SHOWN_BYTES = 200  # of what a server says about an error
@@ -127,7 +129,7 @@ class HttpRetriever:
             try:
                 return _passages(self._post(body), len(queries))
             except urllib.error.HTTPError as error:
-                said = error.read(_SHOWN_BYTES).decode(errors="replace")
+                said = _beginning(error)
                 reason = f"status {error.code} {said}".strip()
                 if error.code < 500 and error.code not in _BUSY:  # asking again would not help
                     raise _Refused(f"no answer from {self._url}: {reason}") from None
@@ -142,7 +144,7 @@ class HttpRetriever:
                     "%s does not answer (%s); asking again for up to %g minutes",
                     *(self._url, reason, self._retry_s / 60),
                 )
-            time.sleep(pause_s)
+            _pause(pause_s)
             wait_s = min(2 * wait_s, _MOST_WAIT_S)
 
     def _post(self, body: bytes) -> bytes:
@@ -158,6 +160,22 @@ class HttpRetriever:
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"timed out after {self._timeout_s} s")
         return b"".join(parts)
+
+
+def _beginning(error: urllib.error.HTTPError) -> str:
+    """The first bytes of what a server says about an error."""
+    with error, contextlib.suppress(OSError, HTTPException):
+        return error.read(_SHOWN_BYTES).decode(errors="replace")
+    return ""
+
+
+def _pause(seconds: float) -> None:
+    """Sleeps; RetrievalError if the process got a signal, since it has to leave soon."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        if signalled():
+            raise RetrievalError("the process has to leave")
+        time.sleep(min(left, 1.0))
 
 
 def _retry_after_s(text: str) -> float:
