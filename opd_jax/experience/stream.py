@@ -61,7 +61,7 @@ class DemonstrationSettings:
         for name, needed in needs.items():
             if needed and not getattr(self, name):
                 raise ValueError(f"`{name}`: expected at least one, got none")
-        if len(self.sizes_from) != len(self.sizes) - 1:
+        if len(self.sizes_from) < len(self.sizes) - 1:  # the last sizes would never be drawn
             raise ValueError(
                 f"`sizes_from`: expected a number for each of `sizes` after the first, "
                 f"{len(self.sizes) - 1}, got {list(self.sizes_from)}"

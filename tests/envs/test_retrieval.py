@@ -473,3 +473,21 @@ def test_a_server_that_is_away_is_no_mistake_but_one_that_refuses_is(serve):
     refusing = serve(make_server(lambda handler, asked: reply(handler, b"no page", status=404)))
     with pytest.raises(ValueError, match=r"`retriever`: no answer from .* status 404 no page"):
         client(refusing)
+
+
+def test_an_error_whose_text_is_cut_off_is_asked_again(serve):
+    answered = []
+
+    def respond(handler, asked):
+        if answered:
+            answered.pop()
+            handler.send_response(503)
+            handler.send_header("Content-Length", "1000")
+            handler.end_headers()
+            handler.connection.close()
+        else:
+            reply(handler, echo(asked))
+
+    remote = client(serve(make_server(respond)))
+    answered.append(1)
+    assert remote.search(["query"], top=1)[0][0].title == "query"

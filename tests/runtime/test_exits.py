@@ -21,6 +21,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/proc/self/none/file")
     ("error", "status", "said"),
     [
         (ValueError("`a`: expected 1, got 2"), MISTAKE, "`a`: expected 1, got 2"),
+        (WorldFailed("status 500 No space left on device"), WORLD, "status 500"),
         (WorldFailed("the server is away"), WORLD, "the server is away; the same command goes on"),
         (FULL, DISK, "No space left on device.* bytes are free in `/proc/self`"),
         (caused_by(RuntimeError("a thread failed"), FULL), DISK, "No space left on device"),
