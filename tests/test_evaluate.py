@@ -138,6 +138,9 @@ def test_figures_hold_for_the_settings_they_were_made_with(
     check = partial(evaluate.is_evaluated, settings=settings, panels=panels, update=80)
     assert check(both) == same
     assert not check({"valid_seen": both["valid_seen"]})
+    # A set that is not on this machine has no tasks.
+    here = {"valid_seen": panels["valid_seen"]}
+    assert evaluate.is_evaluated(both, settings, panels=here, update=80) == same
     assert not check(both | {"valid_seen": None})
     assert not check(None)
 

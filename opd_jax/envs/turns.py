@@ -67,10 +67,10 @@ def own_words(response: str, others: re.Pattern[str]) -> tuple[str, bool]:
     Returns:
       The text, and whether another's words follow it.
     """
+    thought, ended, rest = response.partition("</think>")
     # The prompt may have opened the thinking; then only its end is in the response.
-    spoken = response.rpartition("</think>")[2]
-    if "</think>" not in response and response.lstrip().startswith("<think>"):
-        spoken = ""
+    opened = thought.lstrip().startswith("<think>") or (ended and "<think>" not in thought)
+    spoken = rest if opened else response
     found = others.search(spoken)
     return (spoken[: found.start()], True) if found else (spoken, False)
 

@@ -329,6 +329,8 @@ def test_thinking_is_not_acted_on():
     draft = "<think>\nAction: look\nObservation: what would I see?\n"
     assert parse_response(draft) == ("", "no_action")
     assert parse_response(f"{draft}</think>\nAction: inventory") == ("inventory", "")
+    opened_by_the_prompt = draft.removeprefix("<think>")
+    assert parse_response(f"{opened_by_the_prompt}</think>\nAction: go") == ("go", "")
     late = "Action: look\n<think>x</think>\nAction: inventory"
     assert parse_response(late) == ("look", "")
 

@@ -1,0 +1,63 @@
+"""What a workdir keeps of the run that it holds."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from settings import read
+
+from opd_jax.config import load
+from opd_jax.config.build import panels
+from opd_jax.config.models import EMBEDDED
+from opd_jax.config.workdir import check_models, store_run
+
+QUICKSTART = "quickstart:runlocal"
+
+
+def store(workdir: Path, *overrides: str) -> None:
+    settings = read(QUICKSTART, *overrides)
+    config = load(QUICKSTART, [f"--config.{override}" for override in overrides])
+    store_run(config, settings, panels(settings), workdir)
+
+
+def figures(workdir: Path) -> Path:
+    path = workdir / "summary.json"
+    path.write_text(json.dumps({"eval": {"before": {}}}))
+    return path
+
+
+def another_model(folder: Path) -> Path:
+    shutil.copytree(EMBEDDED / "teacher", folder)
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    weights[len(weights) // 2 :] = bytes(len(weights) - len(weights) // 2)
+    (folder / "model.safetensors").write_bytes(weights)
+    return folder
+
+
+def test_figures_of_another_config_or_of_other_models_do_not_stay(tmp_path: Path) -> None:
+    workdir, moved = tmp_path / "run", tmp_path / "moved"
+    workdir.mkdir()
+    summary = figures(workdir)
+    store(workdir)
+    assert not summary.exists()  # nobody knows whose they were
+    summary = figures(workdir)
+    store(workdir, "eval.tasks=3")
+    shutil.copytree(EMBEDDED / "teacher", moved)
+    store(workdir, f"teacher={moved}")
+    assert summary.exists()
+    store(workdir, f"teacher={another_model(tmp_path / 'other')}")
+    assert not summary.exists()
+    summary = figures(workdir)
+    store(workdir, "seed=1", f"teacher={tmp_path / 'other'}")
+    assert not summary.exists()
+
+
+def test_a_run_goes_on_with_its_models_wherever_they_lie(tmp_path: Path) -> None:
+    store(tmp_path)
+    moved = shutil.copytree(EMBEDDED / "teacher", tmp_path / "moved")
+    check_models(read(QUICKSTART, f"teacher={moved}"), tmp_path)
+    other = another_model(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"`teacher` = .* is not the model that the run in"):
+        check_models(read(QUICKSTART, f"teacher={other}"), tmp_path)
