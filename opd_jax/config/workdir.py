@@ -9,7 +9,7 @@ from ml_collections import FrozenConfigDict
 from opd_jax import hf
 from opd_jax.config.build import check_named, panels
 from opd_jax.config.flags import closest
-from opd_jax.config.models import model_folder
+from opd_jax.config.models import model_folder, named_sizes
 from opd_jax.config.settings import Settings, binds_a_run
 from opd_jax.config.stored import check_same_run, differences, read_stored, store
 from opd_jax.experience.tasks import Panel, check_same_tasks, store_tasks
@@ -35,7 +35,6 @@ def check_run(config: FrozenConfigDict, settings: Settings, workdir: Path) -> di
             raise ValueError(
                 f"`{workdir / name}` is not a folder; move it away, or choose another --workdir"
             )
-    check_named(settings)
     has_checkpoint = _has_checkpoint(workdir)
     if has_checkpoint:
         check_same_run(config, workdir, binds=binds_a_run(settings))
@@ -43,6 +42,7 @@ def check_run(config: FrozenConfigDict, settings: Settings, workdir: Path) -> di
     found = panels(settings)
     if has_checkpoint:
         check_same_tasks(settings.data.split, found[settings.data.split], workdir)
+    check_named(settings)
     return found
 
 
@@ -52,6 +52,7 @@ def check_models(settings: Settings, workdir: Path) -> None:
     Raises:
       ValueError: one is another.
     """
+    named_sizes(settings)  # says which folder is not there, and how to get it
     had = read_summary(workdir / MODELS_FILE)
     for who, now in _fingerprints(settings).items():
         if had.get(who) not in (None, now):

@@ -25,7 +25,9 @@ _DISK_ERRORS = {
 # A file where a folder is needed, or a folder where a file is.
 _PLACE_ERRORS = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
 # The storage layer of checkpoints raises other types, with the system's words in their text.
-_DISK_WORDS = re.compile("|".join(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EROFS))))
+_DISK_WORDS = re.compile(
+    "|".join(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)))
+)
 
 
 class Stopped(SystemExit):

@@ -417,12 +417,11 @@ def test_only_a_judge_that_no_question_fits_is_a_mistake(
     wordy = Conversation(task=task, turns=[replace(TURN, response="x" * 300)])
     short = Conversation(task=TASK, turns=[TURN])
     label = teacher_judge(params, by=judge, max_turns=1)
-    for _ in range(2):
-        with pytest.raises(ValueError, match=r"`judge`: none of 2 questions.*admissible_shown"):
-            label([wordy, wordy], 1)
-    assert label([wordy, short], 1)[1]["judge/unparsable"] == (1, 2)
-    # One that has answered is no mistake: later a batch may have nothing but long questions.
-    verdict, metrics = label([wordy], 2)
+    with pytest.raises(ValueError, match=r"`judge`: none of 2 questions.*admissible_shown"):
+        label([wordy, wordy], 0)
+    assert label([wordy, short], 0)[1]["judge/unparsable"] == (1, 2)
+    # Later a batch may have nothing but long questions, also just after a resume.
+    verdict, metrics = teacher_judge(params, by=judge, max_turns=1)([wordy], 2)
     assert (verdict.tolist(), metrics["judge/unparsable"]) == ([[Verdict.STRONG]], (1, 1))
     assert caplog.text.count("t/wordy") == 1
 

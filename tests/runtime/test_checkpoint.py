@@ -218,6 +218,8 @@ checkpoints.save(1, big(1), {"cursor": 1})
 checkpoints.wait()
 state = jax.block_until_ready(big(2))
 checkpoints.save(2, state, {"cursor": 2})
+while len(os.listdir(sys.argv[1])) < 2:  # the thread that writes has not begun
+    pass
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
