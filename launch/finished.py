@@ -15,9 +15,7 @@ from opd_jax.config import build, parse_command_line
 from opd_jax.config.settings import read_settings
 from opd_jax.evaluate import is_evaluated
 from opd_jax.report.writers import read_summary
-from opd_jax.runtime.exits import reported
-
-STOPPED = 75
+from opd_jax.runtime.exits import WORLD, reported
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     runs = [(config, workdir)]
     if config.compare.methods:
         if "compare" not in read_summary(workdir / "summary.json"):
-            return STOPPED
+            return WORLD
         runs = [
             (variant(config, method, seed), workdir / method / f"seed-{seed}")
             for method in config.compare.methods
@@ -39,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
         done = [figures["update"] for figures in (after or {}).values() if figures]
         update = max([settings.train.updates, *done])
         if not is_evaluated(after, settings, panels=build.eval_panels(settings), update=update):
-            return STOPPED
+            return WORLD
     return 0
 
 

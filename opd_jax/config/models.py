@@ -117,14 +117,15 @@ def load_teacher(settings: Settings, mesh: jax.sharding.Mesh) -> LoadedModel | N
     )
 
 
+def named_folders(settings: Settings) -> dict[str, Path]:
+    """The folders of `student` and `teacher`, those that have one."""
+    named = {"student": settings.student, "teacher": settings.teacher}
+    return {who: model_folder(name) for who, name in named.items() if name not in ("", "new")}
+
+
 def named_sizes(settings: Settings) -> dict[str, ModelConfig]:
     """Sizes of `student` and `teacher`, those that there are; no weight is read."""
-    named = {"student": settings.student, "teacher": settings.teacher}
-    sizes = {
-        who: hf.read_config(model_folder(reference))
-        for who, reference in named.items()
-        if reference not in ("", "new")
-    }
+    sizes = {who: hf.read_config(folder) for who, folder in named_folders(settings).items()}
     return sizes | ({"student": new_sizes(settings)[0]} if settings.student == "new" else {})
 
 

@@ -9,7 +9,7 @@ from ml_collections import FrozenConfigDict
 from opd_jax import hf
 from opd_jax.config.build import check_named, panels
 from opd_jax.config.flags import closest
-from opd_jax.config.models import model_folder, named_sizes
+from opd_jax.config.models import named_folders
 from opd_jax.config.settings import Settings, binds_a_run
 from opd_jax.config.stored import check_same_run, differences, read_stored, store
 from opd_jax.experience.tasks import Panel, check_same_tasks, store_tasks
@@ -50,9 +50,8 @@ def check_models(settings: Settings, workdir: Path) -> None:
     """Checks that the models are those that the workdir's run has, wherever they lie now.
 
     Raises:
-      ValueError: one is another.
+      ValueError: one is another, or its folder is not there.
     """
-    named_sizes(settings)  # says which folder is not there, and how to get it
     had = read_summary(workdir / MODELS_FILE)
     for who, now in _fingerprints(settings).items():
         if had.get(who) not in (None, now):
@@ -64,12 +63,7 @@ def check_models(settings: Settings, workdir: Path) -> None:
 
 
 def _fingerprints(settings: Settings) -> dict[str, str]:
-    named = {"student": settings.student, "teacher": settings.teacher}
-    return {
-        who: hf.fingerprint(model_folder(reference))
-        for who, reference in named.items()
-        if reference not in ("", "new")
-    }
+    return {who: hf.fingerprint(folder) for who, folder in named_folders(settings).items()}
 
 
 def check_checkpoint(workdir: Path) -> None:

@@ -3,6 +3,8 @@
 import hashlib
 from pathlib import Path
 
+from opd_jax.hf.folder import check_folder
+
 # Reading all of a large model takes minutes. Weights that were trained differ nearly everywhere.
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
@@ -13,7 +15,11 @@ _SMALL = (
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash of the small files of a model, the headers of its weights, and samples of them."""
+    """A hash of the small files of a model, the headers of its weights, and samples of them.
+
+    ValueError if there is no such folder.
+    """
+    check_folder(folder)
     found = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         end = path.stat().st_size

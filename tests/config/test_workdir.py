@@ -58,6 +58,8 @@ def test_a_run_goes_on_with_its_models_wherever_they_lie(tmp_path: Path) -> None
     store(tmp_path)
     moved = shutil.copytree(EMBEDDED / "teacher", tmp_path / "moved")
     check_models(read(QUICKSTART, f"teacher={moved}"), tmp_path)
+    with pytest.raises(ValueError, match="`nowhere` does not exist; check the path, or download"):
+        check_models(read(QUICKSTART, "teacher=nowhere"), tmp_path)
     other = another_model(tmp_path / "other")
     with pytest.raises(ValueError, match=r"`teacher` = .* is not the model that the run in"):
         check_models(read(QUICKSTART, f"teacher={other}"), tmp_path)
