@@ -106,8 +106,6 @@ def paper_config(
     config.compute_dtype = "bfloat16"
     config.teacher_dtype = "bfloat16"  # int8: half the memory (`opd_jax/model/int8.py`)
     config.mesh.fsdp = 8
-    # Each sampled token reads the whole cache. Smaller steps read less and compile more programs.
-    config.rollout.cache_step = 4096
     config.rollout.extend_widths = (128, 512)
     config.rollout.chunk = 64
     config.judge.batch = 64

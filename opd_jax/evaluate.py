@@ -22,7 +22,8 @@ from ml_collections import FrozenConfigDict
 
 from opd_jax.agent.agent import Agent
 from opd_jax.agent.conversation import Conversation
-from opd_jax.agent.rollout import close, make_envs, rollout, row_keys
+from opd_jax.agent.environments import close, make_envs
+from opd_jax.agent.rollout import rollout, row_keys
 from opd_jax.config import build, check_same_run, parse_command_line
 from opd_jax.config.models import LoadedModel, load_student, load_teacher
 from opd_jax.config.settings import Settings, binds_an_evaluation, read_settings
@@ -67,25 +68,19 @@ def play_model(
 ) -> list[Conversation]:
     """A model's episodes of the first `tasks` tasks of a split, in order, `eval.batch` at a time.
 
-    Each episode is sampled with the key of `eval.seed` folded with its task's index. So it depends
-    neither on `tasks` nor on the batch. For `between` see `rollout`.
+    Each episode is sampled with the key of `eval.seed` folded with its task's index, so it does not
+    depend on `tasks`. For `between` see `rollout`.
 
     Raises:
       ValueError: the environment's errors.
     """
-    batch, rng = settings.eval.batch, jax.random.key(settings.eval.seed)
-    envs = make_envs(partial(make_env, settings.env), batch)
-    conversations: list[Conversation] = []
+    keys = row_keys(jax.random.key(settings.eval.seed), range(tasks))
+    panel = [(split, index) for index in range(tasks)]
+    envs = make_envs(partial(make_env, settings.env), settings.eval.batch)
     try:
-        for start in range(0, tasks, batch):
-            panel = [(split, index) for index in range(start, min(start + batch, tasks))]
-            keys = row_keys(rng, range(start, start + batch))
-            conversations += rollout(
-                params, keys, agent=agent, envs=envs, tasks=panel, depth=0, between=between
-            )
+        return rollout(params, keys, agent=agent, envs=envs, tasks=panel, depth=0, between=between)
     finally:
         close(envs)
-    return conversations
 
 
 def play_player(settings: Settings, who: str, split: str, *, tasks: int) -> list[Conversation]:

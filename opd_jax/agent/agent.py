@@ -22,10 +22,11 @@ class Decoding:
       temperature, top_k, top_p: see `generate.Sampling`.
       turn_tokens: most tokens sampled in one turn.
       context_tokens: most tokens in a context, prompts and observations included.
-      cache_step: the cache grows by this many slots, up to `context_tokens`. A token reads every
-        slot, so a small cache is fast. Each cache size is a program to compile.
       extend_widths: ascending widths in which new tokens are appended; one compiled program each.
-      chunk: tokens sampled before the host checks which rows are done.
+      prefill_rows: rows of each device whose new tokens are appended at a time.
+      chunk: tokens sampled before the host looks which responses have ended.
+      join_after: chunks that a row sits out while its environment answers. With 0 the device waits
+        for the answers, which is best if they take less time than a chunk.
       history_turns: most earlier turns in the context of a response; 0: all. With a limit each turn
         prefills its context again (`history`).
     """
@@ -35,15 +36,18 @@ class Decoding:
     top_p: float
     turn_tokens: int
     context_tokens: int
-    cache_step: int = field(metadata=affects(LAYOUT))
     extend_widths: tuple[int, ...] = field(metadata=affects(LAYOUT))
+    prefill_rows: int = field(metadata=affects(LAYOUT))
     chunk: int = field(metadata=affects(LAYOUT))
+    join_after: int = field(metadata=affects(LAYOUT))
     history_turns: int
 
     def __post_init__(self):
         _ = self.sampling  # checks its own values
-        check_within(1, turn_tokens=self.turn_tokens, cache_step=self.cache_step, chunk=self.chunk)
-        check_within(0, history_turns=self.history_turns)
+        check_within(
+            1, turn_tokens=self.turn_tokens, prefill_rows=self.prefill_rows, chunk=self.chunk
+        )
+        check_within(0, join_after=self.join_after, history_turns=self.history_turns)
         if self.turn_tokens >= self.context_tokens:
             raise ValueError(
                 f"`turn_tokens` = {self.turn_tokens}: expected less than the cache, "
@@ -65,6 +69,7 @@ class RolloutSettings(Decoding):
 
     Attributes:
       batch: episodes of an update.
+      rows: most episodes at a time; 0: all. A row whose episode is over takes the next.
       gather_weights: sample with weights all-gathered along `fsdp`; faster, more memory.
       per_task: episodes of each task.
       depth_start: most turns of an episode in the first update; 0: no limit.
@@ -72,6 +77,7 @@ class RolloutSettings(Decoding):
     """
 
     batch: int
+    rows: int = field(metadata=affects(LAYOUT))
     gather_weights: bool = field(metadata=affects(LAYOUT))
     per_task: int
     depth_start: int
@@ -80,12 +86,17 @@ class RolloutSettings(Decoding):
     def __post_init__(self):
         super().__post_init__()
         check_within(1, batch=self.batch, per_task=self.per_task, depth_every=self.depth_every)
-        check_within(0, depth_start=self.depth_start)
+        check_within(0, rows=self.rows, depth_start=self.depth_start)
         if self.batch % self.per_task:
             raise ValueError(
                 f"`batch` = {self.batch} is not a multiple of `per_task` = {self.per_task}; choose "
                 "a divisor"
             )
+
+    @property
+    def at_once(self) -> int:
+        """Episodes that are played at the same time."""
+        return min(self.rows or self.batch, self.batch)
 
     def depth(self, update: int) -> int:
         """Most turns of an episode in update n: start + ⌊n / every⌋; 0 for no limit.

@@ -21,7 +21,7 @@ from opd_jax import model
 from opd_jax.model import KVCache, ModelConfig, Params, lora
 from opd_jax.model.projections import cast
 from opd_jax.runtime.fields import check_within
-from opd_jax.runtime.mesh import SAMPLING_RULES, constrain, replicate
+from opd_jax.runtime.mesh import RULES, SAMPLING_RULES, constrain, replicate
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Sampled:
 def sampling_params(
     params: Params, *, config: ModelConfig, dtype: jnp.dtype, gather: bool
 ) -> Params:
-    """A copy of the parameters to sample with.
+    """A copy of the parameters to sample with, `model.unstack`ed.
 
     Adapters stay beside the weights they adapt. A sum of the two would be rounded: in bfloat16 the
     log-probabilities would differ from those that the update recomputes.
@@ -76,13 +76,11 @@ def sampling_params(
       gather: all-gather weights along `fsdp` first, so that no token waits for weights. If false
         they stay sharded: less memory.
     """
-    params = cast(params, dtype)
-    if not gather:
-        return params
+    specs = model.unstack(lora.specs_like(params, config))
     return jax.tree.map(
-        lambda spec, p: constrain(p, *spec.axes, rules=SAMPLING_RULES),
-        lora.specs_like(params, config),
-        params,
+        lambda spec, p: constrain(p, *spec.axes, rules=SAMPLING_RULES if gather else RULES),
+        specs,
+        model.unstack(cast(params, dtype)),
         is_leaf=model.is_spec,
     )
 
@@ -93,6 +91,7 @@ def extend(
     cache: KVCache,
     tokens: jax.Array,
     counts: jax.Array,
+    rows: jax.Array | None = None,
     *,
     config: ModelConfig,
     sharded: bool,
@@ -101,7 +100,9 @@ def extend(
 
     Arguments as in `model.forward_cached`.
     """
-    return model.forward_cached(params, cache, tokens, counts, config=config, sharded=sharded)[1]
+    return model.forward_cached(
+        params, cache, tokens, counts, config=config, sharded=sharded, rows=rows
+    )[1]
 
 
 @partial(
@@ -138,6 +139,7 @@ def generate(
       (cache, `Sampled`). To go on with rows that neither stopped nor spent their budget, call
       again with their last sampled token as `last_token`.
     """
+    params = model.unstack(params)  # here, not in the loop
     rows = last_token.shape[0]
     empty = Sampled(
         tokens=jnp.zeros((rows, chunk), jnp.int32),
@@ -145,6 +147,9 @@ def generate(
         counts=jnp.zeros(rows, jnp.int32),
         stopped=jnp.zeros(rows, bool),
     )
+
+    # Once for all tokens: how far the longest row may come.
+    slots_read = model.longest(cache.lengths, jnp.minimum(budget, chunk))
 
     def alive(out: Sampled) -> jax.Array:
         return ~out.stopped & (out.counts < budget)
@@ -163,6 +168,7 @@ def generate(
             going.astype(jnp.int32),
             config=config,
             sharded=sharded,
+            slots_read=slots_read,
         )
         logits = model.logits(params, hidden[:, 0], sharded=sharded)
         keys = jax.vmap(jax.random.fold_in)(row_keys, cache.lengths)
@@ -200,39 +206,71 @@ def sample(
     Returns:
       (token int32 [B], logprob float32 [B] of the model's own distribution; see `Sampled`).
     """
-    logprobs = jax.nn.log_softmax(logits)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - top)
+    log_total = jnp.log(jnp.sum(weights, axis=-1))
+    allowed = logits
     if unused_ids:
         used = np.ones(logits.shape[-1], bool)
         for start, stop in unused_ids:
             used[start:stop] = False
-        logits = jnp.where(used, logits, -jnp.inf)
+        allowed = jnp.where(used, logits, -jnp.inf)
     if sampling.temperature == 0:
-        token = jnp.argmax(logits, axis=-1)
+        # Not `argmax`: a CPU takes ten times as long for it.
+        best, vocab = jnp.max(allowed, axis=-1, keepdims=True), logits.shape[-1]
+        token = jnp.min(jnp.where(allowed == best, jnp.arange(vocab), vocab), axis=-1)
     else:
-        probs = _filter(jax.nn.softmax(logits / sampling.temperature), sampling)
-        cumulative = jnp.cumsum(probs, axis=-1)
-        # A parallel sum may rise by a last bit where 0 is added. So tokens of probability 0 are
-        # masked twice: as choices, and from the total that scales the draw.
-        kept = probs > 0
-        end = jnp.max(jnp.where(kept, cumulative, 0.0), axis=-1)
-        threshold = jax.vmap(jax.random.uniform)(row_keys) * end
-        vocab = probs.shape[-1]
-        beyond = kept & (cumulative > threshold[:, None])
-        token = jnp.min(jnp.where(beyond, jnp.arange(vocab), vocab), axis=-1)
-    logprob = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
+        if sampling.temperature != 1 or unused_ids:
+            weights = jnp.exp((allowed - top) / sampling.temperature)
+        draws = jax.vmap(jax.random.uniform)(row_keys)
+        token = _draw(_filter(weights, sampling), draws)
+    logprob = jnp.take_along_axis(logits - top, token[:, None], axis=-1)[:, 0] - log_total
     return token.astype(jnp.int32), logprob
 
 
-def _filter(probs: jax.Array, sampling: Sampling) -> jax.Array:
+# A cumulative sum over a whole vocabulary takes several passes over it on a CPU. So sum blocks of
+# so many tokens, and accumulate within the drawn block alone.
+_DRAW_BLOCK = 128
+
+
+def _draw(weights: jax.Array, draws: jax.Array) -> jax.Array:
+    """The token in which a share `draws` [B], in [0, 1), of the total of `weights` [B, V] falls.
+
+    A sum may rise by a last bit where 0 is added. So what has no weight is also masked.
+    """
+    rows, vocab = weights.shape
+    weights = jnp.pad(weights, ((0, 0), (0, -vocab % _DRAW_BLOCK)))
+    blocks = weights.reshape(rows, -1, _DRAW_BLOCK)
+    sums = jnp.sum(blocks, axis=-1)
+    block, rest = _first_beyond(sums, draws * jnp.cumsum(sums, axis=-1)[:, -1])
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return block * _DRAW_BLOCK + _first_beyond(inside, rest)[0]
+
+
+def _first_beyond(weights: jax.Array, share: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The index at which cumulative `weights` [B, n] exceed `share` [B], and what is left of it.
+
+    If rounding lets none exceed it, the last that has weight.
+    """
+    cumulative, some = jnp.cumsum(weights, axis=-1), weights > 0
+    index = jnp.arange(weights.shape[-1])
+    beyond = some & (cumulative > share[:, None])
+    last = jnp.max(jnp.where(some, index, 0), axis=-1)
+    first = jnp.min(jnp.where(beyond, index, last[:, None]), axis=-1)
+    before = jnp.where(index < first[:, None], weights, 0.0).sum(axis=-1)
+    return first, share - before
+
+
+def _filter(weights: jax.Array, sampling: Sampling) -> jax.Array:
     """Zeroes what top-k and then top-p drop; ties with the last kept token are kept."""
     if sampling.top_k:
-        k = min(sampling.top_k, probs.shape[-1])
-        least = jax.lax.top_k(probs, k)[0][:, -1:]
-        probs = jnp.where(probs >= least, probs, 0.0)
+        k = min(sampling.top_k, weights.shape[-1])
+        least = jax.lax.top_k(weights, k)[0][:, -1:]
+        weights = jnp.where(weights >= least, weights, 0.0)
     if sampling.top_p < 1:
-        descending = -jnp.sort(-probs, axis=-1)
+        descending = -jnp.sort(-weights, axis=-1)
         total = jnp.sum(descending, axis=-1, keepdims=True)
         before = jnp.cumsum(descending, axis=-1) - descending
         kept = jnp.where(before < sampling.top_p * total, descending, jnp.inf)
-        probs = jnp.where(probs >= jnp.min(kept, axis=-1, keepdims=True), probs, 0.0)
-    return probs
+        weights = jnp.where(weights >= jnp.min(kept, axis=-1, keepdims=True), weights, 0.0)
+    return weights

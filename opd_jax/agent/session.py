@@ -1,7 +1,8 @@
-"""The device's side of a batch of conversations: one cache that lives as long as the episodes."""
+"""The device's side of a rollout: one cache whose rows read and sample, each at its own turn."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from opd_jax import model
 from opd_jax.agent import generate as gen
 from opd_jax.agent.agent import Agent
 from opd_jax.model import KVCache, ModelConfig, Params
+from opd_jax.runtime import mesh
 from opd_jax.runtime.mesh import shard_batch
 
 
@@ -30,124 +32,166 @@ class Response(NamedTuple):
     stop: str
 
 
-class CacheSession:
-    """The cache of a batch of conversations between calls.
+@dataclass
+class _Row:
+    """A row that samples a response.
 
-    It tracks what each row holds and grows when needed.
+    Attributes:
+      key: index of its episode's PRNG key.
+      turn: the turn, which is folded into the key.
+      budget: tokens that it may still sample.
+      full: the context, not the turn's budget, limits it.
+      tokens, logprobs: as in `Response`.
     """
 
-    def __init__(self, params: Params, agent: Agent, rows: int):
-        self.params, self.agent = params, agent
+    key: int
+    turn: int
+    budget: int
+    full: bool
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+class CacheSession:
+    """The cache of a batch of conversations between calls, and the responses under way.
+
+    Rows need not be in step: while some sample, others wait for their environments.
+    """
+
+    def __init__(self, params: Params, keys: jax.Array, *, agent: Agent, rows: int):
+        stacked = not isinstance(params["layers"], tuple)
+        self.params = _unstack(params) if stacked else params
+        self.keys, self.agent = keys, agent
         self.sharded = model.is_sharded(params)
-        slots = min(agent.decoding.cache_step, agent.decoding.context_tokens)
+        slots = agent.decoding.context_tokens
         self.cache = empty_cache(params, agent.model, rows=rows, slots=slots)
         self.contexts: list[list[int]] = [[] for _ in range(rows)]
-        self.held = np.zeros(rows, np.int32)
+        self.held = np.zeros(rows, np.int32)  # tokens of each row in the cache
+        self.live: dict[int, _Row] = {}
         self.stop_ids = jnp.asarray(agent.chat.stop_ids, jnp.int32)
 
-    def extend(self, contexts: Mapping[int, list[int]]) -> None:
-        """Appends what the cache lacks of every row's context, except the last token."""
-        self._roll_back(contexts)
-        while True:
-            new = [
-                context[held:-1] if row in contexts else []
-                for row, (context, held) in enumerate(zip(self.contexts, self.held, strict=True))
-            ]
-            longest = max(map(len, new))
-            if longest == 0:
-                return
-            widths = self.agent.decoding.extend_widths
-            width = next((w for w in widths if w >= longest), widths[-1])
-            tokens, counts = padded([pending[:width] for pending in new], width=width)
-            self._make_room(counts)
-            self.cache = gen.extend(
-                self.params,
-                self.cache,
-                *shard_batch((tokens, counts)),
-                config=self.agent.model,
-                sharded=self.sharded,
-            )
-            self.held += counts
+    def clear(self, row: int) -> None:
+        """Empties a row, for an episode that begins."""
+        self.contexts[row], self.held[row] = [], 0
 
-    def _make_room(self, counts: np.ndarray) -> None:
-        """Grows the cache by whole steps until row b has slots for `counts[b]` more tokens."""
-        step, needed = self.agent.decoding.cache_step, int((self.held + counts).max())
-        slots = min(-(-needed // step) * step, self.agent.decoding.context_tokens)
-        if slots > self.cache.slots:
-            self.cache = model.grow_cache(self.cache, slots=slots)
+    def begin(self, row: int, context: list[int], *, key: int, turn: int) -> None:
+        """Starts a response to a context. What it shares with the row's last one stays cached.
 
-    def _roll_back(self, contexts: Mapping[int, list[int]]) -> None:
-        """Gives rows new contexts. The prefix that old and new context share stays cached."""
-        held = self.held.copy()
-        for row, context in contexts.items():
-            held[row] = _common(self.contexts[row][: held[row]], context[:-1])
-            self.contexts[row] = context
-        if (held < self.held).any():
-            self.held = held
-            self.cache = replace(self.cache, lengths=shard_batch(held.copy()))
+        It is sampled with `keys[key]` folded with `turn`, then with the position.
+        """
+        decoding = self.agent.decoding
+        self.held[row] = _common(self.contexts[row][: self.held[row]], context[:-1])
+        self.contexts[row] = context
+        room = decoding.context_tokens - len(context)
+        budget = min(decoding.turn_tokens, room)
+        self.live[row] = _Row(key, turn, budget, full=budget < decoding.turn_tokens)
 
-    def sample(self, rows: Sequence[int], keys: jax.Array) -> dict[int, Response]:
-        """One response for each of `rows`; the other rows stay as they are.
+    def read(self) -> None:
+        """Appends what the cache lacks of the live rows' contexts, except their last tokens.
 
-        `keys` has this turn's PRNG key for each row of the batch. After each chunk a row whose
-        response makes up another's words is cut there. What was sampled beyond is dropped: the
-        cache is rolled back when the row's next context is read.
+        The widths of a row's pieces depend on its own context alone, and all calls have the same
+        number of rows. So an episode's bits do not depend on the other rows.
+        """
+        while pieces := self._pieces():
+            for width, of_width in sorted(pieces.items()):
+                for call in self._calls(of_width):
+                    rows = np.array([row for row, _ in call], np.int32)
+                    tokens, counts = padded([new for _, new in call], width=width)
+                    self.cache = gen.extend(
+                        self.params,
+                        self._at_lengths(),
+                        *shard_batch((tokens, counts, rows)),
+                        config=self.agent.model,
+                        sharded=self.sharded,
+                    )
+                    np.add.at(self.held, rows, counts)
+
+    def launch(self) -> gen.Sampled:
+        """Starts to sample a chunk for every live row, without waiting for it."""
+        decoding, rows = self.agent.decoding, len(self.held)
+        last, budget, key, turn = np.zeros((4, rows), np.int32)
+        for row, live in self.live.items():
+            last[row] = (live.tokens or self.contexts[row])[-1]
+            budget[row], key[row], turn[row] = live.budget, live.key, live.turn
+        self.cache, out = gen.generate(
+            self.params,
+            self._at_lengths(),
+            *shard_batch((last, budget)),
+            _turn_keys(self.keys, key, turn),
+            self.stop_ids,
+            config=self.agent.model,
+            sampling=decoding.sampling,
+            chunk=decoding.chunk,
+            sharded=self.sharded,
+        )
+        return out
+
+    def collect(self, launched: gen.Sampled) -> dict[int, Response]:
+        """Waits for a chunk; returns the responses that ended in it, by row.
+
+        A response that makes up another's words is cut there. What was sampled beyond is dropped:
+        the cache is rolled back when the row's next context is read.
 
         Raises:
           ValueError: the model's logits are not finite.
         """
-        agent = self.agent
-        budget, last = np.zeros_like(self.held), np.zeros_like(self.held)
-        for row in rows:
-            room = agent.decoding.context_tokens - len(self.contexts[row])
-            budget[row] = min(agent.decoding.turn_tokens, room)
-            last[row] = self.contexts[row][-1]
-        full = budget < agent.decoding.turn_tokens
-        stopped = np.zeros(len(self.held), bool)
-        said = {row: Response([], [], stop="") for row in rows}
-        made_up: dict[int, int] = {}  # row to the tokens that stay
-        while budget.any():
-            self._make_room(np.minimum(budget, agent.decoding.chunk))
-            self.cache, out = gen.generate(
-                self.params,
-                self.cache,
-                *shard_batch((last, budget)),
-                keys,
-                self.stop_ids,
-                config=agent.model,
-                sampling=agent.decoding.sampling,
-                chunk=agent.decoding.chunk,
-                sharded=self.sharded,
+        out = jax.device_get(launched)
+        sampled = np.arange(out.tokens.shape[1]) < out.counts[:, None]
+        if not np.isfinite(out.logprobs[sampled]).all():
+            raise ValueError(
+                "the logits of the model that plays are not finite, so nothing can be sampled: "
+                "if it is being trained, it has diverged; lower `optimizer.learning_rate`, or "
+                "go on from an older checkpoint"
             )
-            out = jax.device_get(out)
-            sampled = np.arange(out.tokens.shape[1]) < out.counts[:, None]
-            if not np.isfinite(out.logprobs[sampled]).all():
-                raise ValueError(
-                    "the logits of the model that plays are not finite, so nothing can be sampled: "
-                    "if it is being trained, it has diverged; lower `optimizer.learning_rate`, or "
-                    "go on from an older checkpoint"
-                )
-            for row, response in said.items():
-                count = int(out.counts[row])
-                response.tokens.extend(out.tokens[row, :count].tolist())
-                response.logprobs.extend(out.logprobs[row, :count].tolist())
-                if count:
-                    last[row] = response.tokens[-1]
-                    if (stay := agent.made_up(response.tokens)) is not None:
-                        made_up[row] = stay
-            self.held += out.counts
-            stopped |= out.stopped
-            budget = np.where(stopped, 0, budget - out.counts)
-            budget[list(made_up)] = 0
+        self.held += out.counts
+        ended: dict[int, Response] = {}
+        for row, live in list(self.live.items()):
+            count = int(out.counts[row])
+            live.tokens += out.tokens[row, :count].tolist()
+            live.logprobs += out.logprobs[row, :count].tolist()
+            live.budget -= count
+            stay = self.agent.made_up(live.tokens)
+            if stay is None and live.budget and not out.stopped[row]:
+                continue
+            del self.live[row]
+            self.contexts[row] = [*self.contexts[row], *live.tokens]
+            stop = "context" if live.full else "turn_budget"
+            if stay is not None:
+                stop = "others"
+            elif out.stopped[row]:
+                stop = "stop_token"
+            ended[row] = Response(live.tokens[:stay], live.logprobs[:stay], stop)
+        return ended
 
-        for row, response in said.items():
-            self.contexts[row] = [*self.contexts[row], *response.tokens]
-            stop = "stop_token" if stopped[row] else "context" if full[row] else "turn_budget"
-            if stay := made_up.get(row):
-                tokens, logprobs, _ = response
-                response, stop = Response(tokens[:stay], logprobs[:stay], ""), "others"
-            said[row] = response._replace(stop=stop)
-        return said
+    def _at_lengths(self) -> KVCache:
+        """The cache with the rows' lengths as the host counts them."""
+        return replace(self.cache, lengths=shard_batch(self.held.copy()))
+
+    def _pieces(self) -> dict[int, dict[int, list[int]]]:
+        """The next piece of each live row's unread context, by width and row."""
+        pieces: dict[int, dict[int, list[int]]] = defaultdict(dict)
+        widths = self.agent.decoding.extend_widths
+        for row in self.live:
+            if unread := self.contexts[row][self.held[row] : -1]:
+                width = next((w for w in widths if w >= len(unread)), widths[-1])
+                pieces[width][row] = unread[:width]
+        return pieces
+
+    def _calls(self, new: Mapping[int, list[int]]) -> Iterator[list[tuple[int, list[int]]]]:
+        """Splits rows and their tokens into calls; each has as many rows for every device.
+
+        Where rows are missing, a call has one of the device's that gets no token.
+        """
+        shards = mesh.shards("batch")
+        size = len(self.held) // shards
+        most = min(self.agent.decoding.prefill_rows, size)
+        parts = [[row for row in sorted(new) if row // size == part] for part in range(shards)]
+        for start in range(0, max(map(len, parts)), most):
+            call = []
+            for part, rows in enumerate(parts):
+                some = [(row, new[row]) for row in rows[start : start + most]]
+                call += some + [(part * size, [])] * (most - len(some))
+            yield call
 
 
 def empty_cache(params: Params, sizes: ModelConfig, *, rows: int, slots: int) -> KVCache:
@@ -167,6 +211,15 @@ def padded(rows: Sequence[Sequence[int]], *, width: int) -> tuple[np.ndarray, np
     for row, ids in zip(tokens, rows, strict=True):
         row[: len(ids)] = ids
     return tokens, np.array([len(ids) for ids in rows], np.int32)
+
+
+_unstack = jax.jit(model.unstack)
+
+
+@jax.jit
+def _turn_keys(keys: jax.Array, key: jax.Array, turn: jax.Array) -> jax.Array:
+    """The rows' keys for one turn. Positions alone would repeat if turns are left out."""
+    return jax.vmap(jax.random.fold_in)(keys[key], turn)
 
 
 def _common(held: list[int], context: list[int]) -> int:

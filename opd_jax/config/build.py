@@ -19,8 +19,9 @@ from opd_jax import model
 from opd_jax.agent.agent import Agent
 from opd_jax.agent.chat import ChatFormat
 from opd_jax.agent.conversation import Conversation
+from opd_jax.agent.environments import everywhere, make_envs
 from opd_jax.agent.generate import sampling_params
-from opd_jax.agent.rollout import everywhere, make_envs, rollout, row_keys
+from opd_jax.agent.rollout import rollout, row_keys
 from opd_jax.config.models import LoadedModel, named_sizes
 from opd_jax.config.settings import Settings
 from opd_jax.envs.base import Env
@@ -294,7 +295,7 @@ def make_source(
     how, source = settings.rollout, settings.data.source
     player = teacher if source == "teacher" and teacher else student
     agent = make_agent(player, settings)
-    envs = make_envs(partial(make_env, settings.env), how.batch)
+    envs = make_envs(partial(make_env, settings.env), how.at_once)
     if source == "expert":
         play = _play_expert(settings, agent, envs, between)
     else:

@@ -330,6 +330,7 @@ def _check_batches(s: Settings) -> None:
         )
     sizes = {
         "rollout.batch": batch,
+        "rollout.rows": s.rollout.at_once,
         "eval.batch": s.eval.batch,
         "judge.batch": s.judge.batch,
         "rollout.batch` / `train.micro_batches": batch // parts,

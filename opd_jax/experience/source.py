@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from opd_jax.agent import history
 from opd_jax.agent.agent import Agent
 from opd_jax.agent.conversation import Conversation, check_some_played
-from opd_jax.agent.rollout import close
+from opd_jax.agent.environments import close
 from opd_jax.envs.base import Env
 from opd_jax.experience.tasks import TaskOrder
 from opd_jax.learner.train_state import TrainState

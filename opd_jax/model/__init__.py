@@ -11,7 +11,6 @@ from opd_jax.model.cache import (
     backend_cache_layout,
     cache_layout,
     cache_specs,
-    grow_cache,
     init_cache,
 )
 from opd_jax.model.params import (
@@ -25,6 +24,7 @@ from opd_jax.model.params import (
     is_spec,
     logits,
     param_specs,
+    unstack,
 )
 from opd_jax.model.sizes import ModelConfig, RopeScaling
-from opd_jax.model.transformer import REMAT, forward, forward_cached
+from opd_jax.model.transformer import REMAT, forward, forward_cached, longest

@@ -5,96 +5,144 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-# The einsums for each layout of keys and values. Heads before slots ("BGSH") reads contiguously on
-# CPU and GPU. TPU wants slots first, and would copy the other layout in and out of every program.
-_SCORES = {"BGSH": "btgrh,bgsh->bgrts", "BSGH": "btgrh,bsgh->bgrts"}
-_VALUES = {"BGSH": "bgrts,bgsh->btgrh", "BSGH": "bgrts,bsgh->btgrh"}
+from opd_jax.model.cache import take_rows
 
 # Split a sequence into at most 8 spans; each attends only to keys before its end. Half of all pairs
 # of query and key are masked; 8 spans skip 7/8 of those. Each span adds code to compile.
 _SPANS = 8
 
+# The einsums over a block of the cache, for each layout. The M queries of a group are those of its
+# heads, for each new token: a product with an axis of its own for one token is slower on a CPU.
+_SCORES = {"BGSH": "bgmh,bgsh->bgms", "BSGH": "bgmh,bsgh->bgms"}
+_VALUES = {"BGSH": "bgms,bgsh->bgmh", "BSGH": "bgms,bsgh->bgmh"}
+
+# Slots at a time. On a CPU 64 to 256 are equally fast.
+_BLOCK = 128
+
+_MASKED = jnp.finfo(jnp.float32).min
+
 
 def attention(
-    q_BTNH: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    position_BT: jax.Array | None = None,
-    *,
-    layout: str,
-    query_chunk: int,
+    q_BTNH: jax.Array, k_BTGH: jax.Array, v_BTGH: jax.Array, *, query_chunk: int
 ) -> jax.Array:
-    """softmax(q kᵀ / √H) v over the keys at or before each query, `query_chunk` queries at a time.
+    """softmax(q kᵀ / √H) v of a sequence over itself, `query_chunk` queries at a time.
 
-    Slot s of the keys holds position s, so a query attends to slots `s <= position`. Slots that
-    were never written lie beyond every position and need no other mask. The backward pass
-    rematerializes each chunk, so no `[T, S]` array outlives a chunk.
+    A query attends to the keys at and before its own position. The backward pass rematerializes
+    each chunk, so no `[T, T]` array outlives a chunk.
 
     Args:
       q_BTNH: queries, float [B, T, N, H], rotated.
-      k: keys, rotated, in `layout`: [B, G, S, H] or [B, S, G, H]. G divides N.
-      v: values, in `layout`.
-      position_BT: int32 position of each query; the leading axis may be 1. None for a sequence over
-        itself: positions are 0..T-1, and most masked pairs are skipped.
-      layout: "BGSH" or "BSGH"; only "BSGH" without `position_BT`.
-      query_chunk: queries at a time, ≥ 1; T need not be a multiple of it.
+      k_BTGH: keys, [B, T, G, H], rotated. G divides N.
+      v_BTGH: values, [B, T, G, H].
+      query_chunk: queries at a time, ≥ 1; T need not be a multiple of it. A span is a whole number
+        of chunks.
 
     Returns:
       [B, T, N, H] in the dtype of the queries. Scores and softmax are float32.
     """
-    if position_BT is None:
-        return _by_spans(q_BTNH, k, v, query_chunk=query_chunk)
-    return _by_chunks(q_BTNH, k, v, position_BT, layout=layout, query_chunk=query_chunk)
-
-
-def _by_spans(
-    q_BTNH: jax.Array, k_BTGH: jax.Array, v_BTGH: jax.Array, *, query_chunk: int
-) -> jax.Array:
-    """A sequence over itself, span by span; a span is a whole number of chunks."""
     T = q_BTNH.shape[1]
     chunks = -(-T // query_chunk)
     span = -(-chunks // _SPANS) * query_chunk
     outputs = []
     for start in range(0, T, span):
         end = min(start + span, T)
-        position = jnp.arange(start, end)[None]
         q, k, v = q_BTNH[:, start:end], k_BTGH[:, :end], v_BTGH[:, :end]
-        outputs.append(_by_chunks(q, k, v, position, layout="BSGH", query_chunk=query_chunk))
+        position = jnp.arange(start, end)
+        outputs.append(_by_chunks(q, k, v, position, query_chunk=query_chunk))
     return jnp.concatenate(outputs, axis=1)
 
 
 def _by_chunks(
     q_BTNH: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    position_BT: jax.Array,
+    k_BSGH: jax.Array,
+    v_BSGH: jax.Array,
+    position_T: jax.Array,
     *,
-    layout: str,
     query_chunk: int,
 ) -> jax.Array:
     """Chunk by chunk, in a loop. Unrolled, the compiler could hold the scores of many at once."""
     if q_BTNH.shape[1] <= query_chunk:
-        return jax.checkpoint(partial(_at_once, layout=layout))(q_BTNH, k, v, position_BT)
+        return jax.checkpoint(_at_once)(q_BTNH, k_BSGH, v_BSGH, position_T)
 
     @jax.checkpoint
     def one(query: tuple[jax.Array, jax.Array]) -> jax.Array:
-        q_BNH, position_B = query
-        return _at_once(q_BNH[:, None], k, v, position_B[:, None], layout=layout)[:, 0]
+        q_BNH, position = query
+        return _at_once(q_BNH[:, None], k_BSGH, v_BSGH, position[None])[:, 0]
 
-    queries = (jnp.moveaxis(q_BTNH, 1, 0), position_BT.T)
+    queries = (jnp.moveaxis(q_BTNH, 1, 0), position_T)
     return jnp.moveaxis(jax.lax.map(one, queries, batch_size=query_chunk), 0, 1)
 
 
 def _at_once(
-    q_BTNH: jax.Array, k: jax.Array, v: jax.Array, position_BT: jax.Array, *, layout: str
+    q_BTNH: jax.Array, k_BSGH: jax.Array, v_BSGH: jax.Array, position_T: jax.Array
 ) -> jax.Array:
     """The formula itself, with all scores `[B, N, T, S]` in memory."""
     B, T, N, H = q_BTNH.shape
-    G = k.shape[layout.index("G")]
-    S = k.shape[layout.index("S")]
+    S, G = k_BSGH.shape[1:3]
     q = q_BTNH.reshape(B, T, G, N // G, H)
-    scores = jnp.einsum(_SCORES[layout], q, k, preferred_element_type=jnp.float32)
-    visible = jnp.arange(S) <= position_BT[:, :, None]
-    scores = jnp.where(visible[:, None, None], scores * H**-0.5, jnp.finfo(jnp.float32).min)
-    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum(_VALUES[layout], probs, v).reshape(B, T, N, H)
+    scores = jnp.einsum("btgrh,bsgh->bgrts", q, k_BSGH, preferred_element_type=jnp.float32)
+    visible = jnp.arange(S) <= position_T[:, None]
+    scores = jnp.where(visible, scores * H**-0.5, _MASKED)
+    probs = jax.nn.softmax(scores, axis=-1).astype(v_BSGH.dtype)
+    return jnp.einsum("bgrts,bsgh->btgrh", probs, v_BSGH).reshape(B, T, N, H)
+
+
+def cached_attention(
+    q_BTNH: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    position_BT: jax.Array,
+    *,
+    slots_read: jax.Array,
+    layout: str,
+    rows: jax.Array | None = None,
+) -> jax.Array:
+    """softmax(q kᵀ / √H) v of new tokens over a cache, a block of slots at a time.
+
+    Slot s holds position s, so a query attends to slots `s <= position`. Later blocks rescale what
+    earlier ones gave (an online softmax). A block that a row does not see adds exactly 0 to it, so
+    its result does not depend on how far other rows make the loop go.
+
+    Args:
+      q_BTNH: queries, float [B, T, N, H], rotated.
+      k: keys of all slots, rotated, in `layout`: [C, G, S, H] or [C, S, G, H]. G divides N.
+      v: values, in `layout`.
+      position_BT: int32 position of each query.
+      slots_read: int32, the first of all slots that no query sees. It sets the number of blocks.
+      layout: "BGSH" or "BSGH".
+      rows: the cache's row of each of the B rows, int32 (`cache.take_rows`); None: they are the
+        same, and B = C.
+
+    Returns:
+      [B, T, N, H] in the dtype of the queries. Scores, softmax and sums are float32.
+
+    Source: Milakov and Gimelshein, arXiv 1805.02867.
+    """
+    B, T, N, H = q_BTNH.shape
+    axis, G = layout.index("S"), k.shape[layout.index("G")]
+    S, M = k.shape[axis], T * N // G
+    size = min(_BLOCK, S)
+    q = jnp.moveaxis(q_BTNH.reshape(B, T, G, N // G, H), 2, 1).reshape(B, G, M, H)
+    position_BM = jnp.repeat(position_BT, N // G, axis=1)[:, None, :, None]
+
+    def read(block: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        top, total, mixed = carry
+        start = jnp.minimum(block * size, S - size)  # the last block overlaps the one before
+        part = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=axis)
+        keys, values = (take_rows(part(x), rows) for x in (k, v))
+        scores = jnp.einsum(_SCORES[layout], q, keys, preferred_element_type=jnp.float32)
+        slot = start + jnp.arange(size)
+        visible = (slot <= position_BM) & (slot >= block * size)
+        scores = jnp.where(visible, scores * H**-0.5, _MASKED)
+        higher = jnp.maximum(top, scores.max(axis=-1))
+        probs, kept = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
+        more = jnp.einsum(
+            _VALUES[layout], probs.astype(v.dtype), values, preferred_element_type=jnp.float32
+        )
+        return higher, total * kept + probs.sum(axis=-1), mixed * kept[..., None] + more
+
+    nothing = jnp.zeros((B, G, M), jnp.float32)
+    carry = nothing + _MASKED, nothing, jnp.zeros((B, G, M, H), jnp.float32)
+    _, total, mixed = jax.lax.fori_loop(0, -(-slots_read // size), read, carry)
+    mixed = (mixed / total[..., None]).astype(q.dtype).reshape(B, G, T, N // G, H)
+    return jnp.moveaxis(mixed, 1, 2).reshape(B, T, N, H)

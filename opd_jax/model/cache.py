@@ -1,6 +1,6 @@
 """The key/value cache of conversations that grow turn by turn."""
 
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -9,6 +9,7 @@ from flax import struct
 
 from opd_jax.model.params import ParamSpec
 from opd_jax.model.sizes import ModelConfig
+from opd_jax.runtime import mesh
 from opd_jax.runtime.mesh import constrain, param_shardings
 
 _CACHE_AXES = {"B": "batch", "G": "kv_heads", "S": "slots", "H": "head_dim"}
@@ -66,8 +67,8 @@ def init_cache(
       ValueError: the rows or the heads do not divide evenly over the mesh.
     """
     spec = cache_specs(config, batch=batch, slots=slots, layout=layout)
-    if not (mesh := jax.sharding.get_abstract_mesh()).empty:
-        param_shardings({"cache": spec}, mesh)  # raises
+    if not (current := jax.sharding.get_abstract_mesh()).empty:
+        param_shardings({"cache": spec}, current)  # raises
 
     def buffers() -> tuple[jax.Array, ...]:
         empty = (jnp.zeros(spec.shape, dtype) for _ in range(config.num_layers))
@@ -77,36 +78,65 @@ def init_cache(
     return KVCache(buffers(), buffers(), lengths, layout)
 
 
-def grow_cache(cache: KVCache, *, slots: int) -> KVCache:
-    """Copies the conversations into a cache with more slots; deletes `cache`, as if donated.
+def append(
+    buffer: jax.Array,
+    new_BTGH: jax.Array,
+    slot_BT: jax.Array,
+    layout: str,
+    *,
+    rows: jax.Array | None = None,
+) -> jax.Array:
+    """Writes `new_BTGH` into a buffer at `slot_BT`; slots out of range are dropped.
 
-    It copies one buffer after another and deletes each at once, so that two whole caches never
-    exist at the same time. `slots` is at least the old number.
+    `rows` are the rows of the buffer that are written, as in `take_rows`.
     """
-
-    def grown(buffer: jax.Array) -> jax.Array:
-        wider = _widened(buffer, slots=slots, layout=cache.layout)
-        buffer.delete()
-        return wider
-
-    keys, values = (tuple(map(grown, part)) for part in (cache.keys, cache.values))
-    return replace(cache, keys=keys, values=values)
-
-
-@partial(jax.jit, static_argnames=("slots", "layout"))
-def _widened(buffer: jax.Array, *, slots: int, layout: str) -> jax.Array:
-    axis = layout.index("S")
-    padding = [(0, slots - buffer.shape[axis] if n == axis else 0) for n in range(buffer.ndim)]
-    return constrain(jnp.pad(buffer, padding), *(_CACHE_AXES[name] for name in layout))
-
-
-def append(buffer: jax.Array, new_BTGH: jax.Array, slot_BT: jax.Array, layout: str) -> jax.Array:
-    """Writes `new_BTGH` into a buffer at `slot_BT`; slots out of range are dropped."""
-    row = jnp.arange(buffer.shape[0])[:, None]
-    if layout == "BSGH":
-        grown = buffer.at[row, slot_BT].set(new_BTGH, mode="drop")
-    else:
-        group = jnp.arange(buffer.shape[1])
-        grown = buffer.at[row[..., None], group, slot_BT[..., None]].set(new_BTGH, mode="drop")
+    write = _write_BSGH if layout == "BSGH" else _write_BGSH
+    rows = jnp.arange(buffer.shape[0]) if rows is None else rows
+    grown = _by_shard(write, buffer, new_BTGH, slot_BT, rows)
     # The sharding of the donated buffer, so that it is written in place.
     return constrain(grown, *(_CACHE_AXES[axis] for axis in layout))
+
+
+def _write_BSGH(buffer, new_BTGH, slot_BT, rows):
+    return buffer.at[rows[:, None], slot_BT].set(new_BTGH, mode="drop")
+
+
+def _write_BGSH(buffer, new_BTGH, slot_BT, rows):
+    group = jnp.arange(buffer.shape[1])
+    return buffer.at[rows[:, None, None], group, slot_BT[..., None]].set(new_BTGH, mode="drop")
+
+
+def take_rows(array: jax.Array, rows: jax.Array | None) -> jax.Array:
+    """`array[rows]`, or `array` if `rows` is None.
+
+    Args:
+      array: [C, ...], sharded over the batch.
+      rows: int32 [B], sharded over the batch. Each device's part names rows of its own shard.
+    """
+    if rows is None:
+        return array
+    return _by_shard(lambda x, rows: x[rows], array, rows)
+
+
+def add_rows(lengths: jax.Array, counts: jax.Array, rows: jax.Array | None) -> jax.Array:
+    """`lengths` [C] with `counts` [B] added at `rows`, as in `take_rows`."""
+    if rows is None:
+        return lengths + counts
+    return _by_shard(lambda x, count, rows: x.at[rows].add(count), lengths, counts, rows)
+
+
+def _by_shard(
+    function: Callable[..., jax.Array], array: jax.Array, *arguments: jax.Array
+) -> jax.Array:
+    """`function(array, ..., rows)` of each shard, with rows numbered within it.
+
+    With numbers of all rows the compiler would all-gather what is read or written.
+    """
+    shards = mesh.shards("batch")
+    if shards == 1:
+        return function(array, *arguments)
+    *others, rows = arguments
+    rows %= array.shape[0] // shards
+    parts = [x.reshape(shards, -1, *x.shape[1:]) for x in (array, *others, rows)]
+    result = jax.vmap(function)(*parts)
+    return result.reshape(-1, *result.shape[2:])

@@ -1,6 +1,7 @@
 """The parameter tree: shapes, logical axes, and initialization.
 
-The tree is a nested dict of arrays. Those of layers are stacked, `[L, ...]`, to scan over them.
+The tree is a nested dict of arrays. Those of layers are stacked, `[L, ...]`, to scan over them;
+`unstack` makes a tree for each layer, to sample with.
 """
 
 import math
@@ -98,6 +99,31 @@ def _init_leaf(spec: ParamSpec, key: jax.Array, dtype: jnp.dtype) -> jax.Array:
     if spec.scale is None:
         return jnp.ones(spec.shape, dtype)
     return (jax.random.normal(key, spec.shape) * spec.scale).astype(dtype)
+
+
+def unstack(params: Params) -> Params:
+    """The parameters with a tree for each layer, in a tuple; itself if they are so already.
+
+    It takes trees of arrays, and of specs. Sampling wants it: a slice of stacked weights would be
+    copied for every token.
+    """
+    layers = params["layers"]
+    if isinstance(layers, tuple):
+        return params
+
+    def of_layer(index: int) -> Params:
+        return jax.tree.map(
+            lambda leaf: (
+                ParamSpec(leaf.shape[1:], leaf.axes[1:], leaf.scale)
+                if is_spec(leaf)
+                else leaf[index]
+            ),
+            layers,
+            is_leaf=is_spec,
+        )
+
+    first = jax.tree.leaves(layers, is_leaf=is_spec)[0]
+    return params | {"layers": tuple(map(of_layer, range(first.shape[0])))}
 
 
 def head(params: Params) -> jax.Array:

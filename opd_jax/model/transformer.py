@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax.model import moe
-from opd_jax.model.attention import attention
-from opd_jax.model.cache import KVCache, append
-from opd_jax.model.params import Params
+from opd_jax.model.attention import attention, cached_attention
+from opd_jax.model.cache import KVCache, add_rows, append, take_rows
+from opd_jax.model.params import Params, unstack
 from opd_jax.model.projections import PROJECTION, projection
 from opd_jax.model.sizes import ModelConfig
 from opd_jax.runtime import mesh
@@ -170,7 +170,7 @@ def forward(
 
     def block(x_BTD: jax.Array, layer: Params) -> tuple[jax.Array, None]:
         q, k, v = _qkv(layer, x_BTD, cos, sin, config, all_gather=True)
-        mixed = attention(q, k, v, layout="BSGH", query_chunk=query_chunk)
+        mixed = attention(q, k, v, query_chunk=query_chunk)
         return _after_attention(layer, x_BTD, mixed, config, all_gather=True), None
 
     x, _ = jax.lax.scan(REMAT[remat](block), x, params["layers"])
@@ -178,11 +178,6 @@ def forward(
 
 
 # --- New tokens over a cache: sampling and judging ------------------------------------------------
-
-
-# Queries at a time: all scores of a long prefill, [B, N, T, S] in float32, would take more memory
-# than the cache.
-_CACHED_QUERIES = 128
 
 
 def forward_cached(
@@ -193,6 +188,8 @@ def forward_cached(
     *,
     config: ModelConfig,
     sharded: bool,
+    rows: jax.Array | None = None,
+    slots_read: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Appends ragged tokens to conversations and returns the hidden states of the new tokens.
 
@@ -200,17 +197,25 @@ def forward_cached(
     hidden states are meaningless. The caller ensures `lengths + counts <= slots`.
 
     Args:
-      cache: the conversations so far.
+      params: stacked, or better `unstack`ed if it is called in a loop.
+      cache: the conversations so far, C rows.
       tokens: int32 [B, T].
       counts: int32 [B], 0..T.
       sharded: static, `is_sharded(params)`. If true, many tokens all-gather the weights; a few are
         sent to the weights instead (`projections.project_sharded`).
+      rows: int32 [B], the cache's row of each row of tokens (`cache.take_rows`); a row that appends
+        nothing may name any. None: they are the same, and B = C.
+      slots_read: int32, at least the largest length after this; by default that. A loop computes it
+        once, since on a mesh it is an all-reduce.
 
     Returns:
       ([B, T, D] normalized hidden states, the cache with the new tokens).
     """
     step = jnp.arange(tokens.shape[1])
-    position_BT = cache.lengths[:, None] + step
+    lengths = take_rows(cache.lengths, rows)
+    if slots_read is None:
+        slots_read = longest(lengths, counts)
+    position_BT = lengths[:, None] + step
     # Tokens beyond the count get a slot out of range, which the scatter drops.
     slot_BT = jnp.where(step < counts[:, None], position_BT, cache.slots)
     cos, sin = _rotation(position_BT, config)
@@ -222,14 +227,15 @@ def forward_cached(
         x_BTD: jax.Array, k: jax.Array, v: jax.Array, layer: Params
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         q, new_k, new_v = _qkv(layer, x_BTD, cos, sin, config, all_gather=all_gather)
-        k = append(k, new_k, slot_BT, cache.layout)
-        v = append(v, new_v, slot_BT, cache.layout)
-        mixed = attention(q, k, v, position_BT, layout=cache.layout, query_chunk=_CACHED_QUERIES)
+        k = append(k, new_k, slot_BT, cache.layout, rows=rows)
+        v = append(v, new_v, slot_BT, cache.layout, rows=rows)
+        mixed = cached_attention(
+            q, k, v, position_BT, slots_read=slots_read, layout=cache.layout, rows=rows
+        )
         return _after_attention(layer, x_BTD, mixed, config, all_gather=all_gather), k, v
 
     keys, values = [], []
-    for index, (k, v) in enumerate(zip(cache.keys, cache.values, strict=True)):
-        layer = jax.tree.map(lambda p, i=index: p[i], params["layers"])
+    for layer, k, v in zip(unstack(params)["layers"], cache.keys, cache.values, strict=True):
         if sharded and all_gather:
             # Practically always true. The condition only bounds memory: without it the TPU compiler
             # holds the all-gathered weights of all layers from the start. The price: no all-gather
@@ -242,5 +248,13 @@ def forward_cached(
         keys.append(k)
         values.append(v)
     hidden = rms_norm(x, params["final_norm"], config.norm_eps)
-    lengths = constrain(cache.lengths + counts, "batch")
+    lengths = constrain(add_rows(cache.lengths, counts, rows), "batch")
     return hidden, replace(cache, keys=tuple(keys), values=tuple(values), lengths=lengths)
+
+
+def longest(lengths: jax.Array, counts: jax.Array) -> jax.Array:
+    """The largest length after rows append `counts`, of those that append any; at least 1.
+
+    An int32 scalar, for the `slots_read` of `forward_cached`.
+    """
+    return jnp.max(jnp.where(counts > 0, lengths + counts, 1))

@@ -76,6 +76,19 @@ class Placement:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.replicated(self.mesh))
 
 
+def unstacked(params: Any) -> Any:
+    """What `model.unstack` makes of abstract parameters."""
+
+    def of_layer(stack: Any) -> Any:
+        place = stack.sharding
+        rest = jax.NamedSharding(place.mesh, jax.P(*place.spec[1:]))
+        return jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype, sharding=rest)
+
+    layers = params["layers"]
+    number = jax.tree.leaves(layers)[0].shape[0]
+    return params | {"layers": (jax.tree.map(of_layer, layers),) * number}
+
+
 def _shapes(specs: Any, dtype: Any) -> Any:
     return jax.tree.map(
         lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype)), specs, is_leaf=is_spec

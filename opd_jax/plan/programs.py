@@ -18,7 +18,7 @@ from opd_jax.model.lora import lora_specs, with_adapters
 from opd_jax.plan.chips import Slice
 from opd_jax.plan.judging import judging
 from opd_jax.plan.models import planned_pair
-from opd_jax.plan.placement import Placement, device_bytes
+from opd_jax.plan.placement import Placement, device_bytes, unstacked
 from opd_jax.plan.program import Program, Resident, Run
 from opd_jax.plan.sampling import Player, copying, evaluation, rollout
 from opd_jax.plan.training import training
@@ -67,6 +67,8 @@ def plan_run(
     others: tuple[Resident, ...] = ("teacher's body", "teacher's head")
     sampler = Player(place, student.sizes, copy, own + others)
     expert = Player(place, teacher.sizes, frozen, own) if teacher else None
+    # When the teacher plays, it has a copy to sample with too.
+    playing = Player(place, teacher.sizes, unstacked(frozen), own + others) if teacher else None
 
     def programs() -> Iterator[Program]:
         source = settings.data.source
@@ -75,8 +77,8 @@ def plan_run(
             params = with_adapters(base, state.params, lora)
             yield copying(settings, params, sampler, ("optimizer", *others))
             yield from rollout(settings, sampler, work)
-        elif source == "teacher" and expert:
-            yield from rollout(settings, expert, work)
+        elif source == "teacher" and playing:
+            yield from rollout(settings, playing, work)
         if settings.objective.intervention and teacher and expert:
             yield from judging(settings, expert, work, label_width=teacher.label_width)
         scorer = expert if settings.objective.needs_teacher else None
@@ -88,10 +90,10 @@ def plan_run(
         )
         yield from training(settings, *compiled, state, base, sampler, scorer, work)
         # A student of the same batch is evaluated with the programs of its updates.
-        if source != "on_policy" or settings.eval.batch != settings.rollout.batch:
+        if source != "on_policy" or settings.eval.batch != settings.rollout.at_once:
             yield from evaluation(settings, "student", sampler, work)
-        if "teacher" in settings.eval.who and expert:
-            yield from evaluation(settings, "teacher", expert, work)
+        if "teacher" in settings.eval.who and playing:
+            yield from evaluation(settings, "teacher", playing, work)
 
     return Run(where, config, changes, student, teacher, work, mesh, residents, tuple(programs()))
 
@@ -103,6 +105,6 @@ def _copy(settings: Settings, sizes: ModelConfig, place: Placement) -> Any:
     kept = "int8" if settings.lora.int8 else floats
     own = place.params(sizes, kept, gathered=gathered, floats=floats)
     if lora is None:
-        return own
+        return unstacked(own)
     adapters = place.arrays(lora_specs(sizes, lora), floats, gathered=gathered)
-    return with_adapters(own, adapters, lora)
+    return unstacked(with_adapters(own, adapters, lora))

@@ -35,9 +35,15 @@ class Player:
         buffers = (buffer,) * self.sizes.num_layers
         return KVCache(buffers, buffers, place.rows(rows), layout)
 
-    def read(self, name: str, cache: Any, width: int, *, runs: float) -> Program:
-        """Appends up to `width` tokens to every row of a cache."""
-        return self.program(name, generate.extend, cache, [(width,), ()], runs=runs)
+    def read(
+        self, name: str, cache: Any, width: int, *, runs: float, rows: int | None = None
+    ) -> Program:
+        """Appends up to `width` tokens to every row of a cache, or to `rows` of them."""
+        if rows is None:
+            return self.program(name, generate.extend, cache, [(width,), ()], runs=runs)
+        new = [(width,), (), ()]  # with the numbers of the rows
+        share = rows / cache.lengths.size
+        return self.program(name, generate.extend, cache, new, runs=runs, batch=rows, share=share)
 
     def sample(
         self, name: str, cache: Any, how: Sampling, chunk: int, *, runs: float, share: float = 1.0
@@ -60,6 +66,7 @@ class Player:
         runs: float,
         times: int = 1,
         share: float = 1.0,
+        batch: int | None = None,
         **static: Any,
     ) -> Program:
         """A program that passes `times` over all weights and over a `share` of the cache.
@@ -69,17 +76,18 @@ class Player:
         Args:
           rows: shapes of one row of the arguments that are sharded as a batch.
           more: arguments after these.
+          batch: rows of them; None: as many as the cache has.
           static: keyword arguments beside those that all these programs have.
         """
         # With an untied head, only single rows of the embedding are read.
         read = {k: part for k, part in self.params.items() if k != "embed"}
         weights = device_bytes(read if "head" in self.params else self.params)
         slots = round(device_bytes((cache.keys, cache.values)) * share)
-        batch = [self.place.rows(cache.lengths.size, *shape) for shape in rows]
+        inputs = [self.place.rows(batch or cache.lengths.size, *shape) for shape in rows]
         return Program(
             name,
             function,
-            (self.params, cache, *batch, *more),
+            (self.params, cache, *inputs, *more),
             {"parameters": passes(weights, times), "cache": passes(slots, times)},
             self.beside,
             runs,
@@ -105,15 +113,19 @@ def copying(
 def rollout(settings: Settings, player: Player, work: Workload) -> Iterator[Program]:
     """The programs of an update's episodes."""
     decoding = settings.rollout
+    at_once = decoding.at_once
+    rounds = work.rows / at_once
+    cache = player.cache(rows=at_once, slots=work.slots)
+    rows, calls = _reading(settings, at_once)
     narrow, wide = decoding.extend_widths[0], decoding.extend_widths[-1]
-    cache = player.cache(rows=work.rows, slots=work.slots)
+    first, later = rounds * calls, rounds * calls * (work.turns - 1)
     if narrow == wide:
-        yield player.read("observation", cache, wide, runs=work.turns)
+        yield player.read("observation", cache, wide, runs=first + later, rows=rows)
     else:
-        yield player.read("first message", cache, wide, runs=1)
-        yield player.read("observation", cache, narrow, runs=work.turns - 1)
-    how, runs = decoding.sampling, work.sampled / decoding.chunk
-    # The program is that of the full cache; most tokens read a smaller one.
+        yield player.read("first message", cache, wide, runs=first, rows=rows)
+        yield player.read("observation", cache, narrow, runs=later, rows=rows)
+    how, runs = decoding.sampling, rounds * work.sampled / decoding.chunk
+    # A token reads the slots up to the longest row.
     share = work.slots_read / work.slots
     yield player.sample(SAMPLING, cache, how, decoding.chunk, runs=runs, share=share)
 
@@ -122,6 +134,15 @@ def evaluation(settings: Settings, who: str, player: Player, work: Workload) -> 
     """The programs of an evaluation, which is no part of an update."""
     decoding, name = settings.rollout, f"evaluating the {who}"
     cache = player.cache(rows=settings.eval.batch, slots=work.slots)
-    yield player.read(f"{name}: first message", cache, decoding.extend_widths[-1], runs=0)
+    rows, _ = _reading(settings, settings.eval.batch)
+    wide = decoding.extend_widths[-1]
+    yield player.read(f"{name}: first message", cache, wide, runs=0, rows=rows)
     how = replace(decoding.sampling, temperature=settings.eval.temperature)
     yield player.sample(f"{name}: sampling", cache, how, decoding.chunk, runs=0)
+
+
+def _reading(settings: Settings, batch: int) -> tuple[int, int]:
+    """The rows of a call that reads, and the least calls in which a whole batch reads."""
+    ways = settings.mesh.batch_shards
+    rows = min(settings.rollout.prefill_rows, batch // ways)
+    return rows * ways, -(-batch // (rows * ways))

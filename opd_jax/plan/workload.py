@@ -19,7 +19,7 @@ class Workload:
     rows: int  # of a batch: episodes, or demonstrations of the greatest length
     turns: int  # of an episode, K
     slots: int  # of a row of the full cache, S
-    slots_read: float  # by a sampled token, the mean; the cache grows by `rollout.cache_step`
+    slots_read: float  # by a sampled token, the mean
     sequence: int  # tokens of a row in training, padded, T
     response: int  # the student's tokens of a row, padded, R
     sampled: int  # tokens sampled in an episode
@@ -45,7 +45,8 @@ def workload(settings: Settings) -> Workload:
         rows=_rows(settings, sequence),
         turns=turns,
         slots=slots,
-        slots_read=_mean_slots(settings, slots),
+        # A context grows evenly from its first message until it is full.
+        slots_read=(first + slots) / 2,
         sequence=sequence,
         response=min(_round_up(sampled, train.response_multiple), sequence),
         sampled=sampled,
@@ -53,14 +54,6 @@ def workload(settings: Settings) -> Workload:
         longest_question=_round_up(first + min(rollout.turn_tokens, sampled), multiple),
         short_question=_round_up(first, multiple),
     )
-
-
-def _mean_slots(settings: Settings, slots: int) -> float:
-    """Mean slots of the cache while a context grows evenly from its first message until full."""
-    rollout = settings.rollout
-    ends = range(rollout.extend_widths[-1] + rollout.chunk, slots + 1, rollout.chunk)
-    sizes = [min(_round_up(end, rollout.cache_step), slots) for end in ends]
-    return sum(sizes) / len(sizes) if sizes else slots
 
 
 def _rows(settings: Settings, sequence: int) -> int:

@@ -16,9 +16,10 @@ DECODING = Decoding(
     top_p=1.0,
     turn_tokens=12,
     context_tokens=256,
-    cache_step=256,
     extend_widths=(32,),
+    prefill_rows=2,
     chunk=12,
+    join_after=0,
     history_turns=0,
 )
 

@@ -9,7 +9,13 @@ from small_agent import DECODING
 from opd_jax.agent.agent import RolloutSettings
 
 ROLLOUT = RolloutSettings(
-    **asdict(DECODING), batch=8, gather_weights=True, per_task=2, depth_start=0, depth_every=1
+    **asdict(DECODING),
+    batch=8,
+    rows=0,
+    gather_weights=True,
+    per_task=2,
+    depth_start=0,
+    depth_every=1,
 )
 
 
@@ -22,7 +28,7 @@ ROLLOUT = RolloutSettings(
         ({"top_p": 1.01}, "^`top_p`: expected above 0 and at most 1, got 1.01"),
         ({"turn_tokens": 0}, "^`turn_tokens`: expected at least 1, got 0"),
         ({"turn_tokens": 256}, "^`turn_tokens` = 256: expected less than .*`context_tokens` = 256"),
-        ({"cache_step": 0}, "^`cache_step`: expected at least 1, got 0"),
+        ({"prefill_rows": 0}, "^`prefill_rows`: expected at least 1, got 0"),
         ({"chunk": 0}, "^`chunk`: expected at least 1, got 0"),
         ({"history_turns": -1}, "^`history_turns`: expected at least 0, got -1"),
         ({"extend_widths": ()}, r"^`extend_widths`: expected ascending widths, got \[\]"),
@@ -39,6 +45,10 @@ ROLLOUT = RolloutSettings(
 def test_a_value_out_of_range_is_named(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(ROLLOUT, **wrong)
+
+
+def test_a_batch_has_at_most_its_episodes_at_once() -> None:
+    assert [replace(ROLLOUT, rows=rows).at_once for rows in (0, 3, 8, 9)] == [8, 3, 8, 8]
 
 
 def test_episodes_may_grow_by_a_turn_every_few_updates() -> None:

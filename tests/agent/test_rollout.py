@@ -4,9 +4,11 @@ One of the three tests to read first: it shows what an episode is, token by toke
 """
 
 import dataclasses
+import random
 import re
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +25,7 @@ from opd_jax.agent.chat import ChatFormat
 from opd_jax.agent.conversation import Conversation
 from opd_jax.agent.rollout import rollout, row_keys
 from opd_jax.envs.base import Observation, Task
+from opd_jax.envs.household.env import Household
 from opd_jax.learner.batch import pack
 from opd_jax.losses import NO_TURN
 
@@ -100,7 +103,6 @@ def golden_agent() -> tuple[Agent, model.Params]:
         temperature=0.0,
         turn_tokens=3,
         context_tokens=CONTEXT,
-        cache_step=CONTEXT,
         extend_widths=(2, 8),
         chunk=2,
     )
@@ -113,7 +115,7 @@ def play_script(envs: list[Any], *, tasks: int) -> list[Conversation]:
     agent, params = golden_agent()
     return rollout(
         params,
-        row_keys(jax.random.key(0), range(len(envs))),
+        row_keys(jax.random.key(0), range(tasks)),
         agent=agent,
         envs=envs,
         tasks=[("any", n) for n in range(tasks)],
@@ -241,7 +243,7 @@ def test_a_response_ends_where_it_begins_to_make_up_anothers_words(chunk: int) -
     agent = with_decoding(agent, turn_tokens=6, chunk=chunk)
     agent = dataclasses.replace(agent, others=re.compile("spin spin"))
     envs = scripted(["wheel"], {"spin spin": "call bell", "ring": "fine"})
-    keys = row_keys(jax.random.key(0), range(ENVS))
+    keys = row_keys(jax.random.key(0), range(1))
     (played,) = rollout(params, keys, agent=agent, envs=envs, tasks=[("any", 0)], depth=0)
     words = "<system> act <user> wheel spin spin <end> <user> call bell ring <end>"
     assert [WORDS[i] for i in played.tokens] == words.split()
@@ -269,14 +271,11 @@ def test_environments_that_wait_are_waited_for_together() -> None:
     assert together == alone
 
 
-def test_a_row_without_a_key_or_an_environment_is_refused() -> None:
+def test_a_task_without_a_key_is_refused() -> None:
     agent, params = golden_agent()
-    envs = scripted(["call bell"] * 7, REPLIES)
-    with pytest.raises(ValueError, match=r"`tasks`.*6 environments, got 7"):
-        play_script(envs, tasks=7)
     keys = jax.random.split(jax.random.key(0), 3)
-    with pytest.raises(ValueError, match=r"`keys`.*6 environments, got shape \(3,\)"):
-        rollout(params, keys, agent=agent, envs=envs, tasks=[], depth=0)
+    with pytest.raises(ValueError, match=r"`keys`.*one for each of 2 tasks, got shape \(3,\)"):
+        rollout(params, keys, agent=agent, envs=[], tasks=[("any", 0), ("any", 1)], depth=0)
 
 
 # --- A random model in a household --------------------------------------------------------------
@@ -287,7 +286,7 @@ TASKS = [("train", 3), ("valid_seen", 5), ("valid_unseen", 0), ("train", 8)]
 
 @pytest.fixture(scope="module")
 def agent() -> Agent:
-    return household_agent(context_tokens=118, cache_step=118, extend_widths=(16, 32), chunk=5)
+    return household_agent(context_tokens=118, extend_widths=(16, 32), chunk=5)
 
 
 @pytest.fixture(scope="module")
@@ -301,13 +300,21 @@ def params(agent: Agent, random_params: Callable) -> model.Params:
 
 
 def play(
-    agent: Agent, params: model.Params, tasks: list[tuple[str, int]], seed: int = 0
+    agent: Agent,
+    params: model.Params,
+    tasks: list[tuple[str, int]],
+    *,
+    seed: int = 0,
+    rows: int = ROWS,
+    keys: Sequence[int] | None = None,
+    kind: type[Household] = Household,
 ) -> list[Conversation]:
+    """One episode of each task; `keys` are the numbers of their keys."""
     return rollout(
         params,
-        row_keys(jax.random.key(seed), range(ROWS)),
+        row_keys(jax.random.key(seed), keys or range(len(tasks))),
         agent=agent,
-        envs=[household(max_turns=MAX_TURNS) for _ in range(ROWS)],
+        envs=[kind(size="small", max_turns=MAX_TURNS, show_admissible=2) for _ in range(rows)],
         tasks=tasks,
         depth=0,
     )
@@ -430,22 +437,55 @@ def test_what_was_sampled_is_not_tokenized_again(agent: Agent, played: list[Conv
     assert changed > 10
 
 
-def test_an_episode_depends_on_its_own_row_and_task_only(
-    agent: Agent, params: model.Params, played: list[Conversation]
+# Seven tasks and their keys, for fewer rows: most begin when another episode has ended.
+MANY = [*TASKS, ("train", 40), ("train", 41), ("train", 42)]
+ORDER = [5, 2, 6, 0, 3, 1, 4]
+
+
+@pytest.mark.parametrize("join_after", [0, 1, 2])
+def test_an_episode_is_the_same_to_the_bit_whatever_other_rows_play(
+    join_after: int, agent: Agent, params: model.Params, played: list[Conversation]
 ) -> None:
-    others = [("train", 40), TASKS[1], ("train", 41), TASKS[3]]
-    mixed = play(agent, params, others)
-    for row in (1, 3):
-        assert mixed[row].tokens == played[row].tokens
-        np.testing.assert_allclose(mixed[row].logprobs, played[row].logprobs, rtol=0, atol=1e-5)
+    agent = with_decoding(agent, join_after=join_after)
+    many = play(agent, params, MANY)
+    assert many[: len(TASKS)] == played[: len(TASKS)]
+    # In another order they meet others, in other rows and at other times.
+    shuffled = play(agent, params, [MANY[n] for n in ORDER], keys=ORDER)
+    assert shuffled == [many[n] for n in ORDER]
     # Rows without a task change nothing.
-    few = play(agent, params, TASKS[:2])
-    assert [c.tokens for c in few] == [c.tokens for c in played[:2]]
+    assert play(agent, params, MANY[:2]) == many[:2]
     assert play(agent, params, []) == []
-    # The same task in every row: each row draws with a key of its own.
+    # The same task again and again: each episode draws with a key of its own.
     same = play(agent, params, [TASKS[0]] * ROWS)
-    assert same[0].tokens == played[0].tokens
+    assert same[0] == played[0]
     assert len({tuple(c.tokens) for c in same}) == ROWS
+
+
+def test_the_time_that_environments_take_changes_nothing(
+    agent: Agent, params: model.Params
+) -> None:
+    class Slow(Household):
+        """Answers late, and never twice after the same time."""
+
+        waits = True
+
+        def step(self, response: str) -> Observation:
+            time.sleep(random.random() / 50)
+            return super().step(response)
+
+    agent = with_decoding(agent, join_after=1)
+    assert play(agent, params, MANY, kind=Slow) == play(agent, params, MANY)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_with_other_numbers_of_rows_episodes_differ_by_rounding(
+    rows: int, agent: Agent, params: model.Params, played: list[Conversation]
+) -> None:
+    for ours, theirs in zip(play(agent, params, TASKS, rows=rows), played, strict=False):
+        # A token may differ only if its random number lies at the boundary of two tokens. Here none
+        # does.
+        assert ours.tokens == theirs.tokens
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=0, atol=1e-5)
 
 
 def test_a_few_compiled_programs_serve_any_number_of_turns(
@@ -460,9 +500,11 @@ def test_a_few_compiled_programs_serve_any_number_of_turns(
     assert len(prompts) > 1
     assert max(prompts) > max(agent.decoding.extend_widths)
     assert max(len(c.turns) for c in conversations) == MAX_TURNS
-    # Other tasks, fewer of them.
+    # Other tasks, fewer of them, and more than rows.
+    now = programs()
     play(agent, params, [("train", 50), ("train", 51)], seed=7)
-    assert programs() == once
+    play(agent, params, MANY, seed=8)
+    assert programs() == now
 
 
 def test_what_is_cut_off_leaves_no_trace(agent: Agent, params: model.Params) -> None:
@@ -482,30 +524,6 @@ def test_what_is_cut_off_leaves_no_trace(agent: Agent, params: model.Params) -> 
     # Nothing is ever sampled in vain where the host looks after each token.
     each = play(with_decoding(agent, chunk=1), params, TASKS)
     assert [c.tokens for c in each] == [c.tokens for c in cut]
-
-
-def test_a_cache_that_grows_with_its_conversations_changes_none(
-    agent: Agent,
-    params: model.Params,
-    played: list[Conversation],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    sizes, grow = [], model.grow_cache
-
-    def watched(cache: model.KVCache, *, slots: int) -> model.KVCache:
-        grown = grow(cache, slots=slots)
-        assert all(buffer.is_deleted() for buffer in (*cache.keys, *cache.values))
-        sizes.append(grown.slots)
-        return grown
-
-    monkeypatch.setattr(model, "grow_cache", watched)
-    generated = programs()[1]
-    stepwise = play(with_decoding(agent, cache_step=40), params, TASKS)
-    assert sizes == [80, 118]  # from 40, and no further than the context
-    assert programs()[1] <= generated + 2  # that of the largest was there
-    for ours, theirs in zip(stepwise, played[: len(TASKS)], strict=True):
-        assert ours.tokens == theirs.tokens
-        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=0, atol=1e-5)
 
 
 def test_a_model_that_has_diverged_is_said_to_have(agent: Agent, params: model.Params) -> None:

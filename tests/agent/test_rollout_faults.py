@@ -20,7 +20,8 @@ from small_agent import household_agent
 from opd_jax import model
 from opd_jax.agent.agent import Agent
 from opd_jax.agent.conversation import Conversation
-from opd_jax.agent.rollout import everywhere, rollout, row_keys
+from opd_jax.agent.environments import everywhere
+from opd_jax.agent.rollout import rollout, row_keys
 from opd_jax.envs.base import BROKEN, Env, Observation, Task
 from opd_jax.envs.household.env import Household
 from opd_jax.envs.household.expert import Expert
@@ -240,22 +241,25 @@ def test_a_signal_is_noticed_while_environments_are_waited_for(waits: bool) -> N
     assert everywhere(lambda env, argument: argument, envs, [0, 1]) == [0, 1]
 
 
-def test_a_rollout_may_be_left_before_any_turn(agent: Agent, params: model.Params) -> None:
+def test_a_rollout_may_be_left_whenever_answers_are_due(agent: Agent, params: model.Params) -> None:
     class Left(Exception):
         pass
 
-    def play_turns(turns: int) -> list[Conversation]:
+    def play_until(leave: int) -> list[Conversation]:
         def between() -> None:
             asked.append(1)
-            if len(asked) > turns:
+            if len(asked) == leave:
                 raise Left
 
-        asked: list[int] = []
+        asked.clear()
         envs = [HOUSEHOLD() for _ in ROWS]
         keys = row_keys(jax.random.key(0), range(len(ROWS)))
         return rollout(params, keys, agent=agent, envs=envs, tasks=TASKS, depth=0, between=between)
 
-    for turns in (0, MAX_TURNS - 1):
+    asked: list[int] = []
+    assert play_until(0) == play(agent, params, [HOUSEHOLD() for _ in ROWS])
+    times = len(asked)
+    assert times > MAX_TURNS  # once for the first observations
+    for leave in (1, times):
         with pytest.raises(Left):
-            play_turns(turns)
-    assert play_turns(MAX_TURNS) == play(agent, params, [HOUSEHOLD() for _ in ROWS])
+            play_until(leave)

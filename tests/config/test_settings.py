@@ -229,7 +229,7 @@ def test_what_fields_affect_by_a_sample_of_each_kind() -> None:
     samples = {
         kinds.METHOD: ["seed", "optimizer.learning_rate", "env.by", "env.size", "rollout.batch"],
         kinds.EXTENT: ["train.updates"],
-        kinds.LAYOUT: ["mesh.fsdp", "train.micro_batches", "train.remat", "rollout.cache_step"],
+        kinds.LAYOUT: ["mesh.fsdp", "train.micro_batches", "train.remat", "rollout.chunk"],
         kinds.WORLD: ["env.step_timeout_s", "env.workers", "checkpoint.every"],
         kinds.FIGURES: ["eval.tasks", "eval.splits", "compare.variants.opd.objective.confidence"],
     }

@@ -11,7 +11,8 @@ import pytest
 from settings import one_device, read
 
 from opd_jax.agent.conversation import Conversation
-from opd_jax.agent.rollout import make_envs, rollout, row_keys
+from opd_jax.agent.environments import make_envs
+from opd_jax.agent.rollout import rollout, row_keys
 from opd_jax.config import build
 from opd_jax.config.models import LoadedModel, load_student, load_teacher, new_model
 from opd_jax.config.settings import Settings

@@ -301,16 +301,42 @@ def test_one_judging(mesh: Mesh) -> None:
 
 @pytest.mark.parametrize("mesh", [(2, 2, 2)], indirect=True)
 @pytest.mark.parametrize("layout", ["BGSH", "BSGH"])
-def test_a_grown_cache_keeps_its_content_and_sharding(mesh: Mesh, layout: str) -> None:
-    made = model.init_cache(STUDENT, batch=ROWS, slots=8, dtype=jnp.float32, layout=layout)
-    numbers = np.arange(made.keys[0].size, dtype=np.float32).reshape(made.keys[0].shape)
-    place = made.keys[0].sharding
-    filled = tuple(jax.device_put(numbers + layer, place) for layer in range(2))
-    grown = model.grow_cache(replace(made, keys=filled), slots=12)
-    assert (grown.slots, grown.keys[0].sharding) == (12, place)
-    padding = [(0, 4 if axis == "S" else 0) for axis in layout]
-    for layer, buffer in enumerate(grown.keys):
-        np.testing.assert_array_equal(buffer, np.pad(numbers + layer, padding))
+def test_some_rows_read_on_their_own_devices(mesh: Mesh, layout: str) -> None:
+    weights = placed(STUDENT, 0, mesh)
+    rng = np.random.default_rng(5)
+    first = rng.integers(1, 64, (ROWS, 6)).astype(np.int32), rng.integers(1, 7, ROWS)
+    # Two rows of each of four shards; one of them gets no token, another only a part.
+    rows = np.array([0, 3, 5, 4, 10, 11, 15, 12], np.int32)
+    tokens = rng.integers(1, 64, (len(rows), 5)).astype(np.int32)
+    counts = np.array([5, 5, 0, 5, 2, 5, 5, 5], np.int32)
+    shared: Any = dict(config=STUDENT, sharded=model.is_sharded(weights))
+
+    def read(rows: np.ndarray | None, tokens: np.ndarray, counts: np.ndarray) -> Any:
+        kv = model.init_cache(STUDENT, batch=ROWS, slots=SLOTS, dtype=jnp.float32, layout=layout)
+        kv = gen.extend(weights, kv, *shard_batch((first[0], first[1].astype(np.int32))), **shared)
+        more = shard_batch((tokens, counts) if rows is None else (tokens, counts, rows))
+        text = gen.extend.lower(weights, kv, *more, **shared).compile().as_text()
+        return gen.extend(weights, kv, *more, **shared), parse(text)
+
+    some, module = read(rows, tokens, counts)
+    place = some.keys[0].sharding
+    every = np.zeros((ROWS, 5), np.int32), np.zeros(ROWS, np.int32)
+    for whole, part in zip(every, (tokens, counts), strict=True):
+        whole[rows] = part
+    all_rows, _ = read(None, *every)
+    np.testing.assert_array_equal(some.lengths, all_rows.lengths)
+    filled = np.arange(SLOTS) < np.asarray(all_rows.lengths)[:, None]
+    for ours, theirs in zip(
+        (*some.keys, *some.values), (*all_rows.keys, *all_rows.values), strict=True
+    ):
+        assert ours.sharding == theirs.sharding
+        ours, theirs = (np.moveaxis(np.asarray(x), layout.index("S"), 1) for x in (ours, theirs))
+        np.testing.assert_allclose(ours[filled], theirs[filled], rtol=1e-5, atol=2e-5)
+    # At most the new keys are sent, never a part of the cache.
+    files = ("model/cache.py", "model/attention.py")
+    sent = [part.bytes for part in collectives(module) if part.source.startswith(files)]
+    new = 4 * tokens.size * STUDENT.num_kv_heads * STUDENT.head_dim
+    assert 0 < max(sent) <= new < 4 * math.prod(place.shard_shape(some.keys[0].shape))
 
 
 @pytest.mark.parametrize("mesh", [(2, 2, 2)], indirect=True)
