@@ -109,7 +109,7 @@ def paper_config(
     config.rollout.extend_widths = (128, 512)
     config.rollout.chunk = 64
     config.judge.batch = 64
-    config.judge.length_multiple = 256
+    config.judge.extend_widths = (128, 512)
     config.train.micro_batches = 8
     config.train.query_chunk = 512
     config.train.loss_chunk = 8192  # large: each chunk reads both heads
@@ -144,7 +144,7 @@ def _shrink(config: ConfigDict, env: dict[str, Any], splits: tuple[str, ...]) ->
     config.rollout.extend_widths = (128,)
     config.rollout.chunk = 24
     config.judge.batch = 8
-    config.judge.length_multiple = 512
+    config.judge.extend_widths = (128,)
     config.judge.max_new_tokens = 8
     config.train.updates = 2
     config.train.micro_batches = 1

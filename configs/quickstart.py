@@ -134,8 +134,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         decode="constrained",  # score the three labels; or generate the answer's text
         context="table9",  # what the question shows; or +feedback, history
         admissible_shown=12,  # most admissible actions in a question
-        batch=128,  # most questions at a time; with history, most conversations
-        length_multiple=64,  # questions are padded to a multiple of this
+        batch=16,  # most questions at a time, each about another conversation
+        extend_widths=(16, 64),  # questions are read in pieces of these widths, ascending
+        prefill_rows=8,  # rows of each device that read at a time
         max_new_tokens=8,  # longest generated answer
         agreement_every=20,  # updates between checks against the other decoding; 0: never
     )

@@ -11,7 +11,7 @@ from opd_jax.agent.conversation import Conversation
 from opd_jax.agent.generate import Sampling
 from opd_jax.envs.turns import own_words
 from opd_jax.model import ModelConfig
-from opd_jax.runtime.fields import LAYOUT, affects, check_within
+from opd_jax.runtime.fields import LAYOUT, affects, check_widths, check_within
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,7 @@ class Decoding:
                 f"`turn_tokens` = {self.turn_tokens}: expected less than the cache, "
                 f"`context_tokens` = {self.context_tokens}"
             )
-        widths = list(self.extend_widths)
-        if not widths or widths != sorted(set(widths)) or widths[0] < 1:
-            raise ValueError(f"`extend_widths`: expected ascending widths, got {widths}")
+        check_widths(self.extend_widths)
 
     @property
     def sampling(self) -> Sampling:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from opd_jax.agent.agent import Agent
 from opd_jax.agent.conversation import Conversation, open_conversation, record_turn
 from opd_jax.agent.environments import Answers
-from opd_jax.agent.session import CacheSession, Response
+from opd_jax.agent.session import Response, Session
 from opd_jax.envs.base import Env, Observation, Task
 from opd_jax.model import Params
 
@@ -60,7 +60,7 @@ def rollout(
         raise ValueError(
             f"`keys`: expected one for each of {len(tasks)} tasks, got shape {keys.shape}"
         )
-    session = CacheSession(params, keys, agent=agent, rows=len(envs))
+    session = Session(params, keys, agent=agent, rows=len(envs))
     answers = Answers(envs, join_after=agent.decoding.join_after)
     waiting = deque(_Episode(agent, number, task, depth) for number, task in enumerate(tasks))
     episodes, playing = list(waiting), {}
@@ -69,7 +69,7 @@ def rollout(
         """Gives a row its next episode; it stays idle if there is none."""
         if waiting:
             playing[row] = episode = waiting.popleft()
-            session.clear(row)
+            session.cache.clear(row)
             answers.ask(row, episode.reset)
 
     try:
@@ -87,7 +87,6 @@ def rollout(
                     else:
                         context = agent.context(episode.conversation)
                         session.begin(row, context, key=episode.number, turn=episode.turn)
-            session.read()
             launched = session.launch()
             answers.work()  # while the device samples
             answers.chunk += 1

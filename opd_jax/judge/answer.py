@@ -2,7 +2,7 @@
 
 `score_labels` compares the likelihoods of the words. It always gives a label and needs no loop over
 tokens. `generate_labels` is the paper's literal procedure: it searches greedy text for a word. Both
-append the questions to a cache that is empty or holds conversations.
+find the questions in a cache, except their last tokens.
 """
 
 import re
@@ -17,8 +17,8 @@ import numpy as np
 from opd_jax import model
 from opd_jax.agent import generate as gen
 from opd_jax.agent.chat import ChatFormat
+from opd_jax.agent.contexts import padded
 from opd_jax.agent.conversation import Conversation
-from opd_jax.agent.session import padded
 from opd_jax.judge.prompt import FIELDS, LABELS, judge_prompt
 from opd_jax.losses import Verdict
 from opd_jax.model import KVCache, ModelConfig, Params
@@ -28,6 +28,7 @@ from opd_jax.runtime.fields import (
     METHOD,
     affects,
     check_choice,
+    check_widths,
     check_within,
 )
 from opd_jax.runtime.mesh import replicate, shard_batch
@@ -43,9 +44,9 @@ class JudgeSettings:
       decode: "constrained" or "generate" (`answer`).
       context: see `judge_prompt`.
       admissible_shown: see `judge_prompt`.
-      batch: most questions at a time; with "history", most conversations.
-      length_multiple: questions are padded to a multiple of this; conversations are read in pieces
-        of this length.
+      batch: most questions at a time, each about another conversation.
+      extend_widths: ascending widths in which questions are read; one compiled program each.
+      prefill_rows: rows of each device that read at a time.
       max_new_tokens: longest answer of the `generate` decoding.
       agreement_every: every so many updates the other decoding is asked too; 0: never.
     """
@@ -54,7 +55,8 @@ class JudgeSettings:
     context: str = field(metadata=affects(METHOD, FIGURES))
     admissible_shown: int = field(metadata=affects(METHOD, FIGURES))
     batch: int = field(metadata=affects(LAYOUT))
-    length_multiple: int = field(metadata=affects(LAYOUT))
+    extend_widths: tuple[int, ...] = field(metadata=affects(LAYOUT))
+    prefill_rows: int = field(metadata=affects(LAYOUT))
     max_new_tokens: int = field(metadata=affects(METHOD, FIGURES))
     agreement_every: int = field(metadata=affects(FIGURES))
 
@@ -67,9 +69,10 @@ class JudgeSettings:
         check_within(
             1,
             batch=self.batch,
-            length_multiple=self.length_multiple,
+            prefill_rows=self.prefill_rows,
             max_new_tokens=self.max_new_tokens,
         )
+        check_widths(self.extend_widths)
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def label_tokens(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def score_labels(
-    params: Params, cache: KVCache, tokens: np.ndarray, counts: np.ndarray, *, by: Judge
+    params: Params, cache: KVCache, last: np.ndarray, asked: np.ndarray, *, by: Judge
 ) -> tuple[list[int], KVCache]:
     """The label whose tokens the teacher finds most likely after each question.
 
@@ -130,18 +133,17 @@ def score_labels(
     answer is not scored.
 
     Args:
-      cache: what precedes the questions; donated. It needs room for the questions and a label.
-      tokens: int32 [B, Q], the questions.
-      counts: int32 [B], their lengths; a row with 0 asks nothing, and its label is meaningless.
+      cache: the questions without their last tokens; donated. It needs room for these and a label.
+      last: int32 [B], the last token of each question.
+      asked: int32 [B], 1 or 0; a row with 0 asks nothing, and its label is meaningless.
 
     Returns:
-      A label for each row, and the cache with the questions appended. Slots after a row's length
-      hold leftovers.
+      A label for each row, and the cache. Slots after a row's length hold leftovers.
     """
     scores, cache = label_scores(
         params,
         cache,
-        *shard_batch((tokens, counts)),
+        *shard_batch((last, asked)),
         *label_tokens(by.tokenizer),
         config=by.model,
         sharded=model.is_sharded(params),
@@ -153,20 +155,19 @@ def score_labels(
 def label_scores(
     params: Params,
     cache: KVCache,
-    tokens: jax.Array,
-    counts: jax.Array,
+    last: jax.Array,
+    asked: jax.Array,
     word_tokens: jax.Array,
     word_lengths: jax.Array,
     *,
     config: ModelConfig,
     sharded: bool,
 ) -> tuple[jax.Array, KVCache]:
-    """log p(label | cache, question), float32 [B, labels], and the cache with the questions."""
-    (rows, _), (labels, width) = tokens.shape, word_tokens.shape
-    append = partial(model.forward_cached, params, config=config, sharded=sharded)
-    hidden, cache = append(cache, tokens, counts)
-    last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
-    after = jnp.broadcast_to(last[:, None], (rows, labels, 1, last.shape[-1]))
+    """log p(label | cache, last token), float32 [B, labels], and the cache with these tokens."""
+    rows, (labels, width) = last.shape[0], word_tokens.shape
+    append = partial(model.forward_cached, model.unstack(params), config=config, sharded=sharded)
+    hidden, cache = append(cache, last[:, None], asked)
+    after = jnp.broadcast_to(hidden[:, None], (rows, labels, 1, hidden.shape[-1]))
 
     def read(cache: KVCache, word: jax.Array) -> tuple[KVCache, jax.Array]:
         fed = jnp.broadcast_to(word, (rows, width - 1))
@@ -187,27 +188,23 @@ def label_scores(
 
 
 def generate_labels(
-    params: Params, cache: KVCache, tokens: np.ndarray, counts: np.ndarray, *, by: Judge
+    params: Params, cache: KVCache, last: np.ndarray, asked: np.ndarray, *, by: Judge
 ) -> tuple[list[int], KVCache]:
     """The label in the teacher's greedy answer to each question, or `UNPARSABLE`.
 
     Arguments as in `score_labels`; the cache needs room for `max_new_tokens` of each answer.
     """
-    rows, longest = len(counts), by.settings.max_new_tokens
-    static: dict[str, Any] = dict(config=by.model, sharded=model.is_sharded(params))
-    asked = shard_batch((tokens, np.maximum(counts - 1, 0)))
-    cache = gen.extend(params, cache, *asked, **static)
-    last = tokens[np.arange(rows), counts - 1]
-    budget = np.where(counts > 0, longest, 0).astype(np.int32)
+    longest = by.settings.max_new_tokens
     cache, out = gen.generate(
         params,
         cache,
-        *shard_batch((last, budget)),
-        jax.random.split(jax.random.key(0), rows),  # unused: decoding is greedy
+        *shard_batch((last, asked * np.int32(longest))),
+        jax.random.split(jax.random.key(0), len(last)),  # unused: decoding is greedy
         jnp.asarray(by.chat.stop_ids, jnp.int32),
+        config=by.model,
         sampling=gen.Sampling(temperature=0.0, top_k=0, top_p=1.0),
         chunk=longest,
-        **static,
+        sharded=model.is_sharded(params),
     )
     out = jax.device_get(out)
     answers = [by.tokenizer.decode(row[:n]) for row, n in zip(out.tokens, out.counts, strict=True)]

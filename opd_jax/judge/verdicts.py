@@ -4,23 +4,22 @@ A turn that failed deterministically gets `Verdict.DET_FAIL`, and the judge is n
 teacher judges the others.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from opd_jax import model
-from opd_jax.agent import generate as gen
+from opd_jax.agent.contexts import ContextCache
 from opd_jax.agent.conversation import Conversation
-from opd_jax.agent.session import empty_cache, padded
 from opd_jax.judge.agreement import judge_metrics
 from opd_jax.judge.answer import DECODINGS, UNPARSABLE, Judge
 from opd_jax.judge.labels import EnvLabels, Judgement, env_labels
 from opd_jax.losses import Verdict
-from opd_jax.model import KVCache, Params
+from opd_jax.model import Params
 from opd_jax.runtime import processes
-from opd_jax.runtime.mesh import shard_batch, shards
+from opd_jax.runtime.mesh import shards
 
 # (conversations, updates done) to `Verdict` codes int32 [B, K] and metrics as (sum, count).
 Labeller = Callable[[Sequence[Conversation], int], tuple[np.ndarray, dict[str, Any]]]
@@ -81,19 +80,18 @@ def judge_turns(
     asked = labels.played & ~labels.failed
     verdict = np.where(labels.failed, Verdict.DET_FAIL, Verdict.SKIP).astype(np.int32)
     unparsable, too_long = np.zeros_like(asked), np.zeros_like(asked)
-    questions: Questions = {}
+    questions: dict[int, dict[int, list[int]]] = defaultdict(dict)
     room = by.model.max_positions - by.answer_tokens
     for row, turn in np.argwhere(asked).tolist():
-        question = by.question(conversations[row], turn)
-        length = len(by.prefix(conversations[row], turn)) + len(question)
-        if length <= room:
-            questions[row, turn] = question
+        conversation = conversations[row]
+        question = [*by.prefix(conversation, turn), *by.question(conversation, turn)]
+        if len(question) <= room:
+            questions[row][turn] = question
         else:
             too_long[row, turn] = True
-            _warn(conversations[row], length, by=by)
-    ask = _after_conversations if by.settings.context == "history" else _one_by_one
-    for answers in ask(params, conversations, questions, by=by):
-        for place, label in answers:
+            _warn(conversation, len(question), by=by)
+    for answers in _answers(params, questions, by=by):
+        for place, label in answers.items():
             unparsable[place] = label == UNPARSABLE
             verdict[place] = label
         if between:
@@ -125,71 +123,54 @@ def _warn(conversation: Conversation, length: int, *, by: Judge) -> None:
     )
 
 
-Place = tuple[int, int]  # (row of the batch, turn)
-Questions = dict[Place, list[int]]
-Answers = list[tuple[Place, int]]  # a batch of labels
+# Of each conversation's turns, in order.
+Questions = Mapping[int, Mapping[int, list[int]]]
+
+# The cache's slots are a multiple of this: few sizes, since each is a program to compile.
+SLOTS = 512
 
 
-def _one_by_one(
-    params: Params, conversations: Sequence[Conversation], questions: Questions, *, by: Judge
-) -> Iterator[Answers]:
-    """A label for each question; those of similar length share a batch."""
-    order = sorted(questions, key=lambda place: len(questions[place]))
-    size, answer = by.settings.batch, DECODINGS[by.settings.decode]
-    for start in range(0, len(order), size):
-        places = order[start : start + size]
-        rows = [questions[place] for place in places] + [[]] * (size - len(places))
-        width = _multiple(max(map(len, rows)), by.settings.length_multiple)
-        cache = empty_cache(params, by.model, rows=size, slots=width + by.answer_tokens)
-        labels, _ = answer(params, cache, *padded(rows, width=width), by=by)
-        yield list(zip(places, labels, strict=False))
+def _answers(
+    params: Params, questions: Questions, *, by: Judge
+) -> Iterator[dict[tuple[int, int], int]]:
+    """Labels by (conversation, turn), of a batch of questions after another.
 
-
-def _after_conversations(
-    params: Params, conversations: Sequence[Conversation], questions: Questions, *, by: Judge
-) -> Iterator[Answers]:
-    """A label for each question; each conversation is prefilled once.
-
-    Turns go from the last to the first: the cache is rolled back to the end of a turn, and the
-    question is written over what followed.
+    Each row of a cache is asked the questions of one conversation, turn by turn, then those of
+    another one. Only what a question does not share with the row's last one is read: first the
+    judge's role and the task are shared, then with "history" the conversation so far.
     """
-    rows = sorted({row for row, _ in questions})
-    size = min(by.settings.batch, _multiple(len(conversations), shards("batch")))
-    answer = DECODINGS[by.settings.decode]
-    for start in range(0, len(rows), size):
-        slots = {row: slot for slot, row in enumerate(rows[start : start + size])}
-        places_of = {row: sorted(place for place in questions if place[0] == row) for row in slots}
-        prefixes = [by.prefix(conversations[row], places_of[row][-1][1]) for row in slots]
-        here = [len(questions[place]) for row in slots for place in places_of[row]]
-        width = _multiple(max(here), by.settings.length_multiple)
-        room = max(map(len, prefixes)) + width + by.answer_tokens
-        cache = _read(params, prefixes, rows=size, room=room, by=by)
-        while places := [places_of[row].pop() for row in slots if places_of[row]]:
-            lengths = np.zeros(size, np.int32)
-            asking: list[list[int]] = [[] for _ in range(size)]
-            for row, turn in places:
-                slot = slots[row]
-                lengths[slot] = conversations[row].spans[turn][1]
-                asking[slot] = questions[row, turn]
-            cache = replace(cache, lengths=shard_batch(lengths))
-            labels, cache = answer(params, cache, *padded(asking, width=width), by=by)
-            yield [(place, labels[slots[place[0]]]) for place in places]
-
-
-def _read(
-    params: Params, prefixes: Sequence[Sequence[int]], *, rows: int, room: int, by: Judge
-) -> KVCache:
-    """A cache of at least `room` slots a row, with a prefix in each of its first rows."""
-    width, sharded = by.settings.length_multiple, model.is_sharded(params)
-    # Few cache sizes, since each is a program to compile.
-    cache = empty_cache(params, by.model, rows=rows, slots=_multiple(room, 4 * width))
-    filled = [*prefixes, *[[]] * (rows - len(prefixes))]
-    for start in range(0, max(map(len, prefixes)), width):
-        new = shard_batch(padded([row[start : start + width] for row in filled], width=width))
-        cache = gen.extend(params, cache, *new, config=by.model, sharded=sharded)
-    return cache
-
-
-def _multiple(length: int, of: int) -> int:
-    """The least multiple of `of` that is not below `length`."""
-    return -(-length // of) * of
+    if not questions:
+        return
+    how, ways = by.settings, shards("batch")
+    rows = min(how.batch, -(-len(questions) // ways) * ways)
+    longest = max(len(tokens) for turns in questions.values() for tokens in turns.values())
+    cache = ContextCache(
+        params,
+        sizes=by.model,
+        rows=rows,
+        slots=-(-(longest + by.answer_tokens) // SLOTS) * SLOTS,
+        widths=how.extend_widths,
+        rows_read=how.prefill_rows,
+    )
+    # Those with most turns first, so that all rows end at about the same time.
+    order = sorted(questions, key=lambda row: -len(questions[row]))
+    waiting = deque(deque((row, turn) for turn in questions[row]) for row in order)
+    asking: list[deque[tuple[int, int]]] = [deque()] * rows
+    while True:
+        places: dict[int, tuple[int, int]] = {}
+        for row in range(rows):
+            if not asking[row] and waiting:
+                asking[row] = waiting.popleft()
+            if asking[row]:
+                places[row] = asking[row].popleft()
+        if not places:
+            return
+        last, asked = np.zeros((2, rows), np.int32)
+        for row, (conversation, turn) in places.items():
+            tokens = questions[conversation][turn]
+            cache.put(row, tokens)
+            last[row], asked[row] = tokens[-1], 1
+        cache.read(places)
+        labels, given = DECODINGS[how.decode](cache.params, cache.take(), last, asked, by=by)
+        cache.give(given)
+        yield {place: labels[row] for row, place in places.items()}

@@ -17,7 +17,7 @@ _SCORES = {"BGSH": "bgmh,bgsh->bgms", "BSGH": "bgmh,bsgh->bgms"}
 _VALUES = {"BGSH": "bgms,bgsh->bgmh", "BSGH": "bgms,bsgh->bgmh"}
 
 # Slots at a time. On a CPU 64 to 256 are equally fast.
-_BLOCK = 128
+BLOCK = 128
 
 _MASKED = jnp.finfo(jnp.float32).min
 
@@ -121,7 +121,7 @@ def cached_attention(
     B, T, N, H = q_BTNH.shape
     axis, G = layout.index("S"), k.shape[layout.index("G")]
     S, M = k.shape[axis], T * N // G
-    size = min(_BLOCK, S)
+    size = min(BLOCK, S)
     q = jnp.moveaxis(q_BTNH.reshape(B, T, G, N // G, H), 2, 1).reshape(B, G, M, H)
     position_BM = jnp.repeat(position_BT, N // G, axis=1)[:, None, :, None]
 

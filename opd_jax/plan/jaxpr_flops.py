@@ -5,6 +5,7 @@ counts the body of every loop once, so it cannot be used here.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,23 +14,23 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 _JAXPRS = (Jaxpr, ClosedJaxpr)
 
 
-def count_flops(jaxpr: Jaxpr | ClosedJaxpr, *, while_trips: int | None) -> int:
+def count_flops(jaxpr: Jaxpr | ClosedJaxpr, *, while_trips: Sequence[float] = ()) -> float:
     """Multiplications and additions of all matrix products, over all devices.
 
     Loops multiply what is in them. Of a condition, the most expensive branch counts. A kernel
     (`pallas_call`) counts its body at every point of its grid, also at points that it skips.
 
     Args:
-      while_trips: of every `while` loop with products; None if there is none.
+      while_trips: of `while` loops with products: of an outermost one, of one inside it, and so on.
 
     Raises:
-      ValueError: there is one, and `while_trips` is None.
+      ValueError: more such loops are inside each other than `while_trips` has.
     """
     inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     return sum(_equation(equation, while_trips) for equation in inner.eqns)
 
 
-def _equation(equation: Any, while_trips: int | None) -> int:
+def _equation(equation: Any, while_trips: Sequence[float]) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (_, contracted), (_, batch) = params["dimension_numbers"]
@@ -39,16 +40,33 @@ def _equation(equation: Any, while_trips: int | None) -> int:
         (_, contracted), (_, batch) = numbers.dot_dimension_numbers
         return _product(equation, {*contracted, *batch, *numbers.rhs_group_dimensions})
     parts = [part for part in jax.tree.leaves([*params.values()]) if isinstance(part, _JAXPRS)]
+    if name == "while":
+        if not any(map(_has_product, parts)):
+            return 0
+        if not while_trips:
+            raise ValueError(
+                "`while_trips`: expected the trips of every `while` loop with products, and of "
+                "those inside it; got too few"
+            )
+        times, *rest = while_trips
+        return times * sum(count_flops(part, while_trips=rest) for part in parts)
     inside = [count_flops(part, while_trips=while_trips) for part in parts]
     if name == "cond":
         return max(inside)
-    if name == "while" and sum(inside):
-        if while_trips is None:
-            raise ValueError(
-                "`while_trips`: expected the trips of a `while` loop with products, got None"
-            )
-        return sum(inside) * while_trips
     return sum(inside) * _times(name, params)
+
+
+def _has_product(jaxpr: Jaxpr | ClosedJaxpr) -> bool:
+    inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    return any(
+        equation.primitive.name in ("dot_general", "ragged_dot_general")
+        or any(
+            _has_product(part)
+            for part in jax.tree.leaves([*equation.params.values()])
+            if isinstance(part, _JAXPRS)
+        )
+        for equation in inner.eqns
+    )
 
 
 def _product(equation: Any, not_free: set[int]) -> int:

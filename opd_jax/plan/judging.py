@@ -1,14 +1,14 @@
 """The programs with which the teacher judges an update's turns."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from opd_jax.agent.generate import Sampling
 from opd_jax.config.settings import Settings
 from opd_jax.judge.answer import label_scores
 from opd_jax.judge.prompt import LABELS
+from opd_jax.judge.verdicts import SLOTS
 from opd_jax.plan.program import Program
-from opd_jax.plan.sampling import Player
+from opd_jax.plan.sampling import Player, rows_read
 from opd_jax.plan.workload import Workload
 
 
@@ -24,36 +24,28 @@ def judging(
     """
     judge = settings.judge
     length = judge.max_new_tokens if judge.decode == "generate" else label_width
-
-    def answers(name: str, cache: Any, width: int, runs: float) -> Iterator[Program]:
-        """A question of `width` tokens in each row of a cache, and its answer."""
-        if judge.decode == "generate":
-            greedy = Sampling(temperature=0.0, top_k=0, top_p=1.0)
-            yield teacher.read(name, cache, width, runs=runs)
-            yield teacher.sample(f"{name}: answer", cache, greedy, length, runs=runs)
-            return
-        words = [
-            teacher.place.replicated(shape) for shape in ((len(LABELS), length), (len(LABELS),))
-        ]
-        # The model reads the question, then each label's word.
-        times, rows = 1 + len(LABELS), [(width,), ()]
-        yield teacher.program(name, label_scores, cache, rows, *words, runs=runs, times=times)
-
-    if judge.context == "history":
-        # Conversations are read in pieces, then questions are asked after them.
-        piece, width = judge.length_multiple, work.short_question
-        rows = min(judge.batch, work.rows)
-        calls = -(-work.rows // rows)
-        multiple = 4 * piece  # as `judge.verdicts` rounds its caches
-        slots = -(-(work.slots + width + length) // multiple) * multiple
-        cache = teacher.cache(rows=rows, slots=slots)
-        pieces = -(-work.slots // piece)
-        yield teacher.read("judging: conversation", cache, piece, runs=calls * pieces)
-        yield from answers("judging", cache, width, calls * work.turns)
+    rows = min(judge.batch, work.rows)
+    slots = -(-(work.longest_question + length) // SLOTS) * SLOTS
+    cache = teacher.cache(rows=rows, slots=slots)
+    at_once = rows_read(settings, judge.prefill_rows, rows)
+    # Each conversation's first question is read whole, of each later one what is new in it.
+    widths = judge.extend_widths
+    new = next((width for width in widths if width >= work.new_in_question), widths[-1])
+    calls = work.rows / at_once
+    pieces = {
+        "judging: first question": (widths[-1], calls * -(-work.question // widths[-1])),
+        "judging: question": (new, calls * (work.turns - 1) * -(-work.new_in_question // new)),
+    }
+    for name, (width, runs) in pieces.items():
+        yield teacher.read(name, cache, width, rows=at_once, runs=runs)
+    runs = work.rows / rows * work.turns
+    if judge.decode == "generate":
+        greedy = Sampling(temperature=0.0, top_k=0, top_p=1.0)
+        yield teacher.sample("judging: answer", cache, greedy, length, runs=runs)
         return
-    widths = {"judging": (work.question, -(-work.rows * work.turns // judge.batch))}
-    if work.longest_question > work.question:
-        widths["judging: longest question"] = (work.longest_question, 0)
-    for name, (width, runs) in widths.items():
-        cache = teacher.cache(rows=judge.batch, slots=width + length)
-        yield from answers(name, cache, width, runs)
+    words = [teacher.place.replicated(shape) for shape in ((len(LABELS), length), (len(LABELS),))]
+    # The model reads the question's last token, then each label's word.
+    times = 1 + len(LABELS) if length > 1 else 1
+    yield teacher.program(
+        "judging: answer", label_scores, cache, [(), ()], *words, runs=runs, times=times
+    )

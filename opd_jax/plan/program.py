@@ -50,7 +50,7 @@ class Program:
     beside: tuple[Resident, ...]  # the residents that are not among its arguments
     runs: float  # in one update; 0 for programs of evaluations
     static: dict[str, Any] = field(default_factory=dict)  # keyword arguments
-    trips: int | None = None  # of its `while` loop
+    trips: tuple[float, ...] = ()  # of its `while` loops, each inside the one before
     temporaries: int = 0  # bytes on each device that it needs beyond its arguments, at least
 
 

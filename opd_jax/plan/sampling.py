@@ -11,6 +11,7 @@ from opd_jax.agent import generate
 from opd_jax.agent.generate import Sampling
 from opd_jax.config.settings import Settings
 from opd_jax.model import KVCache, ModelConfig, cache_specs, is_sharded
+from opd_jax.model.attention import BLOCK
 from opd_jax.plan.placement import Placement, device_bytes
 from opd_jax.plan.program import Program, Resident, passes
 from opd_jax.plan.workload import Workload
@@ -35,26 +36,28 @@ class Player:
         buffers = (buffer,) * self.sizes.num_layers
         return KVCache(buffers, buffers, place.rows(rows), layout)
 
-    def read(
-        self, name: str, cache: Any, width: int, *, runs: float, rows: int | None = None
-    ) -> Program:
-        """Appends up to `width` tokens to every row of a cache, or to `rows` of them."""
-        if rows is None:
-            return self.program(name, generate.extend, cache, [(width,), ()], runs=runs)
-        new = [(width,), (), ()]  # with the numbers of the rows
-        share = rows / cache.lengths.size
-        return self.program(name, generate.extend, cache, new, runs=runs, batch=rows, share=share)
+    def read(self, name: str, cache: Any, width: int, *, rows: int, runs: float) -> Program:
+        """Appends up to `width` tokens to `rows` rows of a cache."""
+        inputs = [(width,), (), ()]  # with the numbers of the rows
+        return self.program(name, generate.extend, cache, inputs, batch=rows, runs=runs)
 
     def sample(
-        self, name: str, cache: Any, how: Sampling, chunk: int, *, runs: float, share: float = 1.0
+        self,
+        name: str,
+        cache: Any,
+        how: Sampling,
+        chunk: int,
+        *,
+        runs: float,
+        slots_read: float | None = None,
     ) -> Program:
-        """Samples up to `chunk` tokens for every row of a cache; `share` as in `program`."""
+        """Samples up to `chunk` tokens for every row of a cache; `slots_read` as in `program`."""
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), cache.lengths.size))
         more = self.place.replicated(keys.shape, keys.dtype), self.place.replicated((2,))
         static: dict[str, Any] = {"sampling": how, "chunk": chunk}
         args = generate.generate, cache, [(), ()], *more
-        program = self.program(name, *args, runs=runs, times=chunk, share=share, **static)
-        return replace(program, trips=chunk)
+        program = self.program(name, *args, runs=runs, times=chunk, slots_read=slots_read, **static)
+        return replace(program, trips=(chunk, *program.trips))
 
     def program(
         self,
@@ -65,11 +68,11 @@ class Player:
         *more: Any,
         runs: float,
         times: int = 1,
-        share: float = 1.0,
         batch: int | None = None,
+        slots_read: float | None = None,
         **static: Any,
     ) -> Program:
-        """A program that passes `times` over all weights and over a `share` of the cache.
+        """A program that passes `times` over all weights and over what its rows read of the cache.
 
         Of a mixture it reads all experts: with many rows, some token asks for each.
 
@@ -77,22 +80,34 @@ class Player:
           rows: shapes of one row of the arguments that are sharded as a batch.
           more: arguments after these.
           batch: rows of them; None: as many as the cache has.
+          slots_read: of each row, the mean; None: all.
           static: keyword arguments beside those that all these programs have.
         """
         # With an untied head, only single rows of the embedding are read.
         read = {k: part for k, part in self.params.items() if k != "embed"}
         weights = device_bytes(read if "head" in self.params else self.params)
-        slots = round(device_bytes((cache.keys, cache.values)) * share)
-        inputs = [self.place.rows(batch or cache.lengths.size, *shape) for shape in rows]
+        in_cache, slots = cache.lengths.size, cache.slots
+        batch, slots_read = batch or in_cache, slots_read or slots
+        share = batch / in_cache * slots_read / slots
         return Program(
             name,
             function,
-            (self.params, cache, *inputs, *more),
-            {"parameters": passes(weights, times), "cache": passes(slots, times)},
+            (self.params, cache, *(self.place.rows(batch, *shape) for shape in rows), *more),
+            {
+                "parameters": passes(weights, times),
+                "cache": passes(round(device_bytes((cache.keys, cache.values)) * share), times),
+            },
             self.beside,
             runs,
             {"config": self.sizes, "sharded": is_sharded(self.params), **static},
+            trips=(slots_read / min(BLOCK, slots),),
         )
+
+
+def rows_read(settings: Settings, prefill_rows: int, batch: int) -> int:
+    """Rows that one call reads, of all devices; as `agent.contexts` calls it."""
+    ways = settings.mesh.batch_shards
+    return min(prefill_rows, batch // ways) * ways
 
 
 def copying(
@@ -116,33 +131,25 @@ def rollout(settings: Settings, player: Player, work: Workload) -> Iterator[Prog
     at_once = decoding.at_once
     rounds = work.rows / at_once
     cache = player.cache(rows=at_once, slots=work.slots)
-    rows, calls = _reading(settings, at_once)
+    rows = rows_read(settings, decoding.prefill_rows, at_once)
+    first = rounds * at_once / rows
+    later = first * (work.turns - 1)
     narrow, wide = decoding.extend_widths[0], decoding.extend_widths[-1]
-    first, later = rounds * calls, rounds * calls * (work.turns - 1)
     if narrow == wide:
-        yield player.read("observation", cache, wide, runs=first + later, rows=rows)
+        yield player.read("observation", cache, wide, rows=rows, runs=first + later)
     else:
-        yield player.read("first message", cache, wide, runs=first, rows=rows)
-        yield player.read("observation", cache, narrow, runs=later, rows=rows)
+        yield player.read("first message", cache, wide, rows=rows, runs=first)
+        yield player.read("observation", cache, narrow, rows=rows, runs=later)
     how, runs = decoding.sampling, rounds * work.sampled / decoding.chunk
-    # A token reads the slots up to the longest row.
-    share = work.slots_read / work.slots
-    yield player.sample(SAMPLING, cache, how, decoding.chunk, runs=runs, share=share)
+    yield player.sample(SAMPLING, cache, how, decoding.chunk, runs=runs, slots_read=work.slots_read)
 
 
 def evaluation(settings: Settings, who: str, player: Player, work: Workload) -> Iterator[Program]:
     """The programs of an evaluation, which is no part of an update."""
     decoding, name = settings.rollout, f"evaluating the {who}"
     cache = player.cache(rows=settings.eval.batch, slots=work.slots)
-    rows, _ = _reading(settings, settings.eval.batch)
+    rows = rows_read(settings, decoding.prefill_rows, settings.eval.batch)
     wide = decoding.extend_widths[-1]
-    yield player.read(f"{name}: first message", cache, wide, runs=0, rows=rows)
+    yield player.read(f"{name}: first message", cache, wide, rows=rows, runs=0)
     how = replace(decoding.sampling, temperature=settings.eval.temperature)
     yield player.sample(f"{name}: sampling", cache, how, decoding.chunk, runs=0)
-
-
-def _reading(settings: Settings, batch: int) -> tuple[int, int]:
-    """The rows of a call that reads, and the least calls in which a whole batch reads."""
-    ways = settings.mesh.batch_shards
-    rows = min(settings.rollout.prefill_rows, batch // ways)
-    return rows * ways, -(-batch // (rows * ways))

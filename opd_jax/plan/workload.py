@@ -23,9 +23,9 @@ class Workload:
     sequence: int  # tokens of a row in training, padded, T
     response: int  # the student's tokens of a row, padded, R
     sampled: int  # tokens sampled in an episode
-    question: int  # tokens of a question to the judge about a mean response, padded
+    question: int  # tokens of a question to the judge about a mean response
     longest_question: int  # the same about the longest response
-    short_question: int  # the same without the response, which the judge has read before
+    new_in_question: int  # tokens that it does not share with the one before
 
 
 def workload(settings: Settings) -> Workload:
@@ -33,14 +33,17 @@ def workload(settings: Settings) -> Workload:
 
     An episode's first message fills the widest of `rollout.extend_widths`, each later one the
     narrowest. The rest of the context is sampled, at most `rollout.turn_tokens` a turn. A question
-    to the judge is the first message and a response.
+    to the judge is as long as the first message and a response; with "history" the conversation is
+    before it. What is new in one is a message and a response, with "history" all of the question.
     """
     rollout, train = settings.rollout, settings.train
     turns, slots = settings.env.max_turns, rollout.context_tokens
-    first, multiple = rollout.extend_widths[-1], settings.judge.length_multiple
-    given = first + (turns - 1) * rollout.extend_widths[0]
+    first, later = rollout.extend_widths[-1], rollout.extend_widths[0]
+    given = first + (turns - 1) * later
     sampled = max(min(slots - given, turns * rollout.turn_tokens), turns)
     sequence = _round_up(slots, train.length_multiple)
+    longest, mean = min(rollout.turn_tokens, sampled), sampled // turns
+    before, asked = (slots, first) if settings.judge.context == "history" else (0, 0)
     return Workload(
         rows=_rows(settings, sequence),
         turns=turns,
@@ -50,9 +53,9 @@ def workload(settings: Settings) -> Workload:
         sequence=sequence,
         response=min(_round_up(sampled, train.response_multiple), sequence),
         sampled=sampled,
-        question=_round_up(first + sampled // turns, multiple),
-        longest_question=_round_up(first + min(rollout.turn_tokens, sampled), multiple),
-        short_question=_round_up(first, multiple),
+        question=before + first + mean,
+        longest_question=before + first + longest,
+        new_in_question=later + mean + asked,
     )
 
 

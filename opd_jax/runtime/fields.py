@@ -5,7 +5,7 @@ checks single fields with the functions below. Relations between sections are ch
 `config.settings`.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 # Each field names what it affects; the default is METHOD.
@@ -39,3 +39,10 @@ def check_choice(known: Collection[str], **values: Any) -> None:
     for name, value in values.items():
         if value not in known:
             raise ValueError(f"`{name}`: expected one of {', '.join(known)}, got {value!r}")
+
+
+def check_widths(extend_widths: Sequence[int]) -> None:
+    """Checks that widths ascend; ValueError otherwise."""
+    widths = list(extend_widths)
+    if not widths or widths != sorted(set(widths)) or widths[0] < 1:
+        raise ValueError(f"`extend_widths`: expected ascending widths, got {widths}")

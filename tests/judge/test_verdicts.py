@@ -18,8 +18,8 @@ from scipy.special import log_softmax
 
 from opd_jax import model
 from opd_jax.agent.chat import ChatFormat
+from opd_jax.agent.contexts import ContextCache
 from opd_jax.agent.conversation import Conversation, Turn
-from opd_jax.agent.session import empty_cache, padded
 from opd_jax.envs.base import BROKEN, Task
 from opd_jax.judge import answer
 from opd_jax.judge.answer import DECODINGS, UNPARSABLE, Judge, JudgeSettings, parse_label
@@ -84,7 +84,8 @@ SETTINGS = JudgeSettings(
     context="table9",
     admissible_shown=30,
     batch=4,
-    length_multiple=32,
+    extend_widths=(8, 32),
+    prefill_rows=3,
     max_new_tokens=5,
     agreement_every=0,
 )
@@ -206,7 +207,7 @@ def test_the_question_is_the_chat_templates_only_message(random_judge: Judge) ->
         ("context", "table10"),
         ("admissible_shown", -1),
         ("batch", 0),
-        ("length_multiple", 0),
+        ("prefill_rows", 0),
         ("max_new_tokens", 0),
         ("agreement_every", -1),
     ],
@@ -240,26 +241,42 @@ def test_the_one_whole_word_is_the_label(text: str, label: int) -> None:
 
 def answers(params: model.Params, judge: Judge, prompts: list[list[int]], decode: str) -> list[int]:
     """Labels of prompts as they are, all in one batch."""
-    width = max(map(len, prompts))
-    cache = empty_cache(params, judge.model, rows=len(prompts), slots=width + 8)
-    return DECODINGS[decode](params, cache, *padded(prompts, width=width), by=judge)[0]
+    cache, last = read(params, judge, prompts)
+    asked = np.ones(len(prompts), np.int32)
+    return DECODINGS[decode](cache.params, cache.take(), last, asked, by=judge)[0]
+
+
+def read(
+    params: model.Params, judge: Judge, prompts: list[list[int]]
+) -> tuple[ContextCache, np.ndarray]:
+    """The prompts in a cache, and their last tokens."""
+    width, rows = max(map(len, prompts)), len(prompts)
+    cache = ContextCache(
+        params, sizes=judge.model, rows=rows, slots=width + 8, widths=[width], rows_read=rows
+    )
+    for row, prompt in enumerate(prompts):
+        cache.put(row, prompt)
+    cache.read(range(rows))
+    return cache, np.array([prompt[-1] for prompt in prompts], np.int32)
 
 
 def test_constrained_picks_the_label_of_the_largest_likelihood(
     params: model.Params, random_judge: Judge, prompts: list[list[int]], likelihoods: np.ndarray
 ) -> None:
-    tokens, counts = padded(prompts, width=24)
+    read_before, last = read(params, random_judge, prompts)
     scores, cache = answer.label_scores(
-        params,
-        empty_cache(params, random_judge.model, rows=len(prompts), slots=32),
-        tokens,
-        counts,
+        read_before.params,
+        read_before.take(),
+        last,
+        np.ones(len(prompts), np.int32),
         *answer.label_tokens(random_judge.tokenizer),
         config=random_judge.model,
         sharded=False,
     )
     np.testing.assert_allclose(scores, likelihoods, rtol=0, atol=2e-5)
-    np.testing.assert_array_equal(cache.lengths, counts)  # the labels themselves are dropped
+    np.testing.assert_array_equal(
+        cache.lengths, [*map(len, prompts)]
+    )  # the labels themselves are dropped
     best_two = np.sort(likelihoods, axis=1)[:, -2:]
     assert (np.diff(best_two) > 1e-3).all()  # no tie that rounding could turn
     got = answers(params, random_judge, prompts, "constrained")
@@ -288,7 +305,7 @@ def forced(judge: Judge, *sequences: list[str]) -> tuple[Judge, model.Params]:
     ids = [judge.tokenizer.convert_tokens_to_ids(words) for words in sequences]
     successor = {a: b for words in ids for a, b in itertools.pairwise(words)}
     config, params = chain(judge.model.vocab_size, successor, logit=20)
-    return with_settings(replace(judge, model=config), length_multiple=128), params
+    return with_settings(replace(judge, model=config), extend_widths=(128,)), params
 
 
 def always(judge: Judge, *words: str) -> tuple[Judge, model.Params]:
@@ -428,7 +445,7 @@ def test_only_a_judge_that_no_question_fits_is_a_mistake(
 
 @pytest.mark.parametrize("decode", ["constrained", "generate"])
 def test_verdicts_stay_with_their_turns(random_judge: Judge, decode: str) -> None:
-    # Questions are scored in order of length. Each answer has to find its way back.
+    # Rows take conversations in order of their turns. Each answer has to find its way back.
     tokenizer = copy.copy(random_judge.tokenizer)
     # Nothing follows a question, so that its last letter can decide the answer.
     tokenizer.chat_template = (
@@ -450,8 +467,8 @@ def test_verdicts_stay_with_their_turns(random_judge: Judge, decode: str) -> Non
     played[2].turns[1] = replace(TURN, failure="rejected")
     expected[2, 1] = Verdict.DET_FAIL
     assert len(set(expected.flatten())) == 4
-    for batch, multiple in ((4, 128), (3, 96)):
-        by = with_settings(judge, batch=batch, length_multiple=multiple, decode=decode)
+    for batch, widths in ((4, (128,)), (3, (8, 32))):
+        by = with_settings(judge, batch=batch, extend_widths=widths, decode=decode)
         assert judged(params, played, by=by, max_turns=4).verdict.tolist() == expected.tolist()
 
 
@@ -520,7 +537,7 @@ def test_verdicts_behind_conversations_are_those_of_whole_prompts(
     params = params | {"layers": params["layers"] | sharper}
     played = [talk(behind, n, stops) for n, stops in enumerate(CONVERSATIONS)]
     played.insert(2, Conversation(task=None))
-    by = with_settings(behind, batch=2, length_multiple=16)
+    by = with_settings(behind, batch=2, extend_widths=(16,))
     got = judged(params, played, by=by, max_turns=5)
     places = np.argwhere(got.asked)
     whole = [[*by.prefix(played[r], n), *by.question(played[r], n)] for r, n in places]

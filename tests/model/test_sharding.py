@@ -156,17 +156,18 @@ def judged(mesh: Mesh) -> np.ndarray:
     rng = np.random.default_rng(2)
     tokens = rng.integers(1, 64, (ROWS, 8)).astype(np.int32)
     counts = rng.integers(1, 9, ROWS).astype(np.int32)
-    kv = model.init_cache(TEACHER, batch=ROWS, slots=10, dtype=jnp.float32, layout="BGSH")
+    kv = model.init_cache(TEACHER, batch=ROWS, slots=12, dtype=jnp.float32, layout="BGSH")
     words = rng.integers(1, 64, (3, 2)).astype(np.int32)
     teacher = placed(TEACHER, 1, mesh)
+    shared: Any = dict(config=TEACHER, sharded=model.is_sharded(teacher))
+    kv = gen.extend(teacher, kv, *shard_batch((tokens, counts)), **shared)
     scores, _ = labels.label_scores(
         teacher,
         kv,
-        *shard_batch((tokens, counts)),
+        *shard_batch((np.full(ROWS, 7, np.int32), np.ones(ROWS, np.int32))),
         words,
         np.array([2, 2, 1], np.int32),
-        config=TEACHER,
-        sharded=model.is_sharded(teacher),
+        **shared,
     )
     return np.asarray(scores)
 
@@ -250,10 +251,9 @@ def test_for_a_token_activations_are_sent_and_no_weights(mesh: Mesh) -> None:
         sampling = gen.generate.lower(
             *(weights, kv, rows, rows, keys, np.array([63])), **settings, **how
         )
-        # Questions of few tokens, and labels of two.
-        questions, words = shard_batch(np.ones((ROWS, 4), np.int32)), np.ones((3, 2), np.int32)
+        words = np.ones((3, 2), np.int32)  # labels of two tokens
         judging = labels.label_scores.lower(
-            *(weights, kv, questions, rows, words, np.full(3, 2)), **settings
+            *(weights, kv, rows, rows, words, np.full(3, 2)), **settings
         )
         modules = [parse(lowered.compile().as_text()) for lowered in (sampling, judging)]
         return max(

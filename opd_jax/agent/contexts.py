@@ -1,0 +1,135 @@
+"""A cache in which each row reads contexts of its own, one after another."""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import jax
+import numpy as np
+
+from opd_jax import model
+from opd_jax.agent import generate as gen
+from opd_jax.model import KVCache, ModelConfig, Params
+from opd_jax.runtime import mesh
+from opd_jax.runtime.mesh import shard_batch
+
+
+class ContextCache:
+    """The cache of a batch of rows, and what each row holds.
+
+    A row that gets another context keeps the prefix which the two share, and reads the rest in
+    pieces. Their widths depend on this context alone, and all calls have the same number of rows.
+    So what a row holds does not depend on the other rows, to the bit.
+
+    Args:
+      params: the model's; unstacked ones (`model.unstack`) are not copied.
+      sizes: the model's.
+      rows: of the cache.
+      slots: of each row.
+      widths: ascending widths of pieces; one compiled program each.
+      rows_read: rows of each device that read at a time.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        *,
+        sizes: ModelConfig,
+        rows: int,
+        slots: int,
+        widths: Sequence[int],
+        rows_read: int,
+    ):
+        stacked = not isinstance(params["layers"], tuple)
+        self.params = _unstack(params) if stacked else params
+        self.sizes, self.sharded = sizes, model.is_sharded(params)
+        self.widths, self.rows_read = widths, rows_read
+        self.contexts: list[list[int]] = [[] for _ in range(rows)]
+        self.held = np.zeros(rows, np.int32)  # how many tokens of its context each row holds
+        self._cache = model.init_cache(
+            sizes,
+            batch=rows,
+            slots=slots,
+            dtype=params["embed"].dtype,
+            layout=model.backend_cache_layout(),
+        )
+
+    def clear(self, row: int) -> None:
+        """Empties a row."""
+        self.contexts[row], self.held[row] = [], 0
+
+    def put(self, row: int, context: list[int]) -> None:
+        """Gives a row another context, to be read; its last token is never read here."""
+        self.held[row] = _common(self.contexts[row][: self.held[row]], context[:-1])
+        self.contexts[row] = context
+
+    def read(self, rows: Collection[int]) -> None:
+        """Appends what the cache lacks of the contexts of rows, except their last tokens."""
+        while pieces := self._pieces(rows):
+            for width, of_width in sorted(pieces.items()):
+                for call in self._calls(of_width):
+                    tokens, counts = padded([new for _, new in call], width=width)
+                    numbers = np.array([row for row, _ in call], np.int32)
+                    self._cache = gen.extend(
+                        self.params,
+                        self.take(),
+                        *shard_batch((tokens, counts, numbers)),
+                        config=self.sizes,
+                        sharded=self.sharded,
+                    )
+                    np.add.at(self.held, numbers, counts)
+
+    def take(self) -> KVCache:
+        """The cache, for a program that it is donated to; `give` takes what the program returns.
+
+        Its lengths are what the rows hold.
+        """
+        return replace(self._cache, lengths=shard_batch(self.held.copy()))
+
+    def give(self, cache: KVCache) -> None:
+        """The cache after a program. What it appended counts only if `held` is raised."""
+        self._cache = cache
+
+    def _pieces(self, rows: Collection[int]) -> dict[int, dict[int, list[int]]]:
+        """The next piece of each row's unread context, by width and row."""
+        pieces: dict[int, dict[int, list[int]]] = defaultdict(dict)
+        for row in rows:
+            if unread := self.contexts[row][self.held[row] : -1]:
+                width = next((w for w in self.widths if w >= len(unread)), self.widths[-1])
+                pieces[width][row] = unread[:width]
+        return pieces
+
+    def _calls(self, new: Mapping[int, list[int]]) -> Iterator[list[tuple[int, list[int]]]]:
+        """Splits rows and their tokens into calls, each with as many rows for every device.
+
+        Where rows are missing, a call has one of the device's that gets no token.
+        """
+        shards = mesh.shards("batch")
+        size = len(self.held) // shards
+        most = min(self.rows_read, size)
+        parts = [[row for row in sorted(new) if row // size == part] for part in range(shards)]
+        for start in range(0, max(map(len, parts)), most):
+            call = []
+            for part, rows in enumerate(parts):
+                some = [(row, new[row]) for row in rows[start : start + most]]
+                call += some + [(part * size, [])] * (most - len(some))
+            yield call
+
+
+_unstack = jax.jit(model.unstack)
+
+
+def padded(rows: Sequence[Sequence[int]], *, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of tokens as int32 [rows, width], padded with 0, and their lengths, int32 [rows]."""
+    tokens = np.zeros((len(rows), width), np.int32)
+    for row, ids in zip(tokens, rows, strict=True):
+        row[: len(ids)] = ids
+    return tokens, np.array([len(ids) for ids in rows], np.int32)
+
+
+def _common(held: list[int], context: list[int]) -> int:
+    """The length of the common prefix."""
+    if held == context[: len(held)]:
+        return len(held)
+    pairs = enumerate(zip(held, context, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(held), len(context)))
