@@ -9,7 +9,7 @@ from opd_jax.agent import history
 from opd_jax.agent.chat import ChatFormat
 from opd_jax.agent.conversation import Conversation
 from opd_jax.agent.generate import Sampling
-from opd_jax.envs.turns import own_words
+from opd_jax.envs.turns import before_invented_turn
 from opd_jax.model import ModelConfig
 from opd_jax.runtime.fields import LAYOUT, affects, check_widths, check_within
 
@@ -110,15 +110,16 @@ class RolloutSettings(Decoding):
 class Agent:
     """Everything but the parameters that turns a model into an agent.
 
-    The `transformers` tokenizer decodes responses and never encodes them again. `others` finds
-    where a response makes up another's words (`Env.others`); None: it may say anything.
+    The `transformers` tokenizer decodes responses and never encodes them again. `invented`
+    finds where a response pretends to be the environment or the user (`Env.invented`); None: its
+    text may say anything.
     """
 
     model: ModelConfig
     tokenizer: Any
     chat: ChatFormat
     decoding: Decoding
-    others: re.Pattern[str] | None = None
+    invented: re.Pattern[str] | None = None
 
     def context(self, conversation: Conversation) -> list[int]:
         """The tokens that the conversation's next response is sampled from."""
@@ -129,22 +130,27 @@ class Agent:
             left_out=self.chat.left_out,
         )
 
-    def text(self, tokens: list[int], stop: str) -> str:
-        """The text of a response, without the token that ended it."""
-        return self.tokenizer.decode(tokens[:-1] if stop == "stop_token" else tokens)
+    def text(self, tokens: list[int]) -> str:
+        """The text of a response, without the stop token or turn mark that ended it."""
+        last = tokens[-1] if tokens else None
+        ended = last in self.chat.stop_ids or last in self.chat.turn_marks
+        return self.tokenizer.decode(tokens[:-1] if ended else tokens)
 
-    def made_up(self, tokens: list[int]) -> int | None:
-        """How many tokens a response has when another's words have begun in it; None: they do not.
+    def invented_at(self, tokens: list[int]) -> int | None:
+        """How many tokens a response has when an invented turn has begun in it; None: none has.
 
-        The token with which they have begun is the response's last.
+        The token with which it has begun is the response's last. It is a turn mark, or the text up
+        to it shows an invented turn.
         """
-        if self.others is None:
-            return None
-        others, decode = self.others, self.tokenizer.decode
+        marks = self.chat.turn_marks
+        count = next((n for n, token in enumerate(tokens, 1) if token in marks), None)
+        if self.invented is None:
+            return count
+        invented, opened = self.invented, self.chat.opened_thinking
 
         def begun(count: int) -> bool:
-            return own_words(decode(tokens[:count]), others)[1]
+            return before_invented_turn(opened + self.text(tokens[:count]), invented)[1]
 
-        if not begun(len(tokens)):
-            return None
-        return bisect_left(range(len(tokens)), True, key=begun)
+        if not begun(count or len(tokens)):
+            return count
+        return bisect_left(range(count or len(tokens)), True, key=begun)

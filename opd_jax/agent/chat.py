@@ -36,6 +36,8 @@ class ChatFormat:
       following: text between an assistant content and the next user content, and after the latter.
       stop_ids: tokens that end a response: the one that follows an assistant content in the
         template, then the tokenizer's end-of-sequence token, then those of the model's folder.
+      turn_marks: other special tokens, such as one that opens a turn. In a response they begin an
+        invented turn. Marks of thinking are none.
       left_out: tokens of `LEFT_OUT`, without an end-of-turn token.
     """
 
@@ -45,7 +47,13 @@ class ChatFormat:
     system_opening: tuple[str, ...] | None
     following: tuple[str, ...]
     stop_ids: tuple[int, ...]
+    turn_marks: frozenset[int]
     left_out: tuple[int, ...]
+
+    @property
+    def opened_thinking(self) -> str:
+        """`<think>` if the template opens a response with it, else nothing."""
+        return "<think>" if self.following[-1].rstrip().endswith("<think>") else ""
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, *, end_ids: Sequence[int] = ()) -> "ChatFormat":
@@ -77,7 +85,8 @@ class ChatFormat:
                     f"alike, got {following} in two turns and {texts[-4:]} in three; "
                     "use a template that does not depend on the number of turns"
                 )
-        special = frozenset(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)
+        marks = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        special = frozenset(marks)
         ids = tokenizer.encode(following[0], add_special_tokens=False)
         cut = next((n for n, i in enumerate(ids) if i in special), None)
         if cut is None or tokenizer.decode(ids[:cut]).strip():
@@ -87,10 +96,18 @@ class ChatFormat:
             )
         eos = tokenizer.eos_token_id
         stop_ids = dict.fromkeys([ids[cut], *([] if eos is None else [eos]), *end_ids])
+        turn_marks = special.difference(stop_ids, (i for i in marks if "think" in marks[i].lower()))
         opening = _around(tokenizer, "u")
         left_out = tuple(tokenizer.encode(LEFT_OUT, add_special_tokens=False))
         return cls(
-            tokenizer, special, opening, system_opening, following, tuple(stop_ids), left_out
+            tokenizer,
+            special,
+            opening,
+            system_opening,
+            following,
+            stop_ids=tuple(stop_ids),
+            turn_marks=turn_marks,
+            left_out=left_out,
         )
 
     def first(self, system: str, user: str) -> list[int]:

@@ -131,7 +131,7 @@ class _Episode:
 
     def _text(self) -> str:
         assert self.response is not None  # it is asked after a response
-        return self.agent.text(self.response.tokens, self.response.stop)
+        return self.agent.text(self.response.tokens)
 
     def hear(self, answer: Any) -> None:
         """Takes the environment's answer to `reset` or `step` into the conversation."""

@@ -20,8 +20,8 @@ class Response(NamedTuple):
     Attributes:
       tokens: sampled tokens, the stop token included.
       logprobs: one a token, nats.
-      stop: why it ended: "stop_token", "turn_budget", "context", or "others" if it began to make up
-        another's words.
+      stop: why it ended: "stop_token", "turn_budget", "context", or "invented_turn" if it began to
+        pretend to be the environment or the user.
     """
 
     tokens: list[int]
@@ -104,7 +104,7 @@ class Session:
     def collect(self, launched: gen.Sampled) -> dict[int, Response]:
         """Waits for a chunk; returns the responses that ended in it, by row.
 
-        A response that makes up another's words is cut there. What was sampled beyond is dropped:
+        A response that begins an invented turn is cut there. What was sampled beyond is dropped:
         it is no part of the row's next context.
 
         Raises:
@@ -125,14 +125,14 @@ class Session:
             live.tokens += out.tokens[row, :count].tolist()
             live.logprobs += out.logprobs[row, :count].tolist()
             live.budget -= count
-            stay = self.agent.made_up(live.tokens)
+            stay = self.agent.invented_at(live.tokens)
             if stay is None and live.budget and not out.stopped[row]:
                 continue
             del self.live[row]
             self.cache.contexts[row] = [*self.cache.contexts[row], *live.tokens]
             stop = "context" if live.full else "turn_budget"
             if stay is not None:
-                stop = "others"
+                stop = "invented_turn"
             elif out.stopped[row]:
                 stop = "stop_token"
             ended[row] = Response(live.tokens[:stay], live.logprobs[:stay], stop)

@@ -25,7 +25,7 @@ from opd_jax.agent.rollout import rollout, row_keys
 from opd_jax.config.models import LoadedModel, named_sizes
 from opd_jax.config.settings import Settings
 from opd_jax.envs.base import Env
-from opd_jax.envs.make import EnvSettings, benchmark_splits, make_env, others
+from opd_jax.envs.make import EnvSettings, benchmark_splits, invented, make_env
 from opd_jax.envs.players import make_player
 from opd_jax.experience.demonstrations import demonstrate
 from opd_jax.experience.source import Episodes, Play, Played, Source
@@ -182,7 +182,7 @@ def make_agent(
     decoding = settings.rollout
     if temperature is not None:
         decoding = dataclasses.replace(decoding, temperature=temperature)
-    return Agent(loaded.config, loaded.tokenizer, loaded.chat, decoding, others(settings.env.by))
+    return Agent(loaded.config, loaded.tokenizer, loaded.chat, decoding, invented(settings.env.by))
 
 
 def make_judge(loaded: LoadedModel, settings: Settings) -> Judge:

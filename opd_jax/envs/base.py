@@ -81,9 +81,9 @@ class Env(Protocol):
 
     Its class (or the function that makes it) may also have three attributes. `world` names the
     arguments that change neither tasks nor answers, such as a timeout or a folder: a run may be
-    resumed with others. `labels_turns` = False says that no observation has an `oracle`. `others`,
-    a compiled pattern, finds where words of the environment or the user begin: a response that
-    makes them up is sampled no further.
+    resumed with others. `labels_turns` = False says that no observation has an `oracle`.
+    `invented`, a compiled pattern, finds where a response pretends to be the environment or the
+    user (`turns.invented_turn` makes one): such a response is sampled no further.
 
     Attributes:
       system: the system message of the conversation; "" for none.

@@ -76,9 +76,9 @@ def labels_turns(by: str) -> bool:
     return getattr(named.find(by, ENVS, section="env"), "labels_turns", True)
 
 
-def others(by: str) -> re.Pattern[str] | None:
-    """How another's words begin in a response (an environment's `others`); None: unknown."""
-    return getattr(named.find(by, ENVS, section="env"), "others", None)
+def invented(by: str) -> re.Pattern[str] | None:
+    """Where an invented turn begins in a response (an environment's `invented`); None: unknown."""
+    return getattr(named.find(by, ENVS, section="env"), "invented", None)
 
 
 def benchmark_splits(by: str) -> tuple[str, ...]:

@@ -4,15 +4,13 @@ Here are their form, their parser, and a random player, which needs to know noth
 """
 
 import random
-import re
 
 from opd_jax.envs.base import Observation
-from opd_jax.envs.turns import own_words
+from opd_jax.envs.turns import before_invented_turn, invented_turn
 
 RESPONSE = "Thought: %s\nAction: %s"
 TRY = "try this."
-# How a line of the environment or the user begins (`Env.others`).
-OTHERS = re.compile(r"^[ \t*#]*(observation|user|human)\b[ \d*]*:", re.MULTILINE | re.IGNORECASE)
+INVENTED = invented_turn()
 
 
 def parse_response(response: str) -> tuple[str, str]:
@@ -21,14 +19,14 @@ def parse_response(response: str) -> tuple[str, str]:
     Args:
       response: the model's whole text. The first line that starts with `Action:`, in upper or lower
         case, holds the command: whatever follows it was written before the model saw the answer.
-        Nothing counts from a line of another's (`OTHERS`) on.
+        Nothing counts from an invented turn (`INVENTED`) on.
 
     Returns:
       The command and "". Without a command: "" and the reason, `empty` or `no_action`.
     """
     if not response.strip():
         return "", "empty"
-    for line in own_words(response, OTHERS)[0].splitlines():
+    for line in before_invented_turn(response, INVENTED)[0].splitlines():
         line = line.strip()
         if line[:7].lower() == "action:":
             command = line[7:].strip()

@@ -6,6 +6,17 @@ from collections.abc import Sequence
 NOT_RUNNING = "`step` needs a running episode; call `reset` first."
 MORE = " (+%d more)"
 
+# Who speaks next in ReAct-like formats, and what their turn may be called.
+_SPEAKERS = r"observation|obs|environment|env|system|tool|feedback|user|human"
+_MESSAGES = r"observation|response|output|result|feedback|message"
+# Thinking that a response opens with. The prompt may have opened it; then only its end is there.
+_THINK = re.compile(r"\s*<think>.*?(?:</think>|\Z)|(?:(?!<think>).)*?</think>", re.DOTALL)
+# A thought block that is not closed ends where the action begins.
+_THOUGHT = re.compile(
+    r"\s*<thought>.*?(?:</thought>|(?=<action>|^[ \t]*action:)|\Z)",
+    re.DOTALL | re.IGNORECASE | re.MULTILINE,
+)
+
 
 class TurnClock:
     """Counts the turns of an episode, and knows whether one is running.
@@ -54,25 +65,50 @@ class TurnClock:
         self._running = False
 
 
-def own_words(response: str, others: re.Pattern[str]) -> tuple[str, bool]:
-    """What a response says itself: after the thinking it opens with, before another's words.
+def invented_turn(*, others: Sequence[str] = (), own: Sequence[str] = ()) -> re.Pattern[str]:
+    """Finds where text pretends to be the environment's or the user's (`Env.invented`).
 
-    A model may go on after its action and make up the environment's answer and turns that follow.
+    It looks only where a line starts or an action block has ended, so a sentence may name anyone.
+    Found are a speaker with a colon (`Observation 1:`, `**User**:`), as a heading of its own line
+    or in brackets or tags (`<tool_response>`), and the marks of chat templates written as text.
+
+    Args:
+      others: words with which this environment's messages begin, besides the usual speakers.
+      own: words for the model itself, besides `assistant`. A response may begin with one.
+    """
+    speakers = rf"(?:{'|'.join([_SPEAKERS, *others])})(?:[ _-]?(?:{_MESSAGES}))?"
+    itself = f"(?:{'|'.join(['assistant', *own])})"
+    marks = r"[ \t]*(?:<\|(?!\w*think)\w+\|>|</?(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>)"
+    turn = rf"{_opening(speakers)}|(?!\A)(?:{_opening(itself)})|{marks}"
+    return re.compile(rf"(?:^|(?<=</action>))(?:{turn})", re.MULTILINE | re.IGNORECASE)
+
+
+def _opening(speaker: str) -> str:
+    """A pattern for the ways in which a line says who speaks."""
+    named = rf"{speaker}[ \t#\d*_]*"  # it may have a number
+    return rf"[ \t#*_]*{named}:|[ \t]*[#*_][ \t#*_]*{named}\n|[ \t]*(?:\[|</?){named}[\]>]"
+
+
+def before_invented_turn(response: str, invented: re.Pattern[str]) -> tuple[str, bool]:
+    """The part of a response that acts: after the thinking it opens with, before an invented turn.
+
+    A model may go on after its action and invent the environment's answer and turns that follow.
     No turn stands for that text, so nothing in it may be carried out.
 
     Args:
       response: the model's whole text.
-      others: how words of the environment or the user begin.
+      invented: where an invented turn begins (`invented_turn`).
 
     Returns:
-      The text, and whether another's words follow it.
+      The text, and whether an invented turn follows it.
     """
-    thought, ended, rest = response.partition("</think>")
-    # The prompt may have opened the thinking; then only its end is in the response.
-    opened = thought.lstrip().startswith("<think>") or (ended and "<think>" not in thought)
-    spoken = rest if opened else response
-    found = others.search(spoken)
-    return (spoken[: found.start()], True) if found else (spoken, False)
+    start = 0
+    for thinking in (_THINK, _THOUGHT):
+        if found := thinking.match(response, start):
+            start = found.end()
+    spoken = response[start:].lstrip()
+    turn = invented.search(spoken)
+    return (spoken[: turn.start()], True) if turn else (spoken, False)
 
 
 def listed(commands: Sequence[str], most: int) -> str:

@@ -41,7 +41,7 @@ def episode_metrics(
         },
         **{
             f"stop/{stop}": (stops[stop], len(turns))
-            for stop in sorted({"stop_token", "turn_budget", "context", *stops})
+            for stop in sorted({"stop_token", "turn_budget", "context", "invented_turn", *stops})
         },
         "tokens/sampled": sampled,
         "tokens/sequence": sum(len(row.tokens) for row in rows),

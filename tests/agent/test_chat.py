@@ -4,10 +4,14 @@ import copy
 from datetime import datetime
 
 import pytest
+from models import one_layer
+from small_agent import DECODING
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from opd_jax.agent.agent import Agent
 from opd_jax.agent.chat import ChatFormat
+from opd_jax.envs.turns import invented_turn
 
 PLAIN = """\
 {%- for m in messages -%}
@@ -190,6 +194,41 @@ def test_stop_ids_are_end_of_turn_then_eos(tokenizer):
     assert other.stop_ids == (end, eos)
     more = ChatFormat.from_tokenizer(with_template(tokenizer, PLAIN), end_ids=[eos, end, 7])
     assert more.stop_ids == (end, eos, 7)
+
+
+def an_agent(tokenizer, invented):
+    chat = ChatFormat.from_tokenizer(tokenizer)
+    return Agent(one_layer(len(tokenizer)), tokenizer, chat, DECODING, invented)
+
+
+@pytest.mark.parametrize("invented", [None, invented_turn()], ids=["any_text", "lines"])
+def test_a_special_token_that_ends_no_turn_begins_an_invented_one(tokenizer, invented):
+    tokenizer = with_template(tokenizer, PLAIN)
+    tokenizer.add_tokens([AddedToken("<|think|>", special=True)], special_tokens=True)
+    agent = an_agent(tokenizer, invented)
+    said, more = (tokenizer.encode(text) for text in ("Action: go\n", "user\nx"))
+    for mark in ("<|im_start|>", "<|endoftext|>"):
+        sampled = [*said, *tokenizer.encode(mark), *more]
+        assert agent.invented_at(sampled) == len(said) + 1
+        assert agent.text(sampled[: len(said) + 1]) == "Action: go\n"
+    for mark in ("<|im_end|>", "<|think|>", "<think>"):  # these end a turn, or belong to it
+        assert agent.invented_at([*said, *tokenizer.encode(mark)]) is None
+    assert agent.invented_at([]) is None
+    # The text may show an invented turn before the special token does.
+    written = [*said, *tokenizer.encode("User:"), *tokenizer.encode("<|im_start|>")]
+    assert agent.invented_at(written) == len(written) - (invented is not None)
+
+
+@pytest.mark.parametrize("opened", ["", "<think>\n"])
+def test_thinking_that_the_prompt_has_opened_may_name_anyone(tokenizer, opened):
+    template = PLAIN.replace("assistant\\n'", "assistant\\n" + opened.replace("\n", "\\n") + "'")
+    agent = an_agent(with_template(tokenizer, template), invented_turn())
+    thought = tokenizer.encode("I may see\nObservation: a\n")
+    assert (agent.invented_at(thought) is None) == bool(opened)
+    acts = [*thought, *tokenizer.encode("</think>\nAction: go\n")]
+    assert agent.invented_at([*acts, *tokenizer.encode("Observation: b")]) > len(acts) * bool(
+        opened
+    )
 
 
 def test_an_end_of_turn_may_swallow_the_space_behind_it(tokenizer):

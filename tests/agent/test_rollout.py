@@ -238,18 +238,36 @@ def test_a_first_prompt_must_leave_room_for_an_answer(caplog: pytest.LogCaptureF
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5])
-def test_a_response_ends_where_it_begins_to_make_up_anothers_words(chunk: int) -> None:
+def test_a_response_ends_where_it_begins_an_invented_turn(chunk: int) -> None:
     agent, params = golden_agent()
     agent = with_decoding(agent, turn_tokens=6, chunk=chunk)
-    agent = dataclasses.replace(agent, others=re.compile("spin spin"))
+    agent = dataclasses.replace(agent, invented=re.compile("spin spin"))
     envs = scripted(["wheel"], {"spin spin": "call bell", "ring": "fine"})
     keys = row_keys(jax.random.key(0), range(1))
     (played,) = rollout(params, keys, agent=agent, envs=envs, tasks=[("any", 0)], depth=0)
     words = "<system> act <user> wheel spin spin <end> <user> call bell ring <end>"
     assert [WORDS[i] for i in played.tokens] == words.split()
     assert provenance(played) == "....00....11"
-    assert [turn.stop for turn in played.turns] == ["others", "stop_token"]
+    assert [turn.stop for turn in played.turns] == ["invented_turn", "stop_token"]
     assert played.success
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+def test_a_sampled_special_token_that_ends_no_turn_ends_the_response(chunk: int) -> None:
+    agent, _ = golden_agent()
+    following = NEXT | {"spin": "<user>", "<user>": "call"}
+    pairs = {WORDS.index(word): WORDS.index(then) for word, then in following.items()}
+    config, params = chain(len(WORDS), pairs, logit=SHARPNESS)
+    agent = dataclasses.replace(with_decoding(agent, turn_tokens=6, chunk=chunk), model=config)
+    envs = scripted(["wheel"], {"spin": "call bell", "ring": "fine"})
+    keys = row_keys(jax.random.key(0), range(1))
+    (played,) = rollout(params, keys, agent=agent, envs=envs, tasks=[("any", 0)], depth=0)
+    # The token stays the student's. What acts is the text before it: the scripted one is "spin".
+    words = "<system> act <user> wheel spin <user> <end> <user> call bell ring <end>"
+    assert [WORDS[i] for i in played.tokens] == words.split()
+    assert provenance(played) == "....00....11"
+    assert [turn.stop for turn in played.turns] == ["invented_turn", "stop_token"]
+    assert [turn.response for turn in played.turns] == ["spin", "ring"]
 
 
 def test_environments_that_wait_are_waited_for_together() -> None:
@@ -286,7 +304,9 @@ TASKS = [("train", 3), ("valid_seen", 5), ("valid_unseen", 0), ("train", 8)]
 
 @pytest.fixture(scope="module")
 def agent() -> Agent:
-    return household_agent(context_tokens=118, extend_widths=(16, 32), chunk=5)
+    made = household_agent(context_tokens=118, extend_widths=(16, 32), chunk=5)
+    # A random model samples any token; here a special one is like the others.
+    return dataclasses.replace(made, chat=dataclasses.replace(made.chat, turn_marks=frozenset()))
 
 
 @pytest.fixture(scope="module")
@@ -509,7 +529,7 @@ def test_a_few_compiled_programs_serve_any_number_of_turns(
 
 def test_what_is_cut_off_leaves_no_trace(agent: Agent, params: model.Params) -> None:
     # A pattern that these random responses soon hold, in the middle of a chunk too.
-    agent = dataclasses.replace(agent, others=re.compile("[vwxz].*[vwxz]", re.DOTALL))
+    agent = dataclasses.replace(agent, invented=re.compile("[vwxz].*[vwxz]", re.DOTALL))
     cut = play(agent, params, TASKS)
     assert check_logprobs(agent, params, cut) > 50
     turns = [
@@ -517,10 +537,11 @@ def test_what_is_cut_off_leaves_no_trace(agent: Agent, params: model.Params) -> 
         for c in cut
         for turn, (start, end) in zip(c.turns, c.spans, strict=True)
     ]
-    lengths = [length for turn, length in turns if turn.stop == "others"]
+    lengths = [length for turn, length in turns if turn.stop == "invented_turn"]
     assert len({length % agent.decoding.chunk for length in lengths}) > 2
     for turn, _ in turns:
-        assert bool(agent.others and agent.others.search(turn.response)) == (turn.stop == "others")
+        found = agent.invented and agent.invented.search(turn.response)
+        assert bool(found) == (turn.stop == "invented_turn")
     # Nothing is ever sampled in vain where the host looks after each token.
     each = play(with_decoding(agent, chunk=1), params, TASKS)
     assert [c.tokens for c in each] == [c.tokens for c in cut]

@@ -18,8 +18,8 @@ from opd_jax.envs.household.expert import Expert, Memory
 from opd_jax.envs.household.habits import Careless, Clumsy, Forgetful, Mistaken
 from opd_jax.envs.household.oracle import Learnt, distance, label
 from opd_jax.envs.household.world import World
-from opd_jax.envs.react import OTHERS, Random, parse_response
-from opd_jax.envs.turns import own_words
+from opd_jax.envs.react import INVENTED, Random, parse_response
+from opd_jax.envs.turns import before_invented_turn
 
 SPLITS = tuple(tables.SPLIT_SIZES)
 # SHA-256 of fixed playthroughs. If it changes, all tasks have changed: raise `VERSION`.
@@ -313,16 +313,12 @@ def test_the_first_action_line_counts():
         assert parse_response(response) == parsed
 
 
-@pytest.mark.parametrize(
-    "opening", ["Observation:", "**Observation:** ", "OBSERVATION 1:", "User:", "  Human: "]
-)
-def test_nothing_counts_that_stands_behind_made_up_words_of_another(opening: str):
+def test_nothing_counts_in_an_invented_turn():
     said = "Thought: a.\nAction: look"
-    more = f"\n{opening} The fridge is open.\nThought: b.\nAction: inventory"
+    more = "\n**Observation:** The fridge is open.\nThought: b.\nAction: inventory"
     assert parse_response(said + more) == ("look", "")
     assert parse_response(f"Thought: a.{more}") == ("", "no_action")
-    assert own_words(said + more, OTHERS) == (f"{said}\n", True)
-    assert own_words(f"{said} at the observation: none", OTHERS)[1] is False
+    assert before_invented_turn(said + more, INVENTED) == (f"{said}\n", True)
 
 
 def test_thinking_is_not_acted_on():
@@ -331,6 +327,7 @@ def test_thinking_is_not_acted_on():
     assert parse_response(f"{draft}</think>\nAction: inventory") == ("inventory", "")
     opened_by_the_prompt = draft.removeprefix("<think>")
     assert parse_response(f"{opened_by_the_prompt}</think>\nAction: go") == ("go", "")
+    assert parse_response("<thought>a\nAction: go") == ("go", "")
     late = "Action: look\n<think>x</think>\nAction: inventory"
     assert parse_response(late) == ("look", "")
 

@@ -7,9 +7,9 @@ import pytest
 from settings import read
 
 from opd_jax.config import build
-from opd_jax.envs.make import EnvSettings, make_env, others
+from opd_jax.envs.make import EnvSettings, invented, make_env
 from opd_jax.envs.players import make_player
-from opd_jax.envs.turns import own_words
+from opd_jax.envs.turns import before_invented_turn
 from opd_jax.envs.workers import Worker
 from opd_jax.experience.demonstrations import play_out
 from opd_jax.experience.tasks import Panel
@@ -35,28 +35,25 @@ def test_unknown_names_are_errors() -> None:
 
 
 @pytest.mark.parametrize(
-    ("by", "said", "made_up"),
+    ("by", "said", "reply"),
     [
+        ("household", "Thought: so.\nAction: look\n", "Observation: Nothing happens."),
         ("alfworld", "Thought: so.\nAction: look\n", "Observation: You see a desk 1."),
         ("scienceworld", "Thought: so.\nAction: look around\n", "Observation: A door."),
         ("searchqa", "<action>search[x]</action>\n", "Result: <information>\nDoc 1"),
         ("factbookqa", "<action>search[x]</action>", "<information>\nDoc 1"),
     ],
 )
-def test_an_environment_knows_where_a_response_makes_up_its_words(
-    by: str, said: str, made_up: str
+def test_an_environment_knows_where_a_response_invents_its_reply(
+    by: str, said: str, reply: str
 ) -> None:
-    pattern = others(by)
+    pattern = invented(by)
     assert pattern is not None
-    assert own_words(said, pattern) == (said, False)
-    assert own_words(said + made_up, pattern) == (said, True)
-    thinking = f"<think>{made_up}\n{made_up}"
-    assert own_words(thinking, pattern) == ("", False)  # it may think what it will see
-    assert own_words(f"{thinking}</think>{said}{made_up}", pattern) == (said, True)
-
-
-def test_the_households_sampling_stops_at_tokens_only() -> None:
-    assert others("household") is None
+    assert before_invented_turn(said, pattern) == (said, False)
+    assert before_invented_turn(said + reply, pattern) == (said, True)
+    thinking = f"<think>{reply}\n{reply}"
+    assert before_invented_turn(thinking, pattern) == ("", False)  # it may think what it will see
+    assert before_invented_turn(f"{thinking}</think>{said}{reply}", pattern) == (said, True)
 
 
 # --- Somebody else's

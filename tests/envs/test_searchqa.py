@@ -17,6 +17,7 @@ from opd_jax.envs.search.questions import Question, digest, panel
 from opd_jax.envs.search.retrieval import Passage, RetrievalError
 from opd_jax.envs.search.searchqa import SearchQA, open_retriever
 from opd_jax.envs.search.searchqa_data import SETS, questions
+from opd_jax.envs.turns import before_invented_turn
 
 PASSAGES = (
     Passage("brandt", "Ilse Brandt", "Ilse Brandt was a clockmaker born in Marnfeld."),
@@ -126,6 +127,20 @@ def test_scores_agree_with_an_independent_count():
 # Responses
 
 
+def test_a_thought_may_name_the_passages_and_what_follows_the_action_may_not():
+    thought = "<thought>It said <information>\n<information> x\nResult: y\nUser: z"
+    for part in (
+        thought,
+        f"{thought}</thought>",
+        f"{thought}</thought>\n<action>search[a]</action>",
+    ):
+        assert before_invented_turn(part, SearchEnv.invented)[1] is False
+    acts = "<action>search[a]</action>"
+    for reply in ("<information>", "\nResult: Doc", "\nYou: <thought>", " Result: <information>"):
+        for before in (acts, f"{thought}</thought>{acts}", f"{thought}{acts}"):
+            assert before_invented_turn(before + reply, SearchEnv.invented)[1] is True
+
+
 def test_the_first_action_block_counts():
     for response, parsed in (
         (search("river Ode"), ("search", "river Ode", "")),
@@ -134,6 +149,12 @@ def test_the_first_action_block_counts():
         ("<ACTION>answer[a [b] c]</ACTION>", ("answer", "a [b] c", "")),
         (search("first") + "<information>made up" + answer("x"), ("search", "first", "")),
         ("Result: <information>made up</information>" + answer("x"), ("", "", "no_action")),
+        (
+            "<thought>It said\n<information> x\nResult: y</thought>" + answer("y"),
+            ("answer", "y", ""),
+        ),
+        ("<thought>open <action>answer[z]</action>", ("answer", "z", "")),
+        ("You: " + search("named"), ("search", "named", "")),
         ("so\nUser: and?\n" + answer("x"), ("", "", "no_action")),
         ("<think>" + answer("x") + "</think>" + search("first"), ("search", "first", "")),
         ("", ("", "", "empty")),

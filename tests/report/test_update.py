@@ -53,6 +53,7 @@ def test_figures_of_a_batch_of_episodes() -> None:
         "end/success": (1, 4),
         "end/turn_limit": (2, 4),
         "end/context": (1, 4),
+        "stop/invented_turn": (0, 8),
         "stop/stop_token": (5, 8),
         "stop/turn_budget": (2, 8),
         "stop/context": (1, 8),

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from opd_jax.envs.alfworld.engine import Engine
 from opd_jax.envs.alfworld.panel import Game, data_folder, digest, panel
 from opd_jax.envs.base import Observation, Task
-from opd_jax.envs.react import OTHERS, RESPONSE, parse_response
+from opd_jax.envs.react import INVENTED, RESPONSE, parse_response
 from opd_jax.envs.turns import TurnClock, listed
 
 RULES = (
@@ -138,7 +138,7 @@ class AlfWorld:
     waits = False
     world = ("data",)
     labels_turns = False
-    others = OTHERS
+    invented = INVENTED
 
     def __init__(self, *, data: str, max_turns: int, show_admissible: int):
         self._clock = TurnClock(max_turns)

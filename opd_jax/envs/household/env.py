@@ -7,7 +7,7 @@ from opd_jax.envs.household.oracle import Learnt, distance, label
 from opd_jax.envs.household.scenes import check_size, split_size, task
 from opd_jax.envs.household.tables import VERSION
 from opd_jax.envs.household.world import NOTHING, World
-from opd_jax.envs.react import parse_response
+from opd_jax.envs.react import INVENTED, parse_response
 from opd_jax.envs.turns import MORE, TurnClock, listed
 
 SYSTEM = (
@@ -34,6 +34,7 @@ class Household:
 
     system = SYSTEM
     waits = False
+    invented = INVENTED
 
     def __init__(self, *, size: str, max_turns: int, show_admissible: int):
         check_size(size)

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from itertools import chain, zip_longest
 
 from opd_jax.envs.base import BROKEN, Observation, Task
-from opd_jax.envs.react import OTHERS, parse_response
+from opd_jax.envs.react import INVENTED, parse_response
 from opd_jax.envs.scienceworld import tasks
 from opd_jax.envs.scienceworld.engine import Engine
 from opd_jax.envs.scienceworld.jvm import EpisodeLost, Reply, check_installed
@@ -166,7 +166,7 @@ class ScienceWorld:
 
     world = ("heap_mb", "timeout_s")
     labels_turns = False
-    others = OTHERS
+    invented = INVENTED
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from opd_jax.envs.base import BROKEN, Observation, Task
 from opd_jax.envs.search.answers import exact_match, f1
 from opd_jax.envs.search.questions import Question, digest
 from opd_jax.envs.search.retrieval import Passage, RetrievalError, Retriever
-from opd_jax.envs.turns import TurnClock, own_words
+from opd_jax.envs.turns import TurnClock, before_invented_turn, invented_turn
 
 SYSTEM = """\
 You answer questions by searching a collection of passages. Reply with two blocks:
@@ -72,8 +72,7 @@ SEARCH, ANSWER = "search", "answer"
 ADMISSIBLE = {SEARCH: "search[query]", ANSWER: "answer[text]"}
 
 _BLOCK = re.compile(r"<action>(.*?)</action>", re.DOTALL | re.IGNORECASE)
-# How words of the environment or the user begin (`Env.others`).
-OTHERS = re.compile(r"(^[ \t*]*result:\s*)?<information>|^[ \t*]*(user|human):", re.M | re.I)
+INVENTED = invented_turn(others=("result", "information"), own=("you",))
 _ACTION = re.compile(r"\s*(search|answer)\s*\[(.*)\]\s*", re.DOTALL | re.IGNORECASE)
 
 
@@ -110,11 +109,11 @@ def parse_response(response: str) -> Action:
 
     Args:
       response: the model's whole text. The first action block counts: whatever follows it was
-        written before the model saw the reply. So was what follows a made-up reply (`OTHERS`).
+        written before the model saw the reply. So was an invented reply (`INVENTED`).
     """
     if not response.strip():
         return Action("", "", "empty")
-    block = _BLOCK.search(own_words(response, OTHERS)[0])
+    block = _BLOCK.search(before_invented_turn(response, INVENTED)[0])
     if not block:
         return Action("", "", "no_action")
     action = _ACTION.fullmatch(block[1])
@@ -148,7 +147,7 @@ class SearchEnv:
     """
 
     task: Task
-    others = OTHERS
+    invented = INVENTED
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ searches Wikipedia 2018 with E5 and a flat FAISS index, as Search-R1's server do
 from functools import cache, partial
 from typing import Any
 
-from opd_jax.envs.search.env import OTHERS, SearchEnv
+from opd_jax.envs.search.env import INVENTED, SearchEnv
 from opd_jax.envs.search.retrieval import Retriever, load_bm25
 from opd_jax.envs.search.retrieval_client import HttpRetriever
 from opd_jax.envs.search.searchqa_data import SETS, TRAIN, questions
@@ -108,4 +108,4 @@ def open_searchqa(
 
 open_searchqa.world = ("data", "retriever", "timeout_s", "retry_minutes", "wait_s", "batch")  # type: ignore[attr-defined]
 open_searchqa.labels_turns = False  # type: ignore[attr-defined]
-open_searchqa.others = OTHERS  # type: ignore[attr-defined]
+open_searchqa.invented = INVENTED  # type: ignore[attr-defined]
