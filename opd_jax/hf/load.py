@@ -74,7 +74,7 @@ def load_params(
     else:
         shardings = param_shardings(specs, mesh)
     with ExitStack() as stack:
-        tensors = _open_tensors(folder, stack)
+        tensors = open_tensors(folder, stack)
         _check_tensors(folder, config, tensors)
         _check_tied(folder, config, tensors)
 
@@ -94,7 +94,7 @@ def read_dtype(folder: str | Path) -> str:
     name = raw.get("dtype") or raw.get("torch_dtype")  # `transformers` 5 and 4
     if name is None:
         with ExitStack() as stack:
-            tensors = _open_tensors(Path(folder), stack)
+            tensors = open_tensors(Path(folder), stack)
             found = tensors[EMBED].get_dtype() if EMBED in tensors else f"no `{EMBED}`"
             name = _DTYPES.get(found, found)
     if name not in DTYPES:
@@ -141,7 +141,7 @@ def _weight_files(folder: Path) -> dict[str, list[str]]:
     return files
 
 
-def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
+def open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
     """All tensors of the folder by name, as lazy slices. Only headers are read."""
     tensors: dict[str, Any] = {}
     indexed: dict[str, Any] = {}

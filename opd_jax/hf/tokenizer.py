@@ -109,8 +109,8 @@ def check_same_tokenizer(student_folder: str | Path, teacher_folder: str | Path)
     Raises:
       ValueError: they differ. The message names both folders and the first difference.
     """
-    student = _views(load_tokenizer(student_folder))
-    teacher = _views(load_tokenizer(teacher_folder))
+    student = views(load_tokenizer(student_folder))
+    teacher = views(load_tokenizer(teacher_folder))
     for what, (ours, advice) in student.items():
         theirs = teacher[what][0]
         key = next((k for k in [*ours, *theirs] if ours.get(k) != theirs.get(k)), None)
@@ -123,7 +123,7 @@ def check_same_tokenizer(student_folder: str | Path, teacher_folder: str | Path)
             )
 
 
-def _views(tokenizer: Any) -> dict[str, tuple[dict[Any, str | None], str]]:
+def views(tokenizer: Any) -> dict[str, tuple[dict[Any, str | None], str]]:
     """What has to be equal and advice if it is not, by the name in the error message."""
     copy = ", or write the student's {} into a copy of the teacher's folder"
     tokens = {i: token for token, i in tokenizer.get_vocab().items()}
