@@ -21,7 +21,16 @@ from opd_jax.envs.alfworld import panel as alfworld_panel
 from opd_jax.envs.alfworld.engine import Engine, alfworld_module
 from opd_jax.envs.alfworld.env import AlfWorld
 from opd_jax.envs.alfworld.expert import Expert, parameters
-from opd_jax.envs.alfworld.panel import GAME_FILE, SPLITS, TASK_FILE, TASK_TYPES, data_folder, panel
+from opd_jax.envs.alfworld.panel import (
+    GAME_FILE,
+    SPLITS,
+    TASK_FILE,
+    TASK_TYPES,
+    data_folder,
+    game,
+    listed,
+    panel,
+)
 from opd_jax.envs.alfworld.problem import Goal, Receptacle, Thing, problem, write_game
 from opd_jax.envs.base import Task
 from opd_jax.envs.household.tables import LOOK, SIMPLE, TWO
@@ -162,6 +171,31 @@ def test_the_list_of_games_is_read_once_for_all_processes(tmp_path, monkeypatch)
     assert read_again(data, "train") == games
 
 
+def test_a_worker_looks_at_the_games_that_it_plays_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    data = tmp_path / "data"
+    for n in range(5):
+        put_game(data, f"train/task/trial_{n}")
+    games = panel(data, "train")
+    panel.cache_clear()  # as in another process
+    listed.cache_clear()
+    content = games[1].path.read_text()
+    games[1].path.write_text("{")  # whoever reads all games fails
+    assert [game(data, "train", n) for n in (0, 2, 4)] == [games[n] for n in (0, 2, 4)]
+    for index in (1, 5, -1):
+        with pytest.raises(ValueError, match="cannot read"):
+            game(data, "train", index)
+    games[1].path.write_text(content)
+    assert game(data, "train", 1) == games[1]
+    for index in (5, -1):
+        with pytest.raises(ValueError, match=rf"`index` must be from 0 to 4 .*got {index}"):
+            game(data, "train", index)
+    # A game that has changed is read again, also if it no longer counts.
+    panel.cache_clear()
+    games[1].path.write_text(json.dumps({"solvable": False}))
+    assert game(data, "train", 1) == games[2]
+
+
 def test_a_list_that_is_damaged_or_cannot_be_left_is_no_loss(tmp_path, monkeypatch):
     put_game(tmp_path / "data", "train/task/trial")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -169,7 +203,9 @@ def test_a_list_that_is_damaged_or_cannot_be_left_is_no_loss(tmp_path, monkeypat
     (stored,) = tmp_path.glob("opd_jax-*/*.json")
     for text in ("", "[]", "{}", '{"state": 1, "games": 2}'):
         stored.write_text(text)
+        assert game(tmp_path / "data", "train", 0) == games[0]
         assert panel.__wrapped__(tmp_path / "data", "train") == games
+        listed.cache_clear()
     monkeypatch.setattr(tempfile, "tempdir", str(stored))  # no folder
     assert panel.__wrapped__(tmp_path / "data", "train") == games
 

@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 
 from opd_jax.envs.alfworld.engine import Engine
-from opd_jax.envs.alfworld.panel import Game, data_folder, digest, panel
+from opd_jax.envs.alfworld.panel import Game, data_folder, digest, game, panel
 from opd_jax.envs.base import Observation, Task
 from opd_jax.envs.react import INVENTED, RESPONSE, parse_response
 from opd_jax.envs.turns import TurnClock, listed
@@ -164,15 +164,10 @@ class AlfWorld:
 
     def reset(self, split: str, index: int) -> Observation:
         """Start game `index` of `split`; ValueError if there is no such game."""
-        games = self.games(split)
-        if not 0 <= index < len(games):
-            raise ValueError(
-                f"`index` must be from 0 to {len(games) - 1} for split {split!r}; got {index}."
-            )
-        game = games[index]
-        reply = self._engine.start(game.path)
+        played = game(self._folder, split, index)
+        reply = self._engine.start(played.path)
         scene, goal = parse_intro(reply.text)
-        self.task = Task(id=game.id, type=game.type, goal=goal, scene=scene)
+        self.task = Task(id=played.id, type=played.type, goal=goal, scene=scene)
         self._clock.start()
         self._admissible = most_specific_first(reply.admissible)
         return Observation(scene, self._message(scene), self._admissible)

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from opd_jax.runtime.files import local_path, replace_text
@@ -52,12 +52,14 @@ class Game:
       type: one of `TASK_TYPES`.
       path: the `game.tw-pddl` file.
       generated: the game is not ALFWorld's own.
+      state: times, sizes and inodes of its files when they were read.
     """
 
     id: str
     type: str
     path: Path
     generated: bool
+    state: str = field(compare=False)
 
 
 def data_folder(data: str) -> Path:
@@ -98,7 +100,36 @@ def panel(folder: Path, split: str) -> tuple[Game, ...]:
     """
     if split not in SPLITS:
         raise ValueError(f"`split` must be one of {', '.join(SPLITS)}; got {split!r}.")
-    games = tuple(sorted(_find(folder, split), key=lambda game: _sha256(game.id)))
+    return _in_order(_find(folder, split), folder, split)
+
+
+def game(folder: Path, split: str, index: int) -> Game:
+    """Game `index` of `panel`. Looks at no other game if the panel has been read on this machine.
+
+    A run reads the panels when it starts. Its workers then need the list and the games they play.
+
+    Raises:
+      ValueError: there is no such game, or as in `panel`.
+    """
+    games = listed(folder, split)
+    if not 0 <= index < len(games) or games[index].state != _state(games[index].path):
+        games = panel(folder, split)
+    if not 0 <= index < len(games):
+        raise ValueError(
+            f"`index` must be from 0 to {len(games) - 1} for split {split!r}; got {index}."
+        )
+    return games[index]
+
+
+@functools.cache
+def listed(folder: Path, split: str) -> tuple[Game, ...]:
+    """The panel as its last reader on this machine left it; () if nobody has."""
+    _, found = _load(folder, split)
+    return _in_order(found, folder, split)
+
+
+def _in_order(found: list[Game], folder: Path, split: str) -> tuple[Game, ...]:
+    games = tuple(sorted(found, key=lambda game: _sha256(game.id)))
     expected = OFFICIAL_SIZES.get(split, len(games))
     if games and len(games) != expected and not all(game.generated for game in games):
         raise ValueError(
@@ -130,23 +161,45 @@ def _find(folder: Path, split: str) -> list[Game]:
     added, removed, written or replaced.
     """
     paths = sorted((folder / split).rglob(GAME_FILE))
-    files = [file for path in paths for file in (path, path.parent / TASK_FILE)]
-    stats = [(file, file.stat()) for file in files if file.exists()]
-    state = _sha256(str([(str(f), s.st_mtime_ns, s.st_size, s.st_ino) for f, s in stats]))
-    ours = Path(tempfile.gettempdir()) / f"opd_jax-{os.getuid()}"
-    stored = ours / f"alfworld-{_sha256(str(folder / split))}.json"
+    state = _sha256(str([(str(path), _state(path)) for path in paths]))
+    known, games = _load(folder, split)
+    if known == state:
+        return games
+    found = [game for path in paths if (game := _read(path, path.parent.relative_to(folder)))]
+    lines = [(game.id, game.type, str(game.path), game.generated, game.state) for game in found]
+    stored = _list_file(folder, split)
+    with contextlib.suppress(OSError):  # then the next reads them too
+        stored.parent.mkdir(mode=0o700, exist_ok=True)
+        replace_text(stored, json.dumps({"state": state, "games": lines}))
+    return found
+
+
+def _load(folder: Path, split: str) -> tuple[str, list[Game]]:
+    """The state of all game files, and the games, as the last reader left them; else ("", [])."""
+    stored = _list_file(folder, split)
     try:
-        known = json.loads(stored.read_text("utf-8"))
-        if known["state"] == state and ours.stat().st_uid == os.getuid():
-            return [Game(i, kind, Path(path), made) for i, kind, path, made in known["games"]]
+        if stored.parent.stat().st_uid == os.getuid():
+            known = json.loads(stored.read_text("utf-8"))
+            games = [Game(i, kind, Path(path), *rest) for i, kind, path, *rest in known["games"]]
+            return known["state"], games
     except (OSError, ValueError, LookupError, TypeError):
         pass  # nobody has read them, or something else lies there
-    found = [game for path in paths if (game := _read(path, path.parent.relative_to(folder)))]
-    listed = [(game.id, game.type, str(game.path), game.generated) for game in found]
-    with contextlib.suppress(OSError):  # then the next reads them too
-        ours.mkdir(mode=0o700, exist_ok=True)
-        replace_text(stored, json.dumps({"state": state, "games": listed}))
-    return found
+    return "", []
+
+
+def _list_file(folder: Path, split: str) -> Path:
+    ours = Path(tempfile.gettempdir()) / f"opd_jax-{os.getuid()}"
+    return ours / f"alfworld-{_sha256(str(folder / split))}.json"
+
+
+def _state(path: Path) -> str:
+    """Time, size and inode of both files of the game at `path`."""
+    found = []
+    for file in (path, path.parent / TASK_FILE):
+        with contextlib.suppress(FileNotFoundError):
+            stat = file.stat()
+            found.append((file.name, stat.st_mtime_ns, stat.st_size, stat.st_ino))
+    return str(found)
 
 
 def _sha256(text: str) -> str:
@@ -157,6 +210,7 @@ def _read(path: Path, place: Path) -> Game | None:
     """The game at `path`, `place` below the data folder; None for one that does not count."""
     if "movable" in str(place) or "Sliced" in str(place):
         return None
+    state = _state(path)  # before it is read: what is written meanwhile changes it
     try:
         task_type = json.loads((path.parent / TASK_FILE).read_text("utf-8"))["task_type"]
         game = json.loads(path.read_text("utf-8"))
@@ -169,4 +223,4 @@ def _read(path: Path, place: Path) -> Game | None:
     if task_type not in TASK_TYPES or not solvable:
         return None
     name = "alfworld-generated" if generated else "alfworld"
-    return Game(f"{name}/{place.as_posix()}", task_type, path, generated)
+    return Game(f"{name}/{place.as_posix()}", task_type, path, generated, state)
