@@ -97,6 +97,7 @@ def judge_metrics(judgement: Judgement, labels: EnvLabels) -> dict[str, Any]:
     exists = labels.played
     metrics: dict[str, Any] = {
         "judge/asked": (judgement.asked.sum(), exists.sum()),
+        "judge/too_long": (judgement.too_long.sum(), exists.sum()),
         "judge/unparsable": (judgement.unparsable.sum(), judgement.asked.sum()),
     }
     for verdict in Verdict:

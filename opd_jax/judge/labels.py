@@ -29,17 +29,22 @@ class Judgement(NamedTuple):
     """What the judge says.
 
     Attributes:
-      verdict: int32 [B, K], `Verdict` codes; SKIP if there is no turn or the environment broke. An
-        unparsable answer is STRONG, the conservative reading.
-      asked: bool [B, K], turns that reached the judge.
-      unparsable: bool [B, K], answers with none or several of the three words, and `too_long`.
-      too_long: bool [B, K], questions that the teacher has no positions for.
+      verdict: int32 [B, K], `Verdict` codes; SKIP if there is no turn or the environment broke.
+        STRONG, the conservative reading, if an answer is unparsable or a question too long.
+      asked: bool [B, K], turns that the judge was asked about.
+      unparsable: bool [B, K], answers with none or several of the three words.
+      too_long: bool [B, K], turns that it was not asked about: the teacher lacks the positions.
     """
 
     verdict: np.ndarray
     asked: np.ndarray
     unparsable: np.ndarray
     too_long: np.ndarray
+
+    @property
+    def answered(self) -> np.ndarray:
+        """bool [B, K], turns with one of the three words for an answer."""
+        return self.asked & ~self.unparsable
 
 
 def env_labels(conversations: Sequence[Conversation], *, max_turns: int) -> EnvLabels:

@@ -53,7 +53,7 @@ def teacher_judge(
         metrics = judge_metrics(judgement, labels)
         if how.agreement_every and update % how.agreement_every == 0:
             second = judge_turns(params, conversations, labels, by=by_other, between=between)
-            both = judgement.asked & ~judgement.unparsable & ~second.unparsable
+            both = judgement.answered & second.answered
             same = (second.verdict == judgement.verdict) & both
             metrics["judge/decodings_agree"] = (same.sum(), both.sum())
             metrics[f"judge/unparsable_{other}"] = (second.unparsable.sum(), second.asked.sum())
@@ -72,17 +72,17 @@ def judge_turns(
 ) -> Judgement:
     """Verdicts for every turn of every conversation; `labels` are the environment's of the same.
 
-    A question that, with its answer, exceeds the teacher's positions is not asked; it counts as
-    unparsable. `between` is called after every batch of questions; what it raises ends the judging.
+    A question that, with its answer, exceeds the teacher's positions is not asked; its turn is
+    STRONG. `between` is called after every batch of questions; what it raises ends the judging.
 
     Source: arXiv 2606.19659, section 3.3. Constrained decoding is ours.
     """
-    asked = labels.played & ~labels.failed
+    judged = labels.played & ~labels.failed
     verdict = np.where(labels.failed, Verdict.DET_FAIL, Verdict.SKIP).astype(np.int32)
-    unparsable, too_long = np.zeros_like(asked), np.zeros_like(asked)
+    unparsable, too_long = np.zeros_like(judged), np.zeros_like(judged)
     questions: dict[int, dict[int, list[int]]] = defaultdict(dict)
     room = by.model.max_positions - by.answer_tokens
-    for row, turn in np.argwhere(asked).tolist():
+    for row, turn in np.argwhere(judged).tolist():
         conversation = conversations[row]
         question = [*by.prefix(conversation, turn), *by.question(conversation, turn)]
         if len(question) <= room:
@@ -96,16 +96,15 @@ def judge_turns(
             verdict[place] = label
         if between:
             between()
-    unparsable |= too_long
-    verdict[unparsable] = Verdict.STRONG
-    return Judgement(verdict, asked, unparsable, too_long)
+    verdict[unparsable | too_long] = Verdict.STRONG
+    return Judgement(verdict, judged & ~too_long, unparsable, too_long)
 
 
 def check_some_fit(judgement: Judgement) -> None:
     """Checks that not every question was too long; ValueError otherwise."""
-    if judgement.asked.any() and (judgement.too_long == judgement.asked).all():
+    if judgement.too_long.any() and not judgement.asked.any():
         raise ValueError(
-            f"`judge`: none of {judgement.asked.sum()} questions fits the teacher's positions; "
+            f"`judge`: none of {judgement.too_long.sum()} questions fits the teacher's positions; "
             f"{REMEDY}"
         )
 
@@ -118,8 +117,9 @@ REMEDY = (
 def _warn(conversation: Conversation, length: int, *, by: Judge) -> None:
     name = conversation.task.id if conversation.task else ""
     processes.warn(
-        f"`judge`: turns of {name} count as unparsable, since a question of {length} tokens and "
-        f"{by.answer_tokens} more exceed the teacher's {by.model.max_positions} positions; {REMEDY}"
+        f"`judge`: turns of {name} are STRONG without a question, since one of {length} tokens "
+        f"and {by.answer_tokens} more exceed the teacher's {by.model.max_positions} positions; "
+        f"{REMEDY}"
     )
 
 

@@ -70,6 +70,7 @@ def test_metrics_by_hand() -> None:
     shares = {name: value for name, value in got.items() if not name.startswith("by_turn/")}
     assert shares == {
         "judge/asked": (7, 8),
+        "judge/too_long": (0, 8),
         "judge/unparsable": (0, 7),
         "verdict/skip": (2, 8),
         "verdict/weak": (2, 8),

@@ -422,8 +422,21 @@ def test_a_question_may_fill_the_teachers_positions_and_no_more(
 
     got = judged(params, play(fits, fits + 1, 0), by=judge, max_turns=1)
     assert got.verdict[:, 0].tolist() == [Verdict.SKIP, Verdict.STRONG, Verdict.SKIP]
-    assert got.unparsable[:, 0].tolist() == got.too_long[:, 0].tolist() == [False, True, False]
-    assert got.asked.all()
+    assert got.too_long[:, 0].tolist() == [False, True, False]
+    assert got.asked[:, 0].tolist() == got.answered[:, 0].tolist() == [True, False, True]
+    assert not got.unparsable.any()
+
+
+def test_decodings_are_compared_where_both_were_asked(random_judge: Judge) -> None:
+    judge, params = always(with_settings(random_judge, agreement_every=1), *PIECES["SKIP"], END)
+    empty = Conversation(task=TASK, turns=[replace(TURN, response="")])
+    # Words take more room than a score, so only the score of the longer question fits.
+    room = judge.model.max_positions - judge.answer_tokens - len(judge.question(empty, 0))
+    long = Conversation(task=TASK, turns=[replace(TURN, response="x" * room)])
+    metrics = teacher_judge(params, by=judge, max_turns=1)([long, empty], 0)[1]
+    assert metrics["judge/asked"] == (2, 2)
+    assert metrics["judge/decodings_agree"] == (1, 1)
+    assert metrics["judge/unparsable_generate"] == (0, 1)
 
 
 def test_only_a_judge_that_no_question_fits_is_a_mistake(
@@ -436,10 +449,13 @@ def test_only_a_judge_that_no_question_fits_is_a_mistake(
     label = teacher_judge(params, by=judge, max_turns=1)
     with pytest.raises(ValueError, match=r"`judge`: none of 2 questions.*admissible_shown"):
         label([wordy, wordy], 0)
-    assert label([wordy, short], 0)[1]["judge/unparsable"] == (1, 2)
+    metrics = label([wordy, short], 0)[1]
+    assert metrics["judge/asked"] == metrics["judge/too_long"] == (1, 2)
+    assert metrics["judge/unparsable"] == (0, 1)
+    assert [count.tolist() for count in metrics["by_turn/strong"]] == [[1], [2]]
     # Later a batch may have nothing but long questions, also just after a resume.
     verdict, metrics = teacher_judge(params, by=judge, max_turns=1)([wordy], 2)
-    assert (verdict.tolist(), metrics["judge/unparsable"]) == ([[Verdict.STRONG]], (1, 1))
+    assert (verdict.tolist(), metrics["judge/too_long"]) == ([[Verdict.STRONG]], (1, 1))
     assert caplog.text.count("t/wordy") == 1
 
 
