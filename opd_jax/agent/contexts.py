@@ -22,7 +22,7 @@ class ContextCache:
     So what a row holds does not depend on the other rows, to the bit.
 
     Args:
-      params: the model's; unstacked ones (`model.unstack`) are not copied.
+      params: the model's; those of `generate.for_decoding` are not copied.
       sizes: the model's.
       rows: of the cache.
       slots: of each row.
@@ -41,7 +41,7 @@ class ContextCache:
         rows_read: int,
     ):
         stacked = not isinstance(params["layers"], tuple)
-        self.params = _unstack(params) if stacked else params
+        self.params = gen.for_decoding(params) if stacked else params
         self.sizes, self.sharded = sizes, model.is_sharded(params)
         self.widths, self.rows_read = widths, rows_read
         self.contexts: list[list[int]] = [[] for _ in range(rows)]
@@ -114,9 +114,6 @@ class ContextCache:
                 some = [(row, new[row]) for row in rows[start : start + most]]
                 call += some + [(part * size, [])] * (most - len(some))
             yield call
-
-
-_unstack = jax.jit(model.unstack)
 
 
 def padded(rows: Sequence[Sequence[int]], *, width: int) -> tuple[np.ndarray, np.ndarray]:

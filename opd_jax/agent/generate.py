@@ -66,7 +66,7 @@ class Sampled:
 def sampling_params(
     params: Params, *, config: ModelConfig, dtype: jnp.dtype, gather: bool
 ) -> Params:
-    """A copy of the parameters to sample with, `model.unstack`ed.
+    """A copy of the parameters to sample with (`for_decoding`).
 
     Adapters stay beside the weights they adapt. A sum of the two would be rounded: in bfloat16 the
     log-probabilities would differ from those that the update recomputes.
@@ -76,13 +76,25 @@ def sampling_params(
       gather: all-gather weights along `fsdp` first, so that no token waits for weights. If false
         they stay sharded: less memory.
     """
-    specs = model.unstack(lora.specs_like(params, config))
-    return jax.tree.map(
+    copy = jax.tree.map(
         lambda spec, p: constrain(p, *spec.axes, rules=SAMPLING_RULES if gather else RULES),
-        specs,
-        model.unstack(cast(params, dtype)),
+        lora.specs_like(params, config),
+        cast(params, dtype),
         is_leaf=model.is_spec,
     )
+    return for_decoding(copy)
+
+
+@jax.jit
+def for_decoding(params: Params) -> Params:
+    """The parameters as decoding reads them: unstacked, and on a CPU the head as [D, V].
+
+    A CPU takes twice as long for a product with a transposed head, for every token.
+    """
+    params = model.unstack(params)
+    if jax.default_backend() == "cpu" and "head" not in params:
+        params |= {"head": model.head(params)}
+    return params
 
 
 @partial(jax.jit, static_argnames=("config", "sharded"), donate_argnames="cache")

@@ -39,7 +39,7 @@ def rollout(
     log-probabilities differ by rounding.
 
     Args:
-      params: the player's; unstacked ones (`model.unstack`) are not copied.
+      params: the player's; those of `generate.for_decoding` are not copied.
       keys: PRNG keys, one for each task (see `row_keys`). A key is folded with the turn, then with
         the position.
       envs: one environment a row; their number is the batch of every compiled program. None for a
