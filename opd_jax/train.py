@@ -75,7 +75,7 @@ def train(
                 checkpoints.save(done, state, {"cursor": cursor})
                 saved = done
     except (Stopped, WorldFailed) as error:
-        if done > saved and not processes.is_lost(error):
+        if done > saved and not processes.is_lost(error) and processes.are_all_here():
             checkpoints.save(done, state, {"cursor": cursor})
             checkpoints.wait()
             processes.say(f"update {done} is saved in {checkpoints.directory.parent}")

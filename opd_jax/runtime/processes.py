@@ -8,6 +8,7 @@ conversations, make the same decisions and start the same compiled programs.
 
 import contextlib
 import functools
+import json
 import logging
 import os
 import pickle
@@ -23,7 +24,6 @@ import numpy as np
 
 from opd_jax.runtime.exits import (
     INTERRUPTED,
-    MISTAKE,
     WORLD,
     Stopped,
     WorldFailed,
@@ -35,8 +35,16 @@ VARIABLE = "OPD_JAX_DISTRIBUTED"
 # If a process dies, the others end within about this time. CPU processes have direct connections
 # and notice at once.
 HEARTBEAT_TIMEOUT_S = 60
-# How long a process that found a user's mistake waits for the others to find the same one.
-_FAREWELL_S = 10
+# How often a process looks whether another one has told of its failure.
+_LOOK_S = 1.0
+# How long it then goes on: it may be about to find the same failure, and to end in its own words.
+_GRACE_S = 3.0
+# How long a process that failed waits for the others to end; more than the two above.
+_FAREWELL_S = 15.0
+# How long a process waits for the others before they save together.
+_MEETING_S = 10.0
+# Where the first process that fails tells the others why, among what the coordinator keeps.
+_FAILURE = "opd_jax/failure"
 # Messages are padded to a power of two of at least this, since each size compiles a program.
 _LEAST_BYTES = 1024
 
@@ -44,6 +52,9 @@ _LEAST_BYTES = 1024
 _BROKEN_CONNECTION = re.compile(
     "(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): "
 )
+
+# Held by the thread that ends the process. A second one waits for the end.
+_ending = threading.Lock()
 
 T = TypeVar("T")
 
@@ -98,46 +109,105 @@ def is_lost(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """Runs a command so that no process of a run outlives another.
+    """Runs a command so that all processes of a run end together, with one status and one line.
 
-    A process that fails ends at once; the others notice and end too. An ordinary exit would wait
-    for all processes, and some of them wait for this one. If Python is first to notice that another
-    process is lost, we print one line that says what to do. If JAX's client is first, it prints its
-    own message ("another task died") and aborts the process.
+    A process that fails tells the others why, through the coordinator in process 0, and waits until
+    they have ended. A thread of each process listens: the process itself may be waiting in a
+    computation or in a save for the one that failed. A process that is killed tells nothing. If
+    Python is first to notice that it is gone, we print one line that says what to do. If JAX's
+    client is first, it prints its own message ("another task died") and aborts the process.
     """
+    if not jax.distributed.is_initialized():
+        yield
+        return
+    over = threading.Event()
+    listening = threading.Thread(target=_listen, args=(over,), daemon=True)
+    listening.start()
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        if not jax.distributed.is_initialized():
-            raise
         _end(error)
+    finally:
+        over.set()
+        listening.join()
+
+
+def _listen(over: threading.Event) -> None:
+    """Ends the process soon after another one has told of its failure."""
+    while not over.wait(_LOOK_S):
+        if failure := _told():
+            if not over.wait(_GRACE_S):
+                with _ending:
+                    print_error(failure[0])
+                    _leave(failure[1])
+            return
 
 
 def _end(error: BaseException) -> NoReturn:
-    sys.stdout.flush()
-    known, status = explain(error), 1
+    with _ending:
+        lost = is_lost(error)
+        if not lost:
+            line, status = _explained(error)
+            _, status = _tell(line, status)
+        elif failure := _told():
+            line, status = failure
+            print_error(line)
+        else:
+            if not isinstance(error, LostProcesses):  # a computation's: it may have failed itself
+                traceback.print_exception(error)
+            reason = str(error).partition("\n")[0][:200]
+            print_error(
+                f"process {jax.process_index()} of {jax.process_count()} lost the others "
+                f"({reason}); start all of them again with the same --workdir, and the run resumes "
+                "from its last checkpoint"
+            )
+            sys.stderr.flush()
+            os._exit(WORLD)
+        _leave(status)
+
+
+def _explained(error: BaseException) -> tuple[str, int]:
+    """Prints an error; returns the line for the other processes, and the status."""
+    known = explain(error)
     if isinstance(error, KeyboardInterrupt):
         known = "interrupted", INTERRUPTED
-    if is_lost(error):
-        status = WORLD
-        if not isinstance(error, LostProcesses):  # a computation's: it may have failed by itself
-            traceback.print_exception(error)
-        reason = str(error).partition("\n")[0][:200]
-        print_error(
-            f"process {jax.process_index()} of {jax.process_count()} lost the others ({reason}); "
-            "start all of them again with the same --workdir, and the run resumes from its last "
-            "checkpoint"
-        )
-    elif known:
-        message, status = known
-        print_error(message)
-    else:
-        traceback.print_exception(error)
-    if status == MISTAKE:
-        # If process 0 ended at once, the others would be aborted before they print the same.
-        farewell = threading.Thread(target=_farewell, daemon=True)
-        farewell.start()
-        farewell.join(_FAREWELL_S)
+    if known:
+        print_error(known[0])
+        return known
+    traceback.print_exception(error)
+    what = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+    return f"process {jax.process_index()} failed ({what}); its own output has the traceback", 1
+
+
+def _tell(line: str, status: int) -> tuple[str, int]:
+    """Tells the other processes of a failure; returns the first that one of them told."""
+    with contextlib.suppress(Exception):  # another was first, or the coordinator is gone
+        _coordinator().key_value_set(_FAILURE, json.dumps([line, status]))
+    return _told() or (line, status)
+
+
+def _told() -> tuple[str, int] | None:
+    """The line and the status of the first failure that a process told of."""
+    with contextlib.suppress(Exception):  # there is none, or the coordinator is gone
+        line, status = json.loads(_coordinator().key_value_try_get(_FAILURE))
+        return line, status
+    return None
+
+
+def _coordinator() -> Any:
+    """The client of the service that all processes reach. JAX has no public name for it."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends the process, when the others end too; an ordinary exit may wait for them for ever."""
+    farewell = threading.Thread(target=_farewell, daemon=True)
+    farewell.start()
+    # If process 0 ended at once, the others would be aborted before they know why.
+    farewell.join(_FAREWELL_S)
+    sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
@@ -145,6 +215,20 @@ def _end(error: BaseException) -> NoReturn:
 def _farewell() -> None:
     with contextlib.suppress(Exception):
         jax.distributed.shutdown()  # returns when every process has called it
+
+
+def are_all_here() -> bool:
+    """Whether every process calls this now: nobody waits for ever for one that goes on elsewhere.
+
+    For what only all of them can do after an error, which may be that of one process alone.
+    """
+    if jax.process_count() == 1:
+        return True
+    try:
+        _coordinator().wait_at_barrier("opd_jax/all_here", int(1000 * _MEETING_S))
+    except Exception:  # JAX's, of several kinds
+        return False
+    return True
 
 
 def is_first() -> bool:
@@ -170,17 +254,26 @@ def owns(row: int, rows: int) -> bool:
     return row * jax.process_count() // rows == jax.process_index()
 
 
-def share(own: Mapping[int, T] | str, rows: int) -> list[T]:
+def share(own: Mapping[int, T] | str | WorldFailed, rows: int) -> list[T]:
     """The values of rows 0 to `rows` - 1; each process passes those of its own rows.
 
-    A process whose work was cut short passes the name of the signal.
+    A process whose work was cut short passes the name of the signal, or how the world failed. All
+    processes then leave at the same place, and can still save what is finished.
 
     Raises:
-      Stopped: one did.
+      Stopped: one passed a signal.
+      WorldFailed: one passed it.
       ValueError: no process has one of the rows.
     """
+    passed: dict[int, T] | str | WorldFailed
+    if isinstance(own, WorldFailed):
+        passed = WorldFailed(str(own))  # a class of the user's may not pickle
+    else:
+        passed = own if isinstance(own, str) else dict(own)
     everything: dict[int, T] = {}
-    for part in gather(own if isinstance(own, str) else dict(own)):
+    for part in gather(passed):
+        if isinstance(part, WorldFailed):
+            raise own if isinstance(own, WorldFailed) else part
         if isinstance(part, str):
             say(f"stopped by {part}; what is finished is kept")
             raise Stopped

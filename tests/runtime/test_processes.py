@@ -15,7 +15,7 @@ from test_train import NO_EVALUATION, assert_ended_alike, saved
 
 from opd_jax.envs.household.env import Household
 from opd_jax.runtime import processes
-from opd_jax.runtime.exits import WORLD
+from opd_jax.runtime.exits import DISK, MISTAKE, WORLD, WorldFailed
 
 # A broken connection or a missed heartbeat is noticed far sooner. Only a process that waits for
 # ever gets here.
@@ -34,7 +34,10 @@ def test_without_the_variable_a_process_is_alone(monkeypatch: pytest.MonkeyPatch
     processes.start()
     assert processes.gather("mine") == ["mine"]
     assert processes.first("mine") == "mine"
+    assert processes.are_all_here()
     assert processes.share({1: "b", 0: "a"}, 2) == ["a", "b"]
+    with pytest.raises(WorldFailed, match="away"):
+        processes.share(WorldFailed("away"), 2)
     with pytest.raises(ValueError, match=r"all rows 0 to 2, nobody has \[1\]"):
         processes.share({0: "a", 2: "c"}, 3)
 
@@ -168,13 +171,108 @@ def table_of(printed: str) -> list[str]:
     return [line for line in printed.splitlines() if line.startswith("|")]
 
 
-def test_an_error_of_one_process_ends_the_other(start: Start, small: tuple, tmp_path: Path) -> None:
+def test_an_error_of_one_process_is_the_runs(start: Start, small: tuple, tmp_path: Path) -> None:
     # Only process 0 writes. It cannot write this.
     (tmp_path / "metrics.jsonl").mkdir()
     flags = settings("opd", small, *NO_EVALUATION, "--config.mesh.data=2", f"--workdir={tmp_path}")
-    first, other = errors_of(together(start, 2, *flags))
-    assert "metrics.jsonl" in line_of(first)
-    assert_lost_the_other(1, other)
+    running = together(start, 2, *flags)
+    first, other = map(line_of, errors_of(running))
+    assert "metrics.jsonl" in first
+    assert other == first
+    assert [process.returncode for process in running] == [MISTAKE, MISTAKE]
+
+
+def run_code(start: Start, code: str, *words: str) -> tuple[list[str], list[int]]:
+    """What two processes that run `code` printed, and their statuses."""
+    port = free_port()
+    running = [
+        start("-c", code, *words, OPD_JAX_DISTRIBUTED=f"localhost:{port},{n},2") for n in range(2)
+    ]
+    printed = ["".join(process.communicate(timeout=PATIENCE_S)) for process in running]
+    return printed, [process.returncode for process in running]
+
+
+FAILS_ALONE = """
+import errno, os, sys, jax
+from opd_jax.runtime import processes
+from opd_jax.runtime.exits import WorldFailed
+processes.start()
+with processes.ending_together():
+    processes.gather("both are here")
+    if jax.process_index() == int(sys.argv[1]):
+        raise eval(sys.argv[2])
+    processes.gather("the other one never comes")
+"""
+
+
+@pytest.mark.parametrize(
+    ("victim", "error", "status", "said"),
+    [
+        (0, "OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))", DISK, "No space left on device"),
+        (1, "WorldFailed('the engine died')", WORLD, "the engine died; the same command goes on"),
+        (1, "ValueError('`a` is wrong')", MISTAKE, "`a` is wrong"),
+        (0, "TypeError('a bug')", 1, r"process 0 failed \(TypeError: a bug\)"),
+    ],
+)
+def test_what_one_process_dies_of_all_say_and_end_with(
+    start: Start, victim: int, error: str, status: int, said: str
+) -> None:
+    printed, statuses = run_code(start, FAILS_ALONE, str(victim), error)
+    assert statuses == [status, status]
+    assert re.search(f"^error: .*{said}", line_of(printed[1 - victim]))
+    if status == 1:
+        assert "Traceback" in printed[victim]
+        assert "Traceback" not in printed[1 - victim]
+    else:
+        assert line_of(printed[victim]) == line_of(printed[1 - victim])
+
+
+def test_if_an_environment_fails_with_the_world_all_can_still_save(start: Start) -> None:
+    code = """
+from types import SimpleNamespace
+import jax
+from opd_jax.agent.environments import everywhere
+from opd_jax.runtime import processes
+from opd_jax.runtime.exits import WorldFailed
+class Away(WorldFailed):
+    def __init__(self, where, when):
+        super().__init__(f"{where} is away since {when}")
+def act(env, argument):
+    raise Away("the server", "noon")
+processes.start()
+with processes.ending_together():
+    envs = [SimpleNamespace(waits=False) if jax.process_index() == 1 else None]
+    try:
+        everywhere(act, envs, [0])
+    except WorldFailed:
+        assert processes.are_all_here()
+        print("saved by", processes.gather(jax.process_index()))
+        raise
+"""
+    printed, statuses = run_code(start, code)
+    assert statuses == [WORLD, WORLD]
+    for text in printed:
+        assert "saved by [0, 1]" in text
+        assert line_of(text).startswith("error: the server is away since noon; ")
+
+
+def test_who_fails_alone_does_not_wait_for_the_others_to_save(start: Start) -> None:
+    code = """
+import jax
+from opd_jax.runtime import processes
+from opd_jax.runtime.exits import WorldFailed
+processes._MEETING_S = 1.0
+processes.start()
+with processes.ending_together():
+    processes.gather("both are here")
+    if jax.process_index() == 1:
+        assert not processes.are_all_here()
+        raise WorldFailed("the engine died")
+    processes.gather("the other one never comes")
+"""
+    printed, statuses = run_code(start, code)
+    assert statuses == [WORLD, WORLD]
+    assert len({line_of(text) for text in printed}) == 1
 
 
 def test_all_refuse_a_workdir_that_process_0_cannot_make(
