@@ -48,7 +48,7 @@ SEARCHQA = PROTOCOL | dict(
     test_questions=500,  # most questions of each other set
     retriever="http://127.0.0.1:8000/retrieve",
     timeout_s=30.0,  # longest wait for an answer of the server
-    retry_minutes=10.0,  # how long a request is sent again while the server is away or busy
+    retry_minutes=10.0,  # the longest outage of the server; after it the run ends with status 75
     wait_s=0.5,  # seconds before the first retry; doubled for each further one, up to 30
     batch=64,  # most queries in a request
 )

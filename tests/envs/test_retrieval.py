@@ -376,6 +376,63 @@ def test_asking_again_ends_with_the_budget(serve):
     assert asked_for.count("late") > 1
 
 
+def refusing(*refused, status):
+    """A server that takes no request with one of these queries, and the requests that it got."""
+    got = []
+
+    def respond(handler, asked):
+        got.append(asked["queries"])
+        bad = set(refused) & set(asked["queries"])
+        reply(handler, b"cannot embed" if bad else echo(asked), status=status if bad else 200)
+
+    return make_server(respond), got
+
+
+def together(remote, queries):
+    """What each query gets, a title or an error, if all are asked in one request."""
+    with ThreadPoolExecutor(len(queries)) as pool, remote._sending:
+        asked = [pool.submit(remote.search, [query], top=1) for query in queries]
+        deadline = time.monotonic() + 60
+        while len(remote._waiting) < len(queries) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        remote._send_waiting()
+    return [future.exception() or future.result()[0][0].title for future in asked]
+
+
+@pytest.mark.parametrize("status", [422, 500])
+def test_a_query_that_the_server_cannot_answer_fails_alone(serve, status):
+    server, got = refusing("bad", status=status)
+    remote = client(serve(server), retry_minutes=0.0)
+    got.clear()
+    first, bad, last = together(remote, ["one", "bad", "two"])
+    assert (first, last) == ("one", "two")
+    assert isinstance(bad, RetrievalError)
+    assert f"status {status} cannot embed" in str(bad)
+    assert sorted(got[0]) == ["bad", "one", "two"]
+    assert {("one",), ("two",), ("bad",)} <= {tuple(queries) for queries in got[1:]}
+
+
+@pytest.mark.parametrize(("minutes", "attempts"), [(0.0, 1), (0.005, 2)])
+def test_an_outage_is_that_of_all_who_wait(serve, minutes, attempts):
+    got, away = [], []
+
+    def respond(handler, asked):
+        got.append(asked["queries"])
+        reply(handler, b"away" if away else echo(asked), status=503 if away else 200)
+
+    # The first pause would last longer than the budget: the second attempt comes at its end.
+    remote = client(serve(make_server(respond)), retry_minutes=minutes, wait_s=60.0, batch=2)
+    got.clear()
+    away.append(1)
+    # More than fit a request: those left out do not begin another outage.
+    errors = together(remote, [f"query {n}" for n in range(5)])
+    assert [type(error) for error in errors] == [WorldFailed] * 5
+    assert f"status 503 away; `env.retry_minutes` = {minutes:g} are over" in str(errors[0])
+    assert got == [got[0]] * attempts + [["first query"]]
+    away.clear()
+    assert remote.search(["after"], top=1)[0][0].title == "after"
+
+
 def test_a_server_that_comes_back_is_waited_for(serve):
     gone = make_server(lambda handler, asked: reply(handler, echo(asked)))
     address = gone.server_address
@@ -443,7 +500,7 @@ def test_a_server_that_hangs_is_not_waited_for(serve, hang):
     remote = client(serve(make_server(respond)), timeout_s=0.3, retry_minutes=0.0)
     started.append(True)
     try:
-        with pytest.raises(RetrievalError, match="timed out"):
+        with pytest.raises(WorldFailed, match="timed out"):
             remote.search(["query"], top=1)
     finally:
         stop.set()

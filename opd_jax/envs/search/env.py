@@ -208,11 +208,12 @@ class SearchEnv:
         """Act on the model's whole response text.
 
         A failed response (see `FAILURES`) costs a turn; a search that finds nothing also costs a
-        search. If the search engine itself fails, the episode ends as `BROKEN`, since that is not
-        the agent's doing.
+        search. If the search engine does not answer this query, the episode ends as `BROKEN`, since
+        that is not the agent's doing.
 
         Raises:
           ValueError: if there is no running episode.
+          WorldFailed: the search engine answers no query.
         """
         self._clock.tick()
         action = parse_response(response)

@@ -29,10 +29,12 @@ _BLOCK_BYTES = 1 << 16
 _SHOWN_BYTES = 200  # of what a server says about an error
 _BUSY = (408, 425, 429)  # statuses that ask the client to come back
 _MOST_WAIT_S = 30.0
+# What a server is asked to see whether it answers at all.
+_FIRST_QUERY = "first query"
 
 
 class _Refused(RetrievalError):
-    """The server says that the request itself is wrong."""
+    """The server does not answer this request, and would answer another."""
 
 
 @dataclass(eq=False)
@@ -54,8 +56,10 @@ class HttpRetriever:
     Args:
       url: for example `http://127.0.0.1:8000/retrieve`.
       timeout_s: longest wait for one reply, in seconds.
-      retry_minutes: how long a request is sent again while the server is away, busy (429) or fails
-        (5xx); 0: never.
+      retry_minutes: the longest outage. While the server is away, busy (429) or fails (5xx), a
+        request is sent again, for the last time so many minutes after it was first sent; 0: never.
+        Then the outage is a `WorldFailed` of every query that waits. It is none if the server
+        answers another query: it cannot answer that request, which counts as refused.
       wait_s: seconds before the first retry; doubled for each further one, up to 30 s. A longer
         `Retry-After` of the server is kept.
       batch: most queries in a request.
@@ -83,8 +87,8 @@ class HttpRetriever:
         self._waiting: deque[_Query] = deque()
         self._sending = threading.Lock()
         try:
-            self.search(["first query"], top=1)
-        except RetrievalError as error:
+            self.search([_FIRST_QUERY], top=1)
+        except (RetrievalError, WorldFailed) as error:
             advice = (
                 f"`retriever`: {error}; start a server there (python -m "
                 "opd_jax.envs.search.retrieval_server) or correct the address"
@@ -94,8 +98,11 @@ class HttpRetriever:
     def search(self, queries: Sequence[str], *, top: int) -> list[list[Passage]]:
         """For each query at most `top` passages, best first.
 
+        A request that the server refuses is asked again query by query.
+
         Raises:
-          RetrievalError: no attempt brought an answer in the expected form.
+          RetrievalError: the server refuses one of these queries.
+          WorldFailed: it was away for longer than `retry_minutes`.
         """
         asked = [_Query(query, top) for query in queries]
         self._waiting.extend(asked)
@@ -109,25 +116,38 @@ class HttpRetriever:
         """Send the queries that have waited longest; the caller holds `_sending`."""
         batch = [self._waiting.popleft() for _ in range(min(self._batch, len(self._waiting)))]
         try:
-            results = self._request([q.text for q in batch], max(q.top for q in batch))
+            self._answer(batch)
         except BaseException as error:
+            if isinstance(error, WorldFailed):  # who waits would only find the same outage
+                while self._waiting:
+                    batch.append(self._waiting.popleft())
             for query in batch:
-                query.found.set_exception(error)
-            if not isinstance(error, RetrievalError):
+                if not query.found.done():
+                    query.found.set_exception(error)
+            if not isinstance(error, (RetrievalError, WorldFailed)):
                 raise
+
+    def _answer(self, batch: Sequence[_Query]) -> None:
+        """Asks the server for a batch, then, if it refuses, for each query alone."""
+        try:
+            results = self._request([q.text for q in batch], max(q.top for q in batch))
+        except _Refused as error:
+            if len(batch) == 1:
+                batch[0].found.set_exception(error)
+            else:
+                for query in batch:
+                    self._answer([query])
         else:
             for query, found in zip(batch, results, strict=True):
                 query.found.set_result(found[: query.top])
 
     def _request(self, queries: list[str], top: int) -> list[list[Passage]]:
-        # Nobody reads the scores, but Search-R1's dense server fails without this field.
-        asked = {"queries": queries, "topk": top, "return_scores": True}
-        body = json.dumps(asked).encode()
+        """The passages for each query; the server is asked again while it may be away."""
         deadline, wait_s = time.monotonic() + self._retry_s, self._wait_s
         while True:
             least_s = 0.0
             try:
-                return _passages(self._post(body), len(queries))
+                return self._ask(queries, top)
             except urllib.error.HTTPError as error:
                 said = _beginning(error)
                 reason = f"status {error.code} {said}".strip()
@@ -136,16 +156,29 @@ class HttpRetriever:
                 least_s = _retry_after_s(error.headers.get("Retry-After", ""))
             except (OSError, HTTPException, ValueError) as error:
                 reason = str(error) or type(error).__name__
-            pause_s = max(wait_s, least_s)
-            if time.monotonic() + pause_s > deadline:
-                raise RetrievalError(f"no answer from {self._url}: {reason}")
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise self._end_of(f"no answer from {self._url}: {reason}")
             if wait_s == self._wait_s:
                 logging.getLogger(__name__).warning(
                     "%s does not answer (%s); asking again for up to %g minutes",
                     *(self._url, reason, self._retry_s / 60),
                 )
-            _pause(pause_s)
+            _pause(min(max(wait_s, least_s), left_s))
             wait_s = min(2 * wait_s, _MOST_WAIT_S)
+
+    def _end_of(self, reason: str) -> Exception:
+        """The error of a request that was sent as often as is allowed."""
+        try:
+            self._ask([_FIRST_QUERY], 1)
+        except (OSError, HTTPException, ValueError):
+            return WorldFailed(f"{reason}; `env.retry_minutes` = {self._retry_s / 60:g} are over")
+        return _Refused(reason)
+
+    def _ask(self, queries: list[str], top: int) -> list[list[Passage]]:
+        # Nobody reads the scores, but Search-R1's dense server fails without this field.
+        asked = {"queries": queries, "topk": top, "return_scores": True}
+        return _passages(self._post(json.dumps(asked).encode()), len(queries))
 
     def _post(self, body: bytes) -> bytes:
         """The reply's body; TimeoutError if it is not complete in time."""
