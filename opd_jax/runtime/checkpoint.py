@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from opd_jax.runtime import processes
+from opd_jax.runtime.exits import explain
 from opd_jax.runtime.fields import WORLD, affects, check_within
 
 # An error of the storage layer can be pages long; its beginning names the file and the defect.
@@ -71,7 +72,8 @@ class Checkpoints:
         """Saves `arrays` and `meta` as checkpoint `step`.
 
         Returns when the arrays are copied to the host; from then on they may be donated. A thread
-        writes them. If it fails (a full disk), the next `save` or `wait` raises its error.
+        writes them. If it fails (a full disk), the next `save` or `wait` raises its error; one of
+        several processes ends at once (`processes.end`).
 
         Args:
           step: greater than all steps saved so far.
@@ -289,6 +291,11 @@ def _quieten_orbax() -> None:
 
 
 def _not_orbax_chatter(record: logging.LogRecord) -> bool:
-    # An error with a traceback is one of its threads': `save` or `wait` raises it.
-    told = record.levelno >= logging.ERROR and not record.exc_info
-    return told or "orbax" not in record.pathname
+    if "orbax" not in record.pathname:
+        return True
+    # An error with a traceback is one of its threads': `save` or `wait` raises it. Among several
+    # processes they do not: the other processes wait for the thread, and it for them.
+    error = record.exc_info[1] if record.exc_info else None
+    if error and jax.process_count() > 1 and explain(error):
+        processes.end(error)
+    return record.levelno >= logging.ERROR and not error

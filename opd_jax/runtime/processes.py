@@ -126,7 +126,7 @@ def ending_together() -> Iterator[None]:
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        _end(error)
+        end(error)
     finally:
         over.set()
         listening.join()
@@ -143,7 +143,8 @@ def _listen(over: threading.Event) -> None:
             return
 
 
-def _end(error: BaseException) -> NoReturn:
+def end(error: BaseException) -> NoReturn:
+    """Ends this process with an error, and the others with it. Any thread may call it."""
     with _ending:
         lost = is_lost(error)
         if not lost:

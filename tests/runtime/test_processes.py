@@ -256,6 +256,36 @@ with processes.ending_together():
         assert line_of(text).startswith("error: the server is away since noon; ")
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_save_that_one_process_cannot_write_ends_all(
+    start: Start, tmp_path: Path, victim: int
+) -> None:
+    code = """
+import resource, sys, jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from opd_jax.runtime import processes
+from opd_jax.runtime.checkpoint import Checkpoints
+processes.start()
+with processes.ending_together():
+    split = NamedSharding(jax.make_mesh((2,), ("x",)), PartitionSpec("x"))
+    numbers = jax.jit(jax.random.normal, static_argnums=1, out_shardings=split)(
+        jax.random.key(0), (1 << 18,)
+    )
+    checkpoints = Checkpoints(sys.argv[1], keep=2)
+    checkpoints.save(1, {"numbers": numbers}, {})
+    checkpoints.wait()
+    if jax.process_index() == int(sys.argv[2]):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    checkpoints.save(2, {"numbers": numbers}, {})
+    checkpoints.wait()
+"""
+    printed, statuses = run_code(start, code, str(tmp_path / "checkpoints"), str(victim))
+    assert statuses == [DISK, DISK]
+    assert line_of(printed[0]) == line_of(printed[1])
+    assert "the disk is full or cannot be written" in line_of(printed[0])
+
+
 def test_who_fails_alone_does_not_wait_for_the_others_to_save(start: Start) -> None:
     code = """
 import jax
