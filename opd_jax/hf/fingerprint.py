@@ -23,6 +23,7 @@ def fingerprint(folder: Path) -> str:
 
     Raises:
       ValueError: there is no such folder, or no whole model in it.
+      WorldFailed: a file cannot be read now.
     """
     config = read_config(folder)
     tokenizer = load_tokenizer(folder)

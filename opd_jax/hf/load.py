@@ -34,6 +34,7 @@ from opd_jax.hf.layout import (
 from opd_jax.model import ModelConfig, Params, ParamSpec, is_spec, param_specs
 from opd_jax.model.int8 import contracted_axes, int8_specs, quantize_weight
 from opd_jax.model.projections import Int8Weight
+from opd_jax.runtime.exits import reading
 from opd_jax.runtime.mesh import param_shardings
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -66,6 +67,7 @@ def load_params(
     Raises:
       ValueError: a file is missing or truncated, a tensor is missing or has another shape or
         type, or a parameter does not divide over the mesh. The message names it.
+      WorldFailed: a file cannot be read now.
     """
     folder, specs = Path(folder), int8_specs(config) if int8 else param_specs(config)
     if mesh is None:
@@ -148,7 +150,10 @@ def open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
     for name, wanted in _weight_files(folder).items():
         path = folder / name
         try:
-            file = stack.enter_context(safe_open(path, framework="numpy"))
+            with reading(path):
+                with path.open("rb") as opened:  # safetensors calls all absent that do not open
+                    opened.read(1)
+                file = stack.enter_context(safe_open(path, framework="numpy"))
         except FileNotFoundError:
             raise ValueError(
                 f"model folder `{folder}` lacks {path.name}, named by {INDEX}; fetch it again"

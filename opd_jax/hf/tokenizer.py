@@ -7,6 +7,7 @@ from typing import Any
 from opd_jax.hf.chat_template import ROLES, render
 from opd_jax.hf.folder import check_folder
 from opd_jax.model import ModelConfig
+from opd_jax.runtime.exits import WorldFailed, reading
 from opd_jax.runtime.files import read_json
 from opd_jax.runtime.lazy import import_transformers
 
@@ -36,7 +37,10 @@ def load_tokenizer(folder: str | Path) -> Any:
     whole = (folder / "tokenizer.json").is_file()
     try:
         loader = transformers.PreTrainedTokenizerFast if whole else transformers.AutoTokenizer
-        tokenizer = loader.from_pretrained(folder, local_files_only=True)
+        with reading(folder):
+            tokenizer = loader.from_pretrained(folder, local_files_only=True)
+    except WorldFailed:
+        raise
     except Exception as error:  # tokenizers raises bare Exception on a broken file
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"the tokenizer in `{folder}` cannot be read: {reason}") from error

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from opd_jax.runtime import processes
-from opd_jax.runtime.exits import explain
+from opd_jax.runtime.exits import WorldFailed, explain, reading
 from opd_jax.runtime.fields import WORLD, affects, check_within
 
 # An error of the storage layer can be pages long; its beginning names the file and the defect.
@@ -127,6 +127,7 @@ class Checkpoints:
           ValueError: there is no such checkpoint; names, shapes or dtypes of its arrays differ from
             `abstract`; or its files cannot be read. Nothing on disk is changed. The message names
             the checkpoint before it; the user decides whether to resume from that one.
+          WorldFailed: its files cannot be read now.
         """
         self.wait()
         if step not in (steps := saved_steps(self.directory)):
@@ -136,9 +137,10 @@ class Checkpoints:
     def _restore(self, step: int, abstract: Any, partial: bool) -> tuple[Any, dict[str, Any]]:
         abstract = jax.tree.map(_wanted, abstract)
         try:
-            self._check_match(step, abstract, partial)
-            return self._read(step, abstract, partial)
-        except _AnotherRun:
+            with reading(self.directory / str(step)):
+                self._check_match(step, abstract, partial)
+                return self._read(step, abstract, partial)
+        except (_AnotherRun, WorldFailed):
             raise
         except Exception as error:
             if processes.is_lost(error):

@@ -22,12 +22,22 @@ INTERRUPTED = 130  # Ctrl-C before there was anything to save (128 + SIGINT)
 _DISK_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 }
+# A network file system, or the network below it, is away. Not all systems have all of them.
+_AWAY_ERRORS = {
+    getattr(errno, name)
+    for name in (
+        *("ESTALE", "ETIMEDOUT", "ENOTCONN", "EREMOTEIO", "ENOLINK", "ECOMM"),
+        *("EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "ENETRESET"),
+    )
+    if hasattr(errno, name)
+}
 # A file where a folder is needed, or a folder where a file is.
 _PLACE_ERRORS = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
-# The storage layer of checkpoints raises other types, with the system's words in their text.
+# Libraries that read and write files raise other types, with the system's words in their text.
 _DISK_WORDS = re.compile(
     "|".join(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)))
 )
+_READING_WORDS = re.compile("|".join(map(os.strerror, sorted(_AWAY_ERRORS | {errno.EIO}))))
 
 
 class Stopped(SystemExit):
@@ -66,6 +76,22 @@ def reported() -> Iterator[None]:
         raise SystemExit(INTERRUPTED) from None
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Reads a file or a folder that a user names.
+
+    Raises:
+      WorldFailed: the disk or a network file system does not give it now (EIO, ESTALE, ...): that
+        says nothing of what is in the file.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _READING_WORDS.search(str(error)):
+            raise
+        raise WorldFailed(f"`{path}` cannot be read now: {error}") from error
+
+
 def explain(error: BaseException) -> tuple[str, int] | None:
     """The line and the exit status of an error; None for a bug."""
     if isinstance(error, WorldFailed):
@@ -76,6 +102,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
             not isinstance(cause, OSError) and _DISK_WORDS.search(str(cause))
         ):
             return _about_the_disk(cause), DISK
+        if isinstance(cause, OSError) and cause.errno in _AWAY_ERRORS:
+            return explain(WorldFailed(f"a file system is away: {cause}"))
         shown = not cause.__suppress_context__
         cause = cause.__cause__ or (cause.__context__ if shown else None)
     if isinstance(error, ValueError):

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from opd_jax.runtime.exits import reading
+
 
 def local_path(text: str | Path, *, name: str) -> Path:
     """A path that a user gives, with a leading `~` replaced by the home directory.
@@ -37,9 +39,11 @@ def read_json(
 
     Raises:
       ValueError: the file does not hold one. The message names it and ends with `advice`.
+      WorldFailed: it cannot be read now.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with reading(path):
+            content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"`{path}` must hold a JSON object: {error}; {advice}") from None
     if not isinstance(content, dict):

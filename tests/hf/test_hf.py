@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from opd_jax import hf, model
 from opd_jax.hf.save import MAX_SHARD_BYTES
+from opd_jax.runtime.exits import WorldFailed
 from opd_jax.runtime.mesh import make_mesh
 
 
@@ -411,6 +412,18 @@ def test_bad_weights(
         hf.load_params(folder, config, dtype=jnp.float32)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a file of Linux")
+def test_weights_that_cannot_be_read_now_are_not_called_broken(
+    references: dict, tmp_path: Path
+) -> None:
+    shutil.copytree(references["llama"].folder, tmp_path, dirs_exist_ok=True)
+    weights = tmp_path / "model.safetensors"
+    weights.unlink()
+    weights.symlink_to("/proc/self/mem")  # reading its start fails with EIO
+    with pytest.raises(WorldFailed, match=rf"`{weights}` cannot be read now"):
+        hf.load_params(tmp_path, hf.read_config(tmp_path), dtype=jnp.float32)
 
 
 def test_nothing_is_read_before_all_is_checked(

@@ -3,10 +3,13 @@
 import errno
 import os
 import re
+from pathlib import Path
 
 import pytest
 
-from opd_jax.runtime.exits import DISK, MISTAKE, WORLD, WorldFailed, explain, reported
+from opd_jax import hf
+from opd_jax.runtime.exits import DISK, MISTAKE, WORLD, WorldFailed, explain, reading, reported
+from opd_jax.runtime.files import read_json
 
 
 def caused_by(error: Exception, cause: Exception) -> Exception:
@@ -39,6 +42,14 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/proc/self/none/file")
             "a path cannot be used: .*x/below",
         ),
         (FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), "x"), MISTAKE, "give another"),
+        (OSError(errno.EIO, os.strerror(errno.EIO), "x"), DISK, "cannot be written"),
+        (OSError(errno.ESTALE, os.strerror(errno.ESTALE), "x"), WORLD, "a file system is away"),
+        (TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT), "x"), WORLD, "is away"),
+        (
+            caused_by(ValueError("wrong"), OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))),
+            WORLD,
+            "a file system is away: .*not connected",
+        ),
         (PermissionError(errno.EACCES, "Permission denied", "/proc/x"), DISK, "cannot be written"),
     ],
 )
@@ -78,6 +89,28 @@ def test_an_error_that_was_replaced_is_not_the_reason() -> None:
     with pytest.raises(ValueError, match="is wrong") as error:
         refuse()
     assert explain(error.value) == ("`a` is wrong", MISTAKE)
+
+
+# A file that Linux refuses to read at its start, with EIO.
+UNREADABLE = Path("/proc/self/mem")
+
+
+@pytest.mark.skipif(not UNREADABLE.exists(), reason="a file of Linux")
+def test_a_file_that_cannot_be_read_now_says_nothing_of_its_content(tmp_path: Path) -> None:
+    (tmp_path / "config.json").symlink_to(UNREADABLE)
+    for read in (read_json, lambda path: hf.fingerprint(path.parent)):
+        with pytest.raises(WorldFailed, match=r"cannot be read now: .*Input/output error"):
+            read(tmp_path / "config.json")
+    with pytest.raises(ValueError, match="must hold a JSON object"):
+        read_json(tmp_path / "absent.json")
+
+
+def test_a_library_names_the_systems_error_in_its_text_only() -> None:
+    words = os.strerror(errno.ESTALE)
+    with pytest.raises(WorldFailed, match="`x` cannot be read now"), reading(Path("x")):
+        raise RuntimeError(f'Error reading "x": {words} [OS error 116]')
+    with pytest.raises(KeyError), reading(Path("x")):
+        raise KeyError("absent")
 
 
 def test_a_message_of_several_lines_becomes_one(capsys: pytest.CaptureFixture) -> None:
