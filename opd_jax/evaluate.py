@@ -33,7 +33,7 @@ from opd_jax.envs.players import make_player
 from opd_jax.experience.demonstrations import play_out
 from opd_jax.experience.tasks import Panel, describe
 from opd_jax.judge import agreement
-from opd_jax.judge.labels import env_labels
+from opd_jax.judge.labels import NO_LABEL, env_labels
 from opd_jax.judge.verdicts import check_some_fit, judge_turns
 from opd_jax.model import Params
 from opd_jax.report.figures import macro_average, summarize
@@ -229,10 +229,13 @@ def measure_judge(
     by = build.make_judge(judging, settings)
     judgement = judge_turns(judging.params, conversations, labels, by=by, between=between)
     check_some_fit(judgement)
-    try:
-        figures = agreement.figures(agreement.confusion(judgement, labels.oracle))
-    except ValueError as error:
-        raise ValueError(f"`eval.judge`: {error}") from None
+    if judgement.asked.any() and (labels.oracle == NO_LABEL).all():
+        raise ValueError(
+            f"`eval.judge`: none of {judgement.asked.sum()} verdicts has a label of the "
+            "environment's beside it; agreement can be measured only where the environment has an "
+            "oracle"
+        )
+    figures = agreement.figures(agreement.confusion(judgement, labels.oracle))
     return figures | _judged_by(settings)
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 from settings import one_device, read
 
 from opd_jax import evaluate, export, hf, model
+from opd_jax.agent.conversation import Conversation
 from opd_jax.config import build, load, read_stored, to_json
 from opd_jax.config.models import LoadedModel, load_model, load_student, load_teacher
 from opd_jax.config.settings import read_settings
@@ -356,6 +358,17 @@ def test_the_judge_is_measured_on_the_turns_that_an_untrained_student_played(
         labelled = sum(not turn.failure for c in played for turn in c.turns)
         assert figures["judge"]["n"] == labelled > 0
         assert figures["judge"] == evaluate.measure_judge(settings, teacher, played)
+
+    def with_all_turns(**changed: str) -> list[Conversation]:
+        turns = [[replace(turn, **changed) for turn in c.turns] for c in played]
+        return [replace(c, turns=t) for c, t in zip(played, turns, strict=True)]
+
+    # Nothing to ask: no figure. Asked, and no label of the environment's: it has none to give.
+    failed, unlabelled = with_all_turns(failure="rejected"), with_all_turns(failure="", oracle="")
+    nothing = evaluate.measure_judge(settings, teacher, failed)
+    assert (nothing["n"], nothing["balanced_accuracy"]) == (0, None)
+    with pytest.raises(ValueError, match=r"`eval\.judge`: none of \d+ verdicts has a label"):
+        evaluate.measure_judge(settings, teacher, unlabelled)
     assert judge_table(dict([before])) in printed
     assert "balanced accuracy" in printed
 

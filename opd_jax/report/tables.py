@@ -72,17 +72,21 @@ def judge_table(results: Mapping[str, Mapping[str, Any]]) -> str:
         {
             "turns of": who,
             "split": split,
-            "balanced accuracy": f"{j['balanced_accuracy']:.2f}",
-            "95 % interval": f"{j['ci95'][0]:.2f} to {j['ci95'][1]:.2f}",
-            "always SKIP": f"{j['always_skip']:.2f}",
-            "precision": "" if j["precision"] is None else f"{j['precision']:.2f}",
-            "recall": "" if j["recall"] is None else f"{j['recall']:.2f}",
+            "balanced accuracy": _hundredths(j["balanced_accuracy"]),
+            "95 % interval": " to ".join(map(_hundredths, j["ci95"] or [])),
+            "always SKIP": _hundredths(j["always_skip"]),
+            "precision": _hundredths(j["precision"]),
+            "recall": _hundredths(j["recall"]),
             "n": j["n"],
         }
         for who, split, r in _labelled(results)
         if (j := r.get("judge"))
     ]
     return table(rows, list(rows[0])) if rows else ""
+
+
+def _hundredths(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def split_label(split: str, figures: Mapping[str, Any]) -> str:

@@ -167,3 +167,6 @@ def test_tables_say_what_the_tasks_are(digest: str, shown: str) -> None:
     row = ["before", shown, "0.50", "0.40 to 0.60", "0.30", "0.25", "", "9"]
     assert cells(judge_table(results))[1] == row
     assert judge_table({"before": {"s": summarize(EPISODES)}}) == ""
+    asked_nothing = dict.fromkeys(judged) | {"n": 0}
+    results = {"before": {"s": summarize(EPISODES) | {"judge": asked_nothing}}}
+    assert cells(judge_table(results))[1] == ["before", "s", "", "", "", "", "", "0"]
