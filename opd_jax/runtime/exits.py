@@ -23,7 +23,7 @@ _DISK_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 }
 # A network file system, or the network below it, is away. Not all systems have all of them.
-_AWAY_ERRORS = {
+AWAY_ERRORS = {
     getattr(errno, name)
     for name in (
         *("ESTALE", "ETIMEDOUT", "ENOTCONN", "EREMOTEIO", "ENOLINK", "ECOMM"),
@@ -37,7 +37,7 @@ _PLACE_ERRORS = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.E
 _DISK_WORDS = re.compile(
     "|".join(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)))
 )
-_READING_WORDS = re.compile("|".join(map(os.strerror, sorted(_AWAY_ERRORS | {errno.EIO}))))
+_READING_WORDS = re.compile("|".join(map(os.strerror, sorted(AWAY_ERRORS | {errno.EIO}))))
 
 
 class Stopped(SystemExit):
@@ -102,7 +102,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
             not isinstance(cause, OSError) and _DISK_WORDS.search(str(cause))
         ):
             return _about_the_disk(cause), DISK
-        if isinstance(cause, OSError) and cause.errno in _AWAY_ERRORS:
+        if isinstance(cause, OSError) and cause.errno in AWAY_ERRORS:
             return explain(WorldFailed(f"a file system is away: {cause}"))
         shown = not cause.__suppress_context__
         cause = cause.__cause__ or (cause.__context__ if shown else None)

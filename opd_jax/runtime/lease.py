@@ -24,23 +24,21 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from opd_jax.runtime import processes
-from opd_jax.runtime.exits import WORLD, print_error
+from opd_jax.runtime.exits import AWAY_ERRORS, WORLD, print_error
 from opd_jax.runtime.files import local_path, remove_temporaries, replace_text
 
 FILE = "lease.json"
+LOCK = "lease.json.lock"  # of who takes an expired lease over, for a moment
 HEARTBEAT_S = 20.0
 EXPIRES_S = 180.0
 # How often somebody who waits looks again.
 _LOOK_S = 1.0
 # How long a process of this machine may take to die.
 _PATIENCE_S = 2.0
-# How long after taking a lease over its owner looks whether another did the same.
-_SETTLE_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -135,18 +133,16 @@ def held(folder: Path, *, name: str = "--workdir") -> Iterator[Path]:
         this machine works in it.
     """
     folder = local_path(folder, name=name)
-    created: list[Path] = []
-    path, ours = folder / FILE, Owner.this_process()
-    seen: dict[str, Any] = {}
+    claim = _Claim(folder, name)
+    path, ours = folder / FILE, claim.ours
     while True:
         # In steps: the others would not wait in one exchange for minutes.
-        answer = _claim(folder, ours, created, seen, name) if processes.is_first() else ""
-        answer = processes.first(answer)
+        answer = processes.first(claim.step() if processes.is_first() else "")
         if answer not in ("again", "wait"):
             break
         time.sleep(_LOOK_S if answer == "wait" else 0.0)
     if answer:
-        _remove_empty(created)
+        _remove_empty(claim.created)
         raise ValueError(answer)
     if not processes.is_first():
         yield folder
@@ -163,30 +159,94 @@ def held(folder: Path, *, name: str = "--workdir") -> Iterator[Path]:
         with contextlib.suppress(OSError):
             if (lease := _read(path)) and lease.owner == ours:
                 path.unlink()
-        _remove_empty(created)
+        _remove_empty(claim.created)
 
 
-def _claim(folder: Path, ours: Owner, created: list[Path], seen: dict[str, Any], name: str) -> str:
-    """Tries to take the lease: "" if it is ours now, "again", "wait", or why it is refused."""
+@dataclass
+class _Claim:
+    """One process's attempt to take the lease on a folder: who asks, and what it has seen so far.
+
+    Attributes:
+      created: the folders that did not exist, the innermost last.
+      begun: when the attempt began, by the monotonic clock.
+      seen, seen_at: somebody's lease, and when it was first seen as it is.
+      told: whether the user knows that we wait.
+    """
+
+    folder: Path
+    name: str
+    ours: Owner = field(default_factory=Owner.this_process)
+    created: list[Path] = field(default_factory=list)
+    begun: float = field(default_factory=time.monotonic)
+    seen: _Lease | None = None
+    seen_at: float = 0.0
+    told: bool = False
+
+    def step(self) -> str:
+        """Tries to take the lease: "" if it is ours now, "again", "wait", or why it is refused."""
+        path, other = self.folder / FILE, f"choose another `{self.name}`"
+        try:
+            _create(self.folder, self.created)
+            _write_new(path, self.ours)
+        except FileExistsError as error:
+            if Path(error.filename or "") == path:
+                return self._look(path, other)
+            return f"`{self.name}`: `{error.filename}` is not a folder; {other}"
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, *AWAY_ERRORS):
+                raise
+            code = errno.errorcode.get(error.errno or 0, type(error).__name__)
+            return f"`{self.name}`: `{self.folder}` cannot be made or written ({code}); {other}"
+        return ""
+
+    def _look(self, path: Path, other: str) -> str:
+        """What to do about the lease that is there."""
+        if (lease := _read(path)) is None:
+            return "wait"
+        owner, now = lease.owner, time.monotonic()
+        if lease != self.seen:
+            self.seen, self.seen_at = lease, now
+        age = max(time.time() - lease.heartbeat, now - self.seen_at)
+        near = owner.is_near()
+        # A living owner of this machine may have been unable to write: its disk is full.
+        if not owner.is_alive() if near else age > EXPIRES_S:
+            return _take_over(path, lease, self.ours)
+        who = f"process {owner.pid} on {owner.host}"
+        if near:
+            if owner.pid != os.getpid() and now - self.begun < _PATIENCE_S:
+                return "wait"  # it may be dying
+            working = f"{who} is working in `{self.folder}`"
+            return f"`{self.name}`: {working}; wait until it ends, stop it, or {other}"
+        if not self.told and owner != _UNKNOWN:
+            self.told = True
+            processes.say(
+                f"`{self.folder}` is held by {who}: waiting until it ends, or shows no sign of "
+                f"life for {EXPIRES_S:.0f} s"
+            )
+        return "wait"
+
+
+def _take_over(path: Path, expired: _Lease, ours: Owner) -> str:
+    """Replaces an expired lease by ours: "", "again" or "wait", as `_Claim.step`.
+
+    Several processes may have found it. The one that creates a lock looks once more, and replaces
+    the file without a moment in which there is none.
+    """
+    lock = path.with_name(LOCK)
     try:
-        _create(folder, created)
-        _write_new(folder / FILE, ours)
-    except FileExistsError as error:
-        if Path(error.filename or "") != folder / FILE:
-            return f"`{name}`: `{error.filename}` is not a folder; choose another `{name}`"
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            raise
-        code = errno.errorcode.get(error.errno or 0, type(error).__name__)
-        return f"`{name}`: `{folder}` cannot be made or written ({code}); choose another `{name}`"
-    else:
-        if "removed" not in seen:
-            return ""
-        # Two that found the same expired lease may both have removed it, one of them a new one.
-        time.sleep(_SETTLE_S)
-        lease = _read(folder / FILE)
-        return "" if lease and lease.owner == ours else "again"
-    return _look(folder, seen, name)
+        lock.touch(exist_ok=False)
+    except FileExistsError:
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - lock.stat().st_mtime > EXPIRES_S:  # its owner was killed right there
+                lock.unlink()
+        return "wait"
+    try:
+        if _read(path) != expired:
+            return "again"
+        replace_text(path, _Lease(ours, time.time()).text())
+        return ""
+    finally:
+        lock.unlink(missing_ok=True)
 
 
 def _write_new(path: Path, ours: Owner) -> None:
@@ -197,39 +257,6 @@ def _write_new(path: Path, ours: Owner) -> None:
         except OSError:
             path.unlink(missing_ok=True)
             raise
-
-
-def _look(folder: Path, seen: dict[str, Any], name: str) -> str:
-    """What to do about somebody's lease; removes one that has expired."""
-    path = folder / FILE
-    if (lease := _read(path)) is None:
-        return "wait"
-    owner, now = lease.owner, time.monotonic()
-    if seen.get("lease") != lease:
-        seen |= {"lease": lease, "at": now}
-    age = max(time.time() - lease.heartbeat, now - seen["at"])
-    near = owner.is_near()
-    # A living owner of this machine may have been unable to write: its disk is full.
-    if not owner.is_alive() if near else age > EXPIRES_S:
-        if _read(path) == lease:  # nobody else was faster
-            path.unlink(missing_ok=True)
-            seen["removed"] = True
-        return "again"
-    who = f"process {owner.pid} on {owner.host}"
-    if near:
-        if owner.pid != os.getpid() and now - seen.setdefault("first", now) < _PATIENCE_S:
-            return "wait"  # it may be dying
-        return (
-            f"`{name}`: {who} is working in `{folder}`; wait until it ends, stop it, or choose "
-            f"another `{name}`"
-        )
-    if "told" not in seen and owner != _UNKNOWN:
-        seen["told"] = True
-        processes.say(
-            f"`{folder}` is held by {who}: waiting until it ends, or shows no sign of life for "
-            f"{EXPIRES_S:.0f} s"
-        )
-    return "wait"
 
 
 def _create(folder: Path, created: list[Path]) -> None:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 
 from opd_jax.runtime import lease
 from opd_jax.runtime.exits import WORLD
-from opd_jax.runtime.lease import EXPIRES_S, FILE, Owner, held
+from opd_jax.runtime.lease import EXPIRES_S, FILE, Owner, _Claim, held
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
@@ -174,6 +175,53 @@ def test_of_many_at_once_one_gets_an_expired_lease(tmp_path: Path) -> None:
     winner.kill()
     for process in running:
         assert f"process {winner.pid} on" in process.communicate()[1] or process is winner
+
+
+def test_who_is_late_to_an_expired_lease_leaves_the_new_one(tmp_path: Path) -> None:
+    write(tmp_path, pid=dead_pid())
+    expired = lease._read(tmp_path / FILE)
+    assert expired
+    with held(tmp_path):  # another process took it over meanwhile
+        before = (tmp_path / FILE).read_bytes()
+        assert lease._take_over(tmp_path / FILE, expired, expired.owner) == "again"
+        assert (tmp_path / FILE).read_bytes() == before
+        assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
+def test_a_kill_while_a_lease_is_taken_over_delays_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, pid=dead_pid())
+    lock = tmp_path / lease.LOCK
+    lock.touch()
+    assert _Claim(tmp_path, "--workdir").step() == "wait"
+    long_ago = time.time() - EXPIRES_S - 1
+    os.utime(lock, (long_ago, long_ago))
+    monkeypatch.setattr(lease, "_LOOK_S", 0.01)
+    with held(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
+def test_of_many_threads_one_takes_an_expired_lease_over(tmp_path: Path) -> None:
+    def claim(number: int) -> str:
+        owner = dataclasses.replace(Owner.this_process(), host=f"machine {number}")
+        claim = _Claim(tmp_path, "--workdir", ours=owner, told=True)
+        ready.wait()
+        while (answer := claim.step()) == "again" or (answer and (tmp_path / lease.LOCK).exists()):
+            pass
+        return answer
+
+    count = 8
+    for _ in range(4):
+        write(tmp_path, pid=dead_pid())
+        ready = threading.Barrier(count)
+        with ThreadPoolExecutor(count) as pool:
+            answers = list(pool.map(claim, range(count)))
+        # The others find the lease of a machine that goes on living.
+        assert sorted(answers) == ["", *["wait"] * (count - 1)]
+        owner = json.loads((tmp_path / FILE).read_text())["owner"]
+        assert owner["host"] == f"machine {answers.index('')}"
+        assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
 @pytest.mark.parametrize(
