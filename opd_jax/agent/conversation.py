@@ -108,8 +108,9 @@ def open_conversation(task: Task, prompt: Sequence[int], *, context_tokens: int)
     """
     if len(prompt) >= context_tokens:
         processes.warn(
-            f"`rollout.context_tokens`: the first prompt of {task.id} has {len(prompt)} tokens, "
-            f"expected fewer than {context_tokens}; its episodes are left out"
+            "`rollout.context_tokens`: the first prompt of %s has %d tokens, expected fewer than "
+            "%d; its episodes are left out",
+            *(task.id, len(prompt), context_tokens),
         )
         return Conversation(task=task, end="context")
     conversation = Conversation(task=task)

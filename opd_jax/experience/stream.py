@@ -119,8 +119,9 @@ def group_by_length(
     for c in ordered[len(waiting) :]:
         name = c.task.id if c.task else "a judge example"
         processes.warn(
-            f"`demonstrations.tokens_per_batch` = {tokens_per_batch}: {name} with {len(c.tokens)} "
-            f"tokens is left out, expected at most {most}"
+            "`demonstrations.tokens_per_batch` = %d: %s with %d tokens is left out, expected at "
+            "most %d",
+            *(tokens_per_batch, name, len(c.tokens), most),
         )
     if ordered and not waiting:
         least = -(-len(ordered[0].tokens) // length_multiple) * length_multiple * rows_multiple

@@ -67,7 +67,7 @@ def find_panels(
     for split, why in missing.items():
         if len(missing) == len(optional):
             raise why
-        processes.warn(f"{why}; split {split!r} is left out")
+        processes.warn("%s; split %r is left out", why, split)
     for process, others in enumerate(processes.gather(found)):
         different = [
             split for split in splits if others.get(split, _NONE) != found.get(split, _NONE)

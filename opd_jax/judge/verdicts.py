@@ -117,9 +117,9 @@ REMEDY = (
 def _warn(conversation: Conversation, length: int, *, by: Judge) -> None:
     name = conversation.task.id if conversation.task else ""
     processes.warn(
-        f"`judge`: turns of {name} are STRONG without a question, since one of {length} tokens "
-        f"and {by.answer_tokens} more exceed the teacher's {by.model.max_positions} positions; "
-        f"{REMEDY}"
+        "`judge`: turns of %s are STRONG without a question, since one of %d tokens and %d more "
+        "exceed the teacher's %d positions; %s",
+        *(name, length, by.answer_tokens, by.model.max_positions, REMEDY),
     )
 
 

@@ -7,7 +7,6 @@ conversations, make the same decisions and start the same compiled programs.
 """
 
 import contextlib
-import functools
 import json
 import logging
 import os
@@ -16,6 +15,7 @@ import re
 import sys
 import threading
 import traceback
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
 
@@ -52,6 +52,9 @@ _LEAST_BYTES = 1024
 _BROKEN_CONNECTION = re.compile(
     "(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): "
 )
+
+_MOST_ALIKE = 10
+_warned: defaultdict[str, set[str]] = defaultdict(set)  # by template
 
 # Held by the thread that ends the process. A second one waits for the end.
 _ending = threading.Lock()
@@ -243,11 +246,18 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-@functools.cache
-def warn(text: str) -> None:
-    """Logs a warning, once for all processes and however often it is given."""
+def warn(template: str, *values: object) -> None:
+    """Logs `template % values` as a warning, once for all processes and however often it is given.
+
+    Of one template at most `_MOST_ALIKE` are logged: a run may leave out a million tasks.
+    """
+    text, told = template % values, _warned[template]
+    if text in told or len(told) == _MOST_ALIKE:
+        return
+    told.add(text)
     if is_first():
-        logging.getLogger(__name__).warning(text)
+        last = "; more of this kind are not logged" if len(told) == _MOST_ALIKE else ""
+        logging.getLogger(__name__).warning("%s%s", text, last)
 
 
 def owns(row: int, rows: int) -> bool:

@@ -42,6 +42,22 @@ def test_without_the_variable_a_process_is_alone(monkeypatch: pytest.MonkeyPatch
         processes.share({0: "a", 2: "c"}, 3)
 
 
+def test_a_warning_is_given_once_and_of_one_kind_only_the_first(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for number in [*range(1000), *range(1000)]:
+        processes.warn("task %d of %s is left out", number, "a test")
+    processes.warn("of another kind")
+    *alike, last = caplog.messages
+    assert last == "of another kind"
+    assert alike[:-1] == [f"task {n} of a test is left out" for n in range(len(alike) - 1)]
+    assert (
+        alike[-1]
+        == f"task {len(alike) - 1} of a test is left out; more of this kind are not logged"
+    )
+    assert len(alike) < 20
+
+
 @pytest.mark.parametrize(("count", "rows"), [(1, 5), (2, 8), (3, 8), (4, 4), (4, 2)])
 def test_every_row_has_one_owner_and_nobody_many_more_than_others(
     monkeypatch: pytest.MonkeyPatch, count: int, rows: int
