@@ -149,13 +149,12 @@ def _listen(over: threading.Event) -> None:
 def end(error: BaseException) -> NoReturn:
     """Ends this process with an error, and the others with it. Any thread may call it."""
     with _ending:
-        lost = is_lost(error)
-        if not lost:
-            line, status = _explained(error)
-            _, status = _tell(line, status)
+        sys.stdout.flush()
+        if not is_lost(error):
+            status = _tell(*_explained(error))
         elif failure := _told():
-            line, status = failure
-            print_error(line)
+            print_error(failure[0])
+            status = failure[1]
         else:
             if not isinstance(error, LostProcesses):  # a computation's: it may have failed itself
                 traceback.print_exception(error)
@@ -183,11 +182,12 @@ def _explained(error: BaseException) -> tuple[str, int]:
     return f"process {jax.process_index()} failed ({what}); its own output has the traceback", 1
 
 
-def _tell(line: str, status: int) -> tuple[str, int]:
-    """Tells the other processes of a failure; returns the first that one of them told."""
+def _tell(line: str, status: int) -> int:
+    """Tells the other processes of a failure; returns the status of the first that was told."""
     with contextlib.suppress(Exception):  # another was first, or the coordinator is gone
         _coordinator().key_value_set(_FAILURE, json.dumps([line, status]))
-    return _told() or (line, status)
+    first_told = _told()
+    return first_told[1] if first_told else status
 
 
 def _told() -> tuple[str, int] | None:
