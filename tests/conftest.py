@@ -228,7 +228,7 @@ def small() -> tuple[str, ...]:
         "--config.rollout.extend_widths=48",
         "--config.train.length_multiple=192",
         "--config.train.response_multiple=72",
-        "--config.judge.length_multiple=256",
+        "--config.judge.extend_widths=256",
         "--config.judge.batch=16",
     )
 

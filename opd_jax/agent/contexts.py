@@ -40,8 +40,9 @@ class ContextCache:
         widths: Sequence[int],
         rows_read: int,
     ):
-        stacked = not isinstance(params["layers"], tuple)
-        self.params = gen.for_decoding(params) if stacked else params
+        if not isinstance(params["layers"], tuple):
+            params = gen.for_decoding(params, platform=jax.default_backend())
+        self.params = params
         self.sizes, self.sharded = sizes, model.is_sharded(params)
         self.widths, self.rows_read = widths, rows_read
         self.contexts: list[list[int]] = [[] for _ in range(rows)]

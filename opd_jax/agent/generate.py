@@ -62,9 +62,9 @@ class Sampled:
     stopped: jax.Array
 
 
-@partial(jax.jit, static_argnames=("config", "dtype", "gather"))
+@partial(jax.jit, static_argnames=("config", "dtype", "gather", "platform"))
 def sampling_params(
-    params: Params, *, config: ModelConfig, dtype: jnp.dtype, gather: bool
+    params: Params, *, config: ModelConfig, dtype: jnp.dtype, gather: bool, platform: str
 ) -> Params:
     """A copy of the parameters to sample with (`for_decoding`).
 
@@ -75,6 +75,7 @@ def sampling_params(
       dtype: compute dtype.
       gather: all-gather weights along `fsdp` first, so that no token waits for weights. If false
         they stay sharded: less memory.
+      platform: JAX's name for where it is sampled (`jax.default_backend`).
     """
     copy = jax.tree.map(
         lambda spec, p: constrain(p, *spec.axes, rules=SAMPLING_RULES if gather else RULES),
@@ -82,17 +83,17 @@ def sampling_params(
         cast(params, dtype),
         is_leaf=model.is_spec,
     )
-    return for_decoding(copy)
+    return for_decoding(copy, platform=platform)
 
 
-@jax.jit
-def for_decoding(params: Params) -> Params:
+@partial(jax.jit, static_argnames="platform")
+def for_decoding(params: Params, *, platform: str) -> Params:
     """The parameters as decoding reads them: unstacked, and on a CPU the head as [D, V].
 
     A CPU takes twice as long for a product with a transposed head, for every token.
     """
     params = model.unstack(params)
-    if jax.default_backend() == "cpu" and "head" not in params:
+    if platform == "cpu" and "head" not in params:
         params |= {"head": model.head(params)}
     return params
 

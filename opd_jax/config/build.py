@@ -80,6 +80,7 @@ def make_sampling_params(trained: Params, student: LoadedModel, settings: Settin
         config=student.config,
         dtype=jnp.dtype(settings.compute_dtype),
         gather=settings.rollout.gather_weights,
+        platform=jax.default_backend(),
     )
 
 

@@ -32,12 +32,14 @@ def judging(
     widths = judge.extend_widths
     new = next((width for width in widths if width >= work.new_in_question), widths[-1])
     calls = work.rows / at_once
-    pieces = {
-        "judging: first question": (widths[-1], calls * -(-work.question // widths[-1])),
-        "judging: question": (new, calls * (work.turns - 1) * -(-work.new_in_question // new)),
-    }
-    for name, (width, runs) in pieces.items():
-        yield teacher.read(name, cache, width, rows=at_once, runs=runs)
+    first = calls * -(-work.question // widths[-1])
+    later = calls * (work.turns - 1) * -(-work.new_in_question // new)
+    if new == widths[-1]:
+        later += first
+    else:
+        name = "judging: first question"
+        yield teacher.read(name, cache, widths[-1], rows=at_once, runs=first)
+    yield teacher.read("judging: question", cache, new, rows=at_once, runs=later)
     runs = work.rows / rows * work.turns
     if judge.decode == "generate":
         greedy = Sampling(temperature=0.0, top_k=0, top_p=1.0)

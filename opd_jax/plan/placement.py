@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from opd_jax.model import ModelConfig, is_spec, param_specs
+from opd_jax.model import ModelConfig, cache_layout, is_spec, param_specs
 from opd_jax.model.int8 import int8_specs, quantize_params
 from opd_jax.runtime import mesh as meshes
 
@@ -29,14 +29,19 @@ def device_bytes(tree: Any) -> int:
 
 @dataclass(frozen=True)
 class Placement:
-    """A mesh, which may be abstract, and the layout of caches on its platform.
+    """A mesh, which may be abstract, and its platform (JAX's name for it).
 
     The methods return `ShapeDtypeStruct`s where a run has arrays, hence the type `Any`. They raise
     ValueError if a dimension does not divide over the mesh.
     """
 
     mesh: meshes.AnyMesh
-    layout: str
+    platform: str
+
+    @property
+    def layout(self) -> str:
+        """The layout of caches."""
+        return cache_layout(self.platform)
 
     def params(
         self, sizes: ModelConfig, dtype: str, *, gathered: bool = False, floats: str = "bfloat16"
@@ -76,8 +81,8 @@ class Placement:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.replicated(self.mesh))
 
 
-def unstacked(params: Any) -> Any:
-    """What `model.unstack` makes of abstract parameters."""
+def for_decoding(params: Any, *, platform: str) -> Any:
+    """What `generate.for_decoding` makes of abstract parameters."""
 
     def of_layer(stack: Any) -> Any:
         place = stack.sharding
@@ -86,7 +91,17 @@ def unstacked(params: Any) -> Any:
 
     layers = params["layers"]
     number = jax.tree.leaves(layers)[0].shape[0]
-    return params | {"layers": (jax.tree.map(of_layer, layers),) * number}
+    params = params | {"layers": (jax.tree.map(of_layer, layers),) * number}
+    if platform == "cpu" and "head" not in params:
+        table = params["embed"]
+        place = jax.NamedSharding(table.sharding.mesh, jax.P(*_two(table.sharding.spec)[::-1]))
+        params["head"] = jax.ShapeDtypeStruct(table.shape[::-1], table.dtype, sharding=place)
+    return params
+
+
+def _two(spec: Any) -> tuple[Any, ...]:
+    """The spec of a matrix with what it leaves out."""
+    return (*spec, None, None)[:2]
 
 
 def _shapes(specs: Any, dtype: Any) -> Any:

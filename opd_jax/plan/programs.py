@@ -13,12 +13,12 @@ from ml_collections import FrozenConfigDict
 from opd_jax.config import build
 from opd_jax.config.settings import Settings, read_settings
 from opd_jax.learner import train_state
-from opd_jax.model import ModelConfig, cache_layout, head_params
+from opd_jax.model import ModelConfig, head_params
 from opd_jax.model.lora import lora_specs, with_adapters
 from opd_jax.plan.chips import Slice
 from opd_jax.plan.judging import judging
 from opd_jax.plan.models import planned_pair
-from opd_jax.plan.placement import Placement, device_bytes, unstacked
+from opd_jax.plan.placement import Placement, device_bytes, for_decoding
 from opd_jax.plan.program import Program, Resident, Run
 from opd_jax.plan.sampling import Player, copying, evaluation, rollout
 from opd_jax.plan.training import training
@@ -45,7 +45,7 @@ def plan_run(
     config, changes = fit_to_slice(config, chips=where.chips, given=given)
     settings, sizes = read_settings(config), config.mesh.to_dict()
     mesh = make_mesh(**sizes, devices=devices) if devices else abstract_mesh(**sizes)
-    place, work = Placement(mesh, cache_layout(where.chip.platform)), workload(settings)
+    place, work = Placement(mesh, where.chip.platform), workload(settings)
     student, teacher = planned_pair(settings)
     lora = build.adapters(settings)
     loaded = place.params(student.sizes, student.dtype)
@@ -68,7 +68,10 @@ def plan_run(
     sampler = Player(place, student.sizes, copy, own + others)
     expert = Player(place, teacher.sizes, frozen, own) if teacher else None
     # When the teacher plays, it has a copy to sample with too.
-    playing = Player(place, teacher.sizes, unstacked(frozen), own + others) if teacher else None
+    playing = None
+    if teacher:
+        copied = for_decoding(frozen, platform=place.platform)
+        playing = Player(place, teacher.sizes, copied, own + others)
 
     def programs() -> Iterator[Program]:
         source = settings.data.source
@@ -105,6 +108,6 @@ def _copy(settings: Settings, sizes: ModelConfig, place: Placement) -> Any:
     kept = "int8" if settings.lora.int8 else floats
     own = place.params(sizes, kept, gathered=gathered, floats=floats)
     if lora is None:
-        return unstacked(own)
+        return for_decoding(own, platform=place.platform)
     adapters = place.arrays(lora_specs(sizes, lora), floats, gathered=gathered)
-    return unstacked(with_adapters(own, adapters, lora))
+    return for_decoding(with_adapters(own, adapters, lora), platform=place.platform)

@@ -119,6 +119,7 @@ def copying(
         "config": student.sizes,
         "dtype": jnp.dtype(settings.compute_dtype),
         "gather": settings.rollout.gather_weights,
+        "platform": student.place.platform,
     }
     moved = {"parameters": device_bytes(trained), "copy": size}
     name, function = "copy to sample with", generate.sampling_params

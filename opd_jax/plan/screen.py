@@ -6,7 +6,7 @@ from typing import Any
 from opd_jax.plan.chips import GIB
 from opd_jax.report.tables import table
 
-_SHOWN = 4  # collectives on one screen
+_SHOWN = 3  # collectives on one screen
 _PEAKS = (("memory", GIB, "GiB"), ("flops", 1e12, "TFLOP/s bf16"), ("bandwidth", 1e9, "GB/s"))
 
 

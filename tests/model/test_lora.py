@@ -83,7 +83,9 @@ def tokens() -> np.ndarray:
 
 def sampled(params: Params) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and log-probabilities of eight samples after four given tokens, as in a rollout."""
-    weights = gen.sampling_params(params, config=CONFIG, dtype=jnp.float32, gather=True)
+    weights = gen.sampling_params(
+        params, config=CONFIG, dtype=jnp.float32, gather=True, platform="cpu"
+    )
     kv = model.init_cache(CONFIG, batch=ROWS, slots=LENGTH, dtype=jnp.float32, layout="BGSH")
     kv = gen.extend(weights, kv, tokens()[:, :4], jnp.full(ROWS, 3), config=CONFIG, sharded=False)
     _, out = gen.generate(

@@ -115,7 +115,9 @@ def sampled_with_adapters(mesh: Mesh) -> tuple[list[list[int]], np.ndarray]:
 def sampled_from(params: Params, *, gather: bool = True) -> tuple[list[list[int]], np.ndarray]:
     """Tokens and log-probabilities of two turns, after ragged prompts and observations."""
     rng = np.random.default_rng(1)
-    weights = gen.sampling_params(params, config=STUDENT, dtype=jnp.float32, gather=gather)
+    weights = gen.sampling_params(
+        params, config=STUDENT, dtype=jnp.float32, gather=gather, platform="tpu"
+    )
     kv = model.init_cache(STUDENT, batch=ROWS, slots=SLOTS, dtype=jnp.float32, layout="BGSH")
     keys = jax.random.split(jax.random.key(3), ROWS)
     place = kv.keys[0].sharding

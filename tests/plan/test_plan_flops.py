@@ -15,7 +15,7 @@ from opd_jax.plan.jaxpr_flops import count_flops
 QWEN = replace(TINY, vocab_size=96, num_layers=3, tied=True)
 
 
-def flops(function, *shapes, while_trips=None):
+def flops(function, *shapes, while_trips=()):
     args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     return count_flops(jax.make_jaxpr(function)(*args), while_trips=while_trips)
 
@@ -40,10 +40,16 @@ def test_a_while_loop_with_products_needs_its_trips():
     def loop(x):
         return jax.lax.while_loop(lambda c: jnp.all(c < 9), lambda c: c @ c, x)
 
-    assert flops(loop, (3, 3), while_trips=7) == 7 * 54
+    assert flops(loop, (3, 3), while_trips=[7]) == 7 * 54
     with pytest.raises(ValueError, match="`while_trips`"):
         flops(loop, (3, 3))
     assert flops(lambda x: jax.lax.while_loop(jnp.any, lambda c: c - 1, x), (3,)) == 0
+    # Those inside it have trips of their own; 2.5 is a mean.
+    twice = [
+        lambda x: loop(loop(x)),
+        lambda x: jax.lax.while_loop(jnp.any, loop, x),
+    ]
+    assert [flops(f, (3, 3), while_trips=[4, 2.5]) for f in twice] == [8 * 54, 10 * 54]
 
 
 def test_the_most_expensive_branch_counts():
@@ -112,4 +118,4 @@ def test_a_forward_pass_is_its_weights_and_its_attention():
     # Each chunk of queries sees the keys up to its own end; scores and values are a product each.
     pairs = sum(chunk * end for end in range(chunk, T + 1, chunk))
     expected = c.num_layers * (2 * B * T * weights + 2 * 2 * B * pairs * heads)
-    assert count_flops(traced, while_trips=None) == expected
+    assert count_flops(traced) == expected
