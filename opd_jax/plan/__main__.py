@@ -4,10 +4,10 @@
 
 --topology is a slice of v5e, v5p or v6e; `local` compiles for the devices of this machine, with the
 config's mesh as it is. --smallest tries the slices of the topology's family, from the smallest on,
-until the run fits. --verbose prints every table and --json everything as one object.
---compile=false leaves out the compiler, which takes minutes; --limit_s is how long it may take for
-one program. --cache is the directory of its remembered results, by default in the user's cache
-directory.
+until the run fits. --search tries every mesh of the slice by counting, and ranks them. --verbose
+prints every table and --json everything as one object. --compile=false leaves out the compiler,
+which takes minutes; --limit_s is how long it may take for one program. --cache is the directory of
+its remembered results, by default in the user's cache directory.
 """
 
 import json
@@ -25,6 +25,7 @@ from opd_jax.plan.compiling import DEFAULT_CACHE, compile_programs, has_compiler
 from opd_jax.plan.program import Run
 from opd_jax.plan.programs import plan_run
 from opd_jax.plan.report import describe
+from opd_jax.plan.search import search
 from opd_jax.plan.smallest import smallest
 from opd_jax.plan.verdict import MISFIT, verdict
 from opd_jax.report.tables import table
@@ -41,6 +42,7 @@ def main(argv: Sequence[str]) -> None:
             needs_workdir=False,
             topology=str,
             smallest=False,
+            search=False,
             json=False,
             verbose=False,
             compile=True,
@@ -72,6 +74,11 @@ def _run(config: Any, given: Sequence[str], flags: dict[str, Any]) -> None:
                 break
         return describe(run, results)
 
+    if flags["search"]:
+        where = chips.find(topology, local_chips=math.prod(config.mesh.values()))
+        found = search(config, where, fit=lambda tried: plan_run(tried, where, given=given))
+        print(json.dumps(found, indent=1) if flags["json"] else table(found, list(found[0])))
+        return
     rows: list[dict[str, str]] = []
     result: dict[str, Any] | None
     if flags["smallest"]:

@@ -13,6 +13,10 @@ import jax
 GIB = 2**30
 
 
+# How long a collective of few bytes is assumed to take. Measured figures are not published.
+LATENCY_S = 5e-6
+
+
 @dataclass(frozen=True)
 class Chip:
     """One accelerator; None is unknown."""

@@ -51,6 +51,8 @@ class Program:
     runs: float  # in one update; 0 for programs of evaluations
     static: dict[str, Any] = field(default_factory=dict)  # keyword arguments
     trips: tuple[float, ...] = ()  # of its `while` loops, each inside the one before
+    # Collectives in one run that all that follows waits for: sums of a layer's output over devices.
+    waits: float = 0
     temporaries: int = 0  # bytes on each device that it needs beyond its arguments, at least
 
 

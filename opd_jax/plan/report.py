@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from opd_jax.model import is_spec, param_specs
+from opd_jax.plan.chips import LATENCY_S
 from opd_jax.plan.models import PlannedModel
 from opd_jax.plan.placement import device_bytes
 from opd_jax.plan.program import Program, Run
@@ -49,6 +50,7 @@ def describe(run: Run, compiled: Mapping[str, Mapping[str, Any]] | None) -> dict
         "residents": run.residents,
         "programs": programs,
         "update_seconds": update,
+        "waiting_seconds": sum(p["runs"] * p["waits"] for p in programs) * LATENCY_S,
         "sampling_share": seconds.get(SAMPLING, 0.0) / update if update else None,
         "collectives": _collectives(run, results),
     }
@@ -78,6 +80,7 @@ def _program(run: Run, program: Program, result: Mapping[str, Any] | None) -> di
         "refused": found.get("refused", ""),
         "flops": flops,
         "moved": program.moved,
+        "waits": program.waits,
         "by_flops": by_flops,
         "by_bandwidth": by_bandwidth,
         "seconds": max(known, default=None) if program.runs else None,

@@ -1,5 +1,6 @@
 """The programs of rollouts and evaluations: a copy of the parameters, reading, sampling."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -101,6 +102,17 @@ class Player:
             runs,
             {"config": self.sizes, "sharded": is_sharded(self.params), **static},
             trips=(slots_read / min(BLOCK, slots),),
+            waits=times * self._waits(math.prod((batch, *rows[0]))),
+        )
+
+    def _waits(self, tokens: int) -> int:
+        """The collectives that follow each other in one pass of so many tokens."""
+        mesh, layers = self.place.mesh.shape, self.sizes.num_layers
+        few = tokens <= self.sizes.d_model * mesh["data"]
+        # Sums over `tensor`: after attention and after the feed-forward layer, of the embedding and
+        # of the logits. Over `fsdp`: of each projection, if a few tokens go to sharded weights.
+        return (2 * layers + 2) * (mesh["tensor"] > 1) + 4 * layers * (
+            is_sharded(self.params) and few
         )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from opd_jax.plan.chips import GIB
+from opd_jax.plan.chips import GIB, LATENCY_S
 from opd_jax.report.tables import table
 
 _SHOWN = 3  # collectives on one screen
@@ -87,6 +87,11 @@ def _seconds(report: Mapping[str, Any]) -> str:
     ]
     share = f"{report['sampling_share']:.0%} of it is sampling"
     end = f"An update takes at least {total:.3g} s; {share}. Times are bounds, not predictions."
+    if waiting := report["waiting_seconds"]:
+        end += (
+            f" Small collectives that follow each other add {waiting:.3g} s, if each takes "
+            f"{LATENCY_S * 1e6:.0f} µs."
+        )
     return f"{_table(rows)}\n{end}"
 
 

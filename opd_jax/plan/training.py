@@ -55,6 +55,8 @@ def training(
         {name: passes(*array) for name, array in arrays.items()},
         ("teacher's body",) if said else ("teacher's body", "teacher's head"),
         1,
+        # Over `tensor`: two sums a layer, forwards, backwards, and where it is rematerialized.
+        waits=2 * student.sizes.num_layers * forward_and_backward * (settings.mesh.tensor > 1),
         temporaries=sum(size for size, _ in held.values()),
     )
 
