@@ -1,0 +1,48 @@
+"""Compilation: programs are kept between runs, and named before they are compiled."""
+
+import logging
+import re
+
+import jax
+
+from opd_jax.runtime import processes
+from opd_jax.runtime.files import local_path
+
+# What the large programs do, by the names of their functions. Small ones compile at once.
+PROGRAMS = {
+    "sampling_params": "the copy to sample with",
+    "extend": "reading",
+    "generate": "sampling",
+    "label_scores": "judging",
+    "teacher_pass": "the teacher's pass",
+    "train_step": "the update",
+}
+# Where JAX says that it compiles, before it does.
+_LOGGER = "jax._src.interpreters.pxla"
+
+
+def start(program_cache: str) -> None:
+    """Keeps compiled programs in a folder, and announces those that take long.
+
+    Args:
+      program_cache: the folder; "" keeps none. What `JAX_COMPILATION_CACHE_DIR` names comes first.
+
+    Raises:
+      ValueError: it is a URL.
+    """
+    if program_cache and not jax.config.values["jax_compilation_cache_dir"]:
+        folder = local_path(program_cache, name="program_cache")
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    logger = logging.getLogger(_LOGGER)
+    if not any(isinstance(handler, _Announcer) for handler in logger.handlers):
+        logger.setLevel(logging.DEBUG)
+        logger.addHandler(_Announcer())
+
+
+class _Announcer(logging.Handler):
+    """Says which program is compiled next. One that was kept is loaded in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        found = re.match(r"Compiling (?:jit\()?(\w+)", record.getMessage())
+        if found and (what := PROGRAMS.get(found[1])):
+            processes.say(f"compiling {what} ({found[1]})")

@@ -1,0 +1,88 @@
+"""Compiled programs are kept between runs, and large ones are named before they are compiled."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from opd_jax.runtime import compilation
+
+PROGRAM = """
+import sys
+import jax
+from opd_jax.runtime import compilation
+
+hits = []
+jax.monitoring.register_event_listener(lambda name, **_: hits.append(name))
+compilation.start(sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.jit(lambda x: x @ x)(jax.numpy.ones((4, 4)))
+print(hits.count("/jax/compilation_cache/cache_hits"), jax.config.jax_compilation_cache_dir)
+"""
+
+
+def run(folder: str, **variables: str) -> tuple[int, str]:
+    """Programs that were loaded, and where they are kept."""
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, folder],
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded, place = done.stdout.split()
+    return int(loaded), place
+
+
+def test_a_second_run_loads_what_the_first_compiled(tmp_path: Path) -> None:
+    folder = str(tmp_path / "programs")
+    assert run(folder) == (0, folder)
+    loaded, _ = run(folder)
+    assert loaded > 0
+    # Switched off; and the variable that JAX knows comes first.
+    assert run("") == (0, "None")
+    assert run(folder, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own")) == (0, f"{tmp_path}/own")
+
+
+def test_a_url_is_no_folder() -> None:
+    before = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        with pytest.raises(ValueError, match="`program_cache`"):
+            compilation.start("gs://bucket/programs")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_large_program_is_named_once_before_it_is_compiled(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    compilation.start("")
+    compilation.start("")  # a second run of the same process
+
+    @jax.jit
+    def train_step(x: jax.Array) -> jax.Array:
+        print("traced")
+        return x * 3.0
+
+    @jax.jit
+    def small(x: jax.Array) -> jax.Array:
+        return x + 5.0
+
+    for size in (2, 2, 3):
+        small(train_step(jnp.ones(size)))
+    said = "traced\ncompiling the update (train_step)\n"
+    assert capsys.readouterr().out == said * 2
+
+
+def test_the_programs_that_are_named_are_those_that_a_run_compiles() -> None:
+    from opd_jax.agent import generate
+    from opd_jax.judge import answer
+
+    named = [generate.sampling_params, generate.extend, generate.generate, answer.label_scores]
+    assert {function.__name__ for function in named} < compilation.PROGRAMS.keys()
