@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from opd_jax.envs.turns import encodable
 from opd_jax.hf.chat_template import ROLES, render
 
 # The response that stands for earlier ones in a context that shows only the last few turns.
@@ -22,7 +23,8 @@ LEFT_OUT = "(Earlier turns are left out.)"
 class ChatFormat:
     """A chat template cut into the texts around message contents, thinking switched off.
 
-    Contents are not changed, even if the template would trim them. The text of a special token
+    Contents are not changed, even if the template would trim them; only a lone surrogate becomes
+    `?`. The text of a special token
     inside a content is encoded as ordinary text, so an observation cannot end a turn. Added tokens
     that are not declared special (Qwen3's `<think>`) stay single tokens.
 
@@ -138,6 +140,7 @@ class ChatFormat:
 
     def _join(self, texts: tuple[str, ...], contents: tuple[str, ...]) -> list[int]:
         """Token ids of texts and contents in turn; special tokens are read in `texts` only."""
+        contents = tuple(encodable(content) for content in contents)
         parts = [texts[0]]
         for content, text in zip(contents, texts[1:], strict=True):
             parts += [content, text]

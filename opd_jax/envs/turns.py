@@ -1,4 +1,4 @@
-"""What all environments do in a turn: count it, read its response, list what is admissible."""
+"""What all environments do in a turn: count it, read text, list what is admissible."""
 
 import re
 from collections.abc import Sequence
@@ -109,6 +109,14 @@ def before_invented_turn(response: str, invented: re.Pattern[str]) -> tuple[str,
     spoken = response[start:].lstrip()
     turn = invented.search(spoken)
     return (spoken[: turn.start()], True) if turn else (spoken, False)
+
+
+def encodable(text: str) -> str:
+    """The text with `?` for each lone surrogate, such as half an emoji, which UTF-8 cannot encode.
+
+    Scraped pages and JSON have them, and a tokenizer refuses them.
+    """
+    return text.encode("utf-8", "replace").decode()
 
 
 def listed(commands: Sequence[str], most: int) -> str:

@@ -258,6 +258,13 @@ def test_special_tokens_in_contents_stay_text(tokenizer, template):
         assert tokenizer.decode(harmful) == tokenizer.decode(harmless).replace("note", attack)
 
 
+def test_half_an_emoji_in_a_content_becomes_a_question_mark(tokenizer):
+    chat = ChatFormat.from_tokenizer(with_template(tokenizer, PLAIN))
+    assert chat.first("a \ud83d", "\ude00 b") == chat.first("a ?", "? b")
+    assert chat.follow("\ud83d", ended=True) == chat.follow("?", ended=True)
+    assert chat.first("", "\U0001f600") != chat.first("", "?")
+
+
 def test_a_template_without_the_system_role_takes_no_system_message(tokenizer):
     refuse = (
         "{%- if messages[0].role == 'system' -%}{{ raise_exception('no system') }}{%- endif -%}"

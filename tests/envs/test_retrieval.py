@@ -111,12 +111,14 @@ def test_a_corpus_is_read_in_both_forms(tmp_path):
         {"id": "0", "contents": '"Ode"\nThe Ode is a river.\nIt is short.'},
         {"id": 7, "title": "Tern", "text": "The Tern is one too."},
         {"contents": "Alder"},
+        {"id": "\ud83d", "title": "half \ud83d", "text": "an emoji \ude00"},
     ]
     path.write_text("\n\n".join(json.dumps(line) for line in lines))
     assert list(read_corpus(path)) == [
         Passage("0", "Ode", "The Ode is a river.\nIt is short."),
         Passage("7", "Tern", "The Tern is one too."),
         Passage("", "Alder", ""),
+        Passage("?", "half ?", "an emoji ?"),
     ]
 
 

@@ -441,6 +441,14 @@ def test_a_line_that_is_no_question_is_named(published):
             questions(published, "nq", 500)
 
 
+def test_half_an_emoji_in_a_question_becomes_a_question_mark(published):
+    half = {"id": "\ud83d", "question": "who \ud83d", "golden_answers": ["\ude00 x"]}
+    (published / "nq/test.jsonl").write_text(json.dumps(half))
+    read = questions(published, "nq", 500)
+    assert read == (Question("searchqa/nq/?", "nq", "who ?", ("? x",)),)
+    assert digest(read) == hashlib.sha256(b"searchqa/nq/?\twho ?\t? x").hexdigest()
+
+
 def test_data_and_retriever_must_be_named_and_exist(tmp_path):
     for data in ("", "no such folder"):
         with pytest.raises(ValueError, match=f"`data`: expected a folder .*'{data}'"):

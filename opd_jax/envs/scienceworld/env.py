@@ -21,7 +21,7 @@ from opd_jax.envs.scienceworld import tasks
 from opd_jax.envs.scienceworld.engine import Engine
 from opd_jax.envs.scienceworld.jvm import EpisodeLost, Reply, check_installed
 from opd_jax.envs.scienceworld.prompts import TASK, TELEPORT, system_message, turn_message
-from opd_jax.envs.turns import TurnClock
+from opd_jax.envs.turns import TurnClock, encodable
 
 PREAMBLE = "Your task is to "
 ELECTRICITY = "noElectricalAction"
@@ -249,9 +249,7 @@ class ScienceWorld:
         command, why = parse_response(response)
         if why:
             return self._observe(NO_ACTION, "", why)
-        # A model may write a lone surrogate, which UTF-8 cannot encode.
-        command = command.encode("utf-8", "replace").decode()
-        command = " ".join(command.split()).rstrip(" .")
+        command = " ".join(encodable(command).split()).rstrip(" .")
         words = [word for word in command.lower().split() if word not in _ARTICLES]
         if words == _FORBIDDEN:
             return self._observe(FAILURES["unknown"][0], command, "unknown")

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from opd_jax.envs.turns import encodable
+
 
 @dataclass(frozen=True)
 class Passage:
@@ -72,7 +74,8 @@ def passage_from(document: Mapping[str, Any]) -> Passage:
                 "a passage needs `contents`, or `title` and `text`, as strings; got the fields "
                 f"{', '.join(map(str, document)) or 'none'}"
             )
-    return Passage(id=str(document.get("id", "")), title=title, text=text)
+    id = str(document.get("id", ""))
+    return Passage(id=encodable(id), title=encodable(title), text=encodable(text))
 
 
 def read_corpus(path: Path) -> Iterator[Passage]:

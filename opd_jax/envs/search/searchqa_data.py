@@ -12,6 +12,7 @@ from pathlib import Path
 
 from opd_jax.envs.base import NoTasks
 from opd_jax.envs.search.questions import Question, panel
+from opd_jax.envs.turns import encodable
 
 # Set -> its evaluation file: `dev` if the published test questions have no answers.
 SETS = {
@@ -59,7 +60,8 @@ def _question(row: object, name: str) -> Question:
             "expected `id`, `question` and `golden_answers`, a list of at least one string; got "
             f"{json.dumps(row)[:200]}"
         )
-    return Question(f"searchqa/{name}/{fields['id']}", name, text.strip(), tuple(answers))
+    id = encodable(f"searchqa/{name}/{fields['id']}")
+    return Question(id, name, encodable(text.strip()), tuple(map(encodable, answers)))
 
 
 @cache  # all environments of a process share the questions
