@@ -103,7 +103,7 @@ def edit_template(tokenizer: Any, before: str, after: str) -> None:
     [
         (lambda t: None, None),
         (lambda t: t.add_tokens(["<think>"]), "token 89 is absent .*'<think>' in the teacher"),
-        (lambda t: setattr(t, "eos_token", "word1"), "special token eos_token is '<.im_end.>' in"),
+        (lambda t: setattr(t, "eos_token", "word1"), None),
         (lambda t: setattr(t, "pad_token", "word1"), None),
         (lambda t: setattr(t, "unk_token", "word1"), None),
         (lambda t: edit_template(t, "{# of another year #}", ""), None),
