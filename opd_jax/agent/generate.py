@@ -43,6 +43,15 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"`top_p`: expected above 0 and at most 1, got {self.top_p}")
 
+    @property
+    def greedy(self) -> bool:
+        """Whether only the most likely token can be drawn.
+
+        It has at least the mean mass, so a `top_p` up to 1e-6 keeps it alone in any vocabulary of
+        up to a million tokens.
+        """
+        return self.temperature == 0 or self.top_k == 1 or self.top_p <= 1e-6
+
 
 @struct.dataclass
 class Sampled:

@@ -347,9 +347,9 @@ def _check_source(s: Settings) -> None:
     objective, rollout, source = s.objective, s.rollout, s.data.source
     problems = [
         (
-            rollout.per_task > 1 and rollout.temperature == 0,
+            rollout.per_task > 1 and rollout.sampling.greedy,
             "`rollout.per_task` above 1 would repeat the greedy episode of a task: set it to 1, or "
-            "`rollout.temperature` above 0",
+            "`rollout.temperature` above 0, `rollout.top_k` to 0 and `rollout.top_p` to 1",
         ),
         (
             rollout.per_task > 1 and source == "expert",

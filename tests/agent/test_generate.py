@@ -338,6 +338,7 @@ def draw(
         (1.0, 0, 1.0),
         (0.4, 0, 1.0),
         (2.0, 3, 1.0),
+        (1.0, 1, 1.0),
         (1.0, 99, 0.7),
         (1.0, 0, 1e-6),
         (1.5, 5, 0.8),
@@ -346,6 +347,7 @@ def draw(
 def test_draws_follow_the_exact_distribution(temperature: float, top_k: int, top_p: float) -> None:
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     probs = exact_probs(LOGITS, sampling)
+    assert sampling.greedy == (np.count_nonzero(probs) == 1)
     tokens, logprobs = map(np.asarray, draw(LOGITS, 0, sampling=sampling, draws=DRAWS))
     counts = np.bincount(tokens, minlength=len(LOGITS))
     assert not counts[probs == 0].any()

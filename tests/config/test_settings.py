@@ -130,6 +130,8 @@ def test_whole_numbers_serve_as_floats_and_lists_as_tuples() -> None:
         ("compare.methods=sage", "`compare.seeds`: expected at least one seed"),
         ("compare.methods=opd compare.seeds=1,1", "`compare.seeds`: expected each once, got 1, 1"),
         ("rollout.per_task=2 rollout.temperature=0", "would repeat the greedy episode of a task"),
+        ("rollout.per_task=2 rollout.top_k=1", "would repeat the greedy episode of a task"),
+        ("rollout.per_task=2 rollout.top_p=1e-6", "would repeat the greedy episode of a task"),
         ("compare.methods=sage,ppo", "`compare.methods`: expected one of opd, .* got 'ppo'"),
         # Of several sections.
         ("train.micro_batches=3", "`rollout.batch` = 16 .* `train.micro_batches` = 3; .* divisor"),
