@@ -21,8 +21,13 @@ def make_player(
       habits: keyword arguments of players that take some, by the player's name.
 
     Raises:
-      ValueError: the environment has no such player.
+      ValueError: the environment has no such player, or lists no commands for the random one.
     """
+    if name == "random" and dict(env.options).get("list_admissible") == 0:
+        raise ValueError(
+            f"`{field}`: the random player picks among admissible commands, and with "
+            "`env.list_admissible` = 0 there are none; set that above 0, or leave the player out"
+        )
     known = _PLAYERS[env.by](env, habits) if env.by in _PLAYERS else {"random": _random}
     if name not in known:
         raise ValueError(

@@ -38,6 +38,9 @@ def test_every_player_is_looked_for() -> None:
     for field, names in (("data.source", "expert"), ("eval.who", "before,expert")):
         with pytest.raises(ValueError, match=rf"`{field}`: searchqa has no .*'expert'.* random"):
             build.check_players(read("searchqa_qwen3", f"{field}={names}"))
+    nothing_listed = ("env.list_admissible=0", "eval.who=before,random")
+    with pytest.raises(ValueError, match=r"`eval.who`: the random player .*`env.list_admissible`"):
+        build.check_players(read("scienceworld_qwen3", *nothing_listed))
 
 
 def test_an_agent_for_evaluation_differs_in_temperature_only() -> None:

@@ -7,8 +7,10 @@ import pytest
 from settings import read
 
 from opd_jax.config import build
+from opd_jax.envs.base import Observation
 from opd_jax.envs.make import EnvSettings, invented, make_env
 from opd_jax.envs.players import make_player
+from opd_jax.envs.react import RESPONSE, TRY, Random
 from opd_jax.envs.turns import before_invented_turn
 from opd_jax.envs.workers import Worker
 from opd_jax.experience.demonstrations import play_out
@@ -137,6 +139,12 @@ def test_an_environment_of_ones_own_plays(where: str, mine: Path) -> None:
     walked = [f"You are at {place} of 3." for place in (1, 2, 3)]
     assert episode(settings.env) == [*walked, "success"]
     assert episode(read(f"{mine}:{where}", "env.length=9").env)[-1] == "turn_limit"
+
+
+def test_where_nothing_is_admissible_the_random_player_says_nothing() -> None:
+    dead_end, crossing = Observation("wall", "wall", ()), Observation("way", "way", ("go",))
+    player = Random(random.Random(0))
+    assert [player.respond(seen) for seen in (dead_end, crossing)] == ["", RESPONSE % (TRY, "go")]
 
 
 def test_mistakes_about_an_environment_of_ones_own_are_named(mine: Path) -> None:
