@@ -135,6 +135,11 @@ def read_token_ids(folder: str | Path) -> dict[str, Any]:
 def _read_family(folder: Path, raw: dict) -> _Family:
     """The family of the architecture; refuses every key that would change the model."""
     architecture = next(iter(raw.get("architectures") or ()), None)
+    if architecture is None and "rollout" in raw:
+        raise ValueError(
+            f"`{folder}` is the workdir of a run, not a model folder; export its student with "
+            f"`python -m opd_jax.export --workdir={folder} --out=DIR` and give DIR"
+        )
     if architecture not in FAMILIES:
         _refuse(folder, "architectures", architecture, ", ".join(FAMILIES))
     model_type = FAMILIES[architecture].model_type

@@ -10,14 +10,16 @@ _WEIGHTS = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.npz"),
     *("*.onnx", "*.onnx_data", "*.ot", "*.tflite", "*.index.json"),
 )
+# What is read of a model: config, tokenizer, chat template and weights.
+_READ = (".json", ".jinja", ".model", ".safetensors")
 
 
 def check_folder(folder: Path) -> None:
     """Checks that a model folder exists and holds a whole model.
 
     Raises:
-      ValueError: it does not exist, with how a model is downloaded; or it holds adapters, which
-        `transformers` would add.
+      ValueError: it does not exist, with how a model is downloaded; it is a file; a file of the
+        model is a link to nothing; or it holds adapters, which `transformers` would add.
     """
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
@@ -25,7 +27,13 @@ def check_folder(folder: Path) -> None:
             "model with `merge_and_unload` of peft, and give the folder of the sum"
         )
     if folder.is_dir():
+        _check_links(folder)
         return
+    if folder.exists():
+        raise ValueError(
+            f"model folder `{folder}` is a file; give the folder that holds config.json, "
+            "safetensors files and the tokenizer"
+        )
     # OWNER/NAME, as models of the Hub are called, and not a path into a folder that is there.
     named = re.fullmatch(r"(?!models/)[\w-][\w.-]*/[\w-][\w.-]*", str(folder))
     on_hub = bool(named) and not folder.parent.is_dir()
@@ -35,6 +43,16 @@ def check_folder(folder: Path) -> None:
         f"model folder `{folder}` does not exist; check the path, or download the model with "
         f"`hf download {name} --local-dir {target}` and give {target}"
     )
+
+
+def _check_links(folder: Path) -> None:
+    """Checks that no file of the model is a link to nothing, as in a part of the Hub's cache."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _READ and path.is_symlink() and not path.exists():
+            raise ValueError(
+                f"model folder `{folder}`: {path.name} is a link to `{path.readlink()}`, which is "
+                "not there; copy the files that the links name, or fetch the model again"
+            )
 
 
 def copy_beside_weights(source: Path, folder: Path) -> None:

@@ -1,14 +1,16 @@
 """Live objects from settings: players, agents, labellers, demonstrators."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from settings import one_device, read
 
 from opd_jax.agent.conversation import Conversation
-from opd_jax.config import build
+from opd_jax.config import build, load
 from opd_jax.config.models import LoadedModel, load_student, new_model
 from opd_jax.config.settings import Settings
+from opd_jax.config.stored import store
 from opd_jax.envs.make import make_env
 from opd_jax.losses import NO_TURN, Verdict
 
@@ -61,6 +63,13 @@ def test_a_context_beyond_a_models_positions_is_refused_before_anything_is_loade
         build.check_named(pair("new_model.max_positions=700", "rollout.context_tokens=701"))
     with pytest.raises(ValueError, match="nowhere"):
         build.check_named(read("quickstart", "teacher=nowhere"))
+
+
+def test_a_workdir_is_no_model(tmp_path: Path) -> None:
+    store(load("quickstart", []), tmp_path)
+    for who in ("student", "teacher"):
+        with pytest.raises(ValueError, match=f"workdir of a run.* --workdir={tmp_path} --out="):
+            build.check_named(read("quickstart", f"{who}={tmp_path}"))
 
 
 def test_without_intervention_every_turn_is_strong_and_nobody_is_asked() -> None:

@@ -207,6 +207,24 @@ def test_a_folder_with_adapters_is_refused(references: dict, tmp_path: Path) -> 
         hf.read_config(folder)
 
 
+def test_a_file_is_no_model_folder(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_text("x")
+    for read in (hf.read_config, hf.load_tokenizer):
+        with pytest.raises(ValueError, match=r"m\.gguf` is a file; give the folder that holds"):
+            read(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_link_to_nothing_is_named(references: dict, tmp_path: Path, name: str) -> None:
+    folder = write_config(tmp_path, references["llama"].folder, {})
+    (folder / "README.md").symlink_to("blobs/readme")  # nothing reads it
+    hf.read_config(folder)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("blobs/1f")
+    with pytest.raises(ValueError, match=f"{name} is a link to `blobs/1f`, which is not there"):
+        hf.read_config(folder)
+
+
 def test_a_model_without_an_architecture_cannot_be_exported(references: dict) -> None:
     changes = {"qwen2": dict(qk_norm=True), "qwen3_moe": dict(qk_norm=False)}
     texts = {"qwen2": "`qk_norm` = True with `qkv_bias` = True and no experts"}
