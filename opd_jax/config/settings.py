@@ -39,6 +39,7 @@ from opd_jax.runtime.mesh import MeshShape
 
 EVALUATED = ("before", "teacher", "expert", "random")
 FLOATS = ("float32", "bfloat16")
+SEEDS = (0, 2**31 - 1)  # the least and the greatest
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class EvalSettings:
             raise ValueError("`splits`: expected at least one split, got none")
         check_within(1, tasks=self.tasks, batch=self.batch)
         check_within(0, temperature=self.temperature)
+        check_within(*SEEDS, seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class CompareSettings:
                 raise ValueError(f"`{name}`: expected each once, got {', '.join(map(str, given))}")
         if self.methods and not self.seeds:
             raise ValueError("`seeds`: expected at least one seed, got none")
+        for seed in self.seeds:
+            check_within(*SEEDS, seeds=seed)
 
 
 @dataclass(frozen=True)
@@ -134,11 +138,12 @@ class Settings:
     demonstrations: DemonstrationSettings | None = None
 
     def __post_init__(self):
-        check_within(0, 2**31 - 1, seed=self.seed)
+        check_within(*SEEDS, seed=self.seed)
         check_choice(FLOATS, dtype=self.dtype, compute_dtype=self.compute_dtype)
         check_choice((*FLOATS, "int8"), teacher_dtype=self.teacher_dtype)
         _check_student(self)
         _check_batches(self)
+        _check_retries(self)
         _check_source(self)
         _check_teacher(self)
 
@@ -339,6 +344,21 @@ def _check_batches(s: Settings) -> None:
         if size % ways:
             raise ValueError(
                 f"`{name}` = {size} does not divide over `mesh.data` × `mesh.fsdp` = {ways}"
+            )
+
+
+def _check_retries(s: Settings) -> None:
+    """A worker may live as long as its client of a retrieval server asks again."""
+    options = dict(s.env.options)
+    if not s.env.workers or not str(options.get("retriever")).startswith("http"):
+        return
+    longest_s = 60 * options.get("retry_minutes", 0) + options.get("timeout_s", 0)
+    for name in ("start_timeout_s", "step_timeout_s"):
+        if getattr(s.env, name) < longest_s:
+            raise ValueError(
+                f"`env.{name}` = {getattr(s.env, name):g} would end a worker that still asks the "
+                "retrieval server, which with `env.retry_minutes` and `env.timeout_s` may take "
+                f"{longest_s:g} s: set it to that at least, or `env.workers` to False"
             )
 
 

@@ -1,12 +1,13 @@
 """Environments from their settings: one of ours by name, or anybody's by `module:Class`."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from opd_jax.envs.base import Env
-from opd_jax.envs.workers import Worker
+from opd_jax.envs.workers import Worker, check_limits
 from opd_jax.runtime import by as named
 from opd_jax.runtime.fields import WORLD, affects, check_within
 
@@ -42,6 +43,7 @@ class EnvSettings:
 
     def __post_init__(self):
         check_within(1, max_turns=self.max_turns)
+        check_limits(start_timeout_s=self.start_timeout_s, step_timeout_s=self.step_timeout_s)
 
 
 def make_env(settings: EnvSettings, **changes: Any) -> Env:
@@ -56,7 +58,7 @@ def make_env(settings: EnvSettings, **changes: Any) -> Env:
         itself misses, such as its extra.
     """
     arguments = {**dict(settings.options), "max_turns": settings.max_turns, **changes}
-    kind = named.find(settings.by, ENVS, section="env")
+    kind = _find(settings.by)
     named.check_arguments(settings.by, kind, arguments, section="env")
     make = partial(kind, **arguments)
     if not settings.workers:
@@ -66,19 +68,30 @@ def make_env(settings: EnvSettings, **changes: Any) -> Env:
     )
 
 
+def _find(by: str) -> Callable[..., Env]:
+    """The class or function that `env.by` names; ValueError if there is none."""
+    found = named.find(by, ENVS, section="env")
+    if not callable(found):
+        raise ValueError(
+            f"`env.by` = {by!r}: expected a class or a function that makes an environment, got a "
+            f"{type(found).__name__}"
+        )
+    return found
+
+
 def world_options(by: str) -> tuple[str, ...]:
     """Names of an environment's options that change neither tasks nor answers (its `world`)."""
-    return getattr(named.find(by, ENVS, section="env"), "world", ())
+    return getattr(_find(by), "world", ())
 
 
 def labels_turns(by: str) -> bool:
     """Whether an environment's observations have an `oracle` (its `labels_turns`)."""
-    return getattr(named.find(by, ENVS, section="env"), "labels_turns", True)
+    return getattr(_find(by), "labels_turns", True)
 
 
 def invented(by: str) -> re.Pattern[str] | None:
     """Where an invented turn begins in a response (an environment's `invented`); None: unknown."""
-    return getattr(named.find(by, ENVS, section="env"), "invented", None)
+    return getattr(_find(by), "invented", None)
 
 
 def benchmark_splits(by: str) -> tuple[str, ...]:

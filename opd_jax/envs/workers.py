@@ -66,9 +66,7 @@ class Worker:
 
     def __init__(self, make: Callable[[], Env], *, start_timeout_s: float, step_timeout_s: float):
         self._limits = {"start_timeout_s": start_timeout_s, "step_timeout_s": step_timeout_s}
-        for name, seconds in self._limits.items():
-            if not 0 < seconds < math.inf:
-                raise ValueError(f"`{name}`: expected seconds above 0, got {seconds}")
+        check_limits(**self._limits)
         self.system = ""
         self.waits = True
         self.task = Task(id="", type="", goal="", scene="")
@@ -184,6 +182,13 @@ class Worker:
         process, self._process = self._process, None
         if process:
             process.kill()
+
+
+def check_limits(**limits_s: float) -> None:
+    """ValueError unless each limit is a positive number of seconds."""
+    for name, seconds in limits_s.items():
+        if not 0 < seconds < math.inf:
+            raise ValueError(f"`{name}`: expected seconds above 0, got {seconds}")
 
 
 def _pickled(make: Callable[[], Env]) -> str:

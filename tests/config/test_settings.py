@@ -127,6 +127,10 @@ def test_whole_numbers_serve_as_floats_and_lists_as_tuples() -> None:
         ("rollout.depth_every=0", "`rollout.depth_every`: expected at least 1, got 0"),
         ("eval.who=before,judge", "`eval.who`: expected one of before, .* got 'judge'"),
         ("eval.splits=", "`eval.splits`: expected at least one split"),
+        ("eval.seed=-1", r"`eval.seed`: expected 0\.\.2147483647, got -1"),
+        ("compare.seeds=0,-1", r"`compare.seeds`: expected 0\.\.2147483647, got -1"),
+        ("env.start_timeout_s=-1", r"`env.start_timeout_s`: expected seconds above 0, got -1"),
+        ("env.step_timeout_s=0", r"`env.step_timeout_s`: expected seconds above 0, got 0"),
         ("compare.methods=sage", "`compare.seeds`: expected at least one seed"),
         ("compare.methods=opd compare.seeds=1,1", "`compare.seeds`: expected each once, got 1, 1"),
         ("rollout.per_task=2 rollout.temperature=0", "would repeat the greedy episode of a task"),
@@ -177,6 +181,17 @@ def test_whole_numbers_serve_as_floats_and_lists_as_tuples() -> None:
 def test_a_mistake_names_its_fields(flags: str, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         read("quickstart", *flags.split())
+
+
+def test_a_worker_lives_as_long_as_it_may_ask_the_retrieval_server() -> None:
+    read("searchqa_qwen3")
+    working = ("env.workers=true", "env.retry_minutes=2", "env.timeout_s=30")
+    long = ("env.start_timeout_s=150", "env.step_timeout_s=150")
+    read("searchqa_qwen3", *working, *long)
+    read("searchqa_qwen3", *working, "env.step_timeout_s=9", "env.retriever=wiki.jsonl")
+    for name in ("start", "step"):
+        with pytest.raises(ValueError, match=f"`env.{name}_timeout_s` = 149 .* may take 150 s"):
+            read("searchqa_qwen3", *working, *long, f"env.{name}_timeout_s=149")
 
 
 def test_a_teacher_is_needed_only_where_it_is_used() -> None:

@@ -32,6 +32,8 @@ def test_fields_of_another_environment_are_named(config: str, by: str, wrong: st
 def test_unknown_names_are_errors() -> None:
     with pytest.raises(ValueError, match=r"`env.by`: expected one of household, .*'office'"):
         make_env(read("quickstart", "env.by=office").env)
+    with pytest.raises(ValueError, match=r"`env.by` = 'os:path': expected a class .* a module"):
+        make_env(read("quickstart", "env.by=os:path").env)
     with pytest.raises(ValueError, match=r"`eval.who`.*household.*'nobody'.*expert"):
         make_player("nobody", read("quickstart").env, field="eval.who", habits={})
 
