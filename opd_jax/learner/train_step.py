@@ -92,9 +92,9 @@ def make_train_step(
         parameters.
 
     Returns:
-      The update. Its metrics are `loss`, `z`, `sums` (`objective.Sums`), `grad_norm`,
-      `update_norm` and `no_step`, replicated. If no token has a weight, parameters and optimizer
-      stay as they are, and `no_step` is 1.
+      The update. Its metrics are `loss`, `z`, `sums` (`objective.Sums`), `grad_norm`, `update_norm`
+      (of new minus old parameters) and `no_step`, replicated. If no token has a weight, parameters
+      and optimizer stay as they are, and `no_step` is 1.
 
     Raises:
       ValueError: when the update is traced: the batch does not divide into the micro-batches, the
@@ -142,13 +142,21 @@ def make_train_step(
             "z": z,
             "sums": sums,
             "grad_norm": optax.global_norm(gradient),
-            "update_norm": jnp.where(weighs, optax.global_norm(updates), 0.0),
+            "update_norm": optax.global_norm(jax.tree.map(_change, params, state.params)),
             "no_step": 1 - weighs.astype(jnp.float32),
         }
         new = dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1)
         return new, replicate(metrics)
 
     return train_step
+
+
+def _change(new: jax.Array, old: jax.Array) -> jax.Array:
+    """How far a parameter moves once it is rounded to its dtype, in float32."""
+    stored = jnp.finfo(new.dtype)
+    # XLA may cancel a conversion to bfloat16 and back, but not this.
+    rounded = jax.lax.reduce_precision(new.astype(jnp.float32), stored.nexp, stored.nmant)
+    return rounded - old.astype(jnp.float32)
 
 
 def _accumulate(loss_and_sums, params: Params, parts: tuple) -> tuple[Params, Sums]:

@@ -111,6 +111,21 @@ def test_loss_and_gradient_of_an_update(objective: Objective) -> None:
         np.testing.assert_allclose(got.metrics[name], norm, rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_update_norm_is_that_of_the_new_minus_the_old_parameters(dtype: str) -> None:
+    optimizer = optax.adamw(1e-4)  # bfloat16 rounds most of such a step away
+    before = jax.tree.map(lambda p: p.astype(dtype), STUDENT())
+    step = step_function(SAGE, optimizer=optimizer)
+    batch = make_batch()
+    state, metrics = step(init_state(before, optimizer, seed=0), read_by_teacher(batch), batch)
+    moved = [
+        (np.asarray(new, np.float64) - np.asarray(old, np.float64)).ravel()
+        for new, old in zip(jax.tree.leaves(state.params), jax.tree.leaves(before), strict=True)
+    ]
+    norm = np.linalg.norm(np.concatenate(moved))
+    np.testing.assert_allclose(metrics["update_norm"], norm, rtol=1e-6)
+
+
 def test_fine_tuning_is_the_cross_entropy_of_the_tokens() -> None:
     nll = -np.take_along_axis(logprobs(1), make_batch().tokens[..., None], axis=-1)[..., 0]
     got = update(SFT).metrics
