@@ -43,7 +43,22 @@ def check_run(config: FrozenConfigDict, settings: Settings, workdir: Path) -> di
     if has_checkpoint:
         check_same_tasks(settings.data.split, found[settings.data.split], workdir)
     check_named(settings)
+    _warn_of_rounding(settings)
     return found
+
+
+def _warn_of_rounding(settings: Settings) -> None:
+    """Warns where most updates would be lost: a parameter in bfloat16 keeps 8 bits of a sum.
+
+    AdamW's steps are about as large as its rate, and weights of language models about 0.02.
+    """
+    rate = settings.optimizer.learning_rate
+    if settings.dtype == "bfloat16" and rate < 0.02 * 2**-9:
+        processes.warn(
+            f"`dtype` = bfloat16 rounds most steps of `optimizer.learning_rate` = {rate:g} away, "
+            "so most parameters will stay as they are: set `dtype` to float32 (`compute_dtype` may "
+            "stay bfloat16)"
+        )
 
 
 def check_models(settings: Settings, workdir: Path) -> None:

@@ -10,7 +10,7 @@ from settings import read
 from opd_jax.config import load
 from opd_jax.config.build import panels
 from opd_jax.config.models import EMBEDDED
-from opd_jax.config.workdir import check_models, store_run
+from opd_jax.config.workdir import check_models, check_run, store_run
 
 QUICKSTART = "quickstart:runlocal"
 
@@ -62,3 +62,18 @@ def test_a_run_goes_on_with_its_models_wherever_they_lie(tmp_path: Path) -> None
     other = another_model(tmp_path / "other")
     with pytest.raises(ValueError, match=r"`teacher` = .* is not the model that the run in"):
         check_models(read(QUICKSTART, f"teacher={other}"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rate", "warned"),
+    [("bfloat16", 1e-6, True), ("bfloat16", 1e-3, False), ("float32", 1e-6, False)],
+)
+def test_updates_that_bfloat16_rounds_away_are_warned_of(
+    dtype: str, rate: float, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes = (f"dtype={dtype}", f"optimizer.learning_rate={rate}")
+    config = load(QUICKSTART, [f"--config.{change}" for change in changes])
+    check_run(config, read(QUICKSTART, *changes), tmp_path)
+    said = [r.getMessage() for r in caplog.records if "set `dtype` to float32" in r.getMessage()]
+    assert len(said) == warned
+    assert all("`optimizer.learning_rate` = 1e-06" in text for text in said)
