@@ -10,6 +10,7 @@ template is rendered a few times with sentinels as contents, and cut at the sent
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from opd_jax.envs.turns import encodable
@@ -36,11 +37,12 @@ class ChatFormat:
       system_opening: text before the system content, between it and the user content, and after;
         None if the template has no system role.
       following: text between an assistant content and the next user content, and after the latter.
+      lead: text that the template puts between the prompt and an assistant content, such as the
+        blank of Llama 2; most have none.
       stop_ids: tokens that end a response: the one that follows an assistant content in the
         template, then the tokenizer's end-of-sequence token, then those of the model's folder.
       turn_marks: other special tokens, such as one that opens a turn. In a response they begin an
         invented turn. Marks of thinking are none.
-      left_out: tokens of `LEFT_OUT`, without an end-of-turn token.
     """
 
     tokenizer: Any
@@ -48,9 +50,14 @@ class ChatFormat:
     opening: tuple[str, ...]
     system_opening: tuple[str, ...] | None
     following: tuple[str, ...]
+    lead: str
     stop_ids: tuple[int, ...]
     turn_marks: frozenset[int]
-    left_out: tuple[int, ...]
+
+    @cached_property
+    def left_out(self) -> tuple[int, ...]:
+        """Tokens of `LEFT_OUT` as a response."""
+        return tuple(self.response(LEFT_OUT))
 
     @property
     def opened_thinking(self) -> str:
@@ -72,7 +79,8 @@ class ChatFormat:
                 "`tokenizer` must have a chat template, got none; set `tokenizer.chat_template` "
                 "or use the tokenizer of an instruction-tuned model"
             )
-        following = _around(tokenizer, "uau")[-2:]
+        _, answered, *following = _around(tokenizer, "uau")
+        lead = answered.removeprefix(following[1]) if answered.startswith(following[1]) else ""
         longer = [_around(tokenizer, "uauau")]
         try:
             system_opening = _around(tokenizer, "su")
@@ -81,7 +89,7 @@ class ChatFormat:
         else:
             longer.append(_around(tokenizer, "suauau"))
         for texts in longer:
-            if texts[-2:] != following or texts[-4] != following[0]:
+            if list(texts[-2:]) != following or texts[-4] != following[0]:
                 raise ValueError(
                     "the chat template of `tokenizer` must render every turn after the first "
                     f"alike, got {following} in two turns and {texts[-4:]} in three; "
@@ -100,16 +108,15 @@ class ChatFormat:
         stop_ids = dict.fromkeys([ids[cut], *([] if eos is None else [eos]), *end_ids])
         turn_marks = special.difference(stop_ids, (i for i in marks if "think" in marks[i].lower()))
         opening = _around(tokenizer, "u")
-        left_out = tuple(tokenizer.encode(LEFT_OUT, add_special_tokens=False))
         return cls(
             tokenizer,
             special,
             opening,
             system_opening,
-            following,
+            tuple(following),
+            lead,
             stop_ids=tuple(stop_ids),
             turn_marks=turn_marks,
-            left_out=left_out,
         )
 
     def first(self, system: str, user: str) -> list[int]:
@@ -137,6 +144,18 @@ class ChatFormat:
         ids = self._join(self.following, (user,))
         # Dropped as a token and not as text: a special token may swallow the space after it.
         return ids[ids.index(self.stop_ids[0]) + 1 :] if ended else ids
+
+    def response(self, text: str) -> list[int]:
+        """Token ids of a response after a prompt, without a stop token.
+
+        Encoded behind the end of a prompt: alone, SentencePiece would put a blank before it.
+        """
+        prompt = self.following[-1]
+        before = self._join((prompt,), ())
+        ids = self._join((prompt + self.lead, ""), (text,))
+        if ids[: len(before)] == before:
+            return ids[len(before) :]
+        return self._join((self.lead, ""), (text,))  # the two have merged at the edge
 
     def _join(self, texts: tuple[str, ...], contents: tuple[str, ...]) -> list[int]:
         """Token ids of texts and contents in turn; special tokens are read in `texts` only."""

@@ -360,7 +360,6 @@ def _play_expert(
             distractor=None,
             distraction=0.0,
             rng=random.Random(f"{settings.seed}/expert/{split}/{index}"),
-            tokenizer=agent.tokenizer,
             chat=agent.chat,
             context_tokens=agent.decoding.context_tokens,
             stopping=signalled,
@@ -375,7 +374,7 @@ def _play_expert(
     return play
 
 
-def make_demonstrator(settings: Settings, *, tokenizer: Any, chat: ChatFormat):
+def make_demonstrator(settings: Settings, *, chat: ChatFormat):
     """The function that demonstrates episode number n; it depends on n alone.
 
     Room sizes: at first only `sizes[0]`; from episode `sizes_from[n]` on, one more. Small rooms
@@ -404,7 +403,6 @@ def make_demonstrator(settings: Settings, *, tokenizer: Any, chat: ChatFormat):
             ),
             distraction=distraction,
             rng=rng,
-            tokenizer=tokenizer,
             chat=chat,
             context_tokens=settings.rollout.context_tokens,
         )
@@ -429,12 +427,11 @@ def _demonstrations(settings: Settings, student: LoadedModel, *, cursor: Sequenc
         by = asking[number // len(LABELS) % len(asking)]
         prompt = [*by.prefix(conversation, index), *by.question(conversation, index)]
         label = conversation.turns[index].oracle
-        answer = student.tokenizer.encode(label, add_special_tokens=False)
-        return judge_example(prompt, [*answer, student.chat.stop_ids[0]])
+        return judge_example(prompt, [*student.chat.response(label), student.chat.stop_ids[0]])
 
     return Stream(
         shown,
-        make_episode=make_demonstrator(settings, tokenizer=student.tokenizer, chat=student.chat),
+        make_episode=make_demonstrator(settings, chat=student.chat),
         make_example=make_example if shown.judge_examples else None,
         seed=settings.seed,
         length_multiple=settings.train.length_multiple,

@@ -6,7 +6,7 @@ A player reads observations and answers in text. Its responses become the sample
 
 import random
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from opd_jax.agent.chat import ChatFormat
 from opd_jax.agent.conversation import Conversation, open_conversation, record_turn
@@ -63,7 +63,6 @@ def demonstrate(
     distractor: MakePlayer | None,
     distraction: float,
     rng: random.Random,
-    tokenizer: Any,
     chat: ChatFormat,
     context_tokens: int,
     stopping: Callable[[], object] | None = None,
@@ -90,7 +89,7 @@ def demonstrate(
         rng=rng,
         stopping=stopping,
     ):
-        tokens = [*tokenizer.encode(step.response, add_special_tokens=False), chat.stop_ids[0]]
+        tokens = [*chat.response(step.response), chat.stop_ids[0]]
         if len(conversation.tokens) + len(tokens) > context_tokens:
             conversation.end = "context"
             break

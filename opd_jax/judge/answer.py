@@ -108,7 +108,7 @@ class Judge:
         """Most tokens of an answer."""
         if self.settings.decode == "generate":
             return self.settings.max_new_tokens
-        return label_tokens(self.tokenizer)[0].shape[1]
+        return label_tokens(self.chat)[0].shape[1]
 
 
 def parse_label(answer: str) -> int:
@@ -118,9 +118,9 @@ def parse_label(answer: str) -> int:
     return Verdict[found.pop()] if len(found) == 1 else UNPARSABLE
 
 
-def label_tokens(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+def label_tokens(chat: ChatFormat) -> tuple[np.ndarray, np.ndarray]:
     """The tokens of the three words, int32 [labels, W] padded with 0, and how many each has."""
-    words = [tokenizer.encode(label, add_special_tokens=False) for label in LABELS]
+    words = [chat.response(label) for label in LABELS]
     return padded(words, width=max(map(len, words)))
 
 
@@ -144,7 +144,7 @@ def score_labels(
         params,
         cache,
         *shard_batch((last, asked)),
-        *label_tokens(by.tokenizer),
+        *label_tokens(by.chat),
         config=by.model,
         sharded=model.is_sharded(params),
     )

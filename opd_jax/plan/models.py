@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from opd_jax import hf
+from opd_jax.agent.chat import ChatFormat
 from opd_jax.config.models import model_folder, new_sizes, student_dtype
 from opd_jax.config.settings import Settings
 from opd_jax.hf.published import PUBLISHED
@@ -31,7 +32,7 @@ def planned_pair(settings: Settings) -> tuple[PlannedModel, PlannedModel | None]
     """
     if settings.student == "new":
         sizes, tokenizer = new_sizes(settings)
-        width = label_tokens(tokenizer)[0].shape[1]
+        width = label_tokens(ChatFormat.from_tokenizer(tokenizer))[0].shape[1]
         source = "sizes from `new_model`"
         return PlannedModel(sizes, student_dtype(settings), source, width), None
     student = _planned(settings.student, student_dtype(settings), "student")
@@ -51,7 +52,8 @@ def _planned(name: str, dtype: str, field: str) -> PlannedModel:
     if folder.is_dir():
         width = _USUAL_LABEL_WIDTH
         if (folder / "tokenizer.json").is_file():
-            width = label_tokens(hf.load_tokenizer(folder))[0].shape[1]
+            chat = ChatFormat.from_tokenizer(hf.load_tokenizer(folder))
+            width = label_tokens(chat)[0].shape[1]
         source = f"sizes from config.json in `{name}`"
         return PlannedModel(hf.read_config(folder), dtype, source, width)
     if folder.name not in PUBLISHED:

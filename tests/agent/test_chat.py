@@ -6,11 +6,19 @@ from datetime import datetime
 import pytest
 from models import one_layer
 from small_agent import DECODING
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from opd_jax.agent.agent import Agent
-from opd_jax.agent.chat import ChatFormat
+from opd_jax.agent.chat import LEFT_OUT, ChatFormat
 from opd_jax.envs.turns import invented_turn
 
 PLAIN = """\
@@ -62,6 +70,20 @@ DATED = (
     + PLAIN
 )
 
+# As Zephyr and Llama 2 do over SentencePiece: no special token stands just before a response. The
+# latter's prompt ends before the blank with which responses are rendered.
+TAGGED = """\
+{%- for m in messages -%}{{ '<|' + m.role + '|>\\n' + m.content + '</s>\\n' }}{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|assistant|>\\n' }}{%- endif -%}
+"""
+BRACKETS = """\
+{%- for m in messages -%}
+{%- if m.role == 'user' -%}{{ '<s>[INST] ' + m.content + ' [/INST]' }}
+{%- elif m.role == 'assistant' -%}{{ ' ' + m.content + '</s>' }}
+{%- else -%}{{ raise_exception('no system') }}{%- endif -%}
+{%- endfor -%}
+"""
+
 SYSTEM = "Reply in two lines,\nthe second one an action."
 OBSERVATIONS = [
     "You arrive at cabinet 1.\nThe cabinet 1 is closed.",
@@ -91,6 +113,22 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
+
+
+@pytest.fixture(scope="module")
+def pieces() -> PreTrainedTokenizerFast:
+    """A tokenizer as Llama's SentencePiece: a text gets a blank before it; blanks are marked."""
+    backend = Tokenizer(models.BPE())
+    marked = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    backend.normalizer = normalizers.Sequence(marked)
+    trainer = trainers.BpeTrainer(
+        vocab_size=340,
+        show_progress=False,
+        initial_alphabet=[chr(code) for code in range(32, 127)],
+        special_tokens=["<s>", "</s>"],
+    )
+    backend.train_from_iterator([*OBSERVATIONS, *RESPONSES, "SKIP", "assistant\n"] * 5, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
 def with_template(tokenizer, template, **attributes):
@@ -139,6 +177,29 @@ def test_appending_equals_the_full_rendering_of_a_stable_template(
         messages.append({"role": "user", "content": user})
         assert ids[:length] == rendered(tokenizer, messages)
         messages.append({"role": "assistant", "content": response})
+
+
+@pytest.mark.parametrize("template", [PLAIN, TAGGED, BRACKETS])
+def test_a_response_has_the_tokens_of_a_rendering(tokenizer, pieces, template):
+    tokenizer = with_template(pieces if "</s>" in template else tokenizer, template)
+    chat = ChatFormat.from_tokenizer(tokenizer)
+    prompt = [{"role": "user", "content": "look"}]
+    for response in ("SKIP", LEFT_OUT, *RESPONSES):
+        messages = [*prompt, {"role": "assistant", "content": response}]
+        whole = rendered(tokenizer, [*messages, {"role": "user", "content": "go"}])
+        ids = [*chat.first("", "look"), *chat.response(response), chat.stop_ids[0]]
+        assert ids == whole[: len(ids)]
+    assert chat.left_out == tuple(chat.response(LEFT_OUT))
+
+
+def test_a_response_that_would_merge_with_its_prompt_is_encoded_alone(tokenizer):
+    chat = ChatFormat.from_tokenizer(with_template(tokenizer, PLAIN))
+    merging = "\n\nAction: look"
+    assert tokenizer.encode("assistant\n" + merging) != [
+        *tokenizer.encode("assistant\n"),
+        *tokenizer.encode(merging),
+    ]
+    assert chat.response(merging) == tokenizer.encode(merging)
 
 
 @pytest.mark.parametrize("system", ["", SYSTEM])

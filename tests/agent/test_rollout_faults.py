@@ -193,9 +193,7 @@ PLAYER = dict(
 
 
 def test_a_players_episode_breaks_alone_too(agent: Agent) -> None:
-    tokens = dict(
-        tokenizer=agent.tokenizer, chat=agent.chat, context_tokens=agent.decoding.context_tokens
-    )
+    tokens = dict(chat=agent.chat, context_tokens=agent.decoding.context_tokens)
     whole = demonstrate(HOUSEHOLD(), "train", 0, rng=random.Random(0), **PLAYER, **tokens)
     for signals, turns in (({}, len(whole.turns)), ({2: KILL}, 2)):
         worker = Sabotaged(HOUSEHOLD, signals)

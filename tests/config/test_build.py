@@ -88,7 +88,7 @@ def beginner() -> LoadedModel:
 
 
 def episodes(settings: Settings, loaded: LoadedModel, numbers: range) -> list[Conversation]:
-    play = build.make_demonstrator(settings, tokenizer=loaded.tokenizer, chat=loaded.chat)
+    play = build.make_demonstrator(settings, chat=loaded.chat)
     return [play(number) for number in numbers]
 
 

@@ -42,7 +42,6 @@ def household(max_turns: int = MAX_TURNS) -> Household:
 
 
 def written(
-    tokenizer: Any,
     chat: ChatFormat,
     index: int,
     *,
@@ -58,7 +57,6 @@ def written(
         distractor=stray if distraction else None,
         distraction=distraction,
         rng=random.Random(seed),
-        tokenizer=tokenizer,
         chat=chat,
         context_tokens=context_tokens,
     )
@@ -92,7 +90,7 @@ def spans(conversation: Conversation) -> list[tuple[int, int, int]]:
 def test_tokens_are_those_of_the_rendered_chat(
     tokenizer: Any, chat: ChatFormat, index: int, distraction: float
 ) -> None:
-    made = written(tokenizer, chat, index, distraction=distraction)
+    made = written(chat, index, distraction=distraction)
     said = messages(index, [turn.response for turn in made.turns])
     rendered = tokenizer.apply_chat_template(said, tokenize=False)
     # The template ends a message with a line end, which belongs to the next prompt.
@@ -147,7 +145,7 @@ class Sayer:
 
 
 def corridor(
-    tokenizer: Any, chat: ChatFormat, length: int, distraction: float
+    chat: ChatFormat, length: int, distraction: float
 ) -> tuple[Conversation, list[str], list[str]]:
     player, other = Sayer("look"), Sayer("open")
     made = demonstrate(
@@ -158,7 +156,6 @@ def corridor(
         distractor=lambda task, first, rng: other,
         distraction=distraction,
         rng=random.Random(0),
-        tokenizer=tokenizer,
         chat=chat,
         context_tokens=100_000,
     )
@@ -167,7 +164,7 @@ def corridor(
 
 def test_strayed_turns_are_history_and_nobodys_turn(tokenizer: Any, chat: ChatFormat) -> None:
     length = 400
-    made, player_saw, other_saw = corridor(tokenizer, chat, length, 0.3)
+    made, player_saw, other_saw = corridor(chat, length, 0.3)
     responses = [turn.response for turn in made.turns]
     assert len(responses) == length
     # Both see everything, so both can go on from wherever they are.
@@ -182,15 +179,13 @@ def test_strayed_turns_are_history_and_nobodys_turn(tokenizer: Any, chat: ChatFo
             assert tokenizer.decode(made.tokens[start : end - 1]) == "look"
     assert tokenizer.decode(made.tokens).count("open") == strayed
     for distraction, own in ((0.0, 20), (1.0, 0)):
-        made, _, _ = corridor(tokenizer, chat, 20, distraction)
+        made, _, _ = corridor(chat, 20, distraction)
         assert len({turn for turn in made.turn_id if turn != NO_TURN}) == own
         assert len(made.turns) == 20
 
 
-def test_a_demonstration_is_a_function_of_its_task_and_seed(
-    tokenizer: Any, chat: ChatFormat
-) -> None:
-    runs = [written(tokenizer, chat, 2, distraction=0.5, seed=seed) for seed in (5, 5, 6)]
+def test_a_demonstration_is_a_function_of_its_task_and_seed(chat: ChatFormat) -> None:
+    runs = [written(chat, 2, distraction=0.5, seed=seed) for seed in (5, 5, 6)]
     assert runs[0] == runs[1]
     assert runs[0].tokens != runs[2].tokens
 
@@ -200,20 +195,20 @@ def test_a_demonstration_is_a_function_of_its_task_and_seed(
 
 @pytest.mark.parametrize("distraction", [0.0, 0.5])
 def test_a_demonstration_is_cut_before_the_turn_that_would_not_fit(
-    tokenizer: Any, chat: ChatFormat, distraction: float
+    chat: ChatFormat, distraction: float
 ) -> None:
-    whole = written(tokenizer, chat, 1, distraction=distraction)
+    whole = written(chat, 1, distraction=distraction)
     end = chat.stop_ids[0]
     prompt = chat.first(household().system, household().reset("train", 1).message)
     # A turn ends behind its end-of-turn token; user messages hold one too, the prompt two.
     ends = [n + 1 for n, token in enumerate(whole.tokens) if token == end][2::2]
     assert len(ends) == len(whole.turns) > 2
-    none = written(tokenizer, chat, 1, distraction=distraction, context_tokens=len(prompt))
+    none = written(chat, 1, distraction=distraction, context_tokens=len(prompt))
     assert (none.unfit, none.tokens, none.turns) == (True, [], [])
     # Every seventh length, and those around the end of each turn.
     around = {end + near for end in ends for near in (-1, 0, 1)}
     for context in sorted({*range(len(prompt) + 1, len(whole.tokens) + 1, 7), *around}):
-        cut = written(tokenizer, chat, 1, distraction=distraction, context_tokens=context)
+        cut = written(chat, 1, distraction=distraction, context_tokens=context)
         kept = len(cut.turns)
         assert kept == sum(stop <= context for stop in ends)
         assert cut.turns == whole.turns[:kept]
@@ -232,10 +227,8 @@ def test_a_demonstration_is_cut_before_the_turn_that_would_not_fit(
 
 
 @pytest.mark.parametrize("index", range(3))
-def test_play_out_is_the_same_episode_without_tokens(
-    tokenizer: Any, chat: ChatFormat, index: int
-) -> None:
-    made = written(tokenizer, chat, index)
+def test_play_out_is_the_same_episode_without_tokens(chat: ChatFormat, index: int) -> None:
+    made = written(chat, index)
     plain = play_out(household(), "train", index, player=expert, rng=random.Random(0))
     assert plain.turns == made.turns
     assert (plain.end, plain.score, plain.task) == (made.end, made.score, made.task)

@@ -269,7 +269,7 @@ def test_constrained_picks_the_label_of_the_largest_likelihood(
         read_before.take(),
         last,
         np.ones(len(prompts), np.int32),
-        *answer.label_tokens(random_judge.tokenizer),
+        *answer.label_tokens(random_judge.chat),
         config=random_judge.model,
         sharded=False,
     )

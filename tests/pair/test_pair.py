@@ -89,7 +89,7 @@ def questions() -> list[Conversation]:
     rooms = ("demonstrations.sizes=small,large", "demonstrations.sizes_from=0")
     pair = read("household_pair:who=teacher", "data.split=valid_unseen", "seed=99", *rooms)
     teacher = loaded("teacher")
-    play = build.make_demonstrator(pair, tokenizer=teacher.tokenizer, chat=teacher.chat)
+    play = build.make_demonstrator(pair, chat=teacher.chat)
     made = []
     for conversation, index in balanced_turns(list(map(play, range(60))), 120, random.Random(0)):
         turns = [dataclasses.replace(turn, failure="not asked") for turn in conversation.turns]
