@@ -13,9 +13,9 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from ml_collections import ConfigDict
 
-from opd_jax.agent.agent import RolloutSettings
+from opd_jax.agent.agent import Decoding, RolloutSettings
 from opd_jax.config.flags import closest
-from opd_jax.envs.make import EnvSettings, labels_turns, world_options
+from opd_jax.envs.make import EnvSettings, figures_options, labels_turns, world_options
 from opd_jax.experience.source import DataSettings
 from opd_jax.experience.stream import DemonstrationSettings
 from opd_jax.judge.answer import JudgeSettings
@@ -265,7 +265,7 @@ def affected_by(name: str, *, env: str) -> frozenset[str]:
     Args:
       name: dotted, such as `train.updates`.
       env: `env.by`. Of the fields that only this environment has, those that its `world` names
-        affect the world, and all others the method.
+        affect the world, those that its `figures` names the figures, and all others the method.
     """
     section, _, rest = name.partition(".")
     hints = get_type_hints(Settings)
@@ -275,7 +275,9 @@ def affected_by(name: str, *, env: str) -> frozenset[str]:
     found = next((f for f in fields if f.name == own), None)
     if found:
         return found.metadata.get("affects", frozenset([METHOD]))
-    return frozenset([WORLD if section == "env" and own in world_options(env) else METHOD])
+    kinds = {WORLD: world_options, FIGURES: figures_options}
+    of_env = [kind for kind, options in kinds.items() if section == "env" and own in options(env)]
+    return frozenset(of_env or [METHOD])
 
 
 def binds_a_run(settings: Settings) -> Callable[[str], bool]:
@@ -293,13 +295,28 @@ def binds_a_run(settings: Settings) -> Callable[[str], bool]:
 
 
 def binds_an_evaluation(settings: Settings) -> Callable[[str], bool]:
-    """Tells of a field's name whether it must be equal to evaluate a workdir's run."""
+    """Tells of a field's name whether it must be equal to evaluate a workdir's run.
+
+    Bound are the tasks, the model's arithmetic and how it is sampled. How it was trained is in the
+    checkpoint, and figures say themselves how they were measured (`eval`, `judge`).
+    """
+    sampled = {f"rollout.{f.name}" for f in dataclasses.fields(Decoding)} - {"rollout.temperature"}
 
     def binds(name: str) -> bool:
-        kinds = affected_by(name, env=settings.env.by)
-        return METHOD in kinds and FIGURES not in kinds
+        kinds, section = affected_by(name, env=settings.env.by), name.partition(".")[0]
+        if METHOD not in kinds or FIGURES in kinds or section in _TRAINING:
+            return False
+        if section == "rollout":
+            return name in sampled
+        if name == "seed":
+            return settings.student == "new"
+        return name != "teacher_dtype" or settings.eval.judge
 
     return binds
+
+
+# Sections that only training reads.
+_TRAINING = ("data", "demonstrations", "objective", "optimizer")
 
 
 # --- Relations between sections ---------------------------------------------------------------

@@ -79,11 +79,12 @@ class Observation:
 class Env(Protocol):
     """An environment that plays one episode at a time.
 
-    Its class (or the function that makes it) may also have three attributes. `world` names the
-    arguments that change neither tasks nor answers, such as a timeout or a folder: a run may be
-    resumed with others. `labels_turns` = False says that no observation has an `oracle`.
-    `invented`, a compiled pattern, finds where a response pretends to be the environment or the
-    user (`turns.invented_turn` makes one): such a response is sampled no further.
+    Its class (or the function that makes it) may also have four attributes. `world` names the
+    arguments that change neither tasks nor answers, such as a timeout or a folder, and `figures`
+    those that change only tasks to evaluate: a run may be resumed with others. `labels_turns` =
+    False says that no observation has an `oracle`. `invented`, a compiled pattern, finds where a
+    response pretends to be the environment or the user (`turns.invented_turn` makes one): such a
+    response is sampled no further.
 
     Attributes:
       system: the system message of the conversation; "" for none.

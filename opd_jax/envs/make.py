@@ -84,6 +84,11 @@ def world_options(by: str) -> tuple[str, ...]:
     return getattr(_find(by), "world", ())
 
 
+def figures_options(by: str) -> tuple[str, ...]:
+    """Names of an environment's options that change only tasks to evaluate (its `figures`)."""
+    return getattr(_find(by), "figures", ())
+
+
 def labels_turns(by: str) -> bool:
     """Whether an environment's observations have an `oracle` (its `labels_turns`)."""
     return getattr(_find(by), "labels_turns", True)

@@ -260,7 +260,9 @@ def test_an_environment_says_which_of_its_options_change_nothing_that_is_learnt(
         assert affected_by(field, env="searchqa") == {kinds.WORLD}, field
     for env, field in (("scienceworld", "env.heap_mb"), ("alfworld", "env.data")):
         assert affected_by(field, env=env) == {kinds.WORLD}
-    assert affected_by("env.passages", env="searchqa") == {kinds.METHOD}
+    assert affected_by("env.test_questions", env="searchqa") == {kinds.FIGURES}
+    for field in ("env.passages", "env.train_questions"):
+        assert affected_by(field, env="searchqa") == {kinds.METHOD}
     assert affected_by("env.simplifications", env="scienceworld") == {kinds.METHOD}
 
 
@@ -287,8 +289,20 @@ def test_a_constant_rate_leaves_the_number_of_updates_free() -> None:
     assert not binds_a_run(read("quickstart", "optimizer.schedule=constant"))("train.updates")
 
 
-def test_an_evaluation_needs_the_same_method_but_for_what_figures_say_themselves() -> None:
-    binds = binds_an_evaluation(read("quickstart"))
-    assert binds("env.size")
-    for field in ("train.updates", "eval.tasks", "judge.context", "mesh.data", "env.workers"):
-        assert not binds(field), field
+def test_an_evaluation_is_bound_to_the_tasks_the_model_and_how_it_is_sampled() -> None:
+    config = load("quickstart", [])
+    binds = binds_an_evaluation(read_settings(config))
+    sampled = {f"rollout.{x}" for x in ("top_k", "top_p", "turn_tokens", "context_tokens")}
+    lora = {f"lora.{x}" for x in ("rank", "alpha", "targets", "int8")}
+    tasks = {f"env.{x}" for x in ("by", "size", "max_turns", "show_admissible")}
+    bound = {field for field in flatten(config) if binds(field)}
+    others = {"rollout.history_turns", "dtype", "compute_dtype"}
+    assert bound == tasks | lora | sampled | others
+
+
+def test_an_evaluation_is_bound_to_what_it_uses() -> None:
+    for judged in (True, False):
+        binds = binds_an_evaluation(read("quickstart", f"eval.judge={judged}"))
+        assert binds("teacher_dtype") == judged
+    assert binds_an_evaluation(read("household_pair"))("seed")  # it gives a new model's weights
+    assert not binds_an_evaluation(read("quickstart"))("seed")

@@ -107,5 +107,6 @@ def open_searchqa(
 
 
 open_searchqa.world = ("data", "retriever", "timeout_s", "retry_minutes", "wait_s", "batch")  # type: ignore[attr-defined]
+open_searchqa.figures = ("test_questions",)  # type: ignore[attr-defined]
 open_searchqa.labels_turns = False  # type: ignore[attr-defined]
 open_searchqa.invented = INVENTED  # type: ignore[attr-defined]
