@@ -47,8 +47,8 @@ def pack(
 ) -> Batch:
     """Conversations and their verdicts as a batch.
 
-    T and R are the longest lengths, rounded up to a multiple: few shapes, few compiled programs. An
-    episode whose environment broke carries no loss.
+    T and R are the longest lengths, at least 1, rounded up to a multiple: few shapes, few compiled
+    programs. An episode whose environment broke carries no loss.
 
     Args:
       conversations: B of them, at least one.
@@ -61,7 +61,7 @@ def pack(
       ValueError: tokens, turns or log-probabilities that are out of range. The message names the
         field and the first row.
     """
-    longest = max(len(c.tokens) for c in conversations)
+    longest = max(1, *(len(c.tokens) for c in conversations))  # all may have ended at `reset`
     shape = len(conversations), -(-longest // length_multiple) * length_multiple
     tokens = np.zeros(shape, np.int32)
     turn_id = np.full(shape, NO_TURN, np.int32)

@@ -227,6 +227,15 @@ def test_an_update_without_any_weight_changes_nothing() -> None:
         assert metrics["loss"] == metrics["grad_norm"] == metrics["update_norm"] == 0
 
 
+def test_a_batch_of_episodes_that_ended_before_their_first_turn_changes_nothing() -> None:
+    batch = make_batch([""] * B, length_multiple=8, response_multiple=4)
+    assert (batch.tokens.shape, batch.response.shape) == ((B, 8), (B, 4))
+    state = init_state(STUDENT(), KEEPER, seed=0)
+    state, metrics = step_function(SAGE)(state, read_by_teacher(batch), batch)
+    assert_same_tree(state.params, STUDENT(), rounding=0)
+    assert (metrics["no_step"], metrics["loss"], metrics["update_norm"]) == (1, 0, 0)
+
+
 def test_the_state_is_donated_and_its_source_is_not() -> None:
     mine, teacher = params(3), read_by_teacher(make_batch())
     state = init_state(mine, KEEPER, seed=0)
