@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 # 0 is done, or stopped by a signal with everything saved. 1 is a bug: Python's, with a traceback.
 MISTAKE = 2  # the user's: in the command, the config or a folder
@@ -33,6 +34,8 @@ AWAY_ERRORS = {
 }
 # A file where a folder is needed, or a folder where a file is.
 _PLACE_ERRORS = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
+# The terminal has hung up, or the reader of the pipe has ended.
+_GONE = {errno.EIO, errno.EPIPE}
 # Libraries that read and write files raise other types, with the system's words in their text.
 _DISK_WORDS = re.compile(
     "|".join(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)))
@@ -54,9 +57,20 @@ class WorldFailed(RuntimeError):
     """
 
 
+def print_line(text: str, stream: TextIO) -> None:
+    """Prints, unless nobody reads the stream any more: then what was computed matters more."""
+    try:
+        print(text, file=stream, flush=True)
+    except OSError as error:
+        if error.errno in _GONE:
+            # What is left in its buffer would make Python's exit fail.
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def print_error(message: str) -> None:
     """One line to stderr."""
-    print("error:", " ".join(message.split()), file=sys.stderr, flush=True)
+    print_line("error: " + " ".join(message.split()), sys.stderr)
 
 
 @contextlib.contextmanager

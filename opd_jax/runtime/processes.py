@@ -29,6 +29,7 @@ from opd_jax.runtime.exits import (
     WorldFailed,
     explain,
     print_error,
+    print_line,
 )
 
 VARIABLE = "OPD_JAX_DISTRIBUTED"
@@ -157,7 +158,7 @@ def end(error: BaseException) -> NoReturn:
             status = failure[1]
         else:
             if not isinstance(error, LostProcesses):  # a computation's: it may have failed itself
-                traceback.print_exception(error)
+                print_line("".join(traceback.format_exception(error)), sys.stderr)
             reason = str(error).partition("\n")[0][:200]
             print_error(
                 f"process {jax.process_index()} of {jax.process_count()} lost the others "
@@ -177,7 +178,7 @@ def _explained(error: BaseException) -> tuple[str, int]:
     if known:
         print_error(known[0])
         return known
-    traceback.print_exception(error)
+    print_line("".join(traceback.format_exception(error)), sys.stderr)
     what = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
     return f"process {jax.process_index()} failed ({what}); its own output has the traceback", 1
 
@@ -243,7 +244,7 @@ def is_first() -> bool:
 def say(text: str) -> None:
     """Prints a line, once for all processes."""
     if is_first():
-        print(text, flush=True)
+        print_line(text, sys.stdout)
 
 
 def warn(template: str, *values: object) -> None:

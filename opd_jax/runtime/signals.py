@@ -1,5 +1,6 @@
 """Which signal this process got, for code that knows no JAX."""
 
+import contextlib
 import os
 import signal
 import types
@@ -23,7 +24,8 @@ def remember(number: int, frame: types.FrameType | None) -> None:
     if number == signal.SIGINT:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         # Not `print`: the signal may have come inside one.
-        os.write(2, b"\nstopping after this turn; Ctrl-C again leaves at once\n")
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, b"\nstopping after this turn; Ctrl-C again leaves at once\n")
 
 
 def forget() -> None:

@@ -1,9 +1,11 @@
 """Signals: remembered until they are asked for, then given back."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,40 @@ def test_a_second_ctrl_c_ends_the_process_at_once(names: list[str], status: int)
     assert done.stdout == ("" if status else "still there\n")
     assert "Traceback" not in done.stderr
     assert ("Ctrl-C again leaves at once" in done.stderr) == ("SIGINT" in names)
+
+
+READ_BY_NOBODY = """
+import os, signal, sys
+from opd_jax.runtime import processes
+from opd_jax.runtime.exits import print_error
+from opd_jax.runtime.stop import Stop
+sys.stdin.readline()
+with Stop() as stop:
+    for _ in range(2):
+        processes.say("update 1")
+        print_error("a warning")
+    os.kill(os.getpid(), signal.SIGINT)
+    stop.check()
+sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize("make", [os.pipe, pty.openpty])
+def test_who_is_no_longer_read_stops_as_others_do(make: Callable[[], tuple[int, int]]) -> None:
+    # As in `train | head`, and where a connection to a terminal drops.
+    ours, theirs = make()
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(
+        [sys.executable, "-c", READ_BY_NOBODY],
+        cwd=root,
+        stdin=subprocess.PIPE,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(ours)
+    process.communicate(b"go\n")
+    os.close(theirs)
+    assert process.returncode == 0
 
 
 def test_ctrl_c_before_there_is_anything_to_save_is_one_line(
