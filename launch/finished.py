@@ -34,7 +34,9 @@ def main(argv: Sequence[str]) -> int:
         after = read_summary(directory / "summary.json").get("eval", {}).get("after")
         settings = read_settings(run)
         # With a constant schedule a run may have done more updates than are asked for now.
-        done = [figures["update"] for figures in (after or {}).values() if figures]
+        # A mean over splits has no update of its own.
+        splits = [figures for figures in (after or {}).values() if figures]
+        done = [figures["update"] for figures in splits if "update" in figures]
         update = max([settings.train.updates, *done])
         if not is_evaluated(after, settings, panels=build.eval_panels(settings), update=update):
             return WORLD

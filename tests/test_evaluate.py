@@ -273,9 +273,8 @@ def test_players_play_the_papers_benchmarks(
     assert evaluate.is_evaluated(splits, settings, panels=panels, update=0)
 
 
-def test_searchqa_has_a_macro_average(in_process: Callable, tmp_path: Path) -> None:
-    pytest.importorskip("bm25s")
-    data = tmp_path / "data"
+def seven_sets(data: Path) -> tuple[str, ...]:
+    """Writes SearchQA's sets, two questions each, and a passage; the flags that name them."""
     for name, file in SETS.items():
         path = data / file
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -283,12 +282,28 @@ def test_searchqa_has_a_macro_average(in_process: Callable, tmp_path: Path) -> N
         path.write_text("".join(json.dumps(row | {"id": n}) + "\n" for n in range(2)))
     corpus = data / "corpus.jsonl"
     corpus.write_text(json.dumps({"id": "1", "contents": '"Words"\nIt is a word.'}) + "\n")
-    flags = (
-        "--config=searchqa_qwen3",
-        f"--config.env.data={data}",
-        f"--config.env.retriever={corpus}",
-        "--policy=random",
-    )
+    paths = (f"--config.env.data={data}", f"--config.env.retriever={corpus}")
+    return ("--config=searchqa_qwen3", *paths)
+
+
+def test_a_run_with_a_macro_average_is_finished(tmp_path: Path, is_finished: Callable) -> None:
+    flags = seven_sets(tmp_path / "data")
+    settings = read("searchqa_qwen3", *flags[1:])
+    panels = build.eval_panels(settings)
+    figures = {"n": 2, "broken": 0, "update": settings.train.updates, "seed": settings.eval.seed}
+    figures["temperature"] = settings.eval.temperature
+    splits = {name: figures | {"digest": panel.digest} for name, panel in panels.items()}
+    for update, is_done in ((settings.train.updates, True), (1, False)):
+        splits["popqa"]["update"] = update
+        after = splits | {"macro_average": {"success": 0.5, "n": 14}}
+        (tmp_path / "summary.json").write_text(json.dumps({"eval": {"after": after}}))
+        assert is_finished(*flags, f"--workdir={tmp_path}") == is_done
+
+
+def test_searchqa_has_a_macro_average(in_process: Callable, tmp_path: Path) -> None:
+    pytest.importorskip("bm25s")
+    data = tmp_path / "data"
+    flags = (*seven_sets(data), "--policy=random")
     printed = in_process(evaluate.main, *flags, f"--workdir={tmp_path / 'all'}")
     found = json.loads((tmp_path / "all/summary.json").read_text())["eval"]["random"]
     assert found.keys() == {*SETS, "macro_average"}
