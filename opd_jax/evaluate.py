@@ -4,7 +4,8 @@
 
 With `--policy=model` the student of the workdir's newest checkpoint plays, with `--policy=before`
 the config's untrained student. `--config.eval.judge=true` also measures how well the teacher's
-verdicts on the turns agree with the environment's labels. The figures of a split are in
+verdicts on the turns agree with the environment's labels; only then the teacher's folder is read.
+The figures of a split are in
 `summary.json` as soon as it is played. While a run trains in the workdir, nothing else writes
 there: wait, or export a checkpoint and evaluate the folder in a workdir of its own.
 """
@@ -25,7 +26,7 @@ from opd_jax.agent.conversation import Conversation
 from opd_jax.agent.environments import close, make_envs
 from opd_jax.agent.rollout import rollout, row_keys
 from opd_jax.config import build, check_same_run, parse_command_line
-from opd_jax.config.models import LoadedModel, load_student, load_teacher
+from opd_jax.config.models import MODELS, LoadedModel, load_student, load_teacher, named_sizes
 from opd_jax.config.settings import Settings, binds_an_evaluation, read_settings
 from opd_jax.config.workdir import check_checkpoint, check_models
 from opd_jax.envs.make import benchmark_splits, make_env
@@ -381,8 +382,9 @@ def run(config: FrozenConfigDict, workdir: Path, policy: str) -> dict[str, Figur
     settings = read_settings(config)
     check_same_run(config, workdir, binds=binds_an_evaluation(settings))
     if policy in ("model", "before"):
-        build.check_named(settings)
-        check_models(settings, workdir)
+        models = MODELS if settings.eval.judge else ("student",)
+        build.check_named(settings, models)
+        check_models(settings, workdir, models)
     if policy == "model":
         check_checkpoint(workdir)
     panels = build.eval_panels(settings)
@@ -402,11 +404,12 @@ def _evaluate_student(
     settings: Settings, workdir: Path, mesh: jax.sharding.Mesh, trained: bool, how: dict[str, Any]
 ) -> dict[str, Figures]:
     """The student `after` the workdir's newest checkpoint, or `before` any update."""
-    student = load_student(settings, mesh)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
+    vocab_size = None if settings.eval.judge else _vocab_size(settings, checkpoints, trained)
+    student = load_student(settings, mesh, vocab_size=vocab_size)
     judging = load_teacher(settings, mesh) if settings.eval.judge else None
     params, update = build.initial_params(student, settings, mesh), 0
     if trained:
-        checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
         restored = checkpoints.restore_latest({"params": params}, partial=True)
         assert restored is not None  # as checked before
         update, params = restored[0], restored[1]["params"]
@@ -418,6 +421,16 @@ def _evaluate_student(
     who = "after" if trained else "before"
     how |= dict(update=update, judging=judging, after_split=partial(_write, workdir, who))
     return {who: evaluate_model(settings, student, sampling, **how)}
+
+
+def _vocab_size(settings: Settings, checkpoints: Checkpoints, trained: bool) -> int:
+    """Rows of the student's vocabulary, without a look at the teacher."""
+    own = named_sizes(settings, ["student"])["student"].vocab_size
+    step = processes.first(checkpoints.latest()) if trained else None
+    if step is None:
+        return own
+    # Padding that the teacher lacks was cut from what was trained, but not from below adapters.
+    return checkpoints.shapes(step).get("params/embed", (own,))[0]
 
 
 def main(argv: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 from settings import one_device, read
+from test_export import copy_model, save_run
 
 from opd_jax import evaluate, export, hf, model
 from opd_jax.agent.conversation import Conversation
@@ -349,10 +350,28 @@ def test_the_student_of_the_newest_checkpoint_is_evaluated_as_at_the_end_of_trai
 
     expected = json.loads(before)["eval"]["after"]
     (workdir / "summary.json").unlink()
-    # How long the run is and how it is laid out do not bind.
-    done = command("evaluate", *flags, "--policy=model", "--config.train.updates=99")
+    # How long the run is and how it is laid out do not bind. The teacher is not needed.
+    free = ("--config.train.updates=99", "--config.teacher=no/where")
+    done = command("evaluate", *flags, "--policy=model", *free)
     assert done.returncode == 0, done.stderr
     assert json.loads((workdir / "summary.json").read_text()) == {"eval": {"after": expected}}
+
+
+@pytest.mark.parametrize(("policy", "rank"), [("model", 0), ("model", 4), ("before", 0)])
+def test_an_evaluation_without_a_judge_needs_the_student_alone(
+    policy: str, rank: int, in_process: Callable, tmp_path: Path, small: tuple
+) -> None:
+    # Its vocabulary is padded, and its teacher's is not: training has cut the padding.
+    student = copy_model("student", tmp_path / "student", padding=10)
+    flags = (*small, f"--config.student={student}", f"--config.lora.rank={rank}")
+    run = tmp_path / "run"
+    save_run(run, *(flag.removeprefix("--config.") for flag in flags))
+    words = (*flags, "--config.teacher=no/where", "--config.eval.splits=valid_seen")
+    in_process(
+        evaluate.main, "--config=quickstart", *words, f"--workdir={run}", f"--policy={policy}"
+    )
+    (found,) = json.loads((run / "summary.json").read_text())["eval"].values()
+    assert found["valid_seen"]["update"] == (3 if policy == "model" else 0)
 
 
 def test_the_judge_is_measured_on_the_turns_that_an_untrained_student_played(

@@ -5,7 +5,7 @@ Only here do settings of all sections meet. What they configure takes keyword ar
 
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from opd_jax.agent.conversation import Conversation
 from opd_jax.agent.environments import everywhere, make_envs
 from opd_jax.agent.generate import sampling_params
 from opd_jax.agent.rollout import rollout, row_keys
-from opd_jax.config.models import LoadedModel, named_sizes
+from opd_jax.config.models import MODELS, LoadedModel, named_sizes
 from opd_jax.config.settings import Settings
 from opd_jax.envs.base import Env
 from opd_jax.envs.make import EnvSettings, benchmark_splits, invented, make_env
@@ -242,14 +242,14 @@ def _panels(
     return find_panels(make_env(env), dict(splits), optional=optional)
 
 
-def check_named(settings: Settings) -> None:
-    """Checks the models and players that settings name, before anything is loaded.
+def check_named(settings: Settings, models: Collection[str] = MODELS) -> None:
+    """Checks the players and the `models` that settings name, before anything is loaded.
 
     Raises:
       ValueError: a folder is not there, a model has fewer positions than `rollout.context_tokens`,
         or the environment has no such player.
     """
-    for who, sizes in named_sizes(settings).items():
+    for who, sizes in named_sizes(settings, models).items():
         if settings.rollout.context_tokens > sizes.max_positions:
             raise ValueError(
                 f"`rollout.context_tokens` = {settings.rollout.context_tokens} exceeds the "

@@ -1,6 +1,7 @@
 """Loads the models that settings name, or reads their sizes."""
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -86,8 +87,13 @@ def load_model(
     )
 
 
-def load_student(settings: Settings, mesh: jax.sharding.Mesh) -> LoadedModel:
-    """The student before any update, with the vocabulary that it shares with its teacher.
+def load_student(
+    settings: Settings, mesh: jax.sharding.Mesh, *, vocab_size: int | None = None
+) -> LoadedModel:
+    """The student before any update.
+
+    Its vocabulary has `vocab_size` rows, and nothing is read of the teacher. None: those that it
+    shares with its teacher.
 
     Raises:
       ValueError: its tokenizer differs from the teacher's (found before any weight is read), or the
@@ -95,13 +101,13 @@ def load_student(settings: Settings, mesh: jax.sharding.Mesh) -> LoadedModel:
     """
     if settings.student == "new":
         return new_model(settings, mesh)
-    if settings.teacher:
+    if settings.teacher and vocab_size is None:
         hf.check_same_tokenizer(model_folder(settings.student), model_folder(settings.teacher))
     return load_model(
         settings.student,
         dtype=student_dtype(settings),
         mesh=mesh,
-        vocab_size=_shared_vocab(settings),
+        vocab_size=vocab_size or _shared_vocab(settings),
     )
 
 
@@ -117,15 +123,18 @@ def load_teacher(settings: Settings, mesh: jax.sharding.Mesh) -> LoadedModel | N
     )
 
 
-def named_folders(settings: Settings) -> dict[str, Path]:
-    """The folders of `student` and `teacher`, those that have one."""
-    named = {"student": settings.student, "teacher": settings.teacher}
-    return {who: model_folder(name) for who, name in named.items() if name not in ("", "new")}
+MODELS = ("student", "teacher")
 
 
-def named_sizes(settings: Settings) -> dict[str, ModelConfig]:
-    """Sizes of `student` and `teacher`, those that there are; no weight is read."""
-    sizes = {who: hf.read_config(folder) for who, folder in named_folders(settings).items()}
+def named_folders(settings: Settings, who: Collection[str] = MODELS) -> dict[str, Path]:
+    """The folders of `student` and `teacher`, of those in `who` that have one."""
+    named = {name: getattr(settings, name) for name in who}
+    return {name: model_folder(where) for name, where in named.items() if where not in ("", "new")}
+
+
+def named_sizes(settings: Settings, who: Collection[str] = MODELS) -> dict[str, ModelConfig]:
+    """Sizes of `student` and `teacher`, of those in `who` that there are; no weight is read."""
+    sizes = {name: hf.read_config(path) for name, path in named_folders(settings, who).items()}
     return sizes | ({"student": new_sizes(settings)[0]} if settings.student == "new" else {})
 
 

@@ -1,7 +1,7 @@
 """A run's workdir: checks that the run may go on in it, and records which run it holds."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from ml_collections import FrozenConfigDict
@@ -9,7 +9,7 @@ from ml_collections import FrozenConfigDict
 from opd_jax import hf
 from opd_jax.config.build import check_named, panels
 from opd_jax.config.flags import closest
-from opd_jax.config.models import named_folders
+from opd_jax.config.models import MODELS, named_folders
 from opd_jax.config.settings import Settings, binds_a_run
 from opd_jax.config.stored import check_same_run, differences, read_stored, store
 from opd_jax.experience.tasks import Panel, check_same_tasks, store_tasks
@@ -61,14 +61,14 @@ def _warn_of_rounding(settings: Settings) -> None:
         )
 
 
-def check_models(settings: Settings, workdir: Path) -> None:
-    """Checks that the models are those that the workdir's run has, wherever they lie now.
+def check_models(settings: Settings, workdir: Path, models: Collection[str] = MODELS) -> None:
+    """Checks that the `models` are those that the workdir's run has, wherever they lie now.
 
     Raises:
       ValueError: one is another, or its folder is not there.
     """
     had = read_summary(workdir / MODELS_FILE)
-    for who, now in _fingerprints(settings).items():
+    for who, now in _fingerprints(settings, models).items():
         if had.get(who) not in (None, now):
             raise ValueError(
                 f"`{who}` = {getattr(settings, who)!r} is not the model that the run in "
@@ -77,8 +77,8 @@ def check_models(settings: Settings, workdir: Path) -> None:
             )
 
 
-def _fingerprints(settings: Settings) -> dict[str, str]:
-    return {who: hf.fingerprint(folder) for who, folder in named_folders(settings).items()}
+def _fingerprints(settings: Settings, models: Collection[str] = MODELS) -> dict[str, str]:
+    return {who: hf.fingerprint(folder) for who, folder in named_folders(settings, models).items()}
 
 
 def check_checkpoint(workdir: Path) -> None:
