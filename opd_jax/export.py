@@ -3,9 +3,10 @@
     python -m opd_jax.export --workdir=DIR --out=DIR
 
 `transformers` 4.51 and later open the folder; `student` and `teacher` of a config may name it too.
-It has the dtype of the student's folder, or `--dtype`, and that folder's other files. Adapters are
-merged into the weights. No accelerator is used: the host reads the parameters, without the
-optimizer's moments, and writes them file by file. Any number of devices may have trained them.
+It has the dtype of the student's folder, or `--dtype`, and that folder's other files; a folder that
+was moved is given as `--student=DIR`. Adapters are merged into the weights. No accelerator is used:
+the host reads the parameters, without the optimizer's moments, and writes them file by file. Any
+number of devices may have trained them.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from opd_jax import hf
 from opd_jax.config import build, parse_command_line, read_stored
 from opd_jax.config.models import load_model, model_folder, new_sizes, student_dtype
 from opd_jax.config.settings import Settings, read_settings
-from opd_jax.config.workdir import closest_run
+from opd_jax.config.workdir import check_models, closest_run
 from opd_jax.model import ModelConfig, Params, is_spec, param_specs
 from opd_jax.model.lora import lora_specs, with_adapters
 from opd_jax.runtime.checkpoint import Checkpoints
@@ -29,7 +30,7 @@ from opd_jax.runtime.files import local_path
 from opd_jax.runtime.mesh import make_mesh
 
 
-def export(workdir: Path, out: Path, *, dtype: str = "folder") -> int:
+def export(workdir: Path, out: Path, *, dtype: str = "folder", student: str = "") -> int:
     """Exports the student of `workdir` to `out`; returns the number of its update.
 
     It reads the run and the student's folder, not the teacher's.
@@ -39,9 +40,11 @@ def export(workdir: Path, out: Path, *, dtype: str = "folder") -> int:
       out: absent or empty.
       dtype: one of `hf.DTYPES`; "folder" is that of the student's folder, and of a new student
         the one in which it was trained.
+      student: where the student's folder lies now; "": where the run's config says.
 
     Raises:
-      ValueError: no run or no checkpoint in `workdir`, or `out` is in use.
+      ValueError: no run or no checkpoint in `workdir`, `out` is in use, or the student's folder is
+        not there or holds another model.
     """
     stored = workdir / "config.json"
     if not stored.is_file():
@@ -49,7 +52,7 @@ def export(workdir: Path, out: Path, *, dtype: str = "folder") -> int:
             f"`--workdir`: `{workdir}` has no config.json; give a run's workdir"
             f"{closest_run(workdir)}"
         )
-    settings = read_settings(read_stored(stored))
+    settings = _with_student(read_settings(read_stored(stored)), student, workdir)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
     newest = checkpoints.latest()
     if newest is None:
@@ -68,6 +71,23 @@ def export(workdir: Path, out: Path, *, dtype: str = "folder") -> int:
     dtype = trained_in if dtype == "folder" else dtype
     hf.save_model(out, params, sizes, dtype=jnp.dtype(dtype), tokenizer_from=tokenizer_from)
     return newest
+
+
+def _with_student(settings: Settings, student: str, workdir: Path) -> Settings:
+    """The settings with the student where it lies now, checked to be the run's."""
+    if settings.student == "new":
+        if student:
+            raise ValueError("`--student`: the run's student was new, and has no folder; omit it")
+        return settings
+    if student:
+        settings = dataclasses.replace(settings, student=student)
+    if not (folder := model_folder(settings.student)).is_dir():
+        raise ValueError(
+            f"the student's folder `{folder}` does not exist; give where it lies now as "
+            "`--student=DIR`"
+        )
+    check_models(settings, workdir, ["student"])
+    return settings
 
 
 def _frozen(settings: Settings) -> Params | None:
@@ -94,10 +114,15 @@ def main(argv: Sequence[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     with reported():
         _, workdir, flags = parse_command_line(
-            argv, usage=__doc__, needs_config=False, out=str, dtype=("folder", *hf.DTYPES)
+            argv,
+            usage=__doc__,
+            needs_config=False,
+            out=str,
+            dtype=("folder", *hf.DTYPES),
+            student="",
         )
         out = local_path(flags["out"], name="--out")
-        step = export(workdir, out, dtype=flags["dtype"])
+        step = export(workdir, out, dtype=flags["dtype"], student=flags["student"])
         print(f"update {step} of {workdir} written to {out}")
 
 

@@ -86,6 +86,31 @@ def test_an_export_needs_the_run_and_the_student_alone(rank: int, tmp_path: Path
     np.testing.assert_allclose(hidden(got), hidden(whole), rtol=0, atol=1e-5)
 
 
+def test_a_student_that_lies_elsewhere_now_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    there, run = copy_model("student", tmp_path / "student"), tmp_path / "run"
+    monkeypatch.chdir(tmp_path)  # the config names it relative to this folder
+    trained, _ = save_run(run, "student=student")
+    (run / "models.json").write_text(json.dumps({"student": hf.fingerprint(there)}))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    words = [f"--workdir={run}", f"--out={tmp_path / 'out'}"]
+    other = copy_model("teacher", tmp_path / "other")
+    for more, said in (
+        ([], "`student` does not exist; give where it lies now as `--student=DIR`"),
+        ([f"--student={other}"], "is not the model that the run in"),
+    ):
+        with pytest.raises(SystemExit):
+            export.main([*words, *more])
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    export.main([*words, f"--student={there}"])
+    assert "update 3 of" in capsys.readouterr().out
+    got = hf.load_params(tmp_path / "out", hf.read_config(tmp_path / "out"), dtype=jnp.float32)
+    jax.tree.map(np.testing.assert_array_equal, got, trained)
+
+
 def test_an_export_has_the_dtype_of_the_students_folder_or_the_one_asked_for(
     tmp_path: Path, in_process: Callable
 ) -> None:
