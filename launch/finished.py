@@ -10,7 +10,7 @@ in sysexits.h) if the same training command would find more to do.
 import sys
 from collections.abc import Sequence
 
-from opd_jax.compare import variant
+from opd_jax.compare import variant, workdir_of
 from opd_jax.config import build, parse_command_line
 from opd_jax.config.settings import read_settings
 from opd_jax.evaluate import is_evaluated
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
         if "compare" not in read_summary(workdir / "summary.json"):
             return WORLD
         runs = [
-            (variant(config, method, seed), workdir / method / f"seed-{seed}")
+            (variant(config, method, seed), workdir_of(workdir, method, seed))
             for method in config.compare.methods
             for seed in config.compare.seeds
         ]

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from opd_jax.config.build import check_named
 from opd_jax.config.settings import read_settings
+from opd_jax.config.workdir import check_comparison, check_run, store_comparison
 from opd_jax.report.intervals import mean_interval, wilson_interval
 from opd_jax.report.tables import split_label, table
 from opd_jax.report.writers import write_summary
@@ -40,12 +40,23 @@ def compare(config: FrozenConfigDict, workdir: Path, *, run: Run) -> str:
     own workdir `METHOD/seed-N` and resumes there. Untrained models and players are evaluated once.
 
     `run` trains and evaluates one config in one workdir and returns `{who: {split: figures}}`.
+
+    Raises:
+      ValueError: the workdir holds a run, or one of the runs cannot begin or go on (`check_run`).
     """
+    check_comparison(workdir)
     for method in config.compare.methods:
         for seed in config.compare.seeds:
-            check_named(read_settings(variant(config, method, seed)))
+            one = variant(config, method, seed)
+            check_run(one, read_settings(one), workdir_of(workdir, method, seed))
     with held(workdir) as workdir:
+        store_comparison(config, workdir)
         return _compare(config, workdir, run)
+
+
+def workdir_of(workdir: Path, method: str, seed: int) -> Path:
+    """The workdir of one run of the comparison."""
+    return workdir / method / f"seed-{seed}"
 
 
 def _compare(config: FrozenConfigDict, workdir: Path, run: Run) -> str:
@@ -57,7 +68,7 @@ def _compare(config: FrozenConfigDict, workdir: Path, run: Run) -> str:
             if references:
                 one.eval.who = ()
             processes.say(f"--- {method}, seed {seed}")
-            found = run(FrozenConfigDict(one), workdir / method / f"seed-{seed}")
+            found = run(FrozenConfigDict(one), workdir_of(workdir, method, seed))
             references = references or {w: r for w, r in found.items() if w != "after"}
             results[method].append(found["after"])
     write_summary(workdir / "summary.json", {"eval": references, "compare": results})
@@ -134,7 +145,7 @@ def judge_figures(config: FrozenConfigDict, workdir: Path) -> dict[str, dict[str
         lines = [
             json.loads(line)
             for seed in config.compare.seeds
-            for line in (workdir / method / f"seed-{seed}" / "metrics.jsonl").open()
+            for line in (workdir_of(workdir, method, seed) / "metrics.jsonl").open()
         ]
         pooled = {}
         for column, (share, whole) in names.items():

@@ -28,7 +28,7 @@ from opd_jax.agent.rollout import rollout, row_keys
 from opd_jax.config import build, check_same_run, parse_command_line
 from opd_jax.config.models import MODELS, LoadedModel, load_student, load_teacher, named_sizes
 from opd_jax.config.settings import Settings, binds_an_evaluation, read_settings
-from opd_jax.config.workdir import check_checkpoint, check_models
+from opd_jax.config.workdir import check_checkpoint, check_models, check_no_comparison
 from opd_jax.envs.make import benchmark_splits, make_env
 from opd_jax.envs.players import make_player
 from opd_jax.experience.demonstrations import play_out
@@ -380,6 +380,7 @@ def run(config: FrozenConfigDict, workdir: Path, policy: str) -> dict[str, Figur
         two runs; a run is working in it; or it has no checkpoint, with the policy "model".
     """
     settings = read_settings(config)
+    check_no_comparison(workdir)
     check_same_run(config, workdir, binds=binds_an_evaluation(settings))
     if policy in ("model", "before"):
         models = MODELS if settings.eval.judge else ("student",)

@@ -10,8 +10,8 @@ import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 from scipy.stats import binomtest, sem, t
 
-from opd_jax import compare, train
-from opd_jax.config import load
+from opd_jax import compare, evaluate, train
+from opd_jax.config import load, to_json
 
 
 def comparison(*overrides: str) -> FrozenConfigDict:
@@ -116,6 +116,39 @@ def test_a_method_that_cannot_run_is_found_before_the_first_runs(
     with pytest.raises(ValueError, match=r"`compare.methods`|needs a teacher"):
         compare.compare(config, tmp_path, run=scripted(calls, {"opd": [1], "sft": [1]}))
     assert calls == []
+
+
+def test_a_run_that_cannot_go_on_is_found_before_the_first_runs(tmp_path: Path) -> None:
+    flags = ("--config.compare.methods=opd,sage", "--config.compare.seeds=0,1")
+    other = compare.variant(comparison(*flags, "--config.optimizer.clip_norm=2.0"), "sage", 1)
+    held_by_another = tmp_path / "sage/seed-1"
+    (held_by_another / "checkpoints/1").mkdir(parents=True)
+    (held_by_another / "config.json").write_text(to_json(other))
+    calls: list = []
+    with pytest.raises(ValueError, match=r"sage/seed-1` holds a run with another config"):
+        compare.compare(comparison(*flags), tmp_path, run=scripted(calls, {}))
+    assert calls == []
+    assert [path.name for path in tmp_path.iterdir()] == ["sage"]
+
+
+def test_a_workdir_holds_a_comparison_or_a_run(
+    trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flags = ("--config.compare.methods=opd", "--config.compare.seeds=0")
+    compare.compare(comparison(*flags), tmp_path, run=scripted([], {"opd": [5]}))
+    before = (tmp_path / "summary.json").read_bytes()
+    for main, more in ((train.main, ()), (evaluate.main, ("--policy=random",))):
+        with pytest.raises(SystemExit):
+            main([*trained.flags, *more, f"--workdir={tmp_path}"])
+        message = capsys.readouterr().err
+        assert "holds a comparison; its runs are in METHOD/seed-N below it" in message
+        assert message.count("\n") == 1
+    assert (tmp_path / "summary.json").read_bytes() == before
+    with pytest.raises(ValueError, match=r"holds a run, and a comparison would mix"):
+        compare.compare(comparison(*flags), trained.workdir, run=scripted([], {}))
+    compare.compare(
+        comparison(*flags), tmp_path, run=lambda *_: {"after": {"valid_seen": figures(5, 10)}}
+    )
 
 
 # --- The table

@@ -11,7 +11,7 @@ from opd_jax.config.build import check_named, panels
 from opd_jax.config.flags import closest
 from opd_jax.config.models import MODELS, named_folders
 from opd_jax.config.settings import Settings, binds_a_run
-from opd_jax.config.stored import check_same_run, differences, read_stored, store
+from opd_jax.config.stored import check_same_run, differences, read_stored, store, to_json
 from opd_jax.experience.tasks import Panel, check_same_tasks, store_tasks
 from opd_jax.report.writers import read_summary
 from opd_jax.runtime import processes
@@ -19,6 +19,8 @@ from opd_jax.runtime.checkpoint import saved_steps
 from opd_jax.runtime.files import replace_text
 
 MODELS_FILE = "models.json"
+# The config of a comparison. Its runs have workdirs of their own, so it has no `config.json`.
+COMPARISON_FILE = "comparison.json"
 
 
 def check_run(config: FrozenConfigDict, settings: Settings, workdir: Path) -> dict[str, Panel]:
@@ -28,13 +30,15 @@ def check_run(config: FrozenConfigDict, settings: Settings, workdir: Path) -> di
 
     Raises:
       ValueError: the workdir holds a checkpoint of a run with another config, other models or other
-        training tasks, or a file where a folder of the run would be; or there is no such player.
+        training tasks, a comparison, or a file where a folder of the run would be; or there is no
+        such player.
     """
     for name in ("checkpoints", "events"):
         if (workdir / name).exists() and not (workdir / name).is_dir():
             raise ValueError(
                 f"`{workdir / name}` is not a folder; move it away, or choose another --workdir"
             )
+    check_no_comparison(workdir)
     has_checkpoint = _has_checkpoint(workdir)
     if has_checkpoint:
         check_same_run(config, workdir, binds=binds_a_run(settings))
@@ -59,6 +63,30 @@ def _warn_of_rounding(settings: Settings) -> None:
             "so most parameters will stay as they are: set `dtype` to float32 (`compute_dtype` may "
             "stay bfloat16)"
         )
+
+
+def check_no_comparison(workdir: Path) -> None:
+    """Checks that the workdir is not a comparison's: one summary would mix figures of both."""
+    if (workdir / COMPARISON_FILE).exists():
+        raise ValueError(
+            f"`{workdir}` holds a comparison; its runs are in METHOD/seed-N below it; choose one "
+            "of them, or another --workdir"
+        )
+
+
+def check_comparison(workdir: Path) -> None:
+    """Checks that a comparison's workdir holds no run or evaluation of its own."""
+    if (workdir / "config.json").exists():
+        raise ValueError(
+            f"`{workdir}` holds a run, and a comparison would mix its figures with those of the "
+            "run; choose another --workdir"
+        )
+
+
+def store_comparison(config: FrozenConfigDict, workdir: Path) -> None:
+    """Writes the comparison's config, which marks the workdir as a comparison's."""
+    if processes.is_first():
+        replace_text(workdir / COMPARISON_FILE, to_json(config))
 
 
 def check_models(settings: Settings, workdir: Path, models: Collection[str] = MODELS) -> None:
