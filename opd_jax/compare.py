@@ -84,7 +84,8 @@ def comparison_table(
     """A Markdown table with a row for each reference and each method.
 
     A method has two intervals. Wilson's is over all episodes and takes them as independent,
-    although seeds share their tasks. Student's is over seeds; it is wide with few of them.
+    although seeds share their tasks. Student's is over seeds; it is wide with few of them. A cell
+    is `-` where figures are missing: an earlier start may have played other splits.
 
     Args:
       references: `{who: {split: figures}}`, with figures from `figures.summarize`.
@@ -97,27 +98,35 @@ def comparison_table(
     score, turns, repeated = (f"{name}, {labels[last]}" for name in ("score", "turns", "repeated"))
     rows = []
     for who, result in references.items():
-        row = {"method": who, score: f"{result[last]['score']:.2f}"}
+        row: dict[str, str | None] = dict.fromkeys((*labels.values(), score))
+        row["method"] = who
         for split, label in labels.items():
-            row[label] = f"{result[split]['success']:.1%} {_interval(result[split]['ci95'])}"
+            if one := result.get(split):
+                row[label] = f"{one['success']:.1%} {_interval(one['ci95'])}"
+        if one := result.get(last):
+            row[score] = f"{one['score']:.2f}"
         rows.append(row)
     for method, runs in results.items():
-        row = {"method": method}
+        row = dict.fromkeys((*labels.values(), score, turns, repeated))
+        row["method"] = method
         for split, label in labels.items():
+            if not all(run.get(split) for run in runs):
+                continue
             shares = [run[split]["success"] for run in runs]
             n = sum(run[split]["n"] for run in runs)
             wins = round(sum(s * n / len(runs) for s in shares))
             row[label] = f"{np.mean(shares):.1%} {_interval(wilson_interval(wins, n))}"
             if len(shares) > 1:
                 row[label] += f"; seeds {_interval(mean_interval(shares))}"
-        row[score] = f"{np.mean([run[last]['score'] for run in runs]):.2f}"
-        row[turns] = f"{np.mean([run[last]['turns'] for run in runs]):.1f}"
-        row[repeated] = f"{np.mean([run[last]['repeated'] for run in runs]):.1%}"
+        if all(run.get(last) for run in runs):
+            row[score] = f"{np.mean([run[last]['score'] for run in runs]):.2f}"
+            row[turns] = f"{np.mean([run[last]['turns'] for run in runs]):.1f}"
+            row[repeated] = f"{np.mean([run[last]['repeated'] for run in runs]):.1%}"
         row |= judge.get(method, {})
         rows.append(row)
-    every = [run for runs in results.values() for run in runs]
+    lasts = [run[last] for runs in results.values() for run in runs if run.get(last)]
     # Scores are shown where they say more than success.
-    scored = [score] if any(run[last]["score"] != run[last]["success"] for run in every) else []
+    scored = [score] if any(found["score"] != found["success"] for found in lasts) else []
     columns = ["method", *labels.values(), *scored, turns, repeated]
     columns += ["skipped", "judge precision", "judge recall"]
     return table([{c: row.get(c, "") for c in columns} for row in rows], columns)

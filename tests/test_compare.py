@@ -204,6 +204,21 @@ def test_scores_stand_where_they_say_more_than_success_and_splits_have_their_lab
     assert [row[3] for row in rows[1:]] == ["-2.00", "2.50"]
 
 
+def test_a_cell_without_figures_is_a_dash() -> None:
+    # An earlier start played other splits, and the mean over a benchmark's may be missing.
+    both = {"seen": figures(6, 10), "unseen": figures(5, 10)}
+    before = {"before": {"seen": figures(1, 10)}, "random": {"unseen": None}}
+    results = {"opd": [both], "sage": [both, {"seen": figures(6, 10), "unseen": None}]}
+    header, *rows = cells(compare.comparison_table(before, results, judge={}))
+    assert {row[0]: [header[n] for n, cell in enumerate(row) if cell == "-"] for row in rows} == {
+        "before": ["unseen"],
+        "random": ["seen", "unseen"],
+        "opd": [],
+        "sage": ["unseen", "turns, unseen", "repeated, unseen"],
+    }
+    assert "score, unseen" not in header
+
+
 def line(skip: float, turns: float, *, right: int, corrected: int, wrong: int) -> dict[str, float]:
     """Of an update in which `right` turns were rightly wanted corrected."""
     shares = {"verdict/skip": skip, "batch/turns": turns, "judge/recall": right / wrong}
