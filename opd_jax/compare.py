@@ -115,9 +115,10 @@ def comparison_table(
             shares = [run[split]["success"] for run in runs]
             n = sum(run[split]["n"] for run in runs)
             wins = round(sum(s * n / len(runs) for s in shares))
-            row[label] = f"{np.mean(shares):.1%} {_interval(wilson_interval(wins, n))}"
+            cell = f"{np.mean(shares):.1%} {_interval(wilson_interval(wins, n))}"
             if len(shares) > 1:
-                row[label] += f"; seeds {_interval(mean_interval(shares))}"
+                cell += f"; seeds {_interval(mean_interval(shares))}"
+            row[label] = cell
         if all(run.get(last) for run in runs):
             row[score] = f"{np.mean([run[last]['score'] for run in runs]):.2f}"
             row[turns] = f"{np.mean([run[last]['turns'] for run in runs]):.1f}"

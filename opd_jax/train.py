@@ -25,12 +25,12 @@ from opd_jax.config.workdir import check_run, store_run
 from opd_jax.evaluate import evaluate_others, evaluate_trained
 from opd_jax.experience.source import Source
 from opd_jax.judge.verdicts import Labeller
-from opd_jax.learner.train_state import TrainState, restore_or_init
+from opd_jax.learner.train_state import TrainState, is_whole, restore_or_init
 from opd_jax.report.log import UpdateLog
 from opd_jax.report.tables import results_table
 from opd_jax.runtime import processes
 from opd_jax.runtime.checkpoint import Checkpoints
-from opd_jax.runtime.exits import Stopped, WorldFailed, reported
+from opd_jax.runtime.exits import reported
 from opd_jax.runtime.lease import held
 from opd_jax.runtime.mesh import make_mesh
 from opd_jax.runtime.stop import Stop
@@ -50,8 +50,7 @@ def train(
 ) -> TrainState:
     """The algorithm: every update from the state's own number up to `train.updates`.
 
-    `between` is called between updates. If it, the source or the judge raises `Stopped`, or the
-    world fails, the last finished update is saved first.
+    `between` is called between updates. Whatever ends them, what is finished is saved first.
     """
     done, updates, cursor = int(state.step), settings.train.updates, source.cursor
     saved = done
@@ -68,14 +67,15 @@ def train(
                 batch = pack(played, verdict)
             with clock.measure("update"):
                 # The teacher reads the batch, tokens are weighted, the optimizer takes one step.
-                state, raw = step(state, batch)
-            done, cursor = done + 1, source.cursor
-            log.write(done, raw, played.metrics | judged, clock)
+                after, raw = step(state, batch)
+            log.write(done + 1, raw, played.metrics | judged, clock)
+            state, done, cursor = after, done + 1, source.cursor
             if done % settings.checkpoint.every == 0 or done == updates:
                 checkpoints.save(done, state, {"cursor": cursor})
                 saved = done
-    except (Stopped, WorldFailed) as error:
-        if done > saved and not processes.is_lost(error) and processes.are_all_here():
+    except BaseException as error:
+        savable = done > saved and is_whole(state) and not processes.is_lost(error)
+        if savable and processes.are_all_here():
             checkpoints.save(done, state, {"cursor": cursor})
             checkpoints.wait()
             processes.say(f"update {done} is saved in {checkpoints.directory.parent}")

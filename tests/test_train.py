@@ -408,6 +408,64 @@ def test_on_many_devices_a_continued_run_ends_with_the_same_bits_and_one_device_
     assert all(params[name] == raw for name, _, _, raw in raw_arrays(exported.params))
 
 
+# --- Errors
+
+
+# Raises an error at call N of FUNCTION of opd_jax.MODULE.
+RAISED_AT = """
+import builtins, importlib, sys
+module, function, number, error, *words = sys.argv[1:]
+module, calls = importlib.import_module(f"opd_jax.{module}"), []
+plain = getattr(module, function)
+def counted(*arguments, **named):
+    calls.append(1)
+    if len(calls) == int(number):
+        raise getattr(builtins, error)("row 17 of the data is malformed")
+    return plain(*arguments, **named)
+setattr(module, function, counted)
+from opd_jax.train import main
+main(words)
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "status", "last"),
+    [
+        # In the third update: its rollout, its judge (the first asks twice), and where it begins.
+        (("config.build", "rollout", 3), "ValueError", 2, "error: update 3: row 17 of the data is"),
+        (("judge.verdicts", "judge_turns", 4), "KeyError", 1, "KeyError: 'row 17 of the data is"),
+        (
+            ("config.build", "shard_batch", 3),
+            "RuntimeError",
+            1,
+            "RuntimeError: row 17 of the data is",
+        ),
+    ],
+)
+def test_whatever_ends_a_run_what_is_finished_is_saved(
+    place: tuple,
+    error: str,
+    status: int,
+    last: str,
+    trained: Any,
+    tmp_path: Path,
+    start: Callable,
+    command: Callable,
+) -> None:
+    flags = (*trained.flags, *NO_EVALUATION, f"--workdir={tmp_path}")
+    process = start("-c", RAISED_AT, *place, error, *flags, "--config.checkpoint.every=1000")
+    output, errors = process.communicate()
+    assert process.returncode == status, errors
+    assert errors.splitlines()[-1].startswith(last)
+    assert f"update 2 is saved in {tmp_path}\n" in output
+    assert steps_of(tmp_path) == [2]
+    assert len(lines_of(tmp_path)) == 2
+    if error == "ValueError":
+        done = command("train", *flags)
+        assert done.returncode == 0, done.stderr
+        assert_ended_alike(tmp_path, trained.workdir)
+
+
 # --- Not finite
 
 

@@ -95,6 +95,11 @@ def placement_of(state: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, state)
 
 
+def is_whole(state: TrainState) -> bool:
+    """Whether all of the state is there: an update that began has taken it (donation)."""
+    return not any(x.is_deleted() for x in jax.tree.leaves(state))
+
+
 def _everywhere(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
     """Replication over the devices of a parameter."""
     if isinstance(sharding, NamedSharding):
