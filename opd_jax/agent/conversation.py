@@ -54,6 +54,7 @@ class Conversation:
         runs.
       score: the environment's score.
       measures: the environment's further figures (`Observation.measures`).
+      refused: what the environment said when it refused to begin (`faults.Begun`).
     """
 
     task: Task | None
@@ -65,6 +66,7 @@ class Conversation:
     end: str = ""
     score: float = 0.0
     measures: Mapping[str, float] = field(default_factory=dict)
+    refused: str = ""
 
     @property
     def success(self) -> bool:
@@ -119,10 +121,11 @@ def open_conversation(task: Task, prompt: Sequence[int], *, context_tokens: int)
 
 
 def check_some_played(conversations: Sequence[Conversation]) -> None:
-    """Checks that not all episodes are `broken`.
+    """Checks that not all episodes are `broken`; warns of tasks that their environment refused.
 
     Raises:
-      ValueError: none fits its context.
+      ValueError: none fits its context, or the environment refused all of them: a mistake in the
+        settings.
       WorldFailed: environments failed.
     """
     number = len(conversations)
@@ -131,6 +134,11 @@ def check_some_played(conversations: Sequence[Conversation]) -> None:
             f"`rollout.context_tokens`: none of {number} episodes fits; raise it above the lengths "
             "in the warnings"
         )
+    if all(c.refused for c in conversations):
+        raise ValueError(f"`env`: {conversations[0].refused}")
+    for c in conversations:
+        if c.refused and c.task:
+            processes.warn("`env`: %s is left out: %s", c.task.id, c.refused)
     if all(c.broken for c in conversations):
         raise WorldFailed(
             f"`env`: the environments of all {number} episodes broke; the warnings above say how"

@@ -18,7 +18,8 @@ from opd_jax.agent.agent import Agent
 from opd_jax.agent.conversation import Conversation, open_conversation, record_turn
 from opd_jax.agent.environments import Answers
 from opd_jax.agent.session import Response, Session
-from opd_jax.envs.base import Env, Observation, Task
+from opd_jax.envs.base import Env, Observation
+from opd_jax.envs.faults import Begun, act, begin
 from opd_jax.model import Params
 
 
@@ -121,13 +122,13 @@ class _Episode:
     response: Response | None = None
     turn: int = 0
 
-    def reset(self, env: Env) -> tuple[Observation, Task, str]:
+    def reset(self, env: Env) -> Begun:
         """Asks the environment to begin."""
-        return env.reset(*self.task), env.task, env.system
+        return begin(env, *self.task)
 
     def step(self, env: Env) -> Observation:
         """Asks the environment to act on the last response."""
-        return env.step(self._text())
+        return act(env, self._text())
 
     def _text(self) -> str:
         assert self.response is not None  # it is asked after a response
@@ -136,14 +137,15 @@ class _Episode:
     def hear(self, answer: Any) -> None:
         """Takes the environment's answer to `reset` or `step` into the conversation."""
         if self.response is None:
-            self._begin(*answer)
+            self._begin(answer)
         else:
             self._go_on(answer, self.response)
 
-    def _begin(self, observation: Observation, task: Task, system: str) -> None:
+    def _begin(self, begun: Begun) -> None:
+        observation, task, system, refused = begun
         self.observation = observation
         if observation.done:  # it broke: there is nothing to react to
-            self.conversation = Conversation(task, end=observation.end)
+            self.conversation = Conversation(task, end=observation.end, refused=refused)
             return
         prompt = self.agent.chat.first(system, observation.message)
         context_tokens = self.agent.decoding.context_tokens

@@ -113,7 +113,10 @@ class Env(Protocol):
         ...
 
     def reset(self, split: str, index: int) -> Observation:
-        """Start task `index` of `split`. The task depends on these two alone."""
+        """Start task `index` of `split`. The task depends on these two alone.
+
+        A ValueError refuses the task, and is a mistake in the settings if all tasks have it.
+        """
         ...
 
     def step(self, response: str) -> Observation:

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 from opd_jax.envs.base import Env
+from opd_jax.envs.faults import last_line
 
 _LENGTH = struct.Struct(">Q")
 _LONGEST = 1 << 26  # bytes; `send` never announces more
@@ -132,9 +133,7 @@ class _Served:
             if name != "step" and self._is_mistake(error):
                 return encode({"mistake": str(error)})
             traceback.print_exc()
-            file, line, *_ = traceback.extract_tb(error.__traceback__)[-1]
-            place = f"{os.path.basename(file)}, line {line}"
-            return encode({"exception": f"{type(error).__name__}: {error} ({place})"})
+            return encode({"exception": last_line(error)})
 
     def _call(self, name: str, arguments: list[Any]) -> Any:
         if name == "make":

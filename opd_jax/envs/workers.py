@@ -16,7 +16,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from opd_jax.envs.base import BROKEN, Env, Observation, Task
+from opd_jax.envs.base import Env, Observation, Task
+from opd_jax.envs.faults import broken
 from opd_jax.envs.turns import NOT_RUNNING
 from opd_jax.envs.worker_process import defining_module, encode, receive, send
 from opd_jax.runtime.exits import WorldFailed
@@ -96,7 +97,7 @@ class Worker:
         try:
             found = self._ask_twice("reset", split, index, read=_first_observation)
         except _BreakError as why:
-            return _broken("reset", why)
+            return broken("reset", str(why))
         observation, self.task, self.system = found
         self._running = not observation.done
         return observation
@@ -113,7 +114,7 @@ class Worker:
         try:
             observation = self._ask("step", response, read=_observation)
         except _BreakError as why:
-            return _broken("step", why)
+            return broken("step", str(why))
         self._running = not observation.done
         return observation
 
@@ -215,11 +216,6 @@ class _BreakError(Exception):
     def __init__(self, kind: str, text: str):
         super().__init__(text)
         self.kind = kind
-
-
-def _broken(doing: str, why: _BreakError) -> Observation:
-    text = f"The environment broke in `{doing}`: {why}."
-    return Observation(text, text, (), end=BROKEN)
 
 
 # Not `multiprocessing`: it would import the run's main module in every process, and JAX with it.

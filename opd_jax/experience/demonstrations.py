@@ -11,6 +11,7 @@ from typing import NamedTuple
 from opd_jax.agent.chat import ChatFormat
 from opd_jax.agent.conversation import Conversation, open_conversation, record_turn
 from opd_jax.envs.base import Env, MakePlayer, Observation
+from opd_jax.envs.faults import act, begin
 from opd_jax.losses import NO_TURN
 
 
@@ -50,7 +51,7 @@ def play(
             other = strays.respond(observation)
             strayed = rng.random() < distraction
             response = other if strayed else response
-        before, observation = observation, env.step(response)
+        before, observation = observation, act(env, response)
         yield Step(before, response, strayed, observation)
 
 
@@ -73,11 +74,11 @@ def demonstrate(
     carry no loss: the model learns to recover without learning to stray. The conversation ends
     before a turn that would exceed `context_tokens`; it is `unfit` if that is the first.
     """
-    first = env.reset(split, index)
+    first, task, system, refused = begin(env, split, index)
     if first.done:  # it broke
-        return Conversation(env.task, end=first.end)
-    prompt = chat.first(env.system, first.message)
-    conversation = open_conversation(env.task, prompt, context_tokens=context_tokens)
+        return Conversation(task, end=first.end, refused=refused)
+    prompt = chat.first(system, first.message)
+    conversation = open_conversation(task, prompt, context_tokens=context_tokens)
     if conversation.end:
         return conversation
     for step in play(
@@ -116,8 +117,8 @@ def play_out(
     stopping: Callable[[], object] | None = None,
 ) -> Conversation:
     """One episode without tokens, for the figures of a player."""
-    first = env.reset(split, index)
-    conversation = Conversation(task=env.task, end=first.end)
+    first, task, _, refused = begin(env, split, index)
+    conversation = Conversation(task, end=first.end, refused=refused)
     for step in play(
         env, first, player=player, distractor=None, distraction=0.0, rng=rng, stopping=stopping
     ):

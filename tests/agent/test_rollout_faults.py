@@ -15,12 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from faulty import Faulty
 from small_agent import household_agent
 
 from opd_jax import model
 from opd_jax.agent.agent import Agent
-from opd_jax.agent.conversation import Conversation
-from opd_jax.agent.environments import everywhere
+from opd_jax.agent.conversation import Conversation, check_some_played
+from opd_jax.agent.environments import close, everywhere
 from opd_jax.agent.rollout import rollout, row_keys
 from opd_jax.envs.base import BROKEN, Env, Observation, Task
 from opd_jax.envs.household.env import Household
@@ -28,7 +29,7 @@ from opd_jax.envs.household.expert import Expert
 from opd_jax.envs.workers import DIED, TIMEOUT, Worker
 from opd_jax.experience.demonstrations import demonstrate, play_out
 from opd_jax.losses import NO_TURN
-from opd_jax.runtime.exits import Stopped
+from opd_jax.runtime.exits import Stopped, WorldFailed
 from opd_jax.runtime.stop import Stop
 
 MAX_TURNS = 4
@@ -213,6 +214,55 @@ def test_a_players_episode_breaks_alone_too(agent: Agent) -> None:
     expected = Conversation(Task(id="train/0", type="", goal="", scene=""), end=BROKEN)
     got = demonstrate(worker, "train", 0, rng=rng, **PLAYER | {"player": never}, **tokens)
     assert got == play_out(worker, "train", 0, player=never, rng=rng) == expected
+
+
+# --- What an environment raises
+
+FAULTY = partial(Faulty, malformed=(1, 4), fails=2, max_turns=MAX_TURNS)
+
+
+@pytest.mark.parametrize("in_workers", [False, True])
+def test_what_an_environment_raises_ends_its_own_episode(
+    in_workers: bool,
+    agent: Agent,
+    params: model.Params,
+    clean: list[Conversation],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    envs: list[Any] = [FAULTY() for _ in ROWS]
+    if in_workers:
+        envs = [Worker(FAULTY, start_timeout_s=60.0, step_timeout_s=60.0) for _ in ROWS]
+    played = play(agent, params, envs)
+    close(envs)
+    for row in (0, 3, 5):
+        assert played[row] == clean[row]
+    for row in (1, 4):
+        task = Task(id=f"train/{row}", type="", goal="", scene="")
+        said = f"row {row} has no answer"
+        assert played[row] == Conversation(task, end=BROKEN, refused=said)
+    assert [played[2].end, len(played[2].turns)] == [BROKEN, 2]
+    assert played[2].tokens == clean[2].tokens[: len(played[2].tokens)]
+    check_some_played(played)
+    check_some_played(played)
+    step, *refused = (record.getMessage() for record in caplog.records)
+    assert f"broke in `step` of {clean[2].task.id}: KeyError: 'title' (faulty.py, line" in step
+    if not in_workers:  # a warning is given once in a process
+        assert refused == [
+            f"`env`: train/{row} is left out: row {row} has no answer" for row in (1, 4)
+        ]
+    # A player's episode ends as a model's does.
+    env, rng, how = FAULTY(), random.Random(0), dict(player=PLAYER["player"])
+    assert play_out(env, "train", 1, rng=rng, **how).refused == "row 1 has no answer"
+    assert len(play_out(env, "train", 2, rng=rng, **how).turns) == 2
+    assert play_out(env, "train", 2, rng=rng, **how).broken
+
+
+def test_what_all_tasks_are_refused_for_is_a_mistake() -> None:
+    refused = [Conversation(task=None, end=BROKEN, refused="`data`: no such folder")] * 2
+    with pytest.raises(ValueError, match=r"^`env`: `data`: no such folder$"):
+        check_some_played(refused)
+    with pytest.raises(WorldFailed, match="all 3 episodes broke"):
+        check_some_played([*refused, Conversation(task=None, end=BROKEN)])
 
 
 # --- Signals

@@ -26,10 +26,10 @@ from telling import (
     while_there,
 )
 
-from opd_jax.envs.base import Env, Observation, Task
+from opd_jax.envs.base import BROKEN, Env, Observation, Task
 from opd_jax.envs.household.env import Household
 from opd_jax.envs.react import Random
-from opd_jax.envs.workers import BROKEN, DIED, EXCEPTION, Worker
+from opd_jax.envs.workers import DIED, EXCEPTION, Worker
 
 LONG_S = 60.0  # more than a busy machine needs
 HOUSEHOLD = functools.partial(Household, size="small", max_turns=12, show_admissible=5)
