@@ -28,7 +28,12 @@ from opd_jax.agent.rollout import rollout, row_keys
 from opd_jax.config import build, check_same_run, parse_command_line
 from opd_jax.config.models import MODELS, LoadedModel, load_student, load_teacher, named_sizes
 from opd_jax.config.settings import Settings, binds_an_evaluation, read_settings
-from opd_jax.config.workdir import check_checkpoint, check_models, check_no_comparison
+from opd_jax.config.workdir import (
+    check_checkpoint,
+    check_models,
+    check_no_comparison,
+    store_evaluation,
+)
 from opd_jax.envs.make import benchmark_splits, make_env
 from opd_jax.envs.players import make_player
 from opd_jax.experience.demonstrations import play_out
@@ -375,35 +380,44 @@ def _write(workdir: Path, who: str, figures: Figures) -> None:
 def run(config: FrozenConfigDict, workdir: Path, policy: str) -> dict[str, Figures]:
     """Evaluates one policy and merges its figures into `summary.json`, split by split.
 
+    With the first figures a workdir gets the config and the models that they are of.
+
     Raises:
-      ValueError: the workdir holds a run with another method, since one file would mix figures of
-        two runs; a run is working in it; or it has no checkpoint, with the policy "model".
+      ValueError: the workdir holds a run or an evaluation with another method or model, since one
+        file would mix figures of both; a run is working in it; or it has no checkpoint, with the
+        policy "model".
     """
     settings = read_settings(config)
     check_no_comparison(workdir)
     check_same_run(config, workdir, binds=binds_an_evaluation(settings))
+    models = {}
     if policy in ("model", "before"):
-        models = MODELS if settings.eval.judge else ("student",)
-        build.check_named(settings, models)
-        check_models(settings, workdir, models)
+        named = MODELS if settings.eval.judge else ("student",)
+        build.check_named(settings, named)
+        models = check_models(settings, workdir, named)
     if policy == "model":
         check_checkpoint(workdir)
     panels = build.eval_panels(settings)
     with held(workdir) as workdir, Stop() as stop:
         for split in _splits(settings, panels):
             processes.say(describe(split, panels[split]))
-        how: dict[str, Any] = dict(panels=panels, between=stop.check)
+
+        def write(figures: Figures) -> None:
+            store_evaluation(config, models, workdir)
+            _write(workdir, who, figures)
+
+        who = {"model": "after"}.get(policy, policy)
+        how: dict[str, Any] = dict(panels=panels, after_split=write, between=stop.check)
         if policy not in ("model", "before"):
-            write = partial(_write, workdir, policy)
-            return {policy: evaluate_player(settings, policy, after_split=write, **how)}
+            return {who: evaluate_player(settings, policy, **how)}
         mesh = make_mesh(**dataclasses.asdict(settings.mesh))
         with jax.set_mesh(mesh):
-            return _evaluate_student(settings, workdir, mesh, policy == "model", how)
+            return {who: _evaluate_student(settings, workdir, mesh, policy == "model", how)}
 
 
 def _evaluate_student(
     settings: Settings, workdir: Path, mesh: jax.sharding.Mesh, trained: bool, how: dict[str, Any]
-) -> dict[str, Figures]:
+) -> Figures:
     """The student `after` the workdir's newest checkpoint, or `before` any update."""
     checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
     vocab_size = None if settings.eval.judge else _vocab_size(settings, checkpoints, trained)
@@ -419,9 +433,7 @@ def _evaluate_student(
     # Free the parameters; only the sampling copy is needed.
     student = dataclasses.replace(student, params={})
     del params
-    who = "after" if trained else "before"
-    how |= dict(update=update, judging=judging, after_split=partial(_write, workdir, who))
-    return {who: evaluate_model(settings, student, sampling, **how)}
+    return evaluate_model(settings, student, sampling, update=update, judging=judging, **how)
 
 
 def _vocab_size(settings: Settings, checkpoints: Checkpoints, trained: bool) -> int:

@@ -23,6 +23,7 @@ from opd_jax.agent.conversation import Conversation
 from opd_jax.config import build, load, read_stored, to_json
 from opd_jax.config.models import LoadedModel, load_model, load_student, load_teacher
 from opd_jax.config.settings import read_settings
+from opd_jax.config.workdir import check_run, store_run
 from opd_jax.envs.search.searchqa_data import SETS
 from opd_jax.report.tables import judge_table, results_table
 from opd_jax.runtime.checkpoint import Checkpoints
@@ -254,6 +255,32 @@ def test_a_player_is_evaluated_into_the_summary(
     assert [expected[split]["digest"] for split in splits] == [panels[s].digest for s in splits]
     which = [f"{split}: 1000 tasks, digest {panels[split].digest}" for split in splits]
     assert printed.splitlines() == [*which, *results_table({policy: expected}).splitlines()]
+
+
+def test_figures_of_another_model_or_environment_do_not_come_beside_an_evaluations(
+    in_process: Callable, tmp_path: Path, small: tuple, capsys: pytest.CaptureFixture
+) -> None:
+    words = ("--config=quickstart:runlocal", *small, "--config.eval.tasks=1")
+    run = partial(in_process, evaluate.main, *words, f"--workdir={tmp_path}")
+    other = "embedded:teacher"
+    run("--policy=random", "--config.teacher=no/where")  # a player needs no model
+    run("--policy=before", "--config.eval.splits=valid_seen")
+    before = (tmp_path / "summary.json").read_bytes()
+    assert json.loads(before)["eval"].keys() == {"random", "before"}
+    for more, said in (
+        (("--policy=before", f"--config.student={other}"), f"`student` = {other!r} is not"),
+        (("--policy=expert", "--config.env.size=medium"), "env.size: 'small' -> 'medium'"),
+    ):
+        with pytest.raises(SystemExit):
+            run(*more)
+        assert said in capsys.readouterr().err
+    # A run that starts here keeps the figures that are its own.
+    settings, config = read(QUICKSTART, *small), load(QUICKSTART, small)
+    assert check_run(config, settings, tmp_path).keys() >= {"valid_seen"}
+    store_run(config, settings, {}, tmp_path)
+    assert (tmp_path / "summary.json").read_bytes() == before
+    store_run(config, read(QUICKSTART, *small, f"student={other}"), {}, tmp_path)
+    assert not (tmp_path / "summary.json").exists()
 
 
 @pytest.mark.parametrize("policy", ["expert", "random"])

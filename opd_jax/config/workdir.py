@@ -89,20 +89,25 @@ def store_comparison(config: FrozenConfigDict, workdir: Path) -> None:
         replace_text(workdir / COMPARISON_FILE, to_json(config))
 
 
-def check_models(settings: Settings, workdir: Path, models: Collection[str] = MODELS) -> None:
+def check_models(
+    settings: Settings, workdir: Path, models: Collection[str] = MODELS
+) -> dict[str, str]:
     """Checks that the `models` are those that the workdir's run has, wherever they lie now.
+
+    Returns their fingerprints.
 
     Raises:
       ValueError: one is another, or its folder is not there.
     """
-    had = read_summary(workdir / MODELS_FILE)
-    for who, now in _fingerprints(settings, models).items():
+    had, found = read_summary(workdir / MODELS_FILE), _fingerprints(settings, models)
+    for who, now in found.items():
         if had.get(who) not in (None, now):
             raise ValueError(
                 f"`{who}` = {getattr(settings, who)!r} is not the model that the run in "
                 f"`{workdir}` has (fingerprint {had[who]} then, {now} now); give the same model, "
                 "or choose another --workdir"
             )
+    return found
 
 
 def _fingerprints(settings: Settings, models: Collection[str] = MODELS) -> dict[str, str]:
@@ -150,10 +155,27 @@ def store_run(
     """
     if processes.is_first():
         stored, binds = workdir / "config.json", binds_a_run(settings)
-        models = _fingerprints(settings)
+        models, known = _fingerprints(settings), workdir / MODELS_FILE
         same = stored.exists() and not differences(read_stored(stored), config, binds=binds)
-        if not same or read_summary(workdir / MODELS_FILE) != models:
+        # An evaluation may have had some of the models, or none.
+        same &= known.exists() and read_summary(known).items() <= models.items()
+        if not same:
             (workdir / "summary.json").unlink(missing_ok=True)
         store(config, workdir)
-        replace_text(workdir / MODELS_FILE, json.dumps(models, indent=2) + "\n")
+        _store_models(models, workdir)
     store_tasks(found, workdir)
+
+
+def store_evaluation(config: FrozenConfigDict, models: Mapping[str, str], workdir: Path) -> None:
+    """Writes what an evaluation's figures are of, unless a run has: its config and its models.
+
+    `models` are the fingerprints of those that it has loaded (`check_models`).
+    """
+    if processes.is_first():
+        if not (workdir / "config.json").exists():
+            store(config, workdir)
+        _store_models({**models, **read_summary(workdir / MODELS_FILE)}, workdir)
+
+
+def _store_models(models: Mapping[str, str], workdir: Path) -> None:
+    replace_text(workdir / MODELS_FILE, json.dumps(models, indent=2) + "\n")
