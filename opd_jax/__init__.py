@@ -4,8 +4,14 @@ The names below are the library. Each is imported when it is first used (PEP 562
 `import opd_jax.losses` loads JAX and nothing else.
 """
 
+import sys
 from importlib import import_module
 from typing import Any
+
+if sys.argv[:1] == ["-m"]:  # a command begins, and what it imports takes seconds
+    from opd_jax.runtime.exits import end_at_ctrl_c
+
+    end_at_ctrl_c()
 
 __version__ = "0.1.0"
 

@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,9 +74,22 @@ def print_error(message: str) -> None:
     print_line("error: " + " ".join(message.split()), sys.stderr)
 
 
+def end_at_ctrl_c() -> None:
+    """Until `reported` begins there is nothing to undo: Ctrl-C ends the process, with one line."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupted)
+
+
+def _interrupted(*_: object) -> None:
+    print_error("interrupted")
+    os._exit(INTERRUPTED)
+
+
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
     """Runs a command. Errors that `explain` knows end it with one line, without a traceback."""
+    if signal.getsignal(signal.SIGINT) == _interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     except Exception as error:

@@ -99,6 +99,26 @@ def test_who_is_no_longer_read_stops_as_others_do(make: Callable[[], tuple[int, 
     assert process.returncode == 0
 
 
+# Sends SIGINT to a process when it is about to import JAX.
+WHILE_IT_IMPORTS = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+def watch(event, details):
+    if event == "import" and details[0] == "jax":
+        os.kill(os.getpid(), signal.SIGINT)
+sys.addaudithook(watch)
+"""
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "export", "plan"])
+def test_ctrl_c_while_a_command_imports_is_one_line(
+    name: str, tmp_path: Path, command: Callable
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(WHILE_IT_IMPORTS)
+    done = command(name, PYTHONPATH=f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}")
+    assert (done.returncode, done.stderr) == (INTERRUPTED, "error: interrupted\n")
+
+
 def test_ctrl_c_before_there_is_anything_to_save_is_one_line(
     capsys: pytest.CaptureFixture,
 ) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_jax.envs.search.retrieval import BM25, load_bm25
+from opd_jax.runtime.exits import reported
 
 PATH = "/retrieve"
 _MOST_BYTES = 1 << 24
@@ -103,18 +104,15 @@ def main(argv: Sequence[str]) -> None:
     usage.add_argument("--topk", type=int, default=3, help="passages a query, if not asked for")
     flags = usage.parse_args(argv)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # what `bm25s` does with JAX needs no more
-    try:
+    with reported():
         index = load_bm25(flags.corpus)
         server = make_server(index, host=flags.host, port=flags.port, top=flags.topk)
-    except ValueError as error:
-        print("error:", error, file=sys.stderr)
-        raise SystemExit(2) from None
-    host, port = server.server_address[:2]
-    print(f"{len(index.passages)} passages at http://{host!s}:{port}{PATH}", flush=True)
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        server.server_close()
+        host, port = server.server_address[:2]
+        print(f"{len(index.passages)} passages at http://{host!s}:{port}{PATH}", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            server.server_close()
 
 
 if __name__ == "__main__":
