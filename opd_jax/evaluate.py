@@ -49,7 +49,6 @@ from opd_jax.runtime import processes
 from opd_jax.runtime.checkpoint import Checkpoints
 from opd_jax.runtime.exits import reported
 from opd_jax.runtime.lease import held
-from opd_jax.runtime.mesh import make_mesh
 from opd_jax.runtime.signals import signalled
 from opd_jax.runtime.stop import Stop
 
@@ -410,7 +409,7 @@ def run(config: FrozenConfigDict, workdir: Path, policy: str) -> dict[str, Figur
         how: dict[str, Any] = dict(panels=panels, after_split=write, between=stop.check)
         if policy not in ("model", "before"):
             return {who: evaluate_player(settings, policy, **how)}
-        mesh = make_mesh(**dataclasses.asdict(settings.mesh))
+        mesh = build.open_mesh(settings)
         with jax.set_mesh(mesh):
             return {who: _evaluate_student(settings, workdir, mesh, policy == "model", how)}
 

@@ -32,7 +32,6 @@ from opd_jax.runtime import processes
 from opd_jax.runtime.checkpoint import Checkpoints
 from opd_jax.runtime.exits import reported
 from opd_jax.runtime.lease import held
-from opd_jax.runtime.mesh import make_mesh
 from opd_jax.runtime.stop import Stop
 
 
@@ -86,7 +85,7 @@ def train(
 def run(config: FrozenConfigDict, workdir: Path) -> dict[str, Any]:
     """One whole run; returns the `eval` part of its `summary.json`."""
     settings = read_settings(config)
-    mesh = make_mesh(**dataclasses.asdict(settings.mesh))
+    mesh = build.open_mesh(settings)
     with held(workdir) as workdir, jax.set_mesh(mesh), Stop() as stop:
         return _run(config, settings, workdir, mesh, stop)
 

@@ -112,6 +112,8 @@ class Settings:
       teacher_dtype: dtype of the teacher's parameters; "int8" rounds its projections to 8 bits.
       student: a model reference (`models.model_folder`), or "new" for a random one.
       teacher: a model reference; "" for none.
+      program_cache: the folder in which compiled programs are kept; "" for none
+        (`compilation.start`).
       new_model: sizes of a new student; the tokenizer gives its vocabulary.
       demonstrations: who demonstrates, where `data.source` is "players".
     """
@@ -122,6 +124,7 @@ class Settings:
     teacher_dtype: str
     student: str = field(metadata=affects(WORLD))  # `models.json` says which models a run has
     teacher: str = field(metadata=affects(WORLD))
+    program_cache: str = field(metadata=affects(WORLD))
     mesh: MeshShape
     lora: Lora
     env: EnvSettings
