@@ -66,7 +66,7 @@ def test_every_message_to_look_up_is_in_the_code() -> None:
 
 
 def strings(path: Path) -> list[str]:
-    """Every string literal of a file, with … in the place of what an f-string puts in."""
+    """Every string literal of a file, with … in the place of what is put in."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     constants = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)]
     formatted = [
@@ -74,4 +74,5 @@ def strings(path: Path) -> list[str]:
         for node in ast.walk(tree)
         if isinstance(node, ast.JoinedStr)
     ]
-    return [text for text in constants if isinstance(text, str)] + formatted
+    texts = [text for text in constants if isinstance(text, str)] + formatted
+    return [re.sub("%[sd]", "…", text) for text in texts]

@@ -284,13 +284,13 @@ finally:
 """
 
 
-# A turn of a rollout samples once, and the runs have three turns; the first update's judge samples
-# once, too. Each update's judge scores once.
+# All rows sample a turn in one chunk, and the runs have three turns. The first update's judge is
+# asked twice, once with the other decoding.
 @pytest.mark.parametrize(
     ("place", "at", "name"),
     [
-        (("agent.generate", "generate", 8), 2, "SIGTERM"),  # the first turn of the third rollout
-        (("judge.answer", "label_scores", 2), 1, "SIGINT"),  # the tasks of update 2 are played
+        (("agent.session", "_turn_keys", 7), 2, "SIGTERM"),  # the first turn of the third rollout
+        (("judge.verdicts", "judge_turns", 3), 1, "SIGINT"),  # the tasks of update 2 are played
     ],
 )
 def test_a_signal_between_turns_keeps_what_is_finished_and_changes_no_bit(

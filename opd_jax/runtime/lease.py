@@ -215,8 +215,10 @@ class _Claim:
         if near:
             if owner.pid != os.getpid() and now - self.begun < _PATIENCE_S:
                 return "wait"  # it may be dying
-            working = f"{who} is working in `{self.folder}`"
-            return f"`{self.name}`: {working}; wait until it ends, stop it, or {other}"
+            return (
+                f"`{self.name}`: {who} is working in `{self.folder}`; wait until it ends, stop it, "
+                f"or {other}"
+            )
         if not self.told and owner != _UNKNOWN:
             self.told = True
             processes.say(
