@@ -25,9 +25,9 @@ class ChatFormat:
     """A chat template cut into the texts around message contents, thinking switched off.
 
     Contents are not changed, even if the template would trim them; only a lone surrogate becomes
-    `?`. The text of a special token
-    inside a content is encoded as ordinary text, so an observation cannot end a turn. Added tokens
-    that are not declared special (Qwen3's `<think>`) stay single tokens.
+    `?`. The text of a special token inside a content is encoded as ordinary text, so an observation
+    cannot end a turn. Added tokens that are not declared special (Qwen3's `<think>`) stay single
+    tokens.
 
     Attributes:
       tokenizer: the `transformers` tokenizer that the texts came from.
@@ -164,14 +164,29 @@ class ChatFormat:
         for content, text in zip(contents, texts[1:], strict=True):
             parts += [content, text]
         encode = self.tokenizer.encode
-        if all(self.special_ids.isdisjoint(encode(c, add_special_tokens=False)) for c in contents):
-            # Encoded as one string, so that tokens merge across edges as in a full rendering.
-            return encode("".join(parts), add_special_tokens=False)
+        # Encoded as one string, so that tokens merge across edges as in a full rendering.
+        whole = encode("".join(parts), add_special_tokens=False)
+        if self._special_in(whole) == self._special_in_texts(texts):  # none in a content
+            return whole
         split = [
             encode(part, add_special_tokens=False, split_special_tokens=n % 2 == 1)
             for n, part in enumerate(parts)
         ]
         return [i for ids in split for i in ids]
+
+    def _special_in(self, ids: Sequence[int]) -> int:
+        return sum(i in self.special_ids for i in ids)
+
+    def _special_in_texts(self, texts: tuple[str, ...]) -> int:
+        """Special tokens in the template's own texts."""
+        if texts not in self._counts:
+            encoded = (self.tokenizer.encode(text, add_special_tokens=False) for text in texts)
+            self._counts[texts] = sum(map(self._special_in, encoded))
+        return self._counts[texts]
+
+    @cached_property
+    def _counts(self) -> dict[tuple[str, ...], int]:
+        return {}
 
 
 def _around(tokenizer: Any, roles: str) -> tuple[str, ...]:
