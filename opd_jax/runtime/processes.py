@@ -46,8 +46,9 @@ _FAREWELL_S = 15.0
 _MEETING_S = 10.0
 # Where the first process that fails tells the others why, among what the coordinator keeps.
 _FAILURE = "opd_jax/failure"
-# Messages are padded to a power of two of at least this, since each size compiles a program.
-_LEAST_BYTES = 1024
+# What a message has room for, its length in front. What is longer goes on in a second one, padded
+# to a power of two: each size compiles a program.
+_MESSAGE_BYTES, _LENGTH_BYTES = 16384, 8
 
 # How JAX's errors begin when another process has ended.
 _BROKEN_CONNECTION = re.compile(
@@ -311,12 +312,22 @@ def gather(value: T) -> list[T]:
         return [value]
     from jax.experimental import multihost_utils
 
-    data = np.frombuffer(pickle.dumps(value), np.uint8)
+    data = pickle.dumps(value)
+    message = len(data).to_bytes(_LENGTH_BYTES, "little") + data
     try:
-        sizes = multihost_utils.process_allgather(np.int32(len(data)))
-        padded = np.zeros(max(_LEAST_BYTES, 1 << (int(sizes.max()) - 1).bit_length()), np.uint8)
-        padded[: len(data)] = data
-        everyone = multihost_utils.process_allgather(padded)
+        everyone = multihost_utils.process_allgather(_padded(message[:_MESSAGE_BYTES]))
+        sizes = [int.from_bytes(row[:_LENGTH_BYTES].tobytes(), "little") for row in everyone]
+        if (longest := _LENGTH_BYTES + max(sizes)) > _MESSAGE_BYTES:
+            room = 1 << (longest - _MESSAGE_BYTES - 1).bit_length()
+            rest = multihost_utils.process_allgather(_padded(message[_MESSAGE_BYTES:], room))
+            everyone = np.concatenate([everyone, rest], axis=1)
     except Exception as error:  # JAX raises several types, even ValueError
         raise LostProcesses(str(error)) from error
-    return [pickle.loads(row[:size].tobytes()) for row, size in zip(everyone, sizes, strict=True)]
+    return [
+        pickle.loads(row[_LENGTH_BYTES : _LENGTH_BYTES + size].tobytes())
+        for row, size in zip(everyone, sizes, strict=True)
+    ]
+
+
+def _padded(part: bytes, room: int = _MESSAGE_BYTES) -> np.ndarray:
+    return np.frombuffer(part.ljust(room, b"\0"), np.uint8)

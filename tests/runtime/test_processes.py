@@ -272,6 +272,28 @@ with processes.ending_together():
         assert line_of(text).startswith("error: the server is away since noon; ")
 
 
+def test_messages_of_any_length_are_exchanged(start: Start) -> None:
+    code = """
+import jax, pickle
+from opd_jax.runtime import processes
+processes.start()
+with processes.ending_together():
+    own = jax.process_index()
+    around = len(pickle.dumps("x" * 10**4)) - 10**4
+    room = processes._MESSAGE_BYTES - processes._LENGTH_BYTES - around
+    for size in (0, 1, room - 1, room, room + 1, 5 * room):
+        # Each is longer than the other once.
+        for longer in (0, 1):
+            mine = str(own) * (size if own == longer else 3)
+            want = ["0" * (size if longer == 0 else 3), "1" * (size if longer == 1 else 3)]
+            assert processes.gather(mine) == want, (size, longer)
+    print("all are equal")
+"""
+    printed, statuses = run_code(start, code)
+    assert statuses == [0, 0]
+    assert all("all are equal" in text for text in printed)
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_save_that_one_process_cannot_write_ends_all(
     start: Start, tmp_path: Path, victim: int
