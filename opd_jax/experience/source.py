@@ -60,6 +60,13 @@ class Played:
     metrics: dict[str, Any]
 
 
+def padding(rows: Sequence[Conversation], length_multiple: int) -> tuple[int, int]:
+    """Positions of packed rows that hold no token, and all positions (`batch.pack`)."""
+    lengths = [len(row.tokens) for row in rows]
+    positions = len(rows) * -(-max([*lengths, 1]) // length_multiple) * length_multiple
+    return positions - sum(lengths), positions
+
+
 class Source(Protocol):
     """Gives the episodes of one update after another."""
 
@@ -137,7 +144,8 @@ class Episodes:
             rows,
             episode=episode + [0] * missing,
             length_multiple=self.length_multiple,
-            metrics=episode_metrics(conversations, rows),
+            metrics=episode_metrics(conversations, rows)
+            | {"tokens/padded": padding(rows, self.length_multiple)},
         )
 
     def close(self) -> None:

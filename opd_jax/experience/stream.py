@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opd_jax.agent.conversation import Conversation, check_some_played
-from opd_jax.experience.source import Played
+from opd_jax.experience.source import Played, padding
 from opd_jax.judge.prompt import FIELDS
 from opd_jax.learner.train_state import TrainState
 from opd_jax.runtime import processes
@@ -187,7 +187,10 @@ class Stream:
             rows=conversations,
             episode=list(range(len(conversations))),
             length_multiple=padded,
-            metrics={"tokens/sequence": sum(len(c.tokens) for c in conversations)},
+            metrics={
+                "tokens/sequence": sum(len(c.tokens) for c in conversations),
+                "tokens/padded": padding(conversations, padded),
+            },
         )
 
     def close(self) -> None:

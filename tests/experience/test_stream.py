@@ -206,7 +206,14 @@ def test_a_window_holds_its_episodes_once_and_its_examples(make_stream) -> None:
     while stream.cursor[0] < 3:
         played = stream.play(None)
         assert all(len(row.tokens) <= played.length_multiple for row in played.rows)
-        assert played.metrics == {"tokens/sequence": sum(len(row.tokens) for row in played.rows)}
+        tokens = sum(len(row.tokens) for row in played.rows)
+        longest = max(len(row.tokens) for row in played.rows)
+        width = -(-longest // played.length_multiple) * played.length_multiple
+        positions = len(played.rows) * width
+        assert played.metrics == {
+            "tokens/sequence": tokens,
+            "tokens/padded": (positions - tokens, positions),
+        }
         rows.setdefault(stream.cursor[0], []).extend(row for row in played.rows if row.tokens)
     for window in range(3):
         episodes = {n: episode(n) for n in range(window * WINDOW, (window + 1) * WINDOW)}
