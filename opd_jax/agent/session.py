@@ -79,8 +79,10 @@ class Session:
         budget = min(decoding.turn_tokens, decoding.context_tokens - len(context))
         self.live[row] = _Sampling(key, turn, budget, full=budget < decoding.turn_tokens)
 
-    def launch(self) -> gen.Sampled:
-        """Starts to sample a chunk for every live row, without waiting for it."""
+    def launch(self) -> gen.Sampled | None:
+        """Starts to sample a chunk for every live row, without waiting for it; None if none is."""
+        if not self.live:
+            return None
         self.cache.read(self.live)
         decoding = self.agent.decoding
         last, budget, key, turn = np.zeros((4, len(self.cache.held)), np.int32)
@@ -101,7 +103,7 @@ class Session:
         self.cache.give(cache)
         return out
 
-    def collect(self, launched: gen.Sampled) -> dict[int, Response]:
+    def collect(self, launched: gen.Sampled | None) -> dict[int, Response]:
         """Waits for a chunk; returns the responses that ended in it, by row.
 
         A response that begins an invented turn is cut there. What was sampled beyond is dropped:
@@ -110,6 +112,8 @@ class Session:
         Raises:
           ValueError: the model's logits are not finite.
         """
+        if launched is None:
+            return {}
         out = jax.device_get(launched)
         sampled = np.arange(out.tokens.shape[1]) < out.counts[:, None]
         if not np.isfinite(out.logprobs[sampled]).all():
