@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from opd_jax.runtime import processes
-from opd_jax.runtime.exits import WorldFailed, explain, reading
+from opd_jax.runtime.exits import DISK, WorldFailed, explain, reading
 from opd_jax.runtime.fields import WORLD, affects, check_within
 
 # An error of the storage layer can be pages long; its beginning names the file and the defect.
@@ -283,6 +283,7 @@ def _quieten_orbax() -> None:
     an unraisable exception, possibly after `restore` has raised the error itself.
     """
     logging.getLogger("absl").addFilter(_not_orbax_chatter)
+    logging.getLogger("asyncio").addFilter(_not_another_failed_write)
     report = sys.unraisablehook
 
     def report_others(unraisable: "sys.UnraisableHookArgs") -> None:
@@ -290,6 +291,13 @@ def _quieten_orbax() -> None:
             report(unraisable)
 
     sys.unraisablehook = report_others
+
+
+def _not_another_failed_write(record: logging.LogRecord) -> bool:
+    """Of the writes that the disk fails, orbax raises the first; asyncio reports the others."""
+    error = record.exc_info[1] if record.exc_info else None
+    known = explain(error) if error else None
+    return not known or known[1] != DISK
 
 
 def _not_orbax_chatter(record: logging.LogRecord) -> bool:

@@ -34,15 +34,17 @@ def start(program_cache: str) -> None:
         folder = local_path(program_cache, name="program_cache")
         jax.config.update("jax_compilation_cache_dir", str(folder))
     logger = logging.getLogger(_LOGGER)
-    if not any(isinstance(handler, _Announcer) for handler in logger.handlers):
+    if _announce not in logger.filters:
         logger.setLevel(logging.DEBUG)
-        logger.addHandler(_Announcer())
+        logger.addFilter(_announce)
 
 
-class _Announcer(logging.Handler):
-    """Says which program is compiled next. One that was kept is loaded in its place."""
+def _announce(record: logging.LogRecord) -> bool:
+    """Says which program is compiled next. One that was kept is loaded in its place.
 
-    def emit(self, record: logging.LogRecord) -> None:
-        found = re.match(r"Compiling (?:jit\()?(\w+)", record.getMessage())
-        if found and (what := PROGRAMS.get(found[1])):
-            processes.say(f"compiling {what} ({found[1]})")
+    Only warnings go on to other handlers: orbax's import gives the root one that prints all.
+    """
+    found = re.match(r"Compiling (?:jit\()?(\w+)", record.getMessage())
+    if found and (what := PROGRAMS.get(found[1])):
+        processes.say(f"compiling {what} ({found[1]})")
+    return record.levelno >= logging.WARNING

@@ -1,5 +1,7 @@
 """Checkpoints: what is saved is restored bit for bit, or refused with a reason."""
 
+import errno
+import logging
 import os
 import shutil
 import signal
@@ -398,3 +400,15 @@ def test_arrays_of_another_model_are_refused_by_name(two_saved):
                 checkpoints.restore_latest({"params": other["params"]}, partial=True)
     assert files_in(two_saved) == before
     checkpoints.close()
+
+
+def test_of_writes_that_the_disk_fails_asyncio_says_nothing_more(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    import opd_jax.runtime.checkpoint as module
+
+    module._quieten_orbax()
+    full, bug = OSError(errno.ENOSPC, "No space left on device"), ValueError("a bug of ours")
+    for error in (full, bug):
+        logging.getLogger("asyncio").error("never retrieved", exc_info=error)
+    assert [record.exc_info[1] for record in caplog.records if record.exc_info] == [bug]

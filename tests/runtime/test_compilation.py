@@ -80,6 +80,20 @@ def test_a_large_program_is_named_once_before_it_is_compiled(
     assert capsys.readouterr().out == said * 2
 
 
+def test_nothing_else_that_jax_says_of_it_is_printed() -> None:
+    code = "\n".join(
+        [
+            "import logging, jax",
+            "from opd_jax.runtime import compilation",
+            "logging.basicConfig()",  # as a library's import may do
+            "compilation.start('')",
+            "jax.jit(lambda x: x @ x)(jax.numpy.ones((4, 4)))",
+        ]
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
 def test_the_programs_that_are_named_are_those_that_a_run_compiles() -> None:
     from opd_jax.agent import generate
     from opd_jax.judge import answer
