@@ -47,7 +47,10 @@ def test_the_compiler_of_this_machine_is_asked_once_for_each_program_and_revisio
     files = (tmp_path / "cache").iterdir()
     found = sorted(json.loads(file.read_text())["arguments"] for file in files)
     counted = sorted(program["arguments"] for program in first["programs"])
-    assert found == pytest.approx(counted, rel=0.01)
+    # Reading alone needs neither the head nor what follows the last attention.
+    (reading, *others), (resident, *counted) = found, counted
+    assert others == pytest.approx(counted, rel=0.01)
+    assert resident / 2 < reading < resident
     # Gradients are added up over `data`, which is two devices.
     rows = [row for row in first["collectives"] if row["kind"] == "all-reduce"]
     assert {row["group"] for row in rows if row["program"] == "train step"} == {2}
