@@ -4,7 +4,6 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-import jax
 import numpy as np
 
 from opd_jax import model
@@ -22,7 +21,7 @@ class ContextCache:
     So what a row holds does not depend on the other rows, to the bit.
 
     Args:
-      params: the model's; those of `generate.for_decoding` are not copied.
+      params: the model's, stacked or not. They are not copied.
       sizes: the model's.
       rows: of the cache.
       slots: of each row.
@@ -40,8 +39,6 @@ class ContextCache:
         widths: Sequence[int],
         rows_read: int,
     ):
-        if not isinstance(params["layers"], tuple):
-            params = gen.for_decoding(params, platform=jax.default_backend())
         self.params = params
         self.sizes, self.sharded = sizes, model.is_sharded(params)
         self.widths, self.rows_read = widths, rows_read

@@ -58,6 +58,8 @@ class Session:
     def __init__(self, params: Params, keys: jax.Array, *, agent: Agent, rows: int):
         decoding = agent.decoding
         self.agent, self.keys = agent, keys
+        if not isinstance(params["layers"], tuple):
+            params = gen.for_decoding(params, platform=jax.default_backend())
         self.cache = ContextCache(
             params,
             sizes=agent.model,
