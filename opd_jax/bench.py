@@ -11,6 +11,7 @@ times. `--runs` is how often each program is timed; the median counts.
 
 import dataclasses
 import json
+import math
 import statistics
 import sys
 import time
@@ -37,7 +38,7 @@ def bench(config: FrozenConfigDict, *, runs: int) -> dict[str, Any]:
     Raises:
       ValueError: the config is not valid, or does not divide over its mesh.
     """
-    devices = config.mesh.data * config.mesh.fsdp * config.mesh.tensor
+    devices = math.prod(config.mesh.values())
     run = plan_run(config, find(LOCAL, local_chips=devices), devices=jax.devices()[:devices])
     bounds = {row["name"]: row for row in describe(run, None)["programs"]}
     rows = [

@@ -10,7 +10,7 @@ from opd_jax import model
 from opd_jax.agent import generate as gen
 from opd_jax.model import KVCache, ModelConfig, Params
 from opd_jax.runtime import mesh
-from opd_jax.runtime.mesh import shard_batch
+from opd_jax.runtime.mesh import DECODING, shard_batch
 
 
 class ContextCache:
@@ -71,7 +71,7 @@ class ContextCache:
                     self._cache = gen.extend(
                         self.params,
                         self.take(),
-                        *shard_batch((tokens, counts, numbers)),
+                        *shard_batch((tokens, counts, numbers), rules=DECODING),
                         config=self.sizes,
                         sharded=self.sharded,
                     )
@@ -82,7 +82,7 @@ class ContextCache:
 
         Its lengths are what the rows hold.
         """
-        return replace(self._cache, lengths=shard_batch(self.held.copy()))
+        return replace(self._cache, lengths=shard_batch(self.held.copy(), rules=DECODING))
 
     def give(self, cache: KVCache) -> None:
         """The cache after a program. What it appended counts only if `held` is raised."""
@@ -102,7 +102,7 @@ class ContextCache:
 
         Where rows are missing, a call has one of the device's that gets no token.
         """
-        shards = mesh.shards("batch")
+        shards = mesh.shards("batch", rules=DECODING)
         size = len(self.held) // shards
         most = min(self.rows_read, size)
         parts = [[row for row in sorted(new) if row // size == part] for part in range(shards)]

@@ -21,7 +21,7 @@ from opd_jax import model
 from opd_jax.model import KVCache, ModelConfig, Params, lora
 from opd_jax.model.projections import cast
 from opd_jax.runtime.fields import check_within
-from opd_jax.runtime.mesh import RULES, SAMPLING_RULES, constrain, replicate
+from opd_jax.runtime.mesh import DECODING, constrain, gathered, replicate
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,9 @@ def sampling_params(
         they stay sharded: less memory.
       platform: JAX's name for where it is sampled (`jax.default_backend`).
     """
+    rules = gathered(DECODING) if gather else DECODING
     copy = jax.tree.map(
-        lambda spec, p: constrain(p, *spec.axes, rules=SAMPLING_RULES if gather else RULES),
+        lambda spec, p: constrain(p, *spec.axes, rules=rules),
         lora.specs_like(params, config),
         cast(params, dtype),
         is_leaf=model.is_spec,

@@ -11,7 +11,7 @@ from opd_jax.agent import generate as gen
 from opd_jax.agent.agent import Agent
 from opd_jax.agent.contexts import ContextCache
 from opd_jax.model import Params
-from opd_jax.runtime.mesh import shard_batch
+from opd_jax.runtime.mesh import DECODING, shard_batch
 
 
 class Response(NamedTuple):
@@ -94,7 +94,7 @@ class Session:
         cache, out = gen.generate(
             self.cache.params,
             self.cache.take(),
-            *shard_batch((last, budget)),
+            *shard_batch((last, budget), rules=DECODING),
             _turn_keys(self.keys, key, turn),
             self.stop_ids,
             config=self.agent.model,

@@ -16,7 +16,7 @@ from opd_jax.config.settings import Settings
 from opd_jax.judge.prompt import PHRASES
 from opd_jax.model import ModelConfig, Params, init_params, param_specs
 from opd_jax.runtime.files import local_path
-from opd_jax.runtime.mesh import param_shardings
+from opd_jax.runtime.mesh import DECODING, TRAINING, Rules, param_shardings
 
 EMBEDDED = Path(__file__).parents[1] / "pair"
 
@@ -55,7 +55,12 @@ def model_folder(reference: str) -> Path:
 
 
 def load_model(
-    reference: str, *, dtype: str, mesh: jax.sharding.Mesh, vocab_size: int | None = None
+    reference: str,
+    *,
+    dtype: str,
+    mesh: jax.sharding.Mesh,
+    rules: Rules = TRAINING,
+    vocab_size: int | None = None,
 ) -> LoadedModel:
     """Read a model folder; errors as in `hf`.
 
@@ -63,6 +68,7 @@ def load_model(
       reference: names a folder of Hugging Face safetensors; see `model_folder`.
       dtype: dtype of the parameters; "int8" is `int8.quantize_params` over bfloat16.
       mesh: the devices over which they are sharded.
+      rules: `mesh.TRAINING` or `mesh.DECODING`.
       vocab_size: rows of the vocabulary to read; the rest is padding. None: all.
     """
     folder = model_folder(reference)
@@ -81,6 +87,7 @@ def load_model(
             dtype=jnp.dtype("bfloat16" if dtype == "int8" else dtype),
             int8=dtype == "int8",
             mesh=mesh,
+            rules=rules,
         ),
         tokenizer=tokenizer,
         chat=ChatFormat.from_tokenizer(tokenizer, end_ids=hf.read_end_ids(folder)),
@@ -112,13 +119,14 @@ def load_student(
 
 
 def load_teacher(settings: Settings, mesh: jax.sharding.Mesh) -> LoadedModel | None:
-    """The teacher, or None if the settings have none."""
+    """The teacher, or None if the settings have none. It is sharded as it judges."""
     if not settings.teacher:
         return None
     return load_model(
         settings.teacher,
         dtype=settings.teacher_dtype,
         mesh=mesh,
+        rules=DECODING,
         vocab_size=_shared_vocab(settings),
     )
 

@@ -347,24 +347,24 @@ def _check_student(s: Settings) -> None:
 
 def _check_batches(s: Settings) -> None:
     """Batches divide into micro-batches and over the mesh."""
-    batch, parts, ways = s.rollout.batch, s.train.micro_batches, s.mesh.batch_shards
+    batch, parts = s.rollout.batch, s.train.micro_batches
     if not s.shows_players and batch % parts:
         raise ValueError(
             f"`rollout.batch` = {batch} does not divide into `train.micro_batches` = {parts}; "
             "choose a divisor"
         )
+    decoding = "`mesh.data` × `mesh.fsdp`", s.mesh.decode_shards
+    training = "`mesh.data` × `mesh.fsdp` × `mesh.decode`", s.mesh.batch_shards
     sizes = {
-        "rollout.batch": batch,
-        "rollout.rows": s.rollout.at_once,
-        "eval.batch": s.eval.batch,
-        "judge.batch": s.judge.batch,
-        "rollout.batch` / `train.micro_batches": batch // parts,
+        "rollout.batch": (batch, training),
+        "rollout.rows": (s.rollout.at_once, decoding),
+        "eval.batch": (s.eval.batch, decoding),
+        "judge.batch": (s.judge.batch, decoding),
+        "rollout.batch` / `train.micro_batches": (batch // parts, training),
     }
-    for name, size in sizes.items():
+    for name, (size, (axes, ways)) in sizes.items():
         if size % ways:
-            raise ValueError(
-                f"`{name}` = {size} does not divide over `mesh.data` × `mesh.fsdp` = {ways}"
-            )
+            raise ValueError(f"`{name}` = {size} does not divide over {axes} = {ways}")
 
 
 def _check_retries(s: Settings) -> None:

@@ -35,7 +35,7 @@ from opd_jax.model import ModelConfig, Params, ParamSpec, is_spec, param_specs
 from opd_jax.model.int8 import contracted_axes, int8_specs, quantize_weight
 from opd_jax.model.projections import Int8Weight
 from opd_jax.runtime.exits import reading
-from opd_jax.runtime.mesh import param_shardings
+from opd_jax.runtime.mesh import TRAINING, Rules, param_shardings
 
 DTYPES = ("float32", "float16", "bfloat16")
 _DTYPES = dict(zip(("F32", "F16", "BF16"), DTYPES, strict=True))  # as safetensors calls them
@@ -49,6 +49,7 @@ def load_params(
     dtype: jnp.dtype,
     int8: bool = False,
     mesh: Mesh | None = None,
+    rules: Rules = TRAINING,
 ) -> Params:
     """Loads the parameters of a Hugging Face folder; each shard is created on its own device.
 
@@ -62,7 +63,8 @@ def load_params(
       config: `read_config(folder)`, or that with a smaller `vocab_size`.
       int8: quantize the projections of the layers to `projections.Int8Weight`. Each is quantized
         before the next is read, so only one of them at a time exists in `dtype`.
-      mesh: shardings follow `mesh.RULES`; None puts everything on the first device.
+      mesh: None puts everything on the first device.
+      rules: over the mesh, `mesh.TRAINING` or `mesh.DECODING`.
 
     Raises:
       ValueError: a file is missing or truncated, a tensor is missing or has another shape or
@@ -74,7 +76,7 @@ def load_params(
         one: Sharding = SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: one, specs, is_leaf=is_spec)
     else:
-        shardings = param_shardings(specs, mesh)
+        shardings = param_shardings(specs, mesh, rules=rules)
     with ExitStack() as stack:
         tensors = open_tensors(folder, stack)
         _check_tensors(folder, config, tensors)

@@ -31,7 +31,7 @@ from opd_jax.runtime.fields import (
     check_widths,
     check_within,
 )
-from opd_jax.runtime.mesh import replicate, shard_batch
+from opd_jax.runtime.mesh import DECODING, replicate, shard_batch
 
 UNPARSABLE = -1
 
@@ -143,7 +143,7 @@ def score_labels(
     scores, cache = label_scores(
         params,
         cache,
-        *shard_batch((last, asked)),
+        *shard_batch((last, asked), rules=DECODING),
         *label_tokens(by.chat),
         config=by.model,
         sharded=model.is_sharded(params),
@@ -198,7 +198,7 @@ def generate_labels(
     cache, out = gen.generate(
         params,
         cache,
-        *shard_batch((last, asked * np.int32(longest))),
+        *shard_batch((last, asked * np.int32(longest)), rules=DECODING),
         jax.random.split(jax.random.key(0), len(last)),  # unused: decoding is greedy
         jnp.asarray(by.chat.stop_ids, jnp.int32),
         config=by.model,

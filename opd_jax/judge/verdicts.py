@@ -19,7 +19,7 @@ from opd_jax.judge.labels import EnvLabels, Judgement, env_labels
 from opd_jax.losses import Verdict
 from opd_jax.model import Params
 from opd_jax.runtime import processes
-from opd_jax.runtime.mesh import shards
+from opd_jax.runtime.mesh import DECODING, shards
 
 # (conversations, updates done) to `Verdict` codes int32 [B, K] and metrics as (sum, count).
 Labeller = Callable[[Sequence[Conversation], int], tuple[np.ndarray, dict[str, Any]]]
@@ -141,7 +141,7 @@ def _answers(
     """
     if not questions:
         return
-    how, ways = by.settings, shards("batch")
+    how, ways = by.settings, shards("batch", rules=DECODING)
     rows = min(how.batch, -(-len(questions) // ways) * ways)
     longest = max(len(tokens) for turns in questions.values() for tokens in turns.values())
     cache = ContextCache(

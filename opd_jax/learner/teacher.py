@@ -15,6 +15,8 @@ from flax import struct
 from opd_jax import model
 from opd_jax.learner.batch import Array, Batch, merge_rows, num_parts, split_rows
 from opd_jax.model import ModelConfig, Params
+from opd_jax.model.lora import specs_like
+from opd_jax.runtime.mesh import constrain
 
 
 @struct.dataclass
@@ -35,12 +37,19 @@ def make_teacher_pass(
 ) -> Callable[[Params, Batch], jax.Array]:
     """The compiled pass `(params, batch) -> hidden` [B, R, D'], for `Teacher.hidden`.
 
-    Micro-batches bound its memory (`batch.num_parts`).
+    Micro-batches bound its memory (`batch.num_parts`). A teacher that is sharded for decoding is
+    sharded for training first.
     """
 
     @jax.jit
     def teacher_pass(params: Params, batch: Batch) -> jax.Array:
         parts = num_parts(batch, micro_batches=micro_batches, batch_rows=batch_rows)
+        params = jax.tree.map(
+            lambda spec, p: constrain(p, *spec.axes),
+            specs_like(params, config),
+            params,
+            is_leaf=model.is_spec,
+        )
         run = partial(response_hidden, params, config=config, query_chunk=query_chunk, remat="none")
         return merge_rows(jax.lax.map(run, split_rows(batch, parts)))
 

@@ -10,7 +10,7 @@ from flax import struct
 from opd_jax.model.params import ParamSpec
 from opd_jax.model.sizes import ModelConfig
 from opd_jax.runtime import mesh
-from opd_jax.runtime.mesh import constrain, param_shardings
+from opd_jax.runtime.mesh import DECODING, constrain, param_shardings
 
 _CACHE_AXES = {"B": "batch", "G": "kv_heads", "S": "slots", "H": "head_dim"}
 
@@ -68,13 +68,13 @@ def init_cache(
     """
     spec = cache_specs(config, batch=batch, slots=slots, layout=layout)
     if not (current := jax.sharding.get_abstract_mesh()).empty:
-        param_shardings({"cache": spec}, current)  # raises
+        param_shardings({"cache": spec}, current, rules=DECODING)  # raises
 
     def buffers() -> tuple[jax.Array, ...]:
         empty = (jnp.zeros(spec.shape, dtype) for _ in range(config.num_layers))
-        return tuple(constrain(buffer, *spec.axes) for buffer in empty)
+        return tuple(constrain(buffer, *spec.axes, rules=DECODING) for buffer in empty)
 
-    lengths = constrain(jnp.zeros(batch, jnp.int32), "batch")
+    lengths = constrain(jnp.zeros(batch, jnp.int32), "batch", rules=DECODING)
     return KVCache(buffers(), buffers(), lengths, layout)
 
 
@@ -94,7 +94,7 @@ def append(
     rows = jnp.arange(buffer.shape[0]) if rows is None else rows
     grown = _by_shard(write, buffer, new_BTGH, slot_BT, rows)
     # The sharding of the donated buffer, so that it is written in place.
-    return constrain(grown, *(_CACHE_AXES[axis] for axis in layout))
+    return constrain(grown, *(_CACHE_AXES[axis] for axis in layout), rules=DECODING)
 
 
 def _write_BSGH(buffer, new_BTGH, slot_BT, rows):
@@ -132,7 +132,7 @@ def _by_shard(
 
     With numbers of all rows the compiler would all-gather what is read or written.
     """
-    shards = mesh.shards("batch")
+    shards = mesh.shards("batch", rules=DECODING)
     if shards == 1:
         return function(array, *arguments)
     *others, rows = arguments

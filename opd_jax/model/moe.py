@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax.model.projections import Int8Weight, project_groups
-from opd_jax.runtime.mesh import psum, shard_map, shards
+from opd_jax.runtime.mesh import Rules, psum, shard_map, shards
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ class Experts:
     normalized: bool
 
 
-def feed_forward(layer: dict, x_BTD: jax.Array, experts: Experts, *, all_gather: bool) -> jax.Array:
+def feed_forward(
+    layer: dict, x_BTD: jax.Array, experts: Experts, *, all_gather: bool, rules: Rules
+) -> jax.Array:
     """Σ p_e · FFN_e(x) over the K experts e with the highest router probability p_e.
 
     On a mesh each device sorts only the tokens of its own rows. The compiler alone would all-gather
@@ -48,6 +50,7 @@ def feed_forward(layer: dict, x_BTD: jax.Array, experts: Experts, *, all_gather:
       x_BTD: normalized activations.
       all_gather: all-gather weights over `fsdp`; F stays sharded over `tensor`. If false, tokens
         are all-gathered over `fsdp` instead, and their D is sharded like the weights' D.
+      rules: `mesh.TRAINING` or `mesh.DECODING`.
 
     Returns:
       [B, T, D] in the dtype of `x_BTD`. Router probabilities are float32.
@@ -59,12 +62,13 @@ def feed_forward(layer: dict, x_BTD: jax.Array, experts: Experts, *, all_gather:
         "expert_up": (None, width, "mlp"),
         "expert_down": (None, "mlp", width),
     }
-    tokens = (None if len(x_BTD) % shards(batch) else batch, None, width)
+    tokens = (None if len(x_BTD) % shards(batch, rules=rules) else batch, None, width)
     mix = shard_map(
-        partial(_mix, experts=experts, width=width),
+        partial(_mix, experts=experts, width=width, rules=rules),
         in_axes=({name: _axes(layer[name], axes[name]) for name in axes}, tokens),
         out_axes=tokens,
         summed="mlp",
+        rules=rules,
     )
     return mix({name: layer[name] for name in axes}, x_BTD)
 
@@ -74,7 +78,9 @@ def _axes(weight: Any, axes: tuple) -> Any:
     return Int8Weight(axes, (axes[0], axes[2])) if isinstance(weight, Int8Weight) else axes
 
 
-def _mix(layer: dict, x_BTD: jax.Array, experts: Experts, width: str | None) -> jax.Array:
+def _mix(
+    layer: dict, x_BTD: jax.Array, experts: Experts, width: str | None, rules: Rules
+) -> jax.Array:
     """`feed_forward` on one device: its shard of F gives a partial sum over F.
 
     If D is sharded too, `width` is its logical axis, and products over D are psummed.
@@ -84,11 +90,13 @@ def _mix(layer: dict, x_BTD: jax.Array, experts: Experts, width: str | None) -> 
         if not width:
             return project_groups(x_RD, weight, expert_R, sizes_E, dtype=x_RD.dtype)
         part = project_groups(x_RD, weight, expert_R, sizes_E, dtype=jnp.float32)
-        return psum(part, width).astype(x_RD.dtype)
+        return psum(part, width, rules=rules).astype(x_RD.dtype)
 
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
     logits_ME = jnp.matmul(x_MD, layer["router"], preferred_element_type=jnp.float32)
-    weight_MK, expert_MK = route(psum(logits_ME, width) if width else logits_ME, experts)
+    if width:
+        logits_ME = psum(logits_ME, width, rules=rules)
+    weight_MK, expert_MK = route(logits_ME, experts)
     order_R = jnp.argsort(expert_MK.ravel())  # stable: by expert, then by token
     expert_R = expert_MK.ravel()[order_R]
     sizes_E = jnp.bincount(expert_R, length=experts.count)

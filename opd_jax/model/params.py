@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from opd_jax.model.sizes import ModelConfig
 from opd_jax.runtime import mesh
-from opd_jax.runtime.mesh import constrain
+from opd_jax.runtime.mesh import DECODING, constrain
 
 Params = dict
 
@@ -22,7 +22,8 @@ class ParamSpec(NamedTuple):
 
     Attributes:
       shape: sizes of the dimensions.
-      axes: a logical name for each dimension; `mesh.RULES` maps names to mesh axes.
+      axes: a logical name for each dimension; `mesh.TRAINING` and `mesh.DECODING` map them to
+        mesh axes.
       scale: standard deviation of the normal initializer; 0 gives zeros, None gives ones.
     """
 
@@ -145,10 +146,11 @@ def logits(params: Params, hidden: jax.Array, *, sharded: bool) -> jax.Array:
       sharded: static, `is_sharded(params)`. If true, hidden states go to the shards of the head;
         the head is not all-gathered.
     """
+    rest = (None,) * (hidden.ndim - 2)
     if sharded:
-        hidden = constrain(hidden, "decode_batch", *(None,) * (hidden.ndim - 2), "embed")
+        hidden = constrain(hidden, "decode_batch", *rest, "embed", rules=DECODING)
     product = jnp.matmul(hidden, head(params), preferred_element_type=jnp.float32)
-    return constrain(product, "batch", *(None,) * (hidden.ndim - 2), "vocab")
+    return constrain(product, "batch", *rest, "vocab", rules=DECODING)
 
 
 def is_sharded(params: Params) -> bool:
@@ -156,4 +158,4 @@ def is_sharded(params: Params) -> bool:
 
     A copy for sampling may be replicated over that axis (`generate.sampling_params`).
     """
-    return mesh.is_sharded(params["embed"], "embed")
+    return mesh.is_sharded(params["embed"], "embed", rules=DECODING)

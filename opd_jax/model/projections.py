@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
-from opd_jax.runtime.mesh import constrain
+from opd_jax.runtime.mesh import DECODING, constrain
 
 # The name of every projection's output, by which `model.REMAT` chooses what to keep.
 PROJECTION = "projection"
@@ -115,9 +115,9 @@ def project_sharded(
     before the psum if the result is cast right after it.
     """
     inputs, output = spec.split("->")
-    parts = constrain(x, *map(_AXES.get, inputs.partition(",")[0]))
-    product = constrain(_product(parts, weight, spec, jnp.float32), *map(_AXES.get, output))
-    return product.astype(x.dtype)
+    parts = constrain(x, *map(_AXES.get, inputs.partition(",")[0]), rules=DECODING)
+    product = _product(parts, weight, spec, jnp.float32)
+    return constrain(product, *map(_AXES.get, output), rules=DECODING).astype(x.dtype)
 
 
 def _product(

@@ -11,6 +11,7 @@ layers, and each has its own cache buffer: a scan would copy the cache at every 
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from opd_jax.model.projections import PROJECTION, projection
 from opd_jax.model.sizes import ModelConfig
 from opd_jax.runtime import mesh
 from opd_jax.runtime.fields import check_choice
-from opd_jax.runtime.mesh import constrain
+from opd_jax.runtime.mesh import DECODING, TRAINING, Rules, constrain
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -75,6 +76,7 @@ def _qkv(
     config: ModelConfig,
     *,
     all_gather: bool,
+    rules: Rules,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     project = projection(all_gather)
     x = rms_norm(x_BTD, layer["attn_norm"], config.norm_eps)
@@ -86,8 +88,8 @@ def _qkv(
     if config.qk_norm:
         q = rms_norm(q, layer["q_norm"], config.norm_eps)
         k = rms_norm(k, layer["k_norm"], config.norm_eps)
-    q = constrain(q, "batch", None, "heads", None)
-    k, v = (constrain(x, "batch", None, "kv_heads", None) for x in (k, v))
+    q = constrain(q, "batch", None, "heads", None, rules=rules)
+    k, v = (constrain(x, "batch", None, "kv_heads", None, rules=rules) for x in (k, v))
     return _rotate(q, cos, sin), _rotate(k, cos, sin), v
 
 
@@ -98,26 +100,27 @@ def _after_attention(
     config: ModelConfig,
     *,
     all_gather: bool,
+    rules: Rules,
 ) -> jax.Array:
     x = x_BTD + projection(all_gather)(mixed_BTNH, layer["o"], "btnh,nhd->btd")
     h = rms_norm(x, layer["mlp_norm"], config.norm_eps)
     if config.experts is None:
-        h = _feed_forward(layer, h, all_gather=all_gather)
+        h = _feed_forward(layer, h, all_gather=all_gather, rules=rules)
     else:
-        h = moe.feed_forward(layer, h, config.experts, all_gather=all_gather)
-    return constrain(x + h, "batch", None, None)
+        h = moe.feed_forward(layer, h, config.experts, all_gather=all_gather, rules=rules)
+    return constrain(x + h, "batch", None, None, rules=rules)
 
 
-def _feed_forward(layer: Params, x_BTD: jax.Array, *, all_gather: bool) -> jax.Array:
+def _feed_forward(layer: Params, x_BTD: jax.Array, *, all_gather: bool, rules: Rules) -> jax.Array:
     project = projection(all_gather)
     gate, up = (project(x_BTD, layer[name], "btd,df->btf") for name in ("gate", "up"))
-    h = constrain(jax.nn.silu(gate) * up, "batch", None, "mlp")
+    h = constrain(jax.nn.silu(gate) * up, "batch", None, "mlp", rules=rules)
     return project(h, layer["down"], "btf,fd->btd")
 
 
-def _embed(params: Params, tokens_BT: jax.Array) -> jax.Array:
+def _embed(params: Params, tokens_BT: jax.Array, rules: Rules) -> jax.Array:
     # Otherwise the width stays sharded like the table's, over a mesh axis that the batch needs.
-    return constrain(params["embed"][tokens_BT], "batch", None, None)
+    return constrain(params["embed"][tokens_BT], "batch", None, None, rules=rules)
 
 
 def _rotation(position_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
@@ -165,13 +168,14 @@ def forward(
       ValueError: an unknown `remat`.
     """
     check_choice(REMAT, remat=remat)
-    x = _embed(params, tokens)
+    how: dict[str, Any] = dict(all_gather=True, rules=TRAINING)
+    x = _embed(params, tokens, TRAINING)
     cos, sin = _rotation(jnp.arange(tokens.shape[1])[None], config)
 
     def block(x_BTD: jax.Array, layer: Params) -> tuple[jax.Array, None]:
-        q, k, v = _qkv(layer, x_BTD, cos, sin, config, all_gather=True)
+        q, k, v = _qkv(layer, x_BTD, cos, sin, config, **how)
         mixed = attention(q, k, v, query_chunk=query_chunk)
-        return _after_attention(layer, x_BTD, mixed, config, all_gather=True), None
+        return _after_attention(layer, x_BTD, mixed, config, **how), None
 
     x, _ = jax.lax.scan(REMAT[remat](block), x, params["layers"])
     return rms_norm(x, params["final_norm"], config.norm_eps)
@@ -219,20 +223,21 @@ def forward_cached(
     # Tokens beyond the count get a slot out of range, which the scatter drops.
     slot_BT = jnp.where(step < counts[:, None], position_BT, cache.slots)
     cos, sin = _rotation(position_BT, config)
-    x = _embed(params, tokens)
-    few = tokens.size <= config.d_model * mesh.shards("decode_batch")
+    x = _embed(params, tokens, DECODING)
+    few = tokens.size <= config.d_model * mesh.shards("decode_batch", rules=DECODING)
     all_gather = not (sharded and few)
+    how: dict[str, Any] = dict(all_gather=all_gather, rules=DECODING)
 
     def block(
         x_BTD: jax.Array, k: jax.Array, v: jax.Array, layer: Params
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q, new_k, new_v = _qkv(layer, x_BTD, cos, sin, config, all_gather=all_gather)
+        q, new_k, new_v = _qkv(layer, x_BTD, cos, sin, config, **how)
         k = append(k, new_k, slot_BT, cache.layout, rows=rows)
         v = append(v, new_v, slot_BT, cache.layout, rows=rows)
         mixed = cached_attention(
             q, k, v, position_BT, slots_read=slots_read, layout=cache.layout, rows=rows
         )
-        return _after_attention(layer, x_BTD, mixed, config, all_gather=all_gather), k, v
+        return _after_attention(layer, x_BTD, mixed, config, **how), k, v
 
     keys, values = [], []
     for layer, k, v in zip(unstack(params)["layers"], cache.keys, cache.values, strict=True):
@@ -248,7 +253,7 @@ def forward_cached(
         keys.append(k)
         values.append(v)
     hidden = rms_norm(x, params["final_norm"], config.norm_eps)
-    lengths = constrain(add_rows(cache.lengths, counts, rows), "batch")
+    lengths = constrain(add_rows(cache.lengths, counts, rows), "batch", rules=DECODING)
     return hidden, replace(cache, keys=tuple(keys), values=tuple(values), lengths=lengths)
 
 

@@ -44,36 +44,46 @@ class Placement:
         return cache_layout(self.platform)
 
     def params(
-        self, sizes: ModelConfig, dtype: str, *, gathered: bool = False, floats: str = "bfloat16"
+        self,
+        sizes: ModelConfig,
+        dtype: str,
+        *,
+        rules: meshes.Rules = meshes.TRAINING,
+        floats: str = "bfloat16",
     ) -> Any:
         """Parameters of a model.
 
         Args:
           dtype: "int8" quantizes as `quantize_params` does.
-          gathered: replicate along `fsdp`.
+          rules: `mesh.TRAINING` or `mesh.DECODING`, or one of them `mesh.gathered`.
           floats: with "int8", the dtype of what is not quantized.
         """
         if dtype != "int8":
-            return self.arrays(param_specs(sizes), dtype, gathered=gathered)
+            return self.arrays(param_specs(sizes), dtype, rules=rules)
         shapes = _shapes(param_specs(sizes), floats)
         quantized = jax.eval_shape(partial(quantize_params, config=sizes), shapes)
-        return self._place(quantized, int8_specs(sizes), gathered)
+        return self._place(quantized, int8_specs(sizes), rules)
 
-    def arrays(self, specs: Any, dtype: str, *, gathered: bool = False) -> Any:
+    def arrays(self, specs: Any, dtype: str, *, rules: meshes.Rules = meshes.TRAINING) -> Any:
         """Arrays for a tree of `model.ParamSpec`."""
-        return self._place(_shapes(specs, dtype), specs, gathered)
+        return self._place(_shapes(specs, dtype), specs, rules)
 
-    def _place(self, shapes: Any, specs: Any, gathered: bool) -> Any:
-        rules = meshes.SAMPLING_RULES if gathered else meshes.RULES
+    def _place(self, shapes: Any, specs: Any, rules: meshes.Rules) -> Any:
         return jax.tree.map(
             lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
             shapes,
             meshes.param_shardings(specs, self.mesh, rules=rules),
         )
 
-    def rows(self, rows: int, *shape: int, dtype: Any = jnp.int32) -> Any:
+    def rows(
+        self,
+        rows: int,
+        *shape: int,
+        dtype: Any = jnp.int32,
+        rules: meshes.Rules = meshes.TRAINING,
+    ) -> Any:
         """An array whose rows are sharded as a batch is."""
-        sharding = meshes.batch_sharding(self.mesh)
+        sharding = meshes.batch_sharding(self.mesh, rules=rules)
         return jax.ShapeDtypeStruct((rows, *shape), jnp.dtype(dtype), sharding=sharding)
 
     def replicated(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:

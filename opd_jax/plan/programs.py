@@ -23,7 +23,7 @@ from opd_jax.plan.program import Program, Resident, Run
 from opd_jax.plan.sampling import Player, copying, evaluation, rollout
 from opd_jax.plan.training import training
 from opd_jax.plan.workload import fit_to_slice, workload
-from opd_jax.runtime.mesh import abstract_mesh, make_mesh
+from opd_jax.runtime.mesh import DECODING, abstract_mesh, gathered, make_mesh
 
 
 def plan_run(
@@ -52,7 +52,7 @@ def plan_run(
     trained = place.arrays(lora_specs(student.sizes, lora), settings.dtype) if lora else loaded
     state = train_state.abstract_state(trained, build.optimizer(settings))
     base = loaded if lora else None
-    frozen = teacher and place.params(teacher.sizes, teacher.dtype)
+    frozen = teacher and place.params(teacher.sizes, teacher.dtype, rules=DECODING)
     head = device_bytes(head_params(frozen)) if frozen else 0
     copy = _copy(settings, student.sizes, place)
     residents: dict[Resident, int] = {
@@ -104,10 +104,10 @@ def plan_run(
 def _copy(settings: Settings, sizes: ModelConfig, place: Placement) -> Any:
     """What the student samples with, as `generate.sampling_params` returns it."""
     lora, floats = build.adapters(settings), settings.compute_dtype
-    gathered = settings.rollout.gather_weights
+    rules = gathered(DECODING) if settings.rollout.gather_weights else DECODING
     kept = "int8" if settings.lora.int8 else floats
-    own = place.params(sizes, kept, gathered=gathered, floats=floats)
+    own = place.params(sizes, kept, rules=rules, floats=floats)
     if lora is None:
         return for_decoding(own, platform=place.platform)
-    adapters = place.arrays(lora_specs(sizes, lora), floats, gathered=gathered)
+    adapters = place.arrays(lora_specs(sizes, lora), floats, rules=rules)
     return for_decoding(with_adapters(own, adapters, lora), platform=place.platform)

@@ -16,6 +16,7 @@ from opd_jax.model.attention import BLOCK
 from opd_jax.plan.placement import Placement, device_bytes
 from opd_jax.plan.program import Program, Resident, passes
 from opd_jax.plan.workload import Workload
+from opd_jax.runtime.mesh import DECODING
 
 SAMPLING = "sampling"
 
@@ -33,7 +34,8 @@ class Player:
         """What `model.init_cache` returns."""
         place, layout = self.place, self.place.layout
         spec = cache_specs(self.sizes, batch=rows, slots=slots, layout=layout)
-        buffer = place.arrays({"cache": spec}, self.params["embed"].dtype)["cache"]
+        dtype = self.params["embed"].dtype
+        buffer = place.arrays({"cache": spec}, dtype, rules=DECODING)["cache"]
         buffers = (buffer,) * self.sizes.num_layers
         return KVCache(buffers, buffers, place.rows(rows), layout)
 
@@ -93,7 +95,12 @@ class Player:
         return Program(
             name,
             function,
-            (self.params, cache, *(self.place.rows(batch, *shape) for shape in rows), *more),
+            (
+                self.params,
+                cache,
+                *(self.place.rows(batch, *shape, rules=DECODING) for shape in rows),
+                *more,
+            ),
             {
                 "parameters": passes(weights, times),
                 "cache": passes(round(device_bytes((cache.keys, cache.values)) * share), times),
@@ -109,16 +116,17 @@ class Player:
         """The collectives that follow each other in one pass of so many tokens."""
         mesh, layers = self.place.mesh.shape, self.sizes.num_layers
         few = tokens <= self.sizes.d_model * mesh["data"]
-        # Sums over `tensor`: after attention and after the feed-forward layer, of the embedding and
-        # of the logits. Over `fsdp`: of each projection, if a few tokens go to sharded weights.
-        return (2 * layers + 2) * (mesh["tensor"] > 1) + 4 * layers * (
+        # Sums over the shards of heads: after attention and after the feed-forward layer, of the
+        # embedding and of the logits. Over `fsdp`: of each projection, if a few tokens go to
+        # sharded weights.
+        return (2 * layers + 2) * (mesh["decode"] * mesh["tensor"] > 1) + 4 * layers * (
             is_sharded(self.params) and few
         )
 
 
 def rows_read(settings: Settings, prefill_rows: int, batch: int) -> int:
     """Rows that one call reads, of all devices; as `agent.contexts` calls it."""
-    ways = settings.mesh.batch_shards
+    ways = settings.mesh.decode_shards
     return min(prefill_rows, batch // ways) * ways
 
 

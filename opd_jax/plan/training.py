@@ -13,6 +13,7 @@ from opd_jax.plan.placement import Placement, device_bytes
 from opd_jax.plan.program import Program, passes
 from opd_jax.plan.sampling import Player
 from opd_jax.plan.workload import Workload
+from opd_jax.runtime.mesh import TRAINING, gathered
 
 
 def training(
@@ -70,7 +71,7 @@ def _held(
     def head(dtype: str) -> int:
         """Bytes of the student's head, all-gathered along `fsdp`."""
         # The embedding has the head's shape, and its axes in another order.
-        return device_bytes(student.place.params(sizes, dtype, gathered=True)["embed"])
+        return device_bytes(student.place.params(sizes, dtype, rules=gathered(TRAINING))["embed"])
 
     shape = work.rows // parts, work.sequence, sizes.d_model
     inputs = device_bytes(student.place.rows(*shape, dtype=settings.compute_dtype))
@@ -78,8 +79,9 @@ def _held(
     # Gradients are summed in float32: over micro-batches, and over chunks that of a trained head.
     gradient = 4 * (device_bytes(state.params) // jnp.dtype(settings.dtype).itemsize)
     head_gradient = 0 if settings.lora.rank else head("float32")
-    # All-gathered along `fsdp`, as the student's is.
-    teacher_head = device_bytes(said.head) * settings.mesh.fsdp if said else 0
+    # All-gathered as the student's is.
+    ways = settings.mesh.fsdp * settings.mesh.decode
+    teacher_head = device_bytes(said.head) * ways if said else 0
     return {
         "inputs of layers": (sizes.num_layers * inputs, 2 * parts),
         "gradient": (gradient, 2 * parts),

@@ -94,24 +94,24 @@ def fit_to_slice(
     """
     changed = ConfigDict(config.to_dict())
     mesh, notes = changed.mesh, []
-    others = mesh.data * mesh.tensor
+    others = mesh.data * mesh.decode * mesh.tensor
     if others * mesh.fsdp != chips:
         if chips % others or "mesh.fsdp" in given:
             raise ValueError(
-                f"`mesh.data` × `mesh.fsdp` × `mesh.tensor` = {mesh.data} × {mesh.fsdp} × "
-                f"{mesh.tensor} must multiply to the {chips} chips of the slice; change the mesh "
-                "or the slice"
+                "`mesh.data` × `mesh.fsdp` × `mesh.decode` × `mesh.tensor` = "
+                f"{mesh.data} × {mesh.fsdp} × {mesh.decode} × {mesh.tensor} must multiply to the "
+                f"{chips} chips of the slice; change the mesh or the slice"
             )
         notes.append(f"`mesh.fsdp` {mesh.fsdp} -> {chips // others}, to fill {chips} chips")
         mesh.fsdp = chips // others
-    ways, rows = mesh.data * mesh.fsdp, changed.rollout.batch
+    ways, rows = mesh.data * mesh.fsdp * mesh.decode, changed.rollout.batch
     parts = changed.train.micro_batches
     fits = [n for n in range(1, parts + 1) if rows % (n * ways) == 0]
     episodes = changed.data.source != "players"
     if episodes and fits and parts not in fits and "train.micro_batches" not in given:
         notes.append(
             f"`train.micro_batches` {parts} -> {fits[-1]}, for a row on each of "
-            f"`mesh.data` × `mesh.fsdp` = {ways}"
+            f"`mesh.data` × `mesh.fsdp` × `mesh.decode` = {ways}"
         )
         changed.train.micro_batches = fits[-1]
     read_settings(changed)

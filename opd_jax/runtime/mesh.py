@@ -1,9 +1,13 @@
 """The device mesh, and the rules that shard arrays over it.
 
-The mesh has three axes. `data` shards the batch and replicates parameters. `fsdp` shards both:
+The mesh has four axes. `data` shards the batch and replicates parameters. `fsdp` shards both:
 weights are all-gathered when they are used, or, if tokens are few, activations are sent instead.
-`tensor` shards heads, feed-forward width and vocabulary. Only this file names mesh axes: arrays
-have logical axes, and `RULES` maps those to mesh axes.
+`tensor` shards heads, feed-forward width and vocabulary. `decode` is like `fsdp` in training and
+like `tensor` in decoding. Decoding reads all of a device's weights for every token, so a device
+should have few of them and many rows; in training, activations are larger than weights.
+
+Only this file names mesh axes: arrays have logical axes, and two tables of rules map those to mesh
+axes. `TRAINING` is for whole sequences, `DECODING` for what reads and writes a cache.
 
 A run sets its mesh once, with `jax.set_mesh`. Inside compiled programs `constrain` then fixes the
 sharding of arrays that the compiler might otherwise all-gather. Without a mesh it does nothing, so
@@ -22,7 +26,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from opd_jax.runtime.fields import LAYOUT, affects, check_within
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "decode", "tensor")
 
 _AXIS_TYPES = (AxisType.Auto,) * len(MESH_AXES)
 
@@ -33,12 +37,12 @@ AnyMesh = Mesh | AbstractMesh
 # the same mesh axis. So activations with a "batch", which is sharded over "fsdp", have a replicated
 # width; activations with a "decode_batch" have a sharded width.
 Rules = Mapping[str, str | tuple[str, ...] | None]
-RULES: Rules = {
-    "batch": ("data", "fsdp"),
+TRAINING: Rules = {
+    "batch": ("data", "fsdp", "decode"),
     # The batch of activations that go to sharded weights. Their width is sharded like the weights'.
     "decode_batch": "data",
     "layer": None,
-    "embed": "fsdp",
+    "embed": ("fsdp", "decode"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
@@ -50,9 +54,17 @@ RULES: Rules = {
     "vocab": "tensor",
     "slots": None,
 }
-# Sampling reads every weight for every token. A copy of the student for sampling may be replicated
-# over `fsdp`, so that no token waits for weights or activations of other devices.
-SAMPLING_RULES: Rules = {**RULES, "embed": None}
+DECODING: Rules = {
+    **TRAINING,
+    "batch": ("data", "fsdp"),
+    "embed": "fsdp",
+    **dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), ("decode", "tensor")),
+}
+
+
+def gathered(rules: Rules) -> Rules:
+    """The rules of weights that are all-gathered along the axes that shard the batch too."""
+    return {**rules, "embed": None}
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,7 @@ class MeshShape:
 
     data: int = field(metadata=affects(LAYOUT))
     fsdp: int = field(metadata=affects(LAYOUT))
+    decode: int = field(metadata=affects(LAYOUT))
     tensor: int = field(metadata=affects(LAYOUT))
 
     def __post_init__(self):
@@ -68,14 +81,24 @@ class MeshShape:
 
     @property
     def batch_shards(self) -> int:
-        """The number of shards of a batch."""
+        """The number of shards of a batch in training."""
+        return self.decode_shards * self.decode
+
+    @property
+    def decode_shards(self) -> int:
+        """The number of shards of the rows that decode."""
         return self.data * self.fsdp
 
 
 def make_mesh(
-    *, data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None
+    *,
+    data: int,
+    fsdp: int,
+    tensor: int,
+    decode: int = 1,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A `data` × `fsdp` × `tensor` mesh over the first of `devices`, by default of all.
+    """A `data` × `fsdp` × `decode` × `tensor` mesh over the first of `devices`, by default of all.
 
     A single process may leave devices unused. Several processes must use all devices, since each
     has to own a shard of every array.
@@ -84,29 +107,29 @@ def make_mesh(
       ValueError: a size is below one, or the product does not fit the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes, processes = (data, fsdp, tensor), jax.process_count()
+    sizes, processes = (data, fsdp, decode, tensor), jax.process_count()
     size, most = math.prod(sizes), len(devices)
     if min(sizes) < 1 or size > most or (processes > 1 and size < most):
         expected = f"exactly the {most} devices of {processes} processes"
         raise ValueError(
-            "`mesh.data` × `mesh.fsdp` × `mesh.tensor` must be positive and multiply to "
-            f"{expected if processes > 1 else f'at most {most} devices'}, "
-            f"got {data} × {fsdp} × {tensor} = {size}; change the mesh"
+            "`mesh.data` × `mesh.fsdp` × `mesh.decode` × `mesh.tensor` must be positive and "
+            f"multiply to {expected if processes > 1 else f'at most {most} devices'}, "
+            f"got {data} × {fsdp} × {decode} × {tensor} = {size}; change the mesh"
         )
     return jax.make_mesh(sizes, MESH_AXES, axis_types=_AXIS_TYPES, devices=devices[:size])
 
 
-def abstract_mesh(*, data: int, fsdp: int, tensor: int) -> AbstractMesh:
+def abstract_mesh(*, data: int, fsdp: int, tensor: int, decode: int = 1) -> AbstractMesh:
     """The same mesh without devices."""
-    return AbstractMesh((data, fsdp, tensor), MESH_AXES, axis_types=_AXIS_TYPES)
+    return AbstractMesh((data, fsdp, decode, tensor), MESH_AXES, axis_types=_AXIS_TYPES)
 
 
-def _mesh_axes(logical: str, rules: Rules = RULES) -> tuple[str, ...]:
+def _mesh_axes(logical: str, rules: Rules) -> tuple[str, ...]:
     rule = rules[logical]
     return () if rule is None else (rule,) if isinstance(rule, str) else rule
 
 
-def _shards(mesh: AnyMesh, logical: str, rules: Rules = RULES) -> int:
+def _shards(mesh: AnyMesh, logical: str, rules: Rules) -> int:
     return math.prod(mesh.shape[axis] for axis in _mesh_axes(logical, rules))
 
 
@@ -129,10 +152,8 @@ def _name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def param_shardings(specs: Any, mesh: AnyMesh, *, rules: Rules = RULES) -> Any:
+def param_shardings(specs: Any, mesh: AnyMesh, *, rules: Rules = TRAINING) -> Any:
     """The `NamedSharding` of each `model.ParamSpec` in a tree of parameters or caches.
-
-    `rules` are `RULES` or `SAMPLING_RULES`.
 
     Raises:
       ValueError: a dimension is not divisible by the mesh axes that shard it.
@@ -153,9 +174,9 @@ def param_shardings(specs: Any, mesh: AnyMesh, *, rules: Rules = RULES) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, specs, is_leaf=lambda x: hasattr(x, "axes"))
 
 
-def batch_sharding(mesh: AnyMesh) -> NamedSharding:
-    """The leading axis is sharded over `data` and `fsdp`; the others are replicated."""
-    return NamedSharding(mesh, _spec(mesh.shape, ("batch",), RULES))
+def batch_sharding(mesh: AnyMesh, *, rules: Rules = TRAINING) -> NamedSharding:
+    """The leading axis is sharded as a batch is; the others are replicated."""
+    return NamedSharding(mesh, _spec(mesh.shape, ("batch",), rules))
 
 
 def replicated(mesh: AnyMesh) -> NamedSharding:
@@ -163,20 +184,20 @@ def replicated(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def shards(logical: str) -> int:
+def shards(logical: str, *, rules: Rules = TRAINING) -> int:
     """The number of shards of a logical axis on the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else _shards(mesh, logical)
+    return 1 if mesh.empty else _shards(mesh, logical, rules)
 
 
-def is_sharded(array: Any, logical: str) -> bool:
+def is_sharded(array: Any, logical: str, *, rules: Rules = TRAINING) -> bool:
     """Whether an array, concrete or abstract, is sharded over the mesh axes of `logical`."""
     spec = getattr(getattr(array, "sharding", None), "spec", ())
     used = {axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part)}
-    return not used.isdisjoint(_mesh_axes(logical))
+    return not used.isdisjoint(_mesh_axes(logical, rules))
 
 
-def constrain(x: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.Array:
+def constrain(x: jax.Array, *axes: str | None, rules: Rules = TRAINING) -> jax.Array:
     """Shards `x` over the current mesh by the logical axes of its dimensions, inside `jit`.
 
     A dimension with axis None is replicated. Without a mesh, or on one device, this returns `x`.
@@ -195,7 +216,9 @@ def replicate(tree: Any) -> Any:
     return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), tree)
 
 
-def shard_map(function: Callable, *, in_axes: Any, out_axes: Any, summed: str) -> Callable:
+def shard_map(
+    function: Callable, *, in_axes: Any, out_axes: Any, summed: str, rules: Rules
+) -> Callable:
     """`jax.shard_map` of `function` by logical axes, inside `jit`; results are psummed.
 
     For a partition that the compiler would not find. Without a mesh this is `function`.
@@ -211,27 +234,27 @@ def shard_map(function: Callable, *, in_axes: Any, out_axes: Any, summed: str) -
         return function
 
     def specs(tree: Any) -> Any:
-        return jax.tree.map(lambda axes: _spec(mesh.shape, axes, RULES), tree, is_leaf=_is_axes)
+        return jax.tree.map(lambda axes: _spec(mesh.shape, axes, rules), tree, is_leaf=_is_axes)
 
     return jax.shard_map(
-        lambda *parts: psum(function(*parts), summed),
+        lambda *parts: psum(function(*parts), summed, rules=rules),
         mesh=mesh,
         in_specs=specs(in_axes),
         out_specs=specs(out_axes),
     )
 
 
-def psum(x: jax.Array, logical: str) -> jax.Array:
+def psum(x: jax.Array, logical: str, *, rules: Rules) -> jax.Array:
     """`jax.lax.psum` over a sharded logical axis, inside `shard_map`; `x` without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty or mesh.size == 1 else jax.lax.psum(x, _mesh_axes(logical))
+    return x if mesh.empty or mesh.size == 1 else jax.lax.psum(x, _mesh_axes(logical, rules))
 
 
 def _is_axes(node: Any) -> bool:
     return isinstance(node, tuple) and all(x is None or isinstance(x, str) for x in node)
 
 
-def shard_batch(tree: Any, mesh: Mesh | None = None) -> Any:
+def shard_batch(tree: Any, mesh: Mesh | None = None, *, rules: Rules = TRAINING) -> Any:
     """Host arrays `[B, ...]` as global arrays sharded over the batch.
 
     Every process passes all rows and copies only the shards of its own devices. `mesh` is by
@@ -243,15 +266,17 @@ def shard_batch(tree: Any, mesh: Mesh | None = None) -> Any:
     mesh = mesh or jax.sharding.get_mesh()
     if mesh.empty:
         return tree
-    sharding, shards = batch_sharding(mesh), _shards(mesh, "batch")
+    sharding, shards = batch_sharding(mesh, rules=rules), _shards(mesh, "batch", rules)
+    axes = _mesh_axes("batch", rules)
 
     def place(path: tuple, array: Any) -> jax.Array:
         array = np.asarray(array)
         if array.ndim == 0 or array.shape[0] % shards:
             raise ValueError(
                 f"batch `{_name(path) or 'array'}` {array.shape}: the number of rows must be "
-                f"divisible by `data` × `fsdp` = {mesh.shape['data']} × {mesh.shape['fsdp']} "
-                f"= {shards}; change the batch size or the mesh"
+                f"divisible by {' × '.join(f'`{axis}`' for axis in axes)} = "
+                f"{' × '.join(str(mesh.shape[axis]) for axis in axes)} = {shards}; change the "
+                "batch size or the mesh"
             )
         return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 

@@ -30,7 +30,15 @@ from opd_jax.model import ModelConfig, Params, init_params, param_specs
 from opd_jax.model.lora import TARGETS, Lora, lora_specs, with_adapters
 from opd_jax.plan.collectives import KINDS, collectives
 from opd_jax.plan.hlo import parse
-from opd_jax.runtime.mesh import make_mesh, param_shardings, shard_batch
+from opd_jax.runtime.mesh import (
+    DECODING,
+    MESH_AXES,
+    TRAINING,
+    Rules,
+    make_mesh,
+    param_shardings,
+    shard_batch,
+)
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -45,8 +53,7 @@ SLOTS = 32
 
 @pytest.fixture
 def mesh(request: pytest.FixtureRequest) -> Iterator[Mesh]:
-    data, fsdp, tensor = request.param
-    made = make_mesh(data=data, fsdp=fsdp, tensor=tensor)
+    made = make_mesh(**dict(zip(MESH_AXES, request.param, strict=True)))
     with jax.set_mesh(made):
         yield made
 
@@ -59,8 +66,9 @@ def params(config: ModelConfig, seed: int) -> Params:
     return jax.tree.map(lambda x: np.asarray(x) * (2.0 if x.ndim > 1 else 1.0), made)
 
 
-def placed(config: ModelConfig, seed: int, mesh: Mesh) -> Params:
-    return jax.device_put(params(config, seed), param_shardings(param_specs(config), mesh))
+def placed(config: ModelConfig, seed: int, mesh: Mesh, rules: Rules = TRAINING) -> Params:
+    shardings = param_shardings(param_specs(config), mesh, rules=rules)
+    return jax.device_put(params(config, seed), shardings)
 
 
 def batch() -> Batch:
@@ -86,7 +94,7 @@ def update(mesh: Mesh, lora: Lora | None = None) -> tuple[Params, dict[str, Any]
     placement = placement_of(state)
     step = step_on(placement, lora)
     rows, base = shard_batch(batch(), mesh), own if lora else None
-    teacher = teacher_of(TEACHER, placed(TEACHER, 1, mesh), rows, micro_batches=2)
+    teacher = teacher_of(TEACHER, placed(TEACHER, 1, mesh, DECODING), rows, micro_batches=2)
     state, metrics = step(state, teacher, rows, base)
     # The update leaves everything where it was, so the next one runs the same program.
     assert jax.tree.leaves(placement_of(state)) == jax.tree.leaves(placement)
@@ -121,8 +129,9 @@ def sampled_from(params: Params, *, gather: bool = True) -> tuple[list[list[int]
     kv = model.init_cache(STUDENT, batch=ROWS, slots=SLOTS, dtype=jnp.float32, layout="BGSH")
     keys = jax.random.split(jax.random.key(3), ROWS)
     place = kv.keys[0].sharding
-    data, fsdp, tensor = (place.mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
-    part = (ROWS // (data * fsdp), STUDENT.num_kv_heads // tensor, SLOTS, STUDENT.head_dim)
+    data, fsdp, decode, tensor = (place.mesh.shape[axis] for axis in MESH_AXES)
+    heads = STUDENT.num_kv_heads // (decode * tensor)
+    part = (ROWS // (data * fsdp), heads, SLOTS, STUDENT.head_dim)
     assert place.shard_shape(kv.keys[0].shape) == part
     rows: list[list[int]] = [[] for _ in range(ROWS)]
     logprobs = np.zeros((ROWS, 0), np.float32)
@@ -132,11 +141,11 @@ def sampled_from(params: Params, *, gather: bool = True) -> tuple[list[list[int]
         new[:, 0] = last
         counts = rng.integers(1, 7, ROWS).astype(np.int32)
         sharded = model.is_sharded(weights)
-        kv = gen.extend(weights, kv, *shard_batch((new, counts)), config=STUDENT, sharded=sharded)
+        kv = gen.extend(weights, kv, *decoding((new, counts)), config=STUDENT, sharded=sharded)
         kv, out = gen.generate(
             weights,
             kv,
-            *shard_batch((np.full(ROWS, 5, np.int32), np.full(ROWS, 4, np.int32))),
+            *decoding((np.full(ROWS, 5, np.int32), np.full(ROWS, 4, np.int32))),
             jax.vmap(jax.random.fold_in, (0, None))(keys, turn),
             jnp.array([63]),
             config=STUDENT,
@@ -160,18 +169,22 @@ def judged(mesh: Mesh) -> np.ndarray:
     counts = rng.integers(1, 9, ROWS).astype(np.int32)
     kv = model.init_cache(TEACHER, batch=ROWS, slots=12, dtype=jnp.float32, layout="BGSH")
     words = rng.integers(1, 64, (3, 2)).astype(np.int32)
-    teacher = placed(TEACHER, 1, mesh)
+    teacher = placed(TEACHER, 1, mesh, DECODING)
     shared: Any = dict(config=TEACHER, sharded=model.is_sharded(teacher))
-    kv = gen.extend(teacher, kv, *shard_batch((tokens, counts)), **shared)
+    kv = gen.extend(teacher, kv, *decoding((tokens, counts)), **shared)
     scores, _ = labels.label_scores(
         teacher,
         kv,
-        *shard_batch((np.full(ROWS, 7, np.int32), np.ones(ROWS, np.int32))),
+        *decoding((np.full(ROWS, 7, np.int32), np.ones(ROWS, np.int32))),
         words,
         np.array([2, 2, 1], np.int32),
         **shared,
     )
     return np.asarray(scores)
+
+
+def decoding(rows: Any) -> Any:
+    return shard_batch(rows, rules=DECODING)
 
 
 @cache
@@ -183,7 +196,7 @@ def on_one_device(what: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("mesh", "how"),
-    [((2, 2, 2), update), ((1, 2, 4), update), ((1, 8, 1), update_of_adapters)],
+    [((2, 2, 1, 2), update), ((1, 2, 2, 2), update), ((1, 8, 1, 1), update_of_adapters)],
     indirect=["mesh"],
 )
 def test_one_update(mesh: Mesh, how: Callable[[Mesh], Any]) -> None:
@@ -194,11 +207,11 @@ def test_one_update(mesh: Mesh, how: Callable[[Mesh], Any]) -> None:
         np.testing.assert_allclose(metrics[name], wanted[name], rtol=1e-5)
 
 
-@pytest.mark.parametrize("mesh", [(1, 2, 4)], indirect=True)
+@pytest.mark.parametrize("mesh", [(1, 2, 1, 4)], indirect=True)
 def test_the_loss_psums_over_a_sharded_vocabulary(mesh: Mesh) -> None:
     state = init_state(placed(STUDENT, 0, mesh), KEEPER, seed=0)
     rows = shard_batch(batch(), mesh)
-    teacher = teacher_of(TEACHER, placed(TEACHER, 1, mesh), rows)
+    teacher = teacher_of(TEACHER, placed(TEACHER, 1, mesh, DECODING), rows)
     lowered = step_on(placement_of(state)).lower(state, teacher, rows, None)
     found = collectives(parse(lowered.compile().as_text()))
     of_loss = [part for part in found if "losses.py" in part.source]
@@ -215,8 +228,8 @@ def test_the_loss_psums_over_a_sharded_vocabulary(mesh: Mesh) -> None:
 @pytest.mark.parametrize(
     ("mesh", "how"),
     [
-        *(((1, 8, 1), sampled_from_shards), ((2, 2, 2), sampled_from_shards)),
-        *(((1, 2, 4), sampled), ((2, 2, 2), sampled_with_adapters)),
+        *(((1, 8, 1, 1), sampled_from_shards), ((1, 2, 2, 2), sampled_from_shards)),
+        *(((1, 2, 4, 1), sampled), ((2, 2, 1, 2), sampled_with_adapters)),
     ],
     indirect=["mesh"],
 )
@@ -231,7 +244,7 @@ def test_one_generation(mesh: Mesh, how: Callable[[Mesh], Any]) -> None:
         assert len({len(row) for row in want}) > 1  # some rows stopped sooner
 
 
-@pytest.mark.parametrize("mesh", [(2, 2, 2)], indirect=True)
+@pytest.mark.parametrize("mesh", [(2, 2, 1, 2)], indirect=True)
 def test_for_a_token_activations_are_sent_and_no_weights(mesh: Mesh) -> None:
     specs = param_specs(WIDE)
     shardings = param_shardings(specs, mesh)
@@ -243,7 +256,7 @@ def test_for_a_token_activations_are_sent_and_no_weights(mesh: Mesh) -> None:
     )
     assert model.is_sharded(weights)
     kv = model.init_cache(WIDE, batch=ROWS, slots=SLOTS, dtype=jnp.float32, layout="BGSH")
-    rows = shard_batch(np.ones(ROWS, np.int32))
+    rows = decoding(np.ones(ROWS, np.int32))
     keys = jax.random.split(jax.random.key(0), ROWS)
     how = dict(sampling=Sampling(temperature=1.0, top_k=0, top_p=1.0), chunk=4)
 
@@ -273,7 +286,7 @@ def test_for_a_token_activations_are_sent_and_no_weights(mesh: Mesh) -> None:
     assert largest(True) <= widest < least <= largest(False)
 
 
-@pytest.mark.parametrize("mesh", [(1, 8, 1)], indirect=True)
+@pytest.mark.parametrize("mesh", [(1, 8, 1, 1)], indirect=True)
 def test_in_bfloat16_partial_sums_are_not_rounded(mesh: Mesh) -> None:
     low = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params(WIDE, 0))
     tokens = np.arange(ROWS, dtype=np.int32)[:, None]
@@ -293,7 +306,7 @@ def test_in_bfloat16_partial_sums_are_not_rounded(mesh: Mesh) -> None:
     assert np.abs(got - want).mean() < np.abs(want - exact).mean() / 10
 
 
-@pytest.mark.parametrize("mesh", [(2, 2, 2)], indirect=True)
+@pytest.mark.parametrize("mesh", [(2, 2, 1, 2), (1, 2, 2, 2)], indirect=True)
 def test_one_judging(mesh: Mesh) -> None:
     scores = judged(mesh)
     want = on_one_device(judged)
@@ -301,7 +314,7 @@ def test_one_judging(mesh: Mesh) -> None:
     assert (scores.argmax(axis=1) == want.argmax(axis=1)).all()
 
 
-@pytest.mark.parametrize("mesh", [(2, 2, 2)], indirect=True)
+@pytest.mark.parametrize("mesh", [(2, 2, 1, 2)], indirect=True)
 @pytest.mark.parametrize("layout", ["BGSH", "BSGH"])
 def test_some_rows_read_on_their_own_devices(mesh: Mesh, layout: str) -> None:
     weights = placed(STUDENT, 0, mesh)
@@ -315,8 +328,8 @@ def test_some_rows_read_on_their_own_devices(mesh: Mesh, layout: str) -> None:
 
     def read(rows: np.ndarray | None, tokens: np.ndarray, counts: np.ndarray) -> Any:
         kv = model.init_cache(STUDENT, batch=ROWS, slots=SLOTS, dtype=jnp.float32, layout=layout)
-        kv = gen.extend(weights, kv, *shard_batch((first[0], first[1].astype(np.int32))), **shared)
-        more = shard_batch((tokens, counts) if rows is None else (tokens, counts, rows))
+        kv = gen.extend(weights, kv, *decoding((first[0], first[1].astype(np.int32))), **shared)
+        more = decoding((tokens, counts) if rows is None else (tokens, counts, rows))
         text = gen.extend.lower(weights, kv, *more, **shared).compile().as_text()
         return gen.extend(weights, kv, *more, **shared), parse(text)
 
@@ -341,7 +354,7 @@ def test_some_rows_read_on_their_own_devices(mesh: Mesh, layout: str) -> None:
     assert 0 < max(sent) <= new < 4 * math.prod(place.shard_shape(some.keys[0].shape))
 
 
-@pytest.mark.parametrize("mesh", [(2, 2, 2)], indirect=True)
+@pytest.mark.parametrize("mesh", [(2, 2, 1, 2)], indirect=True)
 def test_a_cache_that_does_not_divide_is_refused(mesh: Mesh) -> None:
     with pytest.raises(ValueError, match=r"`batch` = 15 must be divisible.* = 4"):
         model.init_cache(STUDENT, batch=15, slots=8, dtype=jnp.float32, layout="BGSH")

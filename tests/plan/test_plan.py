@@ -73,13 +73,13 @@ def test_fsdp_fills_the_slice_and_micro_batches_follow():
     # A mesh that fills the slice is left alone.
     filled = load(PAPER, "mesh.tensor=2", "mesh.fsdp=4", "mesh.data=2")
     config, changes = fit_to_slice(filled, chips=16, given=["mesh.fsdp"])
-    assert (config.mesh.to_dict(), changes) == (dict(data=2, fsdp=4, tensor=2), [])
+    assert (config.mesh.to_dict(), changes) == (dict(data=2, fsdp=4, decode=1, tensor=2), [])
 
 
 @pytest.mark.parametrize(
     ("fields", "chips", "expected"),
     [
-        (["mesh.fsdp=8"], 16, "1 × 8 × 1 must multiply to the 16 chips"),
+        (["mesh.fsdp=8"], 16, "1 × 8 × 1 × 1 must multiply to the 16 chips"),
         (["train.micro_batches=8"], 16, r"`train.micro_batches` = 8 does not divide over .* = 16"),
         (["mesh.tensor=3"], 16, "must multiply to the 16 chips"),
         (["mesh.tensor=16"], 16, r"`kv_heads` = 8 must be divisible by .*`tensor` = 16"),
@@ -361,7 +361,7 @@ def test_the_command_plans_a_paper_run_without_a_compiler(command):
     done = command("plan", paper, "--topology=v5e:4x4", "--compile=false", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["plan"]
-    assert (found["chips"], found["mesh"]) == (16, dict(data=1, fsdp=16, tensor=1))
+    assert (found["chips"], found["mesh"]) == (16, dict(data=1, fsdp=16, decode=1, tensor=1))
     by_name = {program["name"]: program for program in found["programs"]}
     # The teacher's cache for 64 episodes is larger than a device: 64 layers, eight heads of 128,
     # keys and values, two bytes; four rows on a device.

@@ -17,7 +17,15 @@ from opd_jax.model.moe import Experts
 from opd_jax.plan.collectives import collectives
 from opd_jax.plan.hlo import parse
 from opd_jax.runtime import mesh as mesh_lib
-from opd_jax.runtime.mesh import batch_sharding, make_mesh, param_shardings, replicated, shard_batch
+from opd_jax.runtime.mesh import (
+    DECODING,
+    TRAINING,
+    batch_sharding,
+    make_mesh,
+    param_shardings,
+    replicated,
+    shard_batch,
+)
 
 CONFIG = replace(TINY, vocab_size=64, d_model=32, head_dim=16, d_ff=48, qkv_bias=True)
 
@@ -25,7 +33,7 @@ CONFIG = replace(TINY, vocab_size=64, d_model=32, head_dim=16, d_ff=48, qkv_bias
 @pytest.mark.parametrize("sizes", [(1, 4, 2), (1, 1, 1), (1, 2, 3)])
 def test_a_single_process_may_leave_devices_unused(sizes: tuple[int, int, int]) -> None:
     mesh = make_mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
-    assert dict(mesh.shape) == dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+    assert tuple(mesh.shape[axis] for axis in ("data", "fsdp", "tensor")) == sizes
     assert set(mesh.axis_types) == {AxisType.Auto}
     assert set(mesh.devices.flat) == set(jax.devices()[: math.prod(sizes)])
     chosen = make_mesh(data=2, fsdp=1, tensor=1, devices=jax.devices()[2:4])
@@ -36,14 +44,18 @@ def test_several_processes_must_use_every_device(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert make_mesh(data=2, fsdp=2, tensor=2).size == 8
     with pytest.raises(
-        ValueError, match="exactly the 8 devices of 2 processes, got 1 × 2 × 3 = 6; change"
+        ValueError, match="exactly the 8 devices of 2 processes, got 1 × 2 × 1 × 3 = 6; change"
     ):
         make_mesh(data=1, fsdp=2, tensor=3)
 
 
 @pytest.mark.parametrize(
     ("sizes", "text"),
-    [((1, 3, 3), "1 × 3 × 3 = 9"), ((-2, -4, 1), "-2 × -4 × 1 = 8"), ((0, 8, 1), "0 × 8 × 1 = 0")],
+    [
+        ((1, 3, 3), "1 × 3 × 1 × 3 = 9"),
+        ((-2, -4, 1), "-2 × -4 × 1 × 1 = 8"),
+        ((0, 8, 1), "0 × 8 × 1 × 1 = 0"),
+    ],
 )
 def test_a_mesh_that_does_not_exist_is_refused(sizes: tuple[int, int, int], text: str) -> None:
     with pytest.raises(ValueError, match=f"at most 8 devices, got {text}"):
@@ -57,7 +69,7 @@ def test_every_logical_axis_of_the_model_has_a_rule() -> None:
     trees = [param_specs(CONFIG), param_specs(mixture), adapters, cache]
     axes = {a for spec in jax.tree.leaves(trees, is_leaf=is_spec) for a in spec.axes}
     # Only the batch of activations that are sent to weights has an axis of its own.
-    assert axes | {"decode_batch"} == set(mesh_lib.RULES)
+    assert axes | {"decode_batch"} == set(mesh_lib.TRAINING) == set(mesh_lib.DECODING)
 
 
 def test_parameters_follow_the_rules() -> None:
@@ -68,6 +80,21 @@ def test_parameters_follow_the_rules() -> None:
     assert shardings["layers"]["q"].shard_shape((2, 32, 4, 16)) == (2, 8, 2, 16)
     assert shardings["layers"]["down"].shard_shape((2, 48, 32)) == (2, 24, 8)
     assert shardings["head"].shard_shape((32, 64)) == (8, 32)
+
+
+def test_the_axis_decode_is_fsdp_in_training_and_tensor_in_decoding() -> None:
+    both = make_mesh(data=1, fsdp=2, decode=4, tensor=1)
+    specs, rows = param_specs(replace(CONFIG, num_kv_heads=4)), np.zeros((8, 3))
+    for rules, alone in (
+        (TRAINING, make_mesh(data=1, fsdp=8, tensor=1)),
+        (DECODING, make_mesh(data=1, fsdp=2, tensor=4)),
+    ):
+        mine, other = (param_shardings(specs, mesh, rules=rules) for mesh in (both, alone))
+        shapes = jax.tree.map(lambda spec: spec.shape, specs, is_leaf=is_spec)
+        where = partial(jax.tree.map, lambda sharding, shape: sharding.devices_indices_map(shape))
+        assert where(mine, shapes) == where(other, shapes)
+        parts = [shard_batch(rows, mesh, rules=rules).sharding for mesh in (both, alone)]
+        assert parts[0].is_equivalent_to(parts[1], 2)
 
 
 def test_random_parameters_are_created_in_shards() -> None:
@@ -112,7 +139,7 @@ def test_a_batch_is_sharded_over_data_and_fsdp() -> None:
 @pytest.mark.parametrize("array", [np.zeros((6, 3)), np.float32(1)])
 def test_indivisible_batch_is_named(array: np.ndarray) -> None:
     mesh = make_mesh(data=2, fsdp=4, tensor=1)
-    with pytest.raises(ValueError, match=r"`episode/tokens`.*2 × 4 = 8"):
+    with pytest.raises(ValueError, match=r"`episode/tokens`.*2 × 4 × 1 = 8"):
         shard_batch({"episode": {"tokens": array}}, mesh)
 
 
@@ -133,6 +160,7 @@ def test_a_shard_map_sees_the_shards_of_its_device_and_sums_the_results() -> Non
             in_axes=(("batch", None), {"w": (None, "mlp", None)}),
             out_axes=("batch", None),
             summed="mlp",
+            rules=TRAINING,
         )
         return sharded(x, {"w": w})
 
