@@ -93,7 +93,7 @@ class ContextCache:
         pieces: dict[int, dict[int, list[int]]] = defaultdict(dict)
         for row in rows:
             if unread := self.contexts[row][self.held[row] : -1]:
-                width = next((w for w in self.widths if w >= len(unread)), self.widths[-1])
+                width = width_of(len(unread), self.widths)
                 pieces[width][row] = unread[:width]
         return pieces
 
@@ -112,6 +112,11 @@ class ContextCache:
                 some = [(row, new[row]) for row in rows[start : start + most]]
                 call += some + [(part * size, [])] * (most - len(some))
             yield call
+
+
+def width_of(unread: int, widths: Sequence[int]) -> int:
+    """The width of the next piece of so many unread tokens, of ascending `widths`."""
+    return next((width for width in widths if width >= unread), widths[-1])
 
 
 def padded(rows: Sequence[Sequence[int]], *, width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,12 +2,13 @@
 
     python -m opd_jax.plan --config=configs/NAME.py[:arg] --topology=v5e:4x4 [--config.x.y=v]
 
---topology is a slice of v5e, v5p or v6e; `local` compiles for the devices of this machine, with the
-config's mesh as it is. --smallest tries the slices of the topology's family, from the smallest on,
-until the run fits. --search tries every mesh of the slice by counting, and ranks them. --verbose
-prints every table and --json everything as one object. --compile=false leaves out the compiler,
-which takes minutes; --limit_s is how long it may take for one program. --cache is the directory of
-its remembered results, by default in the user's cache directory.
+--topology is a slice of v5e, v5p or v6e, or GPUs as in h100:8 (a100, h100, h200), which are counted
+only; `local` compiles for the devices of this machine, with the config's mesh as it is. --smallest
+tries the slices of the topology's family, from the smallest on, until the run fits. --search tries
+every mesh of the slice by counting, and ranks them. --verbose prints every table and --json
+everything as one object. --compile=false leaves out the compiler, which takes minutes; --limit_s is
+how long it may take for one program. --cache is the directory of its remembered results, by default
+in the user's cache directory.
 """
 
 import json
@@ -64,7 +65,7 @@ def _run(config: Any, given: Sequence[str], flags: dict[str, Any]) -> None:
         return plan_run(config, where, given=given)
 
     def plan(run: Run) -> dict[str, Any]:
-        if not flags["compile"] or not has_compiler(topology):
+        if not flags["compile"] or not has_compiler(run.where):
             return describe(run, None)
         results = {}
         cache = local_path(flags["cache"] or DEFAULT_CACHE, name="--cache")

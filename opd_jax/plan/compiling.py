@@ -30,9 +30,10 @@ PACKAGE = Path(__file__).parents[1]
 DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "opd_jax/plan")
 
 
-def has_compiler(topology: str) -> bool:
-    """Whether this machine can compile programs for a topology."""
-    return topology == LOCAL or util.find_spec("libtpu") is not None
+def has_compiler(where: Slice) -> bool:
+    """Whether this machine can compile programs for a slice."""
+    tpu = where.chip.platform == "tpu" and util.find_spec("libtpu") is not None
+    return where.name == LOCAL or tpu
 
 
 def compile_programs(

@@ -1,7 +1,9 @@
 """The programs with which the teacher judges an update's turns."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
+from opd_jax.agent.contexts import width_of
 from opd_jax.agent.generate import Sampling
 from opd_jax.config.settings import Settings
 from opd_jax.judge.answer import label_scores
@@ -29,17 +31,12 @@ def judging(
     cache = teacher.cache(rows=rows, slots=slots)
     at_once = rows_read(settings, judge.prefill_rows, rows)
     # Each conversation's first question is read whole, of each later one what is new in it.
-    widths = judge.extend_widths
-    new = next((width for width in widths if width >= work.new_in_question), widths[-1])
-    calls = work.rows / at_once
-    first = calls * -(-work.question // widths[-1])
-    later = calls * (work.turns - 1) * -(-work.new_in_question // new)
-    if new == widths[-1]:
-        later += first
-    else:
-        name = "judging: first question"
-        yield teacher.read(name, cache, widths[-1], rows=at_once, runs=first)
-    yield teacher.read("judging: question", cache, new, rows=at_once, runs=later)
+    pieces = Counter(_pieces(work.question, judge.extend_widths))
+    for width in _pieces(work.new_in_question, judge.extend_widths):
+        pieces[width] += work.turns - 1
+    for width, count in sorted(pieces.items(), reverse=True):
+        name, runs = f"judging: {width} tokens of a question", work.rows / at_once * count
+        yield teacher.read(name, cache, width, rows=at_once, runs=runs)
     runs = work.rows / rows * work.turns
     if judge.decode == "generate":
         greedy = Sampling(temperature=0.0, top_k=0, top_p=1.0)
@@ -51,3 +48,10 @@ def judging(
     yield teacher.program(
         "judging: answer", label_scores, cache, [(), ()], *words, runs=runs, times=times
     )
+
+
+def _pieces(length: int, widths: Sequence[int]) -> Iterator[int]:
+    """The widths in which so many tokens are read, as `agent.contexts` reads them."""
+    while length > 0:
+        yield (width := width_of(length, widths))
+        length -= width

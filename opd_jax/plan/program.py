@@ -10,6 +10,7 @@ from ml_collections import FrozenConfigDict
 from opd_jax.plan.chips import Slice
 from opd_jax.plan.jaxpr_flops import count_flops
 from opd_jax.plan.models import PlannedModel
+from opd_jax.plan.network import Sent
 from opd_jax.plan.placement import device_bytes
 from opd_jax.plan.workload import Workload
 from opd_jax.runtime.mesh import AnyMesh
@@ -51,8 +52,7 @@ class Program:
     runs: float  # in one update; 0 for programs of evaluations
     static: dict[str, Any] = field(default_factory=dict)  # keyword arguments
     trips: tuple[float, ...] = ()  # of its `while` loops, each inside the one before
-    # Collectives in one run that all that follows waits for: sums of a layer's output over devices.
-    waits: float = 0
+    sent: Sent = field(default_factory=Sent)
     temporaries: int = 0  # bytes on each device that it needs beyond its arguments, at least
 
 

@@ -50,7 +50,7 @@ def describe(run: Run, compiled: Mapping[str, Mapping[str, Any]] | None) -> dict
         "residents": run.residents,
         "programs": programs,
         "update_seconds": update,
-        "waiting_seconds": sum(p["runs"] * p["waits"] for p in programs) * LATENCY_S,
+        "waiting_seconds": sum(p["runs"] * p["waiting"] for p in programs),
         "sampling_share": seconds.get(SAMPLING, 0.0) / update if update else None,
         "collectives": _collectives(run, results),
     }
@@ -64,10 +64,12 @@ def _model(model: PlannedModel) -> dict[str, Any]:
 
 def _program(run: Run, program: Program, result: Mapping[str, Any] | None) -> dict[str, Any]:
     chip, found, beside = run.where.chip, result or {}, run.beside(program)
+    sent = program.sent
     flops = run.flops(program) if program.runs else None
     by_flops = flops / chip.flops if flops is not None and chip.flops else None
     by_bandwidth = sum(program.moved.values()) / chip.bandwidth if chip.bandwidth else None
-    known = [bound for bound in (by_flops, by_bandwidth) if bound is not None]
+    by_wires = sent.ahead / chip.wires if chip.wires else None
+    known = [bound for bound in (by_flops, by_bandwidth, by_wires) if bound is not None]
     return {
         "name": program.name,
         "runs": program.runs,
@@ -80,9 +82,11 @@ def _program(run: Run, program: Program, result: Mapping[str, Any] | None) -> di
         "refused": found.get("refused", ""),
         "flops": flops,
         "moved": program.moved,
-        "waits": program.waits,
+        "sent": sent._asdict(),
+        "waiting": sent.waits * LATENCY_S + (sent.awaited / chip.wires if chip.wires else 0.0),
         "by_flops": by_flops,
         "by_bandwidth": by_bandwidth,
+        "by_wires": by_wires,
         "seconds": max(known, default=None) if program.runs else None,
     }
 

@@ -13,6 +13,7 @@ from opd_jax.agent.generate import Sampling
 from opd_jax.config.settings import Settings
 from opd_jax.model import KVCache, ModelConfig, cache_specs, is_sharded
 from opd_jax.model.attention import BLOCK
+from opd_jax.plan import network
 from opd_jax.plan.placement import Placement, device_bytes
 from opd_jax.plan.program import Program, Resident, passes
 from opd_jax.plan.workload import Workload
@@ -109,18 +110,14 @@ class Player:
             runs,
             {"config": self.sizes, "sharded": is_sharded(self.params), **static},
             trips=(slots_read / min(BLOCK, slots),),
-            waits=times * self._waits(math.prod((batch, *rows[0]))),
-        )
-
-    def _waits(self, tokens: int) -> int:
-        """The collectives that follow each other in one pass of so many tokens."""
-        mesh, layers = self.place.mesh.shape, self.sizes.num_layers
-        few = tokens <= self.sizes.d_model * mesh["data"]
-        # Sums over the shards of heads: after attention and after the feed-forward layer, of the
-        # embedding and of the logits. Over `fsdp`: of each projection, if a few tokens go to
-        # sharded weights.
-        return (2 * layers + 2) * (mesh["decode"] * mesh["tensor"] > 1) + 4 * layers * (
-            is_sharded(self.params) and few
+            sent=network.decoding(
+                self.place,
+                self.sizes,
+                self.params,
+                rows=batch,
+                width=math.prod(rows[0]),
+                times=times,
+            ),
         )
 
 

@@ -6,13 +6,18 @@ from typing import Any
 from opd_jax.plan.chips import GIB, LATENCY_S
 from opd_jax.report.tables import table
 
-_SHOWN = 3  # collectives on one screen
-_PEAKS = (("memory", GIB, "GiB"), ("flops", 1e12, "TFLOP/s bf16"), ("bandwidth", 1e9, "GB/s"))
+_SHOWN = 2  # collectives on one screen
+_PEAKS = (
+    ("memory", GIB, "GiB"),
+    ("flops", 1e12, "TFLOP/s bf16"),
+    ("bandwidth", 1e9, "GB/s"),
+    ("wires", 1e9, "GB/s to other chips"),
+)
 
 
 def text(report: Mapping[str, Any], *, verbose: bool) -> str:
     """The tables of a plan."""
-    parts = [_heading(report), _memory(report, verbose), _seconds(report)]
+    parts = [_heading(report), _memory(report, verbose), _seconds(report, verbose)]
     if report["collectives"]:
         parts.append(_collectives(report["collectives"], None if verbose else _SHOWN))
     if verbose:
@@ -33,7 +38,9 @@ def _heading(report: Mapping[str, Any]) -> str:
     chip, work = report["chip"], report["work"]
     how = "compiled, not run"
     if not report["compiled"]:
-        how = "nothing was compiled; with `pip install -e '.[plan]'` the TPU compiler says more"
+        how = "nothing was compiled"
+        if chip["platform"] == "tpu":
+            how += "; with `pip install -e '.[plan]'` the TPU compiler says more"
     peaks = [f"{chip[name] / unit:,.4g} {of}" for name, unit, of in _PEAKS if chip[name]]
     residents = [f"{k} {size / GIB:.2f} GiB" for k, size in report["residents"].items() if size]
     lines = {
@@ -71,26 +78,29 @@ def _memory(report: Mapping[str, Any], verbose: bool) -> str:
     return "\n".join([_table(rows), *refused])
 
 
-def _seconds(report: Mapping[str, Any]) -> str:
+def _seconds(report: Mapping[str, Any], verbose: bool) -> str:
     total = report["update_seconds"]
     if not total:
         return ""
+    least = 0 if verbose else total / 1000
     rows = [
         {
             "seconds, at least": program["name"],
             "by FLOPs": program["by_flops"],
             "by bandwidth": program["by_bandwidth"],
+            "by wires": program["by_wires"],
             "all runs": program["runs"] * program["seconds"],
+            "waiting": program["runs"] * program["waiting"],
         }
         for program in report["programs"]
-        if program["seconds"] is not None
+        if program["seconds"] is not None and program["runs"] * program["seconds"] >= least
     ]
     share = f"{report['sampling_share']:.0%} of it is sampling"
     end = f"An update takes at least {total:.3g} s; {share}. Times are bounds, not predictions."
     if waiting := report["waiting_seconds"]:
         end += (
-            f" Small collectives that follow each other add {waiting:.3g} s, if each takes "
-            f"{LATENCY_S * 1e6:.0f} µs."
+            f" Sums over shards that a next layer waits for add {waiting:.3g} s, if each takes "
+            f"{LATENCY_S * 1e6:.0f} µs and its bytes."
         )
     return f"{_table(rows)}\n{end}"
 

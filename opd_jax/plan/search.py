@@ -1,6 +1,7 @@
 """The meshes of a slice, ranked by what bounds an update."""
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -46,9 +47,9 @@ def search(
 
 def _meshes(chips: int) -> list[dict[str, int]]:
     """All sizes of the axes that multiply to a number of chips."""
+    divisors = [size for size in range(1, chips + 1) if chips % size == 0]
     return [
-        {"data": chips // (fsdp * tensor), "fsdp": fsdp, "tensor": tensor}
-        for fsdp in range(1, chips + 1)
-        for tensor in range(1, chips + 1)
-        if chips % (fsdp * tensor) == 0
+        {"data": data, "fsdp": fsdp, "decode": decode, "tensor": tensor}
+        for data, fsdp, decode, tensor in product(divisors, repeat=4)
+        if data * fsdp * decode * tensor == chips
     ]

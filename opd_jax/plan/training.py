@@ -9,6 +9,7 @@ from opd_jax import model
 from opd_jax.config.settings import Settings
 from opd_jax.learner.batch import Batch
 from opd_jax.learner.teacher import Teacher
+from opd_jax.plan import network
 from opd_jax.plan.placement import Placement, device_bytes
 from opd_jax.plan.program import Program, passes
 from opd_jax.plan.sampling import Player
@@ -36,17 +37,25 @@ def training(
       teacher: None if the objective has no teacher.
     """
     batch, train, said = _batch(student.place, work), settings.train, None
+    tokens: dict[str, int] = dict(tokens=work.rows * work.sequence, parts=train.micro_batches)
     if teacher:
         moved = {"teacher": passes(device_bytes(teacher.params), train.micro_batches)}
-        args = teacher.params, batch
-        yield Program("teacher's pass", teacher_pass, args, moved, teacher.beside, 1)
-        shape, dtype = (work.rows, work.response), teacher.params["embed"].dtype
-        hidden = student.place.rows(*shape, teacher.sizes.d_model, dtype=dtype)
+        args, sizes, dtype = (teacher.params, batch), teacher.sizes, teacher.params["embed"].dtype
+        sent = network.training(
+            teacher.place, sizes, teacher.params, None, passes=1, dtype=dtype, **tokens
+        )
+        # A copy that is sharded for training, if it is kept otherwise.
+        copy = device_bytes(teacher.params) if settings.mesh.decode > 1 else 0
+        more: dict[str, Any] = dict(sent=sent, temporaries=copy)
+        yield Program("teacher's pass", teacher_pass, args, moved, teacher.beside, 1, **more)
+        shape = work.rows, work.response, sizes.d_model
+        hidden = student.place.rows(*shape, dtype=dtype)
         said = Teacher(hidden, model.head_params(teacher.params))
     held = _held(settings, state, student, said, work)
-    forward_and_backward = train.micro_batches * (3 if train.remat == "layers" else 2)
+    forward_and_backward = 3 if train.remat == "layers" else 2
+    read = train.micro_batches * forward_and_backward
     arrays = held | {
-        "parameters": (device_bytes((state.params, base)), forward_and_backward),
+        "parameters": (device_bytes((state.params, base)), read),
         "optimizer": (device_bytes((state.params, state.opt_state)), 2),
     }
     yield Program(
@@ -56,8 +65,15 @@ def training(
         {name: passes(*array) for name, array in arrays.items()},
         ("teacher's body",) if said else ("teacher's body", "teacher's head"),
         1,
-        # Over `tensor`: two sums a layer, forwards, backwards, and where it is rematerialized.
-        waits=2 * student.sizes.num_layers * forward_and_backward * (settings.mesh.tensor > 1),
+        sent=network.training(
+            student.place,
+            student.sizes,
+            (state.params, base),
+            state.params,
+            passes=forward_and_backward,
+            dtype=jnp.dtype(settings.compute_dtype),
+            **tokens,
+        ),
         temporaries=sum(size for size, _ in held.values()),
     )
 

@@ -203,7 +203,7 @@ def test_programs_are_those_that_the_method_runs():
         for what in ("first message", "sampling")
     ]
     update = ["teacher's pass", "train step"]
-    judging = ["judging: question", "judging: answer"]
+    judging = ["judging: 64 tokens of a question", "judging: answer"]
     assert list(programs(QUICKSTART)) == [*rollout, *judging, *update, *evaluated]
     assert list(programs(f"{QUICKSTART}:method=opd")) == [*rollout, *update, *evaluated]
     # The teacher plays, so nothing is copied; the train step does without it.
@@ -212,9 +212,11 @@ def test_programs_are_those_that_the_method_runs():
     assert found["train step"].args[1] is None
     # It plays with a copy, which is beside it.
     assert all("teacher's body" in program.beside for program in found.values())
-    short = programs(QUICKSTART, "judge.extend_widths=8,64,512", "judge.decode=generate")
-    judging = ["judging: first question", *judging]
+    # Of 32 tokens that are new in a question, 24 are read and then 8.
+    short = programs(QUICKSTART, "judge.extend_widths=8,24", "judge.decode=generate")
+    judging = ["judging: 24 tokens of a question", "judging: 8 tokens of a question", judging[-1]]
     assert [name for name in short if name.startswith("judging")] == judging
+    assert [short[name].runs for name in judging] == [40, 40, 20]
 
 
 def test_models_built_from_nothing_are_planned_too():
@@ -257,7 +259,7 @@ def test_sampling_moves_weights_and_cache_for_every_token():
 
 def test_only_the_experts_of_a_token_are_computed():
     run = plan(PAPER, "teacher=models/Qwen3-30B-A3B", "mesh.data=2", chips=16)
-    judging = next(program for program in run.programs if program.name == "judging: question")
+    judging = next(program for program in run.programs if "judging: 512" in program.name)
     one, tokens = 3 * 2048 * 768, judging.args[2].size
     slots = judging.args[1].slots
     sizes = PUBLISHED["Qwen3-30B-A3B"]
@@ -342,7 +344,7 @@ def test_a_compiled_plan_is_one_screen_and_verbose_has_all_of_it():
     text = screen.text(report, verbose=False)
     assert text.startswith("verdict  ")
     assert text.count("\n") < 40
-    for word in ("fits (compiled, not run)", "% of it is sampling", "5 more: --verbose"):
+    for word in ("fits (compiled, not run)", "% of it is sampling", "6 more: --verbose"):
         assert word in text
     assert "bf16[8,2048]" not in text
     verbose = screen.text(report, verbose=True)

@@ -1,25 +1,27 @@
 """`--search` ranks the meshes of a slice."""
 
 import json
+import math
 
 from opd_jax.plan.__main__ import main
 from opd_jax.plan.search import _meshes
+from opd_jax.runtime.mesh import MESH_AXES
 
 QUICKSTART = "--config=configs/quickstart.py"
 
 
 def test_every_mesh_of_a_slice_is_tried_once():
     tried = [tuple(mesh.values()) for mesh in _meshes(8)]
-    assert len(set(tried)) == len(tried) == 10  # 8 = 2³: three exponents that add up to 3
-    assert {data * fsdp * tensor for data, fsdp, tensor in tried} == {8}
+    assert len(set(tried)) == len(tried) == 20  # 8 = 2³: four exponents that add up to 3
+    assert {math.prod(mesh) for mesh in tried} == {8}
 
 
 def test_meshes_are_ranked_by_what_bounds_an_update(in_process):
     flags = [QUICKSTART, "--topology=v5e:2x2", "--search", "--config.env.max_turns=4"]
     found = json.loads(in_process(main, *flags, "--json"))
-    # Its vocabulary of 665 tokens does not divide over `tensor`.
-    assert {(row["data"], row["fsdp"], row["tensor"]) for row in found} == {
-        *((4, 1, 1), (2, 2, 1), (1, 4, 1)),
+    # Its vocabulary of 665 tokens does not divide over `decode` and `tensor`.
+    assert {tuple(row[name] for name in MESH_AXES) for row in found} == {
+        *((4, 1, 1, 1), (2, 2, 1, 1), (1, 4, 1, 1)),
     }
     seconds = [row["seconds, at least"] for row in found]
     assert seconds == sorted(seconds)
@@ -28,6 +30,6 @@ def test_meshes_are_ranked_by_what_bounds_an_update(in_process):
         alone = row["fsdp"] == row["tensor"] == 1
         assert (row["of them waiting"] == 0) == alone
     shown = in_process(main, *flags).splitlines()
-    assert [line.split("|")[1:4] for line in shown[2:]] == [
-        [f" {row[name]:>{len(name)}} " for name in ("data", "fsdp", "tensor")] for row in found
+    assert [line.split("|")[1:5] for line in shown[2:]] == [
+        [f" {row[name]:>{len(name)}} " for name in MESH_AXES] for row in found
     ]
