@@ -1,9 +1,14 @@
-"""What an environment raises ends its own episode, as a fault in a worker's process does."""
+"""What goes wrong in an environment or its player ends its own episode.
+
+It does so in the run's process as it does in a worker's.
+"""
 
 import logging
+import math
+import numbers
 import os
 import traceback
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from opd_jax.envs.base import BROKEN, Env, Observation, Task
 from opd_jax.runtime.exits import WorldFailed
@@ -29,26 +34,57 @@ class Begun(NamedTuple):
 def begin(env: Env, split: str, index: int) -> Begun:
     """Starts task `index` of `split`. Raises `WorldFailed` alone."""
     try:
-        return Begun(env.reset(split, index), env.task, env.system)
+        return Begun(checked(env.reset(split, index)), env.task, env.system)
     except WorldFailed:
         raise
     except Exception as error:
         task = Task(id=f"{split}/{index}", type="", goal="", scene="")
         if isinstance(error, ValueError | ImportError):
             return Begun(broken("reset", str(error)), task, "", refused=str(error))
-        _warn("reset", task, error)
-        return Begun(broken("reset", last_line(error)), task, "")
+        return Begun(breaks("reset", task, error), task, "")
 
 
 def act(env: Env, response: str) -> Observation:
     """Gives a response to the environment. Raises `WorldFailed` alone."""
     try:
-        return env.step(response)
+        return checked(env.step(response))
     except WorldFailed:
         raise
     except Exception as error:
-        _warn("step", env.task, error)
-        return broken("step", last_line(error))
+        return breaks("step", env.task, error)
+
+
+def checked(observation: Any) -> Observation:
+    """The observation, if its fields have their types.
+
+    Raises:
+      TypeError: they have not, or it is none.
+    """
+    if not isinstance(observation, Observation):
+        raise TypeError(f"expected an Observation, got {observation!r}")
+    listed = observation.admissible
+    if not isinstance(listed, (tuple, list)):
+        raise TypeError(f"`admissible`: expected commands, got {listed!r}")
+    names = ("text", "message", "end", "action", "failure", "oracle")
+    texts = [getattr(observation, name) for name in names]
+    for text in (*texts, *listed, *observation.measures):
+        if not isinstance(text, str):
+            raise TypeError(f"expected a text, got {text!r}")
+    if observation.oracle not in ("", "SKIP", "WEAK", "STRONG"):
+        raise TypeError(f"`oracle`: expected SKIP, WEAK or STRONG, got {observation.oracle!r}")
+    for number in (observation.score, *observation.measures.values()):
+        if not isinstance(number, numbers.Real) or not math.isfinite(number):
+            raise TypeError(f"expected a finite number, got {number!r}")
+    return observation
+
+
+def breaks(doing: str, task: Task, error: Exception) -> Observation:
+    """`broken` by an exception, with a warning."""
+    why = last_line(error)
+    logging.getLogger(__name__).warning(
+        "the environment broke in `%s` of %s: %s", doing, task.id, why
+    )
+    return broken(doing, why)
 
 
 def broken(doing: str, why: str) -> Observation:
@@ -61,9 +97,3 @@ def last_line(error: Exception) -> str:
     """The last line of a traceback, and the place where it was raised."""
     file, line, *_ = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({os.path.basename(file)}, line {line})"
-
-
-def _warn(doing: str, task: Task, error: Exception) -> None:
-    logging.getLogger(__name__).warning(
-        "the environment broke in `%s` of %s: %s", doing, task.id, last_line(error)
-    )

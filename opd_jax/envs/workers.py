@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from opd_jax.envs.base import Env, Observation, Task
-from opd_jax.envs.faults import broken
+from opd_jax.envs.faults import broken, checked
 from opd_jax.envs.turns import NOT_RUNNING
 from opd_jax.envs.worker_process import defining_module, encode, receive, send
 from opd_jax.runtime.exits import WorldFailed
@@ -303,15 +303,7 @@ def _kill(popen: subprocess.Popen, channel: socket.socket) -> None:
 
 
 def _observation(fields: Any) -> Observation:
-    made = Observation(**{**fields, "admissible": tuple(fields["admissible"])})
-    others = ("admissible", "score", "measures")
-    texts = [value for name, value in vars(made).items() if name not in others]
-    for text in (*texts, *made.admissible, *made.measures.keys()):
-        _text(text)
-    for number in (made.score, *made.measures.values()):
-        if not isinstance(number, (int, float)) or not math.isfinite(number):
-            raise TypeError(f"expected a finite number, got {number!r}")
-    return made
+    return checked(Observation(**{**fields, "admissible": tuple(fields["admissible"])}))
 
 
 def _first_observation(value: Any) -> tuple[Observation, Task, str]:

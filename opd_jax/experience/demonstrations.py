@@ -11,8 +11,9 @@ from typing import NamedTuple
 from opd_jax.agent.chat import ChatFormat
 from opd_jax.agent.conversation import Conversation, open_conversation, record_turn
 from opd_jax.envs.base import Env, MakePlayer, Observation
-from opd_jax.envs.faults import act, begin
+from opd_jax.envs.faults import act, begin, breaks
 from opd_jax.losses import NO_TURN
+from opd_jax.runtime.exits import WorldFailed
 
 
 class Step(NamedTuple):
@@ -38,21 +39,26 @@ def play(
 
     With probability `distraction` the distractor, if there is one, plays a turn (it strays), and
     the player goes on from there. Both see every observation. `rng` is all their randomness. Once
-    `stopping` is true, no turn is played any more.
+    `stopping` is true, no turn is played any more. A player that raises breaks its own episode.
     """
     if first.done:
         return
     observation = first
-    plays = player(env.task, first, rng)
-    strays = distractor(env.task, first, rng) if distractor else None
-    while not observation.done and not (stopping and stopping()):
-        response, strayed = plays.respond(observation), False
-        if strays is not None:
-            other = strays.respond(observation)
-            strayed = rng.random() < distraction
-            response = other if strayed else response
-        before, observation = observation, act(env, response)
-        yield Step(before, response, strayed, observation)
+    try:
+        plays = player(env.task, first, rng)
+        strays = distractor(env.task, first, rng) if distractor else None
+        while not observation.done and not (stopping and stopping()):
+            response, strayed = plays.respond(observation), False
+            if strays is not None:
+                other = strays.respond(observation)
+                strayed = rng.random() < distraction
+                response = other if strayed else response
+            before, observation = observation, act(env, response)
+            yield Step(before, response, strayed, observation)
+    except WorldFailed:
+        raise
+    except Exception as error:  # the player's: `act` raises none
+        yield Step(observation, "", False, breaks("the player", env.task, error))
 
 
 def demonstrate(
