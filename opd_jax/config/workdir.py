@@ -15,8 +15,8 @@ from opd_jax.config.stored import check_same_run, differences, read_stored, stor
 from opd_jax.experience.tasks import Panel, check_same_tasks, store_tasks
 from opd_jax.report.writers import read_summary
 from opd_jax.runtime import processes
-from opd_jax.runtime.checkpoint import saved_steps
-from opd_jax.runtime.files import replace_text
+from opd_jax.runtime.checkpoint import check_saves, saved_steps
+from opd_jax.runtime.files import check_subfolder, replace_text
 
 MODELS_FILE = "models.json"
 # The config of a comparison. Its runs have workdirs of their own, so it has no `config.json`.
@@ -30,14 +30,12 @@ def check_run(config: FrozenConfigDict, settings: Settings, workdir: Path) -> di
 
     Raises:
       ValueError: the workdir holds a checkpoint of a run with another config, other models or other
-        training tasks, a comparison, or a file where a folder of the run would be; or there is no
-        such player.
+        training tasks, or a comparison; its subfolders cannot be written; or there is no such
+        player.
     """
     for name in ("checkpoints", "events"):
-        if (workdir / name).exists() and not (workdir / name).is_dir():
-            raise ValueError(
-                f"`{workdir / name}` is not a folder; move it away, or choose another --workdir"
-            )
+        check_subfolder(workdir / name)
+    check_saves(workdir / "checkpoints")
     check_no_comparison(workdir)
     has_checkpoint = _has_checkpoint(workdir)
     if has_checkpoint:

@@ -9,6 +9,7 @@ counters, host-side random state).
 import functools
 import json
 import logging
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -46,6 +47,19 @@ def saved_steps(directory: Path) -> list[int]:
     """The steps of the complete checkpoints in a directory, ascending; no save under way counts."""
     names = (path.name for path in directory.glob("*/") if path.name.isdecimal())
     return sorted(map(int, names))
+
+
+def check_saves(directory: Path) -> None:
+    """Checks that checkpoints saved in a directory, which may be absent, could be restored.
+
+    Raises:
+      ValueError: orbax would take its path for a pattern, and lose every array that it saves.
+    """
+    if found := re.search(r"[*?[]", str(directory.resolve())):
+        raise ValueError(
+            f"`{directory.resolve()}` has a `{found[0]}`, and checkpoints in such a path cannot be "
+            "restored; choose another --workdir"
+        )
 
 
 class _AnotherRun(ValueError):

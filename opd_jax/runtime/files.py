@@ -1,9 +1,11 @@
 """Paths that a user gives, and JSON and text files: read with an error, replaced as a whole."""
 
 import contextlib
+import errno
 import json
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,32 @@ def local_path(text: str | Path, *, name: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:
         raise ValueError(f"`{name}`: `{text}`: {error}; write the path out") from None
+
+
+def check_subfolder(folder: Path) -> None:
+    """Checks that a folder can be written, if there is one: a run finds out hours later.
+
+    Raises:
+      ValueError: it is a file or a link to nothing, or cannot be written.
+    """
+    other = "; move it away, or choose another --workdir"
+    if folder.is_symlink() and not folder.exists():
+        raise ValueError(
+            f"`{folder}` is a link to `{folder.readlink()}`, which is not there; mount or create "
+            f"what it names{other}"
+        )
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"`{folder}` is not a folder{other}")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
+            raise
+        code = errno.errorcode[error.errno]
+        raise ValueError(f"`{folder}` cannot be written ({code}){other}") from None
 
 
 def read_json(

@@ -77,3 +77,39 @@ def test_updates_that_bfloat16_rounds_away_are_warned_of(
     said = [r.getMessage() for r in caplog.records if "set `dtype` to float32" in r.getMessage()]
     assert len(said) == warned
     assert all("`optimizer.learning_rate` = 1e-06" in text for text in said)
+
+
+def check(workdir: Path) -> None:
+    check_run(load(QUICKSTART, []), read(QUICKSTART), workdir)
+
+
+def test_a_subfolder_that_cannot_be_written_is_found_before_a_model_is_loaded(
+    tmp_path: Path,
+) -> None:
+    places = [tmp_path / "checkpoints", tmp_path / "events"]
+    for place in places:
+        place.mkdir()
+    check(tmp_path)
+    assert not any(any(place.iterdir()) for place in places)
+    for place in places:
+        place.rmdir()
+        place.symlink_to(tmp_path / "disk")  # not mounted: the checkpoints of before are there
+        with pytest.raises(ValueError, match=f"`{place}` is a link to `{tmp_path / 'disk'}`, whi"):
+            check(tmp_path)
+        place.unlink()
+        place.symlink_to("/proc")
+        with pytest.raises(ValueError, match=rf"`{place}` cannot be written \(E\w+\); move it aw"):
+            check(tmp_path)
+        place.unlink()
+        place.write_text("")
+        with pytest.raises(ValueError, match=f"`{place}` is not a folder; move it away"):
+            check(tmp_path)
+        place.unlink()
+
+
+def test_a_path_that_checkpoints_would_be_lost_in_is_refused(tmp_path: Path) -> None:
+    for name in ("seed[0]", "lr=*", "why?"):
+        with pytest.raises(ValueError, match=r"cannot be restored; choose another --workdir"):
+            check(tmp_path / name / "run")
+    for name in ("lr=1e-3, seed 0", "100%", "a]b", "grün"):
+        check(tmp_path / name)
