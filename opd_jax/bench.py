@@ -95,6 +95,7 @@ def main(argv: Sequence[str]) -> None:
         config, _, flags = parse_command_line(
             argv, usage=__doc__, needs_workdir=False, runs=5, json=False
         )
+        processes.open_devices()
         compilation.start("")
         result = bench(config, runs=flags["runs"])
     if flags["json"]:

@@ -55,6 +55,11 @@ _BROKEN_CONNECTION = re.compile(
     "(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): "
 )
 
+# What JAX says of devices that another process holds, or that come up later.
+_BUSY_DEVICES = re.compile(
+    "in use|busy|ABORTED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|OUT_OF_MEMORY"
+)
+
 _MOST_ALIKE = 10
 _warned: defaultdict[str, set[str]] = defaultdict(set)  # by template
 
@@ -75,10 +80,12 @@ def start() -> None:
     If the others do not join within five minutes, JAX prints its own message and ends the process.
 
     Raises:
-      ValueError: the variable holds anything else.
+      ValueError: the variable holds anything else, or JAX has no such devices.
+      WorldFailed: they do not open now.
     """
     text = os.environ.get(VARIABLE, "")
     if not text:
+        open_devices()
         return
     # This service would catch SIGTERM, on which a run has to save and end.
     jax.config.update("jax_enable_preemption_service", False)
@@ -90,6 +97,26 @@ def start() -> None:
             f"`{VARIABLE}` = {text!r}: expected auto on a cluster that JAX knows, or "
             f"HOST:PORT,PROCESS,PROCESSES with process 0 at HOST:PORT; {error}"
         ) from None
+
+
+def open_devices() -> None:
+    """Opens JAX's devices. It calls those that are not there a bug of its own, in several ways."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        raise without_devices(error) from error
+
+
+def without_devices(error: Exception) -> Exception:
+    """What it means that JAX's devices do not open: whether they are busy, or not there."""
+    asked = f"JAX_PLATFORMS = {jax.config.values['jax_platforms'] or ''!r}"
+    text = str(error) or "there are none"
+    if _BUSY_DEVICES.search(text):
+        return WorldFailed(f"JAX's devices do not open now ({asked}): {text}")
+    return ValueError(
+        f"JAX has no such devices ({asked}): {text}; install JAX for this accelerator and its "
+        "driver, or set JAX_PLATFORMS=cpu"
+    )
 
 
 def _where(text: str) -> dict[str, Any]:
@@ -129,6 +156,7 @@ def ending_together() -> Iterator[None]:
     listening = threading.Thread(target=_listen, args=(over,), daemon=True)
     listening.start()
     try:
+        open_devices()
         yield
     except (Exception, KeyboardInterrupt) as error:
         end(error)

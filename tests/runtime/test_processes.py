@@ -42,6 +42,30 @@ def test_without_the_variable_a_process_is_alone(monkeypatch: pytest.MonkeyPatch
         processes.share({0: "a", 2: "c"}, 3)
 
 
+def test_devices_that_are_not_there_are_a_mistake_in_a_line(start: Start) -> None:
+    code = "from opd_jax.runtime import exits, processes\nwith exits.reported(): processes.start()"
+    with start("-c", code, JAX_PLATFORMS="abacus") as starting:
+        output, errors = starting.communicate(timeout=PATIENCE_S)
+    assert (output, starting.returncode) == ("", MISTAKE)
+    assert errors.startswith("error: JAX has no such devices (JAX_PLATFORMS = 'abacus'): ")
+    assert errors.count("\n") == 1
+    # With JAX_PLATFORMS=cuda and no GPU, JAX fails in an assertion without words.
+    assert "there are none" in str(processes.without_devices(AssertionError()))
+
+
+def test_devices_that_another_process_holds_are_the_worlds_failure() -> None:
+    for said in (
+        "Unable to initialize backend 'tpu': ABORTED: The TPU is already in use by process with "
+        "pid 4711. Not attempting to load libtpu.so in this process.",
+        "Unable to initialize backend 'tpu': UNAVAILABLE: TPU initialization failed: open(/dev/"
+        "accel0): Device or resource busy",
+        "Unable to initialize backend 'cuda': INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory",
+    ):
+        found = processes.without_devices(RuntimeError(said))
+        assert isinstance(found, WorldFailed)
+        assert said in str(found)
+
+
 def test_a_warning_is_given_once_and_of_one_kind_only_the_first(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
