@@ -41,8 +41,8 @@ class ChatFormat:
         blank of Llama 2; most have none.
       stop_ids: tokens that end a response: the one that follows an assistant content in the
         template, then the tokenizer's end-of-sequence token, then those of the model's folder.
-      turn_marks: other special tokens, such as one that opens a turn. In a response they begin an
-        invented turn. Marks of thinking are none.
+      turn_marks: other special tokens, and added ones that the template writes, such as one that
+        opens a turn. In a response they begin an invented turn. Marks of thinking are none.
     """
 
     tokenizer: Any
@@ -95,8 +95,8 @@ class ChatFormat:
                     f"alike, got {following} in two turns and {texts[-4:]} in three; "
                     "use a template that does not depend on the number of turns"
                 )
-        marks = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-        special = frozenset(marks)
+        added = tokenizer.added_tokens_decoder
+        special = frozenset(i for i, token in added.items() if token.special)
         ids = tokenizer.encode(following[0], add_special_tokens=False)
         cut = next((n for n, i in enumerate(ids) if i in special), None)
         if cut is None or tokenizer.decode(ids[:cut]).strip():
@@ -106,8 +106,11 @@ class ChatFormat:
             )
         eos = tokenizer.eos_token_id
         stop_ids = dict.fromkeys([ids[cut], *([] if eos is None else [eos]), *end_ids])
-        turn_marks = special.difference(stop_ids, (i for i in marks if "think" in marks[i].lower()))
         opening = _around(tokenizer, "u")
+        # Some models do not declare special what opens their turns (DeepSeek's distilled ones).
+        written = "".join([*following, *opening, *(system_opening or ())])
+        marks = special.union(tokenizer.encode(written, add_special_tokens=False)) & added.keys()
+        thinking = (i for i in marks if "think" in added[i].content.lower())
         return cls(
             tokenizer,
             special,
@@ -116,7 +119,7 @@ class ChatFormat:
             tuple(following),
             lead,
             stop_ids=tuple(stop_ids),
-            turn_marks=turn_marks,
+            turn_marks=marks.difference(stop_ids, thinking),
         )
 
     def first(self, system: str, user: str) -> list[int]:

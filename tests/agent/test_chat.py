@@ -280,6 +280,16 @@ def test_a_special_token_that_ends_no_turn_begins_an_invented_one(tokenizer, inv
     assert agent.invented_at(written) == len(written) - (invented is not None)
 
 
+def test_what_opens_a_turn_in_the_template_need_not_be_special(tokenizer):
+    tokenizer = with_template(tokenizer, THINKING.replace("<|im_start|>", "<｜turn｜>"))
+    tokenizer.add_tokens([AddedToken("<｜turn｜>", special=False), AddedToken("<｜tool｜>")])
+    agent = an_agent(tokenizer, None)
+    said, more = (tokenizer.encode(text) for text in ("Action: go\n", "user\nx"))
+    assert agent.invented_at([*said, *tokenizer.encode("<｜turn｜>"), *more]) == len(said) + 1
+    for word in ("<｜tool｜>", "<think>"):  # the template writes no tool, and thinking is no turn
+        assert agent.invented_at([*said, *tokenizer.encode(word)]) is None
+
+
 @pytest.mark.parametrize("opened", ["", "<think>\n"])
 def test_thinking_that_the_prompt_has_opened_may_name_anyone(tokenizer, opened):
     template = PLAIN.replace("assistant\\n'", "assistant\\n" + opened.replace("\n", "\\n") + "'")
