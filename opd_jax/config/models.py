@@ -109,7 +109,11 @@ def load_student(
     if settings.student == "new":
         return new_model(settings, mesh)
     if settings.teacher and vocab_size is None:
-        hf.check_same_tokenizer(model_folder(settings.student), model_folder(settings.teacher))
+        hf.check_same_tokenizer(
+            model_folder(settings.student),
+            model_folder(settings.teacher),
+            rows=_shared_vocab(settings),
+        )
     return load_model(
         settings.student,
         dtype=student_dtype(settings),

@@ -100,25 +100,38 @@ def unused_ids(tokenizer: Any, config: ModelConfig) -> tuple[tuple[int, int], ..
     return tuple((last + 1, following) for last, following in edges if following > last + 1)
 
 
+# What has to be equal and advice if it is not, by the name in the error message.
+Views = dict[str, tuple[dict[Any, str | None], str]]
+_RENDERING = "the chat template's rendering of"
+
 # Every kind of turn that `agent.chat` takes from a template.
 _CONVERSATIONS = ("u", "su", "uau", "uauau", "suauau")
 
 
-def check_same_tokenizer(student_folder: str | Path, teacher_folder: str | Path) -> None:
+def check_same_tokenizer(
+    student_folder: str | Path, teacher_folder: str | Path, *, rows: int | None = None
+) -> None:
     """Checks that student and teacher have the same tokens and rendered prompts.
 
     Divergences compare the two models id by id, and the teacher scores the tokens that the student
-    sampled. Templates may differ where what they render does not. Padding is never read. The end of
-    sequence may differ, as a base model's does: each stops at its own (`ChatFormat.stop_ids`).
+    sampled. Templates may differ where what they render does not. Padding is never read, and one
+    model may have a special token for it that the other lacks. The end of sequence may differ, as a
+    base model's does: each stops at its own (`ChatFormat.stop_ids`).
+
+    Args:
+      rows: of the vocabulary that the two share; every token has to be below. None: any number.
 
     Raises:
       ValueError: they differ. The message names both folders and the first difference.
     """
-    student = views(load_tokenizer(student_folder))
-    teacher = views(load_tokenizer(teacher_folder))
+    tokenizers = load_tokenizer(student_folder), load_tokenizer(teacher_folder)
+    student, teacher = map(views, tokenizers)
+    unread = _unread(tokenizers[0], student) | _unread(tokenizers[1], teacher)
+    unread -= {i for i in unread if rows is not None and i >= rows}
     for what, (ours, advice) in student.items():
         theirs = teacher[what][0]
-        key = next((k for k in [*ours, *theirs] if ours.get(k) != theirs.get(k)), None)
+        apart = (k for k in [*ours, *theirs] if ours.get(k) != theirs.get(k))
+        key = next((k for k in apart if k not in unread or (k in ours and k in theirs)), None)
         if key is not None:
             mine, other = _around_difference(ours.get(key), theirs.get(key))
             raise ValueError(
@@ -128,7 +141,14 @@ def check_same_tokenizer(student_folder: str | Path, teacher_folder: str | Path)
             )
 
 
-def views(tokenizer: Any) -> dict[str, tuple[dict[Any, str | None], str]]:
+def _unread(tokenizer: Any, views: Views) -> set[int]:
+    """Special tokens that neither end a response nor are written by the template."""
+    rendered = "".join(filter(None, views[_RENDERING][0].values()))
+    special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    return {i for i, token in special.items() if token not in rendered} - {tokenizer.eos_token_id}
+
+
+def views(tokenizer: Any) -> Views:
     """What has to be equal and advice if it is not, by the name in the error message."""
     copy = ", or write the student's chat template into a copy of the teacher's folder"
     tokens = {i: token for token, i in tokenizer.get_vocab().items()}
@@ -137,7 +157,7 @@ def views(tokenizer: Any) -> dict[str, tuple[dict[Any, str | None], str]]:
     }
     return {
         "token": (dict(sorted(tokens.items())), ""),
-        "the chat template's rendering of": (rendered, copy),
+        _RENDERING: (rendered, copy),
     }
 
 

@@ -106,6 +106,9 @@ def edit_template(tokenizer: Any, before: str, after: str) -> None:
         (lambda t: setattr(t, "eos_token", "word1"), None),
         (lambda t: setattr(t, "pad_token", "word1"), None),
         (lambda t: setattr(t, "unk_token", "word1"), None),
+        (lambda t: t.add_special_tokens({"pad_token": "<|PAD|>"}), None),
+        (lambda t: t.add_special_tokens({"eos_token": "<|END|>"}), "89 is absent .*'<.END.>' in"),
+        (lambda t: t.add_special_tokens({"pad_token": "user"}), "89 is absent .*'user' in"),
         (lambda t: edit_template(t, "{# of another year #}", ""), None),
         (lambda t: edit_template(t, "", "{{ '' }}"), None),
         (lambda t: setattr(t, "chat_template", "{{ 1 }}"), "rendering of user is .* and '1' in"),
@@ -128,3 +131,13 @@ def test_student_and_teacher_must_have_the_same_tokenizer(
         return
     with pytest.raises(ValueError, match=f"student `{student}` and teacher `{teacher}`.*{text}"):
         hf.check_same_tokenizer(student, teacher)
+
+
+def test_a_token_for_padding_needs_a_row_in_both_models(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    student = hf.load_tokenizer(tmp_path / "teacher")
+    student.add_special_tokens({"pad_token": "<|PAD|>"})
+    student.save_pretrained(tmp_path / "student")
+    hf.check_same_tokenizer(tmp_path / "student", tmp_path / "teacher", rows=90)
+    with pytest.raises(ValueError, match=r"token 89 is '<\|PAD\|>' in the student and absent in"):
+        hf.check_same_tokenizer(tmp_path / "student", tmp_path / "teacher", rows=89)
