@@ -22,7 +22,7 @@ from opd_jax.agent.conversation import Conversation
 from opd_jax.agent.environments import everywhere, make_envs
 from opd_jax.agent.generate import sampling_params
 from opd_jax.agent.rollout import rollout, row_keys
-from opd_jax.config.models import MODELS, LoadedModel, named_sizes
+from opd_jax.config.models import MODELS, LoadedModel, named_sizes, student_dtype
 from opd_jax.config.settings import Settings
 from opd_jax.envs.base import Env
 from opd_jax.envs.make import EnvSettings, benchmark_splits, invented, make_env
@@ -40,11 +40,12 @@ from opd_jax.learner.teacher import Teacher, make_teacher_pass
 from opd_jax.learner.train_state import TrainState, placement_of
 from opd_jax.learner.train_step import make_train_step
 from opd_jax.model import ModelConfig, Params, init_arrays
+from opd_jax.model.int8 import int8_specs
 from opd_jax.model.lora import Lora, lora_specs, with_adapters
 from opd_jax.report.log import UpdateLog
 from opd_jax.report.update import unmeasured
 from opd_jax.runtime import compilation
-from opd_jax.runtime.mesh import make_mesh, param_shardings, shard_batch
+from opd_jax.runtime.mesh import abstract_mesh, make_mesh, param_shardings, shard_batch
 from opd_jax.runtime.signals import signalled
 
 
@@ -254,16 +255,43 @@ def check_named(settings: Settings, models: Collection[str] = MODELS) -> None:
     """Checks the players and the `models` that settings name, before anything is loaded.
 
     Raises:
-      ValueError: a folder is not there, a model has fewer positions than `rollout.context_tokens`,
-        or the environment has no such player.
+      ValueError: a folder is not there, a model has too few positions for a context or the judge's
+        answers, or the environment has no such player.
     """
+    judge = settings.judge
     for who, sizes in named_sizes(settings, models).items():
+        answer = judge.max_new_tokens if (who, judge.decode) == ("teacher", "generate") else 0
+        if answer >= sizes.max_positions:
+            raise ValueError(
+                f"`judge.max_new_tokens` = {answer} leaves no room for a question within the "
+                f"{sizes.max_positions} positions of `teacher` = {settings.teacher!r}; lower it"
+            )
         if settings.rollout.context_tokens > sizes.max_positions:
             raise ValueError(
                 f"`rollout.context_tokens` = {settings.rollout.context_tokens} exceeds the "
                 f"{sizes.max_positions} positions of `{who}` = {getattr(settings, who)!r}; lower it"
             )
     check_players(settings)
+
+
+def check_shapes(settings: Settings) -> None:
+    """Checks that models and adapters divide over the mesh, before weights are read for minutes.
+
+    Raises:
+      ValueError: a parameter does not divide, or the student cannot have such adapters.
+    """
+    mesh, models = abstract_mesh(**dataclasses.asdict(settings.mesh)), named_sizes(settings)
+    rows = min(sizes.vocab_size for sizes in models.values())
+    for who, sizes in models.items():
+        sizes = dataclasses.replace(sizes, vocab_size=rows)
+        dtype = settings.teacher_dtype if who == "teacher" else student_dtype(settings)
+        specs = int8_specs(sizes) if dtype == "int8" else model.param_specs(sizes)
+        lora = adapters(settings) if who == "student" else None
+        try:
+            param_shardings(specs, mesh)
+            param_shardings(lora_specs(sizes, lora) if lora else {}, mesh)
+        except ValueError as error:
+            raise ValueError(f"`{who}` = {getattr(settings, who)!r}: {error}") from None
 
 
 def check_players(settings: Settings) -> None:

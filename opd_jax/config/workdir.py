@@ -7,7 +7,7 @@ from pathlib import Path
 from ml_collections import FrozenConfigDict
 
 from opd_jax import hf
-from opd_jax.config.build import check_named, panels
+from opd_jax.config.build import check_named, check_shapes, panels
 from opd_jax.config.flags import closest
 from opd_jax.config.models import MODELS, named_folders
 from opd_jax.config.settings import Settings, binds_a_run
@@ -45,7 +45,9 @@ def check_run(config: FrozenConfigDict, settings: Settings, workdir: Path) -> di
     if has_checkpoint:
         check_same_tasks(settings.data.split, found[settings.data.split], workdir)
     check_named(settings)
+    check_shapes(settings)
     _warn_of_rounding(settings)
+    _warn_of_one_model(settings)
     return found
 
 
@@ -60,6 +62,17 @@ def _warn_of_rounding(settings: Settings) -> None:
             f"`dtype` = bfloat16 rounds most steps of `optimizer.learning_rate` = {rate:g} away, "
             "so most parameters will stay as they are: set `dtype` to float32 (`compute_dtype` may "
             "stay bfloat16)"
+        )
+
+
+def _warn_of_one_model(settings: Settings) -> None:
+    """Warns where the student is its own teacher: every divergence is 0, and nothing is learnt."""
+    folders = {folder.resolve() for folder in named_folders(settings).values()}
+    if settings.objective.needs_teacher and settings.student != "new" and len(folders) == 1:
+        processes.warn(
+            "`student` and `teacher` are one model, %s, so there is nothing to learn: name a "
+            "larger one of its family as the teacher",
+            settings.student,
         )
 
 

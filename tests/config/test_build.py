@@ -65,6 +65,25 @@ def test_a_context_beyond_a_models_positions_is_refused_before_anything_is_loade
         build.check_named(read("quickstart", "teacher=nowhere"))
 
 
+def test_shapes_that_cannot_be_are_refused_before_anything_is_loaded() -> None:
+    wide = ("mesh.fsdp=64", "rollout.batch=64", "eval.batch=64", "judge.batch=64")
+    for fine in ((), ("lora.rank=4",), ("teacher_dtype=int8", "mesh.fsdp=2")):
+        build.check_shapes(read("quickstart", *fine))
+    build.check_shapes(pair())
+    with pytest.raises(ValueError, match=r"`student` = 'embedded:student': .* `tensor` = 2; chan"):
+        build.check_shapes(read("quickstart", "mesh.tensor=2"))
+    with pytest.raises(ValueError, match=r"`teacher` = 'embedded:teacher': .* `fsdp` = 64; change"):
+        build.check_shapes(read("quickstart", *wide))
+    with pytest.raises(ValueError, match=r"`student` = 'embedded:student': `lora.rank`: expected"):
+        build.check_shapes(read("quickstart", "lora.rank=999"))
+    answer = ("judge.decode=generate", "judge.max_new_tokens=9999")
+    with pytest.raises(
+        ValueError, match=r"`judge.max_new_tokens` = 9999 leaves no room .*`teacher`"
+    ):
+        build.check_named(read("quickstart", *answer))
+    build.check_named(read("quickstart", *answer), ["student"])
+
+
 def test_a_workdir_is_no_model(tmp_path: Path) -> None:
     store(load("quickstart", []), tmp_path)
     for who in ("student", "teacher"):

@@ -79,6 +79,19 @@ def test_updates_that_bfloat16_rounds_away_are_warned_of(
     assert all("`optimizer.learning_rate` = 1e-06" in text for text in said)
 
 
+def test_a_student_that_is_its_own_teacher_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = load(QUICKSTART, [])
+    check_run(config, read(QUICKSTART, f"teacher={EMBEDDED / 'student'}"), tmp_path)
+    assert "`student` and `teacher` are one model, embedded:student, so" in caplog.messages[-1]
+    told = len(caplog.messages)
+    check_run(config, read(QUICKSTART), tmp_path)
+    imitation = ("data.source=teacher", "teacher=embedded:student")
+    check_run(config, read("quickstart:method=sft,runlocal", *imitation), tmp_path)
+    assert len(caplog.messages) == told
+
+
 def check(workdir: Path) -> None:
     check_run(load(QUICKSTART, []), read(QUICKSTART), workdir)
 
