@@ -550,3 +550,19 @@ def test_an_error_whose_text_is_cut_off_is_asked_again(serve):
     remote = client(serve(make_server(respond)))
     answered.append(1)
     assert remote.search(["query"], top=1)[0][0].title == "query"
+
+
+def test_a_document_that_is_none_costs_only_itself(serve, caplog):
+    bad = [{"document": {"id": "1", "contents": None}}, {"document": None}, None]
+
+    def respond(handler, asked):
+        fine = echo(asked)["result"]
+        reply(handler, {"result": [[*bad, *found] for found in fine]})
+
+    remote = client(serve(make_server(respond)))
+    for _ in range(2):
+        found = remote.search(["a", "b"], top=2)
+        assert [[p.title for p in passages] for passages in found] == [["a"] * 2, ["b"] * 2]
+    told = [text for text in caplog.messages if "is left out" in text]
+    assert len(told) == 2
+    assert "strings; got the fields id, contents" in told[0]

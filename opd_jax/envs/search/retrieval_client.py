@@ -6,6 +6,7 @@ the document itself if scores were not asked for.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import threading
@@ -222,16 +223,35 @@ def _retry_after_s(text: str) -> float:
 
 
 def _passages(body: bytes, count: int) -> list[list[Passage]]:
-    """The passages of a reply; ValueError if its form is wrong."""
+    """The passages of a reply; a document that is none is left out.
+
+    Raises:
+      ValueError: the reply's form is wrong, or all documents are none.
+    """
     reply = json.loads(body)
     result = reply.get("result") if isinstance(reply, dict) else None
     if not isinstance(result, list) or [type(found) for found in result] != [list] * count:
         raise ValueError(f"expected `result` with a list for each of {count} queries")
-    return [[passage_from(_document(item)) for item in found] for found in result]
+    read = [[_passage(item) for item in found] for found in result]
+    wrong = [part for found in read for part in found if isinstance(part, str)]
+    if wrong and len(wrong) == sum(map(len, read)):
+        raise ValueError(wrong[0])
+    for why in wrong:
+        _warn(why)
+    return [[part for part in found if isinstance(part, Passage)] for found in read]
 
 
-def _document(item: object) -> dict:
+def _passage(item: object) -> Passage | str:
+    """A passage, or why it is none."""
     document = item.get("document", item) if isinstance(item, dict) else None
     if not isinstance(document, dict):
-        raise ValueError(f"expected a document, got {item!r}")
-    return document
+        return f"expected a document, got a {type(document).__name__}"
+    try:
+        return passage_from(document)
+    except ValueError as error:
+        return str(error)
+
+
+@functools.cache  # once for each reason
+def _warn(why: str) -> None:
+    logging.getLogger(__name__).warning("a document in a reply is left out: %s", why)
