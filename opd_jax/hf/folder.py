@@ -5,6 +5,8 @@ import re
 import shutil
 from pathlib import Path
 
+from opd_jax.runtime.exits import reading
+
 # Weights, in every format, and their indices.
 _WEIGHTS = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.npz"),
@@ -18,8 +20,9 @@ def check_folder(folder: Path) -> None:
     """Checks that a model folder exists and holds a whole model.
 
     Raises:
-      ValueError: it does not exist, with how a model is downloaded; it is a file; a file of the
-        model is a link to nothing; or it holds adapters, which `transformers` would add.
+      ValueError: it does not exist, with how a model is downloaded; it is a file, or the Hub's
+        cache; a file of the model is a link to nothing, or a pointer of Git LFS; or it holds
+        adapters, which `transformers` would add.
     """
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
@@ -27,7 +30,12 @@ def check_folder(folder: Path) -> None:
             "model with `merge_and_unload` of peft, and give the folder of the sum"
         )
     if folder.is_dir():
-        _check_links(folder)
+        if cached := sorted(folder.glob("snapshots/*/config.json")):
+            raise ValueError(
+                f"model folder `{folder}` is the Hub's cache of a model; give the folder of one of "
+                f"its snapshots, such as {cached[0].parent}"
+            )
+        _check_files(folder)
         return
     if folder.exists():
         raise ValueError(
@@ -45,14 +53,22 @@ def check_folder(folder: Path) -> None:
     )
 
 
-def _check_links(folder: Path) -> None:
-    """Checks that no file of the model is a link to nothing, as in a part of the Hub's cache."""
-    for path in sorted(folder.iterdir()):
-        if path.suffix in _READ and path.is_symlink() and not path.exists():
+def _check_files(folder: Path) -> None:
+    """Checks that each file of the model is there, and not a link or a pointer to it alone."""
+    for path in sorted(p for p in folder.iterdir() if p.suffix in _READ):
+        if path.is_symlink() and not path.exists():
             raise ValueError(
                 f"model folder `{folder}`: {path.name} is a link to `{path.readlink()}`, which is "
                 "not there; copy the files that the links name, or fetch the model again"
             )
+        if path.is_file() and path.stat().st_size < 1024:
+            with reading(path):
+                start = path.read_bytes()
+            if start.startswith(b"version https://git-lfs"):
+                raise ValueError(
+                    f"model folder `{folder}`: {path.name} is a pointer of Git LFS, not the file; "
+                    "run `git lfs pull` there, or fetch the model again"
+                )
 
 
 def copy_beside_weights(source: Path, folder: Path) -> None:

@@ -20,8 +20,8 @@ def load_tokenizer(folder: str | Path) -> Any:
 
     A `tokenizer.json` is read as it is. `AutoTokenizer` would choose by architecture: for a Qwen2
     model it rebuilds a byte-level BPE from the vocabulary and ignores the rest of the file, without
-    a warning. Decoding never cleans up spaces, whatever the folder says: a response has to be what
-    was sampled.
+    a warning. Whatever the folder says, decoding never cleans up spaces, since a response has to be
+    what was sampled, and special tokens are read as such, since the template writes them.
 
     Raises:
       ValueError: the folder has no tokenizer, or it cannot be read.
@@ -45,6 +45,7 @@ def load_tokenizer(folder: str | Path) -> Any:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"the tokenizer in `{folder}` cannot be read: {reason}") from error
     tokenizer.clean_up_tokenization_spaces = False
+    tokenizer.split_special_tokens = False
     return tokenizer
 
 

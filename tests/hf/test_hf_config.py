@@ -225,6 +225,23 @@ def test_a_link_to_nothing_is_named(references: dict, tmp_path: Path, name: str)
         hf.read_config(folder)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_pointer_of_git_lfs_is_named(references: dict, tmp_path: Path, name: str) -> None:
+    folder = write_config(tmp_path, references["llama"].folder, {})
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n")
+    with pytest.raises(ValueError, match=f"`{folder}`: {name} is a pointer of Git LFS.*lfs pull"):
+        hf.read_config(folder)
+
+
+def test_the_hubs_cache_is_answered_with_its_snapshot(references: dict, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--Qwen--Qwen3-8B" / "snapshots" / "9c925d"
+    snapshot.mkdir(parents=True)
+    write_config(snapshot, references["llama"].folder, {})
+    hf.read_config(snapshot)
+    with pytest.raises(ValueError, match=f"cache of a model; .* one of .*, such as {snapshot}$"):
+        hf.read_config(snapshot.parents[1])
+
+
 def test_a_model_without_an_architecture_cannot_be_exported(references: dict) -> None:
     changes = {"qwen2": dict(qk_norm=True), "qwen3_moe": dict(qk_norm=False)}
     texts = {"qwen2": "`qk_norm` = True with `qkv_bias` = True and no experts"}

@@ -52,6 +52,15 @@ def test_decoding_cleans_up_no_spaces(tokenizer: Any, tmp_path: Path) -> None:
     assert loaded.decode(ids, clean_up_tokenization_spaces=True) == "donn't word1."
 
 
+def test_special_tokens_are_read_whatever_the_folder_says(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"split_special_tokens": True}))
+    text = "word1<|im_end|>"
+    ids = hf.load_tokenizer(tmp_path).encode(text, add_special_tokens=False)
+    assert ids == tokenizer.convert_tokens_to_ids(["word1", "<|im_end|>"])
+
+
 def test_a_tokenizer_is_written_for_transformers_4_and_5(tmp_path: Path) -> None:
     made = build(phrases=[])
     write_tokenizer(tmp_path, made)
