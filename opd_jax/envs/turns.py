@@ -16,6 +16,10 @@ _THOUGHT = re.compile(
     r"\s*<thought>.*?(?:</thought>|(?=<action>|^[ \t]*action:)|\Z)",
     re.DOTALL | re.IGNORECASE | re.MULTILINE,
 )
+# A model may go on in the line of its action. No command holds that word.
+_IN_LINE = re.compile(
+    r"^[ \t]*action:[^\n]*?\S[ \t]+(?=obs(?:ervation)?[ \t#\d]*:)", re.IGNORECASE | re.MULTILINE
+)
 
 
 class TurnClock:
@@ -107,8 +111,9 @@ def before_invented_turn(response: str, invented: re.Pattern[str]) -> tuple[str,
         if found := thinking.match(response, start):
             start = found.end()
     spoken = response[start:].lstrip()
-    turn = invented.search(spoken)
-    return (spoken[: turn.start()], True) if turn else (spoken, False)
+    turn, line = invented.search(spoken), _IN_LINE.search(spoken)
+    begun = [*([turn.start()] if turn else []), *([line.end()] if line else [])]
+    return (spoken[: min(begun)], True) if begun else (spoken, False)
 
 
 def encodable(text: str) -> str:

@@ -79,6 +79,15 @@ def test_an_honest_line_begins_no_turn(line: str) -> None:
     assert before_invented_turn(spoken, invented_turn()) == (spoken, False)
 
 
+def test_an_invented_observation_may_go_on_in_the_line_of_the_action() -> None:
+    pattern = invented_turn()
+    for said in ("Action: look", "Thought: the last Observation: a desk.\nAction: go to desk 1"):
+        for more in ("Observation: a desk\nAction: go", "OBS 2: a desk Action: go"):
+            assert before_invented_turn(f"{said} {more}", pattern) == (f"{said} ", True)
+    for honest in ("Action: look", "Action: note observation", "Action: Observation: a desk"):
+        assert before_invented_turn(honest, pattern) == (honest, False)
+
+
 def test_a_response_may_begin_with_the_name_of_the_one_who_speaks() -> None:
     pattern = invented_turn(others=("result",), own=("you",))
     for name in ("Assistant:", "**You:**", "[assistant]"):
