@@ -20,7 +20,7 @@ from opd_jax.runtime.exits import WORLD, reported
 
 def main(argv: Sequence[str]) -> int:
     """The status to exit with."""
-    config, workdir, _ = parse_command_line(argv, usage=__doc__)
+    config, workdir, _ = parse_command_line(argv, usage=__doc__, profile="")
     runs = [(config, workdir)]
     if config.compare.methods:
         if "compare" not in read_summary(workdir / "summary.json"):

@@ -4,7 +4,7 @@
 
 A run that finds a checkpoint in its workdir resumes. It ends with the same bits as a run that was
 never interrupted, because an update's random draws depend only on the seed and its number. SIGTERM
-or Ctrl-C saves what is finished, without the update or the split under way, and ends with status 0.
+or Ctrl-C saves what is finished and exits with 0. `--profile=FROM:TO` traces updates (DIR/profile).
 """
 
 import dataclasses
@@ -32,6 +32,7 @@ from opd_jax.runtime import processes
 from opd_jax.runtime.checkpoint import Checkpoints
 from opd_jax.runtime.exits import reported
 from opd_jax.runtime.lease import held
+from opd_jax.runtime.profile import updates_to_profile
 from opd_jax.runtime.stop import Stop
 
 
@@ -82,17 +83,17 @@ def train(
     return state
 
 
-def run(config: FrozenConfigDict, workdir: Path) -> dict[str, Any]:
+def run(config: FrozenConfigDict, workdir: Path, profile: Sequence[int] = ()) -> dict[str, Any]:
     """One whole run; returns the `eval` part of its `summary.json`."""
     settings = read_settings(config)
-    mesh = build.open_mesh(settings)
-    with held(workdir) as workdir, jax.set_mesh(mesh), Stop() as stop:
-        return _run(config, settings, workdir, mesh, stop)
+    with jax.set_mesh(build.open_mesh(settings)), held(workdir) as workdir, Stop() as stop:
+        return _run(config, settings, workdir, stop, profile)
 
 
 def _run(
-    config: FrozenConfigDict, settings: Settings, workdir: Path, mesh: jax.sharding.Mesh, stop: Stop
+    config: FrozenConfigDict, settings: Settings, workdir: Path, stop: Stop, profile: Sequence[int]
 ) -> dict[str, Any]:
+    mesh = jax.sharding.get_mesh()
     panels = check_run(config, settings, workdir)
     student, teacher = load_student(settings, mesh), load_teacher(settings, mesh)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
@@ -109,10 +110,9 @@ def _run(
     how: dict[str, Any] = dict(panels=panels, workdir=workdir, between=stop.check)
     results = evaluate_others(settings, student, untrained, teacher, **how)
     del untrained
-    log = build.make_log(settings, workdir, done=done)
-    new: dict[str, Any] = dict(tasks=panels[settings.data.split], between=stop.check)
-    cursor = meta.get("cursor", [0, 0])
-    source = build.make_source(settings, student, teacher, cursor=cursor, **new)
+    log = build.make_log(settings, workdir, done=done, profile=profile)
+    new: dict[str, Any] = meta | dict(tasks=panels[settings.data.split], between=stop.check)
+    source = build.make_source(settings, student, teacher, **new)
     with closing(source), closing(log), closing(checkpoints):
         state = train(
             settings,
@@ -135,14 +135,15 @@ def _run(
 def main(argv: Sequence[str]) -> None:
     """The command `python -m opd_jax.train`."""
     with reported():
-        config, workdir, _ = parse_command_line(argv, usage=__doc__)
+        config, workdir, flags = parse_command_line(argv, usage=__doc__, profile="")
         settings = read_settings(config)
+        profile = updates_to_profile(flags["profile"], updates=settings.train.updates)
         processes.start()
         with processes.ending_together():
             if settings.compare.methods:
-                processes.say(compare(config, workdir, run=run))
+                processes.say(compare(config, workdir, run=lambda one, at: run(one, at, profile)))
             else:
-                run(config, workdir)
+                run(config, workdir, profile)
 
 
 if __name__ == "__main__":

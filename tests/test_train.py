@@ -172,6 +172,31 @@ def table(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("|")]
 
 
+def parts_traced(workdir: Path) -> list[str]:
+    """Names of our own spans in a run's trace, in the order of time."""
+    (file,) = (workdir / "profile").rglob("*.xplane.pb")
+    events = [
+        (event.start_ns, event.name)
+        for plane in jax.profiler.ProfileData.from_file(str(file)).planes
+        for line in plane.lines
+        for event in line.events
+        if re.match(r"update \d+: ", event.name)
+    ]
+    return [name for _, name in sorted(events)]
+
+
+def test_the_updates_asked_for_are_traced_and_no_bit_changes(
+    trained: Any, tmp_path: Path, command: Callable
+) -> None:
+    flags = (*trained.flags, *NO_EVALUATION, "--profile=2:3", f"--workdir={tmp_path}")
+    done = command("train", *flags)
+    assert done.returncode == 0, done.stderr
+    parts = ("rollout", "judge", "update")
+    assert parts_traced(tmp_path) == [f"update {n}: {part}" for n in (2, 3) for part in parts]
+    assert f"the trace is in {tmp_path / 'profile'}\n" in done.stdout
+    assert_ended_alike(tmp_path, trained.workdir)
+
+
 # --- Started again
 
 
@@ -548,6 +573,10 @@ def test_the_listener_hears_compilations(compilations: list[str]) -> None:
     ("flag", "words"),
     [
         ("--workdr=x", ["`--workdr`", "`workdir`"]),
+        ("--profile=3", ["`--profile`", "FROM:TO", "`3`"]),
+        ("--profile=0:2", ["`--profile`", "1 <= FROM", "`0:2`"]),
+        ("--profile=3:2", ["`--profile`", "FROM <= TO", "`3:2`"]),
+        ("--profile=79:81", ["`--profile`", "`train.updates` = 80", "`79:81`"]),
         ("--config=quickstrat", ["quickstrat", "`quickstart`"]),
         ("--config=quickstart:metod=opd", ["`metod`", "`method`"]),
         ("--config.train.updatess=3", ["`train.updatess`", "`train.updates`"]),

@@ -171,14 +171,15 @@ def make_pack(settings: Settings, sizes: ModelConfig) -> Callable[[Played, np.nd
     return packed
 
 
-def make_log(settings: Settings, workdir: Path, *, done: int) -> UpdateLog:
-    """The log of a run that resumes after `done` updates."""
+def make_log(settings: Settings, workdir: Path, *, done: int, profile: Sequence[int]) -> UpdateLog:
+    """The log of a run that resumes after `done` updates and traces those of `profile`."""
     on_policy = settings.data.source == "on_policy"
     return UpdateLog(
         workdir,
         done=done,
         updates=settings.train.updates,
         leave_out=unmeasured(settings.objective, on_policy=on_policy),
+        profile=profile,
     )
 
 
@@ -314,7 +315,7 @@ def make_source(
     teacher: LoadedModel | None,
     *,
     tasks: Panel,
-    cursor: Sequence[int],
+    cursor: Sequence[int] = (0, 0),
     between: Callable[[], None] | None = None,
 ) -> Source:
     """The source named by `data.source`.
@@ -324,7 +325,7 @@ def make_source(
       student: plays on-policy. Otherwise it only gives the tokenizer and the chat format.
       teacher: plays if `data.source` is "teacher".
       tasks: the tasks of `data.split`.
-      cursor: where to start, an earlier `Source.cursor`; [0, 0] at the beginning.
+      cursor: where to start, an earlier `Source.cursor`; by default at the beginning.
       between: called between turns, in all processes; what it raises ends the playing.
     """
     if settings.shows_players:

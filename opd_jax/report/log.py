@@ -1,7 +1,7 @@
 """Writes each update to `metrics.jsonl`, to TensorBoard and to standard output."""
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from opd_jax.report.stopwatch import Stopwatch
 from opd_jax.report.update import check_finite, describe, update_metrics
 from opd_jax.report.writers import EventWriter, JsonlWriter
 from opd_jax.runtime import processes
+from opd_jax.runtime.profile import Profile
 
 
 class UpdateLog:
@@ -18,10 +19,20 @@ class UpdateLog:
       done: updates done before this start; lines of later ones are dropped.
       updates: length of the whole run.
       leave_out: names of metrics to leave out (`update.unmeasured`).
+      profile: numbers of the updates to trace into `profile/`.
     """
 
-    def __init__(self, workdir: Path, *, done: int, updates: int, leave_out: Collection[str]):
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        done: int,
+        updates: int,
+        leave_out: Collection[str],
+        profile: Sequence[int],
+    ):
         self._workdir, self._updates, self._leave_out = workdir, updates, leave_out
+        self._profile = Profile(workdir / "profile", profile, done=done)
         self._writers: list[JsonlWriter | EventWriter] = []
         if processes.is_first():
             resume_step = done or None
@@ -33,8 +44,9 @@ class UpdateLog:
     @contextlib.contextmanager
     def watch(self, update: int) -> Iterator[Stopwatch]:
         """A stopwatch for one update. A `ValueError` raised inside names the update."""
+        self._profile.begin(update)
         try:
-            yield Stopwatch()
+            yield Stopwatch(f"update {update}: ")
         except ValueError as error:
             raise ValueError(f"update {update}: {error}") from error
 
@@ -46,6 +58,7 @@ class UpdateLog:
         Raises:
           ValueError: loss or norms are not finite. The line is written first.
         """
+        self._profile.end(update)
         metrics = update_metrics(raw, played, clock, leave_out=self._leave_out)
         for writer in self._writers:
             writer.write(update, metrics)
@@ -54,5 +67,6 @@ class UpdateLog:
 
     def close(self) -> None:
         """Closes the files."""
+        self._profile.close()
         for writer in self._writers:
             writer.close()

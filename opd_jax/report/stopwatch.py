@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from jax import monitoring
+from jax import monitoring, profiler
 
 _compiled_s = 0.0  # by this process so far
 
@@ -23,10 +23,11 @@ class Stopwatch:
     """Seconds of the named parts of an update, with compilation counted apart.
 
     JAX compiles inside the part that first meets a shape. That time is subtracted from the part and
-    added to `compile_s`.
+    added to `compile_s`. In a trace of `jax.profiler` a part has its name behind `prefix`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str = "") -> None:
+        self._prefix = prefix
         self.seconds: dict[str, float] = {}
         self.compile_s = 0.0
 
@@ -34,7 +35,8 @@ class Stopwatch:
     def measure(self, part: str) -> Iterator[None]:
         """Adds the time of the block to `part`."""
         start, compiled_before = time.perf_counter(), _compiled_s
-        yield
+        with profiler.TraceAnnotation(self._prefix + part):
+            yield
         compiled = _compiled_s - compiled_before
         elapsed = time.perf_counter() - start - compiled
         self.compile_s += compiled
