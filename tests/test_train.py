@@ -68,13 +68,17 @@ def raw_arrays(tree: Any) -> list[tuple]:
     ]
 
 
+# What no two runs have alike: times and memory.
+MEASURED_ANEW = ("seconds/", "tokens_per_s/", "peak_gib/")
+
+
 def assert_ended_alike(workdir: Path, uninterrupted: Path) -> None:
     assert saved(workdir) == saved(uninterrupted)
 
     def untimed(directory: Path) -> list[dict[str, Any]]:
         return [
             {
-                name: None if name.startswith(("seconds/", "tokens_per_s/")) else value
+                name: None if name.startswith(MEASURED_ANEW) else value
                 for name, value in line.items()
             }
             for line in lines_of(directory)
@@ -107,6 +111,7 @@ MEASURED = (
     *("tokens/sampled", "tokens/sequence", "tokens/student", "judge/asked"),
     *("tokens_per_s/rollout", "tokens_per_s/update"),
     *("seconds/rollout", "seconds/judge", "seconds/update", "seconds/compile"),
+    "peak_gib/host",
 )
 BY_TURN = ("divergence", "raw_weight", "confidence", "turns", "skip", "weak", "strong", "det_fail")
 
@@ -134,6 +139,16 @@ def test_every_update_has_its_line_and_its_figures_fit_together(trained: Any) ->
         mean_weight = line["z"] * line["raw_weight"]
         assert mean_weight == pytest.approx(1, abs=1e-4) or line["raw_weight"] == 0
         assert sum(t or 0 for t in line["by_turn/turns"]) == 4 * line["batch/turns"]
+
+
+def test_every_metric_is_in_the_readme(trained: Any) -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    table = text.partition("Keys of `metrics.jsonl`")[2].partition("**Stop:**")[0]
+    # `a/{b,c}` names two, and `…` stands for any.
+    brackets = str.maketrans({"{": "(", "}": ")", ",": "|", "…": r"[\w/]+"})
+    patterns = [key.translate(brackets) for key in re.findall(r"`([^`]+)`", table)]
+    written = {name for line in lines_of(trained.workdir) for name in line} - {"step"}
+    assert [n for n in sorted(written) if not any(re.fullmatch(p, n) for p in patterns)] == []
 
 
 def test_checkpoints_are_those_asked_for_and_hold_a_student_that_moved(trained: Any) -> None:

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from opd_jax.agent.conversation import Conversation
 from opd_jax.learner.objective import Objective
 from opd_jax.losses import NO_TURN, Verdict
+from opd_jax.report.memory import peak_memory
 from opd_jax.report.metrics import means
 from opd_jax.report.stopwatch import Stopwatch
 
@@ -102,6 +103,7 @@ def update_metrics(
             "logprob_error": sums.logprob_error,
             **{f"seconds/{part}": seconds for part, seconds in clock.seconds.items()},
             "seconds/compile": clock.compile_s,
+            **peak_memory(),
         }
     )
     for part, tokens in (("rollout", "tokens/sampled"), ("update", "tokens/sequence")):
