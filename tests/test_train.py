@@ -111,6 +111,7 @@ MEASURED = (
     *("tokens/sampled", "tokens/sequence", "tokens/student", "judge/asked"),
     *("tokens_per_s/rollout", "tokens_per_s/update"),
     *("seconds/rollout", "seconds/judge", "seconds/update", "seconds/compile"),
+    *("padded/reading", "padded/sampling", "padded/judging", "padded/update"),
     "peak_gib/host",
 )
 BY_TURN = ("divergence", "raw_weight", "confidence", "turns", "skip", "weak", "strong", "det_fail")

@@ -8,6 +8,7 @@ import numpy as np
 
 from opd_jax import model
 from opd_jax.agent import generate as gen
+from opd_jax.agent.positions import Positions
 from opd_jax.model import KVCache, ModelConfig, Params
 from opd_jax.runtime import mesh
 from opd_jax.runtime.mesh import DECODING, shard_batch
@@ -27,6 +28,7 @@ class ContextCache:
       slots: of each row.
       widths: ascending widths of pieces; one compiled program each.
       rows_read: rows of each device that read at a time.
+      positions: counts what is read, as `purpose`.
     """
 
     def __init__(
@@ -38,8 +40,11 @@ class ContextCache:
         slots: int,
         widths: Sequence[int],
         rows_read: int,
+        positions: Positions,
+        purpose: str,
     ):
         self.params = params
+        self._positions, self._purpose = positions, purpose
         self.sizes, self.sharded = sizes, model.is_sharded(params)
         self.widths, self.rows_read = widths, rows_read
         self.contexts: list[list[int]] = [[] for _ in range(rows)]
@@ -76,6 +81,11 @@ class ContextCache:
                         sharded=self.sharded,
                     )
                     np.add.at(self.held, numbers, counts)
+                    self.count(tokens=int(counts.sum()), computed=tokens.size)
+
+    def count(self, *, tokens: int, computed: int) -> None:
+        """Counts a call that computes so many positions, of which `tokens` hold one."""
+        self._positions.add(self._purpose, tokens=tokens, computed=computed)
 
     def take(self) -> KVCache:
         """The cache, for a program that it is donated to; `give` takes what the program returns.

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from opd_jax.agent.agent import Agent
 from opd_jax.agent.conversation import Conversation, open_conversation, record_turn
 from opd_jax.agent.environments import Answers
+from opd_jax.agent.positions import Positions
 from opd_jax.agent.session import Response, Session
 from opd_jax.envs.base import Env, Observation
 from opd_jax.envs.faults import Begun, act, begin
@@ -32,6 +33,7 @@ def rollout(
     tasks: Sequence[tuple[str, int]],
     depth: int,
     between: Callable[[], None] | None = None,
+    positions: Positions | None = None,
 ) -> list[Conversation]:
     """Plays one episode of each task, as many at a time as there are environments.
 
@@ -49,6 +51,7 @@ def rollout(
       depth: turns after which an episode ends with "depth"; 0: no limit but the environment's.
       between: called before answers of environments are taken, in all processes; what it raises
         ends the rollout.
+      positions: counts what is read and sampled.
 
     Returns:
       A finished `Conversation` for each task, in order. It is `broken` if the environment broke or
@@ -61,7 +64,8 @@ def rollout(
         raise ValueError(
             f"`keys`: expected one for each of {len(tasks)} tasks, got shape {keys.shape}"
         )
-    session = Session(params, keys, agent=agent, rows=len(envs))
+    positions = positions or Positions()
+    session = Session(params, keys, agent=agent, rows=len(envs), positions=positions)
     answers = Answers(envs, join_after=agent.decoding.join_after)
     waiting = deque(_Episode(agent, number, task, depth) for number, task in enumerate(tasks))
     episodes, playing = list(waiting), {}

@@ -10,6 +10,7 @@ import numpy as np
 from opd_jax.agent import generate as gen
 from opd_jax.agent.agent import Agent
 from opd_jax.agent.contexts import ContextCache
+from opd_jax.agent.positions import Positions
 from opd_jax.model import Params
 from opd_jax.runtime.mesh import DECODING, shard_batch
 
@@ -55,9 +56,11 @@ class Session:
     Rows need not be in step: while some sample, others wait for their environments.
     """
 
-    def __init__(self, params: Params, keys: jax.Array, *, agent: Agent, rows: int):
+    def __init__(
+        self, params: Params, keys: jax.Array, *, agent: Agent, rows: int, positions: Positions
+    ):
         decoding = agent.decoding
-        self.agent, self.keys = agent, keys
+        self.agent, self.keys, self._positions = agent, keys, positions
         if not isinstance(params["layers"], tuple):
             params = gen.for_decoding(params, platform=jax.default_backend())
         self.cache = ContextCache(
@@ -67,6 +70,8 @@ class Session:
             slots=decoding.context_tokens,
             widths=decoding.extend_widths,
             rows_read=decoding.prefill_rows,
+            positions=positions,
+            purpose="reading",
         )
         self.live: dict[int, _Sampling] = {}
         self.stop_ids = jnp.asarray(agent.chat.stop_ids, jnp.int32)
@@ -125,6 +130,9 @@ class Session:
                 "go on from an older checkpoint"
             )
         self.cache.held += out.counts
+        # Every row takes as many steps as the longest response in the chunk.
+        steps = len(out.counts) * int(out.counts.max())
+        self._positions.add("sampling", tokens=int(out.counts.sum()), computed=steps)
         ended: dict[int, Response] = {}
         for row, live in list(self.live.items()):
             count = int(out.counts[row])

@@ -21,6 +21,7 @@ from opd_jax.agent.chat import ChatFormat
 from opd_jax.agent.conversation import Conversation
 from opd_jax.agent.environments import everywhere, make_envs
 from opd_jax.agent.generate import sampling_params
+from opd_jax.agent.positions import Positions
 from opd_jax.agent.rollout import rollout, row_keys
 from opd_jax.config.models import MODELS, LoadedModel, named_sizes, student_dtype
 from opd_jax.config.settings import Settings
@@ -364,7 +365,9 @@ def _play_model(
     """The student being trained plays, or the teacher."""
     on_policy = settings.data.source == "on_policy"
 
-    def play(state: TrainState, tasks: Sequence[tuple[str, int]]) -> list[Conversation]:
+    def play(
+        state: TrainState, tasks: Sequence[tuple[str, int]], positions: Positions
+    ) -> list[Conversation]:
         params = player.params
         if on_policy:
             params = make_sampling_params(state.params, player, settings)
@@ -372,7 +375,14 @@ def _play_model(
         keys = row_keys(jax.random.fold_in(state.rng, state.step), range(len(tasks)))
         depth = settings.rollout.depth(update)
         return rollout(
-            params, keys, agent=agent, envs=envs, tasks=tasks, depth=depth, between=between
+            params,
+            keys,
+            agent=agent,
+            envs=envs,
+            tasks=tasks,
+            depth=depth,
+            between=between,
+            positions=positions,
         )
 
     return play
@@ -402,7 +412,9 @@ def _play_expert(
             stopping=signalled,
         )
 
-    def play(_: TrainState, tasks: Sequence[tuple[str, int]]) -> list[Conversation]:
+    def play(
+        _: TrainState, tasks: Sequence[tuple[str, int]], positions: Positions
+    ) -> list[Conversation]:
         played = everywhere(episode, envs, tasks)
         if between:
             between()  # before an episode that a signal has cut short is used

@@ -12,6 +12,7 @@ from opd_jax.agent import history
 from opd_jax.agent.agent import Agent
 from opd_jax.agent.conversation import Conversation, check_some_played
 from opd_jax.agent.environments import close
+from opd_jax.agent.positions import Positions
 from opd_jax.envs.base import Env
 from opd_jax.experience.tasks import TaskOrder
 from opd_jax.learner.train_state import TrainState
@@ -84,8 +85,8 @@ class Source(Protocol):
         ...
 
 
-# Plays one episode of each (split, index), with the parameters of a state.
-Play = Callable[[TrainState, Sequence[tuple[str, int]]], list[Conversation]]
+# Plays one episode of each (split, index), with the parameters of a state; counts positions.
+Play = Callable[[TrainState, Sequence[tuple[str, int]], Positions], list[Conversation]]
 
 
 @dataclass
@@ -118,16 +119,17 @@ class Episodes:
           WorldFailed: the environments of all episodes broke, twice.
         """
         start = end = self.cursor[0]
+        positions = Positions()
         while True:
             tasks = self.tasks.from_number(end)
             end += self.tasks.count
-            conversations = self.play_tasks(state, tasks)
+            conversations = self.play_tasks(state, tasks, positions)
             if not all(c.unfit for c in conversations):
                 break
             if end - start >= min(_UNFIT, self.tasks.size):
                 check_some_played(conversations)
         if all(c.broken for c in conversations):  # a machine may have hung for a moment
-            conversations = self.play_tasks(state, tasks)
+            conversations = self.play_tasks(state, tasks, positions)
         check_some_played(conversations)
         self.cursor = [end, 0]
         rows, episode = history.rows(
@@ -145,7 +147,8 @@ class Episodes:
             episode=episode + [0] * missing,
             length_multiple=self.length_multiple,
             metrics=episode_metrics(conversations, rows)
-            | {"tokens/padded": padding(rows, self.length_multiple)},
+            | positions.metrics
+            | {"padded/update": padding(rows, self.length_multiple)},
         )
 
     def close(self) -> None:

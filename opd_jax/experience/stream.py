@@ -189,7 +189,7 @@ class Stream:
             length_multiple=padded,
             metrics={
                 "tokens/sequence": sum(len(c.tokens) for c in conversations),
-                "tokens/padded": padding(conversations, padded),
+                "padded/update": padding(conversations, padded),
             },
         )
 

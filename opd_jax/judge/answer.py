@@ -17,7 +17,7 @@ import numpy as np
 from opd_jax import model
 from opd_jax.agent import generate as gen
 from opd_jax.agent.chat import ChatFormat
-from opd_jax.agent.contexts import padded
+from opd_jax.agent.contexts import ContextCache, padded
 from opd_jax.agent.conversation import Conversation
 from opd_jax.judge.prompt import FIELDS, LABELS, judge_prompt
 from opd_jax.losses import Verdict
@@ -125,30 +125,36 @@ def label_tokens(chat: ChatFormat) -> tuple[np.ndarray, np.ndarray]:
 
 
 def score_labels(
-    params: Params, cache: KVCache, last: np.ndarray, asked: np.ndarray, *, by: Judge
-) -> tuple[list[int], KVCache]:
+    cache: ContextCache, last: np.ndarray, asked: np.ndarray, *, by: Judge
+) -> list[int]:
     """The label whose tokens the teacher finds most likely after each question.
 
     The score of a label is the sum of the log-probabilities of its own tokens; the end of the
     answer is not scored.
 
     Args:
-      cache: the questions without their last tokens; donated. It needs room for these and a label.
+      cache: the questions without their last tokens. It needs room for these and a label.
       last: int32 [B], the last token of each question.
       asked: int32 [B], 1 or 0; a row with 0 asks nothing, and its label is meaningless.
 
     Returns:
-      A label for each row, and the cache. Slots after a row's length hold leftovers.
+      A label for each row. Slots after a row's length hold leftovers.
     """
-    scores, cache = label_scores(
-        params,
-        cache,
+    words, lengths = label_tokens(by.chat)
+    scores, given = label_scores(
+        cache.params,
+        cache.take(),
         *shard_batch((last, asked), rules=DECODING),
-        *label_tokens(by.chat),
+        words,
+        lengths,
         config=by.model,
-        sharded=model.is_sharded(params),
+        sharded=cache.sharded,
     )
-    return np.asarray(jnp.argmax(scores, axis=-1)).tolist(), cache
+    cache.give(given)
+    # The model reads the last token, then each label's tokens but the last.
+    read, computed = 1 + int((lengths - 1).sum()), 1 + words[:, :-1].size
+    cache.count(tokens=int(asked.sum()) * read, computed=len(asked) * computed)
+    return np.asarray(jnp.argmax(scores, axis=-1)).tolist()
 
 
 @partial(jax.jit, static_argnames=("config", "sharded"), donate_argnames="cache")
@@ -188,27 +194,30 @@ def label_scores(
 
 
 def generate_labels(
-    params: Params, cache: KVCache, last: np.ndarray, asked: np.ndarray, *, by: Judge
-) -> tuple[list[int], KVCache]:
+    cache: ContextCache, last: np.ndarray, asked: np.ndarray, *, by: Judge
+) -> list[int]:
     """The label in the teacher's greedy answer to each question, or `UNPARSABLE`.
 
     Arguments as in `score_labels`; the cache needs room for `max_new_tokens` of each answer.
     """
     longest = by.settings.max_new_tokens
-    cache, out = gen.generate(
-        params,
-        cache,
+    given, out = gen.generate(
+        cache.params,
+        cache.take(),
         *shard_batch((last, asked * np.int32(longest)), rules=DECODING),
         jax.random.split(jax.random.key(0), len(last)),  # unused: decoding is greedy
         jnp.asarray(by.chat.stop_ids, jnp.int32),
         config=by.model,
         sampling=gen.Sampling(temperature=0.0, top_k=0, top_p=1.0),
         chunk=longest,
-        sharded=model.is_sharded(params),
+        sharded=cache.sharded,
     )
+    cache.give(given)
     out = jax.device_get(out)
+    steps = len(out.counts) * int(out.counts.max())
+    cache.count(tokens=int(out.counts.sum()), computed=steps)
     answers = [by.tokenizer.decode(row[:n]) for row, n in zip(out.tokens, out.counts, strict=True)]
-    return [parse_label(answer) for answer in answers], cache
+    return [parse_label(answer) for answer in answers]
 
 
 # How `judge.decode` names them.

@@ -7,12 +7,14 @@ teacher judges the others.
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from opd_jax.agent.contexts import ContextCache
 from opd_jax.agent.conversation import Conversation
+from opd_jax.agent.positions import Positions
 from opd_jax.judge.agreement import judge_metrics
 from opd_jax.judge.answer import DECODINGS, UNPARSABLE, Judge
 from opd_jax.judge.labels import EnvLabels, Judgement, env_labels
@@ -47,12 +49,13 @@ def teacher_judge(
 
     def label(conversations: Sequence[Conversation], update: int):
         labels = env_labels(conversations, max_turns=max_turns)
-        judgement = judge_turns(params, conversations, labels, by=by, between=between)
+        ask = partial(judge_turns, params, conversations, labels, between=between)
+        judgement = ask(by=by, positions=(positions := Positions()))
         if update == 0:  # later it is one bad batch, and a resumed run is to go on like any other
             check_some_fit(judgement)
-        metrics = judge_metrics(judgement, labels)
+        metrics = judge_metrics(judgement, labels) | positions.metrics
         if how.agreement_every and update % how.agreement_every == 0:
-            second = judge_turns(params, conversations, labels, by=by_other, between=between)
+            second = ask(by=by_other)
             both = judgement.answered & second.answered
             same = (second.verdict == judgement.verdict) & both
             metrics["judge/decodings_agree"] = (same.sum(), both.sum())
@@ -69,11 +72,13 @@ def judge_turns(
     *,
     by: Judge,
     between: Callable[[], None] | None = None,
+    positions: Positions | None = None,
 ) -> Judgement:
     """Verdicts for every turn of every conversation; `labels` are the environment's of the same.
 
     A question that, with its answer, exceeds the teacher's positions is not asked; its turn is
     STRONG. `between` is called after every batch of questions; what it raises ends the judging.
+    `positions` counts what is computed.
 
     Source: arXiv 2606.19659, section 3.3. Constrained decoding is ours.
     """
@@ -90,7 +95,7 @@ def judge_turns(
         else:
             too_long[row, turn] = True
             _warn(conversation, len(question), by=by)
-    for answers in _answers(params, questions, by=by):
+    for answers in _answers(params, questions, by=by, positions=positions or Positions()):
         for place, label in answers.items():
             unparsable[place] = label == UNPARSABLE
             verdict[place] = label
@@ -131,7 +136,7 @@ SLOTS = 512
 
 
 def _answers(
-    params: Params, questions: Questions, *, by: Judge
+    params: Params, questions: Questions, *, by: Judge, positions: Positions
 ) -> Iterator[dict[tuple[int, int], int]]:
     """Labels by (conversation, turn), of a batch of questions after another.
 
@@ -151,6 +156,8 @@ def _answers(
         slots=-(-(longest + by.answer_tokens) // SLOTS) * SLOTS,
         widths=how.extend_widths,
         rows_read=how.prefill_rows,
+        positions=positions,
+        purpose="judging",
     )
     # Those with most turns first, so that all rows end at about the same time.
     order = sorted(questions, key=lambda row: -len(questions[row]))
@@ -171,6 +178,5 @@ def _answers(
             cache.put(row, tokens)
             last[row], asked[row] = tokens[-1], 1
         cache.read(places)
-        labels, given = DECODINGS[how.decode](cache.params, cache.take(), last, asked, by=by)
-        cache.give(given)
+        labels = DECODINGS[how.decode](cache, last, asked, by=by)
         yield {place: labels[row] for row, place in places.items()}

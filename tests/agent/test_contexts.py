@@ -7,12 +7,23 @@ import jax.numpy as jnp
 from models import one_layer
 
 from opd_jax.agent.contexts import ContextCache
+from opd_jax.agent.positions import Positions
 
 
 def test_a_rows_pieces_depend_on_its_own_context_alone(random_params: Callable) -> None:
     sizes = one_layer(32)
     params = jax.tree.map(jnp.asarray, random_params(sizes, seed=0))
-    cache = ContextCache(params, sizes=sizes, rows=5, slots=64, widths=(4, 16), rows_read=2)
+    positions = Positions()
+    cache = ContextCache(
+        params,
+        sizes=sizes,
+        rows=5,
+        slots=64,
+        widths=(4, 16),
+        rows_read=2,
+        positions=positions,
+        purpose="reading",
+    )
     lengths = [40, 3, 5, 18, 1]
     for row, length in enumerate(lengths):
         cache.put(row, [row + 1] * length)
@@ -28,3 +39,6 @@ def test_a_rows_pieces_depend_on_its_own_context_alone(random_params: Callable) 
     assert [len(call) for call in calls] == [2] * len(calls)
     cache.read(range(5))
     assert cache.held.tolist() == [length - 1 for length in lengths]
+    # Three rounds, the first two with a call of each width, the last with one of the wide one.
+    tokens, computed = sum(lengths) - len(lengths), 2 * (3 * 16 + 2 * 4)
+    assert positions.metrics == {"padded/reading": (computed - tokens, computed)}

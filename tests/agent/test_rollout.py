@@ -23,6 +23,7 @@ from opd_jax.agent import generate as gen
 from opd_jax.agent.agent import Agent
 from opd_jax.agent.chat import ChatFormat
 from opd_jax.agent.conversation import Conversation
+from opd_jax.agent.positions import Positions
 from opd_jax.agent.rollout import rollout, row_keys
 from opd_jax.envs.base import Observation, Task
 from opd_jax.envs.household.env import Household
@@ -328,6 +329,7 @@ def play(
     rows: int = ROWS,
     keys: Sequence[int] | None = None,
     kind: type[Household] = Household,
+    positions: Positions | None = None,
 ) -> list[Conversation]:
     """One episode of each task; `keys` are the numbers of their keys."""
     return rollout(
@@ -337,6 +339,7 @@ def play(
         envs=[kind(size="small", max_turns=MAX_TURNS, show_admissible=2) for _ in range(rows)],
         tasks=tasks,
         depth=0,
+        positions=positions,
     )
 
 
@@ -506,6 +509,24 @@ def test_with_other_numbers_of_rows_episodes_differ_by_rounding(
         # does.
         assert ours.tokens == theirs.tokens
         np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_every_token_is_computed_once_and_the_rest_is_padding(
+    rows: int, agent: Agent, params: model.Params
+) -> None:
+    positions = Positions()
+    played = play(agent, params, MANY, seed=1, rows=rows, positions=positions)
+    sampled = sum(turn != NO_TURN for c in played for turn in c.turn_id)
+    # All that precedes a last response was read, or was sampled; the token before it is fed to it.
+    before = [c.turn_id[: c.spans[-1][0]] for c in played]
+    given = sum(turns.count(NO_TURN) - 1 for turns in before)
+    tokens = {"padded/reading": given, "padded/sampling": sampled}
+    assert positions.metrics.keys() == tokens.keys()
+    for name, (padded, computed) in positions.metrics.items():
+        assert computed - padded == tokens[name]
+        # A row alone waits for none.
+        assert (padded == 0) == (name == "padded/sampling" and rows == 1)
 
 
 def test_a_few_compiled_programs_serve_any_number_of_turns(

@@ -12,6 +12,7 @@ from settings import one_device, read
 
 from opd_jax.agent.conversation import Conversation
 from opd_jax.agent.environments import make_envs
+from opd_jax.agent.positions import Positions
 from opd_jax.agent.rollout import rollout, row_keys
 from opd_jax.config import build
 from opd_jax.config.models import LoadedModel, load_student, load_teacher, new_model
@@ -190,7 +191,9 @@ def test_tasks_that_fit_no_context_are_passed_over_unless_no_task_fits(
     asked: list[list[int]] = []
 
     def playing(fits: Callable[[int], bool], size: int) -> Episodes:
-        def play_tasks(_: TrainState, tasks: Sequence[tuple[str, int]]) -> list[Conversation]:
+        def play_tasks(
+            _: TrainState, tasks: Sequence[tuple[str, int]], positions: Positions
+        ) -> list[Conversation]:
             asked.append([index for _, index in tasks])
             return [
                 Conversation(

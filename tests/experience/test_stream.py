@@ -212,7 +212,7 @@ def test_a_window_holds_its_episodes_once_and_its_examples(make_stream) -> None:
         positions = len(played.rows) * width
         assert played.metrics == {
             "tokens/sequence": tokens,
-            "tokens/padded": (positions - tokens, positions),
+            "padded/update": (positions - tokens, positions),
         }
         rows.setdefault(stream.cursor[0], []).extend(row for row in played.rows if row.tokens)
     for window in range(3):

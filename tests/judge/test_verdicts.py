@@ -20,6 +20,7 @@ from opd_jax import model
 from opd_jax.agent.chat import ChatFormat
 from opd_jax.agent.contexts import ContextCache
 from opd_jax.agent.conversation import Conversation, Turn
+from opd_jax.agent.positions import Positions
 from opd_jax.envs.base import BROKEN, Task
 from opd_jax.judge import answer
 from opd_jax.judge.answer import DECODINGS, UNPARSABLE, Judge, JudgeSettings, parse_label
@@ -243,7 +244,7 @@ def answers(params: model.Params, judge: Judge, prompts: list[list[int]], decode
     """Labels of prompts as they are, all in one batch."""
     cache, last = read(params, judge, prompts)
     asked = np.ones(len(prompts), np.int32)
-    return DECODINGS[decode](cache.params, cache.take(), last, asked, by=judge)[0]
+    return DECODINGS[decode](cache, last, asked, by=judge)
 
 
 def read(
@@ -252,7 +253,14 @@ def read(
     """The prompts in a cache, and their last tokens."""
     width, rows = max(map(len, prompts)), len(prompts)
     cache = ContextCache(
-        params, sizes=judge.model, rows=rows, slots=width + 8, widths=[width], rows_read=rows
+        params,
+        sizes=judge.model,
+        rows=rows,
+        slots=width + 8,
+        widths=[width],
+        rows_read=rows,
+        positions=Positions(),
+        purpose="judging",
     )
     for row, prompt in enumerate(prompts):
         cache.put(row, prompt)
@@ -326,6 +334,24 @@ def test_an_unparsable_answer_is_strong_and_counted(random_judge: Judge, words: 
     got = judged(params, [conversation("", "rejected")], by=judge, max_turns=3)
     assert got.verdict.tolist() == [[Verdict.STRONG, Verdict.DET_FAIL, Verdict.SKIP]]
     assert got.unparsable.tolist() == [[True, False, False]]
+
+
+@pytest.mark.parametrize(("decode", "answered"), [("constrained", 1 + 3), ("generate", 2)])
+def test_what_a_question_computes_is_counted(
+    decode: str, answered: int, random_judge: Judge
+) -> None:
+    # It reads the last token and of the words WEAK and STRONG all but the last tokens; or it says
+    # STRONG in the two steps that remain.
+    judge, params = always(random_judge, "ST", END)
+    judge = with_settings(judge, decode=decode, extend_widths=(8, 32))
+    played = [conversation("")]
+    positions = Positions()
+    labels = env_labels(played, max_turns=1)
+    judge_turns(params, played, labels, by=judge, positions=positions)
+    unread = len(judge.question(played[0], 0)) - 1
+    read = sum(8 if rest <= 8 else 32 for rest in range(unread, 0, -32))
+    computed = read + {"constrained": 1 + 3 * 2, "generate": 2}[decode]
+    assert positions.metrics == {"padded/judging": (computed - unread - answered, computed)}
 
 
 def test_a_labeller_asks_the_other_decoding_now_and_then(random_judge: Judge) -> None:
