@@ -69,7 +69,7 @@ def raw_arrays(tree: Any) -> list[tuple]:
 
 
 # What no two runs have alike: times and memory.
-MEASURED_ANEW = ("seconds/", "tokens_per_s/", "peak_gib/")
+MEASURED_ANEW = ("first/", "seconds/", "tokens_per_s/", "peak_gib/")
 
 
 def assert_ended_alike(workdir: Path, uninterrupted: Path) -> None:
@@ -77,10 +77,7 @@ def assert_ended_alike(workdir: Path, uninterrupted: Path) -> None:
 
     def untimed(directory: Path) -> list[dict[str, Any]]:
         return [
-            {
-                name: None if name.startswith(MEASURED_ANEW) else value
-                for name, value in line.items()
-            }
+            {name: value for name, value in line.items() if not name.startswith(MEASURED_ANEW)}
             for line in lines_of(directory)
         ]
 
@@ -140,6 +137,17 @@ def test_every_update_has_its_line_and_its_figures_fit_together(trained: Any) ->
         mean_weight = line["z"] * line["raw_weight"]
         assert mean_weight == pytest.approx(1, abs=1e-4) or line["raw_weight"] == 0
         assert sum(t or 0 for t in line["by_turn/turns"]) == 4 * line["batch/turns"]
+
+
+def test_the_time_to_the_first_token_and_update_is_told_once(trained: Any) -> None:
+    told = re.findall(r"^first (\w+) after ([\d.]+) s$", trained.stdout, re.M)
+    first, *later = lines_of(trained.workdir)
+    found = {name: value for name, value in first.items() if name.startswith("first/")}
+    assert [(f"first/{what}", float(seconds)) for what, seconds in told] == [
+        (name, round(value, 1)) for name, value in found.items()
+    ]
+    assert 0 < found["first/token"] < found["first/update"]
+    assert not any(name.startswith("first/") for line in later for name in line)
 
 
 def test_every_metric_is_in_the_readme(trained: Any) -> None:

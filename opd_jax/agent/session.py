@@ -12,6 +12,7 @@ from opd_jax.agent.agent import Agent
 from opd_jax.agent.contexts import ContextCache
 from opd_jax.agent.positions import Positions
 from opd_jax.model import Params
+from opd_jax.runtime import startup
 from opd_jax.runtime.mesh import DECODING, shard_batch
 
 
@@ -122,6 +123,7 @@ class Session:
         if launched is None:
             return {}
         out = jax.device_get(launched)
+        startup.reached("token")
         sampled = np.arange(out.tokens.shape[1]) < out.counts[:, None]
         if not np.isfinite(out.logprobs[sampled]).all():
             raise ValueError(

@@ -45,13 +45,14 @@ from opd_jax.model.int8 import int8_specs
 from opd_jax.model.lora import Lora, lora_specs, with_adapters
 from opd_jax.report.log import UpdateLog
 from opd_jax.report.update import unmeasured
-from opd_jax.runtime import compilation
+from opd_jax.runtime import compilation, startup
 from opd_jax.runtime.mesh import abstract_mesh, make_mesh, param_shardings, shard_batch
 from opd_jax.runtime.signals import signalled
 
 
 def open_mesh(settings: Settings) -> jax.sharding.Mesh:
     """The run's devices, where its compiled programs are kept from one start to the next."""
+    startup.begin()
     compilation.start(settings.program_cache)
     return make_mesh(**dataclasses.asdict(settings.mesh))
 

@@ -8,7 +8,7 @@ from typing import Any
 from opd_jax.report.stopwatch import Stopwatch
 from opd_jax.report.update import check_finite, describe, update_metrics
 from opd_jax.report.writers import EventWriter, JsonlWriter
-from opd_jax.runtime import processes
+from opd_jax.runtime import processes, startup
 from opd_jax.runtime.profile import Profile
 
 
@@ -33,6 +33,7 @@ class UpdateLog:
     ):
         self._workdir, self._updates, self._leave_out = workdir, updates, leave_out
         self._profile = Profile(workdir / "profile", profile, done=done)
+        self._is_first = True
         self._writers: list[JsonlWriter | EventWriter] = []
         if processes.is_first():
             resume_step = done or None
@@ -59,11 +60,17 @@ class UpdateLog:
           ValueError: loss or norms are not finite. The line is written first.
         """
         self._profile.end(update)
-        metrics = update_metrics(raw, played, clock, leave_out=self._leave_out)
+        startup.reached("update")
+        metrics = update_metrics(raw, played, clock, leave_out=self._leave_out) | self._of_start()
         for writer in self._writers:
             writer.write(update, metrics)
         check_finite(raw, update=update, checkpoints=(self._workdir / "checkpoints").resolve())
         processes.say(describe(metrics, update=update, updates=self._updates))
+
+    def _of_start(self) -> dict[str, float]:
+        """Seconds to what came first; nothing after the first line of a start."""
+        is_first, self._is_first = self._is_first, False
+        return startup.seconds() if is_first else {}
 
     def close(self) -> None:
         """Closes the files."""
