@@ -46,7 +46,14 @@ from opd_jax.model.lora import Lora, lora_specs, with_adapters
 from opd_jax.report.log import UpdateLog
 from opd_jax.report.update import unmeasured
 from opd_jax.runtime import compilation, startup
-from opd_jax.runtime.mesh import abstract_mesh, make_mesh, param_shardings, shard_batch
+from opd_jax.runtime.mesh import (
+    DECODING,
+    TRAINING,
+    abstract_mesh,
+    make_mesh,
+    param_shardings,
+    shard_batch,
+)
 from opd_jax.runtime.signals import signalled
 
 
@@ -291,8 +298,9 @@ def check_shapes(settings: Settings) -> None:
         specs = int8_specs(sizes) if dtype == "int8" else model.param_specs(sizes)
         lora = adapters(settings) if who == "student" else None
         try:
-            param_shardings(specs, mesh)
-            param_shardings(lora_specs(sizes, lora) if lora else {}, mesh)
+            for rules in (TRAINING, DECODING):
+                param_shardings(specs, mesh, rules=rules)
+                param_shardings(lora_specs(sizes, lora) if lora else {}, mesh, rules=rules)
         except ValueError as error:
             raise ValueError(f"`{who}` = {getattr(settings, who)!r}: {error}") from None
 

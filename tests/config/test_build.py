@@ -72,7 +72,9 @@ def test_shapes_that_cannot_be_are_refused_before_anything_is_loaded() -> None:
     build.check_shapes(pair())
     with pytest.raises(ValueError, match=r"`student` = 'embedded:student': .* `tensor` = 2; chan"):
         build.check_shapes(read("quickstart", "mesh.tensor=2"))
-    with pytest.raises(ValueError, match=r"`teacher` = 'embedded:teacher': .* `fsdp` = 64; change"):
+    with pytest.raises(
+        ValueError, match=r"`teacher` = 'embedded:teacher': .* `fsdp` × `decode` = 64; change"
+    ):
         build.check_shapes(read("quickstart", *wide))
     with pytest.raises(ValueError, match=r"`student` = 'embedded:student': `lora.rank`: expected"):
         build.check_shapes(read("quickstart", "lora.rank=999"))
