@@ -110,6 +110,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         prefill_rows=4,  # rows of each device that read at a time
         chunk=8,  # tokens sampled between looks which responses have ended
         join_after=0,  # chunks that a row sits out while its environment answers
+        int8_cache=False,  # keys and values in 8 bits: half of bfloat16's bytes for a token to read
         gather_weights=True,  # sample with weights replicated over mesh.fsdp: faster, more memory
         history_turns=0,  # most earlier turns in a context; 0: all
         per_task=1,  # episodes of each task; a batch has batch / per_task tasks

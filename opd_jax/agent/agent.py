@@ -27,6 +27,8 @@ class Decoding:
       chunk: tokens sampled before the host looks which responses have ended.
       join_after: chunks that a row sits out while its environment answers. With 0 the device waits
         for the answers, which is best if they take less time than a chunk.
+      int8_cache: keep keys and values in 8 bits, half the bytes that a token reads of bfloat16. The
+        update recomputes log-probabilities without it.
       history_turns: most earlier turns in the context of a response; 0: all. With a limit each turn
         prefills its context again (`history`).
     """
@@ -40,6 +42,7 @@ class Decoding:
     prefill_rows: int = field(metadata=affects(LAYOUT))
     chunk: int = field(metadata=affects(LAYOUT))
     join_after: int = field(metadata=affects(LAYOUT))
+    int8_cache: bool
     history_turns: int
 
     def __post_init__(self):

@@ -28,6 +28,7 @@ class ContextCache:
       slots: of each row.
       widths: ascending widths of pieces; one compiled program each.
       rows_read: rows of each device that read at a time.
+      int8: keep keys and values in 8 bits.
       positions: counts what is read, as `purpose`.
     """
 
@@ -40,6 +41,7 @@ class ContextCache:
         slots: int,
         widths: Sequence[int],
         rows_read: int,
+        int8: bool = False,
         positions: Positions,
         purpose: str,
     ):
@@ -55,6 +57,7 @@ class ContextCache:
             slots=slots,
             dtype=params["embed"].dtype,
             layout=model.backend_cache_layout(),
+            int8=int8,
         )
 
     def clear(self, row: int) -> None:

@@ -71,6 +71,7 @@ class Session:
             slots=decoding.context_tokens,
             widths=decoding.extend_widths,
             rows_read=decoding.prefill_rows,
+            int8=decoding.int8_cache,
             positions=positions,
             purpose="reading",
         )

@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from opd_jax.model.cache import take_rows
+from opd_jax.model.cache import Buffer, Int8Slots, take_rows
 
 # Split a sequence into at most 8 spans; each attends only to keys before its end. Half of all pairs
 # of query and key are masked; 8 spans skip 7/8 of those. Each span adds code to compile.
@@ -89,8 +89,8 @@ def _at_once(
 
 def cached_attention(
     q_BTNH: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: Buffer,
+    v: Buffer,
     position_BT: jax.Array,
     *,
     slots_read: jax.Array,
@@ -105,7 +105,8 @@ def cached_attention(
 
     Args:
       q_BTNH: queries, float [B, T, N, H], rotated.
-      k: keys of all slots, rotated, in `layout`: [C, G, S, H] or [C, S, G, H]. G divides N.
+      k: keys of all slots, rotated, in `layout`: [C, G, S, H] or [C, S, G, H]. G divides N. The
+        scales of an `Int8Slots` multiply scores, and those of values the probabilities.
       v: values, in `layout`.
       position_BT: int32 position of each query.
       slots_read: int32, the first of all slots that no query sees. It sets the number of blocks.
@@ -119,8 +120,9 @@ def cached_attention(
     Source: Milakov and Gimelshein, arXiv 1805.02867.
     """
     B, T, N, H = q_BTNH.shape
-    axis, G = layout.index("S"), k.shape[layout.index("G")]
-    S, M = k.shape[axis], T * N // G
+    shape = (k.values if isinstance(k, Int8Slots) else k).shape
+    axis, G = layout.index("S"), shape[layout.index("G")]
+    S, M = shape[axis], T * N // G
     size = min(BLOCK, S)
     q = jnp.moveaxis(q_BTNH.reshape(B, T, G, N // G, H), 2, 1).reshape(B, G, M, H)
     position_BM = jnp.repeat(position_BT, N // G, axis=1)[:, None, :, None]
@@ -129,16 +131,19 @@ def cached_attention(
         top, total, mixed = carry
         start = jnp.minimum(block * size, S - size)  # the last block overlaps the one before
         part = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=axis)
-        keys, values = (take_rows(part(x), rows) for x in (k, v))
+        (keys, of_keys), (values, of_values) = (
+            _floats(jax.tree.map(lambda x: take_rows(part(x), rows), buffer), q.dtype, layout)
+            for buffer in (k, v)
+        )
         scores = jnp.einsum(_SCORES[layout], q, keys, preferred_element_type=jnp.float32)
+        scores *= of_keys
         slot = start + jnp.arange(size)
         visible = (slot <= position_BM) & (slot >= block * size)
         scores = jnp.where(visible, scores * H**-0.5, _MASKED)
         higher = jnp.maximum(top, scores.max(axis=-1))
         probs, kept = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
-        more = jnp.einsum(
-            _VALUES[layout], probs.astype(v.dtype), values, preferred_element_type=jnp.float32
-        )
+        weighed = (probs * of_values).astype(values.dtype)
+        more = jnp.einsum(_VALUES[layout], weighed, values, preferred_element_type=jnp.float32)
         return higher, total * kept + probs.sum(axis=-1), mixed * kept[..., None] + more
 
     nothing = jnp.zeros((B, G, M), jnp.float32)
@@ -146,3 +151,11 @@ def cached_attention(
     _, total, mixed = jax.lax.fori_loop(0, -(-slots_read // size), read, carry)
     mixed = (mixed / total[..., None]).astype(q.dtype).reshape(B, G, T, N // G, H)
     return jnp.moveaxis(mixed, 1, 2).reshape(B, T, N, H)
+
+
+def _floats(buffer: Buffer, dtype: jnp.dtype, layout: str) -> tuple[jax.Array, jax.Array | float]:
+    """Slots in a float dtype, and their scales as [C, G, 1, S]; integers are exact in bfloat16."""
+    if not isinstance(buffer, Int8Slots):
+        return buffer, 1.0
+    scale = buffer.scale if layout == "BGSH" else jnp.moveaxis(buffer.scale, 1, 2)
+    return buffer.values.astype(dtype), scale[:, :, None, :]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,22 @@ _CACHE_AXES = {"B": "batch", "G": "kv_heads", "S": "slots", "H": "head_dim"}
 
 
 @struct.dataclass
+class Int8Slots:
+    """Keys or values as `values · scale`: half the bytes of bfloat16.
+
+    Attributes:
+      values: int8 in the cache's layout, -127..127.
+      scale: float32 in that layout without H: max |x| / 127 of each slot and head.
+    """
+
+    values: Any
+    scale: Any
+
+
+Buffer = jax.Array | Int8Slots
+
+
+@struct.dataclass
 class KVCache:
     """Keys and values of B conversations.
 
@@ -23,21 +40,22 @@ class KVCache:
     row's length rolls it back: later slots are masked, then overwritten.
 
     Attributes:
-      keys: one buffer for each of L layers, in `layout`: [B, G, S, H] or [B, S, G, H].
+      keys: one buffer for each of L layers, in `layout`: [B, G, S, H] or [B, S, G, H]; an array, or
+        an `Int8Slots`.
       values: the same.
       lengths: int32 [B], the number of tokens in each row.
       layout: "BGSH" or "BSGH"; static.
     """
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+    keys: tuple[Buffer, ...]
+    values: tuple[Buffer, ...]
     lengths: jax.Array
     layout: str = struct.field(pytree_node=False)
 
     @property
     def slots(self) -> int:
         """Slots in each row, `S`."""
-        return self.keys[0].shape[self.layout.index("S")]
+        return jax.tree.leaves(self.keys)[0].shape[self.layout.index("S")]
 
 
 def cache_layout(platform: str) -> str:
@@ -50,51 +68,84 @@ def backend_cache_layout() -> str:
     return cache_layout(jax.default_backend())
 
 
-def cache_specs(config: ModelConfig, *, batch: int, slots: int, layout: str) -> ParamSpec:
+def cache_specs(
+    config: ModelConfig, *, batch: int, slots: int, layout: str, int8: bool = False
+) -> ParamSpec | Int8Slots:
     """Shape and logical axes of one layer's keys; its values have the same."""
     sizes = {"B": batch, "G": config.num_kv_heads, "S": slots, "H": config.head_dim}
-    shape = tuple(sizes[axis] for axis in layout)
-    return ParamSpec(shape, tuple(_CACHE_AXES[axis] for axis in layout), 0.0)
+
+    def spec(axes: str) -> ParamSpec:
+        return ParamSpec(tuple(sizes[a] for a in axes), tuple(_CACHE_AXES[a] for a in axes), 0.0)
+
+    return Int8Slots(spec(layout), spec(layout.replace("H", ""))) if int8 else spec(layout)
 
 
-@partial(jax.jit, static_argnames=("config", "batch", "slots", "dtype", "layout"))
+@partial(jax.jit, static_argnames=("config", "batch", "slots", "dtype", "layout", "int8"))
 def init_cache(
-    config: ModelConfig, *, batch: int, slots: int, dtype: jnp.dtype, layout: str
+    config: ModelConfig,
+    *,
+    batch: int,
+    slots: int,
+    dtype: jnp.dtype,
+    layout: str,
+    int8: bool = False,
 ) -> KVCache:
     """An empty cache of `batch` rows with `slots` slots each, sharded over the current mesh.
+
+    With `int8` its buffers are `Int8Slots`; `dtype` is that of others.
 
     Raises:
       ValueError: the rows or the heads do not divide evenly over the mesh.
     """
-    spec = cache_specs(config, batch=batch, slots=slots, layout=layout)
+    specs = cache_specs(config, batch=batch, slots=slots, layout=layout, int8=int8)
     if not (current := jax.sharding.get_abstract_mesh()).empty:
-        param_shardings({"cache": spec}, current, rules=DECODING)  # raises
+        param_shardings({"cache": specs}, current, rules=DECODING)  # raises
 
-    def buffers() -> tuple[jax.Array, ...]:
-        empty = (jnp.zeros(spec.shape, dtype) for _ in range(config.num_layers))
-        return tuple(constrain(buffer, *spec.axes, rules=DECODING) for buffer in empty)
+    def empty(spec: ParamSpec, dtype: jnp.dtype) -> jax.Array:
+        return constrain(jnp.zeros(spec.shape, dtype), *spec.axes, rules=DECODING)
+
+    def buffer() -> Buffer:
+        if isinstance(specs, Int8Slots):
+            return Int8Slots(empty(specs.values, jnp.int8), empty(specs.scale, jnp.float32))
+        return empty(specs, dtype)
+
+    def buffers() -> tuple[Buffer, ...]:
+        return tuple(buffer() for _ in range(config.num_layers))
 
     lengths = constrain(jnp.zeros(batch, jnp.int32), "batch", rules=DECODING)
     return KVCache(buffers(), buffers(), lengths, layout)
 
 
 def append(
-    buffer: jax.Array,
+    buffer: Buffer,
     new_BTGH: jax.Array,
     slot_BT: jax.Array,
     layout: str,
     *,
     rows: jax.Array | None = None,
-) -> jax.Array:
+) -> Buffer:
     """Writes `new_BTGH` into a buffer at `slot_BT`; slots out of range are dropped.
 
     `rows` are the rows of the buffer that are written, as in `take_rows`.
     """
-    write = _write_BSGH if layout == "BSGH" else _write_BGSH
+    if isinstance(buffer, Int8Slots):
+        values, scale = _quantized(new_BTGH)
+        return Int8Slots(
+            append(buffer.values, values, slot_BT, layout, rows=rows),
+            append(buffer.scale, scale, slot_BT, layout.replace("H", ""), rows=rows),
+        )
+    write = _write_BSGH if layout.startswith("BSG") else _write_BGSH
     rows = jnp.arange(buffer.shape[0]) if rows is None else rows
     grown = _by_shard(write, buffer, new_BTGH, slot_BT, rows)
     # The sharding of the donated buffer, so that it is written in place.
     return constrain(grown, *(_CACHE_AXES[axis] for axis in layout), rules=DECODING)
+
+
+def _quantized(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The nearest values · scale, int8 [..., H] and float32 [...], with scale = max |x| / 127."""
+    x = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1) / 127, jnp.finfo(jnp.float32).tiny)
+    return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
 
 
 def _write_BSGH(buffer, new_BTGH, slot_BT, rows):

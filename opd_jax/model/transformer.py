@@ -19,7 +19,7 @@ import numpy as np
 
 from opd_jax.model import moe
 from opd_jax.model.attention import attention, cached_attention
-from opd_jax.model.cache import KVCache, add_rows, append, take_rows
+from opd_jax.model.cache import Buffer, KVCache, add_rows, append, take_rows
 from opd_jax.model.params import Params, unstack
 from opd_jax.model.projections import PROJECTION, projection
 from opd_jax.model.sizes import ModelConfig
@@ -229,8 +229,8 @@ def forward_cached(
     how: dict[str, Any] = dict(all_gather=all_gather, rules=DECODING)
 
     def block(
-        x_BTD: jax.Array, k: jax.Array, v: jax.Array, layer: Params
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        x_BTD: jax.Array, k: Buffer, v: Buffer, layer: Params
+    ) -> tuple[jax.Array, Buffer, Buffer]:
         q, new_k, new_v = _qkv(layer, x_BTD, cos, sin, config, **how)
         k = append(k, new_k, slot_BT, cache.layout, rows=rows)
         v = append(v, new_v, slot_BT, cache.layout, rows=rows)

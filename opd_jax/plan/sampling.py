@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from opd_jax.agent.generate import Sampling
 from opd_jax.config.settings import Settings
 from opd_jax.model import KVCache, ModelConfig, cache_specs, is_sharded
 from opd_jax.model.attention import BLOCK
+from opd_jax.model.cache import Int8Slots
 from opd_jax.plan import network
 from opd_jax.plan.placement import Placement, device_bytes
 from opd_jax.plan.program import Program, Resident, passes
@@ -31,12 +33,15 @@ class Player:
     params: Any  # abstract
     beside: tuple[Resident, ...]  # the residents other than these parameters
 
-    def cache(self, *, rows: int, slots: int) -> Any:
+    def cache(self, *, rows: int, slots: int, int8: bool = False) -> Any:
         """What `model.init_cache` returns."""
         place, layout = self.place, self.place.layout
-        spec = cache_specs(self.sizes, batch=rows, slots=slots, layout=layout)
-        dtype = self.params["embed"].dtype
-        buffer = place.arrays({"cache": spec}, dtype, rules=DECODING)["cache"]
+        spec = cache_specs(self.sizes, batch=rows, slots=slots, layout=layout, int8=int8)
+        arrays = partial(place.arrays, rules=DECODING)
+        if isinstance(spec, Int8Slots):
+            buffer: Any = Int8Slots(arrays(spec.values, "int8"), arrays(spec.scale, "float32"))
+        else:
+            buffer = arrays(spec, self.params["embed"].dtype)
         buffers = (buffer,) * self.sizes.num_layers
         return KVCache(buffers, buffers, place.rows(rows), layout)
 
@@ -148,7 +153,7 @@ def rollout(settings: Settings, player: Player, work: Workload) -> Iterator[Prog
     decoding = settings.rollout
     at_once = decoding.at_once
     rounds = work.rows / at_once
-    cache = player.cache(rows=at_once, slots=work.slots)
+    cache = player.cache(rows=at_once, slots=work.slots, int8=decoding.int8_cache)
     rows = rows_read(settings, decoding.prefill_rows, at_once)
     first = rounds * at_once / rows
     later = first * (work.turns - 1)
@@ -165,7 +170,7 @@ def rollout(settings: Settings, player: Player, work: Workload) -> Iterator[Prog
 def evaluation(settings: Settings, who: str, player: Player, work: Workload) -> Iterator[Program]:
     """The programs of an evaluation, which is no part of an update."""
     decoding, name = settings.rollout, f"evaluating the {who}"
-    cache = player.cache(rows=settings.eval.batch, slots=work.slots)
+    cache = player.cache(rows=settings.eval.batch, slots=work.slots, int8=decoding.int8_cache)
     rows = rows_read(settings, decoding.prefill_rows, settings.eval.batch)
     wide = decoding.extend_widths[-1]
     yield player.read(f"{name}: first message", cache, wide, rows=rows, runs=0)

@@ -20,6 +20,7 @@ DECODING = Decoding(
     prefill_rows=2,
     chunk=12,
     join_after=0,
+    int8_cache=False,
     history_turns=0,
 )
 
