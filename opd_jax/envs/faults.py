@@ -58,23 +58,23 @@ def checked(observation: Any) -> Observation:
     """The observation, if its fields have their types.
 
     Raises:
-      TypeError: they have not, or it is none.
+      ValueError: they have not, or it is none.
     """
     if not isinstance(observation, Observation):
-        raise TypeError(f"expected an Observation, got {observation!r}")
+        raise ValueError(f"expected an Observation, got {observation!r}")
     listed = observation.admissible
     if not isinstance(listed, (tuple, list)):
-        raise TypeError(f"`admissible`: expected commands, got {listed!r}")
+        raise ValueError(f"`admissible`: expected commands, got {listed!r}")
     names = ("text", "message", "end", "action", "failure", "oracle")
     texts = [getattr(observation, name) for name in names]
     for text in (*texts, *listed, *observation.measures):
         if not isinstance(text, str):
-            raise TypeError(f"expected a text, got {text!r}")
+            raise ValueError(f"expected a text, got {text!r}")
     if observation.oracle not in ("", "SKIP", "WEAK", "STRONG"):
-        raise TypeError(f"`oracle`: expected SKIP, WEAK or STRONG, got {observation.oracle!r}")
+        raise ValueError(f"`oracle`: expected SKIP, WEAK or STRONG, got {observation.oracle!r}")
     for number in (observation.score, *observation.measures.values()):
         if not isinstance(number, numbers.Real) or not math.isfinite(number):
-            raise TypeError(f"expected a finite number, got {number!r}")
+            raise ValueError(f"expected a finite number, got {number!r}")
     return observation
 
 

@@ -59,9 +59,11 @@ class Lost:
 def test_what_is_no_observation_breaks_its_episode(
     wrong: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert begin(Says(wrong), "train", 0).observation.end == BROKEN
+    begun = begin(Says(wrong), "train", 0)
+    assert begun.observation.end == BROKEN
+    assert "expected" in begun.refused  # a mistake, if all tasks have it
     assert act(Says(wrong), "Action: look").end == BROKEN
-    assert "broke in `step` of desk/1: TypeError: " in caplog.messages[-1]
+    assert "broke in `step` of desk/1: ValueError: " in caplog.messages[-1]
 
 
 def test_what_is_an_observation_stays_as_it_is() -> None:
