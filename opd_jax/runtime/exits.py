@@ -6,6 +6,7 @@ stop at every other status.
 
 import contextlib
 import errno
+import io
 import os
 import re
 import shutil
@@ -34,7 +35,9 @@ AWAY_ERRORS = {
     if hasattr(errno, name)
 }
 # A file where a folder is needed, or a folder where a file is.
-_PLACE_ERRORS = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
+_PLACE_ERRORS = {
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG)
+}
 # The terminal has hung up, or the reader of the pipe has ended.
 _GONE = {errno.EIO, errno.EPIPE}
 # Libraries that read and write files raise other types, with the system's words in their text.
@@ -90,6 +93,8 @@ def reported() -> Iterator[None]:
     """Runs a command. Errors that `explain` knows end it with one line, without a traceback."""
     if signal.getsignal(signal.SIGINT) == _interrupted:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not every locale has every character of a path
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except Exception as error:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import Start
 
 from opd_jax import hf
 from opd_jax.runtime.exits import DISK, MISTAKE, WORLD, WorldFailed, explain, reading, reported
@@ -117,3 +118,10 @@ def test_a_message_of_several_lines_becomes_one(capsys: pytest.CaptureFixture) -
     with pytest.raises(SystemExit), reported():
         raise ValueError("first\n  second")
     assert capsys.readouterr().err == "error: first second\n"
+
+
+def test_a_path_that_the_locale_cannot_print_ends_nothing(start: Start) -> None:
+    code = "from opd_jax.runtime import exits, processes\nwith exits.reported(): "
+    with start("-c", code + "processes.say('runs/grün…')", PYTHONIOENCODING="ascii") as printing:
+        assert printing.communicate(timeout=60) == ("runs/gr\\xfcn\\u2026\n", "")
+    assert printing.returncode == 0
