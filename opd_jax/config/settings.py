@@ -287,14 +287,18 @@ def binds_a_run(settings: Settings) -> Callable[[str], bool]:
     """Tells of a field's name whether its value must be equal to resume a run.
 
     A constant rate does not depend on the number of updates, so there it is free. Batches of
-    demonstrations are cut to fit micro-batches and mesh, so there the layout binds too.
+    demonstrations are cut to fit micro-batches and mesh, so there the layout binds too. How the
+    judge is asked is of no matter to a method without verdicts.
     """
     kinds = {METHOD}
     if settings.optimizer.schedule != "constant":
         kinds.add(EXTENT)
     if settings.shows_players:
         kinds.add(LAYOUT)
-    return lambda name: not kinds.isdisjoint(affected_by(name, env=settings.env.by))
+    unread = () if settings.objective.intervention or settings.shows_players else ("judge.",)
+    return lambda name: (
+        not name.startswith(unread) and not kinds.isdisjoint(affected_by(name, env=settings.env.by))
+    )
 
 
 def binds_an_evaluation(settings: Settings) -> Callable[[str], bool]:

@@ -277,6 +277,14 @@ def test_a_resumed_run_may_differ_in_layout_world_and_figures_only() -> None:
     )
 
 
+def test_how_a_judge_is_asked_is_free_where_there_is_none() -> None:
+    assert binds_a_run(read("quickstart"))("judge.context")
+    free = binds_a_run(read("quickstart:method=opd"))
+    assert not any(free(name) for name in flatten(load("quickstart", [])) if "judge." in name)
+    assert free("objective.intervention")
+    assert binds_a_run(read("household_pair"))("judge.context")  # of the questions it learns
+
+
 def test_batches_of_demonstrations_are_cut_to_fit_the_layout_which_then_binds() -> None:
     binds = binds_a_run(read("household_pair"))
     assert binds("mesh.data")
