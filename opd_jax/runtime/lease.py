@@ -3,8 +3,8 @@
 The lease is a file, ``lease.json``, that is created only if it is absent. It names its owner, and a
 thread of the owner renews its heartbeat. Who finds a lease
 
-- of a dead process of this machine, or of another machine with a heartbeat older than `EXPIRES_S`:
-  takes it over;
+- of a dead process of this machine, or of another machine with a heartbeat older than `EXPIRES_S`,
+  or that came with a copy of the folder: takes it over;
 - of a process of this machine that goes on living: is refused;
 - of another machine: waits until it is given up or expires. A preempted machine cannot give its
   lease up, and whoever restarts the run elsewhere must not be refused for that.
@@ -98,6 +98,7 @@ _UNKNOWN = Owner("", "unknown", 0, "")
 class _Lease:
     owner: Owner
     heartbeat: float
+    folder: str = ""  # where the owner holds it
 
     def text(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -107,7 +108,8 @@ def _read(path: Path) -> _Lease | None:
     """The lease in a file, None if there is none; of `_UNKNOWN` if it is not written to its end."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return _Lease(Owner(**content["owner"]), float(content["heartbeat"]))
+        folder = str(content.get("folder", ""))
+        return _Lease(Owner(**content["owner"]), float(content["heartbeat"]), folder)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
@@ -209,7 +211,8 @@ class _Claim:
         age = max(time.time() - lease.heartbeat, now - self.seen_at)
         near = owner.is_near()
         # A living owner of this machine may have been unable to write: its disk is full.
-        if not owner.is_alive() if near else age > EXPIRES_S:
+        expired = not owner.is_alive() if near else age > EXPIRES_S
+        if expired or (near and _is_copied(path, lease)):
             return _take_over(path, lease, self.ours)
         who = f"process {owner.pid} on {owner.host}"
         if near:
@@ -226,6 +229,17 @@ class _Claim:
                 f"life for {EXPIRES_S:.0f} s"
             )
         return "wait"
+
+
+def _is_copied(path: Path, lease: _Lease) -> bool:
+    """Whether the owner holds the folder of which this one is a copy."""
+    held_at = Path(lease.folder) / FILE
+    if not lease.folder or held_at == path.resolve():
+        return False
+    with contextlib.suppress(OSError):
+        if (original := _read(held_at)) and original.owner == lease.owner:
+            return not held_at.samefile(path)
+    return False
 
 
 def _take_over(path: Path, expired: _Lease, ours: Owner) -> str:
@@ -245,16 +259,20 @@ def _take_over(path: Path, expired: _Lease, ours: Owner) -> str:
     try:
         if _read(path) != expired:
             return "again"
-        replace_text(path, _Lease(ours, time.time()).text())
+        replace_text(path, _ours(path, ours).text())
         return ""
     finally:
         lock.unlink(missing_ok=True)
 
 
+def _ours(path: Path, ours: Owner) -> _Lease:
+    return _Lease(ours, time.time(), str(path.parent.resolve()))
+
+
 def _write_new(path: Path, ours: Owner) -> None:
     with path.open("x", encoding="utf-8") as file:
         try:
-            file.write(_Lease(ours, time.time()).text())
+            file.write(_ours(path, ours).text())
             file.flush()
         except OSError:
             path.unlink(missing_ok=True)
@@ -282,7 +300,7 @@ def _renew(path: Path, ours: Owner, ended: threading.Event) -> None:
             lease = _read(path)
             if lease and lease.owner not in (ours, _UNKNOWN):
                 break
-            replace_text(path, _Lease(ours, time.time()).text())
+            replace_text(path, _ours(path, ours).text())
         except OSError:  # a full disk or a network that is away: the next time
             continue
     else:

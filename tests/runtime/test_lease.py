@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -78,6 +79,16 @@ def test_a_second_writer_is_refused_in_a_line(tmp_path: Path, holder: Any) -> No
     after = json.loads((tmp_path / FILE).read_text())
     assert after["owner"] == before["owner"]
     assert after["heartbeat"] > before["heartbeat"]
+
+
+def test_a_lease_that_was_copied_with_its_folder_is_nobodys(tmp_path: Path, holder: Any) -> None:
+    copy, link = tmp_path.with_name("copy"), tmp_path.with_name("link")
+    shutil.copytree(tmp_path, copy)
+    with held(copy):
+        assert json.loads((copy / FILE).read_text())["owner"]["pid"] == os.getpid()
+    link.symlink_to(tmp_path)  # another path to the same folder
+    with pytest.raises(ValueError, match=f"process {holder.pid} on .* is working in"):
+        held(link).__enter__()
 
 
 def test_the_lease_of_a_killed_process_is_taken_over(tmp_path: Path, holder: Any) -> None:
