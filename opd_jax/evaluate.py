@@ -30,8 +30,8 @@ from opd_jax.config.models import MODELS, LoadedModel, load_student, load_teache
 from opd_jax.config.settings import Settings, binds_an_evaluation, read_settings
 from opd_jax.config.workdir import (
     check_checkpoint,
+    check_may_hold_a_run,
     check_models,
-    check_no_comparison,
     store_evaluation,
 )
 from opd_jax.envs.make import benchmark_splits, make_env
@@ -387,7 +387,7 @@ def run(config: FrozenConfigDict, workdir: Path, policy: str) -> dict[str, Figur
         policy "model".
     """
     settings = read_settings(config)
-    check_no_comparison(workdir)
+    check_may_hold_a_run(workdir)
     check_same_run(config, workdir, binds=binds_an_evaluation(settings))
     models = {}
     if policy in ("model", "before"):

@@ -1,7 +1,7 @@
 """A run's workdir: checks that the run may go on in it, and records which run it holds."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from ml_collections import FrozenConfigDict
@@ -10,13 +10,13 @@ from opd_jax import hf
 from opd_jax.config.build import check_named, check_shapes, panels
 from opd_jax.config.flags import closest
 from opd_jax.config.models import MODELS, named_folders
-from opd_jax.config.settings import Settings, binds_a_run
+from opd_jax.config.settings import Settings, binds_a_run, binds_an_evaluation
 from opd_jax.config.stored import check_same_run, differences, read_stored, store, to_json
 from opd_jax.experience.tasks import Panel, check_same_tasks, store_tasks
 from opd_jax.report.writers import read_summary
 from opd_jax.runtime import processes
 from opd_jax.runtime.checkpoint import check_saves, saved_steps
-from opd_jax.runtime.files import check_subfolder, replace_text
+from opd_jax.runtime.files import check_subfolder, read_json, replace_text
 
 MODELS_FILE = "models.json"
 # The config of a comparison. Its runs have workdirs of their own, so it has no `config.json`.
@@ -36,7 +36,7 @@ def check_run(config: FrozenConfigDict, settings: Settings, workdir: Path) -> di
     for name in ("checkpoints", "events"):
         check_subfolder(workdir / name)
     check_saves(workdir / "checkpoints")
-    check_no_comparison(workdir)
+    check_may_hold_a_run(workdir)
     has_checkpoint = _has_checkpoint(workdir)
     if has_checkpoint:
         check_same_run(config, workdir, binds=binds_a_run(settings))
@@ -76,12 +76,21 @@ def _warn_of_one_model(settings: Settings) -> None:
         )
 
 
-def check_no_comparison(workdir: Path) -> None:
-    """Checks that the workdir is not a comparison's: one summary would mix figures of both."""
+def check_may_hold_a_run(workdir: Path) -> None:
+    """Checks that the workdir holds neither a comparison nor a model.
+
+    One summary would mix figures of a comparison and a run. A model's `config.json` would be lost.
+    """
     if (workdir / COMPARISON_FILE).exists():
         raise ValueError(
             f"`{workdir}` holds a comparison; its runs are in METHOD/seed-N below it; choose one "
             "of them, or another --workdir"
+        )
+    config = workdir / "config.json"
+    if config.is_file() and "rollout" not in read_json(config):
+        raise ValueError(
+            f"`{config}` is not the config of a run, which would overwrite it: is `{workdir}` the "
+            "folder of a model? choose another --workdir"
         )
 
 
@@ -161,20 +170,41 @@ def store_run(
 ) -> None:
     """Writes `config.json`, the fingerprints of the models and the digests of the tasks.
 
-    Call it after everything the config names has been found. Figures that there are of another
-    config, or of other models, are deleted: they belong to another run.
+    Call it after everything the config names has been found. Figures that there are of another run
+    are deleted: those of a trained student if the method differs, all if what is evaluated does.
     """
     if processes.is_first():
-        stored, binds = workdir / "config.json", binds_a_run(settings)
-        models, known = _fingerprints(settings), workdir / MODELS_FILE
-        same = stored.exists() and not differences(read_stored(stored), config, binds=binds)
-        # An evaluation may have had some of the models, or none.
-        same &= known.exists() and read_summary(known).items() <= models.items()
-        if not same:
+        models = _fingerprints(settings)
+        if not _knows_models(models, workdir) or _differs(config, workdir, _evaluated(settings)):
             (workdir / "summary.json").unlink(missing_ok=True)
+        elif _differs(config, workdir, binds_a_run(settings)):
+            _forget_trained(workdir / "summary.json")
         store(config, workdir)
         _store_models(models, workdir)
     store_tasks(found, workdir)
+
+
+def _differs(config: FrozenConfigDict, workdir: Path, binds: Callable[[str], bool]) -> bool:
+    stored = workdir / "config.json"
+    return not stored.exists() or bool(differences(read_stored(stored), config, binds=binds))
+
+
+def _evaluated(settings: Settings) -> Callable[[str], bool]:
+    """Tells of a field's name whether figures of untrained models or players depend on it."""
+    binds = binds_an_evaluation(settings)
+    return lambda name: binds(name) or name == "teacher_dtype"
+
+
+def _knows_models(models: Mapping[str, str], workdir: Path) -> bool:
+    """Whether the figures are of these models. An evaluation may have had some of them, or none."""
+    known = workdir / MODELS_FILE
+    return known.exists() and read_summary(known).items() <= models.items()
+
+
+def _forget_trained(summary: Path) -> None:
+    figures = read_summary(summary)
+    if figures.get("eval", {}).pop("after", None) is not None:
+        replace_text(summary, json.dumps(figures, indent=2) + "\n")
 
 
 def store_evaluation(config: FrozenConfigDict, models: Mapping[str, str], workdir: Path) -> None:

@@ -11,6 +11,7 @@ from opd_jax.config import load
 from opd_jax.config.build import panels
 from opd_jax.config.models import EMBEDDED
 from opd_jax.config.workdir import check_models, check_run, store_run
+from opd_jax.evaluate import run
 
 QUICKSTART = "quickstart:runlocal"
 
@@ -23,7 +24,7 @@ def store(workdir: Path, *overrides: str) -> None:
 
 def figures(workdir: Path) -> Path:
     path = workdir / "summary.json"
-    path.write_text(json.dumps({"eval": {"before": {}}}))
+    path.write_text(json.dumps({"eval": {"before": {}, "after": {}}}))
     return path
 
 
@@ -49,8 +50,30 @@ def test_figures_of_another_config_or_of_other_models_do_not_stay(tmp_path: Path
     store(workdir, f"teacher={another_model(tmp_path / 'other')}")
     assert not summary.exists()
     summary = figures(workdir)
-    store(workdir, "seed=1", f"teacher={tmp_path / 'other'}")
+    store(workdir, "dtype=bfloat16", f"teacher={tmp_path / 'other'}")
     assert not summary.exists()
+
+
+def test_figures_that_another_method_leaves_as_they_are_stay(tmp_path: Path) -> None:
+    store(tmp_path)
+    for change in ("optimizer.learning_rate=0.1", "seed=1", "objective.confidence=false"):
+        summary = figures(tmp_path)
+        store(tmp_path, change)  # begun again before the first checkpoint
+        assert json.loads(summary.read_text()) == {"eval": {"before": {}}}
+        store(tmp_path)
+    for change in ("rollout.turn_tokens=16", "env.size=large", "teacher_dtype=bfloat16"):
+        summary = figures(tmp_path)
+        store(tmp_path, change)
+        assert not summary.exists()
+        store(tmp_path)
+
+
+def test_a_models_folder_is_no_workdir(tmp_path: Path) -> None:
+    folder = shutil.copytree(EMBEDDED / "student", tmp_path / "student")
+    with pytest.raises(ValueError, match=f"`{folder}/config.json` is not the config of a run"):
+        check(folder)
+    with pytest.raises(ValueError, match=f"`{folder}/config.json` is not the config of a run"):
+        run(load(QUICKSTART, []), folder, "expert")
 
 
 def test_a_run_goes_on_with_its_models_wherever_they_lie(tmp_path: Path) -> None:
