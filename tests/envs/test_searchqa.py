@@ -458,3 +458,6 @@ def test_data_and_retriever_must_be_named_and_exist(tmp_path):
         open_retriever("", **settings)
     with pytest.raises(ValueError, match="no file"):
         open_retriever(str(tmp_path / "corpus.jsonl"), **settings)
+    for address in ("localhost:8000/retrieve", "10.0.0.7:8000"):
+        with pytest.raises(ValueError, match=f"`{address}` is no address .* http://{address}"):
+            open_retriever(address, **settings)

@@ -5,6 +5,7 @@ Questions and passages are not part of this package. `data` is a folder with the
 searches Wikipedia 2018 with E5 and a flat FAISS index, as Search-R1's server does.
 """
 
+import re
 from functools import cache, partial
 from typing import Any
 
@@ -32,6 +33,8 @@ def open_retriever(
         raise ValueError(
             "`retriever`: expected the address of a retrieval server or a JSONL corpus, got ''"
         )
+    if re.match(r"[\w.-]+:\d+(/|$)", where):
+        raise ValueError(f"`retriever`: `{where}` is no address and no file; write http://{where}")
     if where.startswith(("http://", "https://")):
         return HttpRetriever(
             where, timeout_s=timeout_s, retry_minutes=retry_minutes, wait_s=wait_s, batch=batch
