@@ -40,12 +40,12 @@ def check_subfolder(folder: Path) -> None:
     Raises:
       ValueError: it is a file or a link to nothing, or cannot be written.
     """
-    other = "; move it away, or choose another --workdir"
     if folder.is_symlink() and not folder.exists():
         raise ValueError(
             f"`{folder}` is a link to `{folder.readlink()}`, which is not there; mount or create "
-            f"what it names{other}"
+            "what it names, or choose another --workdir"
         )
+    other = "; move it away, or choose another --workdir"
     if not folder.exists():
         return
     if not folder.is_dir():

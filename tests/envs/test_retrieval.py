@@ -566,3 +566,11 @@ def test_a_document_that_is_none_costs_only_itself(serve, caplog):
     told = [text for text in caplog.messages if "is left out" in text]
     assert len(told) == 2
     assert "strings; got the fields id, contents" in told[0]
+
+
+@pytest.mark.parametrize(
+    "url", ["http:///retrieve", "http://127.0.0.1:80a0/", "http://127.0.0.1:700000", "ftp://host/"]
+)
+def test_what_is_no_address_is_not_asked_again(url):
+    with pytest.raises(ValueError, match=f"expected an http:// .* address with a host, got '{url}"):
+        client(url, retry_minutes=5.0)

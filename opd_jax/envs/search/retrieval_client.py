@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections import deque
 from collections.abc import Sequence
@@ -80,8 +81,10 @@ class HttpRetriever:
         for name, seconds in (("timeout_s", timeout_s), ("wait_s", wait_s)):
             if seconds <= 0:
                 raise ValueError(f"`{name}`: expected seconds above 0, got {seconds}")
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"`retriever`: expected an http:// or https:// address, got {url!r}")
+        if not _is_address(url):
+            raise ValueError(
+                f"`retriever`: expected an http:// or https:// address with a host, got {url!r}"
+            )
         self._url, self._timeout_s, self._batch = url, timeout_s, batch
         self._retry_s, self._wait_s = 60 * retry_minutes, wait_s
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
@@ -194,6 +197,14 @@ class HttpRetriever:
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"timed out after {self._timeout_s} s")
         return b"".join(parts)
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        return False
 
 
 def _beginning(error: urllib.error.HTTPError) -> str:
