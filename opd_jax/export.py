@@ -52,6 +52,7 @@ def export(workdir: Path, out: Path, *, dtype: str = "folder", student: str = ""
             f"`--workdir`: `{workdir}` has no config.json; give a run's workdir"
             f"{closest_run(workdir)}"
         )
+    hf.check_new_folder(out)  # reading a large checkpoint takes minutes
     settings = _with_student(read_settings(read_stored(stored)), student, workdir)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
     newest = checkpoints.latest()

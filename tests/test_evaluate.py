@@ -644,6 +644,7 @@ def test_an_export_needs_a_run_with_a_checkpoint_and_overwrites_nothing(
     assert "config.json" in error(tmp_path)
     (tmp_path / "config.json").write_text(to_json(load("quickstart", [])))
     assert "no checkpoint" in error(tmp_path)
+    assert "absent or an empty folder" in error(tmp_path, tmp_path)  # before anything is read
     (tmp_path / "config.json").write_text("{")
     assert str(tmp_path / "config.json") in error(tmp_path)
 

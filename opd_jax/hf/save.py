@@ -68,7 +68,7 @@ def save_model(
       ValueError: the folder is in use or cannot be written, `params` and `config` disagree, no
         architecture fits `config`, or `tokenizer_from` holds no tokenizer.
     """
-    folder, dtype = _check_folder(Path(folder)), np.dtype(dtype)
+    folder, dtype = check_new_folder(Path(folder)), np.dtype(dtype)
     _check_params(params, config)
     content = config_json(config, dtype_name=dtype.name)
     is_folder = isinstance(tokenizer_from, (str, os.PathLike))
@@ -107,8 +107,8 @@ def _token_ids(tokenizer: Any, model_type: str) -> dict[str, int | None]:
     return {name: i for name, i in ids.items() if i is not None or model_type == "llama"}
 
 
-def _check_folder(folder: Path) -> Path:
-    """The folder to write, with links followed."""
+def check_new_folder(folder: Path) -> Path:
+    """The folder to write, with links followed; ValueError if it is in use."""
     try:
         target = folder.resolve()
         used = target.exists() and (
