@@ -5,6 +5,7 @@ checks single fields with the functions below. Relations between sections are ch
 `config.settings`.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -27,10 +28,12 @@ def affects(*kinds: str) -> dict[str, frozenset[str]]:
 
 
 def check_within(low: float, high: float | None = None, **values: float) -> None:
-    """ValueError unless each value is at least `low` and at most `high` (None: no upper bound)."""
+    """ValueError unless each value is at least `low` and at most `high` (None: any finite one)."""
     for name, value in values.items():
-        if not (low <= value and (high is None or value <= high)):
+        if not (low <= value < math.inf and (high is None or value <= high)):
             expected = f"at least {low}" if high is None else f"{low}..{high}"
+            if value == math.inf:
+                expected = "a finite number"
             raise ValueError(f"`{name}`: expected {expected}, got {value}")
 
 

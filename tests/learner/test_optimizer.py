@@ -93,6 +93,7 @@ def test_the_gradient_is_clipped_by_its_global_norm(clip_norm: float, clipped: l
     ("name", "value"),
     [
         ("learning_rate", -1e-3),
+        ("learning_rate", float("inf")),
         ("schedule", "step"),
         ("warmup_updates", -1),
         ("weight_decay", -0.1),
