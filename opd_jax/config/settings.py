@@ -287,18 +287,36 @@ def binds_a_run(settings: Settings) -> Callable[[str], bool]:
     """Tells of a field's name whether its value must be equal to resume a run.
 
     A constant rate does not depend on the number of updates, so there it is free. Batches of
-    demonstrations are cut to fit micro-batches and mesh, so there the layout binds too. How the
-    judge is asked is of no matter to a method without verdicts.
+    demonstrations are cut to fit micro-batches and mesh, so there the layout binds too. What the
+    method does not read is free (`_unread`).
     """
     kinds = {METHOD}
     if settings.optimizer.schedule != "constant":
         kinds.add(EXTENT)
     if settings.shows_players:
         kinds.add(LAYOUT)
-    unread = () if settings.objective.intervention or settings.shows_players else ("judge.",)
+    unread = _unread(settings)
     return lambda name: (
         not name.startswith(unread) and not kinds.isdisjoint(affected_by(name, env=settings.env.by))
     )
+
+
+def _unread(s: Settings) -> tuple[str, ...]:
+    """Fields of the method that other fields make meaningless; `judge.` is the whole section."""
+    objective = s.objective
+    is_read = {
+        "judge.": objective.intervention or s.shows_players,
+        "judge.max_new_tokens": s.judge.decode == "generate",
+        "lora.alpha": s.lora.rank > 0,
+        "lora.targets": s.lora.rank > 0,
+        "objective.beta": objective.divergence == "jsd",
+        "objective.confidence_temperature": objective.confidence,
+        "objective.entropy_threshold": objective.entropy_bonus > 0,
+        "objective.max_z": objective.normalize != "none",
+        "objective.weak_weight": objective.intervention,
+        "rollout.depth_every": s.rollout.depth_start > 0,
+    }
+    return tuple(name for name, read in is_read.items() if not read)
 
 
 def binds_an_evaluation(settings: Settings) -> Callable[[str], bool]:
@@ -308,10 +326,11 @@ def binds_an_evaluation(settings: Settings) -> Callable[[str], bool]:
     checkpoint, and figures say themselves how they were measured (`eval`, `judge`).
     """
     sampled = {f"rollout.{f.name}" for f in dataclasses.fields(Decoding)} - {"rollout.temperature"}
+    unread = _unread(settings)
 
     def binds(name: str) -> bool:
         kinds, section = affected_by(name, env=settings.env.by), name.partition(".")[0]
-        if METHOD not in kinds or FIGURES in kinds or section in _TRAINING:
+        if METHOD not in kinds or FIGURES in kinds or section in _TRAINING or name in unread:
             return False
         if section == "rollout":
             return name in sampled

@@ -272,17 +272,31 @@ def test_a_resumed_run_may_differ_in_layout_world_and_figures_only() -> None:
     free = set(flatten(config)) - binding
     assert {"seed", "env.size", "train.updates", "optimizer.b2", "judge.context"} <= binding
     assert {"student", "mesh.data", "train.micro_batches", "env.start_timeout_s"} <= free
-    assert not any(
-        field.startswith(("objective.", "optimizer.", "lora.", "data.")) for field in free
-    )
+    assert not any(field.startswith(("optimizer.", "data.")) for field in free)
+    assert {"objective.eps", "objective.scope", "lora.rank", "lora.int8"} <= binding
 
 
-def test_how_a_judge_is_asked_is_free_where_there_is_none() -> None:
-    assert binds_a_run(read("quickstart"))("judge.context")
-    free = binds_a_run(read("quickstart:method=opd"))
-    assert not any(free(name) for name in flatten(load("quickstart", [])) if "judge." in name)
-    assert free("objective.intervention")
+def test_what_the_method_does_not_read_is_free() -> None:
+    fields = flatten(load("quickstart", []))
+    sage, opd = binds_a_run(read("quickstart")), binds_a_run(read("quickstart:method=opd"))
+    for name in ("judge.context", "objective.weak_weight", "objective.max_z"):
+        assert sage(name)
+        assert not opd(name)
+    assert not any(opd(name) for name in fields if name.startswith("judge."))
+    assert opd("objective.intervention")
     assert binds_a_run(read("household_pair"))("judge.context")  # of the questions it learns
+    for change, name in {
+        "objective.divergence=jsd": "objective.beta",
+        "objective.entropy_bonus=1": "objective.entropy_threshold",
+        "rollout.depth_start=1": "rollout.depth_every",
+        "judge.decode=generate": "judge.max_new_tokens",
+        "lora.rank=4": "lora.alpha",
+    }.items():
+        assert not sage(name)
+        assert binds_a_run(read("quickstart", change))(name)
+        assert sage(change.partition("=")[0])
+    assert not binds_an_evaluation(read("quickstart"))("lora.alpha")
+    assert binds_an_evaluation(read("quickstart", "lora.rank=4"))("lora.alpha")
 
 
 def test_batches_of_demonstrations_are_cut_to_fit_the_layout_which_then_binds() -> None:
@@ -298,7 +312,7 @@ def test_a_constant_rate_leaves_the_number_of_updates_free() -> None:
 
 
 def test_an_evaluation_is_bound_to_the_tasks_the_model_and_how_it_is_sampled() -> None:
-    config = load("quickstart", [])
+    config = load("quickstart", ["--config.lora.rank=4"])
     binds = binds_an_evaluation(read_settings(config))
     sampled = {f"rollout.{x}" for x in ("top_k", "top_p", "turn_tokens", "context_tokens")}
     lora = {f"lora.{x}" for x in ("rank", "alpha", "targets", "int8")}
