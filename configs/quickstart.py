@@ -142,6 +142,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         prefill_rows=8,  # rows of each device that read at a time
         max_new_tokens=8,  # longest generated answer
         agreement_every=20,  # updates between checks against the other decoding; 0: never
+        agreement_turns=64,  # most turns of such a check
     )
 
     config.optimizer = dict(

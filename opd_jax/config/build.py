@@ -227,6 +227,7 @@ def make_labeller(
         teacher.params,
         by=make_judge(teacher, settings),
         max_turns=max_turns,
+        seed=settings.seed,
         between=between,
     )
 

@@ -4,6 +4,7 @@ An environment's oracle labels a turn SKIP, WEAK or STRONG from hidden knowledge
 distance to the goal. The judge never sees those labels.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,18 @@ def figures(counts: np.ndarray) -> dict[str, object]:
 
 def _share(part: int, whole: int) -> float | None:
     return float(part / whole) if whole else None
+
+
+def draw_turns(asked: np.ndarray, *, most: int, seed: Sequence[int]) -> np.ndarray:
+    """A sample of the turns in `asked`, bool [B, K], as such an array: `most` of them, or all.
+
+    Every turn is as likely as any other, so what is measured on the sample is unbiased.
+    """
+    turns = np.argwhere(asked)
+    drawn = np.random.default_rng(seed).permutation(turns)[:most]
+    sample = np.zeros_like(asked)
+    sample[tuple(drawn.T)] = True
+    return sample
 
 
 def judge_metrics(judgement: Judgement, labels: EnvLabels) -> dict[str, Any]:

@@ -49,6 +49,7 @@ class JudgeSettings:
       prefill_rows: rows of each device that read at a time.
       max_new_tokens: longest answer of the `generate` decoding.
       agreement_every: every so many updates the other decoding is asked too; 0: never.
+      agreement_turns: most turns that it is asked about then.
     """
 
     decode: str = field(metadata=affects(METHOD, FIGURES))
@@ -59,6 +60,7 @@ class JudgeSettings:
     prefill_rows: int = field(metadata=affects(LAYOUT))
     max_new_tokens: int = field(metadata=affects(METHOD, FIGURES))
     agreement_every: int = field(metadata=affects(FIGURES))
+    agreement_turns: int = field(metadata=affects(FIGURES))
 
     def __post_init__(self):
         check_choice(DECODINGS, decode=self.decode)
@@ -71,6 +73,7 @@ class JudgeSettings:
             batch=self.batch,
             prefill_rows=self.prefill_rows,
             max_new_tokens=self.max_new_tokens,
+            agreement_turns=self.agreement_turns,
         )
         check_widths(self.extend_widths)
 

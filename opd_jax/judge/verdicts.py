@@ -15,7 +15,7 @@ import numpy as np
 from opd_jax.agent.contexts import ContextCache
 from opd_jax.agent.conversation import Conversation
 from opd_jax.agent.positions import Positions
-from opd_jax.judge.agreement import judge_metrics
+from opd_jax.judge.agreement import draw_turns, judge_metrics
 from opd_jax.judge.answer import DECODINGS, UNPARSABLE, Judge
 from opd_jax.judge.labels import EnvLabels, Judgement, env_labels
 from opd_jax.losses import Verdict
@@ -37,11 +37,17 @@ def no_judge(*, max_turns: int) -> Labeller:
 
 
 def teacher_judge(
-    params: Params, *, by: Judge, max_turns: int, between: Callable[[], None] | None = None
+    params: Params,
+    *,
+    by: Judge,
+    max_turns: int,
+    seed: int,
+    between: Callable[[], None] | None = None,
 ) -> Labeller:
     """The teacher's verdicts. Every `agreement_every` updates the other decoding is asked too.
 
-    For `between` see `judge_turns`.
+    It is asked about `agreement_turns` of the turns, drawn by `seed` and the update. For `between`
+    see `judge_turns`.
     """
     how = by.settings
     (other,) = DECODINGS.keys() - {how.decode}
@@ -49,13 +55,14 @@ def teacher_judge(
 
     def label(conversations: Sequence[Conversation], update: int):
         labels = env_labels(conversations, max_turns=max_turns)
-        ask = partial(judge_turns, params, conversations, labels, between=between)
-        judgement = ask(by=by, positions=(positions := Positions()))
+        ask, positions = partial(judge_turns, params, conversations, between=between), Positions()
+        judgement = ask(labels, by=by, positions=positions)
         if update == 0:  # later it is one bad batch, and a resumed run is to go on like any other
             check_some_fit(judgement)
         metrics = judge_metrics(judgement, labels) | positions.metrics
         if how.agreement_every and update % how.agreement_every == 0:
-            second = ask(by=by_other)
+            drawn = draw_turns(judgement.asked, most=how.agreement_turns, seed=(seed, update))
+            second = ask(labels._replace(played=drawn), by=by_other)
             both = judgement.answered & second.answered
             same = (second.verdict == judgement.verdict) & both
             metrics["judge/decodings_agree"] = (same.sum(), both.sum())
@@ -95,7 +102,8 @@ def judge_turns(
         else:
             too_long[row, turn] = True
             _warn(conversation, len(question), by=by)
-    for answers in _answers(params, questions, by=by, positions=positions or Positions()):
+    rows = len(conversations)
+    for answers in _answers(params, questions, rows, by=by, positions=positions or Positions()):
         for place, label in answers.items():
             unparsable[place] = label == UNPARSABLE
             verdict[place] = label
@@ -136,18 +144,21 @@ SLOTS = 512
 
 
 def _answers(
-    params: Params, questions: Questions, *, by: Judge, positions: Positions
+    params: Params, questions: Questions, most: int, *, by: Judge, positions: Positions
 ) -> Iterator[dict[tuple[int, int], int]]:
     """Labels by (conversation, turn), of a batch of questions after another.
 
     Each row of a cache is asked the questions of one conversation, turn by turn, then those of
     another one. Only what a question does not share with the row's last one is read: first the
     judge's role and the task are shared, then with "history" the conversation so far.
+
+    `most` is the number of conversations, whether there are questions about them or not: else the
+    number of rows, and with it what is compiled, would depend on the update.
     """
     if not questions:
         return
     how, ways = by.settings, shards("batch", rules=DECODING)
-    rows = min(how.batch, -(-len(questions) // ways) * ways)
+    rows = min(how.batch, -(-most // ways) * ways)
     longest = max(len(tokens) for turns in questions.values() for tokens in turns.values())
     cache = ContextCache(
         params,

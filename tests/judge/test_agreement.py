@@ -88,6 +88,22 @@ def test_metrics_by_hand() -> None:
     assert (given.tolist(), turns.tolist()) == ([0, 1, 2, 0], [3, 3, 2, 0])
 
 
+def test_a_sample_is_drawn_by_seed_and_update_and_each_turn_is_as_likely() -> None:
+    asked = np.random.default_rng(0).random((6, 5)) < 0.6
+    total, most, times = int(asked.sum()), 4, 3000
+    samples = [agreement.draw_turns(asked, most=most, seed=(7, n)) for n in range(times)]
+    assert all(sample.sum() == most and not (sample & ~asked).any() for sample in samples)
+    again = agreement.draw_turns(asked, most=most, seed=(7, 11))
+    assert (again == samples[11]).all()
+    other = agreement.draw_turns(asked, most=most, seed=(8, 11))
+    assert (other != samples[11]).any()
+    share = most / total
+    found = np.mean(samples, axis=0)[asked]
+    assert np.abs(found - share).max() < 5 * np.sqrt(share * (1 - share) / times)
+    assert (agreement.draw_turns(asked, most=total + 1, seed=(0, 0)) == asked).all()
+    assert not agreement.draw_turns(np.zeros((2, 3), bool), most=4, seed=(0, 0)).any()
+
+
 def test_turns_are_counted_where_both_gave_a_label() -> None:
     counts = confusion()
     # Rows: the oracle's SKIP, WEAK, STRONG; columns: the judge's.

@@ -89,6 +89,7 @@ SETTINGS = JudgeSettings(
     prefill_rows=3,
     max_new_tokens=5,
     agreement_every=0,
+    agreement_turns=100,
 )
 
 
@@ -211,6 +212,7 @@ def test_the_question_is_the_chat_templates_only_message(random_judge: Judge) ->
         ("prefill_rows", 0),
         ("max_new_tokens", 0),
         ("agreement_every", -1),
+        ("agreement_turns", 0),
     ],
 )
 def test_a_value_out_of_range_is_named(name: str, value: int | str) -> None:
@@ -361,7 +363,7 @@ def test_a_labeller_asks_the_other_decoding_now_and_then(random_judge: Judge) ->
     want = [[Verdict.WEAK, Verdict.DET_FAIL, Verdict.SKIP]]
     for every, asked in ((2, [0, 2]), (0, [])):
         by = with_settings(judge, agreement_every=every)
-        label = teacher_judge(params, by=by, max_turns=3)
+        label = teacher_judge(params, by=by, max_turns=3, seed=0)
         for update in range(3):
             verdict, metrics = label(played, update)
             assert verdict.tolist() == want  # whatever the other decoding says
@@ -390,7 +392,7 @@ def test_judging_may_be_left_between_batches_of_questions(
     asked: list[int] = []
     judge, params = always(with_settings(random_judge, batch=2), *PIECES["WEAK"], END)
     played = [conversation("") for _ in range(5)]
-    label = teacher_judge(params, by=judge, max_turns=3, between=between)
+    label = teacher_judge(params, by=judge, max_turns=3, seed=0, between=between)
     with pytest.raises(Left):
         label(played, 1)
     label(played, 1)
@@ -459,10 +461,23 @@ def test_decodings_are_compared_where_both_were_asked(random_judge: Judge) -> No
     # Words take more room than a score, so only the score of the longer question fits.
     room = judge.model.max_positions - judge.answer_tokens - len(judge.question(empty, 0))
     long = Conversation(task=TASK, turns=[replace(TURN, response="x" * room)])
-    metrics = teacher_judge(params, by=judge, max_turns=1)([long, empty], 0)[1]
+    metrics = teacher_judge(params, by=judge, max_turns=1, seed=0)([long, empty], 0)[1]
     assert metrics["judge/asked"] == (2, 2)
     assert metrics["judge/decodings_agree"] == (1, 1)
     assert metrics["judge/unparsable_generate"] == (0, 1)
+
+
+def test_the_other_decoding_is_asked_a_sample(random_judge: Judge) -> None:
+    how = dict(agreement_every=1, agreement_turns=3)
+    # Constrained decoding calls each turn SKIP; the free answer agrees.
+    judge, params = always(with_settings(random_judge, **how), "SKIP", END)
+    played = [conversation("", "rejected", ""), conversation("rejected"), conversation("", "")]
+    verdict, metrics = teacher_judge(params, by=judge, max_turns=3, seed=0)(played, 0)
+    failed = Verdict.DET_FAIL
+    assert verdict.tolist() == [[0, failed, 0], [failed, 0, 0], [0, 0, 0]]
+    assert metrics["judge/asked"] == (4, 6)
+    assert metrics["judge/decodings_agree"] == (3, 3)
+    assert metrics["judge/unparsable_generate"] == (0, 3)
 
 
 def test_only_a_judge_that_no_question_fits_is_a_mistake(
@@ -472,7 +487,7 @@ def test_only_a_judge_that_no_question_fits_is_a_mistake(
     task = replace(TASK, id="t/wordy")
     wordy = Conversation(task=task, turns=[replace(TURN, response="x" * 300)])
     short = Conversation(task=TASK, turns=[TURN])
-    label = teacher_judge(params, by=judge, max_turns=1)
+    label = teacher_judge(params, by=judge, max_turns=1, seed=0)
     with pytest.raises(ValueError, match=r"`judge`: none of 2 questions.*admissible_shown"):
         label([wordy, wordy], 0)
     metrics = label([wordy, short], 0)[1]
@@ -480,7 +495,7 @@ def test_only_a_judge_that_no_question_fits_is_a_mistake(
     assert metrics["judge/unparsable"] == (0, 1)
     assert [count.tolist() for count in metrics["by_turn/strong"]] == [[1], [2]]
     # Later a batch may have nothing but long questions, also just after a resume.
-    verdict, metrics = teacher_judge(params, by=judge, max_turns=1)([wordy], 2)
+    verdict, metrics = teacher_judge(params, by=judge, max_turns=1, seed=0)([wordy], 2)
     assert (verdict.tolist(), metrics["judge/too_long"]) == ([[Verdict.STRONG]], (1, 1))
     assert caplog.text.count("t/wordy") == 1
 
