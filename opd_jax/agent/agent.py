@@ -13,6 +13,9 @@ from opd_jax.envs.turns import before_invented_turn
 from opd_jax.model import ModelConfig
 from opd_jax.runtime.fields import LAYOUT, affects, check_widths, check_within
 
+# Tokens of what opens an invented turn (`### **tool response 3**:`): most have far fewer.
+_OPENING = 32
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -138,6 +141,22 @@ class Agent:
         last = tokens[-1] if tokens else None
         ended = last in self.chat.stop_ids or last in self.chat.turn_marks
         return self.tokenizer.decode(tokens[:-1] if ended else tokens)
+
+    def invented_in(self, tokens: list[int], *, new: int) -> int | None:
+        """`invented_at` of a response that goes on after `new` more tokens.
+
+        It decodes only these and a few before them, else a long response would be decoded again in
+        every chunk. What they show is looked for in the whole. An opening that is longer than these
+        few is found when the response has ended.
+        """
+        tail = tokens[-new - _OPENING :]
+        if not self.chat.turn_marks.isdisjoint(tail):
+            return self.invented_at(tokens)
+        if self.invented is None:
+            return None
+        text = self.text(tail)
+        shown = self.invented.search(text) or before_invented_turn(text, self.invented)[1]
+        return self.invented_at(tokens) if shown else None
 
     def invented_at(self, tokens: list[int]) -> int | None:
         """How many tokens a response has when an invented turn has begun in it; None: none has.

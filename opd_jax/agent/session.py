@@ -142,9 +142,12 @@ class Session:
             live.tokens += out.tokens[row, :count].tolist()
             live.logprobs += out.logprobs[row, :count].tolist()
             live.budget -= count
-            stay = self.agent.invented_at(live.tokens)
-            if stay is None and live.budget and not out.stopped[row]:
-                continue
+            if live.budget and not out.stopped[row]:
+                stay = self.agent.invented_in(live.tokens, new=count)
+                if stay is None:
+                    continue
+            else:
+                stay = self.agent.invented_at(live.tokens)
             del self.live[row]
             self.cache.contexts[row] = [*self.cache.contexts[row], *live.tokens]
             stop = "context" if live.full else "turn_budget"

@@ -1,6 +1,8 @@
 """Appending a message gives the template's own tokens and never changes what came before."""
 
 import copy
+import random
+import re
 from datetime import datetime
 
 import pytest
@@ -300,6 +302,63 @@ def test_thinking_that_the_prompt_has_opened_may_name_anyone(tokenizer, opened):
     assert agent.invented_at([*acts, *tokenizer.encode("Observation: b")]) > len(acts) * bool(
         opened
     )
+
+
+def first_invented(agent, tokens, chunk, look):
+    """How many tokens of a response stay, sampled in chunks; `look(tokens so far, new)`."""
+    for end in range(chunk, len(tokens), chunk):
+        if (found := look(tokens[:end], chunk)) is not None:
+            return found
+    return agent.invented_at(tokens)
+
+
+# Speakers and what is around them, bytes that are no character yet, and thinking.
+PIECES = [
+    *("\n", "\n", "\n", ":", ": ", " ", "**", "###", "[", "]", "<", "</action>", "Action: go"),
+    *("Observation", "User", "tool response", "by the user", "Observation 3:", "<|user|>"),
+    *("é", "漢字", "😀", "a word of more", "<think>", "</think>", "<thought>", "x " * 40),
+]
+
+
+@pytest.mark.parametrize(
+    ("template", "own"), [("", None), ("<think>\n", None), ("", re.compile("é.*😀", re.DOTALL))]
+)
+def test_looking_at_the_end_of_a_response_finds_what_looking_at_all_of_it_finds(
+    tokenizer, template, own
+):
+    opened = PLAIN.replace("assistant\\n'", "assistant\\n" + template.replace("\n", "\\n") + "'")
+    agent = an_agent(with_template(tokenizer, opened), own or invented_turn())
+    assert bool(agent.chat.opened_thinking) == bool(template)
+    # An end of thinking makes thinking of all before it. What was found there then counts no more,
+    # and it matters when it was found: for a pattern of any length at the end only.
+    pieces = [piece for piece in PIECES if not (own and "think" in piece)]
+    rng, found = random.Random(0), []
+    for number in range(150):
+        words = rng.choices(pieces[3:] if number % 2 else pieces, k=rng.randrange(1, 40))
+        tokens = tokenizer.encode("".join(words))
+        if number % 3 == 0:  # tokens that nobody would write, halves of characters among them
+            tokens = [rng.choice(tokens) for _ in tokens]
+        if number % 5 == 0:
+            tokens.append(tokenizer.convert_tokens_to_ids("<|im_end|>"))
+        for chunk in (1, 3, 8, 64):
+            whole = first_invented(agent, tokens, chunk, lambda all, _: agent.invented_at(all))
+            ended = first_invented(
+                agent, tokens, chunk, lambda all, n: agent.invented_in(all, new=n)
+            )
+            assert ended == whole, (words, chunk)
+            found.append(whole)
+    assert 20 < sum(count is not None for count in found) < len(found) - 20
+
+
+def test_a_long_response_is_decoded_once_and_its_end_as_often_as_it_grows(tokenizer):
+    agent = an_agent(with_template(tokenizer, PLAIN), invented_turn())
+    tokens = tokenizer.encode("a word of more\n" * 500)
+    decoded = []
+    plain = tokenizer.decode
+    agent.tokenizer.decode = lambda ids, **how: decoded.append(len(ids)) or plain(ids, **how)
+    first_invented(agent, tokens, 8, lambda all, new: agent.invented_in(all, new=new))
+    del agent.tokenizer.decode
+    assert len(tokens) <= sum(decoded) < 8 * len(tokens)
 
 
 def test_an_end_of_turn_may_swallow_the_space_behind_it(tokenizer):
