@@ -19,12 +19,14 @@ prompts, observations, forced tokens and padding. Those positions may hold anyth
 This file imports JAX only. Inputs may be any float dtype; arithmetic is float32, logs are natural.
 """
 
+from collections.abc import Callable
 from enum import IntEnum
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 NO_TURN = -1
 
@@ -285,9 +287,182 @@ def fused_scores(
     Raises:
       ValueError: as `fused_divergence`.
     """
+    score = _chunk_scorer(
+        student_hidden,
+        student_head,
+        teacher_hidden,
+        teacher_head,
+        targets,
+        kind=kind,
+        beta=beta,
+        confidence_temperature=confidence_temperature,
+        axis=axis_name,
+    )
+    frozen_hidden, frozen_head = jax.lax.stop_gradient((teacher_hidden, teacher_head))
+    # Keep the head in float32 outside the scan, so that its gradient adds up in float32.
+    master_head = student_head.astype(jnp.float32)
+    return _scan_chunks(
+        lambda s, t, target: score(s, master_head.astype(s.dtype), t, frozen_head, target),
+        (student_hidden, frozen_hidden, targets),
+        chunk_size=chunk_size,
+    )
+
+
+def fused_loss(
+    student_hidden: jax.Array,
+    student_head: jax.Array,
+    teacher_hidden: jax.Array | None,
+    teacher_head: jax.Array | None,
+    targets: jax.Array | None,
+    weight: jax.Array,
+    *,
+    kind: str,
+    chunk_size: int,
+    confidence_temperature: float,
+    beta: float | None = None,
+) -> tuple[jax.Array, TokenScores]:
+    """Σ weight · divergence with its gradient from one sweep of the heads, and the scores.
+
+    `fused_scores` learns a token's weight only when its backward pass comes to it, after all
+    scores, and makes all logits again: six products with a head. Here weights are given. So a
+    chunk's gradient is formed while its logits are there: four products. This needs weights that do
+    not depend on the student's scores; those that depend on the teacher's come from
+    `fused_teacher_scores`.
+
+    Args:
+      student_hidden, student_head, teacher_hidden, teacher_head, targets: as in `fused_scores`.
+      weight: float [N]; gets no gradient. A token of weight 0 adds exactly 0 (`weighted_sum`).
+      kind, chunk_size, confidence_temperature, beta: as in `fused_scores`. The kind may also be
+        "cross_entropy", without a teacher: −log p of the targets.
+
+    Returns:
+      (float32 [], differentiable in the student; the scores [N] of `fused_scores` or
+      `fused_cross_entropy`, which have no gradient here).
+
+    Raises:
+      ValueError: as `fused_scores`, or `weight` is not [N].
+    """
+    if kind == "cross_entropy":
+        _check_heads("student_hidden", student_hidden, "student_head", student_head)
+        score = _score_targets
+    else:
+        score = _chunk_scorer(
+            student_hidden,
+            student_head,
+            teacher_hidden,
+            teacher_head,
+            targets,
+            kind=kind,
+            beta=beta,
+            confidence_temperature=confidence_temperature,
+            axis=None,
+        )
+    if weight.shape != student_hidden.shape[:1]:
+        raise ValueError(
+            f"`weight` {weight.shape}: expected one for each of the {student_hidden.shape[0]} "
+            "positions of `student_hidden`"
+        )
+    rest = jax.lax.stop_gradient((teacher_hidden, teacher_head, targets, weight))
+    return _one_sweep(score, chunk_size, student_hidden, student_head, *rest)
+
+
+def fused_teacher_scores(
+    hidden: jax.Array, head: jax.Array, *, chunk_size: int, confidence_temperature: float
+) -> tuple[jax.Array, jax.Array]:
+    """The teacher's top-1 probability and entropy, of which weights may be made; no gradient.
+
+    Returns:
+      (teacher_top1_prob [N], teacher_entropy [N]) of `TokenScores`.
+    """
+    _check_heads("hidden", hidden, "head", head)
+    hidden, head = jax.lax.stop_gradient((hidden, head))
+
+    def chunk(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = _logits(hidden, head)
+        top1 = _top1_prob(logits, confidence_temperature, None)
+        return top1, _entropy(_log_softmax(logits, None), None)
+
+    return _scan_chunks(chunk, (hidden,), chunk_size=chunk_size)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _one_sweep(
+    score: Callable[..., TokenScores],
+    chunk_size: int,
+    student_hidden: jax.Array,
+    student_head: jax.Array,
+    teacher_hidden: jax.Array | None,
+    teacher_head: jax.Array | None,
+    targets: jax.Array | None,
+    weight: jax.Array,
+) -> tuple[jax.Array, TokenScores]:
+    """`fused_loss`; `score` is applied to a chunk of positions and whole heads."""
+    head = student_head.astype(student_hidden.dtype)
+    scores = _scan_chunks(
+        lambda s, t, target: score(s, head, t, teacher_head, target),
+        (student_hidden, teacher_hidden, targets),
+        chunk_size=chunk_size,
+    )
+    return _weighted_sum(scores.divergence, weight), scores
+
+
+def _sweep_forward(score, chunk_size, student_hidden, student_head, *rest):
+    """The same, and the gradient of the loss: [N, D], and [D, V] if the head is trained."""
+    teacher_hidden, teacher_head, targets, weight = (
+        jax.tree.map(lambda x: x.value, x) for x in rest
+    )
+    hidden, head = student_hidden.value, student_head.value
+    trains_head = student_head.perturbed  # not with adapters: then its product is left out
+
+    def weighted(h, head, t, target, w):
+        scores = score(h, head.astype(h.dtype), t, teacher_head, target)
+        return _weighted_sum(scores.divergence, w), scores
+
+    def body(total, chunk):
+        argnums = (0, 1) if trains_head else (0,)
+        by = jax.value_and_grad(weighted, argnums=argnums, has_aux=True)
+        (loss, scores), (d_hidden, *d_head) = by(chunk[0], master_head, *chunk[1:])
+        return jax.tree.map(jnp.add, total, (loss, d_head)), (scores, d_hidden)
+
+    # In float32, so that the gradient adds up in float32.
+    master_head = head.astype(jnp.float32)
+    zero = jnp.zeros((), jnp.float32), [jnp.zeros_like(master_head)] if trains_head else []
+    arrays = hidden, teacher_hidden, targets, weight
+    (loss, d_head), out = jax.lax.scan(body, zero, _chunks(arrays, chunk_size))
+    scores, d_hidden = _joined(out, hidden.shape[0])
+    return (loss, scores), (d_hidden, [x.astype(head.dtype) for x in d_head])
+
+
+def _sweep_backward(score, chunk_size, gradient, cotangent):
+    del score, chunk_size
+    factor, _ = cotangent  # of the loss; the scores have no gradient
+    if isinstance(factor, SymbolicZero):
+        return (None,) * 6
+    d_hidden, d_head = jax.tree.map(lambda g: (factor * g).astype(g.dtype), gradient)
+    return d_hidden, *(d_head or [None]), None, None, None, None
+
+
+_one_sweep.defvjp(_sweep_forward, _sweep_backward, symbolic_zeros=True)
+
+
+def _chunk_scorer(
+    student_hidden: jax.Array,
+    student_head: jax.Array,
+    teacher_hidden: jax.Array | None,
+    teacher_head: jax.Array | None,
+    targets: jax.Array | None,
+    *,
+    kind: str,
+    beta: float | None,
+    confidence_temperature: float,
+    axis: str | None,
+) -> Callable[..., TokenScores]:
+    """`_score_chunk` with its settings, once the arrays are known to fit each other."""
+    share = _teacher_share(kind, beta)
+    if teacher_hidden is None or teacher_head is None:
+        raise ValueError(f"`kind` is {kind!r}, which needs `teacher_hidden` and `teacher_head`")
     _check_heads("student_hidden", student_hidden, "student_head", student_head)
     _check_heads("teacher_hidden", teacher_hidden, "teacher_head", teacher_head)
-    share = _teacher_share(kind, beta)
     if student_hidden.shape[0] != teacher_hidden.shape[0]:
         raise ValueError(
             f"`teacher_hidden` has {teacher_hidden.shape[0]} positions, expected the "
@@ -300,26 +475,15 @@ def fused_scores(
         )
     if kind == "sampled_reverse_kl" and targets is None:
         raise ValueError("`kind` is 'sampled_reverse_kl', which needs the sampled tokens")
-    if axis_name is None:
+    if axis is None:
         _check_whole_vocabulary(student_hidden, student_head)
-    frozen_hidden, frozen_head = jax.lax.stop_gradient((teacher_hidden, teacher_head))
-    # Keep the head in float32 outside the scan, so that its gradient adds up in float32.
-    master_head = student_head.astype(jnp.float32)
-    chunk = partial(
+    return partial(
         _score_chunk,
+        sampled=kind == "sampled_reverse_kl",
         beta=share,
         confidence_temperature=confidence_temperature,
-        axis=axis_name,
+        axis=axis,
     )
-    scores = _scan_chunks(
-        lambda s, t, target: chunk(s, master_head.astype(s.dtype), t, frozen_head, target),
-        (student_hidden, frozen_hidden, targets),
-        chunk_size=chunk_size,
-    )
-    if kind != "sampled_reverse_kl":
-        return scores
-    estimate = sampled_reverse_kl(scores.student_logprob, scores.teacher_logprob)
-    return scores._replace(divergence=estimate)
 
 
 def _teacher_share(kind: str, beta: float | None) -> float:
@@ -341,6 +505,7 @@ def _score_chunk(
     teacher_head: jax.Array,
     targets: jax.Array | None,
     *,
+    sampled: bool,
     beta: float,
     confidence_temperature: float,
     axis: str | None,
@@ -349,11 +514,11 @@ def _score_chunk(
     log_s = _log_softmax(_logits(student_hidden, student_head), axis)
     log_t = _log_softmax(logits_t, axis)
     log_s_frozen = jax.lax.stop_gradient(log_s)
+    logprobs = _pick(log_s, targets, axis), _pick(log_t, targets, axis)
     return TokenScores(
-        divergence=_divergence(log_s, log_t, beta, axis),
-        teacher_top1_prob=_top1_prob(logits_t, confidence_temperature, axis),
-        student_logprob=_pick(log_s, targets, axis),
-        teacher_logprob=_pick(log_t, targets, axis),
+        sampled_reverse_kl(*logprobs) if sampled else _divergence(log_s, log_t, beta, axis),
+        _top1_prob(logits_t, confidence_temperature, axis),
+        *logprobs,
         student_entropy=_entropy(log_s_frozen, axis),
         teacher_entropy=_entropy(log_t, axis),
     )
@@ -370,18 +535,32 @@ def fused_cross_entropy(
     """
     _check_heads("hidden", hidden, "head", head)
     master_head = head.astype(jnp.float32)  # see `fused_scores`
+    return _scan_chunks(
+        lambda h, target: _score_targets(h, master_head.astype(h.dtype), None, None, target),
+        (hidden, targets),
+        chunk_size=chunk_size,
+    )
 
-    def chunk(h: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-        log_p = jax.nn.log_softmax(_logits(h, master_head.astype(h.dtype)))
-        return -_pick(log_p, target, None), _entropy(jax.lax.stop_gradient(log_p), None)
 
-    nll, entropy = _scan_chunks(chunk, (hidden, targets), chunk_size=chunk_size)
+def _score_targets(
+    hidden: jax.Array, head: jax.Array, _: None, __: None, targets: jax.Array
+) -> TokenScores:
+    """As `_score_chunk`, without a teacher."""
+    log_p = _log_softmax(_logits(hidden, head), None)
+    nll, entropy = -_pick(log_p, targets, None), _entropy(jax.lax.stop_gradient(log_p), None)
     zero = jnp.zeros_like(nll)
     return TokenScores(nll, zero, -nll, zero, entropy, zero)
 
 
 def _scan_chunks(function, arrays, *, chunk_size: int):
-    """Applies `function` to chunks of the leading axis under scan and checkpoint.
+    """Applies `function` to chunks of the leading axis under scan and checkpoint."""
+    body = jax.checkpoint(lambda _, chunk: (None, function(*chunk)))
+    _, out = jax.lax.scan(body, None, _chunks(arrays, chunk_size))
+    return _joined(out, arrays[0].shape[0])
+
+
+def _chunks(arrays, chunk_size: int):
+    """[N, ...] as [chunks, chunk_size, ...], padded with zeros.
 
     A chunk takes every count-th position, not a run of them. So if positions are sharded, each
     device has its share of every chunk.
@@ -397,9 +576,15 @@ def _scan_chunks(function, arrays, *, chunk_size: int):
         apart = jnp.pad(x, padding).reshape(chunk_size, count, *x.shape[1:])
         return jnp.moveaxis(apart, 1, 0)
 
-    body = jax.checkpoint(lambda _, chunk: (None, function(*chunk)))
-    _, out = jax.lax.scan(body, None, jax.tree.map(chunks, arrays))
-    return jax.tree.map(lambda x: x.T.reshape(-1)[:size], out)
+    return jax.tree.map(chunks, arrays)
+
+
+def _joined(chunks, size: int):
+    """The inverse of `_chunks`."""
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])[:size],
+        chunks,
+    )
 
 
 def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
@@ -658,9 +843,12 @@ def weighted_sum(divergence: jax.Array, weight: jax.Array, turn_id: jax.Array) -
     """
     _check_same_shape("divergence", divergence, "weight", weight)
     _check_same_shape("divergence", divergence, "turn_id", turn_id)
-    counts = (turn_id != NO_TURN) & (weight != 0)
-    weight = jax.lax.stop_gradient(jnp.where(counts, weight, 0.0))
-    return jnp.sum(weight * jnp.where(counts, divergence, 0.0))
+    return _weighted_sum(divergence, jnp.where(turn_id == NO_TURN, 0.0, weight))
+
+
+def _weighted_sum(divergence: jax.Array, weight: jax.Array) -> jax.Array:
+    weight = jax.lax.stop_gradient(weight)
+    return jnp.sum(weight * jnp.where(weight != 0, divergence, 0.0))
 
 
 def weighted_loss(divergence: jax.Array, weight: jax.Array, turn_id: jax.Array) -> jax.Array:

@@ -20,7 +20,9 @@ from opd_jax.losses import (
     forward_kl,
     fused_cross_entropy,
     fused_divergence,
+    fused_loss,
     fused_scores,
+    fused_teacher_scores,
     intervention_weight,
     jsd,
     raw_weights,
@@ -270,17 +272,118 @@ def test_fused_cross_entropy_equals_float64(chunk_size: int) -> None:
     np.testing.assert_allclose(gradient, (np.exp(log_p) - np.eye(V)[TARGETS]) @ w.T, atol=1e-5)
 
 
+EVERY_KIND = [*KINDS, ("sampled_reverse_kl", None), ("cross_entropy", None)]
+WITHOUT_TWO = np.where(np.arange(N) % 5 == 2, 0, TOKEN_WEIGHT).astype(np.float32)
+
+
+def two_sweeps(kind: str, beta: float | None, heads: tuple, weight: np.ndarray) -> tuple:
+    """((loss, scores), gradient) with the weights after the scores."""
+
+    def loss(h_s: jax.Array, w_s: jax.Array) -> tuple[jax.Array, Any]:
+        if kind == "cross_entropy":
+            scores = fused_cross_entropy(h_s, w_s, TARGETS, chunk_size=3)
+        else:
+            how = dict(kind=kind, beta=beta, chunk_size=3, confidence_temperature=0.5)
+            scores = fused_scores(h_s, w_s, *heads[2:], TARGETS, **how)
+        return jnp.sum(weight * scores.divergence), scores
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*heads[:2])
+
+
+def one_sweep(
+    kind: str, beta: float | None, heads: tuple, weight: np.ndarray, chunk_size: int = 3
+) -> tuple:
+    how = dict(kind=kind, beta=beta, chunk_size=chunk_size, confidence_temperature=0.5)
+    frozen = (None, None) if kind == "cross_entropy" else heads[2:]
+
+    def loss(h_s: jax.Array, w_s: jax.Array) -> tuple[jax.Array, Any]:
+        return fused_loss(h_s, w_s, *frozen, TARGETS, weight, **how)
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*heads[:2])
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 64])
+@pytest.mark.parametrize(("kind", "beta"), EVERY_KIND)
+def test_one_sweep_gives_what_two_give(kind: str, beta: float | None, chunk_size: int) -> None:
+    got = one_sweep(kind, beta, HEADS, WITHOUT_TWO, chunk_size)
+    want = two_sweeps(kind, beta, HEADS, WITHOUT_TWO)
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+    (_, _), (d_hidden, _) = got
+    assert not np.any(d_hidden[WITHOUT_TWO == 0])
+    assert np.all(np.any(d_hidden[WITHOUT_TWO > 0], axis=-1))
+
+
+@pytest.mark.parametrize(("kind", "beta"), KINDS)
+def test_one_sweep_equals_unfused(kind: str, beta: float | None) -> None:
+    (loss, _), gradient = one_sweep(kind, beta, HEADS, TOKEN_WEIGHT)
+    want, want_gradient = unfused(kind, beta)
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    for mine, theirs in zip(gradient, want_gradient, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "beta"), EVERY_KIND)
+def test_one_sweep_of_bfloat16_adds_up_in_float32(kind: str, beta: float | None) -> None:
+    # A float32 head with hidden states of bfloat16: the same roundings as in two sweeps.
+    heads = (jnp.asarray(HEADS[0], jnp.bfloat16), HEADS[1], *HEADS[2:])
+    (_, scores), (d_hidden, d_head) = got = one_sweep(kind, beta, heads, WITHOUT_TWO)
+    assert (d_hidden.dtype, d_head.dtype) == (jnp.bfloat16, jnp.float32)
+    assert all(score.dtype == jnp.float32 for score in scores)
+    want = two_sweeps(kind, beta, heads, WITHOUT_TWO)
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_one_sweep_without_gradient_gives_the_same_loss_and_scores() -> None:
+    how = dict(kind="jsd", beta=0.3, chunk_size=3, confidence_temperature=0.5)
+    got = jax.jit(partial(fused_loss, **how))(*HEADS, TARGETS, WITHOUT_TWO)
+    want, _ = one_sweep("jsd", 0.3, HEADS, WITHOUT_TWO)
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-6)
+
+
+def test_the_loss_of_one_sweep_is_scaled_and_its_scores_have_no_gradient() -> None:
+    def loss(h_s: jax.Array) -> jax.Array:
+        total, scores = fused_loss(
+            h_s,
+            *HEADS[1:],
+            TARGETS,
+            TOKEN_WEIGHT,
+            kind="reverse_kl",
+            chunk_size=4,
+            confidence_temperature=1.0,
+        )
+        return 3 * total + sum(score.sum() for score in scores)
+
+    _, (d_hidden, _) = one_sweep("reverse_kl", None, HEADS, TOKEN_WEIGHT)
+    np.testing.assert_allclose(jax.grad(loss)(HEADS[0]), 3 * d_hidden, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
+def test_the_teacher_alone_scores_as_beside_the_student(temperature: float) -> None:
+    how = dict(chunk_size=4, confidence_temperature=temperature)
+    top1, entropies = fused_teacher_scores(*HEADS[2:], **how)
+    want = fused_scores(*HEADS, None, kind="reverse_kl", **how)
+    np.testing.assert_allclose(top1, want.teacher_top1_prob, rtol=1e-6)
+    np.testing.assert_allclose(entropies, want.teacher_entropy, rtol=1e-5, atol=1e-6)
+
+
 def test_fused_of_no_positions_is_empty() -> None:
     empty = (HEADS[0][:0], HEADS[1], HEADS[2][:0], HEADS[3])
     divergence, top1 = fused_divergence(*empty, kind="reverse_kl", chunk_size=8)
     assert divergence.shape == top1.shape == (0,)
 
 
-def test_fused_memory_does_not_grow_with_positions_times_vocabulary() -> None:
+@pytest.mark.parametrize("sweeps", [1, 2])
+def test_fused_memory_does_not_grow_with_positions_times_vocabulary(sweeps: int) -> None:
     wide = 32_768
 
     @partial(jax.grad, argnums=(0, 1))
     def gradient(*heads: jax.Array) -> jax.Array:
+        if sweeps == 1:
+            how = dict(kind="reverse_kl", chunk_size=16, confidence_temperature=1.0)
+            return fused_loss(*heads, None, jnp.ones(heads[0].shape[:1]), **how)[0]
         return fused_divergence(*heads, kind="reverse_kl", chunk_size=16)[0].sum()
 
     def temporary_bytes(positions: int) -> int:
@@ -578,15 +681,19 @@ def test_a_sampled_token_that_the_teacher_bans_counts_only_with_a_weight() -> No
     assert np.any(gradient[2])
 
 
-def test_the_fused_form_keeps_an_infinity_out_of_a_gradient_of_zero() -> None:
+@pytest.mark.parametrize("sweeps", [1, 2])
+def test_the_fused_form_keeps_an_infinity_out_of_a_gradient_of_zero(sweeps: int) -> None:
     hidden, head = np.abs(logits(12, 4, 5)), logits(13, 5, 3)
     banning = head.copy()
     banning[:, 2] = -np.inf  # times a positive hidden state; chunks need no padding with zeros
 
+    teacher = np.ones((4, 5), np.float32), banning
+
     def loss(hidden: jax.Array, head: jax.Array, weight: float) -> jax.Array:
-        divergence, _ = fused_divergence(
-            hidden, head, np.ones((4, 5), np.float32), banning, kind="reverse_kl", chunk_size=2
-        )
+        if sweeps == 1:
+            how = dict(kind="reverse_kl", chunk_size=2, confidence_temperature=1.0)
+            return fused_loss(hidden, head, *teacher, None, jnp.full(4, weight), **how)[0]
+        divergence, _ = fused_divergence(hidden, head, *teacher, kind="reverse_kl", chunk_size=2)
         return weighted_loss(divergence[None], jnp.full((1, 4), weight), np.zeros((1, 4), int))
 
     assert np.isposinf(loss(hidden, head, 1.0))
@@ -622,6 +729,14 @@ H_S, W_S, H_T, W_T = HEADS
         (lambda: fused(*HEADS, kind="kl"), "`kind`: expected one of reverse_kl, forward_kl, jsd"),
         (lambda: fused(*HEADS, kind="sampled_reverse_kl"), "needs the sampled tokens"),
         (lambda: fused(*HEADS, kind="jsd"), "needs `beta`"),
+        (
+            lambda: one_sweep("reverse_kl", None, HEADS, TOKEN_WEIGHT[1:]),
+            r"`weight` \(9,\): expected",
+        ),
+        (
+            lambda: one_sweep("jsd", 0.5, (H_S, W_S, None, None), TOKEN_WEIGHT),
+            "'jsd', which needs `teac",
+        ),
         (lambda: fused(*HEADS, kind="jsd", beta=2.0), "`beta`: expected 0..1"),
         (lambda: fused(*HEADS, chunk_size=0), "`chunk_size`: expected at least 1, got 0"),
         (lambda: weights(normalize="mean"), r"`normalize`: .*all_tokens.*got 'mean'"),

@@ -4,6 +4,7 @@ The objective of a micro-batch is returned as sums. They add up over any split (
 """
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,20 @@ class Objective:
         """Whether the teacher scores the student's tokens."""
         return self.divergence != "cross_entropy"
 
+    @property
+    def weight_reads_teacher(self) -> bool:
+        """Whether a token's weight depends on the teacher's scores."""
+        return self.confidence or self.entropy_bonus > 0
+
+    @property
+    def weight_reads_student(self) -> bool:
+        """Whether a token's weight depends on the student's scores.
+
+        If not, as with all factors here, weights are known before the student's scores, and one
+        sweep of the heads makes scores and gradient (`losses.fused_loss`).
+        """
+        return False
+
     def scale(self, totals: WeightTotals) -> jax.Array:
         """`losses.scale` of totals."""
         return losses.scale(
@@ -112,6 +127,47 @@ class Sums:
     logprob_error: jax.Array
 
 
+def loss_and_sums(
+    params: Params,
+    teacher: Teacher | None,
+    batch: Batch,
+    *,
+    student: ModelConfig,
+    objective: Objective,
+    dtype: jnp.dtype,
+    query_chunk: int,
+    loss_chunk: int,
+    remat: str,
+) -> tuple[jax.Array, Sums]:
+    """`Sums.loss` of a micro-batch, differentiable in `params`, and all its sums.
+
+    Arguments and errors as in `score`.
+    """
+    body: dict[str, Any] = dict(
+        student=student, objective=objective, dtype=dtype, query_chunk=query_chunk, remat=remat
+    )
+    if objective.weight_reads_student:
+        # Weights are known after all scores, so the backward pass makes the logits again.
+        scores = score(params, teacher, batch, loss_chunk=loss_chunk, **body)
+        sums = objective_sums(scores, batch, objective=objective)
+        return sums.loss, sums
+    heads = _head_inputs(params, teacher, batch, **body)
+    read: Any = None, None
+    if objective.weight_reads_teacher:
+        read = losses.fused_teacher_scores(
+            heads.teacher_hidden,
+            heads.teacher_head,
+            chunk_size=loss_chunk,
+            confidence_temperature=objective.confidence_temperature,
+        )
+    top1, entropy = _by_row(read, batch)
+    weights = _weights(top1, entropy, batch, objective)
+    loss, scores = losses.fused_loss(
+        *heads, weights.token.reshape(-1), **_score_settings(objective, loss_chunk)
+    )
+    return loss, _sums(loss, _by_row(scores, batch), weights, batch)
+
+
 def score(
     params: Params,
     teacher: Teacher | None,
@@ -133,32 +189,78 @@ def score(
     Raises:
       ValueError: the objective needs a teacher and there is none.
     """
-    targets = _take(batch.tokens, batch.response, fill=0).reshape(-1)
+    heads = _head_inputs(
+        params,
+        teacher,
+        batch,
+        student=student,
+        objective=objective,
+        dtype=dtype,
+        query_chunk=query_chunk,
+        remat=remat,
+    )
+    if objective.needs_teacher:
+        scores = losses.fused_scores(*heads, **_score_settings(objective, loss_chunk))
+    else:
+        scores = losses.fused_cross_entropy(
+            heads.student_hidden, heads.student_head, heads.targets, chunk_size=loss_chunk
+        )
+    return _by_row(scores, batch)
+
+
+def _score_settings(objective: Objective, loss_chunk: int) -> dict[str, Any]:
+    return dict(
+        kind=objective.divergence,
+        beta=objective.beta,
+        chunk_size=loss_chunk,
+        confidence_temperature=objective.confidence_temperature,
+    )
+
+
+class _HeadInputs(NamedTuple):
+    """The first arguments of `losses.fused_scores`."""
+
+    student_hidden: jax.Array
+    student_head: jax.Array
+    teacher_hidden: Any
+    teacher_head: Any
+    targets: jax.Array
+
+
+def _head_inputs(
+    params: Params,
+    teacher: Teacher | None,
+    batch: Batch,
+    *,
+    student: ModelConfig,
+    objective: Objective,
+    dtype: jnp.dtype,
+    query_chunk: int,
+    remat: str,
+) -> _HeadInputs:
     hidden = response_hidden(
         cast(params, dtype), batch, config=student, query_chunk=query_chunk, remat=remat
     )
-    hidden = _positions(hidden)
-    head = _gathered_head(params)
-    if not objective.needs_teacher:
-        scores = losses.fused_cross_entropy(hidden, head, targets, chunk_size=loss_chunk)
-    elif teacher is None:
-        raise ValueError(
-            f"`objective.divergence` = {objective.divergence!r} compares the student with a "
-            "teacher: expected `teacher`, got None; give one, or choose cross_entropy"
-        )
-    else:
+    teacher_hidden = teacher_head = None
+    if objective.needs_teacher:
+        if teacher is None:
+            raise ValueError(
+                f"`objective.divergence` = {objective.divergence!r} compares the student with a "
+                "teacher: expected `teacher`, got None; give one, or choose cross_entropy"
+            )
         frozen = jax.lax.stop_gradient(teacher)
-        scores = losses.fused_scores(
-            hidden,
-            head,
-            _positions(frozen.hidden),
-            _gathered_head(frozen.head),
-            targets,
-            kind=objective.divergence,
-            beta=objective.beta,
-            chunk_size=loss_chunk,
-            confidence_temperature=objective.confidence_temperature,
-        )
+        teacher_hidden, teacher_head = _positions(frozen.hidden), _gathered_head(frozen.head)
+    return _HeadInputs(
+        student_hidden=_positions(hidden),
+        student_head=_gathered_head(params),
+        teacher_hidden=teacher_hidden,
+        teacher_head=teacher_head,
+        targets=_take(batch.tokens, batch.response, fill=0).reshape(-1),
+    )
+
+
+def _by_row(scores: Any, batch: Batch) -> Any:
+    """[B·R] as [B, R]."""
     return jax.tree.map(lambda x: x.reshape(batch.response.shape), scores)
 
 
@@ -171,6 +273,11 @@ def _take(x_BT: Array, index_BR: Array, *, fill: float) -> jax.Array:
     return jnp.take_along_axis(x_BT, index_BR, axis=1, mode="fill", fill_value=fill)
 
 
+def _turn_id(batch: Batch) -> jax.Array:
+    """The turn of each response token, [B, R]; `NO_TURN` in unfilled slots."""
+    return _take(batch.turn_id, batch.response, fill=NO_TURN)
+
+
 def _gathered_head(params: Params) -> jax.Array:
     """The head, all-gathered along `fsdp` once. The compiler would gather it for every chunk.
 
@@ -181,32 +288,48 @@ def _gathered_head(params: Params) -> jax.Array:
     return constrain(model.head(params), None, "vocab")
 
 
-def objective_sums(scores: TokenScores, batch: Batch, *, objective: Objective) -> Sums:
-    """The weighted objective of a micro-batch, as sums; differentiate `loss`.
+class _Weights(NamedTuple):
+    """Weights of a micro-batch, before the scale of the whole batch; no gradient."""
 
-    `scores` are those of the same `batch`, [B, R].
-    """
-    turn_id = _take(batch.turn_id, batch.response, fill=NO_TURN)
-    K = batch.verdict.shape[1]
-    in_turn = turn_id[..., None] == jnp.arange(K)  # [B, R, K]
-    exists = jnp.any(in_turn, axis=1)
-    confidence = losses.turn_confidence(scores.teacher_top1_prob, turn_id, K)
+    token: jax.Array  # [B, R]: s, or z·s if the scale is each trajectory's own
+    totals: WeightTotals  # of s
+
+
+def _weights(top1: Any, entropy: Any, batch: Batch, objective: Objective) -> _Weights:
+    """Weights from the teacher's scores [B, R]; None if the weight reads none of them."""
+    turn_id, K = _turn_id(batch), batch.verdict.shape[1]
     bonus, threshold = objective.entropy_bonus, objective.entropy_threshold
     weight, totals = losses.raw_weights(
         turn_id,
         jnp.asarray(batch.verdict) if objective.intervention else None,
-        confidence if objective.confidence else None,
+        losses.turn_confidence(top1, turn_id, K) if objective.confidence else None,
         weak_weight=objective.weak_weight,
         token_factor=(
-            losses.entropy_factor(scores.teacher_entropy, bonus=bonus, threshold=threshold)
-            if bonus
-            else None
+            losses.entropy_factor(entropy, bonus=bonus, threshold=threshold) if bonus else None
         ),
         scope=objective.scope,
     )
     if objective.scope == "trajectory":  # one row, so its totals are complete
         weight = weight * objective.scale(totals)[:, None]
         totals = jax.tree.map(jnp.sum, totals)
+    return _Weights(weight, totals)
+
+
+def objective_sums(scores: TokenScores, batch: Batch, *, objective: Objective) -> Sums:
+    """The weighted objective of a micro-batch, as sums; differentiate `loss`.
+
+    `scores` are those of the same `batch`, [B, R].
+    """
+    weights = _weights(scores.teacher_top1_prob, scores.teacher_entropy, batch, objective)
+    loss = losses.weighted_sum(scores.divergence, weights.token, _turn_id(batch))
+    return _sums(loss, scores, weights, batch)
+
+
+def _sums(loss: jax.Array, scores: TokenScores, weights: _Weights, batch: Batch) -> Sums:
+    turn_id, K = _turn_id(batch), batch.verdict.shape[1]
+    in_turn = turn_id[..., None] == jnp.arange(K)  # [B, R, K]
+    exists = jnp.any(in_turn, axis=1)
+    confidence = losses.turn_confidence(scores.teacher_top1_prob, turn_id, K)
     mine = turn_id != NO_TURN
 
     def clean(x: jax.Array) -> jax.Array:
@@ -217,11 +340,11 @@ def objective_sums(scores: TokenScores, batch: Batch, *, objective: Objective) -
 
     sampled = _take(batch.sampled_logprobs, batch.response, fill=0.0)
     return Sums(
-        loss=losses.weighted_sum(scores.divergence, weight, turn_id),
-        totals=totals,
+        loss=loss,
+        totals=weights.totals,
         divergence=by_turn(clean(scores.divergence)),
         tokens_by_turn=by_turn(mine.astype(jnp.float32)),
-        weight_by_turn=by_turn(weight),
+        weight_by_turn=by_turn(weights.token),
         confidence=jnp.sum(jnp.where(exists, confidence, 0.0), axis=0),
         turns=jnp.sum(exists, axis=0).astype(jnp.float32),
         student_entropy=jnp.sum(clean(scores.student_entropy)),

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from opd_jax.learner.batch import Batch, num_parts, split_rows
-from opd_jax.learner.objective import Objective, Sums, objective_sums, score
+from opd_jax.learner.objective import Objective, Sums, loss_and_sums
 from opd_jax.learner.teacher import Teacher
 from opd_jax.learner.train_state import TrainState
 from opd_jax.losses import WeightTotals
@@ -101,8 +101,8 @@ def make_train_step(
         objective needs a teacher and there is none, only one of `base` and `lora` is given, or
         `remat` is unknown.
     """
-    score_with = partial(
-        score,
+    of_part = partial(
+        loss_and_sums,
         student=student,
         objective=objective,
         dtype=dtype,
@@ -118,9 +118,7 @@ def make_train_step(
         def loss_and_sums(trained: Params, part: tuple[Batch, Any]):
             rows, hidden = part
             read = Teacher(hidden, teacher.head) if teacher else None
-            scores = score_with(with_adapters(base, trained, lora), read, rows)
-            sums = objective_sums(scores, rows, objective=objective)
-            return sums.loss, sums
+            return of_part(with_adapters(base, trained, lora), read, rows)
 
         parts = num_parts(batch, micro_batches=micro_batches, batch_rows=batch_rows)
         rows = (batch, None if teacher is None else teacher.hidden)

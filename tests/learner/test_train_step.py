@@ -134,6 +134,38 @@ def test_fine_tuning_is_the_cross_entropy_of_the_tokens() -> None:
     assert got["sums"].teacher_entropy == 0
 
 
+class ReadsStudent(Objective):
+    """The same weights, declared to depend on the student's scores."""
+
+    weight_reads_student = True
+
+
+TWICE_AS_UNCERTAIN = replace(BY_TRAJECTORY, entropy_bonus=1.0, entropy_threshold=2.88)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        SAGE,
+        replace(SAGE, confidence=False, normalize="active_tokens"),
+        replace(SAGE, confidence_temperature=0.5, normalize="none"),
+        replace(SAGE, divergence="forward_kl"),
+        replace(SAGE, divergence="sampled_reverse_kl"),
+        replace(TWICE_AS_UNCERTAIN, divergence="jsd", beta=0.3),
+        SFT,
+    ],
+    ids=lambda o: f"{o.divergence}-{o.scope}-{o.normalize}",
+)
+@pytest.mark.parametrize("settings", [{}, {"micro_batches": 4}], ids=["whole", "four_parts"])
+def test_weights_before_or_after_the_scores_give_the_same_update(
+    objective: Objective, settings: dict[str, Any]
+) -> None:
+    got, want = (update(o, **settings) for o in (objective, ReadsStudent(**vars(objective))))
+    assert_same_update(got, want)
+    for mine, theirs in zip(*(jax.tree.leaves(u.metrics) for u in (got, want)), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5)
+
+
 # --- What changes nothing -----------------------------------------------------------------------
 
 

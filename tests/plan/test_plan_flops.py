@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec
 from models import TINY
 
+from opd_jax.losses import fused_loss, fused_scores
 from opd_jax.model import forward, init_params
 from opd_jax.plan.jaxpr_flops import count_flops
 
@@ -72,6 +73,26 @@ def test_rematerialization_and_derivatives_count():
 
     square.defvjp(lambda x: (x @ x, x), lambda x, g: (g @ x,))
     assert flops(square, (3, 3)) == 54
+
+
+def test_a_loss_of_known_weights_takes_four_products_with_heads_instead_of_six():
+    N, D, DT, V = 8, 3, 5, 7
+    student, teacher = 2 * N * D * V, 2 * N * DT * V
+    how = dict(kind="reverse_kl", chunk_size=2, confidence_temperature=1.0)
+
+    def two_sweeps(*heads):
+        return jnp.sum(fused_scores(*heads, None, **how).divergence)
+
+    def one_sweep(*heads):
+        return fused_loss(*heads, None, jnp.ones(N), **how)[0]
+
+    heads = (N, D), (D, V), (N, DT), (DT, V)
+    both = dict(argnums=(0, 1))
+    assert flops(jax.grad(two_sweeps, **both), *heads) == 4 * student + 2 * teacher
+    assert flops(jax.grad(one_sweep, **both), *heads) == 3 * student + teacher
+    # The head of a student with adapters is not trained, and without a gradient nothing is.
+    assert flops(jax.grad(one_sweep), *heads) == 2 * student + teacher
+    assert flops(one_sweep, *heads) == student + teacher
 
 
 def test_a_grouped_product_multiplies_each_row_by_one_matrix():
