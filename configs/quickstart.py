@@ -63,6 +63,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.dtype = "float32"  # dtype of the student's parameters and its optimizer
     config.compute_dtype = "float32"  # dtype of the student's arithmetic
     config.teacher_dtype = "float32"  # or bfloat16; or int8: its projections rounded to 8 bits
+    config.attention = "auto"  # the platform's kernels; or pallas (TPU), cudnn (GPU), plain (any)
     config.program_cache = "~/.cache/opd_jax/programs"  # compiled programs are kept; "": nowhere
     config.mesh = dict(
         data=1,  # shards the batch, replicates parameters

@@ -14,7 +14,7 @@ from opd_jax import hf
 from opd_jax.agent.chat import ChatFormat
 from opd_jax.config.settings import Settings
 from opd_jax.judge.prompt import PHRASES
-from opd_jax.model import ModelConfig, Params, init_params, param_specs
+from opd_jax.model import ModelConfig, Params, attention_on, init_params, param_specs
 from opd_jax.runtime.files import local_path
 from opd_jax.runtime.mesh import DECODING, TRAINING, Rules, param_shardings
 
@@ -103,36 +103,44 @@ def load_student(
     shares with its teacher.
 
     Raises:
-      ValueError: its tokenizer differs from the teacher's (found before any weight is read), or the
-        folder has errors that `hf` names.
+      ValueError: its tokenizer differs from the teacher's (found before any weight is read), the
+        folder has errors that `hf` names, or `attention` is for another platform.
     """
     if settings.student == "new":
-        return new_model(settings, mesh)
+        return _attending(new_model(settings, mesh), settings)
     if settings.teacher and vocab_size is None:
         hf.check_same_tokenizer(
             model_folder(settings.student),
             model_folder(settings.teacher),
             rows=_shared_vocab(settings),
         )
-    return load_model(
+    loaded = load_model(
         settings.student,
         dtype=student_dtype(settings),
         mesh=mesh,
         vocab_size=vocab_size or _shared_vocab(settings),
     )
+    return _attending(loaded, settings)
 
 
 def load_teacher(settings: Settings, mesh: jax.sharding.Mesh) -> LoadedModel | None:
     """The teacher, or None if the settings have none. It is sharded as it judges."""
     if not settings.teacher:
         return None
-    return load_model(
+    loaded = load_model(
         settings.teacher,
         dtype=settings.teacher_dtype,
         mesh=mesh,
         rules=DECODING,
         vocab_size=_shared_vocab(settings),
     )
+    return _attending(loaded, settings)
+
+
+def _attending(loaded: LoadedModel, settings: Settings) -> LoadedModel:
+    """The model with what computes attention here."""
+    how = attention_on(jax.default_backend(), settings.attention)
+    return dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, attention=how))
 
 
 MODELS = ("student", "teacher")

@@ -23,6 +23,7 @@ from opd_jax.learner.objective import Objective
 from opd_jax.learner.optimizer import AdamW
 from opd_jax.learner.train_step import TrainSettings
 from opd_jax.model import ModelConfig
+from opd_jax.model.kernels import ATTENTION
 from opd_jax.model.lora import Lora
 from opd_jax.runtime.checkpoint import CheckpointSettings
 from opd_jax.runtime.fields import (
@@ -110,6 +111,7 @@ class Settings:
       dtype: dtype of the student's parameters and its optimizer.
       compute_dtype: dtype of the student's arithmetic.
       teacher_dtype: dtype of the teacher's parameters; "int8" rounds its projections to 8 bits.
+      attention: what computes attention, "auto" for the platform's kernels (`model.kernels`).
       student: a model reference (`models.model_folder`), or "new" for a random one.
       teacher: a model reference; "" for none.
       program_cache: the folder in which compiled programs are kept; "" for none
@@ -122,6 +124,7 @@ class Settings:
     dtype: str
     compute_dtype: str
     teacher_dtype: str
+    attention: str = field(metadata=affects(LAYOUT))
     student: str = field(metadata=affects(WORLD))  # `models.json` says which models a run has
     teacher: str = field(metadata=affects(WORLD))
     program_cache: str = field(metadata=affects(WORLD))
@@ -144,6 +147,7 @@ class Settings:
         check_within(*SEEDS, seed=self.seed)
         check_choice(FLOATS, dtype=self.dtype, compute_dtype=self.compute_dtype)
         check_choice((*FLOATS, "int8"), teacher_dtype=self.teacher_dtype)
+        check_choice(("auto", *ATTENTION), attention=self.attention)
         _check_student(self)
         _check_batches(self)
         _check_retries(self)

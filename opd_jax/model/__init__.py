@@ -2,7 +2,7 @@
 
 - `sizes`: sizes and switches. `params`: shapes, logical axes, initialization.
 - `transformer`: the forward passes, over whole sequences and over a cache.
-- `attention`, `cache`, `projections`, `moe`: their parts.
+- `attention`, `kernels`, `cache`, `projections`, `moe`: their parts.
 - `int8`: frozen weights in 8 bits. `lora`: adapters beside frozen weights.
 """
 
@@ -13,6 +13,7 @@ from opd_jax.model.cache import (
     cache_specs,
     init_cache,
 )
+from opd_jax.model.kernels import attention_on
 from opd_jax.model.params import (
     Params,
     ParamSpec,

@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from opd_jax.model import kernels
 from opd_jax.model.cache import Buffer, Int8Slots, take_rows
 
 # Split a sequence into at most 8 spans; each attends only to keys before its end. Half of all pairs
@@ -23,12 +24,18 @@ _MASKED = jnp.finfo(jnp.float32).min
 
 
 def attention(
-    q_BTNH: jax.Array, k_BTGH: jax.Array, v_BTGH: jax.Array, *, query_chunk: int
+    q_BTNH: jax.Array,
+    k_BTGH: jax.Array,
+    v_BTGH: jax.Array,
+    *,
+    query_chunk: int,
+    implementation: str = "plain",
 ) -> jax.Array:
-    """softmax(q kᵀ / √H) v of a sequence over itself, `query_chunk` queries at a time.
+    """softmax(q kᵀ / √H) v of a sequence over itself.
 
-    A query attends to the keys at and before its own position. The backward pass rematerializes
-    each chunk, so no `[T, T]` array outlives a chunk.
+    A query attends to the keys at and before its own position. Plainly, `query_chunk` queries are
+    computed at a time, and the backward pass rematerializes each chunk, so no `[T, T]` array
+    outlives a chunk.
 
     Args:
       q_BTNH: queries, float [B, T, N, H], rotated.
@@ -36,10 +43,13 @@ def attention(
       v_BTGH: values, [B, T, G, H].
       query_chunk: queries at a time, ≥ 1; T need not be a multiple of it. A span is a whole number
         of chunks.
+      implementation: a key of `kernels.ATTENTION`; plain where its kernel cannot serve.
 
     Returns:
       [B, T, N, H] in the dtype of the queries. Scores and softmax are float32.
     """
+    if kernel := kernels.over_itself(implementation, q_BTNH, k_BTGH):
+        return kernel(q_BTNH, k_BTGH, v_BTGH)
     T = q_BTNH.shape[1]
     chunks = -(-T // query_chunk)
     span = -(-chunks // _SPANS) * query_chunk

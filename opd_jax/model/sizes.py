@@ -51,6 +51,7 @@ class ModelConfig:
       tied: the output head is the transposed embedding.
       experts: a mixture of experts replaces the dense feed-forward layer; None for a dense model.
       unused_ids: rows of the embedding that no token has, ranges [start, stop); never sampled.
+      attention: what computes it, a key of `kernels.ATTENTION`.
     """
 
     vocab_size: int
@@ -69,6 +70,7 @@ class ModelConfig:
     tied: bool
     experts: moe.Experts | None = None
     unused_ids: tuple[tuple[int, int], ...] = ()
+    attention: str = "plain"
 
     def __post_init__(self):
         sizes = ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim")

@@ -174,7 +174,7 @@ def forward(
 
     def block(x_BTD: jax.Array, layer: Params) -> tuple[jax.Array, None]:
         q, k, v = _qkv(layer, x_BTD, cos, sin, config, **how)
-        mixed = attention(q, k, v, query_chunk=query_chunk)
+        mixed = attention(q, k, v, query_chunk=query_chunk, implementation=config.attention)
         return _after_attention(layer, x_BTD, mixed, config, **how), None
 
     x, _ = jax.lax.scan(REMAT[remat](block), x, params["layers"])

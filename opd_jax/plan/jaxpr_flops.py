@@ -18,7 +18,8 @@ def count_flops(jaxpr: Jaxpr | ClosedJaxpr, *, while_trips: Sequence[float] = ()
     """Multiplications and additions of all matrix products, over all devices.
 
     Loops multiply what is in them. Of a condition, the most expensive branch counts. A kernel
-    (`pallas_call`) counts its body at every point of its grid, also at points that it skips.
+    (`pallas_call`) counts its body at every point of its grid; that of splash attention, at those
+    that a causal mask leaves.
 
     Args:
       while_trips: of `while` loops with products: of an outermost one, of one inside it, and so on.
@@ -79,12 +80,22 @@ def _product(equation: Any, not_free: set[int]) -> int:
     return 2 * math.prod(left) * math.prod(free)
 
 
-def _times(name: str, params: dict[str, Any]) -> int:
+def _times(name: str, params: dict[str, Any]) -> float:
     if name == "scan":
         return params["length"]
     if name == "shard_map":  # its body is the work of one device
         manual = params.get("newly_manual_axes") or params["manual_axes"]  # its older name
         return math.prod(params["mesh"].shape[axis] for axis in manual)
     if name == "pallas_call":
-        return math.prod(params["grid_mapping"].grid)
+        grid = params["grid_mapping"].grid
+        return math.prod(grid) * (_at_or_below_the_diagonal(grid[-1]) if _is_splash(params) else 1)
     return 1
+
+
+def _is_splash(params: dict[str, Any]) -> bool:
+    return str(params["name"]).startswith("splash")
+
+
+def _at_or_below_the_diagonal(blocks: int) -> float:
+    """The share of the blocks of scores, `blocks` × `blocks`."""
+    return (blocks + 1) / (2 * blocks)

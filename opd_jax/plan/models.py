@@ -8,7 +8,7 @@ from opd_jax.config.models import model_folder, new_sizes, student_dtype
 from opd_jax.config.settings import Settings
 from opd_jax.hf.published import PUBLISHED
 from opd_jax.judge.answer import label_tokens
-from opd_jax.model import ModelConfig
+from opd_jax.model import ModelConfig, attention_on
 
 # "SKIP", "WEAK" and "STRONG" take at most so many tokens in large vocabularies.
 _USUAL_LABEL_WIDTH = 2
@@ -24,12 +24,24 @@ class PlannedModel:
     label_width: int  # most tokens of a label's word; without a tokenizer the usual number
 
 
-def planned_pair(settings: Settings) -> tuple[PlannedModel, PlannedModel | None]:
-    """Student and teacher of a config, with the vocabulary that they share.
+def planned_pair(settings: Settings, *, platform: str) -> tuple[PlannedModel, PlannedModel | None]:
+    """Student and teacher of a config on a platform (JAX's name).
 
     Raises:
-      ValueError: a model is neither a folder nor one of `hf.published`; else as in `hf`.
+      ValueError: a model is neither a folder nor one of `hf.published`, or `attention` is for
+        another platform; else as in `hf`.
     """
+    attention = attention_on(platform, settings.attention)
+    student, teacher = _pair(settings)
+    return _attending(student, attention), teacher and _attending(teacher, attention)
+
+
+def _attending(model: PlannedModel, attention: str) -> PlannedModel:
+    return replace(model, sizes=replace(model.sizes, attention=attention))
+
+
+def _pair(settings: Settings) -> tuple[PlannedModel, PlannedModel | None]:
+    """Student and teacher with the vocabulary that they share."""
     if settings.student == "new":
         sizes, tokenizer = new_sizes(settings)
         width = label_tokens(ChatFormat.from_tokenizer(tokenizer))[0].shape[1]

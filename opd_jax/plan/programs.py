@@ -46,7 +46,7 @@ def plan_run(
     settings, sizes = read_settings(config), config.mesh.to_dict()
     mesh = make_mesh(**sizes, devices=devices) if devices else abstract_mesh(**sizes)
     place, work = Placement(mesh, where.chip.platform), workload(settings)
-    student, teacher = planned_pair(settings)
+    student, teacher = planned_pair(settings, platform=where.chip.platform)
     lora = build.adapters(settings)
     loaded = place.params(student.sizes, student.dtype)
     trained = place.arrays(lora_specs(student.sizes, lora), settings.dtype) if lora else loaded

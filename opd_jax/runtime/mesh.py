@@ -217,9 +217,9 @@ def replicate(tree: Any) -> Any:
 
 
 def shard_map(
-    function: Callable, *, in_axes: Any, out_axes: Any, summed: str, rules: Rules
+    function: Callable, *, in_axes: Any, out_axes: Any, summed: str | None, rules: Rules
 ) -> Callable:
-    """`jax.shard_map` of `function` by logical axes, inside `jit`; results are psummed.
+    """`jax.shard_map` of `function` by logical axes, inside `jit`.
 
     For a partition that the compiler would not find. Without a mesh this is `function`.
 
@@ -228,6 +228,7 @@ def shard_map(
         None is replicated.
       out_axes: the same for the results.
       summed: the sharded logical axis that `function` contracts; results are psummed over it.
+        None: each device has its own part of the arguments, and of the results.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -237,10 +238,12 @@ def shard_map(
         return jax.tree.map(lambda axes: _spec(mesh.shape, axes, rules), tree, is_leaf=_is_axes)
 
     return jax.shard_map(
-        lambda *parts: psum(function(*parts), summed, rules=rules),
+        function if summed is None else lambda *x: psum(function(*x), summed, rules=rules),
         mesh=mesh,
         in_specs=specs(in_axes),
         out_specs=specs(out_axes),
+        # A kernel does not say over which axes its results vary.
+        check_vma=summed is not None,
     )
 
 

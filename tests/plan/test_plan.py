@@ -230,14 +230,14 @@ def test_models_built_from_nothing_are_planned_too():
 
 
 def test_sizes_come_from_a_folder_or_are_the_published_ones():
-    student, teacher = planned_pair(read(QUICKSTART))
+    student, teacher = planned_pair(read(QUICKSTART), platform="cpu")
     assert "config.json" in student.source
     assert (student.sizes.d_model, teacher.sizes.d_model) == (64, 96)
     assert teacher.label_width == 1  # its tokenizer has the labels' words
-    student, _ = planned_pair(read(PAPER))
+    student, _ = planned_pair(read(PAPER), platform="cpu")
     assert "published sizes of Qwen3-1.7B" in student.source
     with pytest.raises(ValueError, match=r"`teacher`.*Qwen3-32B.*models/Nobody-7B"):
-        planned_pair(read(PAPER, "teacher=models/Nobody-7B"))
+        planned_pair(read(PAPER, "teacher=models/Nobody-7B"), platform="cpu")
 
 
 # --- Bounds and verdicts

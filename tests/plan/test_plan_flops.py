@@ -11,6 +11,7 @@ from models import TINY
 
 from opd_jax.losses import fused_loss, fused_scores
 from opd_jax.model import forward, init_params
+from opd_jax.model.attention import attention
 from opd_jax.plan.jaxpr_flops import count_flops
 
 QWEN = replace(TINY, vocab_size=96, num_layers=3, tied=True)
@@ -125,6 +126,23 @@ def test_a_kernel_counts_at_each_point_of_its_grid():
         return pl.pallas_call(kernel, out_shape=shape, grid=(5,))(x, y)
 
     assert flops(run, (8, 8), (8, 8)) == 5 * 2 * 8**3
+
+
+def test_splash_attention_counts_the_blocks_that_a_causal_mask_leaves():
+    def attend(q, k, v):
+        return attention(q, k, v, query_chunk=512, implementation="pallas")
+
+    def loss(q, k, v):
+        return jnp.sum(attend(q, k, v))
+
+    B, T, N, G, H = 2, 2048, 4, 2, 64
+    shapes = (B, T, N, H), (B, T, G, H), (B, T, G, H)
+    product = 2 * B * N * H * 512**2 * (1 + 2 + 3 + 4)  # four blocks of queries
+    assert flops(attend, *shapes) == 2 * product
+    # Scores and their gradient are formed twice: for keys and values, and for queries. Each query
+    # is once multiplied with its own gradient.
+    gradient = jax.grad(loss, argnums=(0, 1, 2))
+    assert flops(gradient, *shapes) == (2 + 4 + 3) * product + 2 * B * N * T * H
 
 
 def test_a_forward_pass_is_its_weights_and_its_attention():
