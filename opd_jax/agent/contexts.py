@@ -52,12 +52,7 @@ class ContextCache:
         self.contexts: list[list[int]] = [[] for _ in range(rows)]
         self.held = np.zeros(rows, np.int32)  # how many tokens of its context each row holds
         self._cache = model.init_cache(
-            sizes,
-            batch=rows,
-            slots=slots,
-            dtype=params["embed"].dtype,
-            layout=model.backend_cache_layout(),
-            int8=int8,
+            sizes, batch=rows, slots=slots, dtype=params["embed"].dtype, int8=int8
         )
 
     def clear(self, row: int) -> None:

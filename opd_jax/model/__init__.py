@@ -8,8 +8,6 @@
 
 from opd_jax.model.cache import (
     KVCache,
-    backend_cache_layout,
-    cache_layout,
     cache_specs,
     init_cache,
 )

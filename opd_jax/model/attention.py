@@ -12,11 +12,6 @@ from opd_jax.model.cache import Buffer, Int8Slots, take_rows
 # of query and key are masked; 8 spans skip 7/8 of those. Each span adds code to compile.
 _SPANS = 8
 
-# The einsums over a block of the cache, for each layout. The M queries of a group are those of its
-# heads, for each new token: a product with an axis of its own for one token is slower on a CPU.
-_SCORES = {"BGSH": "bgmh,bgsh->bgms", "BSGH": "bgmh,bsgh->bgms"}
-_VALUES = {"BGSH": "bgms,bgsh->bgmh", "BSGH": "bgms,bsgh->bgmh"}
-
 # Slots at a time. On a CPU 64 to 256 are equally fast.
 BLOCK = 128
 
@@ -99,12 +94,11 @@ def _at_once(
 
 def cached_attention(
     q_BTNH: jax.Array,
-    k: Buffer,
-    v: Buffer,
+    k_CGSH: Buffer,
+    v_CGSH: Buffer,
     position_BT: jax.Array,
     *,
     slots_read: jax.Array,
-    layout: str,
     rows: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(q kᵀ / √H) v of new tokens over a cache, a block of slots at a time.
@@ -115,12 +109,11 @@ def cached_attention(
 
     Args:
       q_BTNH: queries, float [B, T, N, H], rotated.
-      k: keys of all slots, rotated, in `layout`: [C, G, S, H] or [C, S, G, H]. G divides N. The
-        scales of an `Int8Slots` multiply scores, and those of values the probabilities.
-      v: values, in `layout`.
+      k_CGSH: keys of all slots, [C, G, S, H], rotated. G divides N. The scales of an `Int8Slots`
+        multiply scores, and those of values the probabilities.
+      v_CGSH: values, [C, G, S, H].
       position_BT: int32 position of each query.
       slots_read: int32, the first of all slots that no query sees. It sets the number of blocks.
-      layout: "BGSH" or "BSGH".
       rows: the cache's row of each of the B rows, int32 (`cache.take_rows`); None: they are the
         same, and B = C.
 
@@ -130,22 +123,22 @@ def cached_attention(
     Source: Milakov and Gimelshein, arXiv 1805.02867.
     """
     B, T, N, H = q_BTNH.shape
-    shape = (k.values if isinstance(k, Int8Slots) else k).shape
-    axis, G = layout.index("S"), shape[layout.index("G")]
-    S, M = shape[axis], T * N // G
-    size = min(BLOCK, S)
+    G, S = jax.tree.leaves(k_CGSH)[0].shape[1:3]
+    M, size = T * N // G, min(BLOCK, S)
+    # The M queries of a group are those of its heads, for each new token: a product with an axis of
+    # its own for one token is slower on a CPU.
     q = jnp.moveaxis(q_BTNH.reshape(B, T, G, N // G, H), 2, 1).reshape(B, G, M, H)
     position_BM = jnp.repeat(position_BT, N // G, axis=1)[:, None, :, None]
 
     def read(block: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         top, total, mixed = carry
         start = jnp.minimum(block * size, S - size)  # the last block overlaps the one before
-        part = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=axis)
+        part = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=2)
         (keys, of_keys), (values, of_values) = (
-            _floats(jax.tree.map(lambda x: take_rows(part(x), rows), buffer), q.dtype, layout)
-            for buffer in (k, v)
+            _floats(jax.tree.map(lambda x: take_rows(part(x), rows), buffer), q.dtype)
+            for buffer in (k_CGSH, v_CGSH)
         )
-        scores = jnp.einsum(_SCORES[layout], q, keys, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("bgmh,bgsh->bgms", q, keys, preferred_element_type=jnp.float32)
         scores *= of_keys
         slot = start + jnp.arange(size)
         visible = (slot <= position_BM) & (slot >= block * size)
@@ -153,7 +146,7 @@ def cached_attention(
         higher = jnp.maximum(top, scores.max(axis=-1))
         probs, kept = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
         weighed = (probs * of_values).astype(values.dtype)
-        more = jnp.einsum(_VALUES[layout], weighed, values, preferred_element_type=jnp.float32)
+        more = jnp.einsum("bgms,bgsh->bgmh", weighed, values, preferred_element_type=jnp.float32)
         return higher, total * kept + probs.sum(axis=-1), mixed * kept[..., None] + more
 
     nothing = jnp.zeros((B, G, M), jnp.float32)
@@ -163,9 +156,8 @@ def cached_attention(
     return jnp.moveaxis(mixed, 1, 2).reshape(B, T, N, H)
 
 
-def _floats(buffer: Buffer, dtype: jnp.dtype, layout: str) -> tuple[jax.Array, jax.Array | float]:
-    """Slots in a float dtype, and their scales as [C, G, 1, S]; integers are exact in bfloat16."""
+def _floats(buffer: Buffer, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | float]:
+    """Slots in a float dtype, and their scales as [B, G, 1, S]; integers are exact in bfloat16."""
     if not isinstance(buffer, Int8Slots):
         return buffer, 1.0
-    scale = buffer.scale if layout == "BGSH" else jnp.moveaxis(buffer.scale, 1, 2)
-    return buffer.values.astype(dtype), scale[:, :, None, :]
+    return buffer.values.astype(dtype), buffer.scale[:, :, None, :]

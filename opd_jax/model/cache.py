@@ -13,7 +13,9 @@ from opd_jax.model.sizes import ModelConfig
 from opd_jax.runtime import mesh
 from opd_jax.runtime.mesh import DECODING, constrain, param_shardings
 
-_CACHE_AXES = {"B": "batch", "G": "kv_heads", "S": "slots", "H": "head_dim"}
+# [B, G, S, H]: the slots of a head follow each other, as kernels read them. The TPU compiler copies
+# no cache for it either.
+_AXES = ("batch", "kv_heads", "slots", "head_dim")
 
 
 @struct.dataclass
@@ -21,8 +23,8 @@ class Int8Slots:
     """Keys or values as `values · scale`: half the bytes of bfloat16.
 
     Attributes:
-      values: int8 in the cache's layout, -127..127.
-      scale: float32 in that layout without H: max |x| / 127 of each slot and head.
+      values: int8 [B, G, S, H], -127..127.
+      scale: float32 [B, G, S]: max |x| / 127 of each head of a token.
     """
 
     values: Any
@@ -40,55 +42,33 @@ class KVCache:
     row's length rolls it back: later slots are masked, then overwritten.
 
     Attributes:
-      keys: one buffer for each of L layers, in `layout`: [B, G, S, H] or [B, S, G, H]; an array, or
-        an `Int8Slots`.
+      keys: one buffer for each of L layers: an array [B, G, S, H], or an `Int8Slots`.
       values: the same.
       lengths: int32 [B], the number of tokens in each row.
-      layout: "BGSH" or "BSGH"; static.
     """
 
     keys: tuple[Buffer, ...]
     values: tuple[Buffer, ...]
     lengths: jax.Array
-    layout: str = struct.field(pytree_node=False)
 
     @property
     def slots(self) -> int:
         """Slots in each row, `S`."""
-        return jax.tree.leaves(self.keys)[0].shape[self.layout.index("S")]
-
-
-def cache_layout(platform: str) -> str:
-    """The layout that `attention` reads without copies; `platform` is JAX's name for it."""
-    return "BSGH" if platform == "tpu" else "BGSH"
-
-
-def backend_cache_layout() -> str:
-    """`cache_layout` of the current backend."""
-    return cache_layout(jax.default_backend())
+        return jax.tree.leaves(self.keys)[0].shape[2]
 
 
 def cache_specs(
-    config: ModelConfig, *, batch: int, slots: int, layout: str, int8: bool = False
+    config: ModelConfig, *, batch: int, slots: int, int8: bool = False
 ) -> ParamSpec | Int8Slots:
     """Shape and logical axes of one layer's keys; its values have the same."""
-    sizes = {"B": batch, "G": config.num_kv_heads, "S": slots, "H": config.head_dim}
-
-    def spec(axes: str) -> ParamSpec:
-        return ParamSpec(tuple(sizes[a] for a in axes), tuple(_CACHE_AXES[a] for a in axes), 0.0)
-
-    return Int8Slots(spec(layout), spec(layout.replace("H", ""))) if int8 else spec(layout)
+    shape = batch, config.num_kv_heads, slots, config.head_dim
+    spec = ParamSpec(shape, _AXES, 0.0)
+    return Int8Slots(spec, ParamSpec(shape[:-1], _AXES[:-1], 0.0)) if int8 else spec
 
 
-@partial(jax.jit, static_argnames=("config", "batch", "slots", "dtype", "layout", "int8"))
+@partial(jax.jit, static_argnames=("config", "batch", "slots", "dtype", "int8"))
 def init_cache(
-    config: ModelConfig,
-    *,
-    batch: int,
-    slots: int,
-    dtype: jnp.dtype,
-    layout: str,
-    int8: bool = False,
+    config: ModelConfig, *, batch: int, slots: int, dtype: jnp.dtype, int8: bool = False
 ) -> KVCache:
     """An empty cache of `batch` rows with `slots` slots each, sharded over the current mesh.
 
@@ -97,7 +77,7 @@ def init_cache(
     Raises:
       ValueError: the rows or the heads do not divide evenly over the mesh.
     """
-    specs = cache_specs(config, batch=batch, slots=slots, layout=layout, int8=int8)
+    specs = cache_specs(config, batch=batch, slots=slots, int8=int8)
     if not (current := jax.sharding.get_abstract_mesh()).empty:
         param_shardings({"cache": specs}, current, rules=DECODING)  # raises
 
@@ -113,14 +93,13 @@ def init_cache(
         return tuple(buffer() for _ in range(config.num_layers))
 
     lengths = constrain(jnp.zeros(batch, jnp.int32), "batch", rules=DECODING)
-    return KVCache(buffers(), buffers(), lengths, layout)
+    return KVCache(buffers(), buffers(), lengths)
 
 
 def append(
     buffer: Buffer,
     new_BTGH: jax.Array,
     slot_BT: jax.Array,
-    layout: str,
     *,
     rows: jax.Array | None = None,
 ) -> Buffer:
@@ -131,14 +110,13 @@ def append(
     if isinstance(buffer, Int8Slots):
         values, scale = _quantized(new_BTGH)
         return Int8Slots(
-            append(buffer.values, values, slot_BT, layout, rows=rows),
-            append(buffer.scale, scale, slot_BT, layout.replace("H", ""), rows=rows),
+            append(buffer.values, values, slot_BT, rows=rows),
+            append(buffer.scale, scale, slot_BT, rows=rows),
         )
-    write = _write_BSGH if layout.startswith("BSG") else _write_BGSH
     rows = jnp.arange(buffer.shape[0]) if rows is None else rows
-    grown = _by_shard(write, buffer, new_BTGH, slot_BT, rows)
+    grown = _by_shard(_write, buffer, new_BTGH, slot_BT, rows)
     # The sharding of the donated buffer, so that it is written in place.
-    return constrain(grown, *(_CACHE_AXES[axis] for axis in layout), rules=DECODING)
+    return constrain(grown, *_AXES[: grown.ndim], rules=DECODING)
 
 
 def _quantized(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -148,11 +126,7 @@ def _quantized(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
 
 
-def _write_BSGH(buffer, new_BTGH, slot_BT, rows):
-    return buffer.at[rows[:, None], slot_BT].set(new_BTGH, mode="drop")
-
-
-def _write_BGSH(buffer, new_BTGH, slot_BT, rows):
+def _write(buffer, new_BTGH, slot_BT, rows):
     group = jnp.arange(buffer.shape[1])
     return buffer.at[rows[:, None, None], group, slot_BT[..., None]].set(new_BTGH, mode="drop")
 

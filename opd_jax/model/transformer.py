@@ -232,11 +232,9 @@ def forward_cached(
         x_BTD: jax.Array, k: Buffer, v: Buffer, layer: Params
     ) -> tuple[jax.Array, Buffer, Buffer]:
         q, new_k, new_v = _qkv(layer, x_BTD, cos, sin, config, **how)
-        k = append(k, new_k, slot_BT, cache.layout, rows=rows)
-        v = append(v, new_v, slot_BT, cache.layout, rows=rows)
-        mixed = cached_attention(
-            q, k, v, position_BT, slots_read=slots_read, layout=cache.layout, rows=rows
-        )
+        k = append(k, new_k, slot_BT, rows=rows)
+        v = append(v, new_v, slot_BT, rows=rows)
+        mixed = cached_attention(q, k, v, position_BT, slots_read=slots_read, rows=rows)
         return _after_attention(layer, x_BTD, mixed, config, **how), k, v
 
     keys, values = [], []

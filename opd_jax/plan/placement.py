@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from opd_jax.model import ModelConfig, cache_layout, is_spec, param_specs
+from opd_jax.model import ModelConfig, is_spec, param_specs
 from opd_jax.model.int8 import int8_specs, quantize_params
 from opd_jax.runtime import mesh as meshes
 
@@ -37,11 +37,6 @@ class Placement:
 
     mesh: meshes.AnyMesh
     platform: str
-
-    @property
-    def layout(self) -> str:
-        """The layout of caches."""
-        return cache_layout(self.platform)
 
     def params(
         self,

@@ -35,15 +35,14 @@ class Player:
 
     def cache(self, *, rows: int, slots: int, int8: bool = False) -> Any:
         """What `model.init_cache` returns."""
-        place, layout = self.place, self.place.layout
-        spec = cache_specs(self.sizes, batch=rows, slots=slots, layout=layout, int8=int8)
+        place, spec = self.place, cache_specs(self.sizes, batch=rows, slots=slots, int8=int8)
         arrays = partial(place.arrays, rules=DECODING)
         if isinstance(spec, Int8Slots):
             buffer: Any = Int8Slots(arrays(spec.values, "int8"), arrays(spec.scale, "float32"))
         else:
             buffer = arrays(spec, self.params["embed"].dtype)
         buffers = (buffer,) * self.sizes.num_layers
-        return KVCache(buffers, buffers, place.rows(rows), layout)
+        return KVCache(buffers, buffers, place.rows(rows))
 
     def read(self, name: str, cache: Any, width: int, *, rows: int, runs: float) -> Program:
         """Appends up to `width` tokens to `rows` rows of a cache."""

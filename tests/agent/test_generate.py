@@ -30,7 +30,6 @@ CONFIG = replace(
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0)
 PLAIN = Sampling(temperature=1.0, top_k=0, top_p=1.0)
 NO_STOP = (-1, -1)  # always two, for one compiled program
-LAYOUTS = ["BGSH", "BSGH"]
 PROMPTS = [[5], [7, 3, 7, 1, 22], [2, 9, 9, 9, 4, 17, 0, 23, 11]]
 
 
@@ -78,10 +77,8 @@ class Rows:
     tokens: list[list[int]]
 
     @classmethod
-    def start(cls, params: model.Params, prompts: list[list[int]], layout: str = "BGSH") -> "Rows":
-        cache = model.init_cache(
-            CONFIG, batch=len(prompts), slots=SLOTS, dtype=jnp.float32, layout=layout
-        )
+    def start(cls, params: model.Params, prompts: list[list[int]]) -> "Rows":
+        cache = model.init_cache(CONFIG, batch=len(prompts), slots=SLOTS, dtype=jnp.float32)
         rows = cls(params, cache, [[] for _ in prompts])
         rows.append(prompts)
         return rows
@@ -159,12 +156,9 @@ def test_logprobs_are_the_models_own_whatever_the_sampling(
         np.testing.assert_allclose(sampled, recomputed, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_later_turns_over_the_kept_cache_equal_a_fresh_prefill(
-    params: model.Params, layout: str
-) -> None:
+def test_later_turns_over_the_kept_cache_equal_a_fresh_prefill(params: model.Params) -> None:
     rng = np.random.default_rng(3)
-    rows = Rows.start(params, PROMPTS, layout)
+    rows = Rows.start(params, PROMPTS)
     for turn in range(4):
         # Ragged in what is appended and what is sampled; row 1 ends after its second turn.
         open_ = [True, turn < 2, True]
@@ -180,10 +174,10 @@ def test_later_turns_over_the_kept_cache_equal_a_fresh_prefill(
             np.testing.assert_allclose(logprobs[row], fresh[:budget], rtol=0, atol=1e-5)
     assert len({token for row in rows.tokens for token in row}) > 4  # no fixed point hides an error
 
-    fresh = Rows.start(params, rows.tokens, layout)
+    fresh = Rows.start(params, rows.tokens)
     np.testing.assert_array_equal(rows.cache.lengths, [len(row) - 1 for row in rows.tokens])
     np.testing.assert_array_equal(rows.cache.lengths, fresh.cache.lengths)
-    slots_first = (0, 2, 1, 3) if layout == "BGSH" else (0, 1, 2, 3)
+    slots_first = (0, 2, 1, 3)
     for kept, prefilled in (
         *zip(rows.cache.keys, fresh.cache.keys, strict=True),
         *zip(rows.cache.values, fresh.cache.values, strict=True),
@@ -261,7 +255,7 @@ def test_ids_that_the_model_does_not_use_are_never_sampled(
     params: model.Params, sampling: Sampling
 ) -> None:
     config = replace(CONFIG, unused_ids=((0, 3), (9, VOCAB)))
-    cache = model.init_cache(config, batch=3, slots=SLOTS, dtype=jnp.float32, layout="BGSH")
+    cache = model.init_cache(config, batch=3, slots=SLOTS, dtype=jnp.float32)
     drawn = gen.generate(
         params,
         cache,

@@ -34,7 +34,6 @@ def cached_logits(
     config: ModelConfig,
     *,
     pieces: Sequence[Sequence[int]],
-    layout: str,
 ) -> np.ndarray:
     """The same over a cache. Each piece holds the number of tokens that each row appends.
 
@@ -43,7 +42,7 @@ def cached_logits(
     rows, width = len(tokens), max(map(max, pieces))
     append = jax.jit(partial(model.forward_cached, config=config, sharded=False))
     dtype = params["embed"].dtype
-    kv = model.init_cache(config, batch=rows, slots=24, dtype=dtype, layout=layout)
+    kv = model.init_cache(config, batch=rows, slots=24, dtype=dtype)
     out = np.zeros((*tokens.shape, config.vocab_size), np.float32)
     done = np.zeros(rows, int)
     for counts in pieces:

@@ -117,7 +117,7 @@ def test_both_passes_use_the_dequantized_weights(int8: Params) -> None:
     tolerance = 2e-6 * np.abs(want).max()
     assert_allclose(logits(int8, tokens, CONFIG), want, rtol=0, atol=tolerance)
     pieces = [[4] * 3, [4] * 3, [3] * 3]
-    cached = cached_logits(int8, tokens, CONFIG, pieces=pieces, layout="BGSH")
+    cached = cached_logits(int8, tokens, CONFIG, pieces=pieces)
     assert_allclose(cached, want, rtol=0, atol=tolerance)
 
 

@@ -29,16 +29,15 @@ def floats(buffer: Int8Slots) -> np.ndarray:
     return np.asarray(buffer.values, np.float64) * np.asarray(buffer.scale, np.float64)[..., None]
 
 
-@pytest.mark.parametrize("layout", ["BGSH", "BSGH"])
-def test_an_element_moves_by_at_most_half_a_scale(layout: str) -> None:
+def test_an_element_moves_by_at_most_half_a_scale() -> None:
     make: Any = partial(init_cache, CONFIG, batch=ROWS, slots=SLOTS, dtype=jnp.float32)
-    empty, exact = make(layout=layout, int8=True).keys[0], make(layout=layout).keys[0]
+    empty, exact = make(int8=True).keys[0], make().keys[0]
     new = normal(0, ROWS, NEW, 2, 16) * normal(1, ROWS, NEW, 2, 1)
     new[0, 1, 0] = 0  # no scale would do
     slots = LENGTHS[:, None] + np.arange(NEW)
     slots[2, 3] = SLOTS  # dropped
-    buffer = append(empty, jnp.asarray(new), jnp.asarray(slots), layout)
-    want = np.asarray(append(exact, jnp.asarray(new), jnp.asarray(slots), layout))
+    buffer = append(empty, jnp.asarray(new), jnp.asarray(slots))
+    want = np.asarray(append(exact, jnp.asarray(new), jnp.asarray(slots)))
     assert buffer.values.dtype == jnp.int8
     got, half = floats(buffer), np.asarray(buffer.scale)[..., None] / 2
     assert (np.abs(got - want) <= half * (1 + 1e-5)).all()
@@ -47,10 +46,9 @@ def test_an_element_moves_by_at_most_half_a_scale(layout: str) -> None:
     np.testing.assert_allclose(np.abs(got).max(axis=-1), largest, rtol=1e-6)
 
 
-@pytest.mark.parametrize("layout", ["BGSH", "BSGH"])
 @pytest.mark.parametrize("rows", [None, (2, 0)])
-def test_scales_multiply_scores_and_probabilities(layout: str, rows: tuple | None) -> None:
-    shape = tuple(dict(B=ROWS, G=2, S=SLOTS, H=16)[axis] for axis in layout)
+def test_scales_multiply_scores_and_probabilities(rows: tuple | None) -> None:
+    shape = ROWS, 2, SLOTS, 16
     keys, values = (
         Int8Slots(
             np.random.default_rng(seed).integers(-127, 128, shape).astype(np.int8),
@@ -61,7 +59,7 @@ def test_scales_multiply_scores_and_probabilities(layout: str, rows: tuple | Non
     which = None if rows is None else jnp.asarray(rows)
     B = ROWS if rows is None else len(rows)
     q, position = normal(4, B, 2, 4, 16), np.array([[4, 5], [0, 1], [16, 17]], np.int32)[:B]
-    attend = partial(cached_attention, slots_read=18, layout=layout, rows=which)
+    attend = partial(cached_attention, slots_read=18, rows=which)
     got = attend(q, keys, values, position)
     plain = (jnp.asarray(floats(buffer), jnp.float32) for buffer in (keys, values))
     np.testing.assert_allclose(got, attend(q, *plain, position), rtol=0, atol=2e-6)
@@ -73,9 +71,7 @@ def test_logits_over_it_are_near_those_over_floats() -> None:
     run = jax.jit(partial(model.forward_cached, config=CONFIG, sharded=False))
 
     def logits(int8: bool) -> np.ndarray:
-        kv = init_cache(
-            CONFIG, batch=ROWS, slots=SLOTS, dtype=jnp.float32, layout="BGSH", int8=int8
-        )
+        kv = init_cache(CONFIG, batch=ROWS, slots=SLOTS, dtype=jnp.float32, int8=int8)
         for piece in np.split(tokens, 3, axis=1):
             hidden, kv = run(params, kv, piece, np.full(ROWS, piece.shape[1], np.int32))
         assert (kv.slots, kv.lengths.tolist()) == (SLOTS, [12] * ROWS)
@@ -87,6 +83,6 @@ def test_logits_over_it_are_near_those_over_floats() -> None:
 
 def test_values_and_scales_are_sharded_alike() -> None:
     with jax.set_mesh(make_mesh(**dict(zip(MESH_AXES, (1, 2, 2, 1), strict=True)))):
-        kv = init_cache(CONFIG, batch=4, slots=8, dtype=jnp.float32, layout="BGSH", int8=True)
+        kv = init_cache(CONFIG, batch=4, slots=8, dtype=jnp.float32, int8=True)
     assert kv.keys[0].values.sharding.shard_shape((4, 2, 8, 16)) == (2, 1, 8, 16)
     assert kv.keys[0].scale.sharding.shard_shape((4, 2, 8)) == (2, 1, 8)

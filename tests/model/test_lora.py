@@ -86,7 +86,7 @@ def sampled(params: Params) -> tuple[np.ndarray, np.ndarray]:
     weights = gen.sampling_params(
         params, config=CONFIG, dtype=jnp.float32, gather=True, platform="cpu"
     )
-    kv = model.init_cache(CONFIG, batch=ROWS, slots=LENGTH, dtype=jnp.float32, layout="BGSH")
+    kv = model.init_cache(CONFIG, batch=ROWS, slots=LENGTH, dtype=jnp.float32)
     kv = gen.extend(weights, kv, tokens()[:, :4], jnp.full(ROWS, 3), config=CONFIG, sharded=False)
     _, out = gen.generate(
         weights,

@@ -137,7 +137,7 @@ def rows() -> np.ndarray:
 @jax.jit
 def one_token(params: Params, tokens: jax.Array) -> jax.Array:
     """Hidden states of one token a row, activations sent to sharded weights."""
-    kv = model.init_cache(CONFIG, batch=8, slots=8, dtype=jnp.float32, layout="BGSH")
+    kv = model.init_cache(CONFIG, batch=8, slots=8, dtype=jnp.float32)
     one = jnp.ones(8, jnp.int32)
     return model.forward_cached(params, kv, tokens, one, config=CONFIG, sharded=True)[0]
 

@@ -126,7 +126,7 @@ def sampled_from(params: Params, *, gather: bool = True) -> tuple[list[list[int]
     weights = gen.sampling_params(
         params, config=STUDENT, dtype=jnp.float32, gather=gather, platform="tpu"
     )
-    kv = model.init_cache(STUDENT, batch=ROWS, slots=SLOTS, dtype=jnp.float32, layout="BGSH")
+    kv = model.init_cache(STUDENT, batch=ROWS, slots=SLOTS, dtype=jnp.float32)
     keys = jax.random.split(jax.random.key(3), ROWS)
     place = kv.keys[0].sharding
     data, fsdp, decode, tensor = (place.mesh.shape[axis] for axis in MESH_AXES)
@@ -167,7 +167,7 @@ def judged(mesh: Mesh) -> np.ndarray:
     rng = np.random.default_rng(2)
     tokens = rng.integers(1, 64, (ROWS, 8)).astype(np.int32)
     counts = rng.integers(1, 9, ROWS).astype(np.int32)
-    kv = model.init_cache(TEACHER, batch=ROWS, slots=12, dtype=jnp.float32, layout="BGSH")
+    kv = model.init_cache(TEACHER, batch=ROWS, slots=12, dtype=jnp.float32)
     words = rng.integers(1, 64, (3, 2)).astype(np.int32)
     teacher = placed(TEACHER, 1, mesh, DECODING)
     shared: Any = dict(config=TEACHER, sharded=model.is_sharded(teacher))
@@ -255,7 +255,7 @@ def test_for_a_token_activations_are_sent_and_no_weights(mesh: Mesh) -> None:
         is_leaf=model.is_spec,
     )
     assert model.is_sharded(weights)
-    kv = model.init_cache(WIDE, batch=ROWS, slots=SLOTS, dtype=jnp.float32, layout="BGSH")
+    kv = model.init_cache(WIDE, batch=ROWS, slots=SLOTS, dtype=jnp.float32)
     rows = decoding(np.ones(ROWS, np.int32))
     keys = jax.random.split(jax.random.key(0), ROWS)
     how = dict(sampling=Sampling(temperature=1.0, top_k=0, top_p=1.0), chunk=4)
@@ -294,7 +294,7 @@ def test_in_bfloat16_partial_sums_are_not_rounded(mesh: Mesh) -> None:
     @partial(jax.jit, static_argnames="sharded")
     def logits(weights: Params, *, sharded: bool) -> jax.Array:
         dtype = weights["embed"].dtype
-        kv = model.init_cache(WIDE, batch=ROWS, slots=1, dtype=dtype, layout="BGSH")
+        kv = model.init_cache(WIDE, batch=ROWS, slots=1, dtype=dtype)
         one = jnp.ones(ROWS, jnp.int32)
         append = partial(model.forward_cached, config=WIDE, sharded=sharded)
         return model.logits(weights, append(weights, kv, tokens, one)[0], sharded=sharded)
@@ -315,8 +315,7 @@ def test_one_judging(mesh: Mesh) -> None:
 
 
 @pytest.mark.parametrize("mesh", [(2, 2, 1, 2)], indirect=True)
-@pytest.mark.parametrize("layout", ["BGSH", "BSGH"])
-def test_some_rows_read_on_their_own_devices(mesh: Mesh, layout: str) -> None:
+def test_some_rows_read_on_their_own_devices(mesh: Mesh) -> None:
     weights = placed(STUDENT, 0, mesh)
     rng = np.random.default_rng(5)
     first = rng.integers(1, 64, (ROWS, 6)).astype(np.int32), rng.integers(1, 7, ROWS)
@@ -327,7 +326,7 @@ def test_some_rows_read_on_their_own_devices(mesh: Mesh, layout: str) -> None:
     shared: Any = dict(config=STUDENT, sharded=model.is_sharded(weights))
 
     def read(rows: np.ndarray | None, tokens: np.ndarray, counts: np.ndarray) -> Any:
-        kv = model.init_cache(STUDENT, batch=ROWS, slots=SLOTS, dtype=jnp.float32, layout=layout)
+        kv = model.init_cache(STUDENT, batch=ROWS, slots=SLOTS, dtype=jnp.float32)
         kv = gen.extend(weights, kv, *decoding((first[0], first[1].astype(np.int32))), **shared)
         more = decoding((tokens, counts) if rows is None else (tokens, counts, rows))
         text = gen.extend.lower(weights, kv, *more, **shared).compile().as_text()
@@ -345,7 +344,7 @@ def test_some_rows_read_on_their_own_devices(mesh: Mesh, layout: str) -> None:
         (*some.keys, *some.values), (*all_rows.keys, *all_rows.values), strict=True
     ):
         assert ours.sharding == theirs.sharding
-        ours, theirs = (np.moveaxis(np.asarray(x), layout.index("S"), 1) for x in (ours, theirs))
+        ours, theirs = (np.moveaxis(np.asarray(x), 2, 1) for x in (ours, theirs))
         np.testing.assert_allclose(ours[filled], theirs[filled], rtol=1e-5, atol=2e-5)
     # At most the new keys are sent, never a part of the cache.
     files = ("model/cache.py", "model/attention.py")
@@ -357,4 +356,4 @@ def test_some_rows_read_on_their_own_devices(mesh: Mesh, layout: str) -> None:
 @pytest.mark.parametrize("mesh", [(2, 2, 1, 2)], indirect=True)
 def test_a_cache_that_does_not_divide_is_refused(mesh: Mesh) -> None:
     with pytest.raises(ValueError, match=r"`batch` = 15 must be divisible.* = 4"):
-        model.init_cache(STUDENT, batch=15, slots=8, dtype=jnp.float32, layout="BGSH")
+        model.init_cache(STUDENT, batch=15, slots=8, dtype=jnp.float32)

@@ -66,16 +66,14 @@ def test_rope_frequencies_are_those_of_transformers(references: dict) -> None:
     assert ((ratio > 1.01) & (ratio < 0.99 * factor)).any()
 
 
-@pytest.mark.parametrize(
-    ("name", "layout"), [("qwen3", "BGSH"), ("qwen2", "BSGH"), ("qwen3_moe", "BSGH")]
-)
+@pytest.mark.parametrize("name", ["qwen3", "qwen2", "qwen3_moe"])
 def test_ragged_pieces_over_a_cache_equal_one_forward(
-    references: dict, tokens: np.ndarray, name: str, layout: str
+    references: dict, tokens: np.ndarray, name: str
 ) -> None:
     config, params = load(references[name])
     pieces = [[7, 0, 3], [5, 7, 1], [0, 4, 0], [7, 0, 0]]  # a row may pause
     assert np.sum(pieces, axis=0).tolist() == LENGTHS
-    got = cached_logits(params, tokens, config, pieces=pieces, layout=layout)
+    got = cached_logits(params, tokens, config, pieces=pieces)
     want = logits(params, tokens, config)
     np.testing.assert_allclose(got[REAL], want[REAL], rtol=0, atol=1e-5)
 
@@ -83,7 +81,7 @@ def test_ragged_pieces_over_a_cache_equal_one_forward(
 def test_lowering_lengths_rolls_a_row_back(references: dict, tokens: np.ndarray) -> None:
     config, params = load(references["qwen3"])
     append = jax.jit(partial(model.forward_cached, config=config, sharded=False))
-    cache = model.init_cache(config, batch=3, slots=T, dtype=jnp.float32, layout="BGSH")
+    cache = model.init_cache(config, batch=3, slots=T, dtype=jnp.float32)
     wrong = tokens.copy()
     wrong[:, 5:] = 95 - wrong[:, 5:]
     _, cache = append(params, cache, wrong, jnp.array([T, T, T]))

@@ -64,7 +64,7 @@ def test_a_mesh_that_does_not_exist_is_refused(sizes: tuple[int, int, int], text
 
 def test_every_logical_axis_of_the_model_has_a_rule() -> None:
     mixture = replace(CONFIG, experts=Experts(count=4, per_token=2, d_ff=16, normalized=True))
-    cache = cache_specs(CONFIG, batch=8, slots=4, layout="BGSH")
+    cache = cache_specs(CONFIG, batch=8, slots=4)
     adapters = lora_specs(CONFIG, Lora(rank=2, alpha=1.0, targets=("q",), int8=False))
     trees = [param_specs(CONFIG), param_specs(mixture), adapters, cache]
     axes = {a for spec in jax.tree.leaves(trees, is_leaf=is_spec) for a in spec.axes}
