@@ -100,12 +100,14 @@ def cached_attention(
     *,
     slots_read: jax.Array,
     rows: jax.Array | None = None,
+    implementation: str = "plain",
 ) -> jax.Array:
-    """softmax(q kᵀ / √H) v of new tokens over a cache, a block of slots at a time.
+    """softmax(q kᵀ / √H) v of new tokens over a cache.
 
-    Slot s holds position s, so a query attends to slots `s <= position`. Later blocks rescale what
-    earlier ones gave (an online softmax). A block that a row does not see adds exactly 0 to it, so
-    its result does not depend on how far other rows make the loop go.
+    Slot s holds position s, so a query attends to slots `s <= position`. Plainly, a block of slots
+    is read at a time, by all rows. Later blocks rescale what earlier ones gave (an online softmax).
+    A block that a row does not see adds exactly 0 to it, so its result does not depend on how far
+    other rows make the loop go.
 
     Args:
       q_BTNH: queries, float [B, T, N, H], rotated.
@@ -116,12 +118,17 @@ def cached_attention(
       slots_read: int32, the first of all slots that no query sees. It sets the number of blocks.
       rows: the cache's row of each of the B rows, int32 (`cache.take_rows`); None: they are the
         same, and B = C.
+      implementation: a key of `kernels.ATTENTION`; plain where its kernel cannot serve.
 
     Returns:
       [B, T, N, H] in the dtype of the queries. Scores, softmax and sums are float32.
 
     Source: Milakov and Gimelshein, arXiv 1805.02867.
     """
+    if kernel := kernels.over_a_cache(implementation, q_BTNH, k_CGSH, rows):
+        # A row that is full and samples no more would read a slot too many.
+        lengths = jnp.minimum(position_BT[:, 0] + 1, jax.tree.leaves(k_CGSH)[0].shape[2])
+        return kernel(q_BTNH[:, 0], k_CGSH, v_CGSH, lengths)[:, None]
     B, T, N, H = q_BTNH.shape
     G, S = jax.tree.leaves(k_CGSH)[0].shape[1:3]
     M, size = T * N // G, min(BLOCK, S)

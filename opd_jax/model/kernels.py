@@ -1,8 +1,9 @@
 """Attention by kernels that come with JAX, for the shapes that they can serve.
 
-On a TPU: splash attention for a sequence over itself. On a GPU: cuDNN's. `attention` has the plain
-form, which they compute too, and falls back to it. A kernel runs on one device, so each device
-runs it on its own rows and heads.
+On a TPU: splash attention for a sequence over itself, and paged attention for one new token a row
+over a cache. On a GPU: cuDNN's, for a sequence over itself. `attention` has the plain forms, which
+they compute too, and falls back to them. A kernel runs on one device, so each device runs it on its
+own rows and heads.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from opd_jax.runtime.mesh import TRAINING, shard_map, shards
+from opd_jax.model.cache import Buffer, Int8Slots
+from opd_jax.runtime.mesh import DECODING, TRAINING, Rules, shard_map, shards
 
 # What computes attention -> the platform that it is for, as JAX names it; None: any.
 ATTENTION = {"plain": None, "pallas": "tpu", "cudnn": "gpu"}
@@ -29,7 +31,7 @@ _SPLASH_SIZES = (
 _QUERIES = ("batch", None, "heads", None)
 _KEYS = ("batch", None, "kv_heads", None)
 
-Kernel = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Kernel = Callable[..., jax.Array]
 
 
 def attention_on(platform: str, setting: str) -> str:
@@ -58,14 +60,42 @@ def over_itself(implementation: str, q_BTNH: jax.Array, k_BTGH: jax.Array) -> Ke
     whole blocks of a sequence, and head sizes that are multiples of 64. cuDNN needs 16-bit floats,
     and head sizes that are multiples of 8, up to 128.
     """
-    T, H = q_BTNH.shape[1], q_BTNH.shape[-1]
-    if len(k_BTGH) % shards("batch") or k_BTGH.shape[2] % shards("kv_heads"):
+    (B, T, G, H) = k_BTGH.shape
+    if not _divide(B, G, TRAINING):
         return None
     if implementation == "pallas" and _block(T) and H % 64 == 0:
         return _on_each_device(_splash)
     if implementation == "cudnn" and q_BTNH.dtype.itemsize == 2 and H % 8 == 0 and H <= 128:
         return _on_each_device(_cudnn)
     return None
+
+
+def over_a_cache(
+    implementation: str, q_BTNH: jax.Array, k_CGSH: Buffer, rows: jax.Array | None
+) -> Kernel | None:
+    """The kernel for these queries of new tokens and these keys of a cache; None if none can serve.
+
+    Its arguments are queries [B, N, H], keys and values [B, G, S, H], and lengths [B]: how many
+    slots each row reads, at least one. Paged attention needs one new token for each row of the
+    cache, rows and key/value heads that divide over the mesh, whole pages, head sizes that are
+    multiples of 128, and bfloat16, to which it rounds what it reads.
+    """
+    if implementation != "pallas" or rows is not None or q_BTNH.shape[1] > 1:
+        return None
+    if isinstance(k_CGSH, Int8Slots):
+        return None
+    C, G, S, H = k_CGSH.shape
+    if not _divide(C, G, DECODING) or not _block(S) or H % 128 or k_CGSH.dtype != jnp.bfloat16:
+        return None
+    cache = ("batch", "kv_heads", "slots", "head_dim")
+    queries = ("batch", "heads", "head_dim")
+    axes = queries, cache, cache, ("batch",)
+    return shard_map(_paged, in_axes=axes, out_axes=queries, summed=None, rules=DECODING)
+
+
+def _divide(rows: int, kv_heads: int, rules: Rules) -> bool:
+    ways = shards("batch", rules=rules), shards("kv_heads", rules=rules)
+    return rows % ways[0] == 0 and kv_heads % ways[1] == 0
 
 
 def _block(size: int) -> int | None:
@@ -100,6 +130,28 @@ def _splash(q_BTNH: jax.Array, k_BTGH: jax.Array, v_BTGH: jax.Array) -> jax.Arra
     )
     mixed = attend(heads(q_BTNH * H**-0.5), heads(k_BTGH), heads(v_BTGH))
     return jnp.swapaxes(mixed.reshape(B, N, T, H), 1, 2)
+
+
+def _paged(
+    q_BNH: jax.Array, k_BGSH: jax.Array, v_BGSH: jax.Array, lengths_B: jax.Array
+) -> jax.Array:
+    """Each row reads the pages that it has. Scores, softmax and sums are float32.
+
+    To the kernel each head of each row is a row of its own. So the cache is its pages in order, and
+    the page table counts upwards.
+
+    Source: Kwon et al., arXiv 2309.06180.
+    """
+    from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
+
+    G, S, H = k_BGSH.shape[1:]
+    page: Any = _block(S)
+    k, v = (x.reshape(1, -1, page, H) for x in (k_BGSH, v_BGSH))
+    q = q_BNH.reshape(len(q_BNH) * G, -1, H).astype(jnp.float32) * H**-0.5
+    table = jnp.arange(k.shape[1], dtype=jnp.int32).reshape(len(q), S // page)
+    lengths = jnp.repeat(lengths_B, G)
+    mixed = paged_attention(q, k, v, lengths, table, pages_per_compute_block=1)
+    return mixed.reshape(q_BNH.shape).astype(q_BNH.dtype)
 
 
 def _cudnn(q_BTNH: jax.Array, k_BTGH: jax.Array, v_BTGH: jax.Array) -> jax.Array:

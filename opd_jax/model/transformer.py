@@ -234,7 +234,15 @@ def forward_cached(
         q, new_k, new_v = _qkv(layer, x_BTD, cos, sin, config, **how)
         k = append(k, new_k, slot_BT, rows=rows)
         v = append(v, new_v, slot_BT, rows=rows)
-        mixed = cached_attention(q, k, v, position_BT, slots_read=slots_read, rows=rows)
+        mixed = cached_attention(
+            q,
+            k,
+            v,
+            position_BT,
+            slots_read=slots_read,
+            rows=rows,
+            implementation=config.attention,
+        )
         return _after_attention(layer, x_BTD, mixed, config, **how), k, v
 
     keys, values = [], []

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from opd_jax.model.attention import BLOCK
+
 _JAXPRS = (Jaxpr, ClosedJaxpr)
 
 
@@ -18,11 +20,12 @@ def count_flops(jaxpr: Jaxpr | ClosedJaxpr, *, while_trips: Sequence[float] = ()
     """Multiplications and additions of all matrix products, over all devices.
 
     Loops multiply what is in them. Of a condition, the most expensive branch counts. A kernel
-    (`pallas_call`) counts its body at every point of its grid; that of splash attention, at those
-    that a causal mask leaves.
+    (`pallas_call`) counts its body at every point of its grid, but for those of attention
+    (`_computed`).
 
     Args:
       while_trips: of `while` loops with products: of an outermost one, of one inside it, and so on.
+        A loop over a cache takes `attention.BLOCK` slots at a time.
 
     Raises:
       ValueError: more such loops are inside each other than `while_trips` has.
@@ -54,7 +57,7 @@ def _equation(equation: Any, while_trips: Sequence[float]) -> float:
     inside = [count_flops(part, while_trips=while_trips) for part in parts]
     if name == "cond":
         return max(inside)
-    return sum(inside) * _times(name, params)
+    return sum(inside) * _times(equation)
 
 
 def _has_product(jaxpr: Jaxpr | ClosedJaxpr) -> bool:
@@ -80,22 +83,30 @@ def _product(equation: Any, not_free: set[int]) -> int:
     return 2 * math.prod(left) * math.prod(free)
 
 
-def _times(name: str, params: dict[str, Any]) -> float:
+def _times(equation: Any) -> float:
+    name, params = equation.primitive.name, equation.params
     if name == "scan":
         return params["length"]
     if name == "shard_map":  # its body is the work of one device
         manual = params.get("newly_manual_axes") or params["manual_axes"]  # its older name
         return math.prod(params["mesh"].shape[axis] for axis in manual)
     if name == "pallas_call":
-        grid = params["grid_mapping"].grid
-        return math.prod(grid) * (_at_or_below_the_diagonal(grid[-1]) if _is_splash(params) else 1)
+        return math.prod(params["grid_mapping"].grid) * _computed(equation)
     return 1
 
 
-def _is_splash(params: dict[str, Any]) -> bool:
-    return str(params["name"]).startswith("splash")
+def _computed(kernel: Any) -> float:
+    """The share of what a kernel's body and grid say that it computes.
 
-
-def _at_or_below_the_diagonal(blocks: int) -> float:
-    """The share of the blocks of scores, `blocks` × `blocks`."""
-    return (blocks + 1) / (2 * blocks)
+    A causal mask leaves splash attention the blocks of scores at and below the diagonal. A loop of
+    paged attention has a page where others over a cache have a block of slots.
+    """
+    params = kernel.params
+    name = params["name"] or params["jaxpr"].debug_info.func_name
+    if name.startswith("splash"):
+        blocks = params["grid_mapping"].grid[-1]
+        return (blocks + 1) / (2 * blocks)
+    if name.startswith("paged"):
+        values = kernel.invars[-1].aval  # [1, pages, page, H]
+        return BLOCK / values.shape[-2]
+    return 1

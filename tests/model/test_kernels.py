@@ -6,13 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental.pallas.tpu import force_tpu_interpret_mode
 from models import TINY, assert_same_tree
 
 from opd_jax import model
 from opd_jax.model import attention_on, kernels
-from opd_jax.model.attention import attention
+from opd_jax.model.attention import attention, cached_attention
 from opd_jax.runtime.mesh import make_mesh
 
 
@@ -53,6 +54,43 @@ def test_each_device_attends_to_its_own_rows_and_heads():
     assert_same_tree(got, over_itself(*arrays, implementation="plain"), rounding=5e-6)
 
 
+def over_a_cache(*arrays: Any, implementation: str) -> jax.Array:
+    slots = jnp.int32(arrays[1].shape[2])
+    run = partial(cached_attention, slots_read=slots, implementation=implementation)
+    return jax.jit(run)(*arrays)
+
+
+def cache_and_queries(B: int, S: int, N: int, G: int, H: int) -> list[jax.Array]:
+    """Float32 queries, so that results are: keys and values are bfloat16."""
+    (q,) = normal((B, 1, N, H))
+    return [q, *normal((B, G, S, H), (B, G, S, H), dtype=jnp.bfloat16)]
+
+
+# First slot, within a page, at its end, the last slot, and behind it, where a full row is.
+POSITIONS = np.array([[0], [130], [383], [767], [768], [3], [384], [200]], np.int32)
+
+
+@pytest.mark.parametrize("sizes", [(6, 2), (8, 1)])  # groups of three, and of a whole tile
+def test_paged_attention_reads_what_each_row_has(sizes: tuple[int, int]):
+    q, k, v = cache_and_queries(8, 768, *sizes, 128)
+    with force_tpu_interpret_mode():
+        got = over_a_cache(q, k, v, POSITIONS, implementation="pallas")
+    exact = (q, k.astype(jnp.float32), v.astype(jnp.float32))
+    want = over_a_cache(*exact, POSITIONS, implementation="plain")
+    np.testing.assert_allclose(got, want, rtol=0, atol=5e-6)
+
+
+def test_each_device_reads_its_own_pages():
+    q, k, v = cache_and_queries(4, 256, 8, 4, 128)
+    mesh = make_mesh(data=1, fsdp=2, tensor=2, devices=jax.devices()[:4])
+    positions = POSITIONS[[1, 0, 4, 7]] % 256
+    with jax.set_mesh(mesh), force_tpu_interpret_mode():
+        got = over_a_cache(q, k, v, positions, implementation="pallas")
+    exact = (q, k.astype(jnp.float32), v.astype(jnp.float32))
+    want = over_a_cache(*exact, positions, implementation="plain")
+    np.testing.assert_allclose(got, want, rtol=0, atol=5e-6)
+
+
 def test_the_forward_pass_uses_the_kernel_that_its_config_names():
     config = replace(TINY, head_dim=64)
     init = partial(model.init_params, config, dtype=jnp.float32)
@@ -87,6 +125,27 @@ def test_a_kernel_serves_what_it_can(how: str, shape: tuple, dtype: str, served:
     q, k = (jax.ShapeDtypeStruct((B, T, n, H), jnp.dtype(dtype)) for n in (N, G))
     with jax.set_mesh(make_mesh(data=1, fsdp=2, tensor=2, devices=jax.devices()[:4])):
         assert (kernels.over_itself(how, q, k) is not None) == served
+
+
+@pytest.mark.parametrize(
+    ("how", "tokens", "slots", "head", "dtype", "served"),
+    [
+        ("plain", 1, 256, 128, "bfloat16", False),
+        ("cudnn", 1, 256, 128, "bfloat16", False),
+        ("pallas", 1, 256, 128, "bfloat16", True),
+        ("pallas", 2, 256, 128, "bfloat16", False),  # several new tokens
+        ("pallas", 1, 200, 128, "bfloat16", False),  # not whole pages
+        ("pallas", 1, 256, 64, "bfloat16", False),  # size of a head
+        ("pallas", 1, 256, 128, "float32", False),  # it would be rounded
+    ],
+)
+def test_a_kernel_reads_the_caches_that_it_can(
+    how: str, tokens: int, slots: int, head: int, dtype: str, served: bool
+):
+    q = jax.ShapeDtypeStruct((2, tokens, 4, head), jnp.dtype(dtype))
+    k = jax.ShapeDtypeStruct((2, 2, slots, head), jnp.dtype(dtype))
+    assert (kernels.over_a_cache(how, q, k, None) is not None) == served
+    assert kernels.over_a_cache(how, q, k, jnp.arange(2)) is None  # some rows of the cache
 
 
 def test_what_no_kernel_serves_is_plain_to_the_bit():

@@ -11,7 +11,7 @@ from models import TINY
 
 from opd_jax.losses import fused_loss, fused_scores
 from opd_jax.model import forward, init_params
-from opd_jax.model.attention import attention
+from opd_jax.model.attention import attention, cached_attention
 from opd_jax.plan.jaxpr_flops import count_flops
 
 QWEN = replace(TINY, vocab_size=96, num_layers=3, tied=True)
@@ -143,6 +143,20 @@ def test_splash_attention_counts_the_blocks_that_a_causal_mask_leaves():
     # is once multiplied with its own gradient.
     gradient = jax.grad(loss, argnums=(0, 1, 2))
     assert flops(gradient, *shapes) == (2 + 4 + 3) * product + 2 * B * N * T * H
+
+
+@pytest.mark.parametrize("how", ["plain", "pallas"])
+def test_reading_a_cache_counts_the_slots_that_are_read(how: str):
+    def read(q, k, v):
+        q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
+        position = jnp.zeros((B, 1), jnp.int32)
+        slots = jnp.int32(S)
+        return cached_attention(q, k, v, position, slots_read=slots, implementation=how)
+
+    B, S, N, G, H = 3, 1024, 4, 2, 128
+    shapes = (B, 1, N, H), (B, G, S, H), (B, G, S, H)
+    # 2.5 blocks of 128 slots, with a product for scores and one for values.
+    assert flops(read, *shapes, while_trips=[2.5]) == 2 * 2 * B * N * H * 320
 
 
 def test_a_forward_pass_is_its_weights_and_its_attention():
