@@ -420,16 +420,18 @@ def _sweep_forward(score, chunk_size, student_hidden, student_head, *rest):
 
     def body(total, chunk):
         argnums = (0, 1) if trains_head else (0,)
-        by = jax.value_and_grad(weighted, argnums=argnums, has_aux=True)
-        (loss, scores), (d_hidden, *d_head) = by(chunk[0], master_head, *chunk[1:])
-        return jax.tree.map(jnp.add, total, (loss, d_head)), (scores, d_hidden)
+        (d_hidden, *d_head), scores = jax.grad(weighted, argnums=argnums, has_aux=True)(
+            chunk[0], master_head, *chunk[1:]
+        )
+        return jax.tree.map(jnp.add, total, d_head), (scores, d_hidden)
 
     # In float32, so that the gradient adds up in float32.
     master_head = head.astype(jnp.float32)
-    zero = jnp.zeros((), jnp.float32), [jnp.zeros_like(master_head)] if trains_head else []
+    zero = [jnp.zeros_like(master_head)] if trains_head else []
     arrays = hidden, teacher_hidden, targets, weight
-    (loss, d_head), out = jax.lax.scan(body, zero, _chunks(arrays, chunk_size))
+    d_head, out = jax.lax.scan(body, zero, _chunks(arrays, chunk_size))
     scores, d_hidden = _joined(out, hidden.shape[0])
+    loss = _weighted_sum(scores.divergence, weight)
     return (loss, scores), (d_hidden, [x.astype(head.dtype) for x in d_head])
 
 

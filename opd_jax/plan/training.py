@@ -95,16 +95,18 @@ def _held(
     # Gradients are summed in float32: over micro-batches, and over chunks that of a trained head.
     gradient = 4 * (device_bytes(state.params) // jnp.dtype(settings.dtype).itemsize)
     head_gradient = 0 if settings.lora.rank else head("float32")
+    weighs = settings.objective.weight_reads_teacher
     # All-gathered as the student's is.
     ways = settings.mesh.fsdp * settings.mesh.decode
     teacher_head = device_bytes(said.head) * ways if said else 0
     return {
         "inputs of layers": (sizes.num_layers * inputs, 2 * parts),
         "gradient": (gradient, 2 * parts),
-        # Read for logits, for logits again, and for the gradient of hidden states.
-        "student's head": (head(settings.compute_dtype), 3 * chunks),
+        # Read for logits and for the gradient of hidden states.
+        "student's head": (head(settings.compute_dtype), 2 * chunks),
         "gradient of the head": (head_gradient, 2 * chunks),
-        "teacher's head": (teacher_head, 2 * chunks),
+        # Read for logits, and before for weights.
+        "teacher's head": (teacher_head, (1 + weighs) * chunks),
     }
 
 
