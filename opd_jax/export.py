@@ -60,16 +60,16 @@ def export(workdir: Path, out: Path, *, dtype: str = "folder", student: str = ""
         raise ValueError(f"`--workdir`: `{workdir}` has no checkpoint yet; let the run save one")
     if settings.student == "new":
         sizes, tokenizer_from = new_sizes(settings)
-        trained_in = settings.dtype
+        dtype = settings.dtype if dtype == "folder" else dtype
     else:
         tokenizer_from = model_folder(settings.student)
-        sizes, trained_in = hf.read_config(tokenizer_from), hf.read_dtype(tokenizer_from)
+        sizes = hf.read_config(tokenizer_from)
+        dtype = hf.read_dtype(tokenizer_from) if dtype == "folder" else dtype
     # Padding that the teacher lacks was cut from what was trained.
     if embed := checkpoints.shapes(newest).get("params/embed"):
         sizes = dataclasses.replace(sizes, vocab_size=embed[0])
     state, _ = checkpoints.restore(newest, {"params": _trained(settings, sizes)}, partial=True)
     params = with_adapters(_frozen(settings), state["params"], build.adapters(settings))
-    dtype = trained_in if dtype == "folder" else dtype
     hf.save_model(out, params, sizes, dtype=jnp.dtype(dtype), tokenizer_from=tokenizer_from)
     return newest
 

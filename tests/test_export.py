@@ -124,6 +124,12 @@ def test_an_export_has_the_dtype_of_the_students_folder_or_the_one_asked_for(
         got = hf.load_params(out, hf.read_config(out), dtype=jnp.dtype(name))
         want = jax.tree.map(lambda x, name=name: x.astype(name), trained)
         jax.tree.map(np.testing.assert_array_equal, got, want)
+    # A dtype that is asked for needs none of the folder.
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps({**config, "torch_dtype": "auto"}))
+    with pytest.raises(ValueError, match="got 'auto'"):
+        export.export(tmp_path / "run", tmp_path / "out")
+    export.export(tmp_path / "run", tmp_path / "out", dtype="bfloat16")
 
 
 def test_an_export_ends_a_turn_where_the_student_does(tmp_path: Path) -> None:
