@@ -308,6 +308,18 @@ def test_the_generator_refuses_what_it_cannot_do(flags, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
+@needs_engine
+def test_games_are_written_into_no_folder_that_nobody_means(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    for out in ("gs://bucket/games", "~no-such-user/games", "file/games"):
+        with pytest.raises(SystemExit) as stopped:
+            alfworld_games.main([f"--out={out}", "--games=1", "--seed=0"])
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize("index", range(GAMES))
 def test_every_game_can_be_won_as_its_walkthrough_says(index, folder):
     """This also shows that things have the names that `names` gives them."""

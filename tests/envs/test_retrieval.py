@@ -261,6 +261,13 @@ def test_the_command_says_in_a_line_what_is_wrong(capsys):
         assert said in capsys.readouterr().err
 
 
+def test_the_home_directory_of_a_corpus_is_understood(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))  # a shell does not expand it behind a flag's "="
+    with pytest.raises(SystemExit):
+        retrieval_server.main(["--corpus=~/absent.jsonl", "--port=0"])
+    assert f"no file `{tmp_path}/absent.jsonl`" in capsys.readouterr().err
+
+
 def test_an_address_that_cannot_be_used_is_named(index, bm25_url):
     port = int(re.search(r":(\d+)/", bm25_url)[1])
     for taken in (port, 70000):

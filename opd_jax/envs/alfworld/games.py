@@ -32,6 +32,8 @@ from opd_jax.envs.alfworld.problem import (
 )
 from opd_jax.envs.household.scenes import Draw
 from opd_jax.envs.household.tables import CLEAN, COOL, HEAT, LOOK, SIMPLE, TREATMENTS, TWO
+from opd_jax.runtime.exits import reported
+from opd_jax.runtime.files import local_path
 
 SUMMARY = "Generates games in ALFWorld's format; they are not ALFWorld's games."
 # Raise it with every change of what is drawn.
@@ -267,22 +269,21 @@ def write(out: Path, split: str, index: int, *, seed: int) -> Path:
 def main(arguments: Sequence[str]) -> None:
     """The command `python -m opd_jax.envs.alfworld.games`."""
     parser = argparse.ArgumentParser(prog="opd_jax.envs.alfworld.games", description=SUMMARY)
-    parser.add_argument("--out", type=Path, required=True, help="a new or empty folder")
+    parser.add_argument("--out", required=True, help="a new or empty folder")
     parser.add_argument("--games", type=int, required=True, help="games in each split")
     parser.add_argument("--seed", type=int, required=True)
     flags = parser.parse_args(arguments)
     if flags.games < 1:
         parser.error(f"`--games`: expected at least 1, got {flags.games}")
-    if flags.out.is_dir() and any(flags.out.iterdir()):
-        parser.error(f"`--out`: expected a new or an empty folder, got {str(flags.out)!r}")
-    try:
+    with reported():
+        out = local_path(flags.out, name="--out")
+        if out.is_dir() and any(out.iterdir()):
+            raise ValueError(f"`--out`: expected a new or an empty folder, got {flags.out!r}")
         for split in SPLITS:
             for index in range(flags.games):
-                write(flags.out, split, index, seed=flags.seed)
-            games = panel(flags.out.resolve(), split)
+                write(out, split, index, seed=flags.seed)
+            games = panel(out.resolve(), split)
             print(f"{split}: {len(games)} games, {digest(games)}")
-    except ValueError as error:
-        parser.error(str(error))
 
 
 if __name__ == "__main__":

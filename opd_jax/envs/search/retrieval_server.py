@@ -14,11 +14,11 @@ import os
 import sys
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 from opd_jax.envs.search.retrieval import BM25, load_bm25
 from opd_jax.runtime.exits import reported
+from opd_jax.runtime.files import local_path
 
 PATH = "/retrieve"
 _MOST_BYTES = 1 << 24
@@ -98,14 +98,14 @@ def make_server(index: BM25, *, host: str, port: int, top: int) -> ThreadingHTTP
 def main(argv: Sequence[str]) -> None:
     """The command `python -m opd_jax.envs.search.retrieval_server`."""
     usage = argparse.ArgumentParser(prog="python -m opd_jax.envs.search.retrieval_server")
-    usage.add_argument("--corpus", type=Path, required=True, help="JSONL, one passage a line")
+    usage.add_argument("--corpus", required=True, help="JSONL, one passage a line")
     usage.add_argument("--port", type=int, required=True, help="0 takes a free one")
     usage.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines too")
     usage.add_argument("--topk", type=int, default=3, help="passages a query, if not asked for")
     flags = usage.parse_args(argv)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # what `bm25s` does with JAX needs no more
     with reported():
-        index = load_bm25(flags.corpus)
+        index = load_bm25(local_path(flags.corpus, name="--corpus"))
         server = make_server(index, host=flags.host, port=flags.port, top=flags.topk)
         host, port = server.server_address[:2]
         print(f"{len(index.passages)} passages at http://{host!s}:{port}{PATH}", flush=True)
