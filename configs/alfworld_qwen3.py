@@ -12,7 +12,7 @@ Needs the extra `alfworld`, and ALFWorld's games: `alfworld-download`, with thei
 opd_jax.envs.alfworld.games --out=DIR --games=200 --seed=0` generates games in the same format.
 Tables mark their figures "generated": they are not ALFWorld's.
 
-Hardware: meant for eight accelerators of 80 GB (`mesh.fsdp`), and on the host 64 environments of
+Hardware: meant for eight accelerators of 80 GB (`mesh`), and on the host 64 environments of
 about 120 MB in processes of their own. We have not run it at this size, so there is no wall time.
 
 The paper's figures (single runs; ± 4 points with 140 and 134 games). Success in %, valid_seen /

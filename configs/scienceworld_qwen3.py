@@ -12,7 +12,7 @@ One type, identify-life-stages-2, has only four; its fifth is the last of its de
 `score` is the engine's, from -100 to 100; success is a score of 100. The expert follows the
 engine's own path, which in many tasks is longer than 30 turns.
 
-Hardware: meant for eight accelerators of 80 GB (`mesh.fsdp`), and on the host 64 environments of
+Hardware: meant for eight accelerators of 80 GB (`mesh`), and on the host 64 environments of
 about 450 MB, each with a Java process. We have not run it at this size, so there is no wall time.
 
 The paper's figures (single runs), mean score:

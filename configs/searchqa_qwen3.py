@@ -20,7 +20,7 @@ needs only the extra `searchqa`. Its figures are not SearchQA's, and tables say 
 
 Success is exact match. Tables also show `f1`, and `macro_average`, the mean over the seven sets.
 
-Hardware: meant for eight accelerators of 80 GB (`mesh.fsdp`), besides what the retrieval server
+Hardware: meant for eight accelerators of 80 GB (`mesh`), besides what the retrieval server
 takes. We have not run it at this size, so there is no wall time.
 
 The paper's figures (single runs), mean exact match in %: 0.6B from 8B opd 25.46, sage 25.31; 1.7B

@@ -4,6 +4,7 @@ Texts are not known before a run, so lengths are the largest that the config all
 takes all its turns and fills its context.
 """
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -83,8 +84,9 @@ def fit_to_slice(
 ) -> tuple[FrozenConfigDict, list[str]]:
     """The validated config on a slice of `chips`, and what was changed for it, in words.
 
-    If the mesh has another number of devices, `mesh.fsdp` is set to fill the slice. If then
-    micro-batches have fewer rows than the mesh splits them over, there are fewer of them.
+    If the mesh has another number of devices, `mesh.fsdp` and `mesh.decode` are set to fill the
+    slice, where they are not given. If micro-batches then have fewer rows than the mesh splits them
+    over, there are fewer of them.
 
     Args:
       given: fields set on the command line; these are not changed.
@@ -94,16 +96,23 @@ def fit_to_slice(
     """
     changed = ConfigDict(config.to_dict())
     mesh, notes = changed.mesh, []
-    others = mesh.data * mesh.decode * mesh.tensor
-    if others * mesh.fsdp != chips:
-        if chips % others or "mesh.fsdp" in given:
+    if math.prod(mesh.values()) != chips:
+        rest = chips // (mesh.data * mesh.tensor)
+        fsdp, decode = mesh.fsdp, mesh.decode
+        if "mesh.decode" not in given:
+            decode = rest // fsdp if "mesh.fsdp" in given else math.gcd(decode, rest)
+        if "mesh.fsdp" not in given:
+            fsdp = rest // decode if decode else 0
+        if mesh.data * fsdp * decode * mesh.tensor != chips:
             raise ValueError(
                 "`mesh.data` × `mesh.fsdp` × `mesh.decode` × `mesh.tensor` = "
                 f"{mesh.data} × {mesh.fsdp} × {mesh.decode} × {mesh.tensor} must multiply to the "
                 f"{chips} chips of the slice; change the mesh or the slice"
             )
-        notes.append(f"`mesh.fsdp` {mesh.fsdp} -> {chips // others}, to fill {chips} chips")
-        mesh.fsdp = chips // others
+        for name, size in {"fsdp": fsdp, "decode": decode}.items():
+            if mesh[name] != size:
+                notes.append(f"`mesh.{name}` {mesh[name]} -> {size}, to fill {chips} chips")
+                mesh[name] = size
     ways, rows = mesh.data * mesh.fsdp * mesh.decode, changed.rollout.batch
     parts = changed.train.micro_batches
     fits = [n for n in range(1, parts + 1) if rows % (n * ways) == 0]

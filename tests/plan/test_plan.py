@@ -28,7 +28,8 @@ PAPER, QUICKSTART = "alfworld_qwen3", "quickstart"
 
 
 def load(path: str, *fields: str):
-    return cfg.load(path, [f"--config.{field}" for field in fields])
+    """A config with one layout for training and decoding, unless a field says otherwise."""
+    return cfg.load(path, [f"--config.{field}" for field in ("mesh.decode=1", *fields)])
 
 
 def plan(path: str, *fields: str, chips: int = 1, given: tuple[str, ...] = ()) -> Run:
@@ -74,12 +75,16 @@ def test_fsdp_fills_the_slice_and_micro_batches_follow():
     filled = load(PAPER, "mesh.tensor=2", "mesh.fsdp=4", "mesh.data=2")
     config, changes = fit_to_slice(filled, chips=16, given=["mesh.fsdp"])
     assert (config.mesh.to_dict(), changes) == (dict(data=2, fsdp=4, decode=1, tensor=2), [])
+    # As many of a config's devices for decoding as divide the slice.
+    for chips, mesh in {32: (8, 4), 2: (1, 2), 1: (1, 1)}.items():
+        sizes = fit_to_slice(load(PAPER, "mesh.decode=4"), chips=chips, given=[])[0].mesh
+        assert (sizes.fsdp, sizes.decode) == mesh
 
 
 @pytest.mark.parametrize(
     ("fields", "chips", "expected"),
     [
-        (["mesh.fsdp=8"], 16, "1 × 8 × 1 × 1 must multiply to the 16 chips"),
+        (["mesh.decode=1", "mesh.fsdp=8"], 16, "1 × 8 × 1 × 1 must multiply to the 16 chips"),
         (["train.micro_batches=8"], 16, r"`train.micro_batches` = 8 does not divide over .* = 16"),
         (["mesh.tensor=3"], 16, "must multiply to the 16 chips"),
         (["mesh.tensor=16"], 16, r"`kv_heads` = 8 must be divisible by .*`tensor` = 16"),
@@ -363,10 +368,10 @@ def test_the_command_plans_a_paper_run_without_a_compiler(command):
     done = command("plan", paper, "--topology=v5e:4x4", "--compile=false", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["plan"]
-    assert (found["chips"], found["mesh"]) == (16, dict(data=1, fsdp=16, decode=1, tensor=1))
+    assert (found["chips"], found["mesh"]) == (16, dict(data=1, fsdp=4, decode=4, tensor=1))
     by_name = {program["name"]: program for program in found["programs"]}
     # The teacher's cache for 64 episodes is larger than a device: 64 layers, eight heads of 128,
-    # keys and values, two bytes; four rows on a device.
+    # keys and values, two bytes; four rows' worth on a device.
     cache = 64 * 8 * 128 * 2 * 2 * 16384 * 4
     assert by_name["evaluating the teacher: sampling"]["arguments"] > cache > V5E.memory
     assert by_name["evaluating the teacher: sampling"]["verdict"] == "does not fit"

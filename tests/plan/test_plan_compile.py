@@ -108,6 +108,7 @@ needs_tpu_compiler = pytest.mark.skipif(
 )
 PAPER = "configs/alfworld_qwen3.py:method=opd"
 SMALL = (
+    "--config.mesh.decode=1",
     "--config.env.max_turns=2",
     "--config.rollout.batch=8",
     "--config.rollout.context_tokens=256",
