@@ -34,7 +34,11 @@ class Begun(NamedTuple):
 def begin(env: Env, split: str, index: int) -> Begun:
     """Starts task `index` of `split`. Raises `WorldFailed` alone."""
     try:
-        return Begun(checked(env.reset(split, index)), env.task, env.system)
+        observation = checked(env.reset(split, index))
+        told = [getattr(env.task, name, None) for name in ("id", "type", "goal", "scene")]
+        if not all(isinstance(text, str) for text in (*told, env.system)):
+            raise ValueError(f"expected texts, got the task {env.task!r} and {env.system!r}")
+        return Begun(observation, env.task, env.system)
     except WorldFailed:
         raise
     except Exception as error:

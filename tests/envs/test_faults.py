@@ -66,6 +66,19 @@ def test_what_is_no_observation_breaks_its_episode(
     assert "broke in `step` of desk/1: ValueError: " in caplog.messages[-1]
 
 
+def test_a_task_or_a_system_message_without_text_is_refused() -> None:
+    for name, value in (
+        ("task", None),
+        ("task", Task("desk/2", "look", "Look.", 3)),
+        ("system", 0),
+    ):
+        env = Says(FINE)
+        setattr(env, name, value)
+        begun = begin(env, "train", 0)
+        assert begun.observation.end == BROKEN
+        assert "expected texts, got the task" in begun.refused
+
+
 def test_what_is_an_observation_stays_as_it_is() -> None:
     for right in (
         FINE,
