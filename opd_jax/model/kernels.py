@@ -58,14 +58,15 @@ def over_itself(implementation: str, q_BTNH: jax.Array, k_BTGH: jax.Array) -> Ke
 
     Any kernel needs rows and key/value heads that divide over the mesh. Splash attention needs
     whole blocks of a sequence, and head sizes that are multiples of 64. cuDNN needs 16-bit floats,
-    and head sizes that are multiples of 8, up to 128.
+    an even length, and head sizes that are multiples of 8, up to 128.
     """
-    (B, T, G, H) = k_BTGH.shape
+    B, T, G, H = k_BTGH.shape
     if not _divide(B, G, TRAINING):
         return None
     if implementation == "pallas" and _block(T) and H % 64 == 0:
         return _on_each_device(_splash)
-    if implementation == "cudnn" and q_BTNH.dtype.itemsize == 2 and H % 8 == 0 and H <= 128:
+    half = q_BTNH.dtype.itemsize == 2
+    if implementation == "cudnn" and half and T % 2 == 0 and H % 8 == 0 and H <= 128:
         return _on_each_device(_cudnn)
     return None
 

@@ -43,6 +43,11 @@ def _equation(equation: Any, while_trips: Sequence[float]) -> float:
         numbers = params["ragged_dot_dimension_numbers"]
         (_, contracted), (_, batch) = numbers.dot_dimension_numbers
         return _product(equation, {*contracted, *batch, *numbers.rhs_group_dimensions})
+    if name.startswith("dot_product_attention"):  # cuDNN's, causal
+        B, T, N, H = equation.invars[0].aval.shape
+        # Backwards: the scores again, and gradients of these, queries, keys and values.
+        products = 2 if "_fwd" in name else 5
+        return products * B * N * H * T * (T + 1)
     parts = [part for part in jax.tree.leaves([*params.values()]) if isinstance(part, _JAXPRS)]
     if name == "while":
         if not any(map(_has_product, parts)):

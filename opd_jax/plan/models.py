@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+import jax
+
 from opd_jax import hf
 from opd_jax.agent.chat import ChatFormat
 from opd_jax.config.models import model_folder, new_sizes, student_dtype
@@ -32,6 +34,8 @@ def planned_pair(settings: Settings, *, platform: str) -> tuple[PlannedModel, Pl
         another platform; else as in `hf`.
     """
     attention = attention_on(platform, settings.attention)
+    if attention == "cudnn" and jax.default_backend() != platform:
+        attention = "plain"  # only where cuDNN is can a program with it be traced
     student, teacher = _pair(settings)
     return _attending(student, attention), teacher and _attending(teacher, attention)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental.pallas.tpu import force_tpu_interpret_mode
 from models import TINY, assert_same_tree
 
@@ -52,6 +53,26 @@ def test_each_device_attends_to_its_own_rows_and_heads():
     with jax.set_mesh(mesh), force_tpu_interpret_mode():
         got = over_itself(*arrays, implementation="pallas")
     assert_same_tree(got, over_itself(*arrays, implementation="plain"), rounding=5e-6)
+
+
+def test_cudnn_attention_lowers_forwards_and_backwards_on_each_device(monkeypatch):
+    # Only a machine with a GPU can ask cuDNN for its version.
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+
+    @partial(jax.grad, argnums=(0, 1, 2))
+    def gradient(q, k, v):
+        out = attention(q, k, v, query_chunk=64, implementation="cudnn")
+        return jnp.sum(out.astype(jnp.float32))
+
+    q, k = (jax.ShapeDtypeStruct((4, 200, heads, 64), jnp.bfloat16) for heads in (8, 4))
+    with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
+        text = jax.jit(gradient).trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text()
+    for name in ("@__cudnn$fmhaSoftmax(", "@__cudnn$fmhaSoftmaxBackward("):
+        (call,) = (line for line in text.splitlines() if name in line)
+        assert "CAUSAL" in call
+        taken = call.partition(" : (")[2]
+        queries, keys = "tensor<1x200x4x64xbf16>", "tensor<1x200x2x64xbf16>"
+        assert taken.startswith(f"{queries}, {keys}, {keys}")
 
 
 def over_a_cache(*arrays: Any, implementation: str) -> jax.Array:
@@ -116,6 +137,7 @@ def test_the_forward_pass_uses_the_kernel_that_its_config_names():
         ("pallas", (2, 256, 3, 1, 64), "float32", False),  # heads over two shards
         ("cudnn", (2, 200, 4, 2, 64), "bfloat16", True),
         ("cudnn", (2, 200, 4, 2, 64), "float32", False),  # cuDNN has none in float32
+        ("cudnn", (2, 201, 4, 2, 64), "bfloat16", False),  # an odd sequence
         ("cudnn", (2, 200, 4, 2, 256), "bfloat16", False),
         ("cudnn", (3, 200, 4, 2, 64), "bfloat16", False),
     ],

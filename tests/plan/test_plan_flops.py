@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec
 from models import TINY
@@ -143,6 +144,21 @@ def test_splash_attention_counts_the_blocks_that_a_causal_mask_leaves():
     # is once multiplied with its own gradient.
     gradient = jax.grad(loss, argnums=(0, 1, 2))
     assert flops(gradient, *shapes) == (2 + 4 + 3) * product + 2 * B * N * T * H
+
+
+def test_cudnn_attention_counts_the_pairs_that_a_causal_mask_leaves(monkeypatch):
+    # Only a machine with a GPU can ask cuDNN for its version.
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+
+    def loss(q, k, v):
+        q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
+        return jnp.sum(attention(q, k, v, query_chunk=6, implementation="cudnn"))
+
+    B, T, N, G, H = 2, 6, 4, 2, 8
+    shapes = (B, T, N, H), (B, T, G, H), (B, T, G, H)
+    product = 2 * B * N * H * 21
+    assert flops(loss, *shapes) == 2 * product
+    assert flops(jax.grad(loss, argnums=(0, 1, 2)), *shapes) == (2 + 5) * product
 
 
 @pytest.mark.parametrize("how", ["plain", "pallas"])
