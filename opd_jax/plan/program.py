@@ -69,6 +69,9 @@ class Run:
     mesh: AnyMesh
     residents: dict[Resident, int]
     programs: tuple[Program, ...]  # in the order of an update, then those of evaluations
+    # FLOPs on all devices of programs that were traced, by `_computation`. Runs may share it: the
+    # mesh changes who computes what, and not how much.
+    counted: dict[Any, float] = field(default_factory=dict)
 
     def beside(self, program: Program) -> int:
         """Bytes in use while `program` runs that are not its own."""
@@ -80,8 +83,19 @@ class Run:
 
     def flops(self, program: Program) -> float:
         """FLOPs of one device in one run of a program."""
-        jaxpr = self.trace(program).jaxpr
-        return count_flops(jaxpr, while_trips=program.trips) / self.where.chips
+        what = self._computation(program)
+        if what not in self.counted:
+            jaxpr = self.trace(program).jaxpr
+            self.counted[what] = count_flops(jaxpr, while_trips=program.trips)
+        return self.counted[what] / self.where.chips
+
+    def _computation(self, program: Program) -> Any:
+        """What a program computes, wherever: equal ones have equal FLOPs, on all devices."""
+        leaves, tree = jax.tree.flatten(program.args)
+        shapes = tuple((x.shape, x.dtype) for x in leaves)
+        static = tuple((k, v) for k, v in program.static.items() if k != "sharded")
+        parts = self.config.train.micro_batches
+        return program.name, tree, shapes, static, program.trips, parts
 
     def trace(self, program: Program) -> Any:
         """A program traced with the mesh set as a run sets it."""

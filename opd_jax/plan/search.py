@@ -1,6 +1,7 @@
 """The meshes of a slice, ranked by what bounds an update."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -17,11 +18,13 @@ def search(
 ) -> list[dict[str, Any]]:
     """A row for each mesh of the slice on which the run is possible, the fastest first.
 
-    Nothing is compiled. Those that certainly do not fit come last.
+    Nothing is compiled, and a program that several meshes run is traced once. Meshes that certainly
+    do not fit come last.
 
     Args:
       fit: the run with a config; raises ValueError if something does not divide.
     """
+    counted: dict[Any, float] = {}
     rows = []
     for mesh in _meshes(where.chips):
         changed = ConfigDict(config.to_dict())
@@ -30,7 +33,7 @@ def search(
             run = fit(FrozenConfigDict(changed))
         except ValueError:
             continue
-        report = describe(run, None)
+        report = describe(replace(run, counted=counted), None)
         seconds, waiting = report["update_seconds"] or 0.0, report["waiting_seconds"]
         rows.append(
             mesh

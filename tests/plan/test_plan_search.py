@@ -3,7 +3,11 @@
 import json
 import math
 
+from opd_jax.config import load
+from opd_jax.plan import chips
 from opd_jax.plan.__main__ import main
+from opd_jax.plan.programs import plan_run
+from opd_jax.plan.report import describe
 from opd_jax.plan.search import _meshes
 from opd_jax.runtime.mesh import MESH_AXES
 
@@ -25,7 +29,12 @@ def test_meshes_are_ranked_by_what_bounds_an_update(in_process):
     }
     seconds = [row["seconds, at least"] for row in found]
     assert seconds == sorted(seconds)
+    where = chips.find("v5e:2x2", local_chips=1)
     for row in found:
+        # Programs that were traced on another mesh are bounded as if they were traced on this one.
+        mesh = [f"--config.mesh.{axis}={row[axis]}" for axis in ("data", "fsdp", "tensor")]
+        alone = describe(plan_run(load("quickstart", [flags[-1], *mesh]), where), None)
+        assert row["seconds, at least"] == alone["update_seconds"] + alone["waiting_seconds"]
         # Where nothing but the batch is split, nothing small is waited for.
         alone = row["fsdp"] == row["tensor"] == 1
         assert (row["of them waiting"] == 0) == alone
