@@ -111,7 +111,7 @@ class Settings:
       dtype: dtype of the student's parameters and its optimizer.
       compute_dtype: dtype of the student's arithmetic.
       teacher_dtype: dtype of the teacher's parameters; "int8" rounds its projections to 8 bits.
-      attention: what computes attention, "auto" for the platform's kernels (`model.kernels`).
+      attention: what computes attention, or "auto" (`model.kernels`).
       student: a model reference (`models.model_folder`), or "new" for a random one.
       teacher: a model reference; "" for none.
       program_cache: the folder in which compiled programs are kept; "" for none

@@ -38,13 +38,14 @@ def attention_on(platform: str, setting: str) -> str:
     """What computes attention on a platform (JAX's name): a key of `ATTENTION`.
 
     Args:
-      setting: a key of `ATTENTION`, or "auto" for the platform's kernels.
+      setting: a key of `ATTENTION`, or "auto": kernels on a TPU, else plain. cuDNN's gradients
+        need not have the same bits in every run, so a run has to ask for it.
 
     Raises:
       ValueError: the setting is for another platform.
     """
     if setting == "auto":
-        return next((name for name, where in ATTENTION.items() if where == platform), "plain")
+        return "pallas" if platform == "tpu" else "plain"
     if ATTENTION[setting] not in (None, platform):
         raise ValueError(
             f"`attention` = {setting!r} is for {ATTENTION[setting]}, and this runs on {platform}; "
