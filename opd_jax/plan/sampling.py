@@ -42,7 +42,7 @@ class Player:
         else:
             buffer = arrays(spec, self.params["embed"].dtype)
         buffers = (buffer,) * self.sizes.num_layers
-        return KVCache(buffers, buffers, place.rows(rows))
+        return KVCache(buffers, buffers, place.rows(rows, rules=DECODING))
 
     def read(self, name: str, cache: Any, width: int, *, rows: int, runs: float) -> Program:
         """Appends up to `width` tokens to `rows` rows of a cache."""

@@ -409,3 +409,12 @@ def test_mistakes_end_in_one_line(in_process, capsys):
         in_process(main, *flags)
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: `--smallest`: the run fits no slice of v5e\n"
+
+
+def test_a_cache_and_the_lengths_of_its_rows_are_sharded_alike():
+    for mesh in (("mesh.fsdp=4", "mesh.decode=2"), ("mesh.fsdp=8",)):
+        for name in ("sampling", "judging: answer"):
+            cache = programs(PAPER, *mesh, chips=8)[name].args[1]
+            rows = cache.lengths.sharding.spec
+            assert rows[0] == cache.keys[0].sharding.spec[0]
+            assert tuple(rows) == ("fsdp",)
