@@ -250,7 +250,11 @@ def shard_map(
 def psum(x: jax.Array, logical: str, *, rules: Rules) -> jax.Array:
     """`jax.lax.psum` over a sharded logical axis, inside `shard_map`; `x` without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty or mesh.size == 1 else jax.lax.psum(x, _mesh_axes(logical, rules))
+    if mesh.empty:
+        return x
+    # Those that a spec names: along an axis of size 1 nothing varies.
+    axes = tuple(axis for axis in _mesh_axes(logical, rules) if mesh.shape[axis] > 1)
+    return jax.lax.psum(x, axes) if axes else x
 
 
 def _is_axes(node: Any) -> bool:

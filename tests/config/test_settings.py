@@ -318,7 +318,7 @@ def test_an_evaluation_is_bound_to_the_tasks_the_model_and_how_it_is_sampled() -
     lora = {f"lora.{x}" for x in ("rank", "alpha", "targets", "int8")}
     tasks = {f"env.{x}" for x in ("by", "size", "max_turns", "show_admissible")}
     bound = {field for field in flatten(config) if binds(field)}
-    others = {"rollout.history_turns", "dtype", "compute_dtype"}
+    others = {"rollout.history_turns", "rollout.int8_cache", "dtype", "compute_dtype"}
     assert bound == tasks | lora | sampled | others
 
 

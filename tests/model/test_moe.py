@@ -3,6 +3,7 @@
 That their logits are those of `transformers` is in `test_transformer.py`.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +25,14 @@ from opd_jax.model.moe import Experts
 from opd_jax.model.projections import Int8Weight
 from opd_jax.plan.collectives import collectives
 from opd_jax.plan.hlo import parse
-from opd_jax.runtime.mesh import make_mesh, param_shardings, shard_batch
+from opd_jax.runtime.mesh import (
+    DECODING,
+    MESH_AXES,
+    TRAINING,
+    make_mesh,
+    param_shardings,
+    shard_batch,
+)
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -95,7 +103,9 @@ def by_loops(layer: dict[str, np.ndarray], x_MD: np.ndarray, experts: Experts) -
     return out
 
 
-apply = jax.jit(partial(moe.feed_forward, all_gather=True), static_argnames="experts")
+apply = jax.jit(
+    partial(moe.feed_forward, all_gather=True, rules=TRAINING), static_argnames="experts"
+)
 
 
 @pytest.mark.parametrize("per_token", [1, 2, 6])
@@ -142,21 +152,26 @@ def one_token(params: Params, tokens: jax.Array) -> jax.Array:
     return model.forward_cached(params, kv, tokens, one, config=CONFIG, sharded=True)[0]
 
 
-@pytest.mark.parametrize(("sizes", "int8"), [((1, 2, 4), True), ((1, 8, 1), False)])
+@pytest.mark.parametrize(("sizes", "int8"), [((1, 2, 2, 2), True), ((1, 8, 1, 1), False)])
 def test_a_mesh_computes_what_one_device_does(
-    params: Params, rows: np.ndarray, sizes: tuple[int, int, int], int8: bool
+    params: Params, rows: np.ndarray, sizes: tuple[int, ...], int8: bool
 ) -> None:
     if int8:
         params = quantize(params, CONFIG)
-    mesh = make_mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
+    mesh = make_mesh(**dict(zip(MESH_AXES, sizes, strict=True)))
     specs = int8_specs(CONFIG) if int8 else model.param_specs(CONFIG)
-    placed = jax.device_put(params, param_shardings(specs, mesh))
+    placed = jax.device_put(params, param_shardings(specs, mesh, rules=DECODING))
     part = placed["layers"]["expert_gate"]
     values = part.values if int8 else part
-    assert values.addressable_shards[0].data.shape == (2, 6, 16 // sizes[1], 8 // sizes[2])
+    assert values.addressable_shards[0].data.shape == (
+        2,
+        6,
+        16 // sizes[1],
+        8 // math.prod(sizes[2:]),
+    )
     with jax.set_mesh(mesh):
         got = logits(placed, shard_batch({"tokens": rows}, mesh)["tokens"], CONFIG)
-        first = shard_batch({"tokens": rows[:, :1]}, mesh)["tokens"]
+        first = shard_batch({"tokens": rows[:, :1]}, mesh, rules=DECODING)["tokens"]
         got_one = one_token(placed, first)
         sent = collectives(parse(one_token.lower(placed, first).compile().as_text()))
     for ours, want in (
