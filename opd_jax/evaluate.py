@@ -393,6 +393,7 @@ def run(config: FrozenConfigDict, workdir: Path, policy: str) -> dict[str, Figur
     if policy in ("model", "before"):
         named = MODELS if settings.eval.judge else ("student",)
         build.check_named(settings, named)
+        build.check_shapes(settings, named)
         models = check_models(settings, workdir, named)
     if policy == "model":
         check_checkpoint(workdir)

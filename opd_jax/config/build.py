@@ -267,8 +267,9 @@ def check_named(settings: Settings, models: Collection[str] = MODELS) -> None:
 
     Raises:
       ValueError: a folder is not there, a model has too few positions for a context or the judge's
-        answers, or the environment has no such player.
+        answers, the environment has no such player, or `attention` is for another platform.
     """
+    model.attention_on(jax.default_backend(), settings.attention)
     judge = settings.judge
     for who, sizes in named_sizes(settings, models).items():
         answer = judge.max_new_tokens if (who, judge.decode) == ("teacher", "generate") else 0
@@ -285,15 +286,15 @@ def check_named(settings: Settings, models: Collection[str] = MODELS) -> None:
     check_players(settings)
 
 
-def check_shapes(settings: Settings) -> None:
-    """Checks that models and adapters divide over the mesh, before weights are read for minutes.
+def check_shapes(settings: Settings, models: Collection[str] = MODELS) -> None:
+    """Checks that `models` and adapters divide over the mesh, before weights are read for minutes.
 
     Raises:
       ValueError: a parameter does not divide, or the student cannot have such adapters.
     """
-    mesh, models = abstract_mesh(**dataclasses.asdict(settings.mesh)), named_sizes(settings)
-    rows = min(sizes.vocab_size for sizes in models.values())
-    for who, sizes in models.items():
+    mesh, found = abstract_mesh(**dataclasses.asdict(settings.mesh)), named_sizes(settings, models)
+    rows = min(sizes.vocab_size for sizes in found.values())
+    for who, sizes in found.items():
         sizes = dataclasses.replace(sizes, vocab_size=rows)
         dtype = settings.teacher_dtype if who == "teacher" else student_dtype(settings)
         specs = int8_specs(sizes) if dtype == "int8" else model.param_specs(sizes)

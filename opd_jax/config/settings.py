@@ -455,6 +455,12 @@ def _check_source(s: Settings) -> None:
             "`rollout.top_p` to 1, or choose reverse_kl",
         ),
         (
+            objective.divergence == "sampled_reverse_kl" and rollout.int8_cache,
+            "`objective.divergence` = 'sampled_reverse_kl' holds for tokens drawn from the "
+            "student's own distribution, and `rollout.int8_cache` rounds what they are drawn "
+            "from: set it to False, or choose reverse_kl",
+        ),
+        (
             not objective.needs_teacher and source == "on_policy",
             "`objective.divergence` = 'cross_entropy' on the student's own episodes teaches "
             "nothing: set `data.source` to teacher, expert or players",

@@ -51,9 +51,12 @@ def check_same_run(config: ConfigDict, workdir: Path, *, binds: Callable[[str], 
     path = workdir / "config.json"
     if path.exists() and (changed := differences(read_stored(path), config, binds=binds)):
         longer = any(line.startswith("train.updates:") for line in changed)
+        older = any("absent" in line for line in changed)
         raise ValueError(
             f"workdir `{workdir}` holds a run with another config ({'; '.join(changed)}); "
             "choose another --workdir, or the config it was started with"
+            + ", in the version that knows these fields"
+            * older
             + "; to train longer where `optimizer.schedule` is not constant, export this run and "
             "start a new one with its folder as `--config.student`" * longer
         )

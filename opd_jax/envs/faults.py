@@ -62,7 +62,7 @@ def checked(observation: Any) -> Observation:
     """The observation, if its fields have their types.
 
     Raises:
-      ValueError: they have not, or it is none.
+      ValueError: they have not, or it is not an Observation.
     """
     if not isinstance(observation, Observation):
         raise ValueError(f"expected an Observation, got {observation!r}")

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax.model.cache import Buffer, Int8Slots
+from opd_jax.runtime.fields import check_choice
 from opd_jax.runtime.mesh import DECODING, TRAINING, Rules, shard_map, shards
 
 # What computes attention -> the platform that it is for, as JAX names it; None: any.
@@ -61,6 +62,7 @@ def over_itself(implementation: str, q_BTNH: jax.Array, k_BTGH: jax.Array) -> Ke
     whole blocks of a sequence, and head sizes that are multiples of 64. cuDNN needs 16-bit floats,
     an even length, and head sizes that are multiples of 8, up to 128.
     """
+    check_choice(ATTENTION, attention=implementation)
     B, T, G, H = k_BTGH.shape
     if not _divide(B, G, TRAINING):
         return None

@@ -7,7 +7,6 @@ the direction away from the chip.
 """
 
 import math
-import os
 from dataclasses import dataclass, replace
 
 import jax
@@ -54,15 +53,15 @@ _2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 _FAMILIES = {"v5e": (V5E, _2D), "v5p": (V5P, _3D), "v6e": (V6E, _2D)}
 
-# JAX takes this part of a GPU's memory at the start, unless the variable says otherwise.
-_TAKEN = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or 0.75)
+# JAX takes this part of a GPU's memory at the start, unless XLA_PYTHON_CLIENT_MEM_FRACTION is set.
+_TAKEN = 0.75
 
 # 312 TFLOP/s; 80 GiB; 2,039 GB/s; NVLink of 600 GB/s both ways.
-A100 = Chip("a100", int(80 * GIB * _TAKEN), 312e12, 2039e9, 300e9, "cuda")
+A100 = Chip("a100", int(80 * GIB * _TAKEN), 312e12, 2039e9, 300e9, "gpu")
 # 989 TFLOP/s; 80 GiB; 3,350 GB/s; NVLink of 900 GB/s both ways.
-H100 = Chip("h100", int(80 * GIB * _TAKEN), 989e12, 3350e9, 450e9, "cuda")
+H100 = Chip("h100", int(80 * GIB * _TAKEN), 989e12, 3350e9, 450e9, "gpu")
 # 989 TFLOP/s; 141 GB; 4,800 GB/s; NVLink of 900 GB/s both ways.
-H200 = Chip("h200", int(141e9 * _TAKEN), 989e12, 4800e9, 450e9, "cuda")
+H200 = Chip("h200", int(141e9 * _TAKEN), 989e12, 4800e9, 450e9, "gpu")
 
 _GPUS = {"NVIDIA A100-SXM4-80GB": A100, "NVIDIA H100 80GB HBM3": H100, "NVIDIA H200": H200}
 _COUNTS = tuple(2**n for n in range(10))
@@ -105,7 +104,7 @@ def find(topology: str, *, local_chips: int) -> Slice:
         memory = (device.memory_stats() or {}).get("bytes_limit")
         kind, platform = device.device_kind, device.platform
         unknown = Chip(kind, memory, None, None, None, platform)
-        chip = replace(_GPUS.get(kind, unknown), name=kind, memory=memory)
+        chip = replace(_GPUS.get(kind, unknown), name=kind, memory=memory, platform=platform)
         return Slice(LOCAL, chip, local_chips)
     family = topology.partition(":")[0]
     known = {where.name: where for where in slices(family)}

@@ -35,9 +35,8 @@ AWAY_ERRORS = {
     if hasattr(errno, name)
 }
 # A file where a folder is needed, or a folder where a file is.
-_PLACE_ERRORS = {
-    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG)
-}
+_PLACE_ERRORS = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP}
+_PLACE_ERRORS.add(errno.ENAMETOOLONG)
 # The terminal has hung up, or the reader of the pipe has ended.
 _GONE = {errno.EIO, errno.EPIPE}
 # Libraries that read and write files raise other types, with the system's words in their text.

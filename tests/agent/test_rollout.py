@@ -388,7 +388,17 @@ def test_sampled_logprobs_are_those_of_one_forward_over_the_final_tokens(
     assert check_logprobs(agent, params, played) > 200
 
 
-def check_logprobs(agent: Agent, params: model.Params, played: list[Conversation]) -> int:
+def test_over_a_cache_in_8_bits_logprobs_are_near_those(agent: Agent, params: model.Params) -> None:
+    rounded = with_decoding(agent, int8_cache=True)
+    episodes = play(rounded, params, TASKS)
+    assert check_logprobs(agent, params, episodes, error=0.1) > 100
+    with pytest.raises(AssertionError):
+        check_logprobs(agent, params, episodes)
+
+
+def check_logprobs(
+    agent: Agent, params: model.Params, played: list[Conversation], *, error: float = 1e-5
+) -> int:
     """Compares what was sampled with one forward; returns how many tokens were."""
     batch = pack(
         played,
@@ -409,7 +419,7 @@ def check_logprobs(agent: Agent, params: model.Params, played: list[Conversation
         batch.sampled_logprobs[:, 1:][sampled],
         np.asarray(recompute(batch.tokens))[sampled],
         rtol=0,
-        atol=1e-5,
+        atol=error,
     )
     return int(sampled.sum())
 

@@ -88,7 +88,7 @@ def test_gpus_are_planned_by_their_number():
     assert [where.chips for where in chips.slices("h100")][:4] == [1, 2, 4, 8]
     node, cluster = (chips.find(f"h100:{n}", local_chips=1).chip for n in (8, 16))
     assert (node.wires, cluster.wires) == (450e9, 50e9)  # NVLink, a network adapter
-    assert node.platform == "cuda"
+    assert node.platform == "gpu"  # as JAX names its backend
     with pytest.raises(ValueError, match=r"expected one of h100:1, .*got `h100:3`"):
         chips.find("h100:3", local_chips=1)
     with pytest.raises(ValueError, match=r"expected one of v5e, .*h200, .*got `b200`"):

@@ -234,7 +234,7 @@ def _retry_after_s(text: str) -> float:
 
 
 def _passages(body: bytes, count: int) -> list[list[Passage]]:
-    """The passages of a reply; a document that is none is left out.
+    """The passages of a reply; malformed documents are left out.
 
     Raises:
       ValueError: the reply's form is wrong, or all documents are none.
