@@ -12,7 +12,6 @@ ROLLOUT = RolloutSettings(
     **asdict(DECODING),
     batch=8,
     rows=0,
-    int8_cache=False,
     gather_weights=True,
     per_task=2,
     depth_start=0,
