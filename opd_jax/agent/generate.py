@@ -70,6 +70,11 @@ class Sampled:
     counts: jax.Array
     stopped: jax.Array
 
+    @property
+    def computed(self) -> int:
+        """Positions computed: every row takes as many steps as the longest response."""
+        return len(self.counts) * int(self.counts.max())
+
 
 @partial(jax.jit, static_argnames=("config", "dtype", "gather", "platform"))
 def sampling_params(

@@ -133,9 +133,8 @@ class Session:
                 "go on from an older checkpoint"
             )
         self.cache.held += out.counts
-        # Every row takes as many steps as the longest response in the chunk.
-        steps = len(out.counts) * int(out.counts.max())
-        self._positions.add("sampling", tokens=int(out.counts.sum()), computed=steps)
+        tokens = int(out.counts.sum())
+        self._positions.add("sampling", tokens=tokens, computed=out.computed)
         ended: dict[int, Response] = {}
         for row, live in list(self.live.items()):
             count = int(out.counts[row])

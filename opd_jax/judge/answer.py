@@ -217,8 +217,7 @@ def generate_labels(
     )
     cache.give(given)
     out = jax.device_get(out)
-    steps = len(out.counts) * int(out.counts.max())
-    cache.count(tokens=int(out.counts.sum()), computed=steps)
+    cache.count(tokens=int(out.counts.sum()), computed=out.computed)
     answers = [by.tokenizer.decode(row[:n]) for row, n in zip(out.tokens, out.counts, strict=True)]
     return [parse_label(answer) for answer in answers]
 
