@@ -42,7 +42,8 @@ class ChatFormat:
       stop_ids: tokens that end a response: the one that follows an assistant content in the
         template, then the tokenizer's end-of-sequence token, then those of the model's folder.
       turn_marks: other special tokens, and added ones that the template writes, such as one that
-        opens a turn. In a response they begin an invented turn. Marks of thinking are none.
+        opens a turn. In a response they begin an invented turn. Marks of thinking are not among
+        them.
     """
 
     tokenizer: Any

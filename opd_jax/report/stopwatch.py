@@ -23,7 +23,7 @@ class Stopwatch:
     """Seconds of the named parts of an update, with compilation counted apart.
 
     JAX compiles inside the part that first meets a shape. That time is subtracted from the part and
-    added to `compile_s`. In a trace of `jax.profiler` a part has its name behind `prefix`.
+    added to `compile_s`. In a trace of `jax.profiler` a part is named `prefix` + its name.
     """
 
     def __init__(self, prefix: str = "") -> None:

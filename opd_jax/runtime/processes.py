@@ -100,7 +100,7 @@ def start() -> None:
 
 
 def open_devices() -> None:
-    """Opens JAX's devices. It calls those that are not there a bug of its own, in several ways."""
+    """Opens JAX's devices. Where there are none, JAX raises errors of several types."""
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
