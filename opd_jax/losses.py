@@ -916,4 +916,4 @@ def _check_whole_vocabulary(hidden: jax.Array, head: jax.Array) -> None:
 def _varies_along(x: jax.Array) -> frozenset[str]:
     """Mesh axes along which devices hold different x, inside `shard_map` (with `check_vma`)."""
     kind: Any = jax.typeof(x)
-    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # from jax 0.10 on
+    return kind.manual_axis_type.varying
