@@ -1,9 +1,9 @@
-"""Attention by kernels that come with JAX, for the shapes that they can serve.
+"""Attention by kernels, for the shapes that they can serve.
 
-On a TPU: splash attention for a sequence over itself, and paged attention for one new token a row
-over a cache. On a GPU: cuDNN's, for a sequence over itself. `attention` has the plain forms, which
-they compute too, and falls back to them. A kernel runs on one device, so each device runs it on its
-own rows and heads.
+On a TPU: JAX's splash attention for a sequence over itself, and our own (`ragged`) for one new
+token a row over a cache. On a GPU: cuDNN's, for a sequence over itself. `attention` has the plain
+forms, which they compute too, and falls back to them. A kernel runs on one device, so each device
+runs it on its own rows and heads.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax.model.cache import Buffer, Int8Slots
+from opd_jax.model.ragged import block_of, ragged_attention
 from opd_jax.runtime.fields import check_choice
 from opd_jax.runtime.mesh import DECODING, TRAINING, Rules, shard_map, shards
 
@@ -80,21 +81,24 @@ def over_a_cache(
     """The kernel for these queries of new tokens and these keys of a cache; None if none can serve.
 
     Its arguments are queries [B, N, H], keys and values [B, G, S, H], and lengths [B]: how many
-    slots each row reads, at least one. Paged attention needs one new token for each row of the
-    cache, rows and key/value heads that divide over the mesh, whole pages, head sizes that are
-    multiples of 128, and bfloat16, to which it rounds what it reads.
+    slots each row reads, at least one. The kernel needs one new token for each row of the cache,
+    rows and key/value heads that divide over the mesh, whole blocks of slots, and head sizes that
+    are multiples of 128: of others the compiler would copy the cache.
     """
     if implementation != "pallas" or rows is not None or q_BTNH.shape[1] > 1:
         return None
-    if isinstance(k_CGSH, Int8Slots):
+    values = k_CGSH.values if isinstance(k_CGSH, Int8Slots) else k_CGSH
+    C, G, S, H = values.shape
+    if not _divide(C, G, DECODING) or H % 128:
         return None
-    C, G, S, H = k_CGSH.shape
-    if not _divide(C, G, DECODING) or not _block(S) or H % 128 or k_CGSH.dtype != jnp.bfloat16:
+    of_a_device = G // shards("kv_heads", rules=DECODING)
+    if not block_of(S, slot_bytes=of_a_device * H * values.dtype.itemsize):
         return None
-    cache = ("batch", "kv_heads", "slots", "head_dim")
+    slots = ("batch", "kv_heads", "slots", "head_dim")
+    cache: Any = Int8Slots(slots, slots[:-1]) if isinstance(k_CGSH, Int8Slots) else slots
     queries = ("batch", "heads", "head_dim")
     axes = queries, cache, cache, ("batch",)
-    return shard_map(_paged, in_axes=axes, out_axes=queries, summed=None, rules=DECODING)
+    return shard_map(ragged_attention, in_axes=axes, out_axes=queries, summed=None, rules=DECODING)
 
 
 def _divide(rows: int, kv_heads: int, rules: Rules) -> bool:
@@ -103,7 +107,7 @@ def _divide(rows: int, kv_heads: int, rules: Rules) -> bool:
 
 
 def _block(size: int) -> int | None:
-    """The largest block that divides a sequence or a row of a cache; None if none does."""
+    """The largest block that divides a sequence; None if none does."""
     return next((block for block in _BLOCKS if size % block == 0), None)
 
 
@@ -134,28 +138,6 @@ def _splash(q_BTNH: jax.Array, k_BTGH: jax.Array, v_BTGH: jax.Array) -> jax.Arra
     )
     mixed = attend(heads(q_BTNH * H**-0.5), heads(k_BTGH), heads(v_BTGH))
     return jnp.swapaxes(mixed.reshape(B, N, T, H), 1, 2)
-
-
-def _paged(
-    q_BNH: jax.Array, k_BGSH: jax.Array, v_BGSH: jax.Array, lengths_B: jax.Array
-) -> jax.Array:
-    """Each row reads the pages that it has. Scores, softmax and sums are float32.
-
-    To the kernel each head of each row is a row of its own. So the cache is its pages in order, and
-    the page table counts upwards.
-
-    Source: Kwon et al., arXiv 2309.06180.
-    """
-    from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
-
-    G, S, H = k_BGSH.shape[1:]
-    page: Any = _block(S)
-    k, v = (x.reshape(1, -1, page, H) for x in (k_BGSH, v_BGSH))
-    q = q_BNH.reshape(len(q_BNH) * G, -1, H).astype(jnp.float32) * H**-0.5
-    table = jnp.arange(k.shape[1], dtype=jnp.int32).reshape(len(q), S // page)
-    lengths = jnp.repeat(lengths_B, G)
-    mixed = paged_attention(q, k, v, lengths, table, pages_per_compute_block=1)
-    return mixed.reshape(q_BNH.shape).astype(q_BNH.dtype)
 
 
 def _cudnn(q_BTNH: jax.Array, k_BTGH: jax.Array, v_BTGH: jax.Array) -> jax.Array:

@@ -62,7 +62,7 @@ def _equation(equation: Any, while_trips: Sequence[float]) -> float:
     inside = [count_flops(part, while_trips=while_trips) for part in parts]
     if name == "cond":
         return max(inside)
-    return sum(inside) * _times(equation)
+    return sum(inside) * _times(equation, while_trips)
 
 
 def _has_product(jaxpr: Jaxpr | ClosedJaxpr) -> bool:
@@ -88,7 +88,7 @@ def _product(equation: Any, not_free: set[int]) -> int:
     return 2 * math.prod(left) * math.prod(free)
 
 
-def _times(equation: Any) -> float:
+def _times(equation: Any, while_trips: Sequence[float]) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "scan":
         return params["length"]
@@ -96,22 +96,22 @@ def _times(equation: Any) -> float:
         manual = params.get("newly_manual_axes") or params["manual_axes"]  # its older name
         return math.prod(params["mesh"].shape[axis] for axis in manual)
     if name == "pallas_call":
-        return math.prod(params["grid_mapping"].grid) * _computed(equation)
+        return math.prod(params["grid_mapping"].grid) * _computed(equation, while_trips)
     return 1
 
 
-def _computed(kernel: Any) -> float:
+def _computed(kernel: Any, while_trips: Sequence[float]) -> float:
     """The share of what a kernel's body and grid say that it computes.
 
-    A causal mask leaves splash attention the blocks of scores at and below the diagonal. A loop of
-    paged attention has a page where others over a cache have a block of slots.
+    A causal mask leaves splash attention the blocks of scores at and below the diagonal. Over a
+    cache `model.ragged` computes the slots that the plain form's loop would.
     """
     params = kernel.params
     name = params["name"] or params["jaxpr"].debug_info.func_name
     if name.startswith("splash"):
         blocks = params["grid_mapping"].grid[-1]
         return (blocks + 1) / (2 * blocks)
-    if name.startswith("paged"):
-        values = kernel.invars[-1].aval  # [1, pages, page, H]
-        return BLOCK / values.shape[-2]
+    if name == "ragged_attention":
+        slots = kernel.invars[2].aval.shape[2]  # of keys [B, G, S, H]
+        return while_trips[0] * min(BLOCK, slots) / slots
     return 1

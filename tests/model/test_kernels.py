@@ -15,6 +15,7 @@ from models import TINY, assert_same_tree
 from opd_jax import model
 from opd_jax.model import attention_on, kernels
 from opd_jax.model.attention import attention, cached_attention
+from opd_jax.model.cache import Int8Slots
 from opd_jax.runtime.mesh import make_mesh
 
 
@@ -76,40 +77,73 @@ def test_cudnn_attention_lowers_forwards_and_backwards_on_each_device(monkeypatc
 
 
 def over_a_cache(*arrays: Any, implementation: str) -> jax.Array:
-    slots = jnp.int32(arrays[1].shape[2])
+    slots = jnp.int32(jax.tree.leaves(arrays[1])[0].shape[2])
     run = partial(cached_attention, slots_read=slots, implementation=implementation)
     return jax.jit(run)(*arrays)
 
 
-def cache_and_queries(B: int, S: int, N: int, G: int, H: int) -> list[jax.Array]:
-    """Float32 queries, so that results are: keys and values are bfloat16."""
-    (q,) = normal((B, 1, N, H))
-    return [q, *normal((B, G, S, H), (B, G, S, H), dtype=jnp.bfloat16)]
+def cache_and_queries(B: int, S: int, N: int, G: int, kind: str) -> list[Any]:
+    """Queries in float32, so that results are; keys and values as `kind` says."""
+    q, *floats = normal((B, 1, N, 128), (B, G, S, 128), (B, G, S, 128))
+    if kind == "int8":
+        return [q, *(Int8Slots(*quantized(x)) for x in floats)]
+    return [q, *(x.astype(kind) for x in floats)]
 
 
-# First slot, within a page, at its end, the last slot, and behind it, where a full row is.
-POSITIONS = np.array([[0], [130], [383], [767], [768], [3], [384], [200]], np.int32)
+def quantized(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    scale = jnp.abs(x).max(axis=-1) / 127
+    return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
 
 
-@pytest.mark.parametrize("sizes", [(6, 2), (8, 1)])  # groups of three, and of a whole tile
-def test_paged_attention_reads_what_each_row_has(sizes: tuple[int, int]):
-    q, k, v = cache_and_queries(8, 768, *sizes, 128)
+def as_floats(buffer: Any) -> jax.Array:
+    if isinstance(buffer, Int8Slots):
+        return buffer.values * buffer.scale[..., None]
+    return buffer.astype(jnp.float32)
+
+
+# First slot, within a block, at its end, the last slot, and behind it, where a full row is.
+POSITIONS = np.array([[0], [130], [383], [767], [768], [3], [255], [256]], np.int32)
+
+
+def assert_reads_what_each_row_has(q: Any, k: Any, v: Any, positions: np.ndarray) -> None:
+    """The kernel's result is the plain one, and what lies behind a row's length is not read."""
+    slots = jax.tree.leaves(k)[0].shape[2]
+    unread = np.arange(slots) > positions[:, :, None]  # [B, 1, S]
+
+    def spoilt(buffer: Any) -> Any:
+        if isinstance(buffer, Int8Slots):
+            return replace(buffer, scale=jnp.where(unread, 1e30, buffer.scale))
+        return jnp.where(unread[..., None], 1e30, buffer)
+
+    want = over_a_cache(q, as_floats(k), as_floats(v), positions, implementation="plain")
     with force_tpu_interpret_mode():
-        got = over_a_cache(q, k, v, POSITIONS, implementation="pallas")
-    exact = (q, k.astype(jnp.float32), v.astype(jnp.float32))
-    want = over_a_cache(*exact, POSITIONS, implementation="plain")
+        got = over_a_cache(q, spoilt(k), spoilt(v), positions, implementation="pallas")
     np.testing.assert_allclose(got, want, rtol=0, atol=5e-6)
 
 
-def test_each_device_reads_its_own_pages():
-    q, k, v = cache_and_queries(4, 256, 8, 4, 128)
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("sizes", [(6, 2), (8, 1), (2, 2)])  # heads of queries, of keys
+def test_a_sampled_token_reads_what_its_row_has(sizes: tuple[int, int], kind: str):
+    assert_reads_what_each_row_has(*cache_and_queries(8, 768, *sizes, kind), POSITIONS)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_each_device_reads_its_own_rows_and_heads(kind: str):
+    arrays = cache_and_queries(4, 256, 8, 4, kind)
     mesh = make_mesh(data=1, fsdp=2, tensor=2, devices=jax.devices()[:4])
-    positions = POSITIONS[[1, 0, 4, 7]] % 256
-    with jax.set_mesh(mesh), force_tpu_interpret_mode():
-        got = over_a_cache(q, k, v, positions, implementation="pallas")
-    exact = (q, k.astype(jnp.float32), v.astype(jnp.float32))
-    want = over_a_cache(*exact, positions, implementation="plain")
-    np.testing.assert_allclose(got, want, rtol=0, atol=5e-6)
+    with jax.set_mesh(mesh):
+        assert_reads_what_each_row_has(*arrays, POSITIONS[[1, 0, 3, 7]] % 256)
+
+
+def test_it_rounds_as_the_plain_form_does():
+    # In bfloat16 queries, and with them the probabilities, are bfloat16 in both.
+    q, k, v = cache_and_queries(8, 256, 4, 2, "int8")
+    arrays = q.astype(jnp.bfloat16), k, v, POSITIONS % 256
+    plain = over_a_cache(*arrays, implementation="plain")
+    with force_tpu_interpret_mode():
+        got = over_a_cache(*arrays, implementation="pallas")
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(got.astype(float), plain.astype(float), rtol=2**-7, atol=2**-9)
 
 
 def test_the_forward_pass_uses_the_kernel_that_its_config_names():
@@ -155,10 +189,11 @@ def test_a_kernel_serves_what_it_can(how: str, shape: tuple, dtype: str, served:
         ("plain", 1, 256, 128, "bfloat16", False),
         ("cudnn", 1, 256, 128, "bfloat16", False),
         ("pallas", 1, 256, 128, "bfloat16", True),
+        ("pallas", 1, 256, 128, "float32", True),
         ("pallas", 2, 256, 128, "bfloat16", False),  # several new tokens
-        ("pallas", 1, 200, 128, "bfloat16", False),  # not whole pages
+        ("pallas", 1, 200, 128, "bfloat16", False),  # not whole blocks
         ("pallas", 1, 256, 64, "bfloat16", False),  # size of a head
-        ("pallas", 1, 256, 128, "float32", False),  # it would be rounded
+        ("pallas", 1, 256, 1 << 14, "bfloat16", False),  # its fast memory
     ],
 )
 def test_a_kernel_reads_the_caches_that_it_can(
