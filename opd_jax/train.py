@@ -63,12 +63,12 @@ def train(
                     played = source.play(state)
                 with clock.measure("judge"):
                     # The teacher gives every turn a verdict, [B, K].
-                    verdict, judged = judge(played.conversations, done)
-                batch = pack(played, verdict)
+                    judged = judge(played.conversations, done)
+                batch = pack(played, judged.verdict)
             with clock.measure("update"):
-                # The teacher reads the batch, tokens are weighted, the optimizer takes one step.
-                after, raw = step(state, batch)
-            log.write(done + 1, raw, played.metrics | judged, clock)
+                # The teacher scores the batch, tokens are weighted, the optimizer takes one step.
+                after, raw = step(state, batch, judged.hidden)
+            log.write(done + 1, raw, played.metrics | judged.metrics, clock)
             state, done, cursor = after, done + 1, source.cursor
             if done % settings.checkpoint.every == 0 or done == updates:
                 checkpoints.save(done, state, {"cursor": cursor})

@@ -71,15 +71,19 @@ class ContextCache:
                 for call in self._calls(of_width):
                     tokens, counts = padded([new for _, new in call], width=width)
                     numbers = np.array([row for row, _ in call], np.int32)
-                    self._cache = gen.extend(
-                        self.params,
-                        self.take(),
-                        *shard_batch((tokens, counts, numbers), rules=DECODING),
-                        config=self.sizes,
-                        sharded=self.sharded,
-                    )
+                    self._append(tokens, counts, numbers)
                     np.add.at(self.held, numbers, counts)
                     self.count(tokens=int(counts.sum()), computed=tokens.size)
+
+    def _append(self, tokens: np.ndarray, counts: np.ndarray, rows: np.ndarray) -> None:
+        """Appends the first `counts[n]` of `tokens[n]` to what `rows[n]` holds."""
+        self._cache = gen.extend(
+            self.params,
+            self.take(),
+            *shard_batch((tokens, counts, rows), rules=DECODING),
+            config=self.sizes,
+            sharded=self.sharded,
+        )
 
     def count(self, *, tokens: int, computed: int) -> None:
         """Counts a call that computes so many positions, of which `tokens` hold one."""

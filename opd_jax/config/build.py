@@ -35,7 +35,7 @@ from opd_jax.experience.tasks import Panel, TaskOrder, find_panels, split_size
 from opd_jax.judge.answer import Judge
 from opd_jax.judge.prompt import LABELS
 from opd_jax.judge.verdicts import Labeller, no_judge, teacher_judge
-from opd_jax.learner.batch import Batch, pack
+from opd_jax.learner.batch import Batch, pack, responses
 from opd_jax.learner.optimizer import make_optimizer
 from opd_jax.learner.teacher import Teacher, make_teacher_pass
 from opd_jax.learner.train_state import TrainState, placement_of
@@ -107,7 +107,8 @@ def optimizer(settings: Settings) -> optax.GradientTransformation:
     return make_optimizer(settings.optimizer, total_updates=settings.train.updates)
 
 
-Update = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
+# A state, a batch on the host, and the teacher's hidden states if they are known.
+Update = Callable[[TrainState, Batch, jax.Array | None], tuple[TrainState, dict[str, Any]]]
 
 
 def compile_update(
@@ -143,9 +144,9 @@ def compile_update(
 def make_update(
     settings: Settings, student: LoadedModel, teacher: LoadedModel | None, state: TrainState
 ) -> Update:
-    """Binds the models to an update: (state, batch on the host) to (state, metrics on the host).
+    """Binds the models to an update, which returns the new state, and metrics on the host.
 
-    The update donates its state.
+    The update donates its state. Without hidden states the teacher reads the batch.
     """
     train_step, teacher_pass = compile_update(
         settings,
@@ -155,10 +156,13 @@ def make_update(
     )
     base = student.params if adapters(settings) else None
 
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+    def update(
+        state: TrainState, batch: Batch, hidden: jax.Array | None
+    ) -> tuple[TrainState, dict[str, Any]]:
         rows, scorer = shard_batch(batch), None
         if teacher and teacher_pass:
-            scorer = Teacher(teacher_pass(teacher.params, rows), model.head_params(teacher.params))
+            hidden = teacher_pass(teacher.params, rows) if hidden is None else hidden
+            scorer = Teacher(hidden, model.head_params(teacher.params))
         state, raw = train_step(state, scorer, rows, base)
         return state, jax.device_get(raw)
 
@@ -220,15 +224,21 @@ def make_labeller(
 
     `between` is called between batches of questions.
     """
-    max_turns = settings.env.max_turns
+    max_turns, train = settings.env.max_turns, settings.train
     if not settings.objective.intervention or teacher is None:
         return no_judge(max_turns=max_turns)
+    places = partial(
+        responses,
+        length_multiple=train.length_multiple,
+        response_multiple=train.response_multiple,
+    )
     return teacher_judge(
         teacher.params,
         by=make_judge(teacher, settings),
         max_turns=max_turns,
         seed=settings.seed,
         between=between,
+        responses=places if settings.judges_what_it_scores else None,
     )
 
 

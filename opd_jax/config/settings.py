@@ -155,6 +155,12 @@ class Settings:
         _check_teacher(self)
 
     @property
+    def judges_what_it_scores(self) -> bool:
+        """Whether the judge reads the very sequences that the teacher scores, so once for both."""
+        judges = self.objective.intervention and not self.shows_players
+        return judges and self.judge.context == "history"  # so without `rollout.history_turns`
+
+    @property
     def shows_players(self) -> bool:
         """Whether the student learns from players' demonstrations."""
         return self.data.source == "players"

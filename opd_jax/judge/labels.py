@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from opd_jax.agent.conversation import Conversation
@@ -34,12 +35,14 @@ class Judgement(NamedTuple):
       asked: bool [B, K], turns that the judge was asked about.
       unparsable: bool [B, K], answers with none or several of the three words.
       too_long: bool [B, K], turns that it was not asked about: the teacher lacks the positions.
+      hidden: see `verdicts.Verdicts`.
     """
 
     verdict: np.ndarray
     asked: np.ndarray
     unparsable: np.ndarray
     too_long: np.ndarray
+    hidden: jax.Array | None = None
 
     @property
     def answered(self) -> np.ndarray:

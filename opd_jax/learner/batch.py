@@ -48,7 +48,7 @@ def pack(
     """Conversations and their verdicts as a batch.
 
     T and R are the longest lengths, at least 1, rounded up to a multiple: few shapes, few compiled
-    programs. An episode whose environment broke carries no loss.
+    programs (`responses` gives R alone). An episode whose environment broke carries no loss.
 
     Args:
       conversations: B of them, at least one.
@@ -61,8 +61,7 @@ def pack(
       ValueError: tokens, turns or log-probabilities that are out of range. The message names the
         field and the first row.
     """
-    longest = max(1, *(len(c.tokens) for c in conversations))  # all may have ended at `reset`
-    shape = len(conversations), -(-longest // length_multiple) * length_multiple
+    shape = len(conversations), _length(conversations, length_multiple)
     tokens = np.zeros(shape, np.int32)
     turn_id = np.full(shape, NO_TURN, np.int32)
     logprobs = np.zeros(shape, np.float32)
@@ -75,6 +74,22 @@ def pack(
     batch = Batch(tokens, turn_id, logprobs, verdict, response)
     _check(batch, vocab_size)
     return batch
+
+
+def responses(
+    conversations: Sequence[Conversation], *, length_multiple: int, response_multiple: int
+) -> np.ndarray:
+    """The `Batch.response` of conversations, before they have verdicts; arguments as in `pack`."""
+    student = np.zeros((len(conversations), _length(conversations, length_multiple)), bool)
+    for row, c in zip(student, conversations, strict=True):
+        if not c.broken:
+            row[: len(c.turn_id)] = np.array(c.turn_id) != NO_TURN
+    return _response(student, response_multiple)
+
+
+def _length(conversations: Sequence[Conversation], multiple: int) -> int:
+    longest = max(1, *(len(c.tokens) for c in conversations))  # all may have ended at `reset`
+    return -(-longest // multiple) * multiple
 
 
 def _response(student: np.ndarray, multiple: int) -> np.ndarray:

@@ -143,6 +143,26 @@ def take_rows(array: jax.Array, rows: jax.Array | None) -> jax.Array:
     return _by_shard(lambda x, rows: x[rows], array, rows)
 
 
+def put_rows(array: jax.Array, new: jax.Array, place: jax.Array, rows: jax.Array) -> jax.Array:
+    """`array[rows[b], place[b, t]] = new[b, t]`; places out of range are dropped.
+
+    Args:
+      array: [C, R, ...], sharded over the batch.
+      new: [B, T, ...].
+      place: int32 [B, T].
+      rows: as in `take_rows`.
+    """
+
+    def put(array, new, place, rows):
+        return array.at[rows[:, None], place].set(new, mode="drop")
+
+    return constrain(
+        _by_shard(put, array, new, place, rows),
+        *("batch", *(None,) * (array.ndim - 1)),
+        rules=DECODING,
+    )
+
+
 def add_rows(lengths: jax.Array, counts: jax.Array, rows: jax.Array | None) -> jax.Array:
     """`lengths` [C] with `counts` [B] added at `rows`, as in `take_rows`."""
     if rows is None:

@@ -8,7 +8,7 @@ from opd_jax.agent.generate import Sampling
 from opd_jax.config.settings import Settings
 from opd_jax.judge.answer import label_scores
 from opd_jax.judge.prompt import LABELS
-from opd_jax.judge.verdicts import SLOTS
+from opd_jax.judge.reading import SLOTS
 from opd_jax.plan.program import Program
 from opd_jax.plan.sampling import Player, rows_read
 from opd_jax.plan.workload import Workload
@@ -19,7 +19,8 @@ def judging(
 ) -> Iterator[Program]:
     """The programs of `judge.context` and `judge.decode`.
 
-    The second decoding that `judge.agreement_every` asks for is left out.
+    The second decoding that `judge.agreement_every` asks for is left out, and so is that hidden
+    states are kept (`judge.reading`).
 
     Args:
       label_width: most tokens of a label's word.

@@ -47,7 +47,8 @@ def training(
         # A copy that is sharded for training, if it is kept otherwise.
         copy = device_bytes(teacher.params) if settings.mesh.decode > 1 else 0
         more: dict[str, Any] = dict(sent=sent, temporaries=copy)
-        yield Program("teacher's pass", teacher_pass, args, moved, teacher.beside, 1, **more)
+        if not settings.judges_what_it_scores:
+            yield Program("teacher's pass", teacher_pass, args, moved, teacher.beside, 1, **more)
         shape = work.rows, work.response, sizes.d_model
         hidden = student.place.rows(*shape, dtype=dtype)
         said = Teacher(hidden, model.head_params(teacher.params))

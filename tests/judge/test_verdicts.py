@@ -365,7 +365,7 @@ def test_a_labeller_asks_the_other_decoding_now_and_then(random_judge: Judge) ->
         by = with_settings(judge, agreement_every=every)
         label = teacher_judge(params, by=by, max_turns=3, seed=0)
         for update in range(3):
-            verdict, metrics = label(played, update)
+            verdict, metrics, _ = label(played, update)
             assert verdict.tolist() == want  # whatever the other decoding says
             assert metrics["verdict/weak"] == (1, 2)
             assert "judge/precision" not in metrics  # the environment has no labels
@@ -373,7 +373,7 @@ def test_a_labeller_asks_the_other_decoding_now_and_then(random_judge: Judge) ->
             if update in asked:
                 assert metrics["judge/decodings_agree"] == (0, 0)
                 assert metrics["judge/unparsable_generate"] == (1, 1)
-    verdict, metrics = no_judge(max_turns=3)(played, 0)
+    verdict, metrics, _ = no_judge(max_turns=3)(played, 0)
     assert (verdict.tolist(), metrics) == ([[Verdict.STRONG] * 3], {})
 
 
@@ -461,7 +461,7 @@ def test_decodings_are_compared_where_both_were_asked(random_judge: Judge) -> No
     # Words take more room than a score, so only the score of the longer question fits.
     room = judge.model.max_positions - judge.answer_tokens - len(judge.question(empty, 0))
     long = Conversation(task=TASK, turns=[replace(TURN, response="x" * room)])
-    metrics = teacher_judge(params, by=judge, max_turns=1, seed=0)([long, empty], 0)[1]
+    metrics = teacher_judge(params, by=judge, max_turns=1, seed=0)([long, empty], 0).metrics
     assert metrics["judge/asked"] == (2, 2)
     assert metrics["judge/decodings_agree"] == (1, 1)
     assert metrics["judge/unparsable_generate"] == (0, 1)
@@ -472,7 +472,7 @@ def test_the_other_decoding_is_asked_a_sample(random_judge: Judge) -> None:
     # Constrained decoding calls each turn SKIP; the free answer agrees.
     judge, params = always(with_settings(random_judge, **how), "SKIP", END)
     played = [conversation("", "rejected", ""), conversation("rejected"), conversation("", "")]
-    verdict, metrics = teacher_judge(params, by=judge, max_turns=3, seed=0)(played, 0)
+    verdict, metrics, _ = teacher_judge(params, by=judge, max_turns=3, seed=0)(played, 0)
     failed = Verdict.DET_FAIL
     assert verdict.tolist() == [[0, failed, 0], [failed, 0, 0], [0, 0, 0]]
     assert metrics["judge/asked"] == (4, 6)
@@ -495,7 +495,7 @@ def test_only_a_judge_that_no_question_fits_is_a_mistake(
     assert metrics["judge/unparsable"] == (0, 1)
     assert [count.tolist() for count in metrics["by_turn/strong"]] == [[1], [2]]
     # Later a batch may have nothing but long questions, also just after a resume.
-    verdict, metrics = teacher_judge(params, by=judge, max_turns=1, seed=0)([wordy], 2)
+    verdict, metrics, _ = teacher_judge(params, by=judge, max_turns=1, seed=0)([wordy], 2)
     assert (verdict.tolist(), metrics["judge/too_long"]) == ([[Verdict.STRONG]], (1, 1))
     assert caplog.text.count("t/wordy") == 1
 

@@ -52,9 +52,9 @@ def test_a_token_from_its_logits_to_its_share_of_the_loss() -> None:
     tasks = build.panels(settings)["train"]
     source = build.make_source(settings, student, teacher, tasks=tasks, cursor=[0, 0])
     played = source.play(state)
-    verdict, _ = build.make_labeller(settings, teacher)(played.conversations, 0)
+    verdict = build.make_labeller(settings, teacher)(played.conversations, 0).verdict
     batch = build.make_pack(settings, student.config)(played, verdict)
-    _, reported = build.make_update(settings, student, teacher, state)(state, batch)
+    _, reported = build.make_update(settings, student, teacher, state)(state, batch, None)
 
     # 3. What the two models say of every token.
     log_s, log_t = logprobs(student, batch.tokens), logprobs(teacher, batch.tokens)
