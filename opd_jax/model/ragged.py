@@ -58,7 +58,8 @@ def ragged_attention(
         return row, 0, 0, 0
 
     def slots(row: Any, step: Any, lengths: Any) -> tuple[Any, ...]:
-        return row, 0, jnp.minimum(step, (lengths[row] - 1) // block), 0
+        # `//` of integers that may be negative asks which TPU this is, also where there is none.
+        return row, 0, jnp.minimum(step, jax.lax.div(lengths[row] - 1, block)), 0
 
     def buffer(x: Buffer) -> Any:
         floats = pl.BlockSpec((1, G, block, H), slots)

@@ -135,6 +135,15 @@ def test_each_device_reads_its_own_rows_and_heads(kind: str):
         assert_reads_what_each_row_has(*arrays, POSITIONS[[1, 0, 3, 7]] % 256)
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_it_lowers_for_a_tpu_where_there_is_none(kind: str):
+    # As `plan` does, on a machine that only counts.
+    run = partial(cached_attention, slots_read=jnp.int32(512), implementation="pallas")
+    arrays = *cache_and_queries(8, 512, 8, 4, kind), POSITIONS % 512
+    lowered = jax.jit(run).trace(*arrays).lower(lowering_platforms=("tpu",))
+    assert "ragged_attention" in lowered.as_text()
+
+
 def test_it_rounds_as_the_plain_form_does():
     # In bfloat16 queries, and with them the probabilities, are bfloat16 in both.
     q, k, v = cache_and_queries(8, 256, 4, 2, "int8")
