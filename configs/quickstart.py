@@ -68,7 +68,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.mesh = dict(
         data=1,  # shards the batch, replicates parameters
         fsdp=1,  # shards the batch and the parameters
-        decode=1,  # like fsdp in training, like tensor in sampling and judging
+        decode=1,  # of the fsdp devices; they are like tensor in sampling and judging
         tensor=1,  # shards heads, feed-forward width and vocabulary
     )
     config.student = "embedded:student"  # a model folder, embedded:NAME, or new (`new_model`)

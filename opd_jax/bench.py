@@ -11,7 +11,6 @@ times. `--runs` is how often each program is timed; the median counts.
 
 import dataclasses
 import json
-import math
 import statistics
 import sys
 import time
@@ -30,6 +29,7 @@ from opd_jax.plan.report import describe
 from opd_jax.report.tables import table
 from opd_jax.runtime import compilation, processes
 from opd_jax.runtime.exits import reported
+from opd_jax.runtime.mesh import MeshShape
 
 
 def bench(config: FrozenConfigDict, *, runs: int) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def bench(config: FrozenConfigDict, *, runs: int) -> dict[str, Any]:
     Raises:
       ValueError: the config is not valid, or does not divide over its mesh.
     """
-    devices = math.prod(config.mesh.values())
+    devices = MeshShape(**config.mesh).devices
     run = plan_run(config, find(LOCAL, local_chips=devices), devices=jax.devices()[:devices])
     bounds = {row["name"]: row for row in describe(run, None)["programs"]}
     rows = [

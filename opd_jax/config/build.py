@@ -61,7 +61,7 @@ def open_mesh(settings: Settings) -> jax.sharding.Mesh:
     """The run's devices, where its compiled programs are kept from one start to the next."""
     startup.begin()
     compilation.start(settings.program_cache)
-    return make_mesh(**dataclasses.asdict(settings.mesh))
+    return make_mesh(**settings.mesh.axes)
 
 
 # --- What is trained ----------------------------------------------------------------------------
@@ -302,7 +302,7 @@ def check_shapes(settings: Settings, models: Collection[str] = MODELS) -> None:
     Raises:
       ValueError: a parameter does not divide, or the student cannot have such adapters.
     """
-    mesh, found = abstract_mesh(**dataclasses.asdict(settings.mesh)), named_sizes(settings, models)
+    mesh, found = abstract_mesh(**settings.mesh.axes), named_sizes(settings, models)
     rows = min(sizes.vocab_size for sizes in found.values())
     for who, sizes in found.items():
         sizes = dataclasses.replace(sizes, vocab_size=rows)

@@ -386,8 +386,8 @@ def _check_batches(s: Settings) -> None:
             f"`rollout.batch` = {batch} does not divide into `train.micro_batches` = {parts}; "
             "choose a divisor"
         )
-    decoding = "`mesh.data` × `mesh.fsdp`", s.mesh.decode_shards
-    training = "`mesh.data` × `mesh.fsdp` × `mesh.decode`", s.mesh.batch_shards
+    decoding = "`mesh.data` × `mesh.fsdp` / `mesh.decode`", s.mesh.decode_shards
+    training = "`mesh.data` × `mesh.fsdp`", s.mesh.batch_shards
     sizes = {
         "rollout.batch": (batch, training),
         "rollout.rows": (s.rollout.at_once, decoding),

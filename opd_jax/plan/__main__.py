@@ -12,7 +12,6 @@ in the user's cache directory.
 """
 
 import json
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from opd_jax.plan.verdict import MISFIT, verdict
 from opd_jax.report.tables import table
 from opd_jax.runtime.exits import reported
 from opd_jax.runtime.files import local_path
+from opd_jax.runtime.mesh import MeshShape
 
 
 def main(argv: Sequence[str]) -> None:
@@ -75,8 +75,9 @@ def _run(config: Any, given: Sequence[str], flags: dict[str, Any]) -> None:
                 break
         return describe(run, results)
 
+    devices = MeshShape(**config.mesh).devices
     if flags["search"]:
-        where = chips.find(topology, local_chips=math.prod(config.mesh.values()))
+        where = chips.find(topology, local_chips=devices)
         found = search(config, where, fit=lambda tried: plan_run(tried, where, given=given))
         print(json.dumps(found, indent=1) if flags["json"] else table(found, list(found[0])))
         return
@@ -85,7 +86,6 @@ def _run(config: Any, given: Sequence[str], flags: dict[str, Any]) -> None:
     if flags["smallest"]:
         rows, result = smallest(family, fit=fit, plan=plan)
     else:
-        devices = math.prod(config.mesh.values())
         result = plan(fit(chips.find(topology, local_chips=devices)))
     if flags["json"]:
         print(json.dumps({"tried": rows, "plan": result}, indent=1))

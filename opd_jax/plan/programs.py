@@ -43,7 +43,8 @@ def plan_run(
       ValueError: the config is not valid, or something does not divide over the slice.
     """
     config, changes = fit_to_slice(config, chips=where.chips, given=given)
-    settings, sizes = read_settings(config), config.mesh.to_dict()
+    settings = read_settings(config)
+    sizes = settings.mesh.axes
     mesh = make_mesh(**sizes, devices=devices) if devices else abstract_mesh(**sizes)
     place, work = Placement(mesh, where.chip.platform), workload(settings)
     student, teacher = planned_pair(settings, platform=where.chip.platform)

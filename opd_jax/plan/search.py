@@ -49,10 +49,10 @@ def search(
 
 
 def _meshes(chips: int) -> list[dict[str, int]]:
-    """All sizes of the axes that multiply to a number of chips."""
+    """All sizes of `config.mesh` that take a number of chips."""
     divisors = [size for size in range(1, chips + 1) if chips % size == 0]
     return [
         {"data": data, "fsdp": fsdp, "decode": decode, "tensor": tensor}
         for data, fsdp, decode, tensor in product(divisors, repeat=4)
-        if data * fsdp * decode * tensor == chips
+        if data * fsdp * tensor == chips and fsdp % decode == 0
     ]

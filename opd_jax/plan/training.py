@@ -45,7 +45,7 @@ def training(
             teacher.place, sizes, teacher.params, None, passes=1, dtype=dtype, **tokens
         )
         # A copy that is sharded for training, if it is kept otherwise.
-        copy = device_bytes(teacher.params) if settings.mesh.decode > 1 else 0
+        copy = device_bytes(teacher.params) if settings.mesh.axes["decode"] > 1 else 0
         more: dict[str, Any] = dict(sent=sent, temporaries=copy)
         if not settings.judges_what_it_scores:
             yield Program("teacher's pass", teacher_pass, args, moved, teacher.beside, 1, **more)
@@ -98,7 +98,7 @@ def _held(
     head_gradient = 0 if settings.lora.rank else head("float32")
     weighs = settings.objective.weight_reads_teacher
     # All-gathered as the student's is.
-    ways = settings.mesh.fsdp * settings.mesh.decode
+    ways = settings.mesh.fsdp
     teacher_head = device_bytes(said.head) * ways if said else 0
     return {
         "inputs of layers": (sizes.num_layers * inputs, 2 * parts),

@@ -4,13 +4,13 @@ Texts are not known before a run, so lengths are the largest that the config all
 takes all its turns and fills its context.
 """
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from opd_jax.config.settings import Settings, read_settings
+from opd_jax.runtime.mesh import MeshShape
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,8 @@ def fit_to_slice(
 ) -> tuple[FrozenConfigDict, list[str]]:
     """The validated config on a slice of `chips`, and what was changed for it, in words.
 
-    If the mesh has another number of devices, `mesh.fsdp` and `mesh.decode` are set to fill the
-    slice, where they are not given. If micro-batches then have fewer rows than the mesh splits them
-    over, there are fewer of them.
+    If the mesh has another number of devices, `mesh.fsdp` is set to fill the slice. If then
+    micro-batches have fewer rows than the mesh splits them over, there are fewer of them.
 
     Args:
       given: fields set on the command line; these are not changed.
@@ -96,31 +95,24 @@ def fit_to_slice(
     """
     changed = ConfigDict(config.to_dict())
     mesh, notes = changed.mesh, []
-    if math.prod(mesh.values()) != chips:
-        rest = chips // (mesh.data * mesh.tensor)
-        fsdp, decode = mesh.fsdp, mesh.decode
-        if "mesh.decode" not in given:
-            decode = rest // fsdp if "mesh.fsdp" in given else math.gcd(decode, rest)
-        if "mesh.fsdp" not in given:
-            fsdp = rest // decode if decode else 0
-        if mesh.data * fsdp * decode * mesh.tensor != chips:
+    if (size := MeshShape(**mesh).devices) != chips:
+        fsdp = chips // (mesh.data * mesh.tensor)
+        if "mesh.fsdp" in given or mesh.data * fsdp * mesh.tensor != chips:
             raise ValueError(
-                "`mesh.data` × `mesh.fsdp` × `mesh.decode` × `mesh.tensor` = "
-                f"{mesh.data} × {mesh.fsdp} × {mesh.decode} × {mesh.tensor} must multiply to the "
-                f"{chips} chips of the slice; change the mesh or the slice"
+                f"`mesh.data` × `mesh.fsdp` × `mesh.tensor` = {mesh.data} × {mesh.fsdp} × "
+                f"{mesh.tensor} = {size} must multiply to the {chips} chips of the slice; change "
+                "the mesh or the slice"
             )
-        for name, size in {"fsdp": fsdp, "decode": decode}.items():
-            if mesh[name] != size:
-                notes.append(f"`mesh.{name}` {mesh[name]} -> {size}, to fill {chips} chips")
-                mesh[name] = size
-    ways, rows = mesh.data * mesh.fsdp * mesh.decode, changed.rollout.batch
+        notes.append(f"`mesh.fsdp` {mesh.fsdp} -> {fsdp}, to fill {chips} chips")
+        mesh.fsdp = fsdp
+    ways, rows = mesh.data * mesh.fsdp, changed.rollout.batch
     parts = changed.train.micro_batches
     fits = [n for n in range(1, parts + 1) if rows % (n * ways) == 0]
     episodes = changed.data.source != "players"
     if episodes and fits and parts not in fits and "train.micro_batches" not in given:
         notes.append(
             f"`train.micro_batches` {parts} -> {fits[-1]}, for a row on each of "
-            f"`mesh.data` × `mesh.fsdp` × `mesh.decode` = {ways}"
+            f"`mesh.data` × `mesh.fsdp` = {ways}"
         )
         changed.train.micro_batches = fits[-1]
     read_settings(changed)

@@ -69,7 +69,15 @@ def gathered(rules: Rules) -> Rules:
 
 @dataclass(frozen=True)
 class MeshShape:
-    """Sizes of the mesh axes; the module says what each shards."""
+    """How devices are divided; the module says what each axis of the mesh shards.
+
+    Attributes:
+      data: devices along `data`.
+      fsdp: devices that shard parameters in training, along `fsdp` and `decode`.
+      decode: how many of those are along `decode`; their greatest common divisor with `fsdp`. So
+        `fsdp` alone fits a run to any number of devices.
+      tensor: devices along `tensor`.
+    """
 
     data: int = field(metadata=affects(LAYOUT))
     fsdp: int = field(metadata=affects(LAYOUT))
@@ -80,14 +88,25 @@ class MeshShape:
         check_within(1, **dataclasses.asdict(self))
 
     @property
+    def axes(self) -> dict[str, Any]:
+        """Sizes of the mesh's axes, the arguments of `make_mesh`."""
+        decode = math.gcd(self.fsdp, self.decode)
+        return dict(data=self.data, fsdp=self.fsdp // decode, decode=decode, tensor=self.tensor)
+
+    @property
+    def devices(self) -> int:
+        """The number of devices."""
+        return self.data * self.fsdp * self.tensor
+
+    @property
     def batch_shards(self) -> int:
         """The number of shards of a batch in training."""
-        return self.decode_shards * self.decode
+        return self.data * self.fsdp
 
     @property
     def decode_shards(self) -> int:
         """The number of shards of the rows that decode."""
-        return self.data * self.fsdp
+        return self.data * self.axes["fsdp"]
 
 
 def make_mesh(
@@ -112,9 +131,9 @@ def make_mesh(
     if min(sizes) < 1 or size > most or (processes > 1 and size < most):
         expected = f"exactly the {most} devices of {processes} processes"
         raise ValueError(
-            "`mesh.data` × `mesh.fsdp` × `mesh.decode` × `mesh.tensor` must be positive and "
-            f"multiply to {expected if processes > 1 else f'at most {most} devices'}, "
-            f"got {data} × {fsdp} × {decode} × {tensor} = {size}; change the mesh"
+            "`mesh.data` × `mesh.fsdp` × `mesh.tensor` must be positive and multiply to "
+            f"{expected if processes > 1 else f'at most {most} devices'}, "
+            f"got {data} × {fsdp * decode} × {tensor} = {size}; change the mesh"
         )
     return jax.make_mesh(sizes, MESH_AXES, axis_types=_AXIS_TYPES, devices=devices[:size])
 

@@ -139,11 +139,11 @@ def test_whole_numbers_serve_as_floats_and_lists_as_tuples() -> None:
         ("compare.methods=sage,ppo", "`compare.methods`: expected one of opd, .* got 'ppo'"),
         # Of several sections.
         ("train.micro_batches=3", "`rollout.batch` = 16 .* `train.micro_batches` = 3; .* divisor"),
-        ("mesh.data=2 mesh.fsdp=3", "`rollout.batch` = 16 .*`mesh.fsdp` × `mesh.decode` = 6"),
-        ("mesh.data=8", "`eval.batch` = 100 .*`mesh.data` × `mesh.fsdp` = 8"),
+        ("mesh.data=2 mesh.fsdp=3", "`rollout.batch` = 16 .*`mesh.data` × `mesh.fsdp` = 6"),
+        ("mesh.data=8", "`eval.batch` = 100 .*`mesh.fsdp` / `mesh.decode` = 8"),
         (
             "train.micro_batches=16 mesh.data=2",
-            "`rollout.batch` / `train.micro_batches` = 1 .*`mesh.fsdp` × `mesh.decode` = 2",
+            "`rollout.batch` / `train.micro_batches` = 1 .*`mesh.data` × `mesh.fsdp` = 2",
         ),
         ("teacher=", "the objective .* needs a teacher, but `teacher` is empty"),
         ("student=", "`student` is empty: name a model folder .`hf download Qwen/Qwen3-1.7B"),

@@ -9,15 +9,16 @@ from opd_jax.plan.__main__ import main
 from opd_jax.plan.programs import plan_run
 from opd_jax.plan.report import describe
 from opd_jax.plan.search import _meshes
-from opd_jax.runtime.mesh import MESH_AXES
+from opd_jax.runtime.mesh import MESH_AXES, MeshShape
 
 QUICKSTART = "--config=configs/quickstart.py"
 
 
 def test_every_mesh_of_a_slice_is_tried_once():
-    tried = [tuple(mesh.values()) for mesh in _meshes(8)]
+    shapes = [MeshShape(**mesh) for mesh in _meshes(8)]
+    tried = [tuple(shape.axes.values()) for shape in shapes]
     assert len(set(tried)) == len(tried) == 20  # 8 = 2³: four exponents that add up to 3
-    assert {math.prod(mesh) for mesh in tried} == {8}
+    assert {math.prod(mesh) for mesh in tried} == {shape.devices for shape in shapes} == {8}
 
 
 def test_meshes_are_ranked_by_what_bounds_an_update(in_process):

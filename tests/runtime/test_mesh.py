@@ -20,6 +20,7 @@ from opd_jax.runtime import mesh as mesh_lib
 from opd_jax.runtime.mesh import (
     DECODING,
     TRAINING,
+    MeshShape,
     batch_sharding,
     make_mesh,
     param_shardings,
@@ -44,7 +45,7 @@ def test_several_processes_must_use_every_device(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert make_mesh(data=2, fsdp=2, tensor=2).size == 8
     with pytest.raises(
-        ValueError, match="exactly the 8 devices of 2 processes, got 1 × 2 × 1 × 3 = 6; change"
+        ValueError, match="exactly the 8 devices of 2 processes, got 1 × 2 × 3 = 6; change"
     ):
         make_mesh(data=1, fsdp=2, tensor=3)
 
@@ -52,9 +53,9 @@ def test_several_processes_must_use_every_device(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("sizes", "text"),
     [
-        ((1, 3, 3), "1 × 3 × 1 × 3 = 9"),
-        ((-2, -4, 1), "-2 × -4 × 1 × 1 = 8"),
-        ((0, 8, 1), "0 × 8 × 1 × 1 = 0"),
+        ((1, 3, 3), "1 × 3 × 3 = 9"),
+        ((-2, -4, 1), "-2 × -4 × 1 = 8"),
+        ((0, 8, 1), "0 × 8 × 1 = 0"),
     ],
 )
 def test_a_mesh_that_does_not_exist_is_refused(sizes: tuple[int, int, int], text: str) -> None:
@@ -80,6 +81,19 @@ def test_parameters_follow_the_rules() -> None:
     assert shardings["layers"]["q"].shard_shape((2, 32, 4, 16)) == (2, 8, 2, 16)
     assert shardings["layers"]["down"].shard_shape((2, 48, 32)) == (2, 24, 8)
     assert shardings["head"].shard_shape((32, 64)) == (8, 32)
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "decode", "axes"),
+    [(32, 8, (4, 8)), (8, 8, (1, 8)), (1, 8, (1, 1)), (12, 8, (3, 4)), (6, 1, (6, 1))],
+)
+def test_as_many_fsdp_devices_decode_together_as_divide_them(
+    fsdp: int, decode: int, axes: tuple[int, int]
+) -> None:
+    shape = MeshShape(data=2, fsdp=fsdp, decode=decode, tensor=3)
+    assert tuple(shape.axes.values()) == (2, *axes, 3)
+    assert shape.devices == 6 * fsdp
+    assert (shape.batch_shards, shape.decode_shards) == (2 * fsdp, 2 * axes[0])
 
 
 def test_the_axis_decode_is_fsdp_in_training_and_tensor_in_decoding() -> None:
