@@ -6,11 +6,21 @@ again from text.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from opd_jax.agent.chat import ChatFormat
 from opd_jax.envs.base import BROKEN, Observation, Task
+from opd_jax.envs.faults import Begun
 from opd_jax.losses import NO_TURN
 from opd_jax.runtime import processes
 from opd_jax.runtime.exits import WorldFailed
+
+
+class Message(NamedTuple):
+    """What was said, and by whom: "system", "user" (the environment) or "assistant"."""
+
+    role: str
+    content: str
 
 
 @dataclass
@@ -44,6 +54,9 @@ class Conversation:
 
     Attributes:
       task: what is played; None for a row that only fills a batch.
+      split, index: the environment's task; "" and -1 if there is none.
+      messages: the conversation in text. The k-th of the assistant is the k-th turn's response; the
+        last one may be the environment's.
       tokens: every token so far.
       turn_id: the turn that each token was sampled in, or `NO_TURN`.
       logprobs: each token's log-probability as sampled; 0 if it was not sampled.
@@ -58,6 +71,9 @@ class Conversation:
     """
 
     task: Task | None
+    split: str = ""
+    index: int = -1
+    messages: list[Message] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     turn_id: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -103,20 +119,37 @@ class Conversation:
         self.logprobs.extend(logprobs)
 
 
-def open_conversation(task: Task, prompt: Sequence[int], *, context_tokens: int) -> Conversation:
+def opening(begun: Begun, split: str, index: int) -> Conversation:
+    """An episode of a task that so far has no token; it is over if the environment broke."""
+    observation, task, system, refused = begun
+    conversation = Conversation(task, split, index, end=observation.end, refused=refused)
+    if not observation.done:
+        said = [Message("system", system), Message("user", observation.message)]
+        conversation.messages = said if system else said[1:]
+    return conversation
+
+
+def open_conversation(
+    begun: Begun, split: str, index: int, *, chat: ChatFormat, context_tokens: int
+) -> Conversation:
     """An episode that so far has only its first prompt.
 
-    It is over, and empty, if the prompt leaves no room for a token within `context_tokens`.
+    It is over, and empty, if the environment broke, or if the prompt leaves no room for a token
+    within `context_tokens`.
     """
+    conversation = opening(begun, split, index)
+    if conversation.end:
+        return conversation
+    prompt = chat.first(begun.system, begun.observation.message)
     if len(prompt) >= context_tokens:
         processes.warn(
             "`rollout.context_tokens`: the first prompt of %s has %d tokens, expected fewer than "
             "%d; its episodes are left out",
-            *(task.id, len(prompt), context_tokens),
+            *(begun.task.id, len(prompt), context_tokens),
         )
-        return Conversation(task=task, end="context")
-    conversation = Conversation(task=task)
-    conversation.append_given(prompt)
+        conversation.end = "context"
+    else:
+        conversation.append_given(prompt)
     return conversation
 
 
@@ -164,6 +197,9 @@ def record_turn(
             oracle=after.oracle,
         )
     )
+    conversation.messages.append(Message("assistant", response))
+    if after.message or not after.done:
+        conversation.messages.append(Message("user", after.message))
     conversation.score = after.score
     conversation.measures = after.measures
     conversation.end = after.end

@@ -146,14 +146,11 @@ class _Episode:
             self._go_on(answer, self.response)
 
     def _begin(self, begun: Begun) -> None:
-        observation, task, system, refused = begun
-        self.observation = observation
-        if observation.done:  # it broke: there is nothing to react to
-            self.conversation = Conversation(task, end=observation.end, refused=refused)
-            return
-        prompt = self.agent.chat.first(system, observation.message)
-        context_tokens = self.agent.decoding.context_tokens
-        self.conversation = open_conversation(task, prompt, context_tokens=context_tokens)
+        self.observation = begun.observation
+        agent = self.agent
+        self.conversation = open_conversation(
+            begun, *self.task, chat=agent.chat, context_tokens=agent.decoding.context_tokens
+        )
 
     def _go_on(self, after: Observation, response: Response) -> None:
         conversation, before = self.conversation, self.observation

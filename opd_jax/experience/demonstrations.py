@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from opd_jax.agent.chat import ChatFormat
-from opd_jax.agent.conversation import Conversation, open_conversation, record_turn
+from opd_jax.agent.conversation import Conversation, open_conversation, opening, record_turn
 from opd_jax.envs.base import Env, MakePlayer, Observation
 from opd_jax.envs.faults import act, begin, breaks
 from opd_jax.losses import NO_TURN
@@ -80,16 +80,13 @@ def demonstrate(
     carry no loss: the model learns to recover without learning to stray. The conversation ends
     before a turn that would exceed `context_tokens`; it is `unfit` if that is the first.
     """
-    first, task, system, refused = begin(env, split, index)
-    if first.done:  # it broke
-        return Conversation(task, end=first.end, refused=refused)
-    prompt = chat.first(system, first.message)
-    conversation = open_conversation(task, prompt, context_tokens=context_tokens)
+    begun = begin(env, split, index)
+    conversation = open_conversation(begun, split, index, chat=chat, context_tokens=context_tokens)
     if conversation.end:
         return conversation
     for step in play(
         env,
-        first,
+        begun.observation,
         player=player,
         distractor=distractor,
         distraction=distraction,
@@ -123,8 +120,9 @@ def play_out(
     stopping: Callable[[], object] | None = None,
 ) -> Conversation:
     """One episode without tokens, for the figures of a player."""
-    first, task, _, refused = begin(env, split, index)
-    conversation = Conversation(task, end=first.end, refused=refused)
+    begun = begin(env, split, index)
+    conversation = opening(begun, split, index)
+    first = begun.observation
     for step in play(
         env, first, player=player, distractor=None, distraction=0.0, rng=rng, stopping=stopping
     ):

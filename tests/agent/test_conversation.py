@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from opd_jax.agent.conversation import Conversation, Turn, record_turn
+from opd_jax.agent.conversation import Conversation, Message, Turn, record_turn
 from opd_jax.envs.base import Observation
 from opd_jax.losses import NO_TURN
 
@@ -67,3 +67,13 @@ def test_an_episode_ends_as_the_environment_says(end: str) -> None:
     record_turn(c, observation("You see."), "x", "stop_token", after)
     assert (c.end, c.score, c.measures) == (end, 0.75, {"f1": 0.5})
     assert (c.success, c.broken) == (end == "success", end == "broken")
+
+
+def test_what_was_said_is_kept_and_an_environment_may_end_without_a_word() -> None:
+    c = Conversation(None)
+    first, second = observation("You see."), observation("Nothing happens.")
+    record_turn(c, first, "x", "stop_token", second)
+    last = Observation(text="", message="", admissible=(), end="success")
+    record_turn(c, second, "y", "stop_token", last)
+    said = [("assistant", "x"), ("user", "Nothing happens.\nAct."), ("assistant", "y")]
+    assert c.messages == [Message(*words) for words in said]

@@ -149,7 +149,8 @@ def test_only_what_broke_is_broken_and_the_other_episodes_are_those_without_faul
     for row in SOUND_ROWS:
         assert played[row] == clean[row]
     # A row whose environment never began has no token.
-    assert played[4] == Conversation(Task(id="train/4", type="", goal="", scene=""), end=BROKEN)
+    task = Task(id="train/4", type="", goal="", scene="")
+    assert played[4] == Conversation(task, "train", 4, end=BROKEN)
 
 
 def test_a_broken_episode_is_recorded_up_to_where_it_broke(
@@ -211,7 +212,8 @@ def test_a_players_episode_breaks_alone_too(agent: Agent) -> None:
 
     # A player does not begin what is broken.
     worker, rng = Sabotaged(NEVER, {}), random.Random(0)
-    expected = Conversation(Task(id="train/0", type="", goal="", scene=""), end=BROKEN)
+    task = Task(id="train/0", type="", goal="", scene="")
+    expected = Conversation(task, "train", 0, end=BROKEN)
     got = demonstrate(worker, "train", 0, rng=rng, **PLAYER | {"player": never}, **tokens)
     assert got == play_out(worker, "train", 0, player=never, rng=rng) == expected
 
@@ -239,7 +241,7 @@ def test_what_an_environment_raises_ends_its_own_episode(
     for row in (1, 4):
         task = Task(id=f"train/{row}", type="", goal="", scene="")
         said = f"row {row} has no answer"
-        assert played[row] == Conversation(task, end=BROKEN, refused=said)
+        assert played[row] == Conversation(task, "train", row, end=BROKEN, refused=said)
     assert [played[2].end, len(played[2].turns)] == [BROKEN, 2]
     assert played[2].tokens == clean[2].tokens[: len(played[2].tokens)]
     check_some_played(played)

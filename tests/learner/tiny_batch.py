@@ -49,7 +49,7 @@ def conversations(rows: Sequence[str] = ROWS) -> list[Conversation]:
         turn_id = [int(c) if c.isdigit() else NO_TURN for c in text]
         tokens = rng.integers(1, CONFIG.vocab_size, len(text)).tolist()
         logprobs = [0.0 if turn == NO_TURN else -1.5 for turn in turn_id]
-        made.append(Conversation(None, tokens, turn_id, logprobs))
+        made.append(Conversation(None, tokens=tokens, turn_id=turn_id, logprobs=logprobs))
     return made
 
 
