@@ -8,7 +8,7 @@ find the questions in a cache, except their last tokens.
 import re
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,16 @@ from opd_jax.runtime.fields import (
 from opd_jax.runtime.mesh import DECODING, replicate, shard_batch
 
 UNPARSABLE = -1
+
+
+class Answer(NamedTuple):
+    """A judge's answer: its label, or `UNPARSABLE`, and the scores of all labels.
+
+    Scores are log-probabilities in nats, float32 [labels]; None if they were not compared.
+    """
+
+    label: int
+    scores: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -129,8 +139,8 @@ def label_tokens(chat: ChatFormat) -> tuple[np.ndarray, np.ndarray]:
 
 def score_labels(
     cache: ContextCache, last: np.ndarray, asked: np.ndarray, *, by: Judge
-) -> list[int]:
-    """The label whose tokens the teacher finds most likely after each question.
+) -> list[Answer]:
+    """The label whose tokens the teacher finds most likely after each question, and the scores.
 
     The score of a label is the sum of the log-probabilities of its own tokens; the end of the
     answer is not scored.
@@ -141,7 +151,7 @@ def score_labels(
       asked: int32 [B], 1 or 0; a row with 0 asks nothing, and its label is meaningless.
 
     Returns:
-      A label for each row. Slots after a row's length hold leftovers.
+      An answer for each row. Slots after a row's length hold leftovers.
     """
     words, lengths = label_tokens(by.chat)
     scores, given = label_scores(
@@ -157,7 +167,7 @@ def score_labels(
     # The model reads the last token, then each label's tokens but the last.
     read, computed = 1 + int((lengths - 1).sum()), 1 + words[:, :-1].size
     cache.count(tokens=int(asked.sum()) * read, computed=len(asked) * computed)
-    return np.asarray(jnp.argmax(scores, axis=-1)).tolist()
+    return [Answer(int(of_row.argmax()), of_row) for of_row in np.asarray(scores)]
 
 
 @partial(jax.jit, static_argnames=("config", "sharded"), donate_argnames="cache")
@@ -198,7 +208,7 @@ def label_scores(
 
 def generate_labels(
     cache: ContextCache, last: np.ndarray, asked: np.ndarray, *, by: Judge
-) -> list[int]:
+) -> list[Answer]:
     """The label in the teacher's greedy answer to each question, or `UNPARSABLE`.
 
     Arguments as in `score_labels`; the cache needs room for `max_new_tokens` of each answer.
@@ -218,8 +228,8 @@ def generate_labels(
     cache.give(given)
     out = jax.device_get(out)
     cache.count(tokens=int(out.counts.sum()), computed=out.computed)
-    answers = [by.tokenizer.decode(row[:n]) for row, n in zip(out.tokens, out.counts, strict=True)]
-    return [parse_label(answer) for answer in answers]
+    texts = [by.tokenizer.decode(row[:n]) for row, n in zip(out.tokens, out.counts, strict=True)]
+    return [Answer(parse_label(text), None) for text in texts]
 
 
 # How `judge.decode` names them.

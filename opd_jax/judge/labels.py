@@ -35,6 +35,8 @@ class Judgement(NamedTuple):
       asked: bool [B, K], turns that the judge was asked about.
       unparsable: bool [B, K], answers with none or several of the three words.
       too_long: bool [B, K], turns that it was not asked about: the teacher lacks the positions.
+      scores: float32 [B, K, 3], the log-probability of each word (`prompt.LABELS`), nats. NaN where
+        the words were not compared: not asked, or another decoding.
       hidden: see `verdicts.Verdicts`.
     """
 
@@ -42,7 +44,13 @@ class Judgement(NamedTuple):
     asked: np.ndarray
     unparsable: np.ndarray
     too_long: np.ndarray
+    scores: np.ndarray
     hidden: jax.Array | None = None
+
+    @property
+    def given(self) -> np.ndarray:
+        """bool [B, K], the turns that have a verdict."""
+        return self.asked | self.too_long | (self.verdict == Verdict.DET_FAIL)
 
     @property
     def answered(self) -> np.ndarray:

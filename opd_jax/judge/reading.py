@@ -17,7 +17,7 @@ import numpy as np
 from opd_jax import model
 from opd_jax.agent.contexts import ContextCache
 from opd_jax.agent.positions import Positions
-from opd_jax.judge.answer import DECODINGS, Judge
+from opd_jax.judge.answer import DECODINGS, Answer, Judge
 from opd_jax.model import KVCache, ModelConfig, Params
 from opd_jax.model.cache import put_rows
 from opd_jax.runtime.mesh import DECODING, constrain, shard_batch, shards
@@ -152,8 +152,8 @@ def open_cache(
 
 def answers(
     cache: ContextCache, questions: Questions, conversations: int, *, by: Judge
-) -> Iterator[dict[tuple[int, int], int]]:
-    """Labels by (conversation, turn), of a batch of questions after another.
+) -> Iterator[dict[tuple[int, int], Answer]]:
+    """Answers by (conversation, turn), of a batch of questions after another.
 
     Each row of the cache is asked the questions of one conversation, turn by turn, then those of
     another one. Only what a question does not share with the row's last one is read: first the
@@ -188,5 +188,5 @@ def answers(
             return
         cache.read(reads)
         if asked:
-            labels = DECODINGS[by.settings.decode](cache, last, counts, by=by)
-            yield {place: labels[row] for row, place in asked.items()}
+            given = DECODINGS[by.settings.decode](cache, last, counts, by=by)
+            yield {place: given[row] for row, place in asked.items()}

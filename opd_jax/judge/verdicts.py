@@ -18,6 +18,7 @@ from opd_jax.agent.positions import Positions
 from opd_jax.judge.agreement import draw_turns, judge_metrics
 from opd_jax.judge.answer import DECODINGS, UNPARSABLE, Judge
 from opd_jax.judge.labels import EnvLabels, Judgement, env_labels
+from opd_jax.judge.prompt import LABELS
 from opd_jax.judge.reading import Question, Reading, answers, open_cache
 from opd_jax.losses import Verdict
 from opd_jax.model import Params
@@ -32,11 +33,13 @@ class Verdicts(NamedTuple):
       metrics: as (sum, count).
       hidden: the teacher's hidden states at the student's tokens, float [B, R, D'], if the judge
         has read what the teacher scores; else None.
+      judgement: what a judge has said; None without one.
     """
 
     verdict: np.ndarray
     metrics: dict[str, Any]
     hidden: jax.Array | None = None
+    judgement: Judgement | None = None
 
 
 # (conversations, updates done) to what is said of them.
@@ -88,7 +91,7 @@ def teacher_judge(
             same = (second.verdict == judgement.verdict) & both
             metrics["judge/decodings_agree"] = (same.sum(), both.sum())
             metrics[f"judge/unparsable_{other}"] = (second.unparsable.sum(), second.asked.sum())
-        return Verdicts(judgement.verdict, metrics, judgement.hidden)
+        return Verdicts(judgement.verdict, metrics, judgement.hidden, judgement)
 
     return label
 
@@ -115,6 +118,7 @@ def judge_turns(
     judged = labels.played & ~labels.failed
     verdict = np.where(labels.failed, Verdict.DET_FAIL, Verdict.SKIP).astype(np.int32)
     unparsable, too_long = np.zeros_like(judged), np.zeros_like(judged)
+    scores = np.full((*judged.shape, len(LABELS)), np.nan, np.float32)
     questions: dict[int, list[Question]] = defaultdict(list)
     room = by.model.max_positions - by.answer_tokens
     for row, turn in np.argwhere(judged).tolist():
@@ -132,15 +136,17 @@ def judge_turns(
     cache = open_cache(
         params, questions, rows, by=by, positions=positions or Positions(), response=response
     )
-    for labelled in answers(cache, questions, rows, by=by):
-        for place, label in labelled.items():
-            unparsable[place] = label == UNPARSABLE
-            verdict[place] = label
+    for answered in answers(cache, questions, rows, by=by):
+        for place, answer in answered.items():
+            unparsable[place] = answer.label == UNPARSABLE
+            verdict[place] = answer.label
+            if answer.scores is not None:
+                scores[place] = answer.scores
         if between:
             between()
     verdict[unparsable | too_long] = Verdict.STRONG
     hidden = cache.states if isinstance(cache, Reading) else None
-    return Judgement(verdict, judged & ~too_long, unparsable, too_long, hidden)
+    return Judgement(verdict, judged & ~too_long, unparsable, too_long, scores, hidden)
 
 
 def _read_whole(

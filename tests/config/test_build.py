@@ -95,7 +95,7 @@ def test_a_workdir_is_no_model(tmp_path: Path) -> None:
 
 def test_without_intervention_every_turn_is_strong_and_nobody_is_asked() -> None:
     label = build.make_labeller(read("quickstart", "objective.intervention=false"), None)
-    verdict, metrics, _ = label([Conversation(task=None)] * 2, 0)
+    verdict, metrics, *_ = label([Conversation(task=None)] * 2, 0)
     assert verdict.tolist() == [[Verdict.STRONG] * read("quickstart").env.max_turns] * 2
     assert metrics == {}
 

@@ -35,7 +35,7 @@ def judged() -> tuple[Judgement, EnvLabels]:
             failure = "rejected" if given == DET_FAIL else ""
             made.turns.append(Turn("", (), "", "stop_token", "look", failure, "", oracle))
         conversations.append(made)
-    judgement = Judgement(verdict, asked, np.zeros((3, 4), bool), np.zeros((3, 4), bool))
+    judgement = Judgement(verdict, asked, *np.zeros((2, 3, 4), bool), np.full((3, 4, 3), np.nan))
     return judgement, env_labels(conversations, max_turns=4)
 
 

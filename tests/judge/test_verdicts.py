@@ -246,7 +246,7 @@ def answers(params: model.Params, judge: Judge, prompts: list[list[int]], decode
     """Labels of prompts as they are, all in one batch."""
     cache, last = read(params, judge, prompts)
     asked = np.ones(len(prompts), np.int32)
-    return DECODINGS[decode](cache, last, asked, by=judge)
+    return [given.label for given in DECODINGS[decode](cache, last, asked, by=judge)]
 
 
 def read(
@@ -365,7 +365,7 @@ def test_a_labeller_asks_the_other_decoding_now_and_then(random_judge: Judge) ->
         by = with_settings(judge, agreement_every=every)
         label = teacher_judge(params, by=by, max_turns=3, seed=0)
         for update in range(3):
-            verdict, metrics, _ = label(played, update)
+            verdict, metrics, *_ = label(played, update)
             assert verdict.tolist() == want  # whatever the other decoding says
             assert metrics["verdict/weak"] == (1, 2)
             assert "judge/precision" not in metrics  # the environment has no labels
@@ -373,7 +373,7 @@ def test_a_labeller_asks_the_other_decoding_now_and_then(random_judge: Judge) ->
             if update in asked:
                 assert metrics["judge/decodings_agree"] == (0, 0)
                 assert metrics["judge/unparsable_generate"] == (1, 1)
-    verdict, metrics, _ = no_judge(max_turns=3)(played, 0)
+    verdict, metrics, *_ = no_judge(max_turns=3)(played, 0)
     assert (verdict.tolist(), metrics) == ([[Verdict.STRONG] * 3], {})
 
 
@@ -472,7 +472,7 @@ def test_the_other_decoding_is_asked_a_sample(random_judge: Judge) -> None:
     # Constrained decoding calls each turn SKIP; the free answer agrees.
     judge, params = always(with_settings(random_judge, **how), "SKIP", END)
     played = [conversation("", "rejected", ""), conversation("rejected"), conversation("", "")]
-    verdict, metrics, _ = teacher_judge(params, by=judge, max_turns=3, seed=0)(played, 0)
+    verdict, metrics, *_ = teacher_judge(params, by=judge, max_turns=3, seed=0)(played, 0)
     failed = Verdict.DET_FAIL
     assert verdict.tolist() == [[0, failed, 0], [failed, 0, 0], [0, 0, 0]]
     assert metrics["judge/asked"] == (4, 6)
@@ -495,7 +495,7 @@ def test_only_a_judge_that_no_question_fits_is_a_mistake(
     assert metrics["judge/unparsable"] == (0, 1)
     assert [count.tolist() for count in metrics["by_turn/strong"]] == [[1], [2]]
     # Later a batch may have nothing but long questions, also just after a resume.
-    verdict, metrics, _ = teacher_judge(params, by=judge, max_turns=1, seed=0)([wordy], 2)
+    verdict, metrics, *_ = teacher_judge(params, by=judge, max_turns=1, seed=0)([wordy], 2)
     assert (verdict.tolist(), metrics["judge/too_long"]) == ([[Verdict.STRONG]], (1, 1))
     assert caplog.text.count("t/wordy") == 1
 
@@ -526,7 +526,14 @@ def test_verdicts_stay_with_their_turns(random_judge: Judge, decode: str) -> Non
     assert len(set(expected.flatten())) == 4
     for batch, widths in ((4, (128,)), (3, (8, 32))):
         by = with_settings(judge, batch=batch, extend_widths=widths, decode=decode)
-        assert judged(params, played, by=by, max_turns=4).verdict.tolist() == expected.tolist()
+        got = judged(params, played, by=by, max_turns=4)
+        assert got.verdict.tolist() == expected.tolist()
+        assert (got.given == [[k < len(c.turns) for k in range(4)] for c in played]).all()
+        # The scores are those of the turn, and there are none where no words were compared.
+        compared = got.asked & (decode == "constrained")
+        assert (got.scores[compared].argmax(axis=-1) == expected[compared]).all()
+        assert np.isnan(got.scores[~compared]).all()
+        assert (got.scores[compared] <= 0).all()
 
 
 # --- Behind the conversation --------------------------------------------------------------------
