@@ -526,6 +526,47 @@ def _score_chunk(
     )
 
 
+class Choices(NamedTuple):
+    """What two models would say at each position, for people who look at a run.
+
+    Attributes:
+      agrees: bool [N], both find the same token most likely.
+      tokens: int32 [N, top], the teacher's most likely tokens, best first.
+      teacher_prob: float32 [N, top], their probabilities.
+      student_prob: float32 [N, top], the student's of the same tokens.
+    """
+
+    agrees: jax.Array
+    tokens: jax.Array
+    teacher_prob: jax.Array
+    student_prob: jax.Array
+
+
+def fused_choices(
+    student_hidden: jax.Array,
+    student_head: jax.Array,
+    teacher_hidden: jax.Array,
+    teacher_head: jax.Array,
+    *,
+    top: int,
+    chunk_size: int,
+) -> Choices:
+    """The teacher's `top` ≥ 0 most likely tokens and what the student thinks of them; chunked.
+
+    The arrays are those of `fused_divergence`. No gradient.
+    """
+    student_head = student_head.astype(student_hidden.dtype)
+
+    def chunk(student: jax.Array, teacher: jax.Array) -> Choices:
+        logits_s, logits_t = _logits(student, student_head), _logits(teacher, teacher_head)
+        agrees = jnp.argmax(logits_s, axis=-1) == jnp.argmax(logits_t, axis=-1)
+        prob_t, tokens = jax.lax.top_k(jax.nn.softmax(logits_t), top)
+        prob_s = jnp.take_along_axis(jax.nn.softmax(logits_s), tokens, axis=-1)
+        return Choices(agrees, tokens, prob_t, prob_s)
+
+    return _scan_chunks(chunk, (student_hidden, teacher_hidden), chunk_size=chunk_size)
+
+
 def fused_cross_entropy(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, *, chunk_size: int
 ) -> TokenScores:

@@ -208,6 +208,71 @@ def score(
     return _by_row(scores, batch)
 
 
+@struct.dataclass
+class Seen:
+    """What is told of response tokens to people who look at a run: arrays [B, R] unless said.
+
+    Attributes:
+      scores: see `losses.TokenScores`.
+      choices: see `losses.Choices`, [B, R] and [B, R, top].
+      weight: i · c · e, times z where each trajectory has its own.
+      intervention: i, float32 [B, K]; None if the objective does not intervene.
+      confidence: c, float32 [B, K]; None if it reads none.
+      z: each trajectory's own scale, float32 [B]; None if there is one for the batch.
+    """
+
+    scores: TokenScores
+    choices: losses.Choices
+    weight: jax.Array
+    intervention: jax.Array | None
+    confidence: jax.Array | None
+    z: jax.Array | None
+
+
+def look(
+    params: Params,
+    teacher: Teacher,
+    batch: Batch,
+    *,
+    student: ModelConfig,
+    objective: Objective,
+    dtype: jnp.dtype,
+    query_chunk: int,
+    loss_chunk: int,
+    top: int,
+) -> Seen:
+    """What an update with these parameters computes of each token, and `top` of `fused_choices`.
+
+    The other arguments are those of `score`. The objective needs a teacher.
+    """
+    heads = _head_inputs(
+        params,
+        teacher,
+        batch,
+        student=student,
+        objective=objective,
+        dtype=dtype,
+        query_chunk=query_chunk,
+        remat="none",
+    )
+    scores, choices = (
+        _by_row(found, batch)
+        for found in (
+            losses.fused_scores(*heads, **_score_settings(objective, loss_chunk)),
+            losses.fused_choices(*heads[:4], top=top, chunk_size=loss_chunk),
+        )
+    )
+    weights = _weights(scores.teacher_top1_prob, scores.teacher_entropy, batch, objective)
+    intervention = confidence = None
+    if objective.intervention:
+        verdict, weak_weight = jnp.asarray(batch.verdict), objective.weak_weight
+        intervention = losses.intervention_weight(verdict, weak_weight=weak_weight)
+    if objective.confidence:
+        turn_id, turns = _turn_id(batch), batch.verdict.shape[1]
+        confidence = losses.turn_confidence(scores.teacher_top1_prob, turn_id, turns)
+    return Seen(scores, choices, weights.token, intervention, confidence, weights.z)
+
+
 def _score_settings(objective: Objective, loss_chunk: int) -> dict[str, Any]:
     return dict(
         kind=objective.divergence,
@@ -260,8 +325,8 @@ def _head_inputs(
 
 
 def _by_row(scores: Any, batch: Batch) -> Any:
-    """[B·R] as [B, R]."""
-    return jax.tree.map(lambda x: x.reshape(batch.response.shape), scores)
+    """[B·R, ...] as [B, R, ...]."""
+    return jax.tree.map(lambda x: x.reshape(*batch.response.shape, *x.shape[1:]), scores)
 
 
 def _positions(hidden_BRD: jax.Array) -> jax.Array:
@@ -293,6 +358,7 @@ class _Weights(NamedTuple):
 
     token: jax.Array  # [B, R]: s, or z·s if the scale is each trajectory's own
     totals: WeightTotals  # of s
+    z: jax.Array | None = None  # [B], each trajectory's own scale
 
 
 def _weights(top1: Any, entropy: Any, batch: Batch, objective: Objective) -> _Weights:
@@ -309,10 +375,12 @@ def _weights(top1: Any, entropy: Any, batch: Batch, objective: Objective) -> _We
         ),
         scope=objective.scope,
     )
+    z = None
     if objective.scope == "trajectory":  # one row, so its totals are complete
-        weight = weight * objective.scale(totals)[:, None]
+        z = objective.scale(totals)
+        weight = weight * z[:, None]
         totals = jax.tree.map(jnp.sum, totals)
-    return _Weights(weight, totals)
+    return _Weights(weight, totals, z)
 
 
 def objective_sums(scores: TokenScores, batch: Batch, *, objective: Objective) -> Sums:

@@ -44,16 +44,26 @@ def make_teacher_pass(
     @jax.jit
     def teacher_pass(params: Params, batch: Batch) -> jax.Array:
         parts = num_parts(batch, micro_batches=micro_batches, batch_rows=batch_rows)
-        params = jax.tree.map(
-            lambda spec, p: constrain(p, *spec.axes),
-            specs_like(params, config),
-            params,
-            is_leaf=model.is_spec,
+        run = partial(
+            response_hidden,
+            sharded_for_training(params, config),
+            config=config,
+            query_chunk=query_chunk,
+            remat="none",
         )
-        run = partial(response_hidden, params, config=config, query_chunk=query_chunk, remat="none")
         return merge_rows(jax.lax.map(run, split_rows(batch, parts)))
 
     return teacher_pass
+
+
+def sharded_for_training(params: Params, config: ModelConfig) -> Params:
+    """The parameters of a teacher, which is sharded as it judges, sharded as a student is."""
+    return jax.tree.map(
+        lambda spec, p: constrain(p, *spec.axes),
+        specs_like(params, config),
+        params,
+        is_leaf=model.is_spec,
+    )
 
 
 def response_hidden(
