@@ -180,6 +180,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
         every=20,  # updates between checkpoints
         keep=2,  # how many of the newest checkpoints stay
     )
+    config.episodes = dict(
+        every=20,  # updates between files of episodes to look at, in episodes/; 0: none
+        count=4,  # episodes of the batch in a file
+        top=True,  # also the teacher's five likeliest tokens at each place
+    )
     config.compare = dict(
         methods=(),  # names of variants; () for a single run
         seeds=(),  # every method runs once with each
@@ -212,4 +217,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.eval.batch = 8
         config.judge.batch = 32
         config.checkpoint.every = 2
+        config.episodes.every = 2
     return config

@@ -52,10 +52,9 @@ def train(
 
     `between` is called between updates. Whatever ends them, what is finished is saved first.
     """
-    done, updates, cursor = int(state.step), settings.train.updates, source.cursor
-    saved = done
+    done, saved, cursor = int(state.step), int(state.step), source.cursor
     try:
-        while done < updates:
+        while done < settings.train.updates:
             between()
             with log.watch(done + 1) as clock:
                 with clock.measure("rollout"):
@@ -65,12 +64,13 @@ def train(
                     # The teacher gives every turn a verdict, [B, K].
                     judged = judge(played.conversations, done)
                 batch = pack(played, judged.verdict)
+                log.look(state, batch, played, judged.judgement)  # at a few episodes, now and then
             with clock.measure("update"):
                 # The teacher scores the batch, tokens are weighted, the optimizer takes one step.
                 after, raw = step(state, batch, judged.hidden)
             log.write(done + 1, raw, played.metrics | judged.metrics, clock)
             state, done, cursor = after, done + 1, source.cursor
-            if done % settings.checkpoint.every == 0 or done == updates:
+            if done % settings.checkpoint.every == 0 or done == settings.train.updates:
                 checkpoints.save(done, state, {"cursor": cursor})
                 saved = done
     except BaseException as error:
@@ -110,7 +110,7 @@ def _run(
     how: dict[str, Any] = dict(panels=panels, workdir=workdir, between=stop.check)
     results = evaluate_others(settings, student, untrained, teacher, **how)
     del untrained
-    log = build.make_log(settings, workdir, done=done, profile=profile)
+    log = build.make_log(settings, student, teacher, workdir, done=done, profile=profile)
     new: dict[str, Any] = dict(tasks=panels[settings.data.split], between=stop.check)
     source = build.make_source(settings, student, teacher, cursor=meta.get("cursor", (0, 0)), **new)
     with closing(source), closing(log), closing(checkpoints):

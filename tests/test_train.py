@@ -24,6 +24,7 @@ from opd_jax.config.models import EMBEDDED, load_model, load_student
 from opd_jax.config.settings import read_settings
 from opd_jax.envs.make import make_env
 from opd_jax.learner.train_state import abstract_state
+from opd_jax.report.episodes import read_episodes
 from opd_jax.runtime.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -74,6 +75,7 @@ MEASURED_ANEW = ("first/", "seconds/", "tokens_per_s/", "peak_gib/")
 
 def assert_ended_alike(workdir: Path, uninterrupted: Path) -> None:
     assert saved(workdir) == saved(uninterrupted)
+    assert files_of(workdir / "episodes") == files_of(uninterrupted / "episodes")
 
     def untimed(directory: Path) -> list[dict[str, Any]]:
         return [
@@ -137,6 +139,52 @@ def test_every_update_has_its_line_and_its_figures_fit_together(trained: Any) ->
         mean_weight = line["z"] * line["raw_weight"]
         assert mean_weight == pytest.approx(1, abs=1e-4) or line["raw_weight"] == 0
         assert sum(t or 0 for t in line["by_turn/turns"]) == 4 * line["batch/turns"]
+
+
+def test_the_episodes_of_a_batch_say_what_the_update_reports(trained: Any) -> None:
+    student = load_student(
+        read_settings(read_stored(trained.workdir / "config.json")), one_device()
+    )
+    updates = {line["step"]: line for line in lines_of(trained.workdir)}
+    files = sorted((trained.workdir / "episodes").iterdir())
+    assert [file.name for file in files] == ["update-000002.jsonl", "update-000004.jsonl"]
+    for step, file in zip((2, 4), files, strict=True):
+        line, episodes = updates[step], read_episodes(file)
+        assert len(episodes) == 4  # the whole batch
+        columns = [episode["student_tokens"] for episode in episodes]
+
+        def joined(name: str, columns: list = columns) -> np.ndarray:
+            return np.concatenate([column[name] for column in columns])
+
+        divergence, weight = joined("divergence"), joined("weight")
+        assert len(divergence) == line["tokens/student"]
+        assert divergence.mean() == pytest.approx(line["divergence"], rel=1e-4)
+        assert (weight * divergence).mean() == pytest.approx(line["loss"], rel=1e-4)
+        assert weight.mean() == pytest.approx(line["z"] * line["raw_weight"], rel=1e-4)
+        assert (weight > 0).mean() == pytest.approx(line["active_tokens"])
+        turns = [turn for episode in episodes for turn in episode["turns"]]
+        assert np.mean([t["confidence"] for t in turns]) == pytest.approx(line["confidence"], 1e-4)
+        for name in ("skip", "weak", "strong", "det_fail"):
+            share = np.mean([turn["verdict"] == name.upper() for turn in turns])
+            assert share == pytest.approx(line[f"verdict/{name}"])
+        assert np.mean([e["success"] for e in episodes]) == line["batch/success"]
+        for episode in episodes:
+            assert (episode["who"], episode["update"]) == ("train", step - 1)
+            assert episode["z"] == pytest.approx(line["z"], rel=1e-4)
+            tokens, own = episode["tokens"], episode["student_tokens"]
+            sampled = np.array(tokens["sampled_logprob"])[own["position"]]
+            np.testing.assert_allclose(own["student_logprob"], sampled, rtol=1e-4, atol=1e-4)
+            said = [m["content"] for m in episode["messages"] if m["role"] == "assistant"]
+            for k, (text, turn) in enumerate(zip(said, episode["turns"], strict=True)):
+                ids = [i for i, of in zip(tokens["id"], tokens["turn"], strict=True) if of == k]
+                places = enumerate(own["position"])
+                pieces = [own["text"][n] for n, at in places if tokens["turn"][at] == k]
+                assert "".join(pieces) == student.tokenizer.decode(ids)
+                assert "".join(pieces).startswith(text)
+                if "judge" in turn:
+                    assert turn["verdict"] == max(turn["judge"], key=turn["judge"].get)
+                i = {"SKIP": 0.0, "WEAK": 0.5, "STRONG": 1.0, "DET_FAIL": 1.0}[turn["verdict"]]
+                assert turn["intervention"] == i
 
 
 def test_the_time_to_the_first_token_and_update_is_told_once(trained: Any) -> None:
@@ -215,8 +263,8 @@ def test_the_updates_asked_for_are_traced_and_no_bit_changes(
     flags = (*trained.flags, *NO_EVALUATION, "--profile=2:3", f"--workdir={tmp_path}")
     done = command("train", *flags)
     assert done.returncode == 0, done.stderr
-    parts = ("rollout", "judge", "update")
-    assert parts_traced(tmp_path) == [f"update {n}: {part}" for n in (2, 3) for part in parts]
+    parts = {2: ("rollout", "judge", "episodes", "update"), 3: ("rollout", "judge", "update")}
+    assert parts_traced(tmp_path) == [f"update {n}: {part}" for n in parts for part in parts[n]]
     assert f"the trace is in {tmp_path / 'profile'}\n" in done.stdout
     assert_ended_alike(tmp_path, trained.workdir)
 

@@ -25,6 +25,7 @@ from opd_jax.learner.train_step import TrainSettings
 from opd_jax.model import ModelConfig
 from opd_jax.model.kernels import ATTENTION
 from opd_jax.model.lora import Lora
+from opd_jax.report.episodes import EpisodeSettings
 from opd_jax.runtime.checkpoint import CheckpointSettings
 from opd_jax.runtime.fields import (
     EXTENT,
@@ -139,6 +140,7 @@ class Settings:
     train: TrainSettings
     eval: EvalSettings
     checkpoint: CheckpointSettings
+    episodes: EpisodeSettings
     compare: CompareSettings
     new_model: ModelConfig | None = None
     demonstrations: DemonstrationSettings | None = None

@@ -33,7 +33,7 @@ def check_run(config: FrozenConfigDict, settings: Settings, workdir: Path) -> di
         training tasks, or a comparison; its subfolders cannot be written; or there is no such
         player.
     """
-    for name in ("checkpoints", "events"):
+    for name in ("checkpoints", "events", "episodes"):
         check_subfolder(workdir / name)
     check_saves(workdir / "checkpoints")
     check_may_hold_a_run(workdir)

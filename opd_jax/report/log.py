@@ -1,10 +1,18 @@
-"""Writes each update to `metrics.jsonl`, to TensorBoard and to standard output."""
+"""Writes each update to `metrics.jsonl`, TensorBoard and standard output, and some episodes."""
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from opd_jax.report.episodes import (
+    FOLDER,
+    Episode,
+    drop_later,
+    scaled,
+    update_file,
+    write_episodes,
+)
 from opd_jax.report.stopwatch import Stopwatch
 from opd_jax.report.update import check_finite, describe, update_metrics
 from opd_jax.report.writers import EventWriter, JsonlWriter
@@ -20,6 +28,8 @@ class UpdateLog:
       updates: length of the whole run.
       leave_out: names of metrics to leave out (`update.unmeasured`).
       profile: numbers of the updates to trace into `profile/`.
+      episodes_every: updates between two files of episodes; 0: none.
+      show: makes lines of a few of an update's episodes; for its arguments see `look`.
     """
 
     def __init__(
@@ -30,13 +40,17 @@ class UpdateLog:
         updates: int,
         leave_out: Collection[str],
         profile: Sequence[int],
+        episodes_every: int,
+        show: Callable[..., list[Episode]],
     ):
         self._workdir, self._updates, self._leave_out = workdir, updates, leave_out
         self._profile = Profile(workdir / "profile", profile, done=done)
-        self._is_first = True
+        self._episodes_every, self._show, self._shown = episodes_every, show, list[Episode]()
+        self._clock, self._is_due, self._is_first = Stopwatch(), False, True
         self._writers: list[JsonlWriter | EventWriter] = []
         if processes.is_first():
             resume_step = done or None
+            drop_later(workdir / FOLDER, done)
             self._writers = [
                 JsonlWriter(workdir / "metrics.jsonl", resume_step=resume_step),
                 EventWriter(workdir / "events", resume_step=resume_step),
@@ -46,10 +60,21 @@ class UpdateLog:
     def watch(self, update: int) -> Iterator[Stopwatch]:
         """A stopwatch for one update. A `ValueError` raised inside names the update."""
         self._profile.begin(update)
+        self._clock = Stopwatch(f"update {update}: ")
+        self._is_due = self._episodes_every > 0 and update % self._episodes_every == 0
         try:
-            yield Stopwatch(f"update {update}: ")
+            yield self._clock
         except ValueError as error:
             raise ValueError(f"update {update}: {error}") from error
+
+    def look(self, *of_update: Any) -> None:
+        """Looks at a few episodes if they are due, with the parameters that the update begins with.
+
+        Call it before the update takes them. The arguments are those of `build.Show`.
+        """
+        if self._is_due:
+            with self._clock.measure("episodes"):
+                self._shown = self._show(*of_update)
 
     def write(
         self, update: int, raw: Mapping[str, Any], played: Mapping[str, Any], clock: Stopwatch
@@ -64,6 +89,9 @@ class UpdateLog:
         metrics = update_metrics(raw, played, clock, leave_out=self._leave_out) | self._of_start()
         for writer in self._writers:
             writer.write(update, metrics)
+        if self._is_due and processes.is_first():
+            episodes = [scaled(line, float(raw["z"])) for line in self._shown]
+            write_episodes(update_file(self._workdir / FOLDER, update), episodes)
         check_finite(raw, update=update, checkpoints=(self._workdir / "checkpoints").resolve())
         processes.say(describe(metrics, update=update, updates=self._updates))
 
