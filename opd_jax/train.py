@@ -111,7 +111,7 @@ def _run(
     results = evaluate_others(settings, student, untrained, teacher, **how)
     del untrained
     log = build.make_log(settings, student, teacher, workdir, done=done, profile=profile)
-    new: dict[str, Any] = dict(tasks=panels[settings.data.split], between=stop.check)
+    new: dict[str, Any] = dict(tasks=panels[settings.data.tasks], between=stop.check)
     source = build.make_source(settings, student, teacher, cursor=meta.get("cursor", (0, 0)), **new)
     with closing(source), closing(log), closing(checkpoints):
         state = train(

@@ -29,7 +29,8 @@ from opd_jax.envs.base import Env
 from opd_jax.envs.make import EnvSettings, benchmark_splits, invented, make_env
 from opd_jax.envs.players import make_player
 from opd_jax.experience.demonstrations import demonstrate
-from opd_jax.experience.source import Episodes, Play, Played, Source
+from opd_jax.experience.recorded import read_conversations, recorded_panel
+from opd_jax.experience.source import RECORDED, Episodes, Play, Played, Source
 from opd_jax.experience.stream import Stream, judge_example
 from opd_jax.experience.tasks import Panel, TaskOrder, find_panels, split_size
 from opd_jax.judge.answer import Judge
@@ -50,6 +51,7 @@ from opd_jax.report.episodes import TOP, Episode, Scored, told
 from opd_jax.report.log import UpdateLog
 from opd_jax.report.update import unmeasured
 from opd_jax.runtime import compilation, startup
+from opd_jax.runtime.files import local_path
 from opd_jax.runtime.mesh import (
     DECODING,
     TRAINING,
@@ -311,11 +313,12 @@ def make_labeller(
 
 
 def panels(settings: Settings) -> dict[str, Panel]:
-    """The tasks of the training split and of every evaluated one."""
-    evaluated = ((split, "eval.splits") for split in settings.eval.splits)
-    wanted = ((settings.data.split, "data.split"), *evaluated)
+    """The tasks of the training split, or the file's episodes, and of every evaluated split."""
+    wanted = tuple((split, "eval.splits") for split in settings.eval.splits)
+    if settings.data.file:
+        return dict(_panels(settings.env, wanted, _optional(settings), settings.data.source))
     optional = _optional(settings) - {settings.data.split}
-    return dict(_panels(settings.env, wanted, optional))
+    return dict(_panels(settings.env, ((settings.data.split, "data.split"), *wanted), optional))
 
 
 def eval_panels(settings: Settings) -> dict[str, Panel]:
@@ -332,9 +335,18 @@ def _optional(settings: Settings) -> frozenset[str]:
 
 @cache  # a comparison asks once per run, and some environments read thousands of files
 def _panels(
-    env: EnvSettings, splits: tuple[tuple[str, str], ...], optional: frozenset[str]
+    env: EnvSettings,
+    splits: tuple[tuple[str, str], ...],
+    optional: frozenset[str],
+    recorded: str = "",
 ) -> dict[str, Panel]:
-    return find_panels(make_env(env), dict(splits), optional=optional)
+    others = {recorded: recorded_panel(recorded_file(recorded))} if recorded else {}
+    return find_panels(make_env(env), dict(splits), optional=optional, others=others)
+
+
+def recorded_file(source: str) -> Path:
+    """The file that `data.source` names."""
+    return local_path(source.removeprefix(RECORDED), name="data.source")
 
 
 def check_named(settings: Settings, models: Collection[str] = MODELS) -> None:
@@ -411,7 +423,7 @@ def make_source(
       settings: the whole run's.
       student: plays on-policy. Otherwise it only gives the tokenizer and the chat format.
       teacher: plays if `data.source` is "teacher".
-      tasks: the tasks of `data.split`.
+      tasks: the tasks of `data.split`, or the file's episodes.
       cursor: where to start, an earlier `Source.cursor`; by default at the beginning.
       between: called between turns, in all processes; what it raises ends the playing.
     """
@@ -420,6 +432,8 @@ def make_source(
     how, source = settings.rollout, settings.data.source
     player = teacher if source == "teacher" and teacher else student
     agent = make_agent(player, settings)
+    if settings.data.file:
+        return _recorded(settings, agent, cursor=cursor)
     envs = make_envs(partial(make_env, settings.env), how.at_once)
     if source == "expert":
         play = _play_expert(settings, agent, envs, between)
@@ -439,6 +453,25 @@ def make_source(
         length_multiple=settings.train.length_multiple,
         cursor=cursor,
     )
+
+
+def _recorded(settings: Settings, agent: Agent, *, cursor: Sequence[int]) -> Episodes:
+    """The episodes of a file, in shuffled epochs."""
+    found = read_conversations(
+        recorded_file(settings.data.source),
+        agent=agent,
+        only_success=settings.data.only_success,
+        max_turns=settings.env.max_turns,
+    )
+
+    def take(
+        _: TrainState, tasks: Sequence[tuple[str, int]], positions: Positions
+    ) -> list[Conversation]:
+        return [found[index] for _, index in tasks]
+
+    order = TaskOrder("", len(found), settings.seed, count=settings.rollout.batch, per_task=1)
+    multiple = settings.train.length_multiple
+    return Episodes(take, [], order, agent, length_multiple=multiple, cursor=cursor)
 
 
 def _play_model(

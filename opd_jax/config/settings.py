@@ -432,6 +432,15 @@ def _check_source(s: Settings) -> None:
             "or `data.source` to on_policy or teacher",
         ),
         (
+            rollout.per_task > 1 and s.data.file,
+            "`rollout.per_task` above 1 would repeat the episodes of a file: set it to 1",
+        ),
+        (
+            objective.intervention and s.data.file,
+            "`objective.intervention` asks the judge about what a task and its environment said, "
+            "and a file of episodes holds only a part of it: set it to False",
+        ),
+        (
             rollout.history_turns and source == "players",
             "`data.source` = 'players' trains on whole histories: set `rollout.history_turns` to 0",
         ),
@@ -471,7 +480,7 @@ def _check_source(s: Settings) -> None:
         (
             not objective.needs_teacher and source == "on_policy",
             "`objective.divergence` = 'cross_entropy' on the student's own episodes teaches "
-            "nothing: set `data.source` to teacher, expert or players",
+            "nothing: set `data.source` to teacher, expert, players or episodes:FILE",
         ),
         (
             objective.needs_teacher and source == "players",

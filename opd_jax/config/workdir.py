@@ -43,7 +43,7 @@ def check_run(config: FrozenConfigDict, settings: Settings, workdir: Path) -> di
         check_models(settings, workdir)
     found = panels(settings)
     if has_checkpoint:
-        check_same_tasks(settings.data.split, found[settings.data.split], workdir)
+        check_same_tasks(settings.data.tasks, found[settings.data.tasks], workdir)
     check_named(settings)
     check_shapes(settings)
     _warn_of_rounding(settings)

@@ -23,6 +23,8 @@ from opd_jax.runtime.fields import check_choice
 _UNFIT = 16
 
 SOURCES = ("on_policy", "teacher", "expert", "players")
+# Before the path of a file: its episodes are the source.
+RECORDED = "episodes:"
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,34 @@ class DataSettings:
     """Who plays, and which tasks.
 
     Attributes:
-      source: who plays: "on_policy" (the student), "teacher", "expert", or "players" (`stream`).
+      source: who plays: "on_policy" (the student), "teacher", "expert", or "players" (`stream`);
+        or `RECORDED` and the path of a file: nobody does.
       split: the split of the training tasks.
+      only_success: learn only from those episodes of the file that succeeded.
     """
 
     source: str
     split: str
+    only_success: bool
 
     def __post_init__(self):
-        check_choice(SOURCES, source=self.source)
+        if not self.file:
+            check_choice((*SOURCES, f"{RECORDED}FILE"), source=self.source)
+        if self.only_success and not self.file:
+            raise ValueError(
+                f"`only_success` chooses among the episodes of a file: set it to False, or "
+                f"`source` to {RECORDED}FILE; got `source` = {self.source!r}"
+            )
+
+    @property
+    def file(self) -> str:
+        """The file whose episodes are learnt from; "" if episodes are played."""
+        return self.source.removeprefix(RECORDED) if self.source.startswith(RECORDED) else ""
+
+    @property
+    def tasks(self) -> str:
+        """The name of the training tasks among all panels: the split's, or the file's."""
+        return self.source if self.file else self.split
 
 
 @dataclass(frozen=True)

@@ -44,18 +44,23 @@ def split_size(env: Env, split: str, *, field: str) -> int:
 
 
 def find_panels(
-    env: Env, splits: Mapping[str, str], *, optional: Collection[str] = ()
+    env: Env,
+    splits: Mapping[str, str],
+    *,
+    optional: Collection[str] = (),
+    others: Mapping[str, Panel] | None = None,
 ) -> dict[str, Panel]:
     """The tasks of every split.
 
     Args:
       splits: maps a split to the setting that names it, for errors.
       optional: splits that are left out with a warning if their data is missing, but not all.
+      others: panels of what is not the environment's, to be found with its own.
 
     Raises:
       ValueError: a split is unknown or empty, or the run's processes have different tasks.
     """
-    found: dict[str, Panel] = {}
+    found: dict[str, Panel] = dict(others or {})
     missing: dict[str, NoTasks] = {}
     for split, field in splits.items():
         try:
@@ -68,15 +73,15 @@ def find_panels(
         if len(missing) == len(optional):
             raise why
         processes.warn("%s; split %r is left out", why, split)
-    for process, others in enumerate(processes.gather(found)):
+    for process, theirs in enumerate(processes.gather(found)):
         different = [
-            split for split in splits if others.get(split, _NONE) != found.get(split, _NONE)
+            split for split in theirs | found if theirs.get(split, _NONE) != found.get(split, _NONE)
         ]
         if different:
             split = different[0]
             raise ValueError(
                 f"`env`: process {process} has other tasks than process {jax.process_index()} "
-                f"({describe(split, others.get(split, _NONE))}; "
+                f"({describe(split, theirs.get(split, _NONE))}; "
                 f"{describe(split, found.get(split, _NONE))}); give all "
                 "machines the same data"
             )

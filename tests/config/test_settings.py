@@ -116,7 +116,9 @@ def test_whole_numbers_serve_as_floats_and_lists_as_tuples() -> None:
         ("optimizer.eps=0", "`optimizer.eps`: expected at least 1e-30, got 0.0"),
         ("train.updates=0", "`train.updates`: expected at least 1, got 0"),
         ("checkpoint.keep=0", "`checkpoint.keep`: expected at least 1, got 0"),
-        ("data.source=books", "`data.source`: .*on_policy, .* got 'books'"),
+        ("data.source=books", "`data.source`: .*on_policy, .*episodes:FILE, got 'books'"),
+        ("data.source=episodes:", "`data.source`: .*episodes:FILE, got 'episodes:'"),
+        ("data.only_success=true", "`data.only_success` .*`data.source` to episodes:FILE"),
         ("env.max_turns=0", "`env.max_turns`: expected at least 1, got 0"),
         ("rollout.top_p=0", "`rollout.top_p`: expected above 0 and at most 1, got 0.0"),
         ("rollout.context_tokens=32", "`rollout.turn_tokens` = 32.*`rollout.context_tokens` = 32"),
@@ -176,6 +178,11 @@ def test_whole_numbers_serve_as_floats_and_lists_as_tuples() -> None:
             "'cross_entropy' on the student's own episodes teaches nothing",
         ),
         ("data.source=players", "`data.source` = 'players' needs .* cross_entropy"),
+        ("data.source=episodes:x", "`objective.intervention` asks .* a file of episodes"),
+        (
+            "data.source=episodes:x rollout.per_task=2 objective.intervention=0",
+            "`rollout.per_task` above 1 would repeat the episodes of a file",
+        ),
     ],
 )
 def test_a_mistake_names_its_fields(flags: str, text: str) -> None:
