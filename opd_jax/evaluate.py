@@ -6,8 +6,10 @@ With `--policy=model` the student of the workdir's newest checkpoint plays, with
 the config's untrained student. `--config.eval.judge=true` also measures how well the teacher's
 verdicts on the turns agree with the environment's labels; only then the teacher's folder is read.
 The figures of a split are in
-`summary.json` as soon as it is played. While a run trains in the workdir, nothing else writes
-there: wait, or export a checkpoint and evaluate the folder in a workdir of its own.
+`summary.json` as soon as it is played. `--episodes=N` writes the first N episodes of each split to
+`episodes/`, with the scores of their tokens if the teacher is read (docs/episodes.md). While a run
+trains in the workdir, nothing else writes there: wait, or export a checkpoint and evaluate the
+folder in a workdir of its own.
 """
 
 import dataclasses
@@ -27,6 +29,7 @@ from opd_jax.agent.environments import close, make_envs
 from opd_jax.agent.rollout import rollout, row_keys
 from opd_jax.config import build, check_same_run, parse_command_line
 from opd_jax.config.models import MODELS, LoadedModel, load_student, load_teacher, named_sizes
+from opd_jax.config.records import Keep, make_keep
 from opd_jax.config.settings import Settings, binds_an_evaluation, read_settings
 from opd_jax.config.workdir import (
     check_checkpoint,
@@ -39,7 +42,7 @@ from opd_jax.envs.players import make_player
 from opd_jax.experience.demonstrations import play_out
 from opd_jax.experience.tasks import Panel, describe
 from opd_jax.judge import agreement
-from opd_jax.judge.labels import NO_LABEL, env_labels
+from opd_jax.judge.labels import NO_LABEL, Judgement, env_labels
 from opd_jax.judge.verdicts import check_some_fit, judge_turns
 from opd_jax.model import Params
 from opd_jax.report.figures import macro_average, summarize
@@ -48,6 +51,7 @@ from opd_jax.report.writers import read_summary, write_summary
 from opd_jax.runtime import processes
 from opd_jax.runtime.checkpoint import Checkpoints
 from opd_jax.runtime.exits import reported
+from opd_jax.runtime.fields import check_within
 from opd_jax.runtime.lease import held
 from opd_jax.runtime.signals import signalled
 from opd_jax.runtime.stop import Stop
@@ -129,6 +133,7 @@ def evaluate_model(
     known: Figures | None = None,
     after_split: Callable[[Figures], None] | None = None,
     between: Callable[[], None] | None = None,
+    keep: Keep | None = None,
 ) -> Figures:
     """A model's figures (`summarize`) on every split of `eval.splits`.
 
@@ -146,6 +151,7 @@ def evaluate_model(
       after_split: gets the figures so far after each split that was played.
       between: called between turns, batches of questions and splits, in all processes; what it
         raises ends the evaluation.
+      keep: gets the episodes of each split that was played.
 
     Raises:
       ValueError: the environment has no labels for `eval.judge`, or no episode of a split fits its
@@ -156,7 +162,7 @@ def evaluate_model(
     play = partial(play_model, settings, agent, params, between=between)
     made_with = _played_with(settings, update)
     judge = partial(measure_judge, settings, judging, between=between) if judging else None
-    how: dict[str, Any] = dict(known=known, after_split=after_split, between=between)
+    how: dict[str, Any] = dict(known=known, after_split=after_split, between=between, keep=keep)
     return _evaluate(settings, play, panels, made_with, judge, **how)
 
 
@@ -168,10 +174,11 @@ def evaluate_player(
     known: Figures | None = None,
     after_split: Callable[[Figures], None] | None = None,
     between: Callable[[], None] | None = None,
+    keep: Keep | None = None,
 ) -> Figures:
     """A player's figures on every split of `eval.splits`; see `evaluate_model`."""
     play = partial(play_player, settings, who)
-    how: dict[str, Any] = dict(known=known, after_split=after_split, between=between)
+    how: dict[str, Any] = dict(known=known, after_split=after_split, between=between, keep=keep)
     return _evaluate(settings, play, panels, {}, None, **how)
 
 
@@ -180,11 +187,12 @@ def _evaluate(
     play: Callable[..., list[Conversation]],
     panels: Panels,
     made_with: Mapping[str, Any],
-    judge: Callable[[Sequence[Conversation]], Mapping[str, Any]] | None,
+    judge: Callable[[Sequence[Conversation]], tuple[Mapping[str, Any], Judgement]] | None,
     *,
     known: Figures | None,
     after_split: Callable[[Figures], None] | None,
     between: Callable[[], None] | None,
+    keep: Keep | None,
 ) -> Figures:
     """Plays every split whose figures are not known, and measures its episodes."""
     ask, stored, splits = between or (lambda: None), known or {}, _splits(settings, panels)
@@ -199,8 +207,11 @@ def _evaluate(
         ask()
         played = play(split, tasks=_tasks(settings, panels[split]))
         results[split] = summarize(played) | {"digest": panels[split].digest, **made_with}
+        judgement = None
         if settings.eval.judge and judge:
-            results[split]["judge"] = judge(played)
+            results[split]["judge"], judgement = judge(played)
+        if keep:
+            keep(split, played, judgement)
         if after_split:
             after_split(_with_average(settings, results))
     return _with_average(settings, {split: results[split] for split in splits})
@@ -222,10 +233,10 @@ def measure_judge(
     conversations: Sequence[Conversation],
     *,
     between: Callable[[], None] | None = None,
-) -> dict[str, object]:
-    """`agreement.figures` of a judge over the turns of episodes, and how it was asked.
+) -> tuple[dict[str, object], Judgement]:
+    """`agreement.figures` of a judge over the turns of episodes, with how it was asked.
 
-    For `between` see `judge_turns`.
+    The second result are its verdicts. For `between` see `judge_turns`.
 
     Raises:
       ValueError: the environment has no oracle, or no question fits the teacher's positions.
@@ -241,7 +252,7 @@ def measure_judge(
             "oracle"
         )
     figures = agreement.figures(agreement.confusion(judgement, labels.oracle))
-    return figures | _judged_by(settings)
+    return figures | _judged_by(settings), judgement
 
 
 def _splits(settings: Settings, panels: Panels) -> list[str]:
@@ -376,8 +387,12 @@ def _write(workdir: Path, who: str, figures: Figures) -> None:
 # --- The command --------------------------------------------------------------------------------
 
 
-def run(config: FrozenConfigDict, workdir: Path, policy: str) -> dict[str, Figures]:
+def run(
+    config: FrozenConfigDict, workdir: Path, policy: str, *, episodes: int = 0
+) -> dict[str, Figures]:
     """Evaluates one policy and merges its figures into `summary.json`, split by split.
+
+    The first `episodes` of each split are written (`records.make_keep`).
 
     With the first figures a workdir gets the config and the models that they are of.
 
@@ -408,15 +423,23 @@ def run(config: FrozenConfigDict, workdir: Path, policy: str) -> dict[str, Figur
 
         who = {"model": "after"}.get(policy, policy)
         how: dict[str, Any] = dict(panels=panels, after_split=write, between=stop.check)
+        keeping = partial(make_keep, settings, workdir, who, count=episodes)
         if policy not in ("model", "before"):
-            return {who: evaluate_player(settings, policy, **how)}
+            keep = keeping() if episodes else None
+            return {who: evaluate_player(settings, policy, **how, keep=keep)}
         mesh = build.open_mesh(settings)
         with jax.set_mesh(mesh):
-            return {who: _evaluate_student(settings, workdir, mesh, policy == "model", how)}
+            make = keeping if episodes else None
+            return {who: _evaluate_student(settings, workdir, mesh, policy == "model", how, make)}
 
 
 def _evaluate_student(
-    settings: Settings, workdir: Path, mesh: jax.sharding.Mesh, trained: bool, how: dict[str, Any]
+    settings: Settings,
+    workdir: Path,
+    mesh: jax.sharding.Mesh,
+    trained: bool,
+    how: dict[str, Any],
+    keeping: Callable[..., Keep] | None,
 ) -> Figures:
     """The student `after` the workdir's newest checkpoint, or `before` any update."""
     checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
@@ -429,11 +452,16 @@ def _evaluate_student(
         assert restored is not None  # as checked before
         update, params = restored[0], restored[1]["params"]
         del restored
-    sampling = build.make_sampling_params(params, student, settings)
-    # Free the parameters; only the sampling copy is needed.
+    sampling, keep = build.make_sampling_params(params, student, settings), None
+    if keeping:
+        keep = keeping(
+            update=update, student=student, trained=params if judging else None, judging=judging
+        )
+    # Free the parameters; only the sampling copy is needed, unless tokens are scored.
     student = dataclasses.replace(student, params={})
     del params
-    return evaluate_model(settings, student, sampling, update=update, judging=judging, **how)
+    how = dict(update=update, judging=judging, keep=keep) | how
+    return evaluate_model(settings, student, sampling, **how)
 
 
 def _vocab_size(settings: Settings, checkpoints: Checkpoints, trained: bool) -> int:
@@ -450,11 +478,14 @@ def main(argv: Sequence[str]) -> None:
     """The command `python -m opd_jax.evaluate`."""
     with reported():
         policies = ("model", "before", "expert", "random")
-        config, workdir, flags = parse_command_line(argv, usage=__doc__, policy=policies)
+        config, workdir, flags = parse_command_line(
+            argv, usage=__doc__, policy=policies, episodes=0
+        )
         read_settings(config)
+        check_within(0, **{"--episodes": flags["episodes"]})
         processes.start()
         with processes.ending_together():
-            results = run(config, workdir, flags["policy"])
+            results = run(config, workdir, flags["policy"], episodes=flags["episodes"])
         processes.say("\n\n".join(filter(None, (results_table(results), judge_table(results)))))
 
 

@@ -18,7 +18,7 @@ import jax
 from ml_collections import FrozenConfigDict
 
 from opd_jax.compare import compare
-from opd_jax.config import build, parse_command_line
+from opd_jax.config import build, parse_command_line, records
 from opd_jax.config.models import load_student, load_teacher
 from opd_jax.config.settings import Settings, read_settings
 from opd_jax.config.workdir import check_run, store_run
@@ -110,7 +110,7 @@ def _run(
     how: dict[str, Any] = dict(panels=panels, workdir=workdir, between=stop.check)
     results = evaluate_others(settings, student, untrained, teacher, **how)
     del untrained
-    log = build.make_log(settings, student, teacher, workdir, done=done, profile=profile)
+    log = records.make_log(settings, student, teacher, workdir, done=done, profile=profile)
     new: dict[str, Any] = dict(tasks=panels[settings.data.tasks], between=stop.check)
     source = build.make_source(settings, student, teacher, cursor=meta.get("cursor", (0, 0)), **new)
     with closing(source), closing(log), closing(checkpoints):

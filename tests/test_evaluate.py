@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import log_softmax
 from settings import one_device, read
 from test_export import copy_model, save_run
 
@@ -25,6 +27,7 @@ from opd_jax.config.models import LoadedModel, load_model, load_student, load_te
 from opd_jax.config.settings import read_settings
 from opd_jax.config.workdir import check_run, store_run
 from opd_jax.envs.search.searchqa_data import SETS
+from opd_jax.report.episodes import read_episodes
 from opd_jax.report.tables import judge_table, results_table
 from opd_jax.runtime.checkpoint import Checkpoints
 from opd_jax.runtime.exits import Stopped
@@ -418,7 +421,7 @@ def test_the_judge_is_measured_on_the_turns_that_an_untrained_student_played(
         # Every turn that did not fail has a label in this environment.
         labelled = sum(not turn.failure for c in played for turn in c.turns)
         assert figures["judge"]["n"] == labelled > 0
-        assert figures["judge"] == evaluate.measure_judge(settings, teacher, played)
+        assert figures["judge"] == evaluate.measure_judge(settings, teacher, played)[0]
 
     def with_all_turns(**changed: str) -> list[Conversation]:
         turns = [[replace(turn, **changed) for turn in c.turns] for c in played]
@@ -426,12 +429,72 @@ def test_the_judge_is_measured_on_the_turns_that_an_untrained_student_played(
 
     # Nothing to ask: no figure. Asked, and no label of the environment's: it has none to give.
     failed, unlabelled = with_all_turns(failure="rejected"), with_all_turns(failure="", oracle="")
-    nothing = evaluate.measure_judge(settings, teacher, failed)
+    nothing, _ = evaluate.measure_judge(settings, teacher, failed)
     assert (nothing["n"], nothing["balanced_accuracy"]) == (0, None)
     with pytest.raises(ValueError, match=r"`eval\.judge`: none of \d+ verdicts has a label"):
         evaluate.measure_judge(settings, teacher, unlabelled)
     assert judge_table(dict([before])) in printed
     assert "balanced accuracy" in printed
+
+
+def test_episodes_are_written_with_scores_where_the_teacher_is_read(
+    in_process: Callable, tmp_path: Path, small: tuple
+) -> None:
+    words = ("--config=quickstart:runlocal", *small, "--config.eval.splits=valid_seen")
+    words = (*words, "--config.eval.tasks=3", f"--workdir={tmp_path}")
+    file = tmp_path / "episodes" / "before-valid_seen.jsonl"
+    in_process(evaluate.main, *words, "--policy=before")
+    assert not file.exists()
+    in_process(evaluate.main, *words, "--policy=before", "--episodes=2")
+    plain = read_episodes(file)
+    in_process(evaluate.main, *words, "--policy=before", "--episodes=5", "--config.eval.judge=true")
+    scored = read_episodes(file)
+    assert (len(plain), len(scored)) == (2, 3)
+    settings = read(QUICKSTART, *small)
+    student, teacher = load_student(settings, one_device()), load_teacher(settings, one_device())
+    assert teacher is not None
+    agent = build.make_agent(student, settings, temperature=settings.eval.temperature)
+    played = evaluate.play_model(settings, agent, student.params, "valid_seen", tasks=3)
+    for number, (line, c) in enumerate(zip(scored, played, strict=True)):
+        assert (line["who"], line["update"], line["task"]["index"]) == ("before", 0, number)
+        assert line["tokens"]["id"] == c.tokens
+        assert "z" not in line
+        own, of_turn = line["student_tokens"], line["tokens"]["turn"]
+        factors = [turn["intervention"] * turn["confidence"] for turn in line["turns"]]
+        want = [factors[of_turn[position]] for position in own["position"]]
+        np.testing.assert_allclose(own["weight"], want, rtol=1e-4)
+        # The teacher's own forward pass over the same tokens.
+        hidden = model.forward(
+            teacher.params,
+            jnp.array([c.tokens]),
+            config=teacher.config,
+            query_chunk=len(c.tokens),
+            remat="none",
+        )
+        logprobs = log_softmax(np.asarray(hidden[0] @ model.head(teacher.params)), axis=-1)
+        places = np.array(own["position"])
+        of_token = logprobs[places - 1, np.array(c.tokens)[places]]
+        np.testing.assert_allclose(own["teacher_logprob"], of_token, rtol=1e-3, atol=1e-4)
+    without = ("z", "verdict", "intervention", "confidence", "judge")
+    for line, other in zip(plain, scored[:2], strict=True):
+        assert line["student_tokens"].keys() == {"position", "text"}
+        assert not any(name in turn for turn in line["turns"] for name in without)
+        assert line["messages"] == other["messages"]
+
+
+def test_a_players_episodes_are_written_without_tokens(
+    in_process: Callable, tmp_path: Path, small: tuple
+) -> None:
+    words = ("--config=quickstart:runlocal", *small, f"--workdir={tmp_path}")
+    in_process(evaluate.main, *words, "--policy=expert", "--episodes=2")
+    for split in ("valid_seen", "valid_unseen"):
+        lines = read_episodes(tmp_path / "episodes" / f"expert-{split}.jsonl")
+        assert [line["task"]["index"] for line in lines] == [0, 1]
+        for line in lines:
+            assert line["task"]["split"] == split
+            assert not {"tokens", "student_tokens"} & line.keys()
+            said = [m for m in line["messages"] if m["role"] == "assistant"]
+            assert len(said) == len(line["turns"]) > 0
 
 
 @pytest.mark.parametrize(

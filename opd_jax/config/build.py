@@ -34,12 +34,9 @@ from opd_jax.experience.source import RECORDED, Episodes, Play, Played, Source
 from opd_jax.experience.stream import Stream, judge_example
 from opd_jax.experience.tasks import Panel, TaskOrder, find_panels, split_size
 from opd_jax.judge.answer import Judge
-from opd_jax.judge.labels import Judgement
 from opd_jax.judge.prompt import LABELS
 from opd_jax.judge.verdicts import Labeller, no_judge, teacher_judge
 from opd_jax.learner.batch import Batch, pack, responses
-from opd_jax.learner.looking import make_look
-from opd_jax.learner.objective import Seen
 from opd_jax.learner.optimizer import make_optimizer
 from opd_jax.learner.teacher import Teacher, make_teacher_pass
 from opd_jax.learner.train_state import TrainState, placement_of
@@ -47,9 +44,6 @@ from opd_jax.learner.train_step import make_train_step
 from opd_jax.model import ModelConfig, Params, init_arrays
 from opd_jax.model.int8 import int8_specs
 from opd_jax.model.lora import Lora, lora_specs, with_adapters
-from opd_jax.report.episodes import TOP, Episode, Scored, told
-from opd_jax.report.log import UpdateLog
-from opd_jax.report.update import unmeasured
 from opd_jax.runtime import compilation, startup
 from opd_jax.runtime.files import local_path
 from opd_jax.runtime.mesh import (
@@ -188,79 +182,6 @@ def make_pack(settings: Settings, sizes: ModelConfig) -> Callable[[Played, np.nd
         )
 
     return packed
-
-
-def make_log(
-    settings: Settings,
-    student: LoadedModel,
-    teacher: LoadedModel | None,
-    workdir: Path,
-    *,
-    done: int,
-    profile: Sequence[int],
-) -> UpdateLog:
-    """The log of a run that resumes after `done` updates and traces those of `profile`."""
-    on_policy = settings.data.source == "on_policy"
-    return UpdateLog(
-        workdir,
-        done=done,
-        updates=settings.train.updates,
-        leave_out=unmeasured(settings.objective, on_policy=on_policy),
-        profile=profile,
-        episodes_every=settings.episodes.every,
-        show=make_show(settings, student, teacher),
-    )
-
-
-# Lines of some episodes that an update learns from, made before it takes the state.
-Show = Callable[[TrainState, Batch, Played, Judgement | None], list[Episode]]
-
-
-def make_show(settings: Settings, student: LoadedModel, teacher: LoadedModel | None) -> Show:
-    """The function that tells of the first episodes of a batch, of those that did not break."""
-    look_at = make_look_at(settings, student, teacher)
-
-    def show(
-        state: TrainState, batch: Batch, played: Played, judgement: Judgement | None
-    ) -> list[Episode]:
-        fit = [n for n, c in enumerate(played.conversations) if c.messages and not c.broken]
-        scored = None
-        if look_at:
-            scored = Scored(partial(look_at, state.params, batch), batch, played.episode)
-        return told(
-            {n: played.conversations[n] for n in fit[: settings.episodes.count]},
-            who="train",
-            update=int(state.step),
-            actor="student" if settings.data.source == "on_policy" else "teacher",
-            decode=student.tokenizer.decode,
-            judgement=judgement,
-            scored=scored,
-        )
-
-    return show
-
-
-def make_look_at(
-    settings: Settings, student: LoadedModel, teacher: LoadedModel | None
-) -> Callable[[Params, Batch, Sequence[int]], Seen] | None:
-    """The function that looks at rows of a batch, from what is trained (`learner.looking`).
-
-    None if the objective reads no teacher: then there is nothing to compare.
-    """
-    if teacher is None or not settings.objective.needs_teacher:
-        return None
-    look = make_look(
-        student=student.config,
-        teacher=teacher.config,
-        objective=settings.objective,
-        dtype=jnp.dtype(settings.compute_dtype),
-        query_chunk=settings.train.query_chunk,
-        loss_chunk=settings.train.loss_chunk,
-        lora=adapters(settings),
-        top=TOP if settings.episodes.top else 0,
-    )
-    base = student.params if adapters(settings) else None
-    return lambda trained, batch, rows: look(trained, base, teacher.params, batch, rows)
 
 
 # --- Who plays and who judges ---------------------------------------------------------------------

@@ -70,7 +70,7 @@ class UpdateLog:
     def look(self, *of_update: Any) -> None:
         """Looks at a few episodes if they are due, with the parameters that the update begins with.
 
-        Call it before the update takes them. The arguments are those of `build.Show`.
+        Call it before the update takes them. The arguments are those of `records.Show`.
         """
         if self._is_due:
             with self._clock.measure("episodes"):

@@ -1,0 +1,154 @@
+"""What a run and an evaluation write: the log of updates, and episodes with what tokens score."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from opd_jax.agent import history
+from opd_jax.agent.conversation import Conversation
+from opd_jax.config import build
+from opd_jax.config.models import LoadedModel
+from opd_jax.config.settings import Settings
+from opd_jax.experience.source import Played
+from opd_jax.judge.labels import Judgement
+from opd_jax.learner.batch import Batch
+from opd_jax.learner.looking import make_look
+from opd_jax.learner.objective import Seen
+from opd_jax.learner.train_state import TrainState
+from opd_jax.model import Params
+from opd_jax.report.episodes import FOLDER, TOP, Episode, Scored, told, write_episodes
+from opd_jax.report.log import UpdateLog
+from opd_jax.report.update import unmeasured
+from opd_jax.runtime import processes
+
+# Gets a split, its episodes, and what a judge said of them.
+Keep = Callable[[str, Sequence[Conversation], Judgement | None], None]
+
+
+def make_log(
+    settings: Settings,
+    student: LoadedModel,
+    teacher: LoadedModel | None,
+    workdir: Path,
+    *,
+    done: int,
+    profile: Sequence[int],
+) -> UpdateLog:
+    """The log of a run that resumes after `done` updates and traces those of `profile`."""
+    on_policy = settings.data.source == "on_policy"
+    return UpdateLog(
+        workdir,
+        done=done,
+        updates=settings.train.updates,
+        leave_out=unmeasured(settings.objective, on_policy=on_policy),
+        profile=profile,
+        episodes_every=settings.episodes.every,
+        show=make_show(settings, student, teacher),
+    )
+
+
+# Lines of some episodes that an update learns from, made before it takes the state.
+Show = Callable[[TrainState, Batch, Played, Judgement | None], list[Episode]]
+
+
+def make_show(settings: Settings, student: LoadedModel, teacher: LoadedModel | None) -> Show:
+    """The function that tells of the first episodes of a batch, of those that did not break."""
+    look_at = make_look_at(settings, student, teacher)
+
+    def show(
+        state: TrainState, batch: Batch, played: Played, judgement: Judgement | None
+    ) -> list[Episode]:
+        fit = [n for n, c in enumerate(played.conversations) if c.messages and not c.broken]
+        scored = None
+        if look_at:
+            scored = Scored(partial(look_at, state.params, batch), batch, played.episode)
+        return told(
+            {n: played.conversations[n] for n in fit[: settings.episodes.count]},
+            who="train",
+            update=int(state.step),
+            actor="student" if settings.data.source == "on_policy" else "teacher",
+            decode=student.tokenizer.decode,
+            judgement=judgement,
+            scored=scored,
+        )
+
+    return show
+
+
+def make_look_at(
+    settings: Settings, student: LoadedModel, teacher: LoadedModel | None
+) -> Callable[[Params, Batch, Sequence[int]], Seen] | None:
+    """The function that looks at rows of a batch, from what is trained (`learner.looking`).
+
+    None if the objective reads no teacher: then there is nothing to compare.
+    """
+    if teacher is None or not settings.objective.needs_teacher:
+        return None
+    look = make_look(
+        student=student.config,
+        teacher=teacher.config,
+        objective=settings.objective,
+        dtype=jnp.dtype(settings.compute_dtype),
+        query_chunk=settings.train.query_chunk,
+        loss_chunk=settings.train.loss_chunk,
+        lora=build.adapters(settings),
+        top=TOP if settings.episodes.top else 0,
+    )
+    base = student.params if build.adapters(settings) else None
+    return lambda trained, batch, rows: look(trained, base, teacher.params, batch, rows)
+
+
+def make_keep(
+    settings: Settings,
+    workdir: Path,
+    who: str,
+    *,
+    count: int,
+    update: int = 0,
+    student: LoadedModel | None = None,
+    trained: Params | None = None,
+    judging: LoadedModel | None = None,
+) -> Keep:
+    """The function that writes the first `count` episodes of a split (docs/episodes.md).
+
+    Args:
+      settings: the run's.
+      workdir: where they are written, in a folder of their own.
+      who: whose they are.
+      count: how many of a split; at least 1.
+      update: updates that the player had had.
+      student: who played; None for a player without tokens.
+      trained: what is trained of the student; None: no token has scores.
+      judging: the teacher that scores the tokens, if there is one.
+    """
+    look_at = make_look_at(settings, student, judging) if student and trained else None
+
+    def scored(played: list[Conversation], judgement: Judgement | None) -> Scored | None:
+        if not (student and trained and look_at and judgement):
+            return None
+        rows, of = history.rows(
+            played,
+            history_turns=settings.rollout.history_turns,
+            left_out=student.chat.left_out,
+        )
+        these = Played(played, rows, of, settings.train.length_multiple, metrics={})
+        batch = build.make_pack(settings, student.config)(these, judgement.verdict)
+        return Scored(partial(look_at, trained, batch), batch, of)
+
+    def keep(split: str, played: Sequence[Conversation], judgement: Judgement | None) -> None:
+        first = list(played[:count])
+        lines = told(
+            {number: c for number, c in enumerate(first) if c.messages},
+            who=who,
+            update=update,
+            actor="student",
+            decode=student.tokenizer.decode if student else lambda tokens: "",
+            judgement=judgement,
+            scored=scored(first, judgement),
+        )
+        if processes.is_first():
+            write_episodes(workdir / FOLDER / f"{who}-{split}.jsonl", lines)
+
+    return keep
