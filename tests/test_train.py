@@ -187,6 +187,22 @@ def test_the_episodes_of_a_batch_say_what_the_update_reports(trained: Any) -> No
                 assert turn["intervention"] == i
 
 
+def test_the_page_on_episodes_has_every_key_that_is_written(trained: Any) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "episodes.md").read_text()
+    shown = json.loads(re.findall(r"```json\n(.*?)```", page, re.DOTALL)[1])
+
+    def keys(line: dict[str, Any]) -> set[str]:
+        parts = {"": line, "task.": line["task"], "tokens.": line["tokens"]}
+        parts |= {"student_tokens.": line["student_tokens"]}
+        parts |= {f"turns.{k}.": turn for k, turn in enumerate(line["turns"])}
+        return {re.sub(r"\d+", "", name + key) for name, part in parts.items() for key in part}
+
+    lines = [
+        line for file in (trained.workdir / "episodes").iterdir() for line in read_episodes(file)
+    ]
+    assert set.union(*map(keys, lines)) == keys(shown)
+
+
 def test_the_time_to_the_first_token_and_update_is_told_once(trained: Any) -> None:
     told = re.findall(r"^first (\w+) after ([\d.]+) s$", trained.stdout, re.M)
     first, *later = lines_of(trained.workdir)
