@@ -4,6 +4,7 @@
 #   ./launch/test.sh -m slow      the slow ones
 #   ./launch/test.sh -m quick     those to run after every change, in less than 90 s
 # Other arguments go to pytest too. ALFWorld's tests need its compilers, ScienceWorld's need Java.
+# The viewer's fail without Chromium: sudo apt-get install chromium
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

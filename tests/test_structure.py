@@ -92,7 +92,7 @@ def test_the_picture_in_the_readme_has_every_room() -> None:
     # Data, and what Python leaves behind.
     assert set(rooms()) == there - {"__init__", "__pycache__", "pair"}
     assert len(rooms()) == len(set(rooms()))
-    commands = {"train", "evaluate", "compare", "export", "plan", "losses"}
+    commands = {"train", "evaluate", "compare", "export", "view", "plan", "losses"}
     assert len(there - commands - {"__init__", "__pycache__"}) <= 14
 
 
@@ -139,6 +139,10 @@ def test_environments_know_neither_arrays_nor_models_and_import_engines_late() -
     for module in envs:
         assert packages(reach(module)).isdisjoint({"jax", "jaxlib", "flax", "optax", "torch"})
         assert packages(imports(module, lazy=False)).isdisjoint(engines)
+
+
+def test_the_viewer_needs_nothing_but_python() -> None:
+    assert packages(reach("opd_jax.view")) - sys.stdlib_module_names == {"opd_jax"}
 
 
 @pytest.mark.parametrize("lazy", [False, True])
@@ -243,6 +247,7 @@ def test_the_wheel_takes_the_pair_and_every_module() -> None:
     pair = {path for path in (PACKAGE / "pair").rglob("*") if path.is_file()}
     assert pair
     assert pair <= shipped
+    assert {PACKAGE / "report" / f"viewer.{end}" for end in ("html", "css", "js")} <= shipped
     packages = {module_name(path.parent / "__init__.py") for path in PACKAGE.rglob("*.py")}
     assert packages <= PATHS.keys()  # each has an `__init__`
     assert set(setuptools["packages"]) == packages | {"opd_jax.configs"}

@@ -1,0 +1,72 @@
+"""Shows episodes: one HTML file that any browser opens, without a network.
+
+    python -m opd_jax.view FILE|WORKDIR [--out=FILE.html]
+
+FILE has an episode a line (JSON). Of a WORKDIR, all of `episodes/*.jsonl` are shown. The page lies
+beside FILE, or is WORKDIR/episodes.html, unless --out says otherwise. It has at most 20 MB: where
+more would be needed, top fives are left out first, then episodes of the earliest updates.
+
+    python -m opd_jax.view runs/quickstart
+    python -m opd_jax.view runs/quickstart/episodes/train.jsonl --out=train.html
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from opd_jax.report.viewer import make_page, read_episodes
+from opd_jax.runtime.exits import print_line, reported
+from opd_jax.runtime.files import local_path, replace_text
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see --help")
+
+
+def view(source: Path, out: Path | None = None) -> str:
+    """Writes the page of an episode file, or of those in a workdir; returns what there is to say.
+
+    Raises:
+      ValueError: there are no episodes, a line is none, or `out` is one of the files read.
+    """
+    sources = [source]
+    if source.is_dir():
+        sources = sorted((source / "episodes").glob("*.jsonl"))
+        if not sources:
+            raise ValueError(
+                f"`{source}` has no episodes/*.jsonl; give an episode file, or the workdir of a "
+                "run that wrote episodes"
+            )
+    out = out or (source / "episodes.html" if source.is_dir() else source.with_suffix(".html"))
+    if out.resolve() in [path.resolve() for path in sources]:
+        raise ValueError(f"`--out`: `{out}` is what is to be shown; give another file")
+    episodes = [episode for path in sources for episode in read_episodes(path)]
+    page = make_page(episodes, title=str(source))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(out, page.html)
+    written = f"{page.shown} episodes written to {out} ({out.stat().st_size / 1e6:.1f} MB)"
+    return "\n".join([written, *([page.left_out] if page.left_out else [])])
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command `python -m opd_jax.view`."""
+    with reported():
+        parser = _Parser(
+            prog="python -m opd_jax.view",
+            description=__doc__,
+            usage=argparse.SUPPRESS,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        parser.add_argument("source", metavar="FILE|WORKDIR")
+        parser.add_argument("--out", metavar="FILE.html")
+        flags = parser.parse_args(argv)
+        out = local_path(flags.out, name="--out") if flags.out else None
+        print_line(view(local_path(flags.source, name="FILE|WORKDIR"), out), sys.stdout)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
