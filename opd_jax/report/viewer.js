@@ -109,9 +109,9 @@ function fillFilters() {
     success: entries.some((e) => has(e.success)) && [["true", "success"], ["false", "no success"]],
     verdict: VERDICTS.filter((v) => present.has(v)).map((v) => [v, `has ${v}`]),
     failures: entries.some((e) => e.failures) && [["true", "has failed turns"], ["false", "no failed turn"]],
-    when: [...new Set(entries.map(when))].map((text) => [text, text || "not said"]),
+    when: [...new Set(entries.map(when))].filter(has).map((text) => [text, text]),
   };
-  const any = { success: "any success", verdict: "any verdict", failures: "any failures", when: "any update" };
+  const any = { success: "any outcome", verdict: "any verdict", failures: "any failures", when: "any update" };
   for (const [name, found] of Object.entries(options)) {
     const choices = [["", any[name]], ...(found || [])];
     filters.elements[name].append(...choices.map(([value, text]) => el("option", { value }, text)));

@@ -25,6 +25,13 @@ _COLUMNS = (
 )
 _ASSETS = ("html", "css", "js")
 
+_TYPES = {
+    **dict.fromkeys(("task", "measures", "tokens", "student_tokens"), dict),
+    **{"turns": list, "who": str, "end": str, "update": int},
+}
+_TURN_TYPES = {**dict.fromkeys(("verdict", "label", "action", "failure"), str), "judge": dict}
+_NAMES = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
+
 
 @dataclass(frozen=True)
 class Page:
@@ -74,26 +81,41 @@ def _check(episode: Any) -> None:
     """Raises ValueError where the page could not be drawn."""
     if not isinstance(episode, dict) or not isinstance(episode.get("messages"), list):
         raise ValueError("not an object with a list `messages`")
+    _check_types(episode, _TYPES, "")
     for message in episode["messages"]:
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        ):
-            raise ValueError("a message without the texts `role` and `content`")
-    turns = episode.get("turns") or []
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError("`turns` is not a list of objects")
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise ValueError("a message without `role` and `content`")
+        _check_types(message, dict.fromkeys(("role", "content"), str), "messages.")
+    for turn in episode.get("turns") or []:
+        if not isinstance(turn, dict):
+            raise ValueError("`turns` is not a list of objects")
+        _check_types(turn, _TURN_TYPES, "turns.")
     if columns := episode.get("student_tokens"):
-        lengths = {name: len(column) for name, column in columns.items()}
-        if not {"position", "text"} <= lengths.keys() or len(set(lengths.values())) > 1:
-            raise ValueError(
-                "`student_tokens` needs `position`, `text` and columns of one length, got "
-                + ", ".join(f"{name}: {length}" for name, length in lengths.items())
-            )
-        known = len(episode.get("tokens", {}).get("turn", ()))
-        if any(not 0 <= position < known for position in columns["position"]):
-            raise ValueError(
-                f"`student_tokens.position` lies outside `tokens.turn`, which has {known}"
-            )
+        _check_columns(columns, episode.get("tokens") or {})
+
+
+def _check_types(found: Mapping[str, Any], types: Mapping[str, type], where: str) -> None:
+    for name, kind in types.items():
+        value = found.get(name)
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"`{where}{name}` is {json.dumps(value)[:40]}, not {_NAMES[kind]}")
+
+
+def _check_columns(columns: Mapping[str, Any], tokens: Mapping[str, Any]) -> None:
+    for section, known in (("student_tokens", columns), ("tokens", tokens)):
+        _check_types(known, dict.fromkeys(known, list), f"{section}.")
+        if len({len(column) for column in known.values()}) > 1:
+            lengths = ", ".join(f"{name}: {len(column)}" for name, column in known.items())
+            raise ValueError(f"the columns of `{section}` differ in length: {lengths}")
+    if not {"position", "text"} <= columns.keys():
+        raise ValueError("`student_tokens` needs the columns `position` and `text`")
+    if not all(isinstance(text, str) for text in columns["text"]):
+        raise ValueError("`student_tokens.text` holds what is no text")
+    turns = range(len(tokens.get("turn", ())))
+    if any(position not in turns for position in columns["position"]):
+        raise ValueError(
+            f"`student_tokens.position` lies outside `tokens.turn`, which has {len(turns)}"
+        )
 
 
 def make_page(

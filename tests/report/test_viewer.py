@@ -74,15 +74,26 @@ def test_numbers_that_are_not_finite_are_kept_by_name(tmp_path: Path) -> None:
         ("{", "Expecting property name"),
         ("[" * 100_000, "recursion"),
         ("[1]", "not an object with a list `messages`"),
-        ('{"messages": [{"role": "user"}]}', "a message without the texts `role` and `content`"),
+        ('{"messages": [{"role": "user"}]}', "a message without `role` and `content`"),
+        ('{"messages": [{"role": "user", "content": 1}]}', "`messages.content` is 1, not a text"),
+        ('{"messages": [], "task": "a"}', '`task` is "a", not an object'),
+        ('{"messages": [], "update": 1.5}', "`update` is 1.5, not a whole number"),
+        ('{"messages": [], "turns": [{"verdict": 2}]}', "`turns.verdict` is 2, not a text"),
+        ('{"messages": [], "student_tokens": {"position": []}}', "needs the columns"),
+        ('{"messages": [], "student_tokens": {"text": 1}}', "`student_tokens.text` is 1"),
         ('{"messages": [], "turns": [3]}', "`turns` is not a list of objects"),
         (
             '{"messages": [], "student_tokens": {"position": [0], "text": ["a", "b"]}}',
-            "columns of one length, got position: 1, text: 2",
+            "the columns of `student_tokens` differ in length: position: 1, text: 2",
         ),
         (
             '{"messages": [], "student_tokens": {"position": [0], "text": ["a"]}}',
             "`student_tokens.position` lies outside `tokens.turn`, which has 0",
+        ),
+        (
+            '{"messages": [], "tokens": {"turn": [0], "sampled_logprob": []},'
+            ' "student_tokens": {"position": [0], "text": ["a"]}}',
+            "the columns of `tokens` differ in length: turn: 1, sampled_logprob: 0",
         ),
     ],
 )
