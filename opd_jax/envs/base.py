@@ -5,7 +5,7 @@ prompts, its action parser and its test for failed turns; the loop knows no acti
 """
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -79,12 +79,22 @@ class Observation:
 class Env(Protocol):
     """An environment that plays one episode at a time.
 
-    Its class (or the function that makes it) may also have four attributes. `world` names the
-    arguments that change neither tasks nor answers, such as a timeout or a folder, and `figures`
-    those that change only tasks to evaluate: a run may be resumed with others. `labels_turns` =
-    False says that no observation has an `oracle`. `invented`, a compiled pattern, finds where a
-    response pretends to be the environment or the user (`turns.invented_turn` makes one): such a
-    response is sampled no further.
+    These members are all that a run needs. `python -m opd_jax.envs.check` checks them.
+
+    Its class (or the function that makes it) may also have these attributes:
+
+    - `world` names the arguments that change neither tasks nor answers, such as a timeout or a
+      folder, and `figures` those that change only tasks to evaluate: a run may be resumed with
+      others.
+    - `labels_turns` = False says that no observation has an `oracle`.
+    - `invented`, a compiled pattern, finds where a response pretends to be the environment or the
+      user (`turns.invented_turn` makes one): such a response is sampled no further.
+    - `players` maps names to functions that make a player (`MakePlayer`): its `expert`, and another
+      `random` where responses are not those of `react`.
+
+    An object may also have the methods of `Records`, `Copies` and `Labels`. No run calls them yet.
+    A method that weighs a turn by how reliable the teacher is there will: it tries the teacher's
+    own turn in a copy, or has it labelled without acting; and a judge will be shown the record.
 
     Attributes:
       system: the system message of the conversation; "" for none.
@@ -120,7 +130,47 @@ class Env(Protocol):
         ...
 
     def step(self, response: str) -> Observation:
-        """Act on the model's whole response text."""
+        """Act on the model's whole response text.
+
+        Any text has an answer: one that holds no action is a failed turn. The episode ends after
+        `max_turns` at the latest. ValueError if no episode is running (`turns.TurnClock`).
+        """
+        ...
+
+
+# --- Optional members ---------------------------------------------------------------------------
+
+
+class Records(Protocol):
+    """An environment that keeps a record of the episode, from what it has said."""
+
+    def record(self) -> Mapping[str, Sequence[str]]:
+        """What the agent may know by now, in words.
+
+        Four lists: `seen`, places and what they were last seen to hold; `held`, what the agent
+        holds; `changed`, what is no longer as it was; `tried`, commands so far and how they ended.
+        Nothing in it is hidden from the agent.
+        """
+        ...
+
+
+class Copies(Protocol):
+    """An environment whose state can be copied.
+
+    Without `copy` a state is reached again by `reset` and the same responses, if equal responses
+    have equal answers (a replay).
+    """
+
+    def copy(self) -> Env:
+        """Another environment in the same state. A step of one leaves the other as it is."""
+        ...
+
+
+class Labels(Protocol):
+    """An environment that can label a response without acting on it."""
+
+    def label(self, response: str) -> str:
+        """The `Observation.oracle` that `step(response)` would have now. Changes nothing."""
         ...
 
 

@@ -70,15 +70,17 @@ def checked(observation: Any) -> Observation:
     if not isinstance(listed, (tuple, list)):
         raise ValueError(f"`admissible`: expected commands, got {listed!r}")
     names = ("text", "message", "end", "action", "failure", "oracle")
-    texts = [getattr(observation, name) for name in names]
-    for text in (*texts, *listed, *observation.measures):
+    texts = [(name, getattr(observation, name)) for name in names]
+    texts += [("admissible", command) for command in listed]
+    texts += [("measures", name) for name in observation.measures]
+    for name, text in texts:
         if not isinstance(text, str):
-            raise ValueError(f"expected a text, got {text!r}")
+            raise ValueError(f"`{name}`: expected a text, got {text!r}")
     if observation.oracle not in ("", "SKIP", "WEAK", "STRONG"):
         raise ValueError(f"`oracle`: expected SKIP, WEAK or STRONG, got {observation.oracle!r}")
-    for number in (observation.score, *observation.measures.values()):
+    for name, number in {"score": observation.score, **observation.measures}.items():
         if not isinstance(number, numbers.Real) or not math.isfinite(number):
-            raise ValueError(f"expected a finite number, got {number!r}")
+            raise ValueError(f"`{name}`: expected a finite number, got {number!r}")
     return observation
 
 

@@ -1,12 +1,12 @@
 """Environments from their settings: one of ours by name, or anybody's by `module:Class`."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from opd_jax.envs.base import Env
+from opd_jax.envs.base import Env, MakePlayer
 from opd_jax.envs.workers import Worker, check_limits
 from opd_jax.runtime import by as named
 from opd_jax.runtime.fields import WORLD, affects, check_within
@@ -58,7 +58,7 @@ def make_env(settings: EnvSettings, **changes: Any) -> Env:
         itself misses, such as its extra.
     """
     arguments = {**dict(settings.options), "max_turns": settings.max_turns, **changes}
-    kind = _find(settings.by)
+    kind = find_env(settings.by)
     named.check_arguments(settings.by, kind, arguments, section="env")
     make = partial(kind, **arguments)
     if not settings.workers:
@@ -68,7 +68,7 @@ def make_env(settings: EnvSettings, **changes: Any) -> Env:
     )
 
 
-def _find(by: str) -> Callable[..., Env]:
+def find_env(by: str) -> Callable[..., Env]:
     """The class or function that `env.by` names; ValueError if there is none."""
     found = named.find(by, ENVS, section="env")
     if not callable(found):
@@ -81,22 +81,27 @@ def _find(by: str) -> Callable[..., Env]:
 
 def world_options(by: str) -> tuple[str, ...]:
     """Names of an environment's options that change neither tasks nor answers (its `world`)."""
-    return getattr(_find(by), "world", ())
+    return getattr(find_env(by), "world", ())
 
 
 def figures_options(by: str) -> tuple[str, ...]:
     """Names of an environment's options that change only tasks to evaluate (its `figures`)."""
-    return getattr(_find(by), "figures", ())
+    return getattr(find_env(by), "figures", ())
 
 
 def labels_turns(by: str) -> bool:
     """Whether an environment's observations have an `oracle` (its `labels_turns`)."""
-    return getattr(_find(by), "labels_turns", True)
+    return getattr(find_env(by), "labels_turns", True)
 
 
 def invented(by: str) -> re.Pattern[str] | None:
     """Where an invented turn begins in a response (an environment's `invented`); None: unknown."""
-    return getattr(_find(by), "invented", None)
+    return getattr(find_env(by), "invented", None)
+
+
+def own_players(by: str) -> Mapping[str, MakePlayer]:
+    """The players that an environment brings along (its `players`), by name."""
+    return getattr(find_env(by), "players", {})
 
 
 def benchmark_splits(by: str) -> tuple[str, ...]:

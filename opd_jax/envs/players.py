@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from opd_jax.envs.base import MakePlayer, Observation, Player, Task
-from opd_jax.envs.make import EnvSettings
+from opd_jax.envs.make import EnvSettings, own_players
 from opd_jax.envs.react import Random
 
 
@@ -16,7 +16,8 @@ def make_player(
 
     Args:
       name: of the player.
-      env: whose players are known by `env.by`; an environment of anybody else's has `random`.
+      env: whose players are known by `env.by`. An environment of anybody else's has `random`, and
+        those that it brings along (`base.Env`).
       field: what asks for it, to be named in errors.
       habits: keyword arguments of players that take some, by the player's name.
 
@@ -28,7 +29,10 @@ def make_player(
             f"`{field}`: the random player picks among admissible commands, and with "
             "`env.list_admissible` = 0 there are none; set that above 0, or leave the player out"
         )
-    known = _PLAYERS[env.by](env, habits) if env.by in _PLAYERS else {"random": _random}
+    if env.by in _PLAYERS:
+        known = _PLAYERS[env.by](env, habits)
+    else:
+        known = {"random": _random, **own_players(env.by)}
     if name not in known:
         raise ValueError(
             f"`{field}`: {env.by} has no player {name!r}, expected one of {', '.join(known)}"

@@ -10,6 +10,7 @@ import contextlib
 import faulthandler
 import functools
 import json
+import numbers
 import os
 import pickle
 import select
@@ -23,7 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 from opd_jax.envs.base import Env
-from opd_jax.envs.faults import last_line
+from opd_jax.envs.faults import checked, last_line
 
 _LENGTH = struct.Struct(">Q")
 _LONGEST = 1 << 26  # bytes; `send` never announces more
@@ -31,8 +32,17 @@ _PIECE = 1 << 16  # bytes read at once
 
 
 def encode(message: Any) -> bytes:
-    """A message as bytes for `send`. Mappings become dicts; TypeError unless it is plain data."""
-    return json.dumps(message, default=dict).encode()
+    """A message as bytes for `send`; TypeError unless it is plain data.
+
+    Mappings become dicts, and numbers of other libraries Python's: rewards are often NumPy's.
+    """
+    return json.dumps(message, default=_plain).encode()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else dict(value)
 
 
 def send(channel: socket.socket, body: bytes, *, deadline: float | None) -> None:
@@ -142,6 +152,8 @@ class _Served:
             self._env = make()
             return None
         value = getattr(self._env, name)(*arguments)
+        if name in ("reset", "step"):
+            checked(value)  # here, where the answer is still what the environment gave
         if name == "reset":
             task = vars(self._env.task)
             return {"observation": vars(value), "task": task, "system": self._env.system}

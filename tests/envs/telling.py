@@ -116,6 +116,11 @@ class Telling:
         if response.startswith("measure "):
             measures = MappingProxyType({"f1": float(response.split()[1]), "em": 0.0})
             return Observation("", "", (), measures=measures)
+        if response == "reward":
+            import numpy as np
+
+            measures = {"seen": np.int64(3)}
+            return Observation("", "", (), score=np.float32(0.5), measures=measures)
         text = self._call(response)
         return Observation(text, text, (response,))
 

@@ -66,7 +66,16 @@ CORRIDOR = """
 from opd_jax.envs.base import Observation, Task
 
 
+class Walker:
+    def __init__(self, task, first, rng):
+        self.goal = task.goal
+
+    def respond(self, observation):
+        return f"to {self.goal}"
+
+
 class Corridor:
+    players = {"expert": Walker}
     system = "Walk."
     waits = False
 
@@ -121,11 +130,11 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "mine.py"
 
 
-def episode(settings: EnvSettings) -> list[str]:
-    """What the random player was told in one episode."""
+def episode(settings: EnvSettings, who: str = "random") -> list[str]:
+    """What a player was told in one episode."""
     env = make_env(settings)
     assert isinstance(env, Worker) == settings.workers
-    player = make_player("random", settings, field="eval.who", habits={})
+    player = make_player(who, settings, field="eval.who", habits={})
     played = play_out(env, "train", 4, player=player, rng=random.Random(0))
     if isinstance(env, Worker):
         env.close()
@@ -143,6 +152,16 @@ def test_an_environment_of_ones_own_plays(where: str, mine: Path) -> None:
     assert episode(read(f"{mine}:{where}", "env.length=9").env)[-1] == "turn_limit"
 
 
+def test_an_environment_of_ones_own_brings_its_players(mine: Path) -> None:
+    settings = read(str(mine), "eval.who=expert,random", "data.source=expert")
+    build.check_players(settings)
+    player = make_player("expert", settings.env, field="eval.who", habits={})
+    env = make_env(settings.env)
+    first = env.reset("train", 0)
+    assert player(env.task, first, random.Random(0)).respond(first) == "to reach the end"
+    assert episode(settings.env, "expert")[-1] == "success"
+
+
 def test_where_nothing_is_admissible_the_random_player_says_nothing() -> None:
     dead_end, crossing = Observation("wall", "wall", ()), Observation("way", "way", ("go",))
     player = Random(random.Random(0))
@@ -156,5 +175,5 @@ def test_mistakes_about_an_environment_of_ones_own_are_named(mine: Path) -> None
         make_env(read(str(mine), "env.by=coridor:Corridor").env)
     with pytest.raises(ValueError, match=r"`env.size` is none .*`env.length` is missing.* takes"):
         make_env(read("quickstart", "env.by=corridor:Corridor").env)
-    with pytest.raises(ValueError, match=r"corridor:Corridor has no player 'expert'.* random"):
-        build.check_players(read(str(mine), "eval.who=expert"))
+    with pytest.raises(ValueError, match=r"corridor:Corridor has no player 'nobody'.*, expert"):
+        make_player("nobody", read(str(mine)).env, field="eval.who", habits={})

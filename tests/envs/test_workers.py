@@ -119,6 +119,8 @@ def test_texts_and_measures_arrive_as_they_are_and_prints_go_to_stderr(
         assert worker.step(f"echo {text}") == Observation(text, text, (f"echo {text}",))
     assert worker.step("echo").measures == {}
     assert worker.step("measure 0.1").measures == {"f1": 0.1, "em": 0.0}
+    rewarded = worker.step("reward")  # numbers of NumPy
+    assert (rewarded.score, rewarded.measures) == (0.5, {"seen": 3})
 
 
 def test_jax_in_a_process_leaves_the_accelerator_to_the_run(
