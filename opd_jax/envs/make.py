@@ -18,6 +18,7 @@ ENVS = {
     "scienceworld": "opd_jax.envs.scienceworld.env:ScienceWorld",
     "searchqa": "opd_jax.envs.search.searchqa:open_searchqa",
     "factbookqa": "opd_jax.envs.search.factbook:FactbookQA",
+    "gymnasium": "opd_jax.envs.gymnasium:Gymnasium",
 }
 
 

@@ -46,7 +46,18 @@ def test_the_rest_of_a_section_is_compared_with_the_signature() -> None:
 
     check_arguments("t", target, {"size": 1}, section="x")
     check_arguments("t", target, {"size": 1, "color": "blue"}, section="x")
-    check_arguments("t", anything, {"whatever": 1}, section="x")
+    check_arguments("t", anything, {"size": 1, "whatever": 1}, section="x")
+    with pytest.raises(ValueError, match=r"`x.size` is missing; it takes size, \*\*more"):
+        check_arguments("t", anything, {"whatever": 1}, section="x")
     wrong = "`x.by` = 't' .*`x.colour` is none of its fields, `x.size` is missing; .* size, color"
     with pytest.raises(ValueError, match=wrong):
         check_arguments("t", target, {"colour": "blue"}, section="x")
+
+
+def test_another_field_of_the_section_can_name_what_is_brought_along() -> None:
+    with pytest.raises(ValueError, match=r"`x\.make`: expected module:name; got 'sqrt'"):
+        find("sqrt", {}, section="x", field="make")
+    with pytest.raises(ValueError, match=r"`x\.make` = 'math:no': module"):
+        find("math:no", {}, section="x", field="make")
+    with pytest.raises(ValueError, match=r"`x\.make` = 'm:f' does not fit .*`x.a` is none"):
+        check_arguments("m:f", lambda: None, {"a": 1}, section="x", field="make")
