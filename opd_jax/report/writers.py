@@ -130,7 +130,16 @@ def read_summary(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def _lines_until(path: Path, last_step: int) -> list[str]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The updates in a `metrics.jsonl` so far, also while a run writes it; [] without a file.
+
+    Raises:
+      ValueError: a line other than the last is not a JSON object with a `step`.
+    """
+    return [json.loads(line) for line in _lines_until(path, math.inf)]
+
+
+def _lines_until(path: Path, last_step: float) -> list[str]:
     """Lines of a JSON-lines file with `step` at most `last_step`, without a last one cut short."""
     if not path.exists():
         return []
