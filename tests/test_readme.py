@@ -10,6 +10,7 @@ import pytest
 
 from opd_jax import config as cfg
 from opd_jax.config.settings import read_settings
+from opd_jax.report import keys
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -63,6 +64,11 @@ def test_every_message_to_look_up_is_in_the_code() -> None:
     said = "\n".join(text for path in (ROOT / "opd_jax").rglob("*.py") for text in strings(path))
     assert len(messages) == 12  # and one of JAX
     assert [m for m in messages if m not in said] == []
+
+
+def test_the_table_of_keys_is_the_one_in_the_code() -> None:
+    table = README[README.index("| key |") :].partition("\n\n")[0]
+    assert table == keys.markdown()
 
 
 def strings(path: Path) -> list[str]:

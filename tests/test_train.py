@@ -25,6 +25,7 @@ from opd_jax.config.settings import read_settings
 from opd_jax.envs.make import make_env
 from opd_jax.learner.train_state import abstract_state
 from opd_jax.report.episodes import read_episodes
+from opd_jax.report import keys
 from opd_jax.runtime.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -70,7 +71,7 @@ def raw_arrays(tree: Any) -> list[tuple]:
 
 
 # What no two runs have alike: times and memory.
-MEASURED_ANEW = ("first/", "seconds/", "tokens_per_s/", "peak_gib/")
+MEASURED_ANEW = ("first/", "seconds/", "tokens_per_s/", "peak_gib/", "wall_s")
 
 
 def assert_ended_alike(workdir: Path, uninterrupted: Path) -> None:
@@ -111,7 +112,7 @@ MEASURED = (
     *("tokens_per_s/rollout", "tokens_per_s/update"),
     *("seconds/rollout", "seconds/judge", "seconds/update", "seconds/compile"),
     *("padded/reading", "padded/sampling", "padded/judging", "padded/update"),
-    "peak_gib/host",
+    *("peak_gib/host", "learning_rate", "wall_s"),
 )
 BY_TURN = ("divergence", "raw_weight", "confidence", "turns", "skip", "weak", "strong", "det_fail")
 
@@ -214,14 +215,22 @@ def test_the_time_to_the_first_token_and_update_is_told_once(trained: Any) -> No
     assert not any(name.startswith("first/") for line in later for name in line)
 
 
-def test_every_metric_is_in_the_readme(trained: Any) -> None:
-    text = (Path(__file__).parents[1] / "README.md").read_text()
-    table = text.partition("Keys of `metrics.jsonl`")[2].partition("**Stop:**")[0]
-    # `a/{b,c}` names two, and `…` stands for any.
-    brackets = str.maketrans({"{": "(", "}": ")", ",": "|", "…": r"[\w/]+"})
-    patterns = [key.translate(brackets) for key in re.findall(r"`([^`]+)`", table)]
+def test_a_run_writes_what_the_table_of_keys_defines(trained: Any) -> None:
     written = {name for line in lines_of(trained.workdir) for name in line} - {"step"}
-    assert [n for n in sorted(written) if not any(re.fullmatch(p, n) for p in patterns)] == []
+    assert [name for name in sorted(written) if not keys.defined(name)] == []
+    of_rows = [set(keys.expanded(key.names)) for key in keys.KEYS]
+    assert [names for names in of_rows if written.isdisjoint(names)] == []
+
+
+def test_what_adds_up_adds_up_and_the_rate_is_that_of_the_schedule(trained: Any) -> None:
+    lines = lines_of(trained.workdir)
+    seen = np.cumsum([line["tokens/student"] for line in lines])
+    assert [line["tokens/seen"] for line in lines] == seen.tolist()
+    walls = [line["wall_s"] for line in lines]
+    assert lines[0]["first/update"] <= walls[0] < walls[1] < walls[2] < walls[3]
+    # Four updates are all within the five of the warm-up, from a sixth of the rate on.
+    expected = [1e-3 * (1 + n) / 6 for n in range(UPDATES)]
+    assert [line["learning_rate"] for line in lines] == pytest.approx(expected)
 
 
 def test_checkpoints_are_those_asked_for_and_hold_a_student_that_moved(trained: Any) -> None:

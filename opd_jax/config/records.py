@@ -16,6 +16,7 @@ from opd_jax.judge.labels import Judgement
 from opd_jax.learner.batch import Batch
 from opd_jax.learner.looking import make_look
 from opd_jax.learner.objective import Seen
+from opd_jax.learner.optimizer import learning_rate
 from opd_jax.learner.train_state import TrainState
 from opd_jax.model import Params
 from opd_jax.report.episodes import FOLDER, TOP, Episode, Scored, told, write_episodes
@@ -42,6 +43,7 @@ def make_log(
         workdir,
         done=done,
         updates=settings.train.updates,
+        learning_rate=learning_rate(settings.optimizer, total_updates=settings.train.updates),
         leave_out=unmeasured(settings.objective, on_policy=on_policy),
         profile=profile,
         episodes_every=settings.episodes.every,

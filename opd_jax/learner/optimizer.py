@@ -58,15 +58,20 @@ class AdamW:
         check_within(1e-30, eps=self.eps)
 
 
-def make_optimizer(adamw: AdamW, *, total_updates: int) -> optax.GradientTransformation:
-    """The optimizer of a run of `total_updates`."""
+def learning_rate(adamw: AdamW, *, total_updates: int) -> optax.Schedule:
+    """The rate of a step in a run of `total_updates`, by how many steps came before it."""
     peak, warmup_updates = adamw.learning_rate, adamw.warmup_updates
     decay_updates = max(total_updates - warmup_updates, 1)
     after = SCHEDULES[adamw.schedule](peak, decay_updates)
     # The first rate is above 0: an update at rate 0 would be wasted.
     warmup = optax.linear_schedule(peak / (warmup_updates + 1), peak, max(warmup_updates, 1))
+    return optax.join_schedules([warmup, after], [warmup_updates])
+
+
+def make_optimizer(adamw: AdamW, *, total_updates: int) -> optax.GradientTransformation:
+    """The optimizer of a run of `total_updates`."""
     optimizer = optax.adamw(
-        optax.join_schedules([warmup, after], [warmup_updates]),
+        learning_rate(adamw, total_updates=total_updates),
         b1=adamw.b1,
         b2=adamw.b2,
         eps=adamw.eps,

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,29 @@ from opd_jax.report.episodes import (
 )
 from opd_jax.report.stopwatch import Stopwatch
 from opd_jax.report.update import check_finite, describe, update_metrics
-from opd_jax.report.writers import EventWriter, JsonlWriter
+from opd_jax.report.writers import EventWriter, JsonlWriter, read_lines
 from opd_jax.runtime import processes, startup
 from opd_jax.runtime.profile import Profile
+
+
+@dataclass
+class _SoFar:
+    """What a run has done over all its starts, in the first process.
+
+    Attributes:
+      steps: of the optimizer. An update without a weight takes none.
+      tokens: student tokens in all updates.
+      wall_s: seconds of the starts before this one.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    wall_s: float = 0.0
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Adds an update's line."""
+        self.steps += not line.get("no_step")
+        self.tokens += int(line.get("tokens/student", 0))
 
 
 class UpdateLog:
@@ -26,6 +47,7 @@ class UpdateLog:
     Args:
       done: updates done before this start; lines of later ones are dropped.
       updates: length of the whole run.
+      learning_rate: the rate of a step, by how many came before it (`optimizer.learning_rate`).
       leave_out: names of metrics to leave out (`update.unmeasured`).
       profile: numbers of the updates to trace into `profile/`.
       episodes_every: updates between two files of episodes; 0: none.
@@ -38,6 +60,7 @@ class UpdateLog:
         *,
         done: int,
         updates: int,
+        learning_rate: Callable[[int], Any],
         leave_out: Collection[str],
         profile: Sequence[int],
         episodes_every: int,
@@ -47,6 +70,7 @@ class UpdateLog:
         self._profile = Profile(workdir / "profile", profile, done=done)
         self._episodes_every, self._show, self._shown = episodes_every, show, list[Episode]()
         self._clock, self._is_due, self._is_first = Stopwatch(), False, True
+        self._learning_rate, self._so_far = learning_rate, _SoFar()
         self._writers: list[JsonlWriter | EventWriter] = []
         if processes.is_first():
             resume_step = done or None
@@ -55,6 +79,9 @@ class UpdateLog:
                 JsonlWriter(workdir / "metrics.jsonl", resume_step=resume_step),
                 EventWriter(workdir / "events", resume_step=resume_step),
             ]
+            for line in read_lines(workdir / "metrics.jsonl"):
+                self._so_far.add(line)
+                self._so_far.wall_s = line.get("wall_s", self._so_far.wall_s)
 
     @contextlib.contextmanager
     def watch(self, update: int) -> Iterator[Stopwatch]:
@@ -87,6 +114,10 @@ class UpdateLog:
         self._profile.end(update)
         startup.reached("update")
         metrics = update_metrics(raw, played, clock, leave_out=self._leave_out) | self._of_start()
+        metrics["learning_rate"] = float(self._learning_rate(self._so_far.steps))
+        self._so_far.add(metrics)
+        metrics["tokens/seen"] = float(self._so_far.tokens)
+        metrics["wall_s"] = self._so_far.wall_s + startup.passed()
         for writer in self._writers:
             writer.write(update, metrics)
         if self._is_due and processes.is_first():

@@ -15,13 +15,18 @@ def begin() -> None:
     _reached.clear()
 
 
+def passed() -> float:
+    """Seconds since the run's start."""
+    return time.perf_counter() - _start
+
+
 def reached(what: str) -> None:
     """Says how long a run took to its first `what`. Later calls with this name do nothing."""
     if what not in _reached:
-        _reached[what] = time.perf_counter() - _start
+        _reached[what] = passed()
         processes.say(f"first {what} after {_reached[what]:.1f} s")
 
 
 def seconds() -> dict[str, float]:
     """`first/WHAT`: seconds from the run's start, of all that it has reached."""
-    return {f"first/{what}": passed for what, passed in _reached.items()}
+    return {f"first/{what}": after for what, after in _reached.items()}

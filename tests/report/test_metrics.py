@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from opd_jax.report import keys
 from opd_jax.report.metrics import means
 from opd_jax.report.stopwatch import Stopwatch
 
@@ -48,3 +49,19 @@ def test_compiling_is_counted_apart_and_once() -> None:
     with second.measure("part"):
         program(np.ones(5))
     assert first.compile_s > 0 == second.compile_s
+
+
+# --- The table of keys
+
+
+def test_a_name_is_defined_if_a_row_of_the_table_has_it() -> None:
+    assert keys.expanded("a/{b,c}_{d,} e") == ["a/b_d", "a/b_", "a/c_d", "a/c_", "e"]
+    for name in ("loss", "by_turn/strong", "tokens/seen", "end/gave_up", "judge/unparsable"):
+        assert keys.defined(name)
+    for name in ("los", "losses", "by_turn/loss", "tokens/", "end/", "seconds/lunch", "end/a/b"):
+        assert not keys.defined(name)
+
+
+def test_no_two_rows_define_the_same_name() -> None:
+    names = [name for key in keys.KEYS for name in keys.expanded(key.names)]
+    assert len(names) == len(set(names))
