@@ -1,6 +1,7 @@
 """Times the programs of an update of any config, with random weights, on the hardware at hand.
 
-    python -m opd_jax.bench --config=NAME[:arg] [--config.x.y=v] [--json]
+    python -m opd_jax.bench --config=quickstart
+    python -m opd_jax.bench --config=quickstart --config.rollout.batch=64 --runs=10 --json
 
 The models need not be here: their sizes are known or read. No environment plays and no text is
 read: the programs run at the shapes that `opd_jax.plan` gives them, and their times are set beside

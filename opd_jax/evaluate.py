@@ -1,6 +1,8 @@
 """Plays splits with a model or a player and reports success, score and turns with intervals.
 
-    python -m opd_jax.evaluate --config=quickstart --workdir=DIR --policy=expert
+    python -m opd_jax.evaluate --config=quickstart --workdir=runs/quickstart
+    python -m opd_jax.evaluate --config=quickstart --workdir=runs/expert --policy=expert
+    python -m opd_jax.evaluate --config=quickstart --workdir=runs/a --config.eval.judge=true
 
 With `--policy=model` the student of the workdir's newest checkpoint plays, with `--policy=before`
 the config's untrained student. `--config.eval.judge=true` also measures how well the teacher's
@@ -48,7 +50,7 @@ from opd_jax.model import Params
 from opd_jax.report.figures import macro_average, summarize
 from opd_jax.report.tables import judge_table, results_table
 from opd_jax.report.writers import read_summary, write_summary
-from opd_jax.runtime import processes
+from opd_jax.runtime import processes, progress
 from opd_jax.runtime.checkpoint import Checkpoints
 from opd_jax.runtime.exits import reported
 from opd_jax.runtime.fields import check_within
@@ -102,18 +104,17 @@ def play_player(settings: Settings, who: str, split: str, *, tasks: int) -> list
     player = make_player(who, settings.env, field="--policy` or `eval.who", habits={})
     env = make_env(settings.env)
     try:
-        played = {
-            index: play_out(
-                env,
-                split,
-                index,
-                player=player,
-                rng=random.Random(f"{who}/{split}/{index}"),
-                stopping=signalled,
-            )
-            for index in range(tasks)
-            if processes.owns(index, tasks) and not signalled()
-        }
+        own = [index for index in range(tasks) if processes.owns(index, tasks)]
+        played = {}
+        with progress.doing("", total=len(own), unit="episodes") as counted:
+            for index in own:
+                if signalled():
+                    break
+                rng = random.Random(f"{who}/{split}/{index}")
+                played[index] = play_out(
+                    env, split, index, player=player, rng=rng, stopping=signalled
+                )
+                counted.done += 1
     finally:
         close([env])
     return processes.share(signalled() or played, tasks)
@@ -205,11 +206,12 @@ def _evaluate(
         if split in results:
             continue
         ask()
-        played = play(split, tasks=_tasks(settings, panels[split]))
-        results[split] = summarize(played) | {"digest": panels[split].digest, **made_with}
-        judgement = None
-        if settings.eval.judge and judge:
-            results[split]["judge"], judgement = judge(played)
+        with progress.doing(f"evaluation on {split}"):
+            played = play(split, tasks=_tasks(settings, panels[split]))
+            results[split] = summarize(played) | {"digest": panels[split].digest, **made_with}
+            judgement = None
+            if settings.eval.judge and judge:
+                results[split]["judge"], judgement = judge(played)
         if keep:
             keep(split, played, judgement)
         if after_split:
@@ -339,13 +341,14 @@ def evaluate_others(
         of_model: Callable[..., Figures] = partial(
             evaluate_model, settings, update=0, judging=teacher, **how
         )
-        if who == "before":
-            params = build.make_sampling_params(untrained, student, settings)
-            results[who] = of_model(student, params)
-        elif who == "teacher" and teacher:
-            results[who] = of_model(teacher, teacher.params)
-        else:
-            results[who] = evaluate_player(settings, who, **how)
+        with progress.doing(who):
+            if who == "before":
+                params = build.make_sampling_params(untrained, student, settings)
+                results[who] = of_model(student, params)
+            elif who == "teacher" and teacher:
+                results[who] = of_model(teacher, teacher.params)
+            else:
+                results[who] = evaluate_player(settings, who, **how)
         shares = ", ".join(f"{s} {r['success']:.1%}" for s, r in results[who].items() if r)
         processes.say(f"{who}: success {shares}")
         between()

@@ -1,6 +1,7 @@
 """Writes the newest checkpoint of a workdir as a Hugging Face folder.
 
-    python -m opd_jax.export --workdir=DIR --out=DIR
+    python -m opd_jax.export --workdir=runs/quickstart --out=runs/quickstart/model
+    python -m opd_jax.export --workdir=runs/quickstart --out=model --dtype=bfloat16
 
 `transformers` 4.51 and later open the folder; `student` and `teacher` of a config may name it too.
 It has the dtype of the student's folder, or `--dtype`, and that folder's other files; a folder that

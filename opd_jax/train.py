@@ -1,10 +1,10 @@
 """Trains a student agent: roll out, judge, pack, step, write, save.
 
-    python -m opd_jax.train --config=NAME[:arg] --workdir=DIR [--config.x.y=v]
+    python -m opd_jax.train --config=quickstart:runlocal --workdir=runs/try --profile=2:3
+    python -m opd_jax.train --config=quickstart --workdir=runs/a --config.train.updates=200
 
-A run that finds a checkpoint in its workdir resumes. It ends with the same bits as a run that was
-never interrupted, because an update's random draws depend only on the seed and its number. SIGTERM
-or Ctrl-C saves what is finished and exits with 0. `--profile=FROM:TO` traces updates (DIR/profile).
+A run that finds a checkpoint in its workdir resumes; it ends as if it was never interrupted, to the
+bit. SIGTERM and Ctrl-C save what is finished. `--profile=FROM:TO` traces updates (DIR/profile).
 """
 
 import dataclasses

@@ -24,8 +24,8 @@ from opd_jax.config.models import EMBEDDED, load_model, load_student
 from opd_jax.config.settings import read_settings
 from opd_jax.envs.make import make_env
 from opd_jax.learner.train_state import abstract_state
-from opd_jax.report.episodes import read_episodes
 from opd_jax.report import keys
+from opd_jax.report.episodes import read_episodes
 from opd_jax.runtime.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")

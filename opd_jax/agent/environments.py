@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from opd_jax.envs.base import Env
 from opd_jax.envs.workers import Worker
-from opd_jax.runtime import processes
+from opd_jax.runtime import processes, progress
 from opd_jax.runtime.exits import WorldFailed
 from opd_jax.runtime.signals import signalled
 
@@ -108,12 +108,15 @@ def everywhere(
     """
     answers = Answers(envs, join_after=0)
     results: list[T] = []
+    played = progress.begin("", total=len(arguments), unit="episodes")
     try:
         for start in range(0, len(arguments), len(envs)):
             for row, argument in enumerate(arguments[start : start + len(envs)]):
                 answers.ask(row, partial(_act_on, act, argument))
             results += answers.take(answers.due()).values()
+            played.done = len(results)
     finally:
+        progress.end(played)
         answers.close()
     return results
 

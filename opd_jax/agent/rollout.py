@@ -22,6 +22,7 @@ from opd_jax.agent.session import Response, Session
 from opd_jax.envs.base import Env, Observation
 from opd_jax.envs.faults import Begun, act, begin
 from opd_jax.model import Params
+from opd_jax.runtime import progress
 
 
 def rollout(
@@ -77,6 +78,7 @@ def rollout(
             session.cache.clear(row)
             answers.ask(row, episode.reset)
 
+    played = progress.begin("", total=len(tasks), unit="episodes")
     try:
         for row in range(len(envs)):
             take_episode(row)
@@ -88,6 +90,7 @@ def rollout(
                     episode = playing[row]
                     episode.hear(answer)
                     if episode.conversation.end:
+                        played.done += 1
                         take_episode(row)
                     else:
                         context = agent.context(episode.conversation)
@@ -99,6 +102,7 @@ def rollout(
                 playing[row].response = response
                 answers.ask(row, playing[row].step)
     finally:
+        progress.end(played)
         answers.close()
     return [episode.conversation for episode in episodes]
 

@@ -15,6 +15,7 @@ from opd_jax.agent.chat import ChatFormat
 from opd_jax.config.settings import Settings
 from opd_jax.judge.prompt import PHRASES
 from opd_jax.model import ModelConfig, Params, attention_on, init_params, param_specs
+from opd_jax.runtime import progress
 from opd_jax.runtime.files import local_path
 from opd_jax.runtime.mesh import DECODING, TRAINING, Rules, param_shardings
 
@@ -114,12 +115,13 @@ def load_student(
             model_folder(settings.teacher),
             rows=_shared_vocab(settings),
         )
-    loaded = load_model(
-        settings.student,
-        dtype=student_dtype(settings),
-        mesh=mesh,
-        vocab_size=vocab_size or _shared_vocab(settings),
-    )
+    with progress.doing("loading the student"):
+        loaded = load_model(
+            settings.student,
+            dtype=student_dtype(settings),
+            mesh=mesh,
+            vocab_size=vocab_size or _shared_vocab(settings),
+        )
     return _attending(loaded, settings)
 
 
@@ -127,13 +129,14 @@ def load_teacher(settings: Settings, mesh: jax.sharding.Mesh) -> LoadedModel | N
     """The teacher, or None if the settings have none. It is sharded as it judges."""
     if not settings.teacher:
         return None
-    loaded = load_model(
-        settings.teacher,
-        dtype=settings.teacher_dtype,
-        mesh=mesh,
-        rules=DECODING,
-        vocab_size=_shared_vocab(settings),
-    )
+    with progress.doing("loading the teacher"):
+        loaded = load_model(
+            settings.teacher,
+            dtype=settings.teacher_dtype,
+            mesh=mesh,
+            rules=DECODING,
+            vocab_size=_shared_vocab(settings),
+        )
     return _attending(loaded, settings)
 
 

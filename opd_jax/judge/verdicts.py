@@ -22,7 +22,7 @@ from opd_jax.judge.prompt import LABELS
 from opd_jax.judge.reading import Question, Reading, answers, open_cache
 from opd_jax.losses import Verdict
 from opd_jax.model import Params
-from opd_jax.runtime import processes
+from opd_jax.runtime import processes, progress
 
 
 class Verdicts(NamedTuple):
@@ -130,20 +130,22 @@ def judge_turns(
         else:
             too_long[row, turn] = True
             _warn(conversation, len(question), by=by)
+    rows = len(conversations)
+    positions = positions or Positions()
     if response is not None:
         _read_whole(questions, conversations)
-    rows = len(conversations)
-    cache = open_cache(
-        params, questions, rows, by=by, positions=positions or Positions(), response=response
-    )
-    for answered in answers(cache, questions, rows, by=by):
-        for place, answer in answered.items():
-            unparsable[place] = answer.label == UNPARSABLE
-            verdict[place] = answer.label
-            if answer.scores is not None:
-                scores[place] = answer.scores
-        if between:
-            between()
+    cache = open_cache(params, questions, rows, by=by, positions=positions, response=response)
+    number = sum(question.turn is not None for turns in questions.values() for question in turns)
+    with progress.doing("", total=number, unit="questions") as asked:
+        for answered in answers(cache, questions, rows, by=by):
+            for place, answer in answered.items():
+                unparsable[place] = answer.label == UNPARSABLE
+                verdict[place] = answer.label
+                if answer.scores is not None:
+                    scores[place] = answer.scores
+            asked.done += len(answered)
+            if between:
+                between()
     verdict[unparsable | too_long] = Verdict.STRONG
     hidden = cache.states if isinstance(cache, Reading) else None
     return Judgement(verdict, judged & ~too_long, unparsable, too_long, scores, hidden)

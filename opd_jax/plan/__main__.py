@@ -1,6 +1,8 @@
 """Plan a run: whether it fits a slice, and what bounds it. No accelerator is needed.
 
-    python -m opd_jax.plan --config=configs/NAME.py[:arg] --topology=v5e:4x4 [--config.x.y=v]
+    python -m opd_jax.plan --config=quickstart --topology=v5e:2x2 --config.mesh.data=4
+    python -m opd_jax.plan --config=alfworld_qwen3 --topology=v5e --smallest
+    python -m opd_jax.plan --config=alfworld_qwen3 --topology=h100:8 --search --compile=false
 
 --topology is a slice of v5e, v5p or v6e, or GPUs as in h100:8 (a100, h100, h200), which are counted
 only; `local` compiles for the devices of this machine, with the config's mesh as it is. --smallest

@@ -108,7 +108,7 @@ KEYS = (
         "0.2 to 0.5",
     ),
     Key(
-        "seconds/{rollout,judge,update,compile} tokens_per_s/{rollout,update}",
+        "seconds/{rollout,judge,episodes,update,compile} tokens_per_s/{rollout,update}",
         "time without compiling; speed",
         "steady",
     ),

@@ -7,6 +7,8 @@ from typing import Any
 
 from jax import monitoring, profiler
 
+from opd_jax.runtime import progress
+
 _compiled_s = 0.0  # by this process so far
 
 
@@ -35,7 +37,8 @@ class Stopwatch:
     def measure(self, part: str) -> Iterator[None]:
         """Adds the time of the block to `part`."""
         start, compiled_before = time.perf_counter(), _compiled_s
-        with profiler.TraceAnnotation(self._prefix + part):
+        name = self._prefix + part
+        with profiler.TraceAnnotation(name), progress.doing(name):
             yield
         compiled = _compiled_s - compiled_before
         elapsed = time.perf_counter() - start - compiled

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from opd_jax.runtime import processes
+from opd_jax.runtime import processes, progress
 from opd_jax.runtime.exits import DISK, WorldFailed, explain, reading
 from opd_jax.runtime.fields import WORLD, affects, check_within
 
@@ -151,7 +151,7 @@ class Checkpoints:
     def _restore(self, step: int, abstract: Any, partial: bool) -> tuple[Any, dict[str, Any]]:
         abstract = jax.tree.map(_wanted, abstract)
         try:
-            with reading(self.directory / str(step)):
+            with progress.doing(f"reading checkpoint {step}"), reading(self.directory / str(step)):
                 self._check_match(step, abstract, partial)
                 return self._read(step, abstract, partial)
         except (_AnotherRun, WorldFailed):
@@ -189,7 +189,8 @@ class Checkpoints:
     def wait(self) -> None:
         """Returns when every save is complete on disk. Raises the error of a failed save."""
         if self._opened is not None:
-            self._opened[0].wait_until_finished()
+            with progress.doing("waiting for a checkpoint to be saved"):
+                self._opened[0].wait_until_finished()
 
     def close(self) -> None:
         """Waits for saves and stops the writing threads. The object may be used again."""

@@ -2,10 +2,11 @@
 
 import logging
 import re
+from typing import Any
 
 import jax
 
-from opd_jax.runtime import processes
+from opd_jax.runtime import processes, progress
 from opd_jax.runtime.files import local_path
 
 # What the large programs do, by the names of their functions. Small ones compile at once.
@@ -17,8 +18,12 @@ PROGRAMS = {
     "teacher_pass": "the teacher's pass",
     "train_step": "the update",
 }
-# Where JAX says that it compiles, before it does.
+# Where JAX says that it compiles, before it does, and the event after it.
 _LOGGER = "jax._src.interpreters.pxla"
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+# What is loaded from the cache is there sooner, and needs no second line.
+_LONG_S = 5.0
+_compiling: progress.Doing | None = None
 
 
 def start(program_cache: str) -> None:
@@ -37,6 +42,7 @@ def start(program_cache: str) -> None:
     if _announce not in logger.filters:
         logger.setLevel(logging.DEBUG)
         logger.addFilter(_announce)
+        jax.monitoring.register_event_duration_secs_listener(_finished)
 
 
 def _announce(record: logging.LogRecord) -> bool:
@@ -46,5 +52,19 @@ def _announce(record: logging.LogRecord) -> bool:
     """
     found = re.match(r"Compiling (?:jit\()?(\w+)", record.getMessage())
     if found and (what := PROGRAMS.get(found[1])):
+        global _compiling
+        if _compiling:  # it failed
+            progress.end(_compiling)
         processes.say(f"compiling {what} ({found[1]})")
+        _compiling = progress.begin(f"compiling {what}")
     return record.levelno >= logging.WARNING
+
+
+def _finished(event: str, duration_secs: float, **_: Any) -> None:
+    """Says how long the program that was announced took."""
+    global _compiling
+    if event == _COMPILED and _compiling:
+        progress.end(_compiling)
+        if duration_secs >= _LONG_S:
+            processes.say(f"{_compiling.name} took {duration_secs:.0f} s")
+        _compiling = None

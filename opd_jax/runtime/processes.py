@@ -14,6 +14,7 @@ import pickle
 import re
 import sys
 import threading
+import time
 import traceback
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from opd_jax.runtime.exits import (
     INTERRUPTED,
@@ -270,10 +272,28 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+# Its own lock is one of `multiprocessing`, which needs semaphores of the system.
+tqdm.set_lock(threading.RLock())
+_spoke = time.monotonic()
+
+
 def say(text: str) -> None:
-    """Prints a line, once for all processes."""
+    """Prints a line, once for all processes; above the bar if there is one (`progress`)."""
+    spoke()
     if is_first():
-        print_line(text, sys.stdout)
+        with tqdm.external_write_mode(file=sys.stdout):
+            print_line(text, sys.stdout)
+
+
+def spoke() -> None:
+    """Notes that something was printed."""
+    global _spoke
+    _spoke = time.monotonic()
+
+
+def silent_s() -> float:
+    """Seconds since something was printed."""
+    return time.monotonic() - _spoke
 
 
 def warn(template: str, *values: object) -> None:
