@@ -1,14 +1,15 @@
 """Plays splits with a model or a player and reports success, score and turns with intervals.
 
-    python -m opd_jax.evaluate --config=quickstart --workdir=runs/quickstart
+    python -m opd_jax.evaluate --workdir=runs/quickstart [--step=120|best] [--config.x.y=v]
     python -m opd_jax.evaluate --config=quickstart --workdir=runs/expert --policy=expert
-    python -m opd_jax.evaluate --config=quickstart --workdir=runs/a --config.eval.judge=true
+    python -m opd_jax.evaluate --workdir=runs/a --config.eval.judge=true
 
-With `--policy=model` the student of the workdir's newest checkpoint plays, with `--policy=before`
-the config's untrained student. `--config.eval.judge=true` also measures how well the teacher's
-verdicts on the turns agree with the environment's labels; only then the teacher's folder is read.
-The figures of a split are in
-`summary.json` as soon as it is played. `--episodes=N` writes the first N episodes of each split to
+Without `--config` the workdir's own config holds. With `--policy=model` the student of the newest
+checkpoint plays, or that of `--step`; with `--untrained` the config's student before any update.
+Figures of the newest checkpoint are called `after`, those of another `step-N`.
+`--config.eval.judge=true` also measures how well the teacher's verdicts on the turns agree with the
+environment's labels; only then, and with `--policy=teacher`, the teacher's folder is read. The
+figures of a split are in `summary.json` as soon as it is played. `--episodes=N` writes the first N episodes of each split to
 `episodes/`, with the scores of their tokens if the teacher is read (docs/episodes.md). While a run
 trains in the workdir, nothing else writes there: wait, or export a checkpoint and evaluate the
 folder in a workdir of its own.
@@ -37,6 +38,7 @@ from opd_jax.config.workdir import (
     check_checkpoint,
     check_may_hold_a_run,
     check_models,
+    find_step,
     store_evaluation,
 )
 from opd_jax.envs.make import benchmark_splits, make_env
@@ -390,8 +392,16 @@ def _write(workdir: Path, who: str, figures: Figures) -> None:
 # --- The command --------------------------------------------------------------------------------
 
 
+PLAYERS = ("expert", "random")
+
+
 def run(
-    config: FrozenConfigDict, workdir: Path, policy: str, *, episodes: int = 0
+    config: FrozenConfigDict,
+    workdir: Path,
+    policy: str,
+    which: str = "newest",
+    *,
+    episodes: int = 0,
 ) -> dict[str, Figures]:
     """Evaluates one policy and merges its figures into `summary.json`, split by split.
 
@@ -399,22 +409,32 @@ def run(
 
     With the first figures a workdir gets the config and the models that they are of.
 
+    Args:
+      policy: "model" is the student of a checkpoint, "before" that before any update; or
+        "teacher", or one of `PLAYERS`.
+      which: the checkpoint (`find_step`) of the policy "model".
+
     Raises:
       ValueError: the workdir holds a run or an evaluation with another method or model, since one
-        file would mix figures of both; a run is working in it; or it has no checkpoint, with the
-        policy "model".
+        file would mix figures of both; a run is working in it; or it has no such checkpoint, with
+        the policy "model"; or there is no teacher, with the policy "teacher".
     """
-    settings = read_settings(config)
+    settings, is_teacher = read_settings(config), policy == "teacher"
+    if is_teacher and not settings.teacher:
+        raise ValueError("`--policy=teacher`: `teacher` is empty; name one, `--config.teacher=DIR`")
     check_may_hold_a_run(workdir)
-    check_same_run(config, workdir, binds=binds_an_evaluation(settings))
-    models = {}
-    if policy in ("model", "before"):
-        named = MODELS if settings.eval.judge else ("student",)
+    check_same_run(config, workdir, binds=binds_an_evaluation(settings, teacher=is_teacher))
+    models, step = {}, None
+    if policy not in PLAYERS:
+        named = MODELS if settings.eval.judge or is_teacher else ("student",)
         build.check_named(settings, named)
         build.check_shapes(settings, named)
         models = check_models(settings, workdir, named)
+    who = policy
     if policy == "model":
         check_checkpoint(workdir)
+        step = find_step(workdir, which, name="--step")
+        who = "after" if step == find_step(workdir, "newest", name="--step") else f"step-{step}"
     panels = build.eval_panels(settings)
     with held(workdir) as workdir, Stop() as stop:
         for split in _splits(settings, panels):
@@ -424,37 +444,39 @@ def run(
             store_evaluation(config, models, workdir)
             _write(workdir, who, figures)
 
-        who = {"model": "after"}.get(policy, policy)
         how: dict[str, Any] = dict(panels=panels, after_split=write, between=stop.check)
         keeping = partial(make_keep, settings, workdir, who, count=episodes)
-        if policy not in ("model", "before"):
+        if policy in PLAYERS:
             keep = keeping() if episodes else None
             return {who: evaluate_player(settings, policy, **how, keep=keep)}
         mesh = build.open_mesh(settings)
         with jax.set_mesh(mesh):
             make = keeping if episodes else None
-            return {who: _evaluate_student(settings, workdir, mesh, policy == "model", how, make)}
+            if not is_teacher:
+                return {who: _evaluate_student(settings, workdir, mesh, step, how, make)}
+            teacher = load_teacher(settings, mesh)
+            assert teacher is not None  # as checked before
+            keep = make(student=teacher) if make else None
+            how |= dict(update=0, judging=teacher, keep=keep)
+            return {who: evaluate_model(settings, teacher, teacher.params, **how)}
 
 
 def _evaluate_student(
     settings: Settings,
     workdir: Path,
     mesh: jax.sharding.Mesh,
-    trained: bool,
+    step: int | None,
     how: dict[str, Any],
     keeping: Callable[..., Keep] | None,
 ) -> Figures:
-    """The student `after` the workdir's newest checkpoint, or `before` any update."""
+    """The student of the workdir's checkpoint `step`; None: before any update."""
     checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
-    vocab_size = None if settings.eval.judge else _vocab_size(settings, checkpoints, trained)
+    vocab_size = None if settings.eval.judge else _vocab_size(settings, checkpoints, step)
     student = load_student(settings, mesh, vocab_size=vocab_size)
     judging = load_teacher(settings, mesh) if settings.eval.judge else None
-    params, update = build.initial_params(student, settings, mesh), 0
-    if trained:
-        restored = checkpoints.restore_latest({"params": params}, partial=True)
-        assert restored is not None  # as checked before
-        update, params = restored[0], restored[1]["params"]
-        del restored
+    params, update = build.initial_params(student, settings, mesh), step or 0
+    if step is not None:
+        params = checkpoints.restore(step, {"params": params}, partial=True)[0]["params"]
     sampling, keep = build.make_sampling_params(params, student, settings), None
     if keeping:
         keep = keeping(
@@ -467,10 +489,9 @@ def _evaluate_student(
     return evaluate_model(settings, student, sampling, **how)
 
 
-def _vocab_size(settings: Settings, checkpoints: Checkpoints, trained: bool) -> int:
+def _vocab_size(settings: Settings, checkpoints: Checkpoints, step: int | None) -> int:
     """Rows of the student's vocabulary, without a look at the teacher."""
     own = named_sizes(settings, ["student"])["student"].vocab_size
-    step = processes.first(checkpoints.latest()) if trained else None
     if step is None:
         return own
     # Padding that the teacher lacks was cut from what was trained, but not from below adapters.
@@ -480,15 +501,22 @@ def _vocab_size(settings: Settings, checkpoints: Checkpoints, trained: bool) -> 
 def main(argv: Sequence[str]) -> None:
     """The command `python -m opd_jax.evaluate`."""
     with reported():
-        policies = ("model", "before", "expert", "random")
-        config, workdir, flags = parse_command_line(
-            argv, usage=__doc__, policy=policies, episodes=0
-        )
+        policies = ("model", "teacher", *PLAYERS)
+        own: dict[str, Any] = dict(policy=policies, step="newest", untrained=False, episodes=0)
+        config, workdir, flags = parse_command_line(argv, usage=__doc__, or_stored=True, **own)
         read_settings(config)
         check_within(0, **{"--episodes": flags["episodes"]})
+        policy, which = flags["policy"], flags["step"]
+        if policy != "model" and (flags["untrained"] or which != "newest"):
+            raise ValueError(
+                "`--step` and `--untrained` are of the student: omit them, or `--policy`"
+            )
+        if flags["untrained"] and which != "newest":
+            raise ValueError("`--untrained` is the student before any update: omit `--step`")
+        policy = "before" if flags["untrained"] else policy
         processes.start()
         with processes.ending_together():
-            results = run(config, workdir, flags["policy"], episodes=flags["episodes"])
+            results = run(config, workdir, policy, which, episodes=flags["episodes"])
         processes.say("\n\n".join(filter(None, (results_table(results), judge_table(results)))))
 
 

@@ -1,7 +1,7 @@
-"""Writes the newest checkpoint of a workdir as a Hugging Face folder.
+"""Writes a checkpoint of a workdir as a Hugging Face folder: the newest, or that of `--step`.
 
     python -m opd_jax.export --workdir=runs/quickstart --out=runs/quickstart/model
-    python -m opd_jax.export --workdir=runs/quickstart --out=model --dtype=bfloat16
+    python -m opd_jax.export --workdir=runs/quickstart --out=model --step=120 --dtype=bfloat16
 
 `transformers` 4.51 and later open the folder; `student` and `teacher` of a config may name it too.
 It has the dtype of the student's folder, or `--dtype`, and that folder's other files; a folder that
@@ -22,7 +22,8 @@ from opd_jax import hf
 from opd_jax.config import build, parse_command_line, read_stored
 from opd_jax.config.models import load_model, model_folder, new_sizes, student_dtype
 from opd_jax.config.settings import Settings, read_settings
-from opd_jax.config.workdir import check_models, closest_run
+from opd_jax.config.stored import closest_run
+from opd_jax.config.workdir import check_models, find_step
 from opd_jax.model import ModelConfig, Params, is_spec, param_specs
 from opd_jax.model.lora import lora_specs, with_adapters
 from opd_jax.runtime.checkpoint import Checkpoints
@@ -31,7 +32,9 @@ from opd_jax.runtime.files import local_path
 from opd_jax.runtime.mesh import make_mesh
 
 
-def export(workdir: Path, out: Path, *, dtype: str = "folder", student: str = "") -> int:
+def export(
+    workdir: Path, out: Path, *, dtype: str = "folder", student: str = "", which: str = "newest"
+) -> int:
     """Exports the student of `workdir` to `out`; returns the number of its update.
 
     It reads the run and the student's folder, not the teacher's.
@@ -42,10 +45,11 @@ def export(workdir: Path, out: Path, *, dtype: str = "folder", student: str = ""
       dtype: one of `hf.DTYPES`; "folder" is that of the student's folder, and of a new student
         the one in which it was trained.
       student: where the student's folder lies now; "": where the run's config says.
+      which: the checkpoint (`find_step`).
 
     Raises:
-      ValueError: no run or no checkpoint in `workdir`, `out` is in use, or the student's folder is
-        not there or holds another model.
+      ValueError: no run or no such checkpoint in `workdir`, `out` is in use, or the student's
+        folder is not there or holds another model.
     """
     stored = workdir / "config.json"
     if not stored.is_file():
@@ -56,9 +60,7 @@ def export(workdir: Path, out: Path, *, dtype: str = "folder", student: str = ""
     hf.check_new_folder(out)  # reading a large checkpoint takes minutes
     settings = _with_student(read_settings(read_stored(stored)), student, workdir)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
-    newest = checkpoints.latest()
-    if newest is None:
-        raise ValueError(f"`--workdir`: `{workdir}` has no checkpoint yet; let the run save one")
+    step = find_step(workdir, which, name="--workdir" if which == "newest" else "--step")
     if settings.student == "new":
         sizes, tokenizer_from = new_sizes(settings)
         dtype = settings.dtype if dtype == "folder" else dtype
@@ -67,12 +69,12 @@ def export(workdir: Path, out: Path, *, dtype: str = "folder", student: str = ""
         sizes = hf.read_config(tokenizer_from)
         dtype = hf.read_dtype(tokenizer_from) if dtype == "folder" else dtype
     # Padding that the teacher lacks was cut from what was trained.
-    if embed := checkpoints.shapes(newest).get("params/embed"):
+    if embed := checkpoints.shapes(step).get("params/embed"):
         sizes = dataclasses.replace(sizes, vocab_size=embed[0])
-    state, _ = checkpoints.restore(newest, {"params": _trained(settings, sizes)}, partial=True)
+    state, _ = checkpoints.restore(step, {"params": _trained(settings, sizes)}, partial=True)
     params = with_adapters(_frozen(settings), state["params"], build.adapters(settings))
     hf.save_model(out, params, sizes, dtype=jnp.dtype(dtype), tokenizer_from=tokenizer_from)
-    return newest
+    return step
 
 
 def _with_student(settings: Settings, student: str, workdir: Path) -> Settings:
@@ -122,9 +124,11 @@ def main(argv: Sequence[str]) -> None:
             out=str,
             dtype=("folder", *hf.DTYPES),
             student="",
+            step="newest",
         )
         out = local_path(flags["out"], name="--out")
-        step = export(workdir, out, dtype=flags["dtype"], student=flags["student"])
+        which, student = flags["step"], flags["student"]
+        step = export(workdir, out, dtype=flags["dtype"], student=student, which=which)
         print(f"update {step} of {workdir} written to {out}")
 
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from scipy.special import log_softmax
 from settings import one_device, read
 from test_export import copy_model, save_run
@@ -23,6 +24,7 @@ from test_export import copy_model, save_run
 from opd_jax import evaluate, export, hf, model
 from opd_jax.agent.conversation import Conversation
 from opd_jax.config import build, load, read_stored, to_json
+from opd_jax.config.loading import override
 from opd_jax.config.models import LoadedModel, load_model, load_student, load_teacher
 from opd_jax.config.settings import read_settings
 from opd_jax.config.workdir import check_run, store_run
@@ -267,11 +269,11 @@ def test_figures_of_another_model_or_environment_do_not_come_beside_an_evaluatio
     run = partial(in_process, evaluate.main, *words, f"--workdir={tmp_path}")
     other = "embedded:teacher"
     run("--policy=random", "--config.teacher=no/where")  # a player needs no model
-    run("--policy=before", "--config.eval.splits=valid_seen")
+    run("--untrained", "--config.eval.splits=valid_seen")
     before = (tmp_path / "summary.json").read_bytes()
     assert json.loads(before)["eval"].keys() == {"random", "before"}
     for more, said in (
-        (("--policy=before", f"--config.student={other}"), f"`student` = {other!r} is not"),
+        (("--untrained", f"--config.student={other}"), f"`student` = {other!r} is not"),
         (("--policy=expert", "--config.env.size=medium"), "env.size: 'small' -> 'medium'"),
     ):
         with pytest.raises(SystemExit):
@@ -382,9 +384,55 @@ def test_the_student_of_the_newest_checkpoint_is_evaluated_as_at_the_end_of_trai
     (workdir / "summary.json").unlink()
     # How long the run is and how it is laid out do not bind. The teacher is not needed.
     free = ("--config.train.updates=99", "--config.teacher=no/where")
-    done = command("evaluate", *flags, "--policy=model", *free)
+    done = command("evaluate", f"--workdir={workdir}", *free)
     assert done.returncode == 0, done.stderr
     assert json.loads((workdir / "summary.json").read_text()) == {"eval": {"after": expected}}
+
+
+def test_a_workdir_says_itself_what_is_evaluated(
+    trained: Any, in_process: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    workdir = Path(shutil.copytree(trained.workdir, tmp_path / "copy"))
+    expected = json.loads((workdir / "summary.json").read_text())["eval"]
+    (workdir / "summary.json").unlink()
+    run = partial(in_process, evaluate.main, f"--workdir={workdir}")
+    run("--policy=teacher")
+    run("--step=4", "--config.eval.splits=valid_seen")  # the newest
+    run("--step=2", "--config.eval.splits=valid_seen")
+    found = json.loads((workdir / "summary.json").read_text())["eval"]
+    assert found["teacher"] == expected["teacher"]
+    assert found["after"] == {"valid_seen": expected["after"]["valid_seen"]}
+    assert found["step-2"]["valid_seen"]["update"] == 2
+    with pytest.raises(SystemExit):
+        run("--policy=teacher", "--config.teacher=embedded:student")
+    assert "`teacher` = 'embedded:student' is not the model" in capsys.readouterr().err
+    # A run that goes on differently forgets what it has not trained.
+    settings, config = read(QUICKSTART), load(trained.flags[0][9:], trained.flags[1:])
+    store_run(override(ConfigDict(config), ["--config.seed=1"]), settings, {}, workdir)
+    found = json.loads((workdir / "summary.json").read_text())["eval"]
+    assert found == {"teacher": expected["teacher"]}
+
+
+def test_a_step_is_one_that_the_workdir_keeps(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    save_run(tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    for workdir, step, said in (
+        ("run", "2", "has no checkpoint of update 2; it keeps those of 3"),
+        ("run", "best", "has no best checkpoint, as a run with `eval.every`"),
+        ("run", "last", "expected the number of an update, newest or best; got last"),
+        ("empty", "3", "has no config.json"),
+    ):
+        words = [f"--workdir={tmp_path / workdir}", f"--step={step}"]
+        for main, more in ((evaluate.main, []), (export.main, [f"--out={tmp_path / 'out'}"])):
+            with pytest.raises(SystemExit) as stop:
+                main([*words, *more])
+            message = capsys.readouterr().err
+            assert (stop.value.code, message.count("\n")) == (2, 1)
+            assert said in message
+    (tmp_path / "run/summary.json").write_text('{"best": {"step": 3}}')
+    assert export.export(tmp_path / "run", tmp_path / "out", which="best") == 3
 
 
 @pytest.mark.parametrize(("policy", "rank"), [("model", 0), ("model", 4), ("before", 0)])
@@ -398,7 +446,11 @@ def test_an_evaluation_without_a_judge_needs_the_student_alone(
     save_run(run, *(flag.removeprefix("--config.") for flag in flags))
     words = (*flags, "--config.teacher=no/where", "--config.eval.splits=valid_seen")
     in_process(
-        evaluate.main, "--config=quickstart", *words, f"--workdir={run}", f"--policy={policy}"
+        evaluate.main,
+        "--config=quickstart",
+        *words,
+        f"--workdir={run}",
+        *(["--untrained"] if policy == "before" else []),
     )
     (found,) = json.loads((run / "summary.json").read_text())["eval"].values()
     assert found["valid_seen"]["update"] == (3 if policy == "model" else 0)
@@ -408,7 +460,7 @@ def test_the_judge_is_measured_on_the_turns_that_an_untrained_student_played(
     in_process: Callable, tmp_path: Path, small: tuple
 ) -> None:
     words = ("--config=quickstart:runlocal", *small, "--config.eval.judge=true")
-    printed = in_process(evaluate.main, *words, f"--workdir={tmp_path}", "--policy=before")
+    printed = in_process(evaluate.main, *words, f"--workdir={tmp_path}", "--untrained")
     (before,) = json.loads((tmp_path / "summary.json").read_text())["eval"].items()
     assert before[0] == "before"
     settings = read(QUICKSTART, *small)
@@ -535,12 +587,15 @@ def test_an_evaluation_in_the_workdir_of_a_running_run_is_refused(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--policy=teacher"], ["`--policy`", "model", "expert", "random", "teacher"]),
+        (["--policy=before"], ["`--policy`", "model", "teacher", "expert", "random", "before"]),
+        (["--policy=teacher", "--step=3"], ["`--step`", "student"]),
+        (["--policy=teacher", "--config.teacher="], ["`teacher` is empty"]),
+        (["--untrained", "--step=3"], ["`--untrained`", "`--step`"]),
         (["--config.eval.splits=train,dev"], ["`eval.splits`", "valid_unseen", "'dev'"]),
         (["--config.eval.task=3"], ["`eval.task`", "`eval.tasks`"]),
         (["--config.eval.tasks=0"], ["`eval.tasks`", "at least 1"]),
         (["--config.student=no/where"], ["`no/where`"]),
-        (["--policy=model"], ["`--policy=model`", "no checkpoint", "`--policy=before`"]),
+        (["--policy=model"], ["`--policy=model`", "no checkpoint", "`--untrained`"]),
         (["--workdir=s3://bucket/run"], ["`--workdir`", "s3://bucket/run", "URL"]),
         (["--config.student=gs://bucket/model"], ["gs://bucket/model", "URL"]),
     ],
@@ -550,8 +605,8 @@ def test_mistakes_are_one_line(
 ) -> None:
     if not any(word.startswith("--workdir") for word in words):
         words = [f"--workdir={tmp_path}", *words]
-    if not any(word.startswith("--policy") for word in words):
-        words = ["--policy=before", *words]
+    if not any(word.startswith(("--policy", "--untrained")) for word in words):
+        words = ["--untrained", *words]
     with pytest.raises(SystemExit) as stop:
         evaluate.main(["--config=quickstart:runlocal", *words])
     message = capsys.readouterr().err

@@ -4,16 +4,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from ml_collections import FrozenConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from opd_jax.config.flags import closest, flag_pairs, read_value, written
-from opd_jax.config.loading import flatten, load
+from opd_jax.config.loading import flatten, load, override
+from opd_jax.config.stored import closest_run, read_stored
 from opd_jax.runtime.files import local_path
 
 
 @overload
 def parse_command_line(
-    argv: Sequence[str], *, usage: str, needs_config: Literal[True] = True, **flags: Any
+    argv: Sequence[str],
+    *,
+    usage: str,
+    needs_config: Literal[True] = True,
+    or_stored: bool = False,
+    **flags: Any,
 ) -> tuple[FrozenConfigDict, Path, dict[str, Any]]: ...
 
 
@@ -35,6 +41,7 @@ def parse_command_line(
     usage: str,
     needs_config: bool = True,
     needs_workdir: bool = True,
+    or_stored: bool = False,
     **flags: Any,
 ) -> tuple[FrozenConfigDict | None, Path | None, dict[str, Any]]:
     """Reads the command line of ``python -m opd_jax.train`` and its siblings.
@@ -48,6 +55,7 @@ def parse_command_line(
       usage: text that ``--help`` prints first.
       needs_config: true requires ``--config``, false refuses it.
       needs_workdir: true requires ``--workdir``, false refuses it.
+      or_stored: without ``--config``, take the config that the workdir holds.
       **flags: further flags of this command. A tuple of strings lists the accepted values; the
         first is the default. Any other value is a default of its type. A type (`str`, `int`, ...)
         makes the flag required.
@@ -82,12 +90,27 @@ def parse_command_line(
         raise SystemExit(0)
     required += [name for name, default in flags.items() if isinstance(default, type)]
     for name in required:
-        if not given.get(name):
+        if not given.get(name) and not (name == "config" and or_stored):
             raise ValueError(f"flag `--{name}` is required: add `--{name}={_placeholder(name)}`")
     extra = {name: _flag_value(name, default, given.get(name)) for name, default in flags.items()}
-    config = load(given["config"], overrides) if needs_config else None
     workdir = local_path(given["workdir"], name="--workdir") if needs_workdir else None
+    config = None
+    if given.get("config"):
+        config = load(given["config"], overrides)
+    elif needs_config and workdir:
+        config = override(_stored(workdir), overrides)
     return config, workdir, extra
+
+
+def _stored(workdir: Path) -> ConfigDict:
+    """The config that a workdir holds."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"`{workdir}` holds no run: it has no config.json{closest_run(workdir)}; give a run's "
+            f"workdir, or add `--config={_placeholder('config')}`"
+        )
+    return ConfigDict(read_stored(path))
 
 
 def _flag_value(name: str, default: Any, text: str | None) -> Any:

@@ -70,7 +70,12 @@ def load(name: str, overrides: Sequence[str]) -> FrozenConfigDict:
       ValueError: no such config, no `get_config` in it, an unknown field, a value of another type,
         or one that a comparison would undo.
     """
-    config, given = _build(name), []
+    return override(_build(name), overrides)
+
+
+def override(config: ConfigDict, overrides: Sequence[str]) -> FrozenConfigDict:
+    """The config with the overrides applied, as `load` does; `config` itself is changed too."""
+    given = []
     for flag, text in flag_pairs(overrides):
         if not flag.startswith("config."):
             raise ValueError(f"a config override starts with `--config.`; got `--{flag}`")

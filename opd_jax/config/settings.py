@@ -331,11 +331,12 @@ def _unread(s: Settings) -> tuple[str, ...]:
     return tuple(name for name, read in is_read.items() if not read)
 
 
-def binds_an_evaluation(settings: Settings) -> Callable[[str], bool]:
+def binds_an_evaluation(settings: Settings, *, teacher: bool = False) -> Callable[[str], bool]:
     """Tells of a field's name whether it must be equal to evaluate a workdir's run.
 
     Bound are the tasks, the model's arithmetic and how it is sampled. How it was trained is in the
-    checkpoint, and figures say themselves how they were measured (`eval`, `judge`).
+    checkpoint, and figures say themselves how they were measured (`eval`, `judge`). `teacher`: the
+    teacher plays too.
     """
     sampled = {f"rollout.{f.name}" for f in dataclasses.fields(Decoding)} - {"rollout.temperature"}
     unread = _unread(settings)
@@ -348,7 +349,7 @@ def binds_an_evaluation(settings: Settings) -> Callable[[str], bool]:
             return name in sampled
         if name == "seed":
             return settings.student == "new"
-        return name != "teacher_dtype" or settings.eval.judge
+        return name != "teacher_dtype" or settings.eval.judge or teacher
 
     return binds
 

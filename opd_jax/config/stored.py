@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from opd_jax.config.flags import closest
 from opd_jax.config.loading import flatten
 from opd_jax.runtime.files import read_json, replace_text
 
@@ -34,6 +35,19 @@ def read_stored(path: Path) -> FrozenConfigDict:
       ValueError: the file does not hold one; names it.
     """
     return FrozenConfigDict(read_json(path))
+
+
+def closest_run(workdir: Path) -> str:
+    """Names existing workdirs that are spelt like an absent one, for an error; "" if none is."""
+    above = next((folder for folder in workdir.parents if folder.is_dir()), Path())
+    inside = [folder for folder in (above, workdir) if folder.is_dir()]
+    runs = {
+        str(found.parent)
+        for folder in inside
+        for depth in ("*", "*/*", "*/*/*")
+        for found in folder.glob(f"{depth}/config.json")
+    }
+    return closest(str(workdir), sorted(runs - {str(workdir)}))
 
 
 def store(config: ConfigDict, workdir: Path) -> None:

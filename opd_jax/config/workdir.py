@@ -3,15 +3,22 @@
 import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from ml_collections import FrozenConfigDict
 
 from opd_jax import hf
 from opd_jax.config.build import check_named, check_shapes, panels
-from opd_jax.config.flags import closest
 from opd_jax.config.models import MODELS, named_folders
 from opd_jax.config.settings import Settings, binds_a_run, binds_an_evaluation
-from opd_jax.config.stored import check_same_run, differences, read_stored, store, to_json
+from opd_jax.config.stored import (
+    check_same_run,
+    closest_run,
+    differences,
+    read_stored,
+    store,
+    to_json,
+)
 from opd_jax.experience.tasks import Panel, check_same_tasks, store_tasks
 from opd_jax.report.writers import read_summary
 from opd_jax.runtime import processes
@@ -142,22 +149,42 @@ def check_checkpoint(workdir: Path) -> None:
     """
     if not _has_checkpoint(workdir):
         raise ValueError(
-            f"`--policy=model`: `{workdir}` has no checkpoint{closest_run(workdir)}; the untrained "
-            "student is `--policy=before`"
+            f"`--policy=model`: `{workdir}` has no checkpoint{closest_run(workdir)}; "
+            "`--untrained` evaluates the student before any update"
         )
 
 
-def closest_run(workdir: Path) -> str:
-    """Names existing workdirs that are spelt like an absent one, for an error; "" if none is."""
-    above = next((folder for folder in workdir.parents if folder.is_dir()), Path())
-    inside = [folder for folder in (above, workdir) if folder.is_dir()]
-    runs = {
-        str(found.parent)
-        for folder in inside
-        for depth in ("*", "*/*", "*/*/*")
-        for found in folder.glob(f"{depth}/config.json")
-    }
-    return closest(str(workdir), sorted(runs - {str(workdir)}))
+def find_step(workdir: Path, which: str, *, name: str) -> int:
+    """The step of the checkpoint that `which` names: its number, "newest" or "best".
+
+    `name` is the flag or field that gives it, for errors.
+
+    Raises:
+      ValueError: the workdir keeps no such checkpoint.
+    """
+    found: Any = None
+    if processes.is_first():
+        best = read_summary(workdir / "summary.json").get("best")
+        found = saved_steps(workdir / "checkpoints"), best
+    steps, best = processes.first(found)
+    if not steps:
+        near = closest_run(workdir)
+        raise ValueError(f"`{name}`: `{workdir}` has no checkpoint yet; let the run save one{near}")
+    kept = f"it keeps those of {', '.join(map(str, steps))}"
+    if which == "newest":
+        return steps[-1]
+    if which == "best":
+        if best is None or best["step"] not in steps:
+            raise ValueError(
+                f"`{name}`: `{workdir}` has no best checkpoint, as a run with `eval.every` and "
+                f"`checkpoint.best` has; {kept}"
+            )
+        return best["step"]
+    if not which.isdecimal():
+        raise ValueError(f"`{name}`: expected the number of an update, newest or best; got {which}")
+    if int(which) not in steps:
+        raise ValueError(f"`{name}`: `{workdir}` has no checkpoint of update {which}; {kept}")
+    return int(which)
 
 
 def _has_checkpoint(workdir: Path) -> bool:
@@ -175,7 +202,9 @@ def store_run(
     """
     if processes.is_first():
         models = _fingerprints(settings)
-        if not _knows_models(models, workdir) or _differs(config, workdir, _evaluated(settings)):
+        if not _knows_models(models, workdir) or _differs(
+            config, workdir, binds_an_evaluation(settings, teacher=True)
+        ):
             (workdir / "summary.json").unlink(missing_ok=True)
         elif _differs(config, workdir, binds_a_run(settings)):
             _forget_trained(workdir / "summary.json")
@@ -189,12 +218,6 @@ def _differs(config: FrozenConfigDict, workdir: Path, binds: Callable[[str], boo
     return not stored.exists() or bool(differences(read_stored(stored), config, binds=binds))
 
 
-def _evaluated(settings: Settings) -> Callable[[str], bool]:
-    """Tells of a field's name whether figures of untrained models or players depend on it."""
-    binds = binds_an_evaluation(settings)
-    return lambda name: binds(name) or name == "teacher_dtype"
-
-
 def _knows_models(models: Mapping[str, str], workdir: Path) -> bool:
     """Whether the figures are of these models. An evaluation may have had some of them, or none."""
     known = workdir / MODELS_FILE
@@ -202,8 +225,15 @@ def _knows_models(models: Mapping[str, str], workdir: Path) -> bool:
 
 
 def _forget_trained(summary: Path) -> None:
-    figures = read_summary(summary)
-    if figures.get("eval", {}).pop("after", None) is not None:
+    before = read_summary(summary)
+    figures = {name: value for name, value in before.items() if name != "best"}
+    if "eval" in figures:
+        figures["eval"] = {
+            who: found
+            for who, found in figures["eval"].items()
+            if who not in ("after", "dev") and not who.startswith("step-")
+        }
+    if figures != before:
         replace_text(summary, json.dumps(figures, indent=2) + "\n")
 
 
