@@ -71,8 +71,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         decode=1,  # of the fsdp devices; they are like tensor in sampling and judging
         tensor=1,  # shards heads, feed-forward width and vocabulary
     )
-    config.student = "embedded:student"  # a model folder, embedded:NAME, or new (`new_model`)
-    config.teacher = "embedded:teacher"  # a model folder, embedded:NAME, or "" for none
+    # A model folder; embedded:NAME; or another run's student, workdir:DIR, @120 or @best behind it.
+    config.student = "embedded:student"  # or new: random, with the sizes of `new_model`
+    config.teacher = "embedded:teacher"  # or "" for none
 
     # With a rank above 0 the student's weights are frozen, in compute_dtype. Low-rank adapters, in
     # dtype, are trained instead.

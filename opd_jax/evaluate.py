@@ -31,14 +31,14 @@ from opd_jax.agent.conversation import Conversation
 from opd_jax.agent.environments import close, make_envs
 from opd_jax.agent.rollout import rollout, row_keys
 from opd_jax.config import build, check_same_run, parse_command_line
-from opd_jax.config.models import MODELS, LoadedModel, load_student, load_teacher, named_sizes
+from opd_jax.config.models import LoadedModel, load_student, load_teacher
 from opd_jax.config.records import Keep, make_keep
+from opd_jax.config.references import MODELS, find_step, named_sizes
 from opd_jax.config.settings import Settings, binds_an_evaluation, read_settings
 from opd_jax.config.workdir import (
     check_checkpoint,
     check_may_hold_a_run,
     check_models,
-    find_step,
     store_evaluation,
 )
 from opd_jax.envs.make import benchmark_splits, make_env

@@ -20,10 +20,11 @@ import jax.numpy as jnp
 
 from opd_jax import hf
 from opd_jax.config import build, parse_command_line, read_stored
-from opd_jax.config.models import load_model, model_folder, new_sizes, student_dtype
+from opd_jax.config.models import load_found, student_dtype
+from opd_jax.config.references import FoundModel, find_step, find_student, model_folder
 from opd_jax.config.settings import Settings, read_settings
 from opd_jax.config.stored import closest_run
-from opd_jax.config.workdir import check_models, find_step
+from opd_jax.config.workdir import check_models
 from opd_jax.model import ModelConfig, Params, is_spec, param_specs
 from opd_jax.model.lora import lora_specs, with_adapters
 from opd_jax.runtime.checkpoint import Checkpoints
@@ -61,18 +62,16 @@ def export(
     settings = _with_student(read_settings(read_stored(stored)), student, workdir)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
     step = find_step(workdir, which, name="--workdir" if which == "newest" else "--step")
-    if settings.student == "new":
-        sizes, tokenizer_from = new_sizes(settings)
-        dtype = settings.dtype if dtype == "folder" else dtype
-    else:
-        tokenizer_from = model_folder(settings.student)
-        sizes = hf.read_config(tokenizer_from)
-        dtype = hf.read_dtype(tokenizer_from) if dtype == "folder" else dtype
+    began = find_student(settings)
+    if dtype == "folder":
+        dtype = hf.read_dtype(began.folder) if began.folder else settings.dtype
+    sizes = began.sizes
     # Padding that the teacher lacks was cut from what was trained.
     if embed := checkpoints.shapes(step).get("params/embed"):
         sizes = dataclasses.replace(sizes, vocab_size=embed[0])
     state, _ = checkpoints.restore(step, {"params": _trained(settings, sizes)}, partial=True)
-    params = with_adapters(_frozen(settings), state["params"], build.adapters(settings))
+    params = with_adapters(_frozen(settings, began), state["params"], build.adapters(settings))
+    tokenizer_from = began.tokenizer_from()
     hf.save_model(out, params, sizes, dtype=jnp.dtype(dtype), tokenizer_from=tokenizer_from)
     return step
 
@@ -85,7 +84,8 @@ def _with_student(settings: Settings, student: str, workdir: Path) -> Settings:
         return settings
     if student:
         settings = dataclasses.replace(settings, student=student)
-    if not (folder := model_folder(settings.student)).is_dir():
+    is_run = settings.student.startswith("workdir:")
+    if not is_run and not (folder := model_folder(settings.student)).is_dir():
         raise ValueError(
             f"the student's folder `{folder}` does not exist; give where it lies now as "
             "`--student=DIR`"
@@ -94,12 +94,12 @@ def _with_student(settings: Settings, student: str, workdir: Path) -> Settings:
     return settings
 
 
-def _frozen(settings: Settings) -> Params | None:
-    """The student's own parameters, on the host, if adapters of them were trained."""
+def _frozen(settings: Settings, began: FoundModel) -> Params | None:
+    """The parameters of the student that the run began with, if adapters of them were trained."""
     if not settings.lora.rank:
         return None
     host = make_mesh(data=1, fsdp=1, tensor=1, devices=jax.local_devices(backend="cpu")[:1])
-    return load_model(settings.student, dtype=student_dtype(settings), mesh=host).params
+    return load_found(began, dtype=student_dtype(settings), mesh=host).params
 
 
 def _trained(settings: Settings, sizes: ModelConfig) -> Params:

@@ -20,7 +20,8 @@ from settings import one_device
 
 from opd_jax import export, hf, model
 from opd_jax.config import build, load, to_json
-from opd_jax.config.models import EMBEDDED, LoadedModel, load_model, load_student
+from opd_jax.config.models import LoadedModel, load_model, load_student
+from opd_jax.config.references import EMBEDDED
 from opd_jax.config.settings import read_settings
 from opd_jax.model.lora import with_adapters
 from opd_jax.runtime.checkpoint import Checkpoints

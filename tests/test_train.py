@@ -20,7 +20,8 @@ from settings import one_device
 
 from opd_jax import train
 from opd_jax.config import build, differences, load, read_stored
-from opd_jax.config.models import EMBEDDED, load_model, load_student
+from opd_jax.config.models import load_model, load_student
+from opd_jax.config.references import EMBEDDED
 from opd_jax.config.settings import read_settings
 from opd_jax.envs.make import make_env
 from opd_jax.learner.train_state import abstract_state

@@ -23,7 +23,8 @@ from opd_jax.agent.environments import everywhere, make_envs
 from opd_jax.agent.generate import sampling_params
 from opd_jax.agent.positions import Positions
 from opd_jax.agent.rollout import rollout, row_keys
-from opd_jax.config.models import MODELS, LoadedModel, named_sizes, student_dtype
+from opd_jax.config.models import LoadedModel, student_dtype
+from opd_jax.config.references import MODELS, named_sizes
 from opd_jax.config.settings import Settings
 from opd_jax.envs.base import Env
 from opd_jax.envs.make import EnvSettings, benchmark_splits, invented, make_env

@@ -1,7 +1,7 @@
-"""Loads the models that settings name, or reads their sizes."""
+"""Loads the models that settings name."""
 
 import dataclasses
-from collections.abc import Collection
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,14 +12,21 @@ import jax.numpy as jnp
 
 from opd_jax import hf
 from opd_jax.agent.chat import ChatFormat
+from opd_jax.config.references import (
+    EMBEDDED,
+    Checkpoint,
+    FoundModel,
+    find_model,
+    find_models,
+    named_sizes,
+    new_sizes,
+)
 from opd_jax.config.settings import Settings
-from opd_jax.judge.prompt import PHRASES
-from opd_jax.model import ModelConfig, Params, attention_on, init_params, param_specs
+from opd_jax.model import ModelConfig, Params, attention_on, init_params, is_spec, param_specs
+from opd_jax.model.int8 import int8_specs, quantize_params
+from opd_jax.model.lora import lora_specs, plain_params, with_adapters
 from opd_jax.runtime import progress
-from opd_jax.runtime.files import local_path
 from opd_jax.runtime.mesh import DECODING, TRAINING, Rules, param_shardings
-
-EMBEDDED = Path(__file__).parents[1] / "pair"
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class LoadedModel:
     """A model in memory.
 
     Attributes:
-      folder: the folder.
+      folder: the folder with its tokenizer.
       config: the model's sizes.
       params: the model's parameters.
       tokenizer: a `transformers` tokenizer.
@@ -41,20 +48,6 @@ class LoadedModel:
     chat: ChatFormat
 
 
-def model_folder(reference: str) -> Path:
-    """The folder of a model reference: a path, or `embedded:NAME` for a model of the package.
-
-    ValueError if the package has no such model, or the path is an address of another kind.
-    """
-    if not reference.startswith("embedded:"):
-        return local_path(reference, name="student` or `teacher")
-    folder = EMBEDDED / (name := reference.removeprefix("embedded:"))
-    if not name or not folder.is_dir():
-        known = ", ".join(f"embedded:{path.name}" for path in sorted(EMBEDDED.iterdir()))
-        raise ValueError(f"the package has no model `{reference}`, only {known}")
-    return folder
-
-
 def load_model(
     reference: str,
     *,
@@ -63,36 +56,96 @@ def load_model(
     rules: Rules = TRAINING,
     vocab_size: int | None = None,
 ) -> LoadedModel:
-    """Read a model folder; errors as in `hf`.
+    """Loads a model; errors as in `find_model` and `hf`.
 
     Args:
-      reference: names a folder of Hugging Face safetensors; see `model_folder`.
+      reference: see `references`.
       dtype: dtype of the parameters; "int8" is `int8.quantize_params` over bfloat16.
       mesh: the devices over which they are sharded.
       rules: `mesh.TRAINING` or `mesh.DECODING`.
       vocab_size: rows of the vocabulary to read; the rest is padding. None: all.
     """
-    folder = model_folder(reference)
-    config = hf.read_config(folder)
-    tokenizer = hf.load_tokenizer(folder)
+    found = find_model(reference, field="student` or `teacher")
+    return load_found(found, dtype=dtype, mesh=mesh, rules=rules, vocab_size=vocab_size)
+
+
+def load_found(
+    found: FoundModel,
+    *,
+    dtype: str,
+    mesh: jax.sharding.Mesh,
+    rules: Rules = TRAINING,
+    vocab_size: int | None = None,
+) -> LoadedModel:
+    """As `load_model`, of a model that is found already."""
+    config, tokenizer = found.sizes, found.tokenizer()
     if vocab_size is not None:
         config = dataclasses.replace(config, vocab_size=vocab_size)
-    hf.check_vocab(folder, tokenizer, config)
+    hf.check_vocab(found.name, tokenizer, config)
     config = dataclasses.replace(config, unused_ids=hf.unused_ids(tokenizer, config))
+    whole, int8 = jnp.dtype("bfloat16" if dtype == "int8" else dtype), dtype == "int8"
+    how: dict[str, Any] = dict(dtype=whole, int8=int8, mesh=mesh, rules=rules)
+    if found.checkpoint:
+        params = load_trained(found.sizes, found.checkpoint, config, **how)
+    else:
+        params = hf.load_params(found.tokenizer_from(), config, **how)
     return LoadedModel(
-        folder=folder,
+        folder=found.folder or EMBEDDED,
         config=config,
-        params=hf.load_params(
-            folder,
-            config,
-            dtype=jnp.dtype("bfloat16" if dtype == "int8" else dtype),
-            int8=dtype == "int8",
-            mesh=mesh,
-            rules=rules,
-        ),
+        params=params,
         tokenizer=tokenizer,
-        chat=ChatFormat.from_tokenizer(tokenizer, end_ids=hf.read_end_ids(folder)),
+        chat=ChatFormat.from_tokenizer(
+            tokenizer, end_ids=hf.read_end_ids(found.folder) if found.folder else ()
+        ),
     )
+
+
+def load_trained(
+    sizes: ModelConfig,
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    *,
+    dtype: jnp.dtype,
+    int8: bool,
+    mesh: jax.sharding.Mesh,
+    rules: Rules,
+) -> Params:
+    """The parameters of a run's student at a checkpoint, adapters merged in float32.
+
+    They are those of an exported folder; where adapters are split over devices, to rounding.
+
+    Args:
+      sizes: those of the checkpoint.
+      config: `sizes`, or with a smaller vocabulary.
+      dtype, int8, mesh, rules: as in `hf.load_params`.
+    """
+    run = checkpoint.settings
+    lora = run.lora if run.lora.rank else None
+    specs = lora_specs(sizes, lora) if lora else param_specs(sizes)
+    wanted = jax.tree.map(
+        lambda spec, at: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(run.dtype), sharding=at),
+        specs,
+        param_shardings(specs, mesh, rules=rules),
+        is_leaf=is_spec,
+    )
+    with closing(checkpoint.open()) as checkpoints:
+        state, _ = checkpoints.restore(checkpoint.step, {"params": wanted}, partial=True)
+    base = None
+    if lora:
+        base = load_found(checkpoint.base, dtype=student_dtype(run), mesh=mesh, rules=rules).params
+
+    def finish(params: Params) -> Params:
+        params = jax.tree.map(
+            lambda spec, x: jax.lax.slice(x, (0,) * x.ndim, spec.shape).astype(dtype),
+            param_specs(config),
+            plain_params(params, sizes),
+            is_leaf=is_spec,
+        )
+        return quantize_params(params, config) if int8 else params
+
+    final = int8_specs(config) if int8 else param_specs(config)
+    placed = jax.jit(finish, out_shardings=param_shardings(final, mesh, rules=rules))
+    return placed(with_adapters(base, state["params"], lora))
 
 
 def load_student(
@@ -110,9 +163,10 @@ def load_student(
     if settings.student == "new":
         return _attending(new_model(settings, mesh), settings)
     if settings.teacher and vocab_size is None:
+        pair = find_models(settings)
         hf.check_same_tokenizer(
-            model_folder(settings.student),
-            model_folder(settings.teacher),
+            pair["student"].tokenizer_from(),
+            pair["teacher"].tokenizer_from(),
             rows=_shared_vocab(settings),
         )
     with progress.doing("loading the student"):
@@ -146,21 +200,6 @@ def _attending(loaded: LoadedModel, settings: Settings) -> LoadedModel:
     return dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, attention=how))
 
 
-MODELS = ("student", "teacher")
-
-
-def named_folders(settings: Settings, who: Collection[str] = MODELS) -> dict[str, Path]:
-    """The folders of `student` and `teacher`, of those in `who` that have one."""
-    named = {name: getattr(settings, name) for name in who}
-    return {name: model_folder(where) for name, where in named.items() if where not in ("", "new")}
-
-
-def named_sizes(settings: Settings, who: Collection[str] = MODELS) -> dict[str, ModelConfig]:
-    """Sizes of `student` and `teacher`, of those in `who` that there are; no weight is read."""
-    sizes = {name: hf.read_config(path) for name, path in named_folders(settings, who).items()}
-    return sizes | ({"student": new_sizes(settings)[0]} if settings.student == "new" else {})
-
-
 def student_dtype(settings: Settings) -> str:
     """The student's dtype. Frozen weights are kept in the compute dtype."""
     if not settings.lora.rank:
@@ -187,12 +226,3 @@ def new_model(settings: Settings, mesh: jax.sharding.Mesh) -> LoadedModel:
         tokenizer=tokenizer,
         chat=ChatFormat.from_tokenizer(tokenizer),
     )
-
-
-def new_sizes(settings: Settings) -> tuple[ModelConfig, Any]:
-    """Sizes of `new_model`, and its tokenizer."""
-    from opd_jax.envs.household.tokenizer import build
-
-    assert settings.new_model is not None  # as settings are checked
-    tokenizer = build(phrases=PHRASES)
-    return dataclasses.replace(settings.new_model, vocab_size=len(tokenizer)), tokenizer

@@ -113,7 +113,7 @@ class Settings:
       compute_dtype: dtype of the student's arithmetic.
       teacher_dtype: dtype of the teacher's parameters; "int8" rounds its projections to 8 bits.
       attention: what computes attention, or "auto" (`model.kernels`).
-      student: a model reference (`models.model_folder`), or "new" for a random one.
+      student: a model reference (`references`), or "new" for a random one.
       teacher: a model reference; "" for none.
       program_cache: the folder in which compiled programs are kept; "" for none
         (`compilation.start`).

@@ -71,8 +71,8 @@ def check_same_run(config: ConfigDict, workdir: Path, *, binds: Callable[[str], 
             "choose another --workdir, or the config it was started with"
             + ", in the version that knows these fields"
             * older
-            + "; to train longer where `optimizer.schedule` is not constant, export this run and "
-            "start a new one with its folder as `--config.student`" * longer
+            + "; to train longer where `optimizer.schedule` is not constant, start a new run with "
+            f"`--config.student=workdir:{workdir}`" * longer
         )
 
 

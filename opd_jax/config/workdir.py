@@ -3,13 +3,11 @@
 import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 from ml_collections import FrozenConfigDict
 
-from opd_jax import hf
 from opd_jax.config.build import check_named, check_shapes, panels
-from opd_jax.config.models import MODELS, named_folders
+from opd_jax.config.references import MODELS, MODELS_FILE, find_models, fingerprints
 from opd_jax.config.settings import Settings, binds_a_run, binds_an_evaluation
 from opd_jax.config.stored import (
     check_same_run,
@@ -25,7 +23,6 @@ from opd_jax.runtime import processes
 from opd_jax.runtime.checkpoint import check_saves, saved_steps
 from opd_jax.runtime.files import check_subfolder, read_json, replace_text
 
-MODELS_FILE = "models.json"
 # The config of a comparison. Its runs have workdirs of their own, so it has no `config.json`.
 COMPARISON_FILE = "comparison.json"
 
@@ -74,8 +71,8 @@ def _warn_of_rounding(settings: Settings) -> None:
 
 def _warn_of_one_model(settings: Settings) -> None:
     """Warns where the student is its own teacher: every divergence is 0, and nothing is learnt."""
-    folders = {folder.resolve() for folder in named_folders(settings).values()}
-    if settings.objective.needs_teacher and settings.student != "new" and len(folders) == 1:
+    places = {model.place for model in find_models(settings).values()}
+    if settings.objective.needs_teacher and settings.student != "new" and len(places) == 1:
         processes.warn(
             "`student` and `teacher` are one model, %s, so there is nothing to learn: name a "
             "larger one of its family as the teacher",
@@ -126,7 +123,7 @@ def check_models(
     Raises:
       ValueError: one is another, or its folder is not there.
     """
-    had, found = read_summary(workdir / MODELS_FILE), _fingerprints(settings, models)
+    had, found = read_summary(workdir / MODELS_FILE), fingerprints(settings, models)
     for who, now in found.items():
         if had.get(who) not in (None, now):
             raise ValueError(
@@ -135,10 +132,6 @@ def check_models(
                 "or choose another --workdir"
             )
     return found
-
-
-def _fingerprints(settings: Settings, models: Collection[str] = MODELS) -> dict[str, str]:
-    return {who: hf.fingerprint(folder) for who, folder in named_folders(settings, models).items()}
 
 
 def check_checkpoint(workdir: Path) -> None:
@@ -154,39 +147,6 @@ def check_checkpoint(workdir: Path) -> None:
         )
 
 
-def find_step(workdir: Path, which: str, *, name: str) -> int:
-    """The step of the checkpoint that `which` names: its number, "newest" or "best".
-
-    `name` is the flag or field that gives it, for errors.
-
-    Raises:
-      ValueError: the workdir keeps no such checkpoint.
-    """
-    found: Any = None
-    if processes.is_first():
-        best = read_summary(workdir / "summary.json").get("best")
-        found = saved_steps(workdir / "checkpoints"), best
-    steps, best = processes.first(found)
-    if not steps:
-        near = closest_run(workdir)
-        raise ValueError(f"`{name}`: `{workdir}` has no checkpoint yet; let the run save one{near}")
-    kept = f"it keeps those of {', '.join(map(str, steps))}"
-    if which == "newest":
-        return steps[-1]
-    if which == "best":
-        if best is None or best["step"] not in steps:
-            raise ValueError(
-                f"`{name}`: `{workdir}` has no best checkpoint, as a run with `eval.every` and "
-                f"`checkpoint.best` has; {kept}"
-            )
-        return best["step"]
-    if not which.isdecimal():
-        raise ValueError(f"`{name}`: expected the number of an update, newest or best; got {which}")
-    if int(which) not in steps:
-        raise ValueError(f"`{name}`: `{workdir}` has no checkpoint of update {which}; {kept}")
-    return int(which)
-
-
 def _has_checkpoint(workdir: Path) -> bool:
     directory = workdir / "checkpoints"
     return processes.first(processes.is_first() and bool(saved_steps(directory)))
@@ -200,8 +160,8 @@ def store_run(
     Call it after everything the config names has been found. Figures that there are of another run
     are deleted: those of a trained student if the method differs, all if what is evaluated does.
     """
+    models = fingerprints(settings)
     if processes.is_first():
-        models = _fingerprints(settings)
         if not _knows_models(models, workdir) or _differs(
             config, workdir, binds_an_evaluation(settings, teacher=True)
         ):

@@ -110,7 +110,7 @@ _CONVERSATIONS = ("u", "su", "uau", "uauau", "suauau")
 
 
 def check_same_tokenizer(
-    student_folder: str | Path, teacher_folder: str | Path, *, rows: int | None = None
+    student_from: str | Path | Any, teacher_from: str | Path | Any, *, rows: int | None = None
 ) -> None:
     """Checks that student and teacher have the same tokens and rendered prompts.
 
@@ -120,12 +120,19 @@ def check_same_tokenizer(
     base model's does: each stops at its own (`ChatFormat.stop_ids`).
 
     Args:
+      student_from, teacher_from: a folder with a tokenizer, or a tokenizer.
       rows: of the vocabulary that the two share; every token has to be below. None: any number.
 
     Raises:
       ValueError: they differ. The message names both folders and the first difference.
     """
-    tokenizers = load_tokenizer(student_folder), load_tokenizer(teacher_folder)
+    froms = student_from, teacher_from
+    folders = [isinstance(where, (str, Path)) for where in froms]
+    names = [where if is_folder else "new" for where, is_folder in zip(froms, folders, strict=True)]
+    tokenizers = [
+        load_tokenizer(where) if is_folder else where
+        for where, is_folder in zip(froms, folders, strict=True)
+    ]
     student, teacher = map(views, tokenizers)
     unread = _unread(tokenizers[0], student) | _unread(tokenizers[1], teacher)
     unread -= {i for i in unread if rows is not None and i >= rows}
@@ -136,8 +143,8 @@ def check_same_tokenizer(
         if key is not None:
             mine, other = _around_difference(ours.get(key), theirs.get(key))
             raise ValueError(
-                f"student `{student_folder}` and teacher `{teacher_folder}` must have the same "
-                f"tokenizer; {what} {key} is {mine} in the student and {other} in the teacher; "
+                f"student `{names[0]}` and teacher `{names[1]}` must have the same tokenizer; "
+                f"{what} {key} is {mine} in the student and {other} in the teacher; "
                 f"use models of one family{advice}"
             )
 

@@ -123,6 +123,18 @@ def with_adapters(base: Params | None, trained: Params, lora: Lora | None) -> Pa
     return base | {"layers": base["layers"] | adapted}
 
 
+def plain_params(params: Params, config: ModelConfig) -> Params:
+    """`params` with each adapted or quantized weight as one float32 array (`merged`)."""
+    specs = param_specs(config)["layers"]
+    layers = {
+        key: merged(weight, contracted=contracted_axes(key, specs[key]))
+        if isinstance(weight, (Int8Weight, LoraWeight))
+        else weight
+        for key, weight in params["layers"].items()
+    }
+    return params | {"layers": layers}
+
+
 def specs_like(params: Params, config: ModelConfig) -> Params:
     """`model.param_specs` in the tree of `params`, whose weights may be quantized or adapted."""
     specs = param_specs(config)

@@ -6,7 +6,8 @@ import jax
 
 from opd_jax import hf
 from opd_jax.agent.chat import ChatFormat
-from opd_jax.config.models import model_folder, new_sizes, student_dtype
+from opd_jax.config.models import student_dtype
+from opd_jax.config.references import find_model, model_folder, new_sizes
 from opd_jax.config.settings import Settings
 from opd_jax.hf.published import PUBLISHED
 from opd_jax.judge.answer import label_tokens
@@ -64,6 +65,10 @@ def _pair(settings: Settings) -> tuple[PlannedModel, PlannedModel | None]:
 
 
 def _planned(name: str, dtype: str, field: str) -> PlannedModel:
+    if name.startswith("workdir:"):
+        found = find_model(name, field=field)
+        width = label_tokens(ChatFormat.from_tokenizer(found.tokenizer()))[0].shape[1]
+        return PlannedModel(found.sizes, dtype, f"sizes of the student in `{name}`", width)
     folder = model_folder(name)
     if folder.is_dir():
         width = _USUAL_LABEL_WIDTH

@@ -12,15 +12,8 @@ from safetensors.numpy import load_file, save_file
 from settings import one_device, read
 
 from opd_jax import model
-from opd_jax.config.models import (
-    EMBEDDED,
-    LoadedModel,
-    load_model,
-    load_student,
-    load_teacher,
-    model_folder,
-    new_sizes,
-)
+from opd_jax.config.models import LoadedModel, load_model, load_student, load_teacher
+from opd_jax.config.references import EMBEDDED, model_folder, new_sizes
 from opd_jax.model.projections import Int8Weight
 
 

@@ -9,7 +9,7 @@ from settings import read
 
 from opd_jax.config import load
 from opd_jax.config.build import panels
-from opd_jax.config.models import EMBEDDED
+from opd_jax.config.references import EMBEDDED
 from opd_jax.config.workdir import check_models, check_run, store_run
 from opd_jax.evaluate import run
 

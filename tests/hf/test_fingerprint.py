@@ -13,7 +13,7 @@ from safetensors import flax
 from safetensors.numpy import load_file, save_file
 
 from opd_jax import hf
-from opd_jax.config.models import EMBEDDED
+from opd_jax.config.references import EMBEDDED
 from opd_jax.hf.layout import INDEX, WEIGHTS
 from opd_jax.hf.tokenizer import write_tokenizer
 
