@@ -9,10 +9,10 @@ checkpoint plays, or that of `--step`; with `--untrained` the config's student b
 Figures of the newest checkpoint are called `after`, those of another `step-N`.
 `--config.eval.judge=true` also measures how well the teacher's verdicts on the turns agree with the
 environment's labels; only then, and with `--policy=teacher`, the teacher's folder is read. The
-figures of a split are in `summary.json` as soon as it is played. `--episodes=N` writes the first N episodes of each split to
-`episodes/`, with the scores of their tokens if the teacher is read (docs/episodes.md). While a run
-trains in the workdir, nothing else writes there: wait, or export a checkpoint and evaluate the
-folder in a workdir of its own.
+figures of a split are in `summary.json` as soon as it is played. `--episodes=N` writes the first N
+episodes of each split to `episodes/`, with the scores of their tokens if the teacher is read
+(docs/episodes.md). While a run trains in the workdir, nothing else writes there: wait, or export a
+checkpoint and evaluate the folder in a workdir of its own.
 """
 
 import dataclasses
