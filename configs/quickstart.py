@@ -96,10 +96,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.data = dict(
         # Who plays: on_policy is the student; or teacher; expert; players (household_pair.py only).
-        # Or episodes:FILE, and nobody does (docs/episodes.md).
+        # episodes:FILE is learnt from; from prefixes:FILE the student plays on (docs/episodes.md).
         source="on_policy",
         split="train",  # the split of the training tasks
-        only_success=False,  # of a file's episodes learn only from those that succeeded
+        only_success=False,  # of a file's episodes take only those that succeeded
     )
 
     config.rollout = dict(

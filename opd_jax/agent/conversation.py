@@ -105,6 +105,12 @@ class Conversation:
         actions = [turn.action for turn in self.turns if turn.action]
         return len(actions) - len(set(actions))
 
+    def is_given(self, turn: int) -> bool:
+        """Whether a turn's tokens were given, such as replayed ones; they carry no loss."""
+        if turn >= len(self.spans):  # an episode without tokens
+            return False
+        return self.turn_id[self.spans[turn][0]] == NO_TURN
+
     def append_given(self, tokens: Sequence[int]) -> None:
         """Appends tokens that the student did not sample: prompts, observations, headers."""
         self.tokens.extend(tokens)

@@ -21,6 +21,7 @@ from opd_jax.agent.positions import Positions
 from opd_jax.agent.session import Response, Session
 from opd_jax.envs.base import Env, Observation
 from opd_jax.envs.faults import Begun, act, begin
+from opd_jax.losses import NO_TURN
 from opd_jax.model import Params
 from opd_jax.runtime import progress
 
@@ -33,6 +34,7 @@ def rollout(
     envs: Sequence[Env | None],
     tasks: Sequence[tuple[str, int]],
     depth: int,
+    replay: Sequence[Sequence[Response]] | None = None,
     between: Callable[[], None] | None = None,
     positions: Positions | None = None,
 ) -> list[Conversation]:
@@ -50,6 +52,8 @@ def rollout(
         row whose environment lives in another process.
       tasks: (split, index), any number of them.
       depth: turns after which an episode ends with "depth"; 0: no limit but the environment's.
+      replay: responses with which each episode begins, as far as they fit the context. They are
+        given to the environment and carry no loss; the player goes on behind them.
       between: called before answers of environments are taken, in all processes; what it raises
         ends the rollout.
       positions: counts what is read and sampled.
@@ -68,7 +72,10 @@ def rollout(
     positions = positions or Positions()
     session = Session(params, keys, agent=agent, rows=len(envs), positions=positions)
     answers = Answers(envs, join_after=agent.decoding.join_after)
-    waiting = deque(_Episode(agent, number, task, depth) for number, task in enumerate(tasks))
+    waiting = deque(
+        _Episode(agent, number, task, depth, replay[number] if replay else ())
+        for number, task in enumerate(tasks)
+    )
     episodes, playing = list(waiting), {}
 
     def take_episode(row: int) -> None:
@@ -92,6 +99,9 @@ def rollout(
                     if episode.conversation.end:
                         played.done += 1
                         take_episode(row)
+                    elif response := episode.replayed():
+                        episode.response = response
+                        answers.ask(row, episode.step)
                     else:
                         context = agent.context(episode.conversation)
                         session.begin(row, context, key=episode.number, turn=episode.turn)
@@ -115,6 +125,7 @@ class _Episode:
       number: of its task, and of its key.
       task: (split, index).
       depth: see `rollout`.
+      replay: see `rollout`.
       conversation: what was said so far; its `end` is "" while it runs.
       observation: what the environment said last.
       response: what was sampled last; None before the first turn.
@@ -125,6 +136,7 @@ class _Episode:
     number: int
     task: tuple[str, int]
     depth: int
+    replay: Sequence[Response]
     conversation: Conversation = field(default_factory=lambda: Conversation(task=None))
     observation: Observation | None = None
     response: Response | None = None
@@ -141,6 +153,16 @@ class _Episode:
     def _text(self) -> str:
         assert self.response is not None  # it is asked after a response
         return self.agent.text(self.response.tokens)
+
+    def replayed(self) -> Response | None:
+        """The next response if it is replayed, and there is room for it."""
+        if self.turn < len(self.replay):
+            response = self.replay[self.turn]
+            length = len(self.agent.context(self.conversation)) + len(response.tokens)
+            if length < self.agent.decoding.context_tokens:
+                return response
+            self.replay = self.replay[: self.turn]
+        return None
 
     def hear(self, answer: Any) -> None:
         """Takes the environment's answer to `reset` or `step` into the conversation."""
@@ -159,7 +181,8 @@ class _Episode:
     def _go_on(self, after: Observation, response: Response) -> None:
         conversation, before = self.conversation, self.observation
         assert before is not None  # the answer to `reset`
-        conversation.append_response(response.tokens, response.logprobs, self.turn)
+        turn = NO_TURN if self.turn < len(self.replay) else self.turn
+        conversation.append_response(response.tokens, response.logprobs, turn)
         record_turn(conversation, before, self._text(), response.stop, after)
         self.observation, self.turn = after, self.turn + 1
         if not conversation.end and self.turn == self.depth:

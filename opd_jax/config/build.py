@@ -30,8 +30,8 @@ from opd_jax.envs.base import Env
 from opd_jax.envs.make import EnvSettings, benchmark_splits, invented, make_env
 from opd_jax.envs.players import make_player
 from opd_jax.experience.demonstrations import demonstrate
-from opd_jax.experience.recorded import read_conversations, recorded_panel
-from opd_jax.experience.source import RECORDED, Episodes, Play, Played, Source
+from opd_jax.experience.recorded import beginnings, read_conversations, recorded_panel
+from opd_jax.experience.source import Episodes, Play, Played, Source
 from opd_jax.experience.stream import Stream, judge_example
 from opd_jax.experience.tasks import Panel, TaskOrder, find_panels, split_size
 from opd_jax.judge.answer import Judge
@@ -268,7 +268,7 @@ def _panels(
 
 def recorded_file(source: str) -> Path:
     """The file that `data.source` names."""
-    return local_path(source.removeprefix(RECORDED), name="data.source")
+    return local_path(source.partition(":")[2], name="data.source")
 
 
 def check_named(settings: Settings, models: Collection[str] = MODELS) -> None:
@@ -354,19 +354,21 @@ def make_source(
     how, source = settings.rollout, settings.data.source
     player = teacher if source == "teacher" and teacher else student
     agent = make_agent(player, settings)
-    if settings.data.file:
-        return _recorded(settings, agent, cursor=cursor)
-    envs = make_envs(partial(make_env, settings.env), how.at_once)
-    if source == "expert":
+    found = _recorded(settings, agent) if settings.data.file else []
+    nobody_plays = found and not settings.data.on_policy
+    envs = [] if nobody_plays else make_envs(partial(make_env, settings.env), how.at_once)
+    if nobody_plays:
+        play = _take(found)
+    elif source == "expert":
         play = _play_expert(settings, agent, envs, between)
     else:
-        play = _play_model(settings, player, agent, envs, between)
+        play = _play_model(settings, player, agent, envs, between, found)
     return Episodes(
         play,
         envs=envs,
         tasks=TaskOrder(
             split=settings.data.split,
-            size=tasks.size,
+            size=len(found) or tasks.size,
             seed=settings.seed,
             count=how.batch // how.per_task,
             per_task=how.per_task,
@@ -377,23 +379,26 @@ def make_source(
     )
 
 
-def _recorded(settings: Settings, agent: Agent, *, cursor: Sequence[int]) -> Episodes:
-    """The episodes of a file, in shuffled epochs."""
+def _recorded(settings: Settings, agent: Agent) -> list[Conversation]:
+    """The episodes of the file that `data.source` names."""
+    file = recorded_file(settings.data.source)
     found = read_conversations(
-        recorded_file(settings.data.source),
+        file,
         agent=agent,
         only_success=settings.data.only_success,
         max_turns=settings.env.max_turns,
     )
+    if settings.data.on_policy and not all(c.split and c.index >= 0 for c in found):
+        raise ValueError(
+            f"`data.source`: an episode of `{file}` does not say in `task` which `split` and "
+            "`index` of the environment it is of, so it cannot be played again"
+        )
+    return found
 
-    def take(
-        _: TrainState, tasks: Sequence[tuple[str, int]], positions: Positions
-    ) -> list[Conversation]:
-        return [found[index] for _, index in tasks]
 
-    order = TaskOrder("", len(found), settings.seed, count=settings.rollout.batch, per_task=1)
-    multiple = settings.train.length_multiple
-    return Episodes(take, [], order, agent, length_multiple=multiple, cursor=cursor)
+def _take(found: Sequence[Conversation]) -> Play:
+    """Nobody plays: the episodes are there."""
+    return lambda state, tasks, positions: [found[index] for _, index in tasks]
 
 
 def _play_model(
@@ -402,9 +407,10 @@ def _play_model(
     agent: Agent,
     envs: Sequence[Env | None],
     between: Callable[[], None] | None,
+    found: Sequence[Conversation],
 ) -> Play:
-    """The student being trained plays, or the teacher."""
-    on_policy = settings.data.source == "on_policy"
+    """The student being trained plays, from within the `found` episodes if any; or the teacher."""
+    on_policy = settings.data.on_policy
 
     def play(
         state: TrainState, tasks: Sequence[tuple[str, int]], positions: Positions
@@ -414,7 +420,10 @@ def _play_model(
             params = make_sampling_params(state.params, player, settings)
         update = int(state.step)
         keys = row_keys(jax.random.fold_in(state.rng, state.step), range(len(tasks)))
-        depth = settings.rollout.depth(update)
+        depth, replay = settings.rollout.depth(update), None
+        if found:
+            begun = [found[index] for _, index in tasks]
+            tasks, replay = beginnings(begun, seed=f"{settings.seed}/prefixes/{update}")
         return rollout(
             params,
             keys,
@@ -422,6 +431,7 @@ def _play_model(
             envs=envs,
             tasks=tasks,
             depth=depth,
+            replay=replay,
             between=between,
             positions=positions,
         )

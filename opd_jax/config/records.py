@@ -38,7 +38,7 @@ def make_log(
     profile: Sequence[int],
 ) -> UpdateLog:
     """The log of a run that resumes after `done` updates and traces those of `profile`."""
-    on_policy = settings.data.source == "on_policy"
+    on_policy = settings.data.on_policy
     return UpdateLog(
         workdir,
         done=done,
@@ -70,7 +70,7 @@ def make_show(settings: Settings, student: LoadedModel, teacher: LoadedModel | N
             {n: played.conversations[n] for n in fit[: settings.episodes.count]},
             who="train",
             update=int(state.step),
-            actor="student" if settings.data.source == "on_policy" else "teacher",
+            actor="student" if settings.data.on_policy else "teacher",
             decode=student.tokenizer.decode,
             judgement=judgement,
             scored=scored,

@@ -433,11 +433,11 @@ def _check_source(s: Settings) -> None:
             "or `data.source` to on_policy or teacher",
         ),
         (
-            rollout.per_task > 1 and s.data.file,
+            rollout.per_task > 1 and s.data.file and not s.data.on_policy,
             "`rollout.per_task` above 1 would repeat the episodes of a file: set it to 1",
         ),
         (
-            objective.intervention and s.data.file,
+            objective.intervention and s.data.file and not s.data.on_policy,
             "`objective.intervention` asks the judge about what a task and its environment said, "
             "and a file of episodes holds only a part of it: set it to False",
         ),
@@ -456,12 +456,12 @@ def _check_source(s: Settings) -> None:
             "`rollout.history_turns` shows the student only a part of it: change one of them",
         ),
         (
-            rollout.depth_start and source != "on_policy",
+            rollout.depth_start and not s.data.on_policy,
             "`rollout.depth_start` cuts the student's episodes: set it to 0, or `data.source` to "
             "on_policy",
         ),
         (
-            objective.divergence == "sampled_reverse_kl" and source != "on_policy",
+            objective.divergence == "sampled_reverse_kl" and not s.data.on_policy,
             "`objective.divergence` = 'sampled_reverse_kl' is an estimate from the student's own "
             "samples: set `data.source` to on_policy",
         ),
@@ -479,7 +479,7 @@ def _check_source(s: Settings) -> None:
             "from: set it to False, or choose reverse_kl",
         ),
         (
-            not objective.needs_teacher and source == "on_policy",
+            not objective.needs_teacher and s.data.on_policy,
             "`objective.divergence` = 'cross_entropy' on the student's own episodes teaches "
             "nothing: set `data.source` to teacher, expert, players or episodes:FILE",
         ),

@@ -1,12 +1,14 @@
 """Episodes from a file, as conversations to learn from (docs/episodes.md)."""
 
 import hashlib
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from opd_jax.agent.agent import Agent
 from opd_jax.agent.conversation import Conversation, open_conversation, record_turn
+from opd_jax.agent.session import Response
 from opd_jax.envs.base import BROKEN, Observation, Task
 from opd_jax.envs.faults import Begun
 from opd_jax.experience.tasks import Panel
@@ -63,6 +65,27 @@ def read_conversations(
     return found
 
 
+def beginnings(
+    conversations: Sequence[Conversation], *, seed: str
+) -> tuple[list[tuple[str, int]], list[list[Response]]]:
+    """The tasks of episodes, and of each the responses with which it is to begin again.
+
+    How many is drawn by `seed`: from none to all but the last.
+    """
+    rng = random.Random(seed)
+    tasks, replay = [], []
+    for c in conversations:
+        turns = rng.randrange(max(len(c.turns), 1))
+        tasks.append((c.split, c.index))
+        replay.append(
+            [
+                Response(c.tokens[start:end], [0.0] * (end - start), turn.stop)
+                for (start, end), turn in zip(c.spans[:turns], c.turns, strict=False)
+            ]
+        )
+    return tasks, replay
+
+
 def recorded(line: Episode, *, agent: Agent) -> Conversation:
     """The conversation that a line holds, up to the last turn that fits the agent's context.
 
@@ -94,7 +117,7 @@ def recorded(line: Episode, *, agent: Agent) -> Conversation:
             response, stop = responses[k], turn.get("stop", "stop_token")
         else:
             tokens = [*chat.response(text), chat.stop_ids[0]]
-            response, stop = _Response(tokens, [0.0] * len(tokens)), "stop_token"
+            response, stop = _Sampled(tokens, [0.0] * len(tokens)), "stop_token"
         if len(conversation.tokens) + len(response.tokens) > context_tokens:
             conversation.end = "context"
             break
@@ -112,7 +135,7 @@ def recorded(line: Episode, *, agent: Agent) -> Conversation:
     return conversation
 
 
-class _Response(NamedTuple):
+class _Sampled(NamedTuple):
     tokens: list[int]
     logprobs: list[float]
 
@@ -147,7 +170,7 @@ def _observation(line: Episode, seen: Sequence[str], k: int, end: str) -> Observ
     )
 
 
-def _stored(line: Episode, agent: Agent) -> list[_Response] | None:
+def _stored(line: Episode, agent: Agent) -> list[_Sampled] | None:
     """The responses in the line's own tokens; None if there are none, or not this agent's.
 
     They are if its chat format writes what is between the responses as it is there, and its
@@ -173,7 +196,7 @@ def _stored(line: Episode, agent: Agent) -> list[_Response] | None:
         tokens = ids[start:at]
         if not tokens or agent.text(tokens) != text:
             return None
-        found.append(_Response(tokens, logprobs[start:at]))
+        found.append(_Sampled(tokens, logprobs[start:at]))
         if k + 1 < len(said):
             given = chat.follow(seen[k + 1], ended=tokens[-1] in chat.stop_ids)
     return found

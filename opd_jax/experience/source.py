@@ -23,8 +23,8 @@ from opd_jax.runtime.fields import check_choice
 _UNFIT = 16
 
 SOURCES = ("on_policy", "teacher", "expert", "players")
-# Before the path of a file: its episodes are the source.
-RECORDED = "episodes:"
+# Before the path of a file: its episodes are learnt from, or the student plays on from within them.
+RECORDED, PREFIXES = "episodes:", "prefixes:"
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class DataSettings:
 
     Attributes:
       source: who plays: "on_policy" (the student), "teacher", "expert", or "players" (`stream`);
-        or `RECORDED` and the path of a file: nobody does.
+        or `RECORDED` or `PREFIXES` and the path of a file.
       split: the split of the training tasks.
-      only_success: learn only from those episodes of the file that succeeded.
+      only_success: take only those episodes of the file that succeeded.
     """
 
     source: str
@@ -44,7 +44,7 @@ class DataSettings:
 
     def __post_init__(self):
         if not self.file:
-            check_choice((*SOURCES, f"{RECORDED}FILE"), source=self.source)
+            check_choice((*SOURCES, f"{RECORDED}FILE", f"{PREFIXES}FILE"), source=self.source)
         if self.only_success and not self.file:
             raise ValueError(
                 f"`only_success` chooses among the episodes of a file: set it to False, or "
@@ -53,8 +53,14 @@ class DataSettings:
 
     @property
     def file(self) -> str:
-        """The file whose episodes are learnt from; "" if episodes are played."""
-        return self.source.removeprefix(RECORDED) if self.source.startswith(RECORDED) else ""
+        """The file that the source names; "" if it names none."""
+        kind = next((kind for kind in (RECORDED, PREFIXES) if self.source.startswith(kind)), None)
+        return self.source.removeprefix(kind) if kind else ""
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether the student plays."""
+        return self.source == "on_policy" or self.source.startswith(PREFIXES)
 
     @property
     def tasks(self) -> str:

@@ -16,7 +16,8 @@ class EnvLabels(NamedTuple):
     """What the environment says.
 
     Attributes:
-      played: bool [B, K], there is such a turn, and the environment did not break in its episode.
+      played: bool [B, K], there is such a turn, it was not replayed, and the environment did not
+        break in its episode.
       failed: bool [B, K], the turn failed deterministically.
       oracle: int32 [B, K], the environment's own `Verdict` from hidden knowledge, or `NO_LABEL`.
     """
@@ -79,6 +80,8 @@ def env_labels(conversations: Sequence[Conversation], *, max_turns: int) -> EnvL
                 "the environment has to end it after `max_turns`"
             )
         for k, turn in enumerate(conversation.turns):
+            if conversation.is_given(k):
+                continue
             labels.played[row, k] = True
             labels.failed[row, k] = bool(turn.failure)
             if turn.oracle:

@@ -77,7 +77,7 @@ def plan_run(
     def programs() -> Iterator[Program]:
         source = settings.data.source
         # `read_settings` asks for a teacher wherever one is needed.
-        if source == "on_policy":
+        if settings.data.on_policy:
             params = with_adapters(base, state.params, lora)
             yield copying(settings, params, sampler, ("optimizer", *others))
             yield from rollout(settings, sampler, work)
@@ -94,7 +94,7 @@ def plan_run(
         )
         yield from training(settings, *compiled, state, base, sampler, scorer, work)
         # A student of the same batch is evaluated with the programs of its updates.
-        if source != "on_policy" or settings.eval.batch != settings.rollout.at_once:
+        if not settings.data.on_policy or settings.eval.batch != settings.rollout.at_once:
             yield from evaluation(settings, "student", sampler, work)
         if "teacher" in settings.eval.who and playing:
             yield from evaluation(settings, "teacher", playing, work)

@@ -17,7 +17,7 @@ from opd_jax.judge.labels import Judgement
 from opd_jax.judge.prompt import LABELS
 from opd_jax.learner.batch import Batch
 from opd_jax.learner.objective import Seen
-from opd_jax.losses import NO_TURN, Verdict
+from opd_jax.losses import Verdict
 from opd_jax.runtime.exits import reading
 from opd_jax.runtime.fields import FIGURES, affects, check_within
 from opd_jax.runtime.files import remove_temporaries, replace_text
@@ -134,7 +134,7 @@ def episode(
         "measures": {name: _rounded(value) for name, value in c.measures.items()},
         "turns": [
             {
-                "actor": "replay" if _is_given(c, k) else actor,
+                "actor": "replay" if c.is_given(k) else actor,
                 "action": turn.action,
                 "failure": turn.failure,
                 "stop": turn.stop,
@@ -146,7 +146,7 @@ def episode(
     if c.tokens:
         logprobs = [_rounded(x) for x in c.logprobs]
         line["tokens"] = {"id": c.tokens, "turn": c.turn_id, "sampled_logprob": logprobs}
-    spans = [range(*span) for k, span in enumerate(c.spans) if not _is_given(c, k)]
+    spans = [range(*span) for k, span in enumerate(c.spans) if not c.is_given(k)]
     if spans:
         texts = [pieces(c.tokens[span.start : span.stop], decode) for span in spans]
         line["student_tokens"] = {
@@ -154,13 +154,6 @@ def episode(
             "text": [piece for text in texts for piece in text],
         }
     return line
-
-
-def _is_given(conversation: Conversation, turn: int) -> bool:
-    """Whether a turn's tokens were given, and so nothing is learnt from them."""
-    if turn >= len(conversation.spans):  # an episode without tokens
-        return False
-    return conversation.turn_id[conversation.spans[turn][0]] == NO_TURN
 
 
 def add_judgement(line: Episode, judgement: Judgement, row: int) -> None:

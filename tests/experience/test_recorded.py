@@ -15,17 +15,21 @@ from settings import one_device, read
 
 from opd_jax.agent.agent import Agent
 from opd_jax.agent.conversation import Conversation
+from opd_jax.agent.rollout import rollout, row_keys
+from opd_jax.agent.session import Response
 from opd_jax.config import build
 from opd_jax.config.models import LoadedModel, load_student
 from opd_jax.config.settings import Settings
 from opd_jax.envs.base import Observation, Task
 from opd_jax.envs.household.env import Household
 from opd_jax.envs.household.expert import Expert
+from opd_jax.envs.make import make_env
 from opd_jax.envs.react import Random
 from opd_jax.experience.demonstrations import demonstrate
 from opd_jax.experience.recorded import read_conversations, recorded, recorded_panel
 from opd_jax.experience.source import Source
 from opd_jax.experience.tasks import Panel
+from opd_jax.judge.labels import env_labels
 from opd_jax.learner.train_state import TrainState, init_state
 from opd_jax.losses import NO_TURN
 from opd_jax.report.episodes import Episode, episode, write_episodes
@@ -278,6 +282,105 @@ def test_a_field_of_another_form_is_named_with_the_file(
     path = write(tmp_path / "file", [line])
     with pytest.raises(ValueError, match=r"file`: an episode, .* of another form"):
         read_conversations(path, agent=agent, only_success=False, max_turns=12)
+
+
+# --- Playing on
+
+
+def lines_of(played: Sequence[Conversation], agent: Agent) -> list[Episode]:
+    return [line_of(c, agent) for c in played]
+
+
+def test_the_student_goes_on_from_within_the_episodes_of_a_file(
+    base: Settings, student: LoadedModel, tmp_path: Path
+) -> None:
+    state, agent = fresh(base, student), build.make_agent(student, base)
+    source = build.make_source(base, student, None, tasks=build.panels(base)["train"])
+    before = source.play(state).conversations
+    source.close()
+    path = write(tmp_path / "file.jsonl", lines_of(before, agent))
+    changed = dataclasses.replace(
+        base, data=dataclasses.replace(base.data, source=f"prefixes:{path}")
+    )
+
+    def played(step: int) -> list[Conversation]:
+        tasks = build.panels(changed)[changed.data.tasks]
+        on = build.make_source(changed, student, None, tasks=tasks)
+        found = on.play(state.replace(step=state.step + step)).conversations
+        on.close()
+        return found
+
+    first = played(0)
+    assert played(0) == first != played(1)
+    begun = [sum(c.is_given(k) for k in range(len(c.turns))) for c in first]
+    assert set(begun) > {0}
+    assert sorted(c.index for c in first) == sorted(c.index for c in before)
+    labels = env_labels(first, max_turns=base.env.max_turns)
+    for row, (c, turns) in enumerate(zip(first, begun, strict=True)):
+        (recorded,) = (other for other in before if other.index == c.index)
+        assert 0 <= turns < len(recorded.turns)
+        assert c.turns[:turns] == recorded.turns[:turns]  # the environment answers alike
+        start = recorded.spans[turns][0]
+        assert c.tokens[:start] == recorded.tokens[:start]
+        assert c.turn_id[:start] == [NO_TURN] * start
+        assert c.turn_id[start] == turns
+        assert labels.played[row].tolist()[: turns + 1] == [False] * turns + [True]
+
+
+def test_with_its_own_key_an_episode_goes_on_as_it_went(
+    base: Settings, student: LoadedModel
+) -> None:
+    agent, envs = build.make_agent(student, base), [make_env(base.env) for _ in range(4)]
+    keys, tasks = row_keys(jax.random.key(3), range(4)), [("train", index) for index in range(4)]
+    how: dict[str, Any] = dict(agent=agent, envs=envs, tasks=tasks, depth=0)
+    whole = rollout(student.params, keys, **how)
+    replay = [
+        [
+            Response(c.tokens[start:end], [0.0] * (end - start), turn.stop)
+            for (start, end), turn in zip(c.spans[:turns], c.turns, strict=False)
+        ]
+        for turns, c in enumerate(whole)
+    ]
+    assert [len(responses) for responses in replay] == [0, 1, 2, 3]
+    for turns, (c, want) in enumerate(
+        zip(rollout(student.params, keys, **how, replay=replay), whole, strict=True)
+    ):
+        assert (c.tokens, c.turns, c.messages) == (want.tokens, want.turns, want.messages)
+        assert (c.end, c.spans) == (want.end, want.spans)
+        given = [NO_TURN if 0 <= turn < turns else turn for turn in want.turn_id]
+        assert c.turn_id == given
+        own = [n for n, turn in enumerate(given) if turn != NO_TURN]
+        np.testing.assert_allclose(
+            np.array(c.logprobs)[own], np.array(want.logprobs)[own], atol=1e-4
+        )
+
+
+def test_what_does_not_fit_is_not_replayed(base: Settings, student: LoadedModel) -> None:
+    agent = build.make_agent(student, base)
+    how: dict[str, Any] = dict(tasks=[("train", 0)], depth=0, envs=[make_env(base.env)])
+    keys = row_keys(jax.random.key(0), [0])
+    whole = rollout(student.params, keys, agent=agent, **how)[0]
+    start, end = whole.spans[0]
+    response = Response(whole.tokens[start:end], [0.0] * (end - start), whole.turns[0].stop)
+    for room, given in ((end, False), (end + 1, True)):
+        small = with_context(agent, room)
+        (c,) = rollout(student.params, keys, agent=small, **how, replay=[[response]])
+        assert c.is_given(0) == given
+
+
+def test_a_plain_conversation_cannot_be_played_again(
+    base: Settings, student: LoadedModel, tmp_path: Path
+) -> None:
+    path = tmp_path / "plain"
+    path.write_text(json.dumps({"messages": [{"role": r, "content": "x"} for r in WHO]}) + "\n")
+    section = dataclasses.replace(base.data, source=f"prefixes:{path}")
+    with pytest.raises(ValueError, match=r"`data.source`: .*`split` and `index`"):
+        build.make_source(
+            dataclasses.replace(base, data=section), student, None, tasks=Panel(1, "")
+        )
+
+
+WHO = ("user", "assistant")
 
 
 # --- The page
