@@ -112,6 +112,11 @@ class Browser:
             assert time.monotonic() < end, f"never true: {condition}; errors: {self.errors}"
             time.sleep(0.01)
 
+    def frames(self) -> None:
+        """Waits until what was done is drawn: only then is it known what is in view."""
+        frame = "await new Promise(requestAnimationFrame);"
+        self.evaluate(f"(async () => {{ {2 * frame} }})()")
+
     def press(self, *keys: str) -> None:
         for key in keys:
             text = {"text": key} if len(key) == 1 else {}
@@ -120,11 +125,12 @@ class Browser:
 
     def middle(self, selector: str) -> dict[str, float]:
         """The middle of an element on the screen; what is not in view is scrolled to."""
+        element = f"document.querySelector({json.dumps(selector)})"
+        self.evaluate(f"{element}.scrollIntoView({{block: 'center'}})")
+        self.frames()
         return self.evaluate(
-            "(async e => { e.scrollIntoView({block: 'center', behavior: 'instant'});"
-            "for (let frame = 0; frame < 2; frame++) await new Promise(requestAnimationFrame);"
-            "const b = e.getClientRects()[0]; return {x: b.x + b.width / 2, y: b.y + b.height / 2};"
-            f"}})(document.querySelector({json.dumps(selector)}))"
+            "(b => ({x: b.x + b.width / 2, y: b.y + b.height / 2}))"
+            f"({element}.getClientRects()[0])"
         )
 
     def hover(self, selector: str) -> None:
