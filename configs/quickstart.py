@@ -68,7 +68,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.mesh = dict(
         data=1,  # shards the batch, replicates parameters
         fsdp=1,  # shards the batch and the parameters
-        decode=1,  # of the fsdp devices; they are like tensor in sampling and judging
+        decode=1,  # of the fsdp devices so many are like tensor in sampling and judging
         tensor=1,  # shards heads, feed-forward width and vocabulary
     )
     # A model folder; embedded:NAME; or another run's student, workdir:DIR, @120 or @best behind it.
@@ -115,7 +115,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         chunk=8,  # tokens sampled between looks which responses have ended
         join_after=0,  # chunks that a row sits out while its environment answers
         int8_cache=False,  # keys and values in 8 bits: half of bfloat16's bytes for a token to read
-        gather_weights=True,  # sample with weights replicated over mesh.fsdp: faster, more memory
+        gather_weights=True,  # a whole copy for every decode × tensor devices: faster, more memory
         history_turns=0,  # most earlier turns in a context; 0: all
         per_task=1,  # episodes of each task; a batch has batch / per_task tasks
         depth_start=0,  # turns that an episode may have in the first update; 0: no limit
@@ -138,6 +138,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
 
     config.judge = dict(
+        by="teacher",  # who judges; or oracle: the environment's labels; or module:function
         decode="constrained",  # score the three labels; or generate the answer's text
         context="table9",  # what the question shows; or +feedback, history
         admissible_shown=12,  # most admissible actions in a question

@@ -35,6 +35,7 @@ from opd_jax.experience.source import Episodes, Play, Played, Source
 from opd_jax.experience.stream import Stream, judge_example
 from opd_jax.experience.tasks import Panel, TaskOrder, find_panels, split_size
 from opd_jax.judge.answer import Judge
+from opd_jax.judge.others import brought_judge, find_judge, oracle_judge
 from opd_jax.judge.prompt import LABELS
 from opd_jax.judge.verdicts import Labeller, no_judge, teacher_judge
 from opd_jax.learner.batch import Batch, pack, responses
@@ -147,7 +148,7 @@ def make_update(
 ) -> Update:
     """Binds the models to an update, which returns the new state, and metrics on the host.
 
-    The update donates its state. Without hidden states the teacher reads the batch.
+    The update donates its state and the hidden states. Without these the teacher reads the batch.
     """
     train_step, teacher_pass = compile_update(
         settings,
@@ -165,7 +166,10 @@ def make_update(
             hidden = teacher_pass(teacher.params, rows) if hidden is None else hidden
             scorer = Teacher(hidden, model.head_params(teacher.params))
         state, raw = train_step(state, scorer, rows, base)
-        return state, jax.device_get(raw)
+        raw = jax.device_get(raw)
+        if hidden is not None:
+            hidden.delete()  # the caller may refer to it until the next batch is judged
+        return state, raw
 
     return update
 
@@ -209,13 +213,20 @@ def make_labeller(
     *,
     between: Callable[[], None] | None = None,
 ) -> Labeller:
-    """The teacher as a judge, or no judge if the objective does not intervene.
+    """The judge that `judge.by` names, or none if the objective does not intervene.
 
     `between` is called between batches of questions.
     """
-    max_turns, train = settings.env.max_turns, settings.train
-    if not settings.objective.intervention or teacher is None:
+    judge, max_turns, train = settings.judge, settings.env.max_turns, settings.train
+    if not settings.objective.intervention:
         return no_judge(max_turns=max_turns)
+    how: dict[str, Any] = dict(max_turns=max_turns, between=between)
+    if judge.by == "oracle":
+        return oracle_judge(**how)
+    if judge.by != "teacher":
+        options = dict(judge.options)
+        return brought_judge(partial(find_judge(judge.by, options), **options), by=judge.by, **how)
+    assert teacher is not None  # as settings are checked
     places = partial(
         responses,
         length_multiple=train.length_multiple,
@@ -224,10 +235,9 @@ def make_labeller(
     return teacher_judge(
         teacher.params,
         by=make_judge(teacher, settings),
-        max_turns=max_turns,
         seed=settings.seed,
-        between=between,
         responses=places if settings.judges_what_it_scores else None,
+        **how,
     )
 
 

@@ -19,6 +19,7 @@ from opd_jax.envs.make import EnvSettings, figures_options, labels_turns, world_
 from opd_jax.experience.source import DataSettings
 from opd_jax.experience.stream import DemonstrationSettings
 from opd_jax.judge.answer import JudgeSettings
+from opd_jax.judge.others import find_judge
 from opd_jax.learner.objective import Objective
 from opd_jax.learner.optimizer import AdamW
 from opd_jax.learner.train_step import TrainSettings
@@ -154,13 +155,15 @@ class Settings:
         _check_batches(self)
         _check_retries(self)
         _check_source(self)
+        _check_judge(self)
         _check_teacher(self)
 
     @property
     def judges_what_it_scores(self) -> bool:
         """Whether the judge reads the very sequences that the teacher scores, so once for both."""
         judges = self.objective.intervention and not self.shows_players
-        return judges and self.judge.context == "history"  # so without `rollout.history_turns`
+        # With "history" there is no `rollout.history_turns`.
+        return judges and self.judge.by == "teacher" and self.judge.context == "history"
 
     @property
     def shows_players(self) -> bool:
@@ -192,17 +195,18 @@ def read_settings(config: ConfigDict) -> Settings:
         if not isinstance(given, ConfigDict):
             raise ValueError(f"`{name}`: expected a group of fields, got {given!r}")
         fields = dict(given.items())
-        if kind is EnvSettings:
-            fields = _with_options(fields)
+        # A function of the user's has fields of its own; other judges have ours.
+        if kind is EnvSettings or (kind is JudgeSettings and ":" in str(fields.get("by"))):
+            fields = _with_options(kind, fields)
         values[name] = _section(name, kind, fields)
     return Settings(**values)
 
 
-def _with_options(env: dict[str, Any]) -> dict[str, Any]:
-    """Moves the fields that only this environment has into `options`."""
-    own = {f.name for f in dataclasses.fields(EnvSettings)} - {"options"}
-    options = tuple((name, value) for name, value in sorted(env.items()) if name not in own)
-    return {name: value for name, value in env.items() if name in own} | {"options": options}
+def _with_options(kind: type, given: dict[str, Any]) -> dict[str, Any]:
+    """Moves the fields that only what `by` names has into `options`."""
+    own = {f.name for f in dataclasses.fields(kind)} - {"options"}
+    options = tuple((name, value) for name, value in sorted(given.items()) if name not in own)
+    return {name: value for name, value in given.items() if name in own} | {"options": options}
 
 
 T = TypeVar("T")
@@ -316,8 +320,12 @@ def binds_a_run(settings: Settings) -> Callable[[str], bool]:
 def _unread(s: Settings) -> tuple[str, ...]:
     """Fields of the method that other fields make meaningless; `judge.` is the whole section."""
     objective = s.objective
+    asks = (objective.intervention and s.judge.by == "teacher") or s.shows_players
     is_read = {
         "judge.": objective.intervention or s.shows_players,
+        "judge.decode": asks,
+        "judge.context": asks,
+        "judge.admissible_shown": asks,
         "judge.max_new_tokens": s.judge.decode == "generate",
         "lora.alpha": s.lora.rank > 0,
         "lora.targets": s.lora.rank > 0,
@@ -389,7 +397,7 @@ def _check_batches(s: Settings) -> None:
             f"`rollout.batch` = {batch} does not divide into `train.micro_batches` = {parts}; "
             "choose a divisor"
         )
-    decoding = "`mesh.data` × `mesh.fsdp` / `mesh.decode`", s.mesh.decode_shards
+    decoding = "`mesh.data` × `mesh.fsdp` / gcd(`mesh.fsdp`, `mesh.decode`)", s.mesh.decode_shards
     training = "`mesh.data` × `mesh.fsdp`", s.mesh.batch_shards
     sizes = {
         "rollout.batch": (batch, training),
@@ -503,6 +511,22 @@ def _check_source(s: Settings) -> None:
             raise ValueError(message)
 
 
+def _check_judge(s: Settings) -> None:
+    """There is such a judge, and it can judge this environment."""
+    judge = s.judge
+    find_judge(judge.by, dict(judge.options))
+    if judge.by == "oracle" and s.objective.intervention and not labels_turns(s.env.by):
+        raise ValueError(
+            f"`judge.by` = 'oracle' takes the environment's labels, and `env.by` = {s.env.by!r} "
+            "has none: set it to teacher"
+        )
+    if judge.by != "teacher" and s.eval.judge:
+        raise ValueError(
+            f"`eval.judge` measures the teacher's verdicts, but `judge.by` = {judge.by!r}: set one "
+            "to False, or the other to teacher"
+        )
+
+
 def _check_teacher(s: Settings) -> None:
     """There is a teacher, and labels to compare its verdicts with, wherever they are needed."""
     if s.eval.judge and not labels_turns(s.env.by):
@@ -512,7 +536,9 @@ def _check_teacher(s: Settings) -> None:
         )
     needs = [
         (
-            s.objective.needs_teacher or s.data.source == "teacher" or s.objective.intervention,
+            s.objective.needs_teacher
+            or s.data.source == "teacher"
+            or (s.objective.intervention and s.judge.by == "teacher"),
             "the objective or `data.source` needs a teacher",
         ),
         ("teacher" in s.eval.who, "`eval.who` names the teacher"),

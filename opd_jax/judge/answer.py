@@ -48,9 +48,10 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """How the judge is asked.
+    """Who judges, and how the teacher is asked.
 
     Attributes:
+      by: "teacher"; "oracle", the environment's labels; or `module:function` (`others`).
       decode: "constrained" or "generate" (`answer`).
       context: see `judge_prompt`.
       admissible_shown: see `judge_prompt`.
@@ -60,8 +61,10 @@ class JudgeSettings:
       max_new_tokens: longest answer of the `generate` decoding.
       agreement_every: every so many updates the other decoding is asked too; 0: never.
       agreement_turns: most turns that it is asked about then.
+      options: keyword arguments of the function that `by` names, as pairs.
     """
 
+    by: str = field(metadata=affects(METHOD, FIGURES))
     decode: str = field(metadata=affects(METHOD, FIGURES))
     context: str = field(metadata=affects(METHOD, FIGURES))
     admissible_shown: int = field(metadata=affects(METHOD, FIGURES))
@@ -71,6 +74,7 @@ class JudgeSettings:
     max_new_tokens: int = field(metadata=affects(METHOD, FIGURES))
     agreement_every: int = field(metadata=affects(FIGURES))
     agreement_turns: int = field(metadata=affects(FIGURES))
+    options: tuple[Any, ...] = ()
 
     def __post_init__(self):
         check_choice(DECODINGS, decode=self.decode)

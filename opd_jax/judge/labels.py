@@ -38,7 +38,8 @@ class Judgement(NamedTuple):
       too_long: bool [B, K], turns that it was not asked about: the teacher lacks the positions.
       scores: float32 [B, K, 3], the log-probability of each word (`prompt.LABELS`), nats. NaN where
         the words were not compared: not asked, or another decoding.
-      hidden: see `verdicts.Verdicts`.
+      hidden: the teacher's hidden states before the student's tokens, float [B, R, D'], sharded as
+        a batch in training, if the judge has read what the teacher scores; else None.
     """
 
     verdict: np.ndarray

@@ -25,6 +25,9 @@ from opd_jax.runtime.mesh import DECODING, constrain, shard_batch, shards
 # The cache's slots are a multiple of this: few sizes, since each is a program to compile.
 SLOTS = 512
 
+# [B, R, D]: the width is sharded too, since in decoding the batch is over few devices.
+_AXES = ("batch", None, "heads")
+
 
 class Question(NamedTuple):
     """What a row of the cache reads next.
@@ -51,9 +54,6 @@ class Reading(ContextCache):
       response: int32 [B, R], ascending positions of the student's tokens in each of B
         conversations; those beyond a conversation are never read. B divides over the mesh.
       more: as in `ContextCache`.
-
-    Attributes:
-      states: float [B, R, D], sharded over the batch; 0 where nothing was read.
     """
 
     def __init__(self, params: Params, *, response: np.ndarray, sizes: ModelConfig, **more: Any):
@@ -61,17 +61,23 @@ class Reading(ContextCache):
         rows = len(self.held)
         self._response = response
         self._conversation, self._shared = np.zeros((2, rows), np.int32)
-        self.states = _no_states(
+        # [B, R, D]; 0 where nothing was read.
+        self._states = _no_states(
             shape=(*response.shape, sizes.d_model), dtype=params["embed"].dtype
         )
 
     def begin(self, row: int, conversation: int, *, shared: int) -> None:
         """Says whose question a row gets next, and how much of it is that conversation.
 
-        What the row holds of its last question is read again. So all that it holds at places of the
-        conversation was read as the conversation.
+        Tokens of the last question are read again, even those that the conversation shares: their
+        states were not kept. And another conversation is read from before its first response on,
+        however it begins: its states are kept apart.
         """
-        self.held[row] = min(self.held[row], self._shared[row])
+        if conversation == self._conversation[row]:
+            again = self._shared[row]
+        else:
+            again = max(self._response[conversation, 0] - 1, 0)
+        self.held[row] = min(self.held[row], again)
         self._conversation[row], self._shared[row] = conversation, shared
 
     def _append(self, tokens: np.ndarray, counts: np.ndarray, rows: np.ndarray) -> None:
@@ -83,41 +89,51 @@ class Reading(ContextCache):
             # A state predicts the token after it.
             first, last = np.searchsorted(response, [self.held[row] + 1, end + 1])
             place[n, response[first:last] - 1 - self.held[row]] = np.arange(first, last)
-        arrays = tokens, counts, rows, place, conversation
-        self._cache, self.states = _extend_and_keep(
-            self.params,
-            self.take(),
-            self.states,
-            *shard_batch(arrays, rules=DECODING),
-            config=self.sizes,
-            sharded=self.sharded,
+        given = shard_batch((tokens, counts, rows), rules=DECODING)
+        hidden, self._cache = extend_and_tell(
+            self.params, self.take(), *given, config=self.sizes, sharded=self.sharded
         )
+        given = shard_batch((place, conversation), rules=DECODING)
+        self._states = _keep(self._states, hidden, *given)
+
+    def kept(self) -> jax.Array:
+        """The states, sharded as a batch in training. Nothing may be read afterwards."""
+        return _as_in_training(self._states)
 
 
 @partial(jax.jit, static_argnames=("shape", "dtype"))
 def _no_states(*, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    return constrain(jnp.zeros(shape, dtype), "batch", None, None, rules=DECODING)
+    return constrain(jnp.zeros(shape, dtype), *_AXES, rules=DECODING)
 
 
-@partial(jax.jit, static_argnames=("config", "sharded"), donate_argnames=("cache", "states"))
-def _extend_and_keep(
+@partial(jax.jit, static_argnames=("config", "sharded"), donate_argnames="cache")
+def extend_and_tell(
     params: Params,
     cache: KVCache,
-    states: jax.Array,
     tokens: jax.Array,
     counts: jax.Array,
     rows: jax.Array,
-    place: jax.Array,
-    conversation: jax.Array,
     *,
     config: ModelConfig,
     sharded: bool,
-) -> tuple[KVCache, jax.Array]:
-    """`generate.extend`, and the new hidden states in their places [B, T] of `states`."""
-    hidden, cache = model.forward_cached(
+) -> tuple[jax.Array, KVCache]:
+    """`generate.extend`, and the hidden states of the tokens, [B, T, D]."""
+    return model.forward_cached(
         params, cache, tokens, counts, config=config, sharded=sharded, rows=rows
     )
-    return cache, put_rows(states, hidden, place, conversation)
+
+
+# A program of its own: R is another one now and then, and this one is compiled at once.
+@partial(jax.jit, donate_argnums=0)
+def _keep(
+    states: jax.Array, hidden: jax.Array, place: jax.Array, conversation: jax.Array
+) -> jax.Array:
+    return constrain(put_rows(states, hidden, place, conversation), *_AXES, rules=DECODING)
+
+
+@jax.jit
+def _as_in_training(states: jax.Array) -> jax.Array:
+    return constrain(states, "batch", None, None)
 
 
 def open_cache(
@@ -157,10 +173,12 @@ def answers(
 
     Each row of the cache is asked the questions of one conversation, turn by turn, then those of
     another one. Only what a question does not share with the row's last one is read: first the
-    judge's role and the task are shared, then with "history" the conversation so far. The rows of a
-    device are asked about its own part of the conversations.
+    judge's role and the task are shared, then with "history" the conversation so far. A `Reading`
+    keeps states where its rows are: there the rows of a device are asked about the device's own
+    conversations.
     """
-    rows, ways = len(cache.held), shards("batch", rules=DECODING)
+    rows = len(cache.held)
+    ways = shards("batch", rules=DECODING) if isinstance(cache, Reading) else 1
     # Those with most turns first, so that all rows end at about the same time.
     waiting: list[deque[int]] = [deque() for _ in range(ways)]
     for conversation in sorted(questions, key=lambda n: -len(questions[n])):

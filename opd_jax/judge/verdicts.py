@@ -31,15 +31,17 @@ class Verdicts(NamedTuple):
     Attributes:
       verdict: int32 [B, K], `Verdict` codes.
       metrics: as (sum, count).
-      hidden: the teacher's hidden states at the student's tokens, float [B, R, D'], if the judge
-        has read what the teacher scores; else None.
       judgement: what a judge has said; None without one.
     """
 
     verdict: np.ndarray
     metrics: dict[str, Any]
-    hidden: jax.Array | None = None
     judgement: Judgement | None = None
+
+    @property
+    def hidden(self) -> jax.Array | None:
+        """See `Judgement.hidden`."""
+        return self.judgement.hidden if self.judgement else None
 
 
 # (conversations, updates done) to what is said of them.
@@ -91,7 +93,7 @@ def teacher_judge(
             same = (second.verdict == judgement.verdict) & both
             metrics["judge/decodings_agree"] = (same.sum(), both.sum())
             metrics[f"judge/unparsable_{other}"] = (second.unparsable.sum(), second.asked.sum())
-        return Verdicts(judgement.verdict, metrics, judgement.hidden, judgement)
+        return Verdicts(judgement.verdict, metrics, judgement)
 
     return label
 
@@ -147,7 +149,7 @@ def judge_turns(
             if between:
                 between()
     verdict[unparsable | too_long] = Verdict.STRONG
-    hidden = cache.states if isinstance(cache, Reading) else None
+    hidden = cache.kept() if isinstance(cache, Reading) else None
     return Judgement(verdict, judged & ~too_long, unparsable, too_long, scores, hidden)
 
 

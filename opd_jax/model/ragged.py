@@ -10,8 +10,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from opd_jax.model.cache import Buffer, Int8Slots
 
-# Most bytes of a block of keys. Keys and values have two blocks each in the fast memory, one that
-# is computed and the next one, and all scores of a block: 16 MiB in all on a v5e.
+# Most bytes of a block of keys. The fast memory, 16 MiB on a v5e, holds two blocks of keys and two
+# of values, the one that is computed and the next, and the scores of a block.
 _BLOCK_BYTES = 1 << 20
 # Slots of a block: whole tiles of a TPU, also in 8 bits. The larger, the fewer steps.
 _BLOCKS = (1024, 512, 256, 128)

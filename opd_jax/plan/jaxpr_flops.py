@@ -52,17 +52,21 @@ def _equation(equation: Any, while_trips: Sequence[float]) -> float:
     if name == "while":
         if not any(map(_has_product, parts)):
             return 0
-        if not while_trips:
-            raise ValueError(
-                "`while_trips`: expected the trips of every `while` loop with products, and of "
-                "those inside it; got too few"
-            )
-        times, *rest = while_trips
+        times, *rest = _trips(while_trips)
         return times * sum(count_flops(part, while_trips=rest) for part in parts)
     inside = [count_flops(part, while_trips=while_trips) for part in parts]
     if name == "cond":
         return max(inside)
     return sum(inside) * _times(equation, while_trips)
+
+
+def _trips(while_trips: Sequence[float]) -> Sequence[float]:
+    if not while_trips:
+        raise ValueError(
+            "`while_trips`: expected the trips of every `while` loop with products, and of those "
+            "inside it; got too few"
+        )
+    return while_trips
 
 
 def _has_product(jaxpr: Jaxpr | ClosedJaxpr) -> bool:
@@ -93,8 +97,7 @@ def _times(equation: Any, while_trips: Sequence[float]) -> float:
     if name == "scan":
         return params["length"]
     if name == "shard_map":  # its body is the work of one device
-        manual = params.get("newly_manual_axes") or params["manual_axes"]  # its older name
-        return math.prod(params["mesh"].shape[axis] for axis in manual)
+        return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
     if name == "pallas_call":
         return math.prod(params["grid_mapping"].grid) * _computed(equation, while_trips)
     return 1
@@ -113,5 +116,5 @@ def _computed(kernel: Any, while_trips: Sequence[float]) -> float:
         return (blocks + 1) / (2 * blocks)
     if name == "ragged_attention":
         slots = kernel.invars[2].aval.shape[2]  # of keys [B, G, S, H]
-        return while_trips[0] * min(BLOCK, slots) / slots
+        return _trips(while_trips)[0] * min(BLOCK, slots) / slots
     return 1

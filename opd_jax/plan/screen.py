@@ -46,7 +46,7 @@ def _heading(report: Mapping[str, Any]) -> str:
     lines = {
         "verdict": f"{report['verdict']} ({how})",
         report["topology"]: ", ".join([f"{report['chips']} × {chip['name']}", *peaks]),
-        "mesh": " × ".join(f"{name} {size}" for name, size in report["mesh"].items()),
+        "mesh": ", ".join(f"{name} {size}" for name, size in report["mesh"].items()),
         "changed": "; ".join(report["changed"]),
         "update": (
             f"at most {work['rows']} rows of {work['sequence']:,} tokens, {work['turns']} turns "

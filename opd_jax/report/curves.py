@@ -88,7 +88,7 @@ def figures(groups: Sequence[Group]) -> dict[str, tuple[Any, str]]:
     return {name: (figure, caption) for name, (figure, caption) in made.items() if figure}
 
 
-_STYLE = {
+_STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -332,6 +332,7 @@ def _turns(groups: Sequence[Group]) -> Any:
                 axis.set_xlabel("update")
         if key == "divergence" or column == len(keys) - 1:
             beside = axes[:, :1] if key == "divergence" else axes[:, len(keys) - len(VERDICTS) :]
+            assert image is not None  # there is an update
             bar = figure.colorbar(
                 image,
                 ax=beside.ravel().tolist(),

@@ -13,6 +13,7 @@ from opd_jax.runtime.files import local_path
 PROGRAMS = {
     "sampling_params": "the copy to sample with",
     "extend": "reading",
+    "extend_and_tell": "reading what is judged and scored",
     "generate": "sampling",
     "label_scores": "judging",
     "teacher_pass": "the teacher's pass",

@@ -74,8 +74,8 @@ class MeshShape:
     Attributes:
       data: devices along `data`.
       fsdp: devices that shard parameters in training, along `fsdp` and `decode`.
-      decode: how many of those are along `decode`; their greatest common divisor with `fsdp`. So
-        `fsdp` alone fits a run to any number of devices.
+      decode: those of the `fsdp` devices that are along `decode`. If this does not divide `fsdp`,
+        their greatest common divisor takes its place, so `fsdp` alone fits any number of devices.
       tensor: devices along `tensor`.
     """
 

@@ -142,7 +142,7 @@ def test_whole_numbers_serve_as_floats_and_lists_as_tuples() -> None:
         # Of several sections.
         ("train.micro_batches=3", "`rollout.batch` = 16 .* `train.micro_batches` = 3; .* divisor"),
         ("mesh.data=2 mesh.fsdp=3", "`rollout.batch` = 16 .*`mesh.data` × `mesh.fsdp` = 6"),
-        ("mesh.data=8", "`eval.batch` = 100 .*`mesh.fsdp` / `mesh.decode` = 8"),
+        ("mesh.data=8", "`eval.batch` = 100 .*`mesh.fsdp` / gcd.* = 8"),
         (
             "train.micro_batches=16 mesh.data=2",
             "`rollout.batch` / `train.micro_batches` = 1 .*`mesh.data` × `mesh.fsdp` = 2",

@@ -40,7 +40,7 @@ def models(settings: Settings, mesh: jax.sharding.Mesh) -> tuple[LoadedModel, Lo
 
 @pytest.fixture(scope="module")
 def played() -> Played:
-    """Episodes; of one all turns failed, of one the last two, and one broke."""
+    """Episodes. Of one all turns failed, of one the last two; one broke, and two are the same."""
     settings = read("quickstart:runlocal", *FIELDS)
     with jax.set_mesh(one_device()):
         student, teacher = models(settings, one_device())
@@ -52,12 +52,19 @@ def played() -> Played:
         for k in range(first, len(conversation.turns)):
             conversation.turns[k] = replace(conversation.turns[k], failure="invalid")
     broken.end = BROKEN
+    found.conversations[-1] = found.rows[-1] = found.conversations[-2]
     return found
 
 
-@pytest.mark.parametrize("mesh", [dict(data=1, fsdp=1), dict(data=2, fsdp=2)])
-def test_the_judge_keeps_what_the_teachers_pass_gives(mesh: dict, played: Played) -> None:
-    settings = read("quickstart:runlocal", *FIELDS, *(f"mesh.{k}={n}" for k, n in mesh.items()))
+@pytest.mark.parametrize(
+    ("mesh", "rows"),
+    [(dict(data=1, fsdp=1), 4), (dict(data=1, fsdp=1), 1), (dict(data=2, fsdp=2), 4)],
+)
+def test_the_judge_keeps_what_the_teachers_pass_gives(
+    mesh: dict, rows: int, played: Played
+) -> None:
+    fields = [f"judge.batch={rows}", *(f"mesh.{k}={n}" for k, n in mesh.items())]
+    settings = read("quickstart:runlocal", *FIELDS, *fields)
     assert settings.judges_what_it_scores
     devices = jax.devices()[: mesh["data"] * mesh["fsdp"]]
     with jax.set_mesh(made := make_mesh(**mesh, tensor=1, devices=devices)):
@@ -76,6 +83,7 @@ def test_the_judge_keeps_what_the_teachers_pass_gives(mesh: dict, played: Played
     assert filled.any(axis=1).tolist() == [True, True, False, *[True] * 5]
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
     assert not got[~filled].any()
+    assert got[filled].any(axis=-1).all()
 
 
 def test_verdicts_are_those_of_questions_alone_and_the_update_is_the_same(played: Played) -> None:
@@ -87,6 +95,7 @@ def test_verdicts_are_those_of_questions_alone_and_the_update_is_the_same(played
         by = build.make_judge(teacher, settings)
         alone = judge_turns(teacher.params, played.conversations, labels, by=by)
         assert alone.hidden is None
+        assert said.hidden is not None
         np.testing.assert_array_equal(said.verdict, alone.verdict)
         assert (said.verdict == Verdict.DET_FAIL).sum() >= 3
 
@@ -98,9 +107,11 @@ def test_verdicts_are_those_of_questions_alone_and_the_update_is_the_same(played
             _, metrics = build.make_update(settings, student, teacher, state)(state, batch, hidden)
             return metrics
 
-        once, twice = updated(said.hidden), updated(None)
+        # The update donates them.
+        other, once, twice = updated(0 * said.hidden), updated(said.hidden), updated(None)
     for name in ("loss", "z", "grad_norm"):
         np.testing.assert_allclose(once[name], twice[name], rtol=1e-5)
+    assert abs(other["loss"] - once["loss"]) > 0.1  # they are used
 
 
 def test_an_episode_that_nobody_reads_changes_nothing(played: Played) -> None:

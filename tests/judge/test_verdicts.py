@@ -81,6 +81,7 @@ def tokenizer() -> Any:
 
 
 SETTINGS = JudgeSettings(
+    by="teacher",
     decode="constrained",
     context="table9",
     admissible_shown=30,

@@ -408,6 +408,15 @@ def test_mistakes_end_in_one_line(in_process, capsys):
     assert capsys.readouterr().err == "error: `--smallest`: the run fits no slice of v5e\n"
 
 
+def test_a_teacher_that_judges_what_it_scores_has_no_pass_of_its_own():
+    apart, once = (programs(QUICKSTART, f"judge.context={how}") for how in ("table9", "history"))
+    assert apart.keys() - once.keys() >= {"teacher's pass"}
+    (kept,) = {p.temporaries for name, p in once.items() if name.startswith("judging")}
+    hidden = once["train step"].args[1].hidden
+    assert kept == hidden.size * hidden.dtype.itemsize
+    assert {p.temporaries for name, p in apart.items() if name.startswith("judging")} == {0}
+
+
 def test_a_cache_and_the_lengths_of_its_rows_are_sharded_alike():
     for mesh in (("mesh.fsdp=8", "mesh.decode=2"), ("mesh.fsdp=8",)):
         for name in ("sampling", "judging: answer"):

@@ -96,7 +96,8 @@ def test_nothing_else_that_jax_says_of_it_is_printed() -> None:
 
 def test_the_programs_that_are_named_are_those_that_a_run_compiles() -> None:
     from opd_jax.agent import generate
-    from opd_jax.judge import answer
+    from opd_jax.judge import answer, reading
 
-    named = [generate.sampling_params, generate.extend, generate.generate, answer.label_scores]
+    named = [generate.sampling_params, generate.extend, generate.generate]
+    named += [answer.label_scores, reading.extend_and_tell]
     assert {function.__name__ for function in named} < compilation.PROGRAMS.keys()
