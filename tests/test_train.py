@@ -589,6 +589,21 @@ def test_whatever_ends_a_run_what_is_finished_is_saved(
         assert_ended_alike(tmp_path, trained.workdir)
 
 
+# --- One reading
+
+
+def test_a_run_whose_judge_reads_the_conversations_has_no_teachers_pass(
+    tmp_path: Path, trained: Any, command: Callable
+) -> None:
+    flags = ("--config.judge.context=history", "--config.train.updates=1")
+    done = command("train", *trained.flags, *NO_EVALUATION, *flags, f"--workdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    for what, stands in (("what is judged and scored", True), ("the teacher's pass", False)):
+        assert (what in done.stdout) == stands
+    (line,) = lines_of(tmp_path)
+    assert line["divergence"] > 0
+
+
 # --- Not finite
 
 
