@@ -521,13 +521,13 @@ def test_long_episodes_are_drawn_one_at_a_time_and_in_pieces(
     browser: Browser,
     long_episodes: list[dict[str, Any]],
     tmp_path: Path,
-    record_property: Callable[[str, object], None],
+    record_testsuite_property: Callable[[str, object], None],
 ) -> None:
     assert all(len(e["student_tokens"]["text"]) == 12_000 for e in long_episodes)
     view.view(write_episodes(tmp_path / "a.jsonl", long_episodes))
     browser.open(tmp_path / "a.html")
     drawn = "document.querySelectorAll('[data-token]').length"
-    record_property("ready_ms", int(attribute(browser, "html", "data-ready") or 0))
+    record_testsuite_property("viewer_ready_ms", int(attribute(browser, "html", "data-ready") or 0))
     assert browser.evaluate("parsed.size") == 1
     browser.wait("document.documentElement.hasAttribute('data-drawn')")
     assert browser.evaluate(drawn) == 12_000
