@@ -788,11 +788,14 @@ def _of_each_token(turn_weight: jax.Array, turn_id: jax.Array) -> jax.Array:
             f"{turn_id.shape}, got {turn_weight.shape}"
         )
     turns = turn_weight.shape[1]
-    if not isinstance(turn_id, jax.core.Tracer) and jnp.any(turn_id >= turns):
-        raise ValueError(
-            f"`turn_id`: expected turns below K = {turns} of `verdict` and `confidence`, got "
-            f"{jnp.max(turn_id)}"
-        )
+    if not isinstance(turn_id, jax.core.Tracer):
+        # On the host: in a `jit` that only captures the array, `jnp` would trace the comparison.
+        most = jax.device_get(turn_id).max(initial=NO_TURN)
+        if most >= turns:
+            raise ValueError(
+                f"`turn_id`: expected turns below K = {turns} of `verdict` and `confidence`, got "
+                f"{most}"
+            )
     turn_weight = jax.lax.stop_gradient(turn_weight).astype(jnp.float32)
     at = jnp.maximum(turn_id, 0)
     return jnp.take_along_axis(turn_weight, at, axis=1, mode="fill", fill_value=0)

@@ -551,6 +551,18 @@ def test_neutral_factors_are_bit_for_bit_plain_opd(normalize: str, scope: str) -
     assert got == jnp.sum(jnp.where(turn_id == NO_TURN, 0.0, divergence)) / plain.sum()
 
 
+def test_turns_that_a_compiled_function_captures_are_checked_as_others_are() -> None:
+    turn_id, verdict, confidence = random_turns(4)
+    held = jnp.array(turn_id)
+    captured = jax.jit(lambda confidence: sage_weights(held, verdict, confidence))
+    want = sage_weights(turn_id, verdict, confidence)
+    for got, expected in zip(captured(confidence), want, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+    few = jax.jit(lambda confidence: sage_weights(held, verdict[:, :1], confidence))
+    with pytest.raises(ValueError, match="expected turns below K = 1"):
+        few(confidence[:, :1])
+
+
 @pytest.mark.parametrize("scope", ["batch", "trajectory"])
 @pytest.mark.parametrize("normalize", ["all_tokens", "active_tokens", "none"])
 def test_all_turns_skipped_gives_zero(normalize: str, scope: str) -> None:
