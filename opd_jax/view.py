@@ -1,13 +1,12 @@
 """Shows episodes: one HTML file that any browser opens, without a network.
 
-    python -m opd_jax.view FILE|WORKDIR [--out=FILE.html]
-
-FILE has an episode a line (JSON). Of a WORKDIR, all of `episodes/*.jsonl` are shown. The page lies
-beside FILE, or is WORKDIR/episodes.html, unless --out says otherwise. It has at most 20 MB: where
-more would be needed, top fives are left out first, then episodes of the earliest updates.
-
     python -m opd_jax.view runs/quickstart
-    python -m opd_jax.view runs/quickstart/episodes/train.jsonl --out=train.html
+    python -m opd_jax.view runs/quickstart/episodes/update-000020.jsonl --out=episodes.html
+
+It is given an episode file (docs/episodes.md), or a workdir, of which all in `episodes/` are shown.
+The page lies beside the file, or is WORKDIR/episodes.html, unless --out says otherwise. It has at
+most 20 MB: where that is too little, top fives are left out first, then episodes of the earliest
+updates, and it says so.
 """
 
 import argparse

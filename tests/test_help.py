@@ -48,7 +48,7 @@ def test_the_help_of_a_command_fits_a_screen_and_has_examples(name: str, help_of
     lines = help_of(name).splitlines()
     assert len(lines) <= 40
     assert max(map(len, lines)) <= 100
-    examples = [line for line in lines if line.startswith(f"    python -m opd_jax.{name} --")]
+    examples = [line for line in lines if line.startswith(f"    python -m opd_jax.{name} ")]
     assert len(examples) >= 2
     for example in examples:
         words = shlex.split(example)[3:]

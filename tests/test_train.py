@@ -28,6 +28,7 @@ from opd_jax.learner.train_state import abstract_state
 from opd_jax.report import keys
 from opd_jax.report.episodes import read_episodes
 from opd_jax.runtime.checkpoint import Checkpoints
+from opd_jax.view import view
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -187,6 +188,12 @@ def test_the_episodes_of_a_batch_say_what_the_update_reports(trained: Any) -> No
                     assert turn["verdict"] == max(turn["judge"], key=turn["judge"].get)
                 i = {"SKIP": 0.0, "WEAK": 0.5, "STRONG": 1.0, "DET_FAIL": 1.0}[turn["verdict"]]
                 assert turn["intervention"] == i
+
+
+def test_the_viewer_takes_what_a_run_wrote(trained: Any, tmp_path: Path) -> None:
+    files = (trained.workdir / "episodes").iterdir()
+    count = sum(len(read_episodes(file)) for file in files)
+    assert view(trained.workdir, tmp_path / "a.html").startswith(f"{count} episodes written")
 
 
 def test_the_page_on_episodes_has_every_key_that_is_written(trained: Any) -> None:

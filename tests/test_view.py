@@ -95,15 +95,6 @@ def test_of_a_workdir_it_shows_all_files(in_process: Callable, tmp_path: Path) -
     assert (tmp_path / "episodes.html").is_file()
 
 
-def test_help_fits_a_screen(capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as ended:
-        view.main(["--help"])
-    said = capsys.readouterr().out
-    assert ended.value.code == 0
-    assert "python -m opd_jax.view runs/quickstart" in said
-    assert len(said.splitlines()) < 30
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [
