@@ -52,7 +52,7 @@ ENV = dict(
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of one run, or of a comparison."""
     splits = ("valid_seen", "valid_unseen")
-    return paper_config(
+    config = paper_config(
         arg,
         env=ENV,
         splits=splits,
@@ -61,3 +61,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
         local_env=ENV | dict(max_turns=3),
         local_splits=splits,
     )
+    config.eval.dev = "valid_train"
+    return config

@@ -91,7 +91,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.train.length_multiple = 128
     config.train.response_multiple = 256
     config.eval.who = ("expert", "random")
-    config.checkpoint = dict(every=250, keep=2)
+    config.checkpoint = dict(every=250, keep=2, best="")
     if args.runlocal:
         config.env.update(ConfigDict(dict(size="small", max_turns=10)))
         config.rollout.context_tokens = 384

@@ -155,6 +155,6 @@ def _shrink(config: ConfigDict, env: dict[str, Any], splits: tuple[str, ...]) ->
     config.train.response_multiple = 72
     config.eval.who = ("before",)
     config.eval.splits = splits
-    config.eval.tasks = 2
+    config.eval.tasks = config.eval.dev_tasks = 2
     config.eval.batch = 2
     config.checkpoint.every = 2

@@ -179,10 +179,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
         temperature=0.4,  # sampling temperature of models
         seed=0,  # seed of their sampling
         judge=False,  # also measure the judge on the turns that a model plays
+        every=0,  # updates between evaluations while training; 0: none
+        dev="dev",  # the split of their tasks, which no table reports
+        dev_tasks=50,  # most tasks of it
     )
     config.checkpoint = dict(
         every=20,  # updates between checkpoints
         keep=2,  # how many of the newest checkpoints stay
+        best="",  # and that of the best success, score, turns, repeated or failed on dev; "": none
     )
     config.episodes = dict(
         every=20,  # updates between files of episodes to look at, in episodes/; 0: none
@@ -217,7 +221,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.env.max_turns = 10
         config.rollout.context_tokens = 384
         config.train.updates = 4
-        config.eval.tasks = 8
+        config.eval.tasks = config.eval.dev_tasks = 8
         config.eval.batch = 8
         config.judge.batch = 32
         config.checkpoint.every = 2

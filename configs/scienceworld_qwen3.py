@@ -46,7 +46,7 @@ ENV = dict(
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of one run, or of a comparison."""
-    return paper_config(
+    config = paper_config(
         arg,
         env=ENV,
         splits=("panel",),
@@ -55,3 +55,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
         local_env=ENV | dict(max_turns=3),
         local_splits=("panel",),
     )
+    config.eval.dev = "dev_panel"
+    return config

@@ -34,7 +34,7 @@ from opd_jax.config import build, check_same_run, parse_command_line
 from opd_jax.config.models import LoadedModel, load_student, load_teacher
 from opd_jax.config.records import Keep, make_keep
 from opd_jax.config.references import MODELS, find_step, named_sizes
-from opd_jax.config.settings import Settings, binds_an_evaluation, read_settings
+from opd_jax.config.settings import EVALUATED, Settings, binds_an_evaluation, read_settings
 from opd_jax.config.workdir import (
     check_checkpoint,
     check_may_hold_a_run,
@@ -48,12 +48,14 @@ from opd_jax.experience.tasks import Panel, describe
 from opd_jax.judge import agreement
 from opd_jax.judge.labels import NO_LABEL, Judgement, env_labels
 from opd_jax.judge.verdicts import check_some_fit, judge_turns
+from opd_jax.learner.train_state import TrainState
 from opd_jax.model import Params
 from opd_jax.report.figures import macro_average, summarize
+from opd_jax.report.log import UpdateLog
 from opd_jax.report.tables import judge_table, results_table
 from opd_jax.report.writers import read_summary, write_summary
 from opd_jax.runtime import processes, progress
-from opd_jax.runtime.checkpoint import Checkpoints
+from opd_jax.runtime.checkpoint import BEST, Checkpoints, saved_steps
 from opd_jax.runtime.exits import reported
 from opd_jax.runtime.fields import check_within
 from opd_jax.runtime.lease import held
@@ -332,7 +334,9 @@ def evaluate_others(
     """
     # One process reads for all: on another, the file could vanish meanwhile.
     stored = read_summary(workdir / "summary.json") if processes.is_first() else {}
-    results = processes.first(stored.get("eval", {}))
+    known_ones = (*EVALUATED, "after")  # and none of `dev`, nor of other checkpoints
+    found = processes.first(stored.get("eval", {}))
+    results = {who: figures for who, figures in found.items() if who in known_ones}
     for who in settings.eval.who:
         known = results.get(who)
         if is_evaluated(known, settings, panels=panels, update=0):
@@ -383,6 +387,81 @@ def evaluate_trained(
         after_split=partial(_write, workdir, "after"),
         between=between,
     )
+
+
+class Dev:
+    """The student's figures on `eval.dev` while it trains, and the checkpoint that is best by them.
+
+    They are in the log, so a resumed run knows those of earlier starts. Training reads none.
+
+    Args:
+      student: sizes, tokenizer and chat format; its own parameters only below adapters.
+      log: gets the figures.
+      checkpoints: keep what is best by `checkpoint.best`.
+      between: as in `evaluate_model`.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        student: LoadedModel,
+        *,
+        panels: Panels,
+        workdir: Path,
+        log: UpdateLog,
+        checkpoints: Checkpoints,
+        between: Callable[[], None],
+    ):
+        how, self._best_by = settings.eval, settings.checkpoint.best
+        self._every, self._split, self._panels = how.every, how.dev, panels
+        how = dataclasses.replace(how, splits=(how.dev,), dev="", tasks=how.dev_tasks, judge=False)
+        self._settings = dataclasses.replace(settings, eval=how)
+        self._student, self._workdir, self._between = student, workdir, between
+        self._log, self._checkpoints = log, checkpoints
+        kept = processes.first(saved_steps(checkpoints.directory))
+        # An earlier start may have played other tasks, or kept no best.
+        self._known = {
+            update: figures
+            for update, figures in (log.evaluated() if self._every else {}).items()
+            if update in kept and self._holds(update, figures)
+        }
+        self._choose()
+
+    def __call__(self, update: int, state: TrainState) -> bool:
+        """Evaluates after every `eval.every` updates; whether this one is now the best."""
+        if not self._every or not update or update % self._every:
+            return False
+        if update not in self._known:
+            figures = evaluate_model(
+                self._settings,
+                self._student,
+                build.make_sampling_params(state.params, self._student, self._settings),
+                panels=self._panels,
+                update=update,
+                judging=None,
+                between=self._between,
+            )[self._split]
+            self._known[update] = figures
+            self._log.write_evaluation(update, figures)
+            _write(self._workdir, "dev", {self._split: figures})
+        return self._choose() == update
+
+    def _holds(self, update: int, figures: Mapping[str, Any]) -> bool:
+        found, panels = {self._split: figures}, self._panels
+        return is_evaluated(found, self._settings, panels=panels, update=update)
+
+    def _choose(self) -> int | None:
+        """Keeps the best checkpoint, the first of equal ones, and names it in the summary."""
+        by = self._best_by
+        if not by or not self._known:
+            return None
+        sign = 1 if BEST[by] else -1
+        best = max(self._known, key=lambda update: (sign * self._known[update][by], -update))
+        if self._checkpoints.best != best:
+            self._checkpoints.best = best
+            named = {"step": best, "figure": by, "value": self._known[best][by]}
+            write_summary(self._workdir / "summary.json", {"best": named})
+        return best
 
 
 def _write(workdir: Path, who: str, figures: Figures) -> None:

@@ -7,7 +7,6 @@ A run that finds a checkpoint in its workdir resumes; it ends as if it was never
 bit. SIGTERM and Ctrl-C save what is finished. `--profile=FROM:TO` traces updates (DIR/profile).
 """
 
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -22,7 +21,7 @@ from opd_jax.config import build, parse_command_line, records
 from opd_jax.config.models import load_student, load_teacher
 from opd_jax.config.settings import Settings, read_settings
 from opd_jax.config.workdir import check_run, store_run
-from opd_jax.evaluate import evaluate_others, evaluate_trained
+from opd_jax.evaluate import Dev, evaluate_others, evaluate_trained
 from opd_jax.experience.source import Source
 from opd_jax.judge.verdicts import Labeller
 from opd_jax.learner.train_state import TrainState, is_whole, restore_or_init
@@ -46,14 +45,17 @@ def train(
     step: build.Update,
     log: UpdateLog,
     checkpoints: Checkpoints,
+    measure: Callable[[int, TrainState], bool],
     between: Callable[[], None],
 ) -> TrainState:
     """The algorithm: every update from the state's own number up to `train.updates`.
 
-    `between` is called between updates. Whatever ends them, what is finished is saved first.
+    Between updates, `between` is called, and `measure` evaluates the student where that is due and
+    says whether it is the best so far. Whatever ends them, what is finished is saved first.
     """
     done, saved, cursor = int(state.step), int(state.step), source.cursor
     try:
+        measure(done, state)  # where an earlier start was stopped before it could
         while done < settings.train.updates:
             between()
             with log.watch(done + 1) as clock:
@@ -70,12 +72,11 @@ def train(
                 after, raw = step(state, batch, judged.hidden)
             log.write(done + 1, raw, played.metrics | judged.metrics, clock)
             state, done, cursor = after, done + 1, source.cursor
-            if done % settings.checkpoint.every == 0 or done == settings.train.updates:
+            if measure(done, state) or settings.is_saved(done):
                 checkpoints.save(done, state, {"cursor": cursor})
                 saved = done
     except BaseException as error:
-        savable = done > saved and is_whole(state) and not processes.is_lost(error)
-        if savable and processes.are_all_here():
+        if done > saved and is_whole(state) and processes.can_save(error):
             checkpoints.save(done, state, {"cursor": cursor})
             checkpoints.wait()
             processes.say(f"update {done} is saved in {checkpoints.directory.parent}")
@@ -104,9 +105,7 @@ def _run(
         processes.say(f"resuming after update {done} of {settings.train.updates}")
     else:
         untrained = state.params
-    if not settings.lora.rank:  # the state has parameters of its own
-        student = dataclasses.replace(student, params={})
-
+    student = build.only_frozen(student, settings)  # the state has what is trained
     how: dict[str, Any] = dict(panels=panels, workdir=workdir, between=stop.check)
     results = evaluate_others(settings, student, untrained, teacher, **how)
     del untrained
@@ -123,6 +122,7 @@ def _run(
             step=build.make_update(settings, student, teacher, state),
             log=log,
             checkpoints=checkpoints,
+            measure=Dev(settings, student, log=log, checkpoints=checkpoints, **how),
             between=stop.check,
         )
     how |= dict(update=int(state.step), known=results.get("after"))

@@ -591,7 +591,7 @@ def test_an_evaluation_in_the_workdir_of_a_running_run_is_refused(
         (["--policy=teacher", "--step=3"], ["`--step`", "student"]),
         (["--policy=teacher", "--config.teacher="], ["`teacher` is empty"]),
         (["--untrained", "--step=3"], ["`--untrained`", "`--step`"]),
-        (["--config.eval.splits=train,dev"], ["`eval.splits`", "valid_unseen", "'dev'"]),
+        (["--config.eval.splits=train,test"], ["`eval.splits`", "valid_unseen", "'test'"]),
         (["--config.eval.task=3"], ["`eval.task`", "`eval.tasks`"]),
         (["--config.eval.tasks=0"], ["`eval.tasks`", "at least 1"]),
         (["--config.student=no/where"], ["`no/where`"]),

@@ -18,16 +18,17 @@ import numpy as np
 import pytest
 from settings import one_device
 
-from opd_jax import train
+from opd_jax import evaluate, train
 from opd_jax.config import build, differences, load, read_stored
 from opd_jax.config.models import load_model, load_student
-from opd_jax.config.references import EMBEDDED
+from opd_jax.config.references import EMBEDDED, find_step
 from opd_jax.config.settings import read_settings
 from opd_jax.envs.make import make_env
 from opd_jax.learner.train_state import abstract_state
 from opd_jax.report import keys
 from opd_jax.report.episodes import read_episodes
 from opd_jax.runtime.checkpoint import Checkpoints
+from opd_jax.runtime.exits import Stopped
 from opd_jax.view import view
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -472,6 +473,69 @@ def test_sigterm_ends_an_evaluation_and_it_goes_on_later(
     assert done.returncode == 0, done.stderr
     assert json.loads((copy / "summary.json").read_text()) == summary
     assert table(done.stdout) == table(trained.stdout)
+
+
+# --- Evaluated while it trains
+
+DEV = ("--config.eval.every=1", "--config.eval.dev_tasks=4", "--config.checkpoint.keep=1")
+
+
+def dev_figures(workdir: Path) -> dict[int, dict[str, Any]]:
+    return {
+        line["step"]: {name: value for name, value in line.items() if name != "step"}
+        for line in lines_of(workdir)
+        if "eval/dev/success" in line
+    }
+
+
+def test_a_run_that_is_evaluated_while_it_trains_ends_alike_interrupted_or_not(
+    small: tuple[str, ...], in_process: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, plain, best_by = tmp_path / "whole", tmp_path / "plain", "failed"
+    words = ("--config=quickstart:runlocal", *small, *NO_EVALUATION)
+    in_process(train.main, *words, f"--workdir={plain}")
+    words = (*words, *DEV, f"--config.checkpoint.best={best_by}")
+    printed = in_process(train.main, *words, f"--workdir={whole}")
+    # Training does not notice.
+    updates = [line for line in lines_of(whole) if "loss" in line]
+    assert [line["loss"] for line in updates] == [line["loss"] for line in lines_of(plain)]
+    assert saved(whole) == saved(plain)
+    # What is measured is in the log, and no table reports it.
+    figures = dev_figures(whole)
+    assert list(figures) == list(range(1, UPDATES + 1))
+    summary = json.loads((whole / "summary.json").read_text())
+    last = {name.removeprefix("eval/dev/"): value for name, value in figures[UPDATES].items()}
+    assert summary["eval"]["dev"] == {"dev": last}
+    assert "dev" in json.loads((whole / "tasks.json").read_text())
+    assert not any("dev" in line for line in table(printed))
+    # The best is kept besides the newest.
+    shares = {step: one[f"eval/dev/{best_by}"] for step, one in figures.items()}
+    best = min(shares, key=lambda step: (shares[step], step))
+    assert summary["best"] == {"step": best, "figure": best_by, "value": shares[best]}
+    assert steps_of(whole) == sorted({best, UPDATES})
+    assert find_step(whole, "best", name="--step") == best
+    # Continued from there, and stopped once in the middle of an evaluation.
+    again = Path(shutil.copytree(whole, tmp_path / "again"))
+    for step in steps_of(again)[1:]:
+        shutil.rmtree(again / "checkpoints" / str(step))
+    plays, measure = [], evaluate.evaluate_model
+
+    def stopped(*given: Any, **named: Any) -> Any:
+        plays.append(named["update"])
+        if len(plays) == 1:
+            raise Stopped
+        return measure(*given, **named)
+
+    monkeypatch.setattr(evaluate, "evaluate_model", stopped)
+    config = load("quickstart:runlocal", words[1:])
+    (again / "summary.json").unlink()
+    with pytest.raises(Stopped):
+        train.run(config, again)
+    train.run(config, again)
+    assert plays[:2] == [best + 1, best + 1] or best == UPDATES
+    assert_ended_alike(again, whole)
+    assert json.loads((again / "summary.json").read_text())["best"] == summary["best"]
+    assert steps_of(again) == steps_of(whole)
 
 
 # --- Building the pair

@@ -92,6 +92,11 @@ def initial_params(student: LoadedModel, settings: Settings, mesh: jax.sharding.
     return init(jax.random.fold_in(jax.random.key(settings.seed), 2**32 - 1))
 
 
+def only_frozen(student: LoadedModel, settings: Settings) -> LoadedModel:
+    """The student without parameters that are trained: with adapters its own stay, else none."""
+    return student if adapters(settings) else dataclasses.replace(student, params={})
+
+
 def make_sampling_params(trained: Params, student: LoadedModel, settings: Settings) -> Params:
     """The student's parameters for sampling, made from what is trained."""
     lora = adapters(settings)
@@ -246,9 +251,11 @@ def make_labeller(
 
 def panels(settings: Settings) -> dict[str, Panel]:
     """The tasks of the training split, or the file's episodes, and of every evaluated split."""
-    wanted = tuple((split, "eval.splits") for split in settings.eval.splits)
+    wanted = [(split, "eval.splits") for split in settings.eval.splits]
+    if settings.eval.every:
+        wanted.append((settings.eval.dev, "eval.dev"))
     if settings.data.file:
-        return dict(_panels(settings.env, wanted, _optional(settings), settings.data.source))
+        return dict(_panels(settings.env, tuple(wanted), _optional(settings), settings.data.source))
     optional = _optional(settings) - {settings.data.split}
     return dict(_panels(settings.env, ((settings.data.split, "data.split"), *wanted), optional))
 

@@ -57,6 +57,9 @@ class EvalSettings:
       temperature: sampling temperature of models.
       seed: seed of the models' sampling.
       judge: also measure the judge on the turns that a model plays.
+      every: updates between evaluations while training; 0 for none.
+      dev: the split of their tasks.
+      dev_tasks: at most this many.
     """
 
     who: tuple[str, ...] = field(metadata=affects(FIGURES))
@@ -66,14 +69,17 @@ class EvalSettings:
     temperature: float = field(metadata=affects(FIGURES))
     seed: int = field(metadata=affects(FIGURES))
     judge: bool = field(metadata=affects(FIGURES))
+    every: int = field(metadata=affects(FIGURES))
+    dev: str = field(metadata=affects(FIGURES))
+    dev_tasks: int = field(metadata=affects(FIGURES))
 
     def __post_init__(self):
         for who in self.who:
             check_choice(EVALUATED, who=who)
         if not self.splits:
             raise ValueError("`splits`: expected at least one split, got none")
-        check_within(1, tasks=self.tasks, batch=self.batch)
-        check_within(0, temperature=self.temperature)
+        check_within(1, tasks=self.tasks, batch=self.batch, dev_tasks=self.dev_tasks)
+        check_within(0, temperature=self.temperature, every=self.every)
         check_within(*SEEDS, seed=self.seed)
 
 
@@ -157,6 +163,7 @@ class Settings:
         _check_source(self)
         _check_judge(self)
         _check_teacher(self)
+        _check_dev(self)
 
     @property
     def judges_what_it_scores(self) -> bool:
@@ -164,6 +171,10 @@ class Settings:
         judges = self.objective.intervention and not self.shows_players
         # With "history" there is no `rollout.history_turns`.
         return judges and self.judge.by == "teacher" and self.judge.context == "history"
+
+    def is_saved(self, update: int) -> bool:
+        """Whether a checkpoint follows an update, whatever its figures."""
+        return update % self.checkpoint.every == 0 or update == self.train.updates
 
     @property
     def shows_players(self) -> bool:
@@ -549,3 +560,17 @@ def _check_teacher(s: Settings) -> None:
             raise ValueError(f"{need}, but `student` = 'new' has none")
         if is_needed and not s.teacher:
             raise ValueError(f"{need}, but `teacher` is empty")
+
+
+def _check_dev(s: Settings) -> None:
+    """What is evaluated while training is neither trained on nor reported."""
+    if s.checkpoint.best and not s.eval.every:
+        raise ValueError(
+            f"`checkpoint.best` = {s.checkpoint.best!r} is a figure of evaluations while training: "
+            "set `eval.every` too"
+        )
+    if s.eval.every and s.eval.dev in (s.data.split, *s.eval.splits):
+        raise ValueError(
+            f"`eval.dev` = {s.eval.dev!r} chooses a checkpoint, so it is not a split that "
+            "`data.split` trains on or `eval.splits` reports: name another"
+        )

@@ -81,6 +81,12 @@ KEYS = (
         "share of turns of this label with this verdict",
         "chance: 1/3",
     ),
+    Key(
+        "eval/dev/*",
+        "on tasks of their own, every `eval.every` updates: figures as in `summary.json`, in a "
+        "line of their own",
+        "success rises",
+    ),
     Key("batch/{success,score,turns}", "means over the batch's episodes", "success rises"),
     Key(
         "batch/{repeated,failed}",

@@ -20,6 +20,8 @@ from opd_jax.report.writers import EventWriter, JsonlWriter, read_lines
 from opd_jax.runtime import processes, startup
 from opd_jax.runtime.profile import Profile
 
+_DEV = "eval/dev/"
+
 
 @dataclass
 class _SoFar:
@@ -36,7 +38,9 @@ class _SoFar:
     wall_s: float = 0.0
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Adds an update's line."""
+        """Adds a line; that of an evaluation counts nothing."""
+        if "loss" not in line:
+            return
         self.steps += not line.get("no_step")
         self.tokens += int(line.get("tokens/student", 0))
 
@@ -125,6 +129,25 @@ class UpdateLog:
             write_episodes(update_file(self._workdir / FOLDER, update), episodes)
         check_finite(raw, update=update, checkpoints=(self._workdir / "checkpoints").resolve())
         processes.say(describe(metrics, update=update, updates=self._updates))
+
+    def evaluated(self) -> dict[int, dict[str, Any]]:
+        """The figures on dev so far, by update; of earlier starts too. All processes call it."""
+        found: dict[int, dict[str, Any]] = {}
+        if processes.is_first():
+            for line in read_lines(self._workdir / "metrics.jsonl"):
+                own = {k.removeprefix(_DEV): v for k, v in line.items() if k.startswith(_DEV)}
+                if own:
+                    found[own["update"]] = own
+        return processes.first(found)
+
+    def write_evaluation(self, update: int, figures: Mapping[str, Any]) -> None:
+        """Writes the figures on dev of the student after `update`, as a line of their own."""
+        for writer in self._writers:
+            writer.write(update, {_DEV + name: value for name, value in figures.items()})
+        number = f"{update:>{len(str(self._updates))}}/{self._updates}"
+        low, high = figures["ci95"]
+        share = f"{figures['success']:.1%} ({low:.1%} to {high:.1%})"
+        processes.say(f"{number}  dev: success {share}, {figures['turns']:.1f} turns")
 
     def _of_start(self) -> dict[str, float]:
         """Seconds to what came first; nothing after the first line of a start."""

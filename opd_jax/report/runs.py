@@ -84,8 +84,8 @@ class Group:
         found = np.full((len(self.runs), len(self.updates)), np.nan)
         for row, run in enumerate(self.runs):
             for line in run.lines:
-                value = line.get(key)
-                found[row, line["step"] - 1] = np.nan if value is None else value
+                if (value := line.get(key)) is not None:
+                    found[row, line["step"] - 1] = value
         return found
 
     def by_turn(self, key: str) -> np.ndarray:

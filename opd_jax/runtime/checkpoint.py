@@ -12,7 +12,7 @@ import logging
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,14 @@ import jax
 
 from opd_jax.runtime import processes, progress
 from opd_jax.runtime.exits import DISK, WorldFailed, explain, reading
-from opd_jax.runtime.fields import WORLD, affects, check_within
+from opd_jax.runtime.fields import WORLD, affects, check_choice, check_within
 
 # An error of the storage layer can be pages long; its beginning names the file and the defect.
 _MAX_CAUSE_CHARS = 300
+
+
+# Figures by which a checkpoint may be the best, and whether more is better.
+BEST = {"success": True, "score": True, "turns": False, "repeated": False, "failed": False}
 
 
 @dataclass(frozen=True)
@@ -34,13 +38,16 @@ class CheckpointSettings:
     Attributes:
       every: updates between two checkpoints.
       keep: number of checkpoints to keep, the newest.
+      best: a figure; the checkpoint that has the best one is kept too. "" for none.
     """
 
     every: int = field(metadata=affects(WORLD))
     keep: int = field(metadata=affects(WORLD))
+    best: str = field(metadata=affects(WORLD))
 
     def __post_init__(self):
         check_within(1, every=self.every, keep=self.keep)
+        check_choice(("", *BEST), best=self.best)
 
 
 def saved_steps(directory: Path) -> list[int]:
@@ -73,11 +80,15 @@ class Checkpoints:
       directory: their directory, which the first save creates. All processes must see the same
         one.
       keep: the number of checkpoints to keep, at least 1. An older one is deleted once a newer one
-        is complete.
+        is complete, unless it is `best`.
+
+    Attributes:
+      best: the step of a checkpoint that is kept besides the newest; None: there is none.
     """
 
     def __init__(self, directory: str | Path, *, keep: int):
         self.directory = Path(directory).resolve()
+        self.best: int | None = None
         self._keep = keep
         self._opened: tuple[Any, Any] | None = None
         self._has_saved = False
@@ -205,7 +216,7 @@ class Checkpoints:
 
             _quieten_orbax()
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=self._keep, enable_async_checkpointing=True
+                preservation_policy=self, enable_async_checkpointing=True
             )
             handlers = {
                 # Writes the format of the standard handler, but can restore a part of a tree.
@@ -215,6 +226,11 @@ class Checkpoints:
             manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
             self._opened = (manager, ocp)
         return self._opened
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Which of the checkpoints, ascending, stay: orbax's `PreservationPolicy`."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        return [step in (*steps[-self._keep :], self.best) for step in steps]
 
     def _remove_leftovers(self) -> None:
         """Removes what killed saves left. Only who saves does, so it is nobody's save under way."""

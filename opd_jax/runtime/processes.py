@@ -267,6 +267,11 @@ def are_all_here() -> bool:
     return True
 
 
+def can_save(error: BaseException) -> bool:
+    """Whether all processes are here to save after an error, which may be that of one alone."""
+    return not is_lost(error) and are_all_here()
+
+
 def is_first() -> bool:
     """Whether this is process 0, the one that writes and prints."""
     return jax.process_index() == 0

@@ -129,6 +129,10 @@ def test_whole_numbers_serve_as_floats_and_lists_as_tuples() -> None:
         ("rollout.depth_every=0", "`rollout.depth_every`: expected at least 1, got 0"),
         ("eval.who=before,judge", "`eval.who`: expected one of before, .* got 'judge'"),
         ("eval.splits=", "`eval.splits`: expected at least one split"),
+        ("eval.every=-1", "`eval.every`: expected at least 0, got -1"),
+        ("eval.dev_tasks=0", "`eval.dev_tasks`: expected at least 1, got 0"),
+        ("checkpoint.best=loss", "`checkpoint.best`: expected one of , success, .* got 'loss'"),
+        ("checkpoint.best=success", "`checkpoint.best` = 'success' .* set `eval.every` too"),
         ("eval.seed=-1", r"`eval.seed`: expected 0\.\.2147483647, got -1"),
         ("compare.seeds=0,-1", r"`compare.seeds`: expected 0\.\.2147483647, got -1"),
         ("env.start_timeout_s=-1", r"`env.start_timeout_s`: expected seconds above 0, got -1"),
@@ -202,6 +206,9 @@ def test_a_worker_lives_as_long_as_it_may_ask_the_retrieval_server() -> None:
 
 
 def test_a_teacher_is_needed_only_where_it_is_used() -> None:
+    for split in ("train", "valid_seen"):
+        with pytest.raises(ValueError, match=rf"`eval\.dev` = '{split}' chooses a checkpoint"):
+            read("quickstart", "eval.every=1", f"eval.dev={split}")
     tuning = ("data.source=expert", "teacher=", "eval.who=expert")
     read("quickstart:method=sft", *tuning)
     with pytest.raises(ValueError, match=r"`eval.judge` needs a teacher, but `teacher` is empty"):

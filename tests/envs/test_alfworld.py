@@ -115,6 +115,14 @@ def test_alfworlds_own_evaluation_panels_are_complete_or_refused(split, size, tm
         panel(data_folder(str(tmp_path / "part")), split)
 
 
+def test_no_game_of_dev_is_trained_on(tmp_path):
+    for name in ("train/a/trial_0", "valid_train/a/trial_0", "valid_train/a/trial_1"):
+        put_game(tmp_path, name)
+    assert [game.id for game in panel(tmp_path, "valid_train")] == [
+        "alfworld/valid_train/a/trial_1"
+    ]
+
+
 def test_generated_games_say_so(tmp_path):
     put_game(tmp_path, "valid_seen/task/trial", generated={"seed": 0})
     (game,) = panel(tmp_path, "valid_seen")
@@ -257,7 +265,9 @@ def test_rooms_are_balanced_make_sense_and_those_of_valid_unseen_are_never_train
         for room in drawn:
             check_room(room, constants.VAL_RECEPTACLE_OBJECTS)
         scenes[split] = {room.scene.number for room in drawn}
-    assert scenes["train"] | scenes["valid_seen"] <= set(constants.TRAIN_SCENE_NUMBERS)
+    assert scenes["train"] | scenes["valid_seen"] | scenes["valid_train"] <= set(
+        constants.TRAIN_SCENE_NUMBERS
+    )
     assert scenes["valid_unseen"] <= set(constants.TEST_SCENE_NUMBERS)
     assert not set(constants.TRAIN_SCENE_NUMBERS) & set(constants.TEST_SCENE_NUMBERS)
     assert len(scenes["train"]) > 20
@@ -479,7 +489,7 @@ def test_episodes_end_at_the_turn_limit(folder):
 
 def test_wrong_arguments_are_named(folder, tmp_path):
     env = make_env(folder)
-    assert [env.size(split) for split in SPLITS] == [GAMES] * 3
+    assert [env.size(split) for split in SPLITS] == [GAMES] * len(SPLITS)
     assert env.digest("train") == alfworld_panel.digest(env.games("train"))
     for index in (-1, GAMES):
         with pytest.raises(ValueError, match=f"`index` must be from 0 to {GAMES - 1}"):

@@ -24,6 +24,7 @@ from opd_jax.envs.turns import before_invented_turn
 SPLITS = tuple(tables.SPLIT_SIZES)
 # SHA-256 of fixed playthroughs. If it changes, all tasks have changed: raise `VERSION`.
 PLAYTHROUGH = "848483effc8ef38a81afaaa3252e8710dca591260d037b356a781b86b0993468"
+DEV_PLAYTHROUGH = "a16bfb2b350f9979fef448b4af306c6acef5f742d89f6edd8a729b4c656a68bc"
 HABITS = ("skip_step", "list_order", "ignore_closed", "idle", "forget")
 
 
@@ -57,13 +58,13 @@ def careless(seed, **habits):
     return lambda task, first: Careless(task, first, rng=random.Random(seed), **habits)
 
 
-def playthrough_digest():
+def playthrough_digest(*splits):
     """SHA-256 over the texts of an expert's, a careless and a random player's episodes."""
     digest = hashlib.sha256()
     habits = dict.fromkeys(HABITS, 0.4)
     for size in tables.SIZES:
         env = make_env(size=size, show_admissible=5)
-        for split in SPLITS:
+        for split in splits:
             for index in range(6):
                 last = env.size(split) - 1 - index
                 for number, make in (
@@ -109,10 +110,21 @@ def test_unseen_scenes_differ_from_all_training_scenes(room, size):
 
 def test_splits_use_their_own_scenes():
     drawn = {split: {scenes.task(split, i, "small").scene for i in range(300)} for split in SPLITS}
-    assert max(drawn["train"] | drawn["valid_seen"]) <= tables.TRAIN_SCENES
+    assert max(drawn["train"] | drawn["valid_seen"] | drawn["dev"]) <= tables.TRAIN_SCENES
     assert min(drawn["valid_unseen"]) > tables.TRAIN_SCENES
     assert len(drawn["train"]) > 80
     assert len(drawn["valid_unseen"]) == tables.UNSEEN_SCENES
+
+
+@pytest.mark.parametrize("size", tables.SIZES)
+def test_no_task_of_dev_is_trained_on_or_reported(size):
+    def drawn(split, count):
+        specs = (scenes.task(split, index, size) for index in range(count))
+        return {dataclasses.replace(spec, id="") for spec in specs}
+
+    dev = drawn("dev", 200)
+    assert len(dev) == 200
+    assert not dev & (drawn("valid_seen", 400) | drawn("valid_unseen", 400) | drawn("train", 3000))
 
 
 def test_a_digest_names_version_size_and_split(monkeypatch):
@@ -166,8 +178,10 @@ def test_the_object_table_is_ordered_and_every_word_has_one_role():
 
 
 def test_playthroughs_are_pinned_and_independent_of_hash_order():
-    assert playthrough_digest() == PLAYTHROUGH
-    code = "import test_household as t; print(t.playthrough_digest())"
+    splits = SPLITS[:3]
+    assert playthrough_digest("dev") == DEV_PLAYTHROUGH
+    assert playthrough_digest(*splits) == PLAYTHROUGH
+    code = f"import test_household as t; print(t.playthrough_digest(*{splits}))"
     assert run_python(code, PYTHONHASHSEED="12345") == PLAYTHROUGH
 
 

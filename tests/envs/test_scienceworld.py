@@ -40,6 +40,7 @@ DIGESTS = {
     "dev": "749bb1f4e7434695cde0dda78fd9b55bf007a8aa42998da66ee22e459cc87800",
     "test": "930c9c7714a47446c47a6c413e029f5a2e4fb63c9b69ef79f21b0a0996a6c042",
     "panel": "f2bd8bf56f672829e393338cde8d4b7bf39fc49559a7a8c7053875e4c47dc9db",
+    "dev_panel": "08fdc3c218765871615533f871b96851b37ed2a1b5bc217538988e1e9a2a8e4e",
 }
 
 
@@ -111,6 +112,9 @@ def test_splits_hold_every_variation_once_and_the_panel_five_of_each_type():
     assert set(Counter(kind for kind, _ in panel).values()) == {5}
     assert not set(panel) & set(parts[0])
     assert [task for task in panel if task not in parts[2]] == [("identify-life-stages-2", 5)]
+    unreported = sets.tasks("dev_panel")
+    assert set(unreported) == set(parts[1]) - set(panel)
+    assert len(unreported) == len(parts[1]) - 1
     for part in (*parts, panel):  # the first tasks are of all types
         kinds = [kind for kind, _ in part]
         assert kinds[:30] == kinds[30:60] == sorted(sets.TYPES)
@@ -216,7 +220,7 @@ def test_threads_share_the_process_that_finds_paths():
 
 
 def test_unknown_tasks_are_named(env):
-    with pytest.raises(ValueError, match="'tests': expected one of train, dev, test, panel"):
+    with pytest.raises(ValueError, match="'tests': expected one of train, dev, test, panel, dev_"):
         env.size("tests")
     with pytest.raises(ValueError, match=r"`index`: expected 0..149 in split 'panel', got 150"):
         env.reset("panel", 150)

@@ -413,6 +413,17 @@ def test_training_questions_are_those_of_nq_and_hotpotqa(published):
     assert shorter.reset("train", 9) == env.reset("train", 9) != last
 
 
+def test_dev_questions_are_those_of_nq_that_no_table_reports(published):
+    env = make_searchqa(published)
+    with pytest.raises(ValueError, match=r"no file `.*nq/dev\.jsonl`"):
+        env.size("dev")
+    question = {"id": "dev_7", "question": "Which?", "golden_answers": ["that"]}
+    (published / "nq/dev.jsonl").write_text(json.dumps(question) + "\n")
+    assert env.size("dev") == 1
+    env.reset("dev", 0)
+    assert env.task.id == "searchqa/nq/dev_7"
+
+
 def test_a_split_is_read_at_its_first_use(published):
     (published / "musique/dev.jsonl").unlink()
     env = make_searchqa(published)

@@ -99,10 +99,12 @@ def test_the_interval_of_one_seed_is_the_stored_one(tmp_path: Path) -> None:
 
 def test_evaluations_during_training_are_points_too(tmp_path: Path) -> None:
     workdir = write_run(tmp_path / "run")
-    during = line(4, 0) | {"eval/dev/success": 0.3, "eval/dev/ci95": [0.2, 0.5]}
+    during = {"step": 4, "eval/dev/success": 0.3, "eval/dev/ci95": [0.2, 0.5]}
     with (workdir / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(during) + "\n")
+        for more in (line(4, 0), during):  # an update's, and an evaluation's of its own
+            file.write(json.dumps(more) + "\n")
     (group,) = read_groups([workdir])
+    assert not np.isnan(group.curve("loss")).any()
     assert group.evaluations()["dev"] == [(4, 0.3, pytest.approx(0.2), pytest.approx(0.5))]
 
 

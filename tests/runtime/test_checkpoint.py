@@ -82,6 +82,18 @@ def restore(directory: Path, tree: Any, **options: Any) -> Any:
         checkpoints.close()
 
 
+def test_the_best_is_kept_besides_the_newest_until_another_is(directory: Path) -> None:
+    checkpoints, state = Checkpoints(directory, keep=2), {"w": jnp.zeros(3)}
+    kept = []
+    for step, best in ((1, 1), (2, 1), (3, 1), (4, 1), (5, 5), (6, 5), (7, 5), (8, 5)):
+        checkpoints.best = best
+        checkpoints.save(step, state, {})
+        checkpoints.wait()
+        kept.append(saved_steps(directory))
+    checkpoints.close()
+    assert kept == [[1], [1, 2], [1, 2, 3], [1, 3, 4], [4, 5], [5, 6], [5, 6, 7], [5, 7, 8]]
+
+
 def test_a_round_trip_is_bit_equal_and_prints_nothing(directory, capfd, caplog):
     state = train_state(3)
     meta = {"cursor": 7, "rng": {"state": 2**127 - 1}, "seen": ["a", None, 0.1], "done": False}

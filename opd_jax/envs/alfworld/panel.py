@@ -1,10 +1,10 @@
 """The games of a split, ALFWorld's own or generated ones, in a fixed order and with a digest.
 
-A data folder holds `train`, `valid_seen` and `valid_unseen`, directly or inside `json_2.1.1` as
-`alfworld-download` leaves them. Each split has a folder for each game, with `game.tw-pddl` and
-`traj_data.json`. The same games count as in ALFWorld (Shridhar et al., 2021, arXiv:2010.03768):
-those of the six task types, known to be solvable, without sliced objects and without movable
-receptacles.
+A data folder holds `train`, `valid_seen`, `valid_unseen` and, for evaluations while training,
+`valid_train`, directly or inside `json_2.1.1` as `alfworld-download` leaves them. Each split has a
+folder for each game, with `game.tw-pddl` and `traj_data.json`. The same games count as in ALFWorld
+(Shridhar et al., 2021, arXiv:2010.03768): those of the six task types, known to be solvable,
+without sliced objects and without movable receptacles.
 """
 
 import contextlib
@@ -18,7 +18,8 @@ from pathlib import Path
 
 from opd_jax.runtime.files import local_path, replace_text
 
-SPLITS = ("train", "valid_seen", "valid_unseen")
+DEV = "valid_train"  # more games in the rooms of train, which no table reports
+SPLITS = ("train", "valid_seen", "valid_unseen", DEV)
 TASK_TYPES = (
     "pick_and_place_simple",
     "look_at_obj_in_light",
@@ -161,6 +162,9 @@ def _find(folder: Path, split: str) -> list[Game]:
     added, removed, written or replaced.
     """
     paths = sorted((folder / split).rglob(GAME_FILE))
+    if split == DEV:  # whatever a download holds, none is trained on
+        train = folder / "train"
+        paths = [p for p in paths if not (train / p.relative_to(folder / split)).exists()]
     state = _sha256(str([(str(path), _state(path)) for path in paths]))
     known, games = _load(folder, split)
     if known == state:

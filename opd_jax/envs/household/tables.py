@@ -11,7 +11,7 @@ from dataclasses import dataclass
 VERSION = 1
 
 SIZES = ("small", "medium", "large")
-SPLIT_SIZES = {"train": 1_000_000, "valid_seen": 1_000, "valid_unseen": 1_000}
+SPLIT_SIZES = {"train": 1_000_000, "valid_seen": 1_000, "valid_unseen": 1_000, "dev": 1_000}
 TRAIN_SCENES = 100
 UNSEEN_SCENES = 25
 

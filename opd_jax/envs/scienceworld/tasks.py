@@ -42,7 +42,7 @@ VARIATIONS = {
     "use-thermometer": 540,
 }
 TYPES = tuple(sorted(VARIATIONS))
-SPLITS = ("train", "dev", "test", "panel")
+SPLITS = ("train", "dev", "test", "panel", "dev_panel")
 PANEL_VARIATIONS = 5
 
 
@@ -51,7 +51,7 @@ def variations(split: str, kind: str) -> tuple[int, ...]:
 
     `panel` is the paper's evaluation: five variations of each type. The paper does not say which
     five. Here they are spread evenly over the type's test variations. `identify-life-stages-2` has
-    only four of those; the last of its dev variations is the fifth.
+    only four of those; the last of its dev variations is the fifth. `dev_panel` is dev without it.
 
     Raises:
       ValueError: there is no such split.
@@ -65,6 +65,8 @@ def variations(split: str, kind: str) -> tuple[int, ...]:
     }
     if split in ranges:
         return tuple(ranges[split])
+    if split == "dev_panel":
+        return tuple(v for v in ranges["dev"] if v not in variations("panel", kind))
     if split != "panel":
         raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
     pool = ranges["test"]

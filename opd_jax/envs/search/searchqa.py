@@ -12,7 +12,7 @@ from typing import Any
 from opd_jax.envs.search.env import INVENTED, SearchEnv
 from opd_jax.envs.search.retrieval import Retriever, load_bm25
 from opd_jax.envs.search.retrieval_client import HttpRetriever
-from opd_jax.envs.search.searchqa_data import SETS, TRAIN, questions
+from opd_jax.envs.search.searchqa_data import DEV, SETS, TRAIN, questions
 from opd_jax.runtime.files import local_path
 
 
@@ -43,7 +43,7 @@ def open_retriever(
 
 
 class SearchQA(SearchEnv):
-    """The published sets as an `Env`, with the splits `train` and `searchqa_data.SETS`.
+    """The published sets as an `Env`, with the splits `train`, `dev` and `searchqa_data.SETS`.
 
     Args:
       data: folder of the question files; read when a split is first used.
@@ -62,7 +62,7 @@ class SearchQA(SearchEnv):
                 f"`data`: expected a folder with the question files of SearchQA, got {data!r}; "
                 "download FlashRAG's datasets and give their folder"
             )
-        counts = {TRAIN: train_questions, **dict.fromkeys(SETS, test_questions)}
+        counts = {TRAIN: train_questions, **dict.fromkeys([*SETS, DEV], test_questions)}
         panels = {split: partial(questions, folder, split, n) for split, n in counts.items()}
         super().__init__(panels=panels, **settings)
 

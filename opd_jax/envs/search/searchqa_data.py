@@ -24,7 +24,8 @@ SETS = {
     "musique": "musique/dev.jsonl",
     "bamboogle": "bamboogle/test.jsonl",
 }
-TRAIN = "train"
+TRAIN, DEV = "train", "dev"
+DEV_SETS = {"nq": "nq/dev.jsonl"}  # neither trained on nor evaluated
 # Search-R1's training questions.
 TRAIN_SETS = {"nq": "nq/train.jsonl", "hotpotqa": "hotpotqa/train.jsonl"}
 
@@ -66,13 +67,13 @@ def _question(row: object, name: str) -> Question:
 
 @cache  # all environments of a process share the questions
 def questions(folder: Path, split: str, count: int) -> tuple[Question, ...]:
-    """The panel of a split: at most `count` questions of one of `SETS`, or of `TRAIN_SETS` mixed.
+    """The panel of a split: at most `count` questions of `SETS`, `DEV_SETS` or `TRAIN_SETS`.
 
     The paper takes at most 500 of each set and does not say which. Here `panel` chooses.
 
     Raises:
       ValueError: as `read_questions`.
     """
-    files = TRAIN_SETS if split == TRAIN else {split: SETS[split]}
+    files = {TRAIN: TRAIN_SETS, DEV: DEV_SETS}.get(split) or {split: SETS[split]}
     found = [q for name, file in files.items() for q in read_questions(folder, name, file)]
     return panel(found, count)
