@@ -47,6 +47,7 @@ from opd_jax.experience.demonstrations import play_out
 from opd_jax.experience.tasks import Panel, describe
 from opd_jax.judge import agreement
 from opd_jax.judge.labels import NO_LABEL, Judgement, env_labels
+from opd_jax.judge.prompt import read_prompt
 from opd_jax.judge.verdicts import check_some_fit, judge_turns
 from opd_jax.learner.train_state import TrainState
 from opd_jax.model import Params
@@ -280,7 +281,9 @@ def _played_with(settings: Settings, update: int) -> dict[str, Any]:
 def _judged_by(settings: Settings) -> dict[str, Any]:
     """What a judge's figures depend on, besides the teacher and the turns."""
     names = ("context", "decode", "admissible_shown")
-    return {name: getattr(settings.judge, name) for name in names}
+    how = {name: getattr(settings.judge, name) for name in names}
+    prompt = settings.judge.prompt
+    return how | ({"prompt": read_prompt(prompt).fingerprint} if prompt else {})
 
 
 def is_evaluated(

@@ -36,7 +36,7 @@ from opd_jax.experience.stream import Stream, judge_example
 from opd_jax.experience.tasks import Panel, TaskOrder, find_panels, split_size
 from opd_jax.judge.answer import Judge
 from opd_jax.judge.others import brought_judge, find_judge, oracle_judge
-from opd_jax.judge.prompt import LABELS
+from opd_jax.judge.prompt import LABELS, read_prompt
 from opd_jax.judge.verdicts import Labeller, no_judge, teacher_judge
 from opd_jax.learner.batch import Batch, pack, responses
 from opd_jax.learner.optimizer import make_optimizer
@@ -209,7 +209,8 @@ def make_agent(
 
 def make_judge(loaded: LoadedModel, settings: Settings) -> Judge:
     """A model as a judge."""
-    return Judge(loaded.config, loaded.tokenizer, loaded.chat, settings.judge)
+    how = settings.judge
+    return Judge(loaded.config, loaded.tokenizer, loaded.chat, how, read_prompt(how.prompt))
 
 
 def make_labeller(

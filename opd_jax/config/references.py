@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from opd_jax import hf
 from opd_jax.config.settings import Settings, read_settings
 from opd_jax.config.stored import closest_run, read_stored
-from opd_jax.judge.prompt import PHRASES
+from opd_jax.judge.prompt import PHRASES, read_prompt
 from opd_jax.model import ModelConfig
 from opd_jax.report.writers import read_summary
 from opd_jax.runtime import processes
@@ -207,9 +207,15 @@ def find_step(workdir: Path, which: str, *, name: str) -> int:
 
 
 def fingerprints(settings: Settings, who: Collection[str] = MODELS) -> dict[str, str]:
-    """A hash of each model in `who` that is read, not of a new one (`hf.fingerprint`)."""
+    """A hash of each model in `who` that is read, not of a new one (`hf.fingerprint`).
+
+    And of the file with the judge's question if there is one.
+    """
     models = find_models(settings, who).items()
-    return {name: fingerprint(model) for name, model in models if model.name != "new"}
+    found = {name: fingerprint(model) for name, model in models if model.name != "new"}
+    if settings.judge.prompt and settings.asks_teacher and "teacher" in who:
+        found["judge.prompt"] = read_prompt(settings.judge.prompt).fingerprint
+    return found
 
 
 def fingerprint(model: FoundModel) -> str:

@@ -20,6 +20,7 @@ from opd_jax.experience.source import DataSettings
 from opd_jax.experience.stream import DemonstrationSettings
 from opd_jax.judge.answer import JudgeSettings
 from opd_jax.judge.others import find_judge
+from opd_jax.judge.prompt import read_prompt
 from opd_jax.learner.objective import Objective
 from opd_jax.learner.optimizer import AdamW
 from opd_jax.learner.train_step import TrainSettings
@@ -175,6 +176,11 @@ class Settings:
     def is_saved(self, update: int) -> bool:
         """Whether a checkpoint follows an update, whatever its figures."""
         return update % self.checkpoint.every == 0 or update == self.train.updates
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the teacher is asked for verdicts."""
+        return self.eval.judge or (self.objective.intervention and self.judge.by == "teacher")
 
     @property
     def shows_players(self) -> bool:
@@ -335,6 +341,7 @@ def _unread(s: Settings) -> tuple[str, ...]:
     is_read = {
         "judge.": objective.intervention or s.shows_players,
         "judge.decode": asks,
+        "judge.prompt": asks,
         "judge.context": asks,
         "judge.admissible_shown": asks,
         "judge.max_new_tokens": s.judge.decode == "generate",
@@ -526,10 +533,16 @@ def _check_judge(s: Settings) -> None:
     """There is such a judge, and it can judge this environment."""
     judge = s.judge
     find_judge(judge.by, dict(judge.options))
+    read_prompt(judge.prompt)
     if judge.by == "oracle" and s.objective.intervention and not labels_turns(s.env.by):
         raise ValueError(
             f"`judge.by` = 'oracle' takes the environment's labels, and `env.by` = {s.env.by!r} "
             "has none: set it to teacher"
+        )
+    if judge.prompt and s.shows_players:
+        raise ValueError(
+            "`judge.prompt` has words of its own, and with `data.source` = 'players' a model "
+            "learns to answer the paper's: leave it empty"
         )
     if judge.by != "teacher" and s.eval.judge:
         raise ValueError(

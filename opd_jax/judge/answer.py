@@ -6,6 +6,7 @@ find the questions in a cache, except their last tokens.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,8 +20,7 @@ from opd_jax.agent import generate as gen
 from opd_jax.agent.chat import ChatFormat
 from opd_jax.agent.contexts import ContextCache, padded
 from opd_jax.agent.conversation import Conversation
-from opd_jax.judge.prompt import FIELDS, LABELS, judge_prompt
-from opd_jax.losses import Verdict
+from opd_jax.judge.prompt import FIELDS, LABELS, Prompt
 from opd_jax.model import KVCache, ModelConfig, Params
 from opd_jax.runtime.fields import (
     FIGURES,
@@ -34,12 +34,14 @@ from opd_jax.runtime.fields import (
 from opd_jax.runtime.mesh import DECODING, replicate, shard_batch
 
 UNPARSABLE = -1
+OURS = Prompt()
 
 
 class Answer(NamedTuple):
-    """A judge's answer: its label, or `UNPARSABLE`, and the scores of all labels.
+    """A judge's answer: its verdict, or `UNPARSABLE`, and a score of each verdict.
 
-    Scores are log-probabilities in nats, float32 [labels]; None if they were not compared.
+    Scores are log-probabilities in nats, float32 [3] (`prompt.LABELS`); None if words were not
+    compared.
     """
 
     label: int
@@ -53,7 +55,8 @@ class JudgeSettings:
     Attributes:
       by: "teacher"; "oracle", the environment's labels; or `module:function` (`others`).
       decode: "constrained" or "generate" (`answer`).
-      context: see `judge_prompt`.
+      prompt: a file with another question and other words (`prompt.read_prompt`); "": the paper's.
+      context: see `judge_prompt`; of a file's question it says only whether it follows the history.
       admissible_shown: see `judge_prompt`.
       batch: most questions at a time, each about another conversation.
       extend_widths: ascending widths in which questions are read; one compiled program each.
@@ -66,6 +69,7 @@ class JudgeSettings:
 
     by: str = field(metadata=affects(METHOD, FIGURES))
     decode: str = field(metadata=affects(METHOD, FIGURES))
+    prompt: str = field(metadata=affects(METHOD, FIGURES))
     context: str = field(metadata=affects(METHOD, FIGURES))
     admissible_shown: int = field(metadata=affects(METHOD, FIGURES))
     batch: int = field(metadata=affects(LAYOUT))
@@ -100,6 +104,7 @@ class Judge:
     tokenizer: Any
     chat: ChatFormat
     settings: JudgeSettings
+    prompt: Prompt = OURS
 
     def question(self, conversation: Conversation, index: int) -> list[int]:
         """The tokens of the question about one turn, up to where the answer starts.
@@ -109,7 +114,8 @@ class Judge:
         task, turn = conversation.task, conversation.turns[index]
         assert task is not None  # a row that only fills a batch has no turns
         how = self.settings
-        text = judge_prompt(task, turn, admissible_shown=how.admissible_shown, context=how.context)
+        shown: dict[str, Any] = dict(admissible_shown=how.admissible_shown, context=how.context)
+        text = self.prompt.question(task, turn, **shown)
         if how.context != "history":
             return self.chat.first("", text)
         return self.chat.follow(text, ended=turn.stop == "stop_token")
@@ -125,28 +131,33 @@ class Judge:
         """Most tokens of an answer."""
         if self.settings.decode == "generate":
             return self.settings.max_new_tokens
-        return label_tokens(self.chat)[0].shape[1]
+        return label_tokens(self.chat, self.prompt.words)[0].shape[1]
 
 
-def parse_label(answer: str) -> int:
-    """The label that an answer names, in upper or lower case; `UNPARSABLE` for none or several."""
-    words = re.findall(rf"\b({'|'.join(LABELS)})\b", answer, re.IGNORECASE)
+def parse_label(answer: str, prompt: Prompt = OURS) -> int:
+    """The verdict whose word an answer names, in upper or lower case.
+
+    `UNPARSABLE` if it names no word, or several.
+    """
+    words = re.findall(rf"\b({'|'.join(prompt.words)})\b", answer, re.IGNORECASE)
     found = {word.upper() for word in words}
-    return Verdict[found.pop()] if len(found) == 1 else UNPARSABLE
+    if len(found) != 1:
+        return UNPARSABLE
+    return prompt.verdicts[[word.upper() for word in prompt.words].index(found.pop())]
 
 
-def label_tokens(chat: ChatFormat) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of the three words, int32 [labels, W] padded with 0, and how many each has."""
-    words = [chat.response(label) for label in LABELS]
-    return padded(words, width=max(map(len, words)))
+def label_tokens(chat: ChatFormat, words: Sequence[str] = LABELS) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of an answer's words, int32 [words, W] padded with 0, and how many each has."""
+    tokens = [chat.response(word) for word in words]
+    return padded(tokens, width=max(map(len, tokens)))
 
 
 def score_labels(
     cache: ContextCache, last: np.ndarray, asked: np.ndarray, *, by: Judge
 ) -> list[Answer]:
-    """The label whose tokens the teacher finds most likely after each question, and the scores.
+    """The verdict whose word the teacher finds most likely after each question, and the scores.
 
-    The score of a label is the sum of the log-probabilities of its own tokens; the end of the
+    The score of a word is the sum of the log-probabilities of its own tokens; the end of the
     answer is not scored.
 
     Args:
@@ -157,7 +168,7 @@ def score_labels(
     Returns:
       An answer for each row. Slots after a row's length hold leftovers.
     """
-    words, lengths = label_tokens(by.chat)
+    words, lengths = label_tokens(by.chat, by.prompt.words)
     scores, given = label_scores(
         cache.params,
         cache.take(),
@@ -171,7 +182,15 @@ def score_labels(
     # The model reads the last token, then each label's tokens but the last.
     read, computed = 1 + int((lengths - 1).sum()), 1 + words[:, :-1].size
     cache.count(tokens=int(asked.sum()) * read, computed=len(asked) * computed)
-    return [Answer(int(of_row.argmax()), of_row) for of_row in np.asarray(scores)]
+    given = np.asarray(scores)
+    return [Answer(by.prompt.verdicts[row.argmax()], _by_verdict(row, by.prompt)) for row in given]
+
+
+def _by_verdict(scores: np.ndarray, prompt: Prompt) -> np.ndarray:
+    """The best score of each verdict's words, float32 [3]; NaN for one without a word."""
+    best = np.full(len(LABELS), np.nan, np.float32)
+    np.fmax.at(best, list(prompt.verdicts), scores)
+    return best
 
 
 @partial(jax.jit, static_argnames=("config", "sharded"), donate_argnames="cache")
@@ -233,7 +252,7 @@ def generate_labels(
     out = jax.device_get(out)
     cache.count(tokens=int(out.counts.sum()), computed=out.computed)
     texts = [by.tokenizer.decode(row[:n]) for row, n in zip(out.tokens, out.counts, strict=True)]
-    return [Answer(parse_label(text), None) for text in texts]
+    return [Answer(parse_label(text, by.prompt), None) for text in texts]
 
 
 # How `judge.decode` names them.

@@ -4,13 +4,20 @@ It holds the teacher's role, a rubric for three words, and the fields of the pap
 the context "history" the question follows the conversation, and holds only what the conversation
 does not. There the teacher sees what was tried before. Without that, going back to a place looks as
 good as going to a new one.
+
+A file of the user's may take the place of role, rubric, fields and words (`read_prompt`).
 """
 
+import hashlib
 import re
+import string
+from dataclasses import dataclass
+from pathlib import Path
 
 from opd_jax.agent.conversation import Turn
 from opd_jax.envs.base import Task
 from opd_jax.envs.turns import listed
+from opd_jax.losses import Verdict
 
 # The words of an answer.
 LABELS = ("SKIP", "WEAK", "STRONG")
@@ -56,3 +63,74 @@ def judge_prompt(task: Task, turn: Turn, *, admissible_shown: int, context: str)
     admissible = listed(turn.admissible, admissible_shown)
     fields = FIELDS[context].format(task=task, turn=turn, admissible=admissible)
     return "\n".join([ROLE, RUBRIC, fields])
+
+
+# --- A prompt of the user's ---------------------------------------------------------------------
+
+# The fields that a file may name, in braces.
+NAMED = (
+    *("task.type", "task.goal", "task.scene"),
+    *("turn.observation", "turn.response", "turn.action", "turn.feedback"),
+    "admissible",
+)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question, and the words that answer it.
+
+    Attributes:
+      words: what an answer may be.
+      verdicts: the `Verdict` code of each word.
+      text: the question with fields in braces (`NAMED`); "" for that of `judge_prompt`.
+    """
+
+    words: tuple[str, ...] = LABELS
+    verdicts: tuple[int, ...] = tuple(int(Verdict[label]) for label in LABELS)
+    text: str = ""
+
+    def question(self, task: Task, turn: Turn, *, admissible_shown: int, context: str) -> str:
+        """The question about one turn; for the arguments see `judge_prompt`."""
+        if not self.text:
+            return judge_prompt(task, turn, admissible_shown=admissible_shown, context=context)
+        admissible = listed(turn.admissible, admissible_shown)
+        return self.text.format(task=task, turn=turn, admissible=admissible)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that it says."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+
+
+def read_prompt(path: str) -> Prompt:
+    """The prompt in a text file; "" is the paper's.
+
+    The file begins with a line `WORD = VERDICT` for each word that an answer may be. The verdict is
+    SKIP, WEAK or STRONG, and so the word's weight 0, `objective.weak_weight` or 1. After an empty
+    line comes the question, with fields in braces (`NAMED`); a brace of its own is doubled.
+
+    Raises:
+      ValueError: there is no such file, or it is written otherwise; names `judge.prompt`.
+    """
+    if not path:
+        return Prompt()
+    where = f"`judge.prompt` = {path!r}"
+    try:
+        lines, _, text = Path(path).read_text("utf-8").strip().partition("\n\n")
+    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:
+        raise ValueError(f"{where}: expected a file of text: {error}") from None
+    pairs = [re.fullmatch(r"\s*(\w+)\s*=\s*(SKIP|WEAK|STRONG)\s*", x) for x in lines.splitlines()]
+    words = [pair[1].upper() for pair in pairs if pair]
+    if not all(pairs) or len(set(words)) < len(words) or len(words) < 2 or not text:
+        raise ValueError(
+            f"{where}: expected a line `WORD = SKIP`, `WORD = WEAK` or `WORD = STRONG` for each of "
+            f"two words or more, an empty line, and the question; its first lines are {lines!r}"
+        )
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}; a brace of the text itself is doubled") from None
+    if strange := [name for name in fields if name not in NAMED]:
+        raise ValueError(f"{where}: no field {{{strange[0]}}}; expected {', '.join(NAMED)}")
+    verdicts = tuple(int(Verdict[pair[2]]) for pair in pairs if pair)
+    return Prompt(tuple(pair[1] for pair in pairs if pair), verdicts, text)

@@ -25,7 +25,7 @@ from opd_jax.envs.base import BROKEN, Task
 from opd_jax.judge import answer
 from opd_jax.judge.answer import DECODINGS, UNPARSABLE, Judge, JudgeSettings, parse_label
 from opd_jax.judge.labels import Judgement, env_labels
-from opd_jax.judge.prompt import FIELDS, LABELS, ROLE, RUBRIC, judge_prompt
+from opd_jax.judge.prompt import FIELDS, LABELS, ROLE, RUBRIC, Prompt, judge_prompt
 from opd_jax.judge.verdicts import judge_turns, no_judge, teacher_judge
 from opd_jax.losses import Verdict
 from opd_jax.runtime.mesh import make_mesh
@@ -83,6 +83,7 @@ def tokenizer() -> Any:
 SETTINGS = JudgeSettings(
     by="teacher",
     decode="constrained",
+    prompt="",
     context="table9",
     admissible_shown=30,
     batch=4,
@@ -293,6 +294,20 @@ def test_constrained_picks_the_label_of_the_largest_likelihood(
     got = answers(params, random_judge, prompts, "constrained")
     assert got == likelihoods.argmax(axis=1).tolist()
     assert set(got) == {Verdict.SKIP, Verdict.WEAK, Verdict.STRONG}
+
+
+def test_words_of_a_prompt_stand_for_its_verdicts(
+    params: model.Params, random_judge: Judge, prompts: list[list[int]]
+) -> None:
+    ours = answers(params, random_judge, prompts, "constrained")
+    turned = Prompt(("STRONG", "SKIP", "WEAK"), (Verdict.SKIP, Verdict.WEAK, Verdict.STRONG), "?")
+    meaning = {
+        Verdict.STRONG: Verdict.SKIP,
+        Verdict.SKIP: Verdict.WEAK,
+        Verdict.WEAK: Verdict.STRONG,
+    }
+    judge = replace(random_judge, prompt=turned)
+    assert answers(params, judge, prompts, "constrained") == [meaning[Verdict(v)] for v in ours]
 
 
 def test_generate_reads_the_greedy_answer(
