@@ -140,6 +140,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.judge = dict(
         by="teacher",  # who judges; or oracle: the environment's labels; or module:function
         decode="constrained",  # score the three labels; or generate the answer's text
+        model="",  # another model that is asked, in the teacher's dtype; "": the teacher
         prompt="",  # a file with another question, its words and their verdicts; "": the paper's
         context="table9",  # what the question shows; or +feedback, history
         admissible_shown=12,  # most admissible actions in a question

@@ -31,7 +31,7 @@ from opd_jax.agent.conversation import Conversation
 from opd_jax.agent.environments import close, make_envs
 from opd_jax.agent.rollout import rollout, row_keys
 from opd_jax.config import build, check_same_run, parse_command_line
-from opd_jax.config.models import LoadedModel, load_student, load_teacher
+from opd_jax.config.models import LoadedModel, load_judge, load_student, load_teacher
 from opd_jax.config.records import Keep, make_keep
 from opd_jax.config.references import MODELS, find_step, named_sizes
 from opd_jax.config.settings import EVALUATED, Settings, binds_an_evaluation, read_settings
@@ -282,8 +282,11 @@ def _judged_by(settings: Settings) -> dict[str, Any]:
     """What a judge's figures depend on, besides the teacher and the turns."""
     names = ("context", "decode", "admissible_shown")
     how = {name: getattr(settings.judge, name) for name in names}
-    prompt = settings.judge.prompt
-    return how | ({"prompt": read_prompt(prompt).fingerprint} if prompt else {})
+    if settings.judge.prompt:
+        how["prompt"] = read_prompt(settings.judge.prompt).fingerprint
+    if settings.judge.model:
+        how["model"] = settings.judge.model
+    return how
 
 
 def is_evaluated(
@@ -340,6 +343,7 @@ def evaluate_others(
     known_ones = (*EVALUATED, "after")  # and none of `dev`, nor of other checkpoints
     found = processes.first(stored.get("eval", {}))
     results = {who: figures for who, figures in found.items() if who in known_ones}
+    judging = load_judge(settings, teacher) if settings.eval.judge else None
     for who in settings.eval.who:
         known = results.get(who)
         if is_evaluated(known, settings, panels=panels, update=0):
@@ -348,7 +352,7 @@ def evaluate_others(
             panels=panels, known=known, after_split=partial(_write, workdir, who), between=between
         )
         of_model: Callable[..., Figures] = partial(
-            evaluate_model, settings, update=0, judging=teacher, **how
+            evaluate_model, settings, update=0, judging=judging, **how
         )
         with progress.doing(who):
             if who == "before":
@@ -385,7 +389,7 @@ def evaluate_trained(
         build.make_sampling_params(trained, student, settings),
         panels=panels,
         update=update,
-        judging=teacher,
+        judging=load_judge(settings, teacher) if settings.eval.judge else None,
         known=known,
         after_split=partial(_write, workdir, "after"),
         between=between,
@@ -555,7 +559,9 @@ def _evaluate_student(
     checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
     vocab_size = None if settings.eval.judge else _vocab_size(settings, checkpoints, step)
     student = load_student(settings, mesh, vocab_size=vocab_size)
-    judging = load_teacher(settings, mesh) if settings.eval.judge else None
+    judging = None
+    if settings.eval.judge:
+        judging = load_judge(settings, None) or load_teacher(settings, mesh)
     params, update = build.initial_params(student, settings, mesh), step or 0
     if step is not None:
         params = checkpoints.restore(step, {"params": params}, partial=True)[0]["params"]

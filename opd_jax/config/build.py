@@ -23,8 +23,8 @@ from opd_jax.agent.environments import everywhere, make_envs
 from opd_jax.agent.generate import sampling_params
 from opd_jax.agent.positions import Positions
 from opd_jax.agent.rollout import rollout, row_keys
-from opd_jax.config.models import LoadedModel, student_dtype
-from opd_jax.config.references import MODELS, named_sizes
+from opd_jax.config.models import LoadedModel, load_judge, student_dtype
+from opd_jax.config.references import MODELS, find_model, named_sizes
 from opd_jax.config.settings import Settings
 from opd_jax.envs.base import Env
 from opd_jax.envs.make import EnvSettings, benchmark_splits, invented, make_env
@@ -232,15 +232,16 @@ def make_labeller(
     if judge.by != "teacher":
         options = dict(judge.options)
         return brought_judge(partial(find_judge(judge.by, options), **options), by=judge.by, **how)
-    assert teacher is not None  # as settings are checked
+    asked = load_judge(settings, teacher)
+    assert asked is not None  # as settings are checked
     places = partial(
         responses,
         length_multiple=train.length_multiple,
         response_multiple=train.response_multiple,
     )
     return teacher_judge(
-        teacher.params,
-        by=make_judge(teacher, settings),
+        asked.params,
+        by=make_judge(asked, settings),
         seed=settings.seed,
         responses=places if settings.judges_what_it_scores else None,
         **how,
@@ -297,14 +298,19 @@ def check_named(settings: Settings, models: Collection[str] = MODELS) -> None:
         answers, the environment has no such player, or `attention` is for another platform.
     """
     model.attention_on(jax.default_backend(), settings.attention)
-    judge = settings.judge
-    for who, sizes in named_sizes(settings, models).items():
-        answer = judge.max_new_tokens if (who, judge.decode) == ("teacher", "generate") else 0
+    judge, found = settings.judge, named_sizes(settings, models)
+    asked = {"teacher": (settings.teacher, found["teacher"])} if "teacher" in found else {}
+    if settings.judge_model and "teacher" in models:
+        sizes = find_model(settings.judge_model, field="judge.model").sizes
+        asked = {"judge.model": (settings.judge_model, sizes)}
+    for who, (name, sizes) in asked.items():
+        answer = judge.max_new_tokens if judge.decode == "generate" else 0
         if answer >= sizes.max_positions:
             raise ValueError(
                 f"`judge.max_new_tokens` = {answer} leaves no room for a question within the "
-                f"{sizes.max_positions} positions of `teacher` = {settings.teacher!r}; lower it"
+                f"{sizes.max_positions} positions of `{who}` = {name!r}; lower it"
             )
+    for who, sizes in found.items():
         if settings.rollout.context_tokens > sizes.max_positions:
             raise ValueError(
                 f"`rollout.context_tokens` = {settings.rollout.context_tokens} exceeds the "

@@ -3,7 +3,7 @@
 import dataclasses
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +192,22 @@ def load_teacher(settings: Settings, mesh: jax.sharding.Mesh) -> LoadedModel | N
             vocab_size=_shared_vocab(settings),
         )
     return _attending(loaded, settings)
+
+
+def load_judge(settings: Settings, teacher: LoadedModel | None) -> LoadedModel | None:
+    """The model that is asked for verdicts: `judge.model`, with its own tokenizer, or the teacher.
+
+    It is read once, over the current mesh, and kept.
+    """
+    if not settings.judge_model:
+        return teacher
+    dtype, mesh = settings.teacher_dtype, jax.sharding.get_mesh()
+    return _attending(_kept(settings.judge_model, dtype, mesh), settings)
+
+
+@cache
+def _kept(reference: str, dtype: str, mesh: jax.sharding.Mesh) -> LoadedModel:
+    return load_model(reference, dtype=dtype, mesh=mesh, rules=DECODING)
 
 
 def _attending(loaded: LoadedModel, settings: Settings) -> LoadedModel:

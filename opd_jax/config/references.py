@@ -209,12 +209,14 @@ def find_step(workdir: Path, which: str, *, name: str) -> int:
 def fingerprints(settings: Settings, who: Collection[str] = MODELS) -> dict[str, str]:
     """A hash of each model in `who` that is read, not of a new one (`hf.fingerprint`).
 
-    And of the file with the judge's question if there is one.
+    And of what the judge has of its own: a model, a file with its question.
     """
     models = find_models(settings, who).items()
     found = {name: fingerprint(model) for name, model in models if model.name != "new"}
     if settings.judge.prompt and settings.asks_teacher and "teacher" in who:
         found["judge.prompt"] = read_prompt(settings.judge.prompt).fingerprint
+    if settings.judge_model and "teacher" in who:
+        found["judge.model"] = fingerprint(find_model(settings.judge_model, field="judge.model"))
     return found
 
 

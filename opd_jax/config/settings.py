@@ -183,6 +183,11 @@ class Settings:
         return self.eval.judge or (self.objective.intervention and self.judge.by == "teacher")
 
     @property
+    def judge_model(self) -> str:
+        """The model that is asked instead of the teacher; "" if there is none."""
+        return self.judge.model if self.asks_teacher else ""
+
+    @property
     def shows_players(self) -> bool:
         """Whether the student learns from players' demonstrations."""
         return self.data.source == "players"
@@ -341,6 +346,7 @@ def _unread(s: Settings) -> tuple[str, ...]:
     is_read = {
         "judge.": objective.intervention or s.shows_players,
         "judge.decode": asks,
+        "judge.model": asks,
         "judge.prompt": asks,
         "judge.context": asks,
         "judge.admissible_shown": asks,
@@ -538,6 +544,11 @@ def _check_judge(s: Settings) -> None:
         raise ValueError(
             f"`judge.by` = 'oracle' takes the environment's labels, and `env.by` = {s.env.by!r} "
             "has none: set it to teacher"
+        )
+    if s.judge_model and judge.context == "history":
+        raise ValueError(
+            "`judge.context` = 'history' asks behind the conversation's own tokens, which another "
+            "model may not read: set it to table9 or +feedback, or `judge.model` to ''"
         )
     if judge.prompt and s.shows_players:
         raise ValueError(

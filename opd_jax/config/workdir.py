@@ -118,7 +118,7 @@ def check_models(
 ) -> dict[str, str]:
     """Checks that the `models` are those that the workdir's run has, wherever they lie now.
 
-    With the teacher also the text of `judge.prompt`. Returns their fingerprints.
+    With the teacher also `judge.model` and the text of `judge.prompt`. Returns their fingerprints.
 
     Raises:
       ValueError: one is another, or its folder is not there.
@@ -126,9 +126,9 @@ def check_models(
     had, found = read_summary(workdir / MODELS_FILE), fingerprints(settings, models)
     for who, now in found.items():
         if had.get(who) not in (None, now):
-            given, kind = getattr(settings, who, settings.judge.prompt), "model"
-            if who == "judge.prompt":
-                kind = "text"
+            kind, own = ("text" if who == "judge.prompt" else "model"), settings.judge
+            given = {"judge.prompt": own.prompt, "judge.model": own.model}.get(who)
+            given = given or getattr(settings, who)
             raise ValueError(
                 f"`{who}` = {given!r} is not the {kind} that the run in "
                 f"`{workdir}` has (fingerprint {had[who]} then, {now} now); give the same {kind}, "

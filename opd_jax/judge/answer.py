@@ -55,6 +55,7 @@ class JudgeSettings:
     Attributes:
       by: "teacher"; "oracle", the environment's labels; or `module:function` (`others`).
       decode: "constrained" or "generate" (`answer`).
+      model: a reference to another model that is asked instead of the teacher; "": the teacher.
       prompt: a file with another question and other words (`prompt.read_prompt`); "": the paper's.
       context: see `judge_prompt`; of a file's question it says only whether it follows the history.
       admissible_shown: see `judge_prompt`.
@@ -69,6 +70,7 @@ class JudgeSettings:
 
     by: str = field(metadata=affects(METHOD, FIGURES))
     decode: str = field(metadata=affects(METHOD, FIGURES))
+    model: str = field(metadata=affects(METHOD, FIGURES))
     prompt: str = field(metadata=affects(METHOD, FIGURES))
     context: str = field(metadata=affects(METHOD, FIGURES))
     admissible_shown: int = field(metadata=affects(METHOD, FIGURES))

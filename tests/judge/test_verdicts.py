@@ -83,6 +83,7 @@ def tokenizer() -> Any:
 SETTINGS = JudgeSettings(
     by="teacher",
     decode="constrained",
+    model="",
     prompt="",
     context="table9",
     admissible_shown=30,
