@@ -65,6 +65,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.teacher_dtype = "float32"  # or bfloat16; or int8: its projections rounded to 8 bits
     config.attention = "auto"  # kernels on a TPU; or pallas (TPU), cudnn (GPU), plain (any)
     config.program_cache = "~/.cache/opd_jax/programs"  # compiled programs are kept; "": nowhere
+    config.wandb = ""  # project of Weights & Biases to copy the metrics to; "": none
     config.mesh = dict(
         data=1,  # shards the batch, replicates parameters
         fsdp=1,  # shards the batch and the parameters

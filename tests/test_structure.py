@@ -158,7 +158,8 @@ def test_no_two_modules_import_each_other(lazy: bool) -> None:
 
 
 def test_slow_packages_are_imported_when_used() -> None:
-    slow = {"transformers", "torch", "orbax", "tensorboardX", "tokenizers", "scipy", "matplotlib"}
+    slow = {"transformers", "torch", "orbax", "tensorboardX", "tokenizers", "scipy"}
+    slow |= {"matplotlib", "wandb"}
     for module in PATHS:
         assert packages(imports(module, lazy=False)).isdisjoint(slow), module
 

@@ -46,6 +46,7 @@ def make_log(
         learning_rate=learning_rate(settings.optimizer, total_updates=settings.train.updates),
         leave_out=unmeasured(settings.objective, on_policy=on_policy),
         profile=profile,
+        wandb=settings.wandb,
         episodes_every=settings.episodes.every,
         show=make_show(settings, student, teacher),
     )

@@ -125,6 +125,7 @@ class Settings:
       teacher: a model reference; "" for none.
       program_cache: the folder in which compiled programs are kept; "" for none
         (`compilation.start`).
+      wandb: project of Weights & Biases that metrics are copied to; "" for none.
       new_model: sizes of a new student; the tokenizer gives its vocabulary.
       demonstrations: who demonstrates, where `data.source` is "players".
     """
@@ -137,6 +138,7 @@ class Settings:
     student: str = field(metadata=affects(WORLD))  # `models.json` says which models a run has
     teacher: str = field(metadata=affects(WORLD))
     program_cache: str = field(metadata=affects(WORLD))
+    wandb: str = field(metadata=affects(WORLD))
     mesh: MeshShape
     lora: Lora
     env: EnvSettings

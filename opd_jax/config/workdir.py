@@ -18,6 +18,7 @@ from opd_jax.config.stored import (
     to_json,
 )
 from opd_jax.experience.tasks import Panel, check_same_tasks, store_tasks
+from opd_jax.report.wandb import check_installed
 from opd_jax.report.writers import read_summary
 from opd_jax.runtime import processes
 from opd_jax.runtime.checkpoint import check_saves, saved_steps
@@ -50,6 +51,7 @@ def check_run(config: FrozenConfigDict, settings: Settings, workdir: Path) -> di
         check_same_tasks(settings.data.tasks, found[settings.data.tasks], workdir)
     check_named(settings)
     check_shapes(settings)
+    check_installed(settings.wandb)
     _warn_of_rounding(settings)
     _warn_of_one_model(settings)
     return found

@@ -303,7 +303,7 @@ def _turns(groups: Sequence[Group]) -> Any:
     peaks = [g.by_turn("divergence") for g in groups if has(g, "divergence")]
     peak = max((np.nanquantile(values, 0.99) for values in peaks), default=1.0)
     for column, key in enumerate(keys):
-        image = None
+        image: Any = None
         for row, group in enumerate(groups):
             axis = axes[row, column]
             axis.grid(False)

@@ -16,6 +16,7 @@ from opd_jax.report.episodes import (
 )
 from opd_jax.report.stopwatch import Stopwatch
 from opd_jax.report.update import check_finite, describe, update_metrics
+from opd_jax.report.wandb import WandbWriter
 from opd_jax.report.writers import EventWriter, JsonlWriter, read_lines
 from opd_jax.runtime import processes, startup
 from opd_jax.runtime.profile import Profile
@@ -56,6 +57,7 @@ class UpdateLog:
       profile: numbers of the updates to trace into `profile/`.
       episodes_every: updates between two files of episodes; 0: none.
       show: makes lines of a few of an update's episodes; for its arguments see `look`.
+      wandb: project of Weights & Biases; "" for none.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class UpdateLog:
         learning_rate: Callable[[int], Any],
         leave_out: Collection[str],
         profile: Sequence[int],
+        wandb: str,
         episodes_every: int,
         show: Callable[..., list[Episode]],
     ):
@@ -75,7 +78,7 @@ class UpdateLog:
         self._episodes_every, self._show, self._shown = episodes_every, show, list[Episode]()
         self._clock, self._is_due, self._is_first = Stopwatch(), False, True
         self._learning_rate, self._so_far = learning_rate, _SoFar()
-        self._writers: list[JsonlWriter | EventWriter] = []
+        self._writers: list[JsonlWriter | EventWriter | WandbWriter] = []
         if processes.is_first():
             resume_step = done or None
             drop_later(workdir / FOLDER, done)
@@ -83,6 +86,8 @@ class UpdateLog:
                 JsonlWriter(workdir / "metrics.jsonl", resume_step=resume_step),
                 EventWriter(workdir / "events", resume_step=resume_step),
             ]
+            if wandb:
+                self._writers.append(WandbWriter(workdir, project=wandb, resume_step=resume_step))
             for line in read_lines(workdir / "metrics.jsonl"):
                 self._so_far.add(line)
                 self._so_far.wall_s = line.get("wall_s", self._so_far.wall_s)
