@@ -54,5 +54,7 @@ def test_the_help_of_a_command_fits_a_screen_and_has_examples(name: str, help_of
         words = shlex.split(example)[3:]
         configs = [word for word in words if re.match(r"--config[.=]", word)]
         if configs:  # the fields that it names are there, and their values are taken
+            if not configs[0].startswith("--config="):  # the workdir's own
+                configs.insert(0, "--config=quickstart")
             config, *_ = parse_command_line(configs, usage="", needs_workdir=False)
             read_settings(config)

@@ -25,8 +25,8 @@ def test_every_split_is_looked_for() -> None:
     assert list(found) == ["train", "valid_seen", "valid_unseen"]
     household = make_env(read("quickstart").env)
     assert all(p == (household.size(s), household.digest(s)) for s, p in found.items())
-    for field, value in (("data.split", "dev"), ("eval.splits", "train,dev")):
-        with pytest.raises(ValueError, match=rf"`{field}`.*'dev'"):
+    for field, value in (("data.split", "far"), ("eval.splits", "train,far")):
+        with pytest.raises(ValueError, match=rf"`{field}`.*'far'"):
             build.panels(read("quickstart", f"{field}={value}"))
 
 

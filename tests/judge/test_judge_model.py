@@ -36,10 +36,10 @@ def test_it_gives_the_verdicts() -> None:
     settings, mesh = read("quickstart:runlocal", *SMALL), one_device()
     with jax.set_mesh(mesh):
         student, teacher = load_student(settings, mesh), load_teacher(settings, mesh)
-        of_student, _ = build.make_labeller(settings, student)(played, 1)
-        of_teacher, _ = build.make_labeller(settings, teacher)(played, 1)
+        of_student = build.make_labeller(settings, student)(played, 1).verdict
+        of_teacher = build.make_labeller(settings, teacher)(played, 1).verdict
         changed = read("quickstart:runlocal", *SMALL, OTHER)
-        verdict, metrics = build.make_labeller(changed, teacher)(played, 1)
+        verdict, metrics, _ = build.make_labeller(changed, teacher)(played, 1)
     assert (of_student != of_teacher).any()
     np.testing.assert_array_equal(verdict, of_student)
     assert metrics["judge/asked"][0] > 0
