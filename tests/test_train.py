@@ -832,3 +832,36 @@ def test_a_run_is_not_continued_on_other_tasks_or_beside_files_that_cannot_be_re
         (copy / name).write_text(text)
         assert str(copy / name) in refused(*trained.flags, workdir=copy)
     assert files_of(copy) == before | {"tasks.json": b"[]", "config.json": b"{"}
+
+
+def test_a_run_learns_from_the_episodes_of_another_or_plays_on_from_within_them(
+    trained: Any, small: tuple, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (file,) = (trained.workdir / "episodes").glob("update-000004.jsonl")
+    own = Path(shutil.copy(file, tmp_path / "own.jsonl"))
+    for kind, arg in (("episodes", "method=sft,runlocal"), ("prefixes", "runlocal")):
+        workdir, source = tmp_path / kind, f"{kind}:{own}"
+        flags = (f"--config=quickstart:{arg}", *small, *NO_EVALUATION, "--config.train.updates=2")
+        flags = (*flags, f"--config.data.source={source}")
+        flags = (*flags, f"--workdir={workdir}")
+        train.main(flags)
+        printed = capsys.readouterr().out
+        assert f"\n{source}: 4 tasks, digest " in "\n" + printed
+        assert source in json.loads((workdir / "tasks.json").read_text())
+        assert steps_of(workdir) == [2]
+        for line in lines_of(workdir):
+            assert line["loss"] > 0
+            assert ("logprob_error" in line) == ("judge/asked" in line) == (kind == "prefixes")
+        turns = [
+            t
+            for e in read_episodes(workdir / "episodes" / file.name.replace("4", "2"))
+            for t in e["turns"]
+        ]
+        assert ("student" in {t["actor"] for t in turns}) == (kind == "prefixes")
+        # The file is part of the run.
+        whole = own.read_text()
+        own.write_text(whole.partition("\n")[0])
+        with pytest.raises(SystemExit):
+            train.main(flags)
+        assert f"the tasks of '{source}' are not those that the run" in capsys.readouterr().err
+        own.write_text(whole)

@@ -33,7 +33,7 @@ from opd_jax.experience.demonstrations import demonstrate
 from opd_jax.experience.recorded import beginnings, read_conversations, recorded_panel
 from opd_jax.experience.source import Episodes, Play, Played, Source
 from opd_jax.experience.stream import Stream, judge_example
-from opd_jax.experience.tasks import Panel, TaskOrder, find_panels, split_size
+from opd_jax.experience.tasks import Panel, TaskOrder, check_alike, find_panels, split_size
 from opd_jax.judge.answer import Judge
 from opd_jax.judge.others import brought_judge, find_judge, oracle_judge
 from opd_jax.judge.prompt import LABELS, read_prompt
@@ -256,8 +256,10 @@ def panels(settings: Settings) -> dict[str, Panel]:
     wanted = [(split, "eval.splits") for split in settings.eval.splits]
     if settings.eval.every:
         wanted.append((settings.eval.dev, "eval.dev"))
-    if settings.data.file:
-        return dict(_panels(settings.env, tuple(wanted), _optional(settings), settings.data.source))
+    if source := settings.data.file and settings.data.source:
+        recorded = {source: recorded_panel(recorded_file(source))}
+        check_alike(recorded)
+        return recorded | _panels(settings.env, tuple(wanted), _optional(settings))
     optional = _optional(settings) - {settings.data.split}
     return dict(_panels(settings.env, ((settings.data.split, "data.split"), *wanted), optional))
 
@@ -276,13 +278,9 @@ def _optional(settings: Settings) -> frozenset[str]:
 
 @cache  # a comparison asks once per run, and some environments read thousands of files
 def _panels(
-    env: EnvSettings,
-    splits: tuple[tuple[str, str], ...],
-    optional: frozenset[str],
-    recorded: str = "",
+    env: EnvSettings, splits: tuple[tuple[str, str], ...], optional: frozenset[str]
 ) -> dict[str, Panel]:
-    others = {recorded: recorded_panel(recorded_file(recorded))} if recorded else {}
-    return find_panels(make_env(env), dict(splits), optional=optional, others=others)
+    return find_panels(make_env(env), dict(splits), optional=optional)
 
 
 def recorded_file(source: str) -> Path:

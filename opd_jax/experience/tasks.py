@@ -44,23 +44,18 @@ def split_size(env: Env, split: str, *, field: str) -> int:
 
 
 def find_panels(
-    env: Env,
-    splits: Mapping[str, str],
-    *,
-    optional: Collection[str] = (),
-    others: Mapping[str, Panel] | None = None,
+    env: Env, splits: Mapping[str, str], *, optional: Collection[str] = ()
 ) -> dict[str, Panel]:
     """The tasks of every split.
 
     Args:
       splits: maps a split to the setting that names it, for errors.
       optional: splits that are left out with a warning if their data is missing, but not all.
-      others: panels of what is not the environment's, to be found with its own.
 
     Raises:
       ValueError: a split is unknown or empty, or the run's processes have different tasks.
     """
-    found: dict[str, Panel] = dict(others or {})
+    found: dict[str, Panel] = {}
     missing: dict[str, NoTasks] = {}
     for split, field in splits.items():
         try:
@@ -73,6 +68,12 @@ def find_panels(
         if len(missing) == len(optional):
             raise why
         processes.warn("%s; split %r is left out", why, split)
+    check_alike(found)
+    return found
+
+
+def check_alike(found: dict[str, Panel]) -> None:
+    """Checks that the run's processes have the same tasks; ValueError otherwise."""
     for process, theirs in enumerate(processes.gather(found)):
         different = [
             split for split in theirs | found if theirs.get(split, _NONE) != found.get(split, _NONE)
@@ -85,7 +86,6 @@ def find_panels(
                 f"{describe(split, found.get(split, _NONE))}); give all "
                 "machines the same data"
             )
-    return found
 
 
 def describe(split: str, tasks: Panel) -> str:
