@@ -124,11 +124,13 @@ def find_model(reference: str, *, field: str) -> FoundModel:
             f"`{name}`: `{workdir}` holds no run: it has no config.json{closest_run(workdir)}"
         )
     step = find_step(workdir, run[2] or "newest", name=name)
+    what = f"`{path}`"
     try:
         settings = read_settings(read_stored(path))
+        what = "what its run began with"
         base = find_student(settings)
     except ValueError as error:
-        raise ValueError(f"`{name}`: what its run began with: {error}") from None
+        raise ValueError(f"`{name}`: {what}: {error}") from None
     checkpoint = Checkpoint(workdir, step, settings, base)
     with closing(checkpoint.open()) as checkpoints:
         # Padding that the run's teacher lacks was cut from what was trained, not below adapters.
