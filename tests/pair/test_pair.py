@@ -94,7 +94,9 @@ def questions() -> list[Conversation]:
     for conversation, index in balanced_turns(list(map(play, range(60))), 120, random.Random(0)):
         turns = [dataclasses.replace(turn, failure="not asked") for turn in conversation.turns]
         turns[index] = conversation.turns[index]
-        made.append(dataclasses.replace(conversation, turns=turns))
+        # A replayed turn is not judged: let all be sampled.
+        sampled = [0] * len(conversation.tokens)
+        made.append(dataclasses.replace(conversation, turns=turns, turn_id=sampled))
     return made
 
 

@@ -80,8 +80,8 @@ def test_two_layouts_wait_less_than_either_of_them(in_process):
         plan = json.loads(text)["plan"]
         return plan["update_seconds"] + plan["waiting_seconds"]
 
-    both = seconds("fsdp=4", "decode=8")
-    assert both < seconds("fsdp=4", "tensor=8") < seconds("fsdp=32")
+    both = seconds("fsdp=32", "decode=8")
+    assert both < seconds("fsdp=4", "tensor=8", "decode=1") < seconds("fsdp=32", "decode=1")
 
 
 def test_gpus_are_planned_by_their_number():
