@@ -45,95 +45,51 @@ def attention(
     """
     if kernel := kernels.over_itself(implementation, q_BTNH, k_BTGH):
         return kernel(q_BTNH, k_BTGH, v_BTGH)
-    # With the heads before the positions, every product below is one of matrices that lie in memory
-    # as they are: XLA copies others first, on a CPU element by element.
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BTGH, v_BTGH))
-    B, N, T, H = q.shape
-    q = q.reshape(B, k.shape[1], -1, T, H)
+    T = q_BTNH.shape[1]
     chunks = -(-T // query_chunk)
     span = -(-chunks // _SPANS) * query_chunk
     outputs = []
     for start in range(0, T, span):
         end = min(start + span, T)
-        queries, position = q[..., start:end, :], jnp.arange(start, end)
-        outputs += _by_chunks(queries, k[:, :, :end], v[:, :, :end], position, size=query_chunk)
-    mixed = jnp.concatenate(outputs, axis=3).reshape(B, N, T, H)
-    return jnp.swapaxes(mixed, 1, 2)
+        q, k, v = q_BTNH[:, start:end], k_BTGH[:, :end], v_BTGH[:, :end]
+        position = jnp.arange(start, end)
+        outputs.append(_by_chunks(q, k, v, position, query_chunk=query_chunk))
+    return jnp.concatenate(outputs, axis=1)
 
 
 def _by_chunks(
-    q_BGRTH: jax.Array,
-    k_BGSH: jax.Array,
-    v_BGSH: jax.Array,
+    q_BTNH: jax.Array,
+    k_BSGH: jax.Array,
+    v_BSGH: jax.Array,
     position_T: jax.Array,
     *,
-    size: int,
-) -> list[jax.Array]:
-    """Whole chunks in a loop, then the rest; [B, G, R, ., H] each.
-
-    Unrolled, the compiler could hold the scores of many chunks at once.
-    """
-    B, G, R, T, H = q_BGRTH.shape
-    if size >= T:
-        return [_at_once(q_BGRTH, k_BGSH, v_BGSH, position_T)]
-    whole = T - T % size
-    queries = q_BGRTH[..., :whole, :].reshape(B, G, R, -1, size, H)
-    mixed = jax.lax.map(
-        lambda chunk: _at_once(chunk[0], k_BGSH, v_BGSH, chunk[1]),
-        (jnp.moveaxis(queries, 3, 0), position_T[:whole].reshape(-1, size)),
-    )
-    outputs = [jnp.moveaxis(mixed, 0, 3).reshape(B, G, R, whole, H)]
-    if whole < T:
-        outputs.append(_at_once(q_BGRTH[..., whole:, :], k_BGSH, v_BGSH, position_T[whole:]))
-    return outputs
-
-
-@jax.custom_vjp
-def _at_once(
-    q_BGRTH: jax.Array, k_BGSH: jax.Array, v_BGSH: jax.Array, position_T: jax.Array
+    query_chunk: int,
 ) -> jax.Array:
-    """The formula itself, with all scores of these queries in memory.
+    """Chunk by chunk, in a loop. Unrolled, the compiler could hold the scores of many at once."""
+    if q_BTNH.shape[1] <= query_chunk:
+        return jax.checkpoint(_at_once)(q_BTNH, k_BSGH, v_BSGH, position_T)
 
-    R are the heads of queries that share a head of keys. Autodiff would keep the scores, or copy
-    them transposed; `_backwards` makes them again.
-    """
-    probs = _probabilities(q_BGRTH, k_BGSH, position_T).astype(v_BGSH.dtype)
-    return jnp.einsum("bgms,bgsh->bgmh", probs, v_BGSH).reshape(q_BGRTH.shape)
+    @jax.checkpoint
+    def one(query: tuple[jax.Array, jax.Array]) -> jax.Array:
+        q_BNH, position = query
+        return _at_once(q_BNH[:, None], k_BSGH, v_BSGH, position[None])[:, 0]
 
-
-def _probabilities(q_BGRTH: jax.Array, k_BGSH: jax.Array, position_T: jax.Array) -> jax.Array:
-    """float32 [B, G, M, S], where M are the R · T queries that share a head of keys."""
-    (S, H), R = k_BGSH.shape[2:], q_BGRTH.shape[2]
-    q_BGMH = _merged(q_BGRTH)
-    scores = jnp.einsum("bgmh,bgsh->bgms", q_BGMH, k_BGSH, preferred_element_type=jnp.float32)
-    visible = jnp.arange(S) <= jnp.tile(position_T, R)[:, None]
-    return jax.nn.softmax(jnp.where(visible, scores * H**-0.5, _MASKED), axis=-1)
+    queries = (jnp.moveaxis(q_BTNH, 1, 0), position_T)
+    return jnp.moveaxis(jax.lax.map(one, queries, batch_size=query_chunk), 0, 1)
 
 
-def _merged(x_BGRTH: jax.Array) -> jax.Array:
-    B, G, R, T, H = x_BGRTH.shape
-    return x_BGRTH.reshape(B, G, R * T, H)
-
-
-def _forwards(q, k, v, position):
-    return _at_once(q, k, v, position), (q, k, v, position)
-
-
-def _backwards(saved, mixed_gradient):
-    """The gradient of the softmax p is p · (d − Σ p d), with d the gradient to p."""
-    q, k, v, position = saved
-    probs = _probabilities(q, k, position)
-    q_BGMH, d_mixed = _merged(q), _merged(mixed_gradient)
-    d_probs = jnp.einsum("bgmh,bgsh->bgms", d_mixed, v, preferred_element_type=jnp.float32)
-    d_scores = probs * (d_probs - jnp.sum(probs * d_probs, axis=-1, keepdims=True))
-    d_scores = (d_scores * q.shape[-1] ** -0.5).astype(q.dtype)
-    d_q = jnp.einsum("bgms,bgsh->bgmh", d_scores, k).reshape(q.shape)
-    d_k = jnp.einsum("bgms,bgmh->bgsh", d_scores, q_BGMH)
-    d_v = jnp.einsum("bgms,bgmh->bgsh", probs.astype(v.dtype), d_mixed)
-    return d_q, d_k, d_v, None
-
-
-_at_once.defvjp(_forwards, _backwards)
+def _at_once(
+    q_BTNH: jax.Array, k_BSGH: jax.Array, v_BSGH: jax.Array, position_T: jax.Array
+) -> jax.Array:
+    """The formula itself, with all scores `[B, N, T, S]` in memory."""
+    B, T, N, H = q_BTNH.shape
+    S, G = k_BSGH.shape[1:3]
+    q = q_BTNH.reshape(B, T, G, N // G, H)
+    scores = jnp.einsum("btgrh,bsgh->bgrts", q, k_BSGH, preferred_element_type=jnp.float32)
+    visible = jnp.arange(S) <= position_T[:, None]
+    scores = jnp.where(visible, scores * H**-0.5, _MASKED)
+    probs = jax.nn.softmax(scores, axis=-1).astype(v_BSGH.dtype)
+    return jnp.einsum("bgrts,bsgh->btgrh", probs, v_BSGH).reshape(B, T, N, H)
 
 
 def cached_attention(

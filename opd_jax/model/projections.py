@@ -4,7 +4,6 @@ On a mesh a weight is sharded. Either it is all-gathered and then multiplied (`p
 activations go to its shards (`project_sharded`).
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -125,7 +124,7 @@ def _product(
     x: jax.Array, weight: jax.Array | Int8Weight | LoraWeight, spec: str, dtype: jnp.dtype
 ) -> jax.Array:
     """`project` in `dtype`, in which sums over devices are taken too."""
-    multiply = partial(_multiply, dtype=dtype)
+    multiply = partial(jnp.einsum, preferred_element_type=dtype)
     if isinstance(weight, LoraWeight):
         into, out_of = _through_rank(spec)
         low = multiply(into, x, weight.a).astype(x.dtype) * weight.scale
@@ -134,20 +133,6 @@ def _product(
         return multiply(spec, x, weight)
     product = multiply(spec, x, weight.values.astype(x.dtype))
     return (product * weight.scale).astype(dtype)
-
-
-def _multiply(spec: str, x: jax.Array, weight: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
-    """`einsum(spec, x, weight)` as a product of two matrices.
-
-    The gradient of an einsum's weight would contract two axes, B and T. For that XLA transposes the
-    activations first, on a CPU element by element.
-    """
-    inputs, output = spec.split("->")
-    contracted = sum(axis not in output for axis in inputs.partition(",")[2])
-    width = math.prod(weight.shape[:contracted])
-    rows, columns = x.reshape(-1, width), weight.reshape(width, -1)
-    product = jnp.matmul(rows, columns, preferred_element_type=dtype)
-    return product.reshape(*x.shape[: x.ndim - contracted], *weight.shape[contracted:])
 
 
 def _through_rank(spec: str) -> tuple[str, str]:
