@@ -21,7 +21,7 @@ def test_the_function_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.syspath_prepend(tmp_path)
     flags = ["--config.judge.by=a_judge_of_ones_own:repeats", "--config.env.max_turns=4"]
     settings = read_settings(load("quickstart", flags))
-    verdict, _ = build.make_labeller(settings, None)(PLAYED, 0)
+    verdict = build.make_labeller(settings, None)(PLAYED, 0).verdict
     assert verdict[0].tolist() == [Verdict.SKIP, Verdict.DET_FAIL, Verdict.STRONG, Verdict.SKIP]
     sys.modules.pop("a_judge_of_ones_own")
 
