@@ -143,7 +143,8 @@ def test_data_comes_from_the_argument_or_the_variable(tmp_path, monkeypatch):
     (tmp_path / "own" / "train").mkdir(parents=True)
     assert data_folder(str(tmp_path / "own")) == (tmp_path / "own").resolve()
     assert panel(tmp_path / "own", "valid_seen") == ()
-    with pytest.raises(ValueError, match="train, valid_seen, valid_unseen, valid_train; got 'test'"):
+    splits = "train, valid_seen, valid_unseen, valid_train"
+    with pytest.raises(ValueError, match=f"{splits}; got 'test'"):
         panel(tmp_path / "own", "test")
 
 
