@@ -262,6 +262,11 @@ def measure_judge(
     return figures | _judged_by(settings), judgement
 
 
+def _judging(settings: Settings, teacher: LoadedModel | None) -> LoadedModel | None:
+    """The model whose verdicts are measured; None if none are."""
+    return load_judge(settings, teacher) if settings.eval.judge else None
+
+
 def _splits(settings: Settings, panels: Panels) -> list[str]:
     """The evaluated splits that have tasks here."""
     return [split for split in settings.eval.splits if split in panels]
@@ -343,7 +348,7 @@ def evaluate_others(
     known_ones = (*EVALUATED, "after")  # and none of `dev`, nor of other checkpoints
     found = processes.first(stored.get("eval", {}))
     results = {who: figures for who, figures in found.items() if who in known_ones}
-    judging = load_judge(settings, teacher) if settings.eval.judge else None
+    judging = _judging(settings, teacher)
     for who in settings.eval.who:
         known = results.get(who)
         if is_evaluated(known, settings, panels=panels, update=0):
@@ -389,7 +394,7 @@ def evaluate_trained(
         build.make_sampling_params(trained, student, settings),
         panels=panels,
         update=update,
-        judging=load_judge(settings, teacher) if settings.eval.judge else None,
+        judging=_judging(settings, teacher),
         known=known,
         after_split=partial(_write, workdir, "after"),
         between=between,
@@ -543,7 +548,7 @@ def run(
             teacher = load_teacher(settings, mesh)
             assert teacher is not None  # as checked before
             keep = make(student=teacher) if make else None
-            how |= dict(update=0, judging=teacher, keep=keep)
+            how |= dict(update=0, judging=_judging(settings, teacher), keep=keep)
             return {who: evaluate_model(settings, teacher, teacher.params, **how)}
 
 
@@ -559,21 +564,21 @@ def _evaluate_student(
     checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
     vocab_size = None if settings.eval.judge else _vocab_size(settings, checkpoints, step)
     student = load_student(settings, mesh, vocab_size=vocab_size)
-    judging = None
-    if settings.eval.judge:
-        judging = load_judge(settings, None) or load_teacher(settings, mesh)
+    teacher = None
+    if settings.eval.judge and (keeping or not settings.judge_model):
+        teacher = load_teacher(settings, mesh)  # to judge, or to score tokens
     params, update = build.initial_params(student, settings, mesh), step or 0
     if step is not None:
         params = checkpoints.restore(step, {"params": params}, partial=True)[0]["params"]
     sampling, keep = build.make_sampling_params(params, student, settings), None
     if keeping:
         keep = keeping(
-            update=update, student=student, trained=params if judging else None, judging=judging
+            update=update, student=student, trained=params if teacher else None, teacher=teacher
         )
     # Free the parameters; only the sampling copy is needed, unless tokens are scored.
     student = dataclasses.replace(student, params={})
     del params
-    how = dict(update=update, judging=judging, keep=keep) | how
+    how = dict(update=update, judging=_judging(settings, teacher), keep=keep) | how
     return evaluate_model(settings, student, sampling, **how)
 
 

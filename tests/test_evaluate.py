@@ -489,6 +489,31 @@ def test_the_judge_is_measured_on_the_turns_that_an_untrained_student_played(
     assert "balanced accuracy" in printed
 
 
+def test_another_judge_gives_verdicts_and_the_teacher_scores_tokens(
+    in_process: Callable, tmp_path: Path, small: tuple
+) -> None:
+    words = ("--config=quickstart:runlocal", *small, "--config.eval.splits=valid_seen")
+    words = (*words, "--config.eval.tasks=2", "--config.eval.judge=true", "--episodes=2")
+    other = "--config.judge.model=embedded:student"
+
+    def told(who: str, flag: str, *more: str) -> list[dict]:
+        folder = tmp_path / f"{who}{len(more)}"
+        in_process(evaluate.main, *words, flag, *more, f"--workdir={folder}")
+        return read_episodes(folder / "episodes" / f"{who}-valid_seen.jsonl")
+
+    def verdicts(lines: list[dict]) -> list:
+        return [[turn.get("judge") for turn in line["turns"]] for line in lines]
+
+    for who, flag in (("before", "--untrained"), ("teacher", "--policy=teacher")):
+        mine, others = told(who, flag), told(who, flag, other)
+        assert [line["messages"] for line in mine] == [line["messages"] for line in others]
+        assert verdicts(mine) != verdicts(others)
+        for column in ("teacher_logprob", "divergence"):
+            values = [[line["student_tokens"].get(column) for line in x] for x in (mine, others)]
+            assert values[0] == values[1]
+            assert (values[0][0] is None) == (who == "teacher")  # it is not compared with itself
+
+
 def test_episodes_are_written_with_scores_where_the_teacher_is_read(
     in_process: Callable, tmp_path: Path, small: tuple
 ) -> None:

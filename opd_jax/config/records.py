@@ -112,7 +112,7 @@ def make_keep(
     update: int = 0,
     student: LoadedModel | None = None,
     trained: Params | None = None,
-    judging: LoadedModel | None = None,
+    teacher: LoadedModel | None = None,
 ) -> Keep:
     """The function that writes the first `count` episodes of a split (docs/episodes.md).
 
@@ -124,9 +124,9 @@ def make_keep(
       update: updates that the player had had.
       student: who played; None for a player without tokens.
       trained: what is trained of the student; None: no token has scores.
-      judging: the teacher that scores the tokens, if there is one.
+      teacher: scores the tokens, if there is one.
     """
-    look_at = make_look_at(settings, student, judging) if student and trained else None
+    look_at = make_look_at(settings, student, teacher) if student and trained else None
 
     def scored(played: list[Conversation], judgement: Judgement | None) -> Scored | None:
         if not (student and trained and look_at and judgement):
