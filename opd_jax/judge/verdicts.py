@@ -136,10 +136,12 @@ def judge_turns(
     positions = positions or Positions()
     if response is not None:
         _read_whole(questions, conversations)
-    cache = open_cache(params, questions, rows, by=by, positions=positions, response=response)
+    cache = None
+    if questions or response is not None:
+        cache = open_cache(params, questions, rows, by=by, positions=positions, response=response)
     number = sum(question.turn is not None for turns in questions.values() for question in turns)
     with progress.doing("", total=number, unit="questions") as asked:
-        for answered in answers(cache, questions, rows, by=by):
+        for answered in answers(cache, questions, rows, by=by) if cache else ():
             for place, answer in answered.items():
                 unparsable[place] = answer.label == UNPARSABLE
                 verdict[place] = answer.label
