@@ -25,7 +25,7 @@ KEYS = (
     ),
     Key(
         "divergence by_turn/divergence",
-        "mean without weights: the KL or its like",
+        "mean without weights, nats",
         "falls: 1.4 to 0.3",
     ),
     Key("z", "N / Σ i · c", "OPD: 1. SAGE: 1.5 to 4"),
