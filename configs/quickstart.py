@@ -192,7 +192,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         best="",  # and that of the best success, score, turns, repeated or failed on dev; "": none
     )
     config.episodes = dict(
-        every=20,  # updates between files of episodes to look at, in episodes/; 0: none
+        every=20,  # episodes to look at of update 1 and of each 20th, in episodes/; 0: none
         count=4,  # episodes of the batch in a file
         top=True,  # also the teacher's five likeliest tokens at each place
     )
@@ -228,5 +228,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.eval.batch = 8
         config.judge.batch = 32
         config.checkpoint.every = 2
-        config.episodes.every = 2
+        config.episodes.every = 4
     return config

@@ -143,6 +143,9 @@ def test_every_update_has_its_line_and_its_figures_fit_together(trained: Any) ->
         mean_weight = line["z"] * line["raw_weight"]
         assert mean_weight == pytest.approx(1, abs=1e-4) or line["raw_weight"] == 0
         assert sum(t or 0 for t in line["by_turn/turns"]) == 4 * line["batch/turns"]
+    # Every program is known by the second update, that of the episodes of update 4 too.
+    assert lines[0]["seconds/compile"] > 0
+    assert [line["seconds/compile"] for line in lines[2:]] == [0, 0]
 
 
 def test_the_episodes_of_a_batch_say_what_the_update_reports(trained: Any) -> None:
@@ -151,8 +154,8 @@ def test_the_episodes_of_a_batch_say_what_the_update_reports(trained: Any) -> No
     )
     updates = {line["step"]: line for line in lines_of(trained.workdir)}
     files = sorted((trained.workdir / "episodes").iterdir())
-    assert [file.name for file in files] == ["update-000002.jsonl", "update-000004.jsonl"]
-    for step, file in zip((2, 4), files, strict=True):
+    assert [file.name for file in files] == ["update-000001.jsonl", "update-000004.jsonl"]
+    for step, file in zip((1, 4), files, strict=True):
         line, episodes = updates[step], read_episodes(file)
         assert len(episodes) == 4  # the whole batch
         columns = [episode["student_tokens"] for episode in episodes]
@@ -854,7 +857,7 @@ def test_a_run_learns_from_the_episodes_of_another_or_plays_on_from_within_them(
             assert ("logprob_error" in line) == ("judge/asked" in line) == (kind == "prefixes")
         turns = [
             t
-            for e in read_episodes(workdir / "episodes" / file.name.replace("4", "2"))
+            for e in read_episodes(workdir / "episodes" / file.name.replace("4", "1"))
             for t in e["turns"]
         ]
         assert ("student" in {t["actor"] for t in turns}) == (kind == "prefixes")

@@ -37,7 +37,7 @@ class EpisodeSettings:
     """Which episodes of training are written.
 
     Attributes:
-      every: updates between two files; 0: none.
+      every: updates between two files, the first of update 1; 0: none.
       count: most episodes of a file, the first of the batch.
       top: also tell the teacher's most likely tokens at each place.
     """

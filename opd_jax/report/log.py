@@ -55,7 +55,7 @@ class UpdateLog:
       learning_rate: the rate of a step, by how many came before it (`optimizer.learning_rate`).
       leave_out: names of metrics to leave out (`update.unmeasured`).
       profile: numbers of the updates to trace into `profile/`.
-      episodes_every: updates between two files of episodes; 0: none.
+      episodes_every: updates between two files of episodes, the first of update 1; 0: none.
       show: makes lines of a few of an update's episodes; for its arguments see `look`.
       wandb: project of Weights & Biases; "" for none.
     """
@@ -97,7 +97,9 @@ class UpdateLog:
         """A stopwatch for one update. A `ValueError` raised inside names the update."""
         self._profile.begin(update)
         self._clock = Stopwatch(f"update {update}: ")
-        self._is_due = self._episodes_every > 0 and update % self._episodes_every == 0
+        # The first too: it shows the untrained student, and no later update has a new program.
+        every = self._episodes_every
+        self._is_due = every > 0 and (update == 1 or update % every == 0)
         try:
             yield self._clock
         except ValueError as error:
