@@ -397,6 +397,8 @@ def make_source(
         ),
         agent=agent,
         length_multiple=settings.train.length_multiple,
+        response_multiple=settings.train.response_multiple,
+        micro_batches=settings.train.micro_batches,
         cursor=cursor,
     )
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
 from opd_jax.agent import history
 from opd_jax.agent.agent import Agent
 from opd_jax.agent.conversation import Conversation, check_some_played
@@ -15,6 +17,7 @@ from opd_jax.agent.environments import close
 from opd_jax.agent.positions import Positions
 from opd_jax.envs.base import Env
 from opd_jax.experience.tasks import TaskOrder
+from opd_jax.learner.batch import alike, fits_half, padded_length, responses
 from opd_jax.learner.train_state import TrainState
 from opd_jax.report.update import episode_metrics
 from opd_jax.runtime.fields import check_choice
@@ -88,11 +91,21 @@ class Played:
     metrics: dict[str, Any]
 
 
-def padding(rows: Sequence[Conversation], length_multiple: int) -> tuple[int, int]:
-    """Positions of packed rows that hold no token, and all positions (`batch.pack`)."""
-    lengths = [len(row.tokens) for row in rows]
-    positions = len(rows) * -(-max([*lengths, 1]) // length_multiple) * length_multiple
-    return positions - sum(lengths), positions
+def padding(
+    rows: Sequence[Conversation], *, length_multiple: int, response_multiple: int, parts: int
+) -> tuple[int, int]:
+    """Positions that an update computes although they hold no token, and all that it computes.
+
+    It computes `parts` micro-batches, each in half its positions if those do (`batch.fits_half`).
+    """
+    length = padded_length(rows, length_multiple)
+    response = responses(rows, length_multiple=length_multiple, response_multiple=response_multiple)
+    width = np.full(len(rows), length)
+    for part in range(parts if parts > 1 else 0):
+        if fits_half(response[part::parts], length):
+            width[part::parts] = length // 2
+    tokens = np.minimum([len(row.tokens) for row in rows], width)
+    return int((width - tokens).sum()), int(width.sum())
 
 
 class Source(Protocol):
@@ -126,6 +139,8 @@ class Episodes:
       tasks: the order of the tasks.
       agent: gives the chat format and `history_turns` of the rows.
       length_multiple: see `Played`.
+      response_multiple: see `batch.pack`.
+      micro_batches: of a batch in which each episode is one row.
       cursor: [number of the next task, 0].
     """
 
@@ -134,6 +149,8 @@ class Episodes:
     tasks: TaskOrder
     agent: Agent
     length_multiple: int
+    response_multiple: int
+    micro_batches: int
     cursor: Sequence[int]
 
     def play(self, state: TrainState) -> Played:
@@ -167,15 +184,26 @@ class Episodes:
         # With `history_turns` the number of rows varies. Padded to multiples of the batch it takes
         # few values, and few programs are compiled.
         missing = -len(rows) % len(conversations)
-        rows += [Conversation(task=None)] * missing
+        rows, episode = rows + [Conversation(task=None)] * missing, episode + [0] * missing
+        parts = self.micro_batches * (len(rows) // len(conversations))
+        order = alike(rows, parts)
+        rows, episode = [rows[row] for row in order], [episode[row] for row in order]
+        if not self.agent.decoding.history_turns:  # a row is an episode
+            conversations, episode = rows, list(range(len(rows)))
+        padded = padding(
+            rows,
+            length_multiple=self.length_multiple,
+            response_multiple=self.response_multiple,
+            parts=parts,
+        )
         return Played(
             conversations,
             rows,
-            episode=episode + [0] * missing,
+            episode,
             length_multiple=self.length_multiple,
             metrics=episode_metrics(conversations, rows)
             | positions.metrics
-            | {"padded/update": padding(rows, self.length_multiple)},
+            | {"padded/update": padded},
         )
 
     def close(self) -> None:

@@ -189,7 +189,9 @@ class Stream:
             length_multiple=padded,
             metrics={
                 "tokens/sequence": sum(len(c.tokens) for c in conversations),
-                "padded/update": padding(conversations, padded),
+                "padded/update": padding(
+                    conversations, length_multiple=padded, response_multiple=1, parts=1
+                ),
             },
         )
 

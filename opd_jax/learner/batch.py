@@ -1,5 +1,6 @@
 """The arrays that one update consumes: tokens, turns, verdicts, positions of student tokens."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +62,7 @@ def pack(
       ValueError: tokens, turns or log-probabilities that are out of range. The message names the
         field and the first row.
     """
-    shape = len(conversations), _length(conversations, length_multiple)
+    shape = len(conversations), padded_length(conversations, length_multiple)
     tokens = np.zeros(shape, np.int32)
     turn_id = np.full(shape, NO_TURN, np.int32)
     logprobs = np.zeros(shape, np.float32)
@@ -80,14 +81,15 @@ def responses(
     conversations: Sequence[Conversation], *, length_multiple: int, response_multiple: int
 ) -> np.ndarray:
     """The `Batch.response` of conversations, before they have verdicts; arguments as in `pack`."""
-    student = np.zeros((len(conversations), _length(conversations, length_multiple)), bool)
+    student = np.zeros((len(conversations), padded_length(conversations, length_multiple)), bool)
     for row, c in zip(student, conversations, strict=True):
         if not c.broken:
             row[: len(c.turn_id)] = np.array(c.turn_id) != NO_TURN
     return _response(student, response_multiple)
 
 
-def _length(conversations: Sequence[Conversation], multiple: int) -> int:
+def padded_length(conversations: Sequence[Conversation], multiple: int) -> int:
+    """T of packed conversations."""
     longest = max(1, *(len(c.tokens) for c in conversations))  # all may have ended at `reset`
     return -(-longest // multiple) * multiple
 
@@ -141,6 +143,39 @@ def split_rows(tree: Any, parts: int) -> Any:
         return constrain(apart, None, "batch", *(None,) * (x.ndim - 1))
 
     return jax.tree.map(part, tree)
+
+
+def alike(rows: Sequence[Conversation], parts: int) -> list[int]:
+    """An order in which each of so many micro-batches has rows of like length, the longest first.
+
+    Rows that are one micro-batch, or do not divide into them, stay where they are.
+    """
+    if parts == 1 or len(rows) % parts:
+        return list(range(len(rows)))
+    longest = sorted(range(len(rows)), key=lambda row: -len(rows[row].tokens))
+    return np.reshape(longest, (parts, -1)).T.ravel().tolist()  # `split_rows` deals them out again
+
+
+def half(batch: Batch) -> Batch:
+    """The first half of all positions and of all response slots."""
+    T, R = batch.tokens.shape[1] // 2, batch.response.shape[1] // 2
+    return dataclasses.replace(
+        batch,
+        tokens=batch.tokens[:, :T],
+        turn_id=batch.turn_id[:, :T],
+        sampled_logprobs=batch.sampled_logprobs[:, :T],
+        response=batch.response[:, :R],
+    )
+
+
+def fits_half(response: Array, length: int) -> Any:
+    """Whether `half` has all the tokens in `response` [..., b, R]; of rows of this length.
+
+    The model is causal, so nothing after a micro-batch's last response token has to be computed.
+    """
+    slots = response.shape[-1]
+    late = (response >= length // 2) | (np.arange(slots) >= slots // 2)
+    return ~((response < length) & late).any(axis=(-2, -1))
 
 
 def merge_rows(x: jax.Array) -> jax.Array:

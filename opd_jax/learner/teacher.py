@@ -13,7 +13,15 @@ import jax.numpy as jnp
 from flax import struct
 
 from opd_jax import model
-from opd_jax.learner.batch import Array, Batch, merge_rows, num_parts, split_rows
+from opd_jax.learner.batch import (
+    Array,
+    Batch,
+    fits_half,
+    half,
+    merge_rows,
+    num_parts,
+    split_rows,
+)
 from opd_jax.model import ModelConfig, Params
 from opd_jax.model.lora import specs_like
 from opd_jax.runtime.mesh import constrain
@@ -37,8 +45,9 @@ def make_teacher_pass(
 ) -> Callable[[Params, Batch], jax.Array]:
     """The compiled pass `(params, batch) -> hidden` [B, R, D'], for `Teacher.hidden`.
 
-    Micro-batches bound its memory (`batch.num_parts`). A teacher that is sharded for decoding is
-    sharded for training first.
+    Micro-batches bound its memory (`batch.num_parts`); one of short rows is computed in half the
+    positions (`batch.fits_half`). A teacher that is sharded for decoding is sharded for training
+    first.
     """
 
     @jax.jit
@@ -51,7 +60,17 @@ def make_teacher_pass(
             query_chunk=query_chunk,
             remat="none",
         )
-        return merge_rows(jax.lax.map(run, split_rows(batch, parts)))
+
+        def of_part(part: Batch) -> jax.Array:
+            length, slots = part.tokens.shape[1], part.response.shape[1]
+            unfilled = (0, 0), (0, slots - slots // 2), (0, 0)
+            return jax.lax.cond(
+                fits_half(part.response, length),
+                lambda: jnp.pad(run(half(part)), unfilled),
+                lambda: run(part),
+            )
+
+        return merge_rows(jax.lax.map(of_part if parts > 1 else run, split_rows(batch, parts)))
 
     return teacher_pass
 

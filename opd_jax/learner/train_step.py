@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from opd_jax.learner.batch import Batch, num_parts, split_rows
+from opd_jax.learner.batch import Batch, fits_half, half, num_parts, split_rows
 from opd_jax.learner.objective import Objective, Sums, loss_and_sums
 from opd_jax.learner.teacher import Teacher
 from opd_jax.learner.train_state import TrainState
@@ -160,13 +160,24 @@ def _change(new: jax.Array, old: jax.Array) -> jax.Array:
 def _accumulate(loss_and_sums, params: Params, parts: tuple) -> tuple[Params, Sums]:
     """The float32 gradient of `loss_and_sums(params, part)`, and the sums, over micro-batches."""
 
+    of_part = jax.grad(loss_and_sums, has_aux=True)
+    batch, _ = parts
+
+    def of_any(rows: Batch, hidden: jax.Array | None) -> tuple[Params, Sums]:
+        """A micro-batch of short rows is computed in half the positions."""
+        slots = rows.response.shape[1] // 2
+        return jax.lax.cond(
+            fits_half(rows.response, rows.tokens.shape[1]),
+            lambda: of_part(params, (half(rows), None if hidden is None else hidden[:, :slots])),
+            lambda: of_part(params, (rows, hidden)),
+        )
+
     def one(carry: tuple[Params, Sums], part: tuple):
-        gradient, sums = jax.grad(loss_and_sums, has_aux=True)(params, part)
+        gradient, sums = of_any(*part) if len(batch.tokens) > 1 else of_part(params, part)
         total = jax.tree.map(lambda t, g: t + g.astype(jnp.float32), carry[0], gradient)
         return (total, _add(carry[1], sums)), None
 
     zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    batch, _ = parts
     return jax.lax.scan(one, (zero, _zeros(batch.verdict.shape[-1])), parts)[0]
 
 

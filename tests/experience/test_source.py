@@ -20,7 +20,7 @@ from opd_jax.config.settings import Settings
 from opd_jax.envs.base import Task
 from opd_jax.envs.household.expert import Expert
 from opd_jax.envs.make import make_env
-from opd_jax.experience.source import Episodes, Played, Source
+from opd_jax.experience.source import Episodes, Played, Source, padding
 from opd_jax.experience.tasks import TaskOrder
 from opd_jax.learner.train_state import TrainState, init_state
 from opd_jax.losses import NO_TURN, Verdict
@@ -150,7 +150,8 @@ def test_with_part_of_the_history_verdicts_follow_their_turns_into_rows(
             seen.append((episode, turn))
             assert batch.verdict[row, turn] == verdict[episode, turn]
     turns = [len(c.turns) for c in played.conversations]
-    assert seen == [(row, turn) for row, count in enumerate(turns) for turn in range(count)]
+    expected = [(row, turn) for row, count in enumerate(turns) for turn in range(count)]
+    assert sorted(seen) == expected  # the rows are ordered by length
 
 
 def test_on_policy_the_student_plays_and_off_policy_the_teacher(base: Settings, pair: Pair) -> None:
@@ -204,7 +205,8 @@ def test_tasks_that_fit_no_context_are_passed_over_unless_no_task_fits(
 
         order = TaskOrder("train", size=size, seed=0, count=batch, per_task=1)
         agent = build.make_agent(pair[0], base)
-        return Episodes(play_tasks, [], order, agent, length_multiple=8, cursor=[0, 0])
+        how: dict[str, int] = dict(length_multiple=8, response_multiple=8, micro_batches=1)
+        return Episodes(play_tasks, [], order, agent, cursor=[0, 0], **how)
 
     order = TaskOrder("train", size=8, seed=0, count=8, per_task=1).from_number(0)
     late = [index for _, index in order[4:]]
@@ -218,6 +220,20 @@ def test_tasks_that_fit_no_context_are_passed_over_unless_no_task_fits(
         with pytest.raises(ValueError, match=r"`rollout.context_tokens`: none of"):
             playing(lambda index: False, size).play(start)
         assert sum(map(len, asked)) == tries
+
+
+def test_padding_counts_what_an_update_computes() -> None:
+    lengths = (8, 3, 7, 4)
+    rows = []
+    for length in lengths:
+        row = Conversation(None)
+        row.append_given([1] * (length - 1))
+        row.append_response([2], [-1.0], 0)
+        rows.append(row)
+    count = partial(padding, rows, length_multiple=8, response_multiple=2)
+    assert count(parts=1) == (4 * 8 - sum(lengths), 4 * 8)
+    assert count(parts=2) == (8 + 8 + 4 + 4 - sum(lengths), 8 + 8 + 4 + 4)
+    assert count(parts=4) == count(parts=2)
 
 
 # --- Demonstrations by players

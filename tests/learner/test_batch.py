@@ -4,11 +4,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tiny_batch import B, K, make_batch
+from tiny_batch import B, K, T, conversations, make_batch
 
 from opd_jax.agent.conversation import Conversation
 from opd_jax.envs.base import BROKEN
-from opd_jax.learner.batch import Batch, merge_rows, num_parts, pack, split_rows
+from opd_jax.learner.batch import (
+    Batch,
+    alike,
+    fits_half,
+    half,
+    merge_rows,
+    num_parts,
+    pack,
+    split_rows,
+)
 
 VERDICT = np.array([[1, 2, 0], [2, 0, 0]], np.int32)
 
@@ -125,3 +134,34 @@ def test_micro_batches_take_the_rows_in_turn() -> None:
 def test_a_batch_of_twice_the_rows_has_twice_the_parts() -> None:
     for batch_rows, parts in ((None, 3), (B, 3), (2, 6), (1, 12)):
         assert num_parts(make_batch(), micro_batches=3, batch_rows=batch_rows) == parts
+
+
+def test_micro_batches_of_rows_in_order_have_rows_of_like_length() -> None:
+    rows = conversations(("....0", "...0", ".0", "..0", ".....0", "......0"))
+    for parts in (1, 4):  # one part, or rows that do not divide: as they were
+        assert alike(rows, parts) == [0, 1, 2, 3, 4, 5]
+    for parts, lengths in ((2, [[7, 6, 5], [4, 3, 2]]), (3, [[7, 6], [5, 4], [3, 2]])):
+        order = alike(rows, parts)
+        assert sorted(order) == [0, 1, 2, 3, 4, 5]
+        got = split_rows(np.array([len(rows[row].tokens) for row in order]), parts)
+        assert got.tolist() == lengths
+    assert alike(rows[:1] * 4, 2) == [0, 2, 1, 3]  # of equal length: in their order
+
+
+@pytest.mark.parametrize(
+    ("rows", "fits"),
+    [
+        ((".0.1", "..0..."), True),
+        (("..0..0...", "."), True),  # what follows the last response token is not needed
+        (("..0...0.", "."), False),  # a response token in the second half
+        ((".00000", "."), False),  # more response tokens than half the slots
+    ],
+)
+def test_rows_fit_half_if_their_responses_do(rows: tuple[str, ...], fits: bool) -> None:
+    batch = make_batch(rows)
+    assert batch.response.shape == (2, 8)
+    assert fits_half(batch.response, T) == fits
+    part = half(batch)
+    assert (part.tokens.shape, part.response.shape) == ((2, T // 2), (2, 4))
+    kept = (part.response < T // 2).sum()
+    assert ((batch.response < T).sum() == kept) == fits

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import assert_same_tree
-from tiny_batch import CONFIG, STUDENT_MASK, TEACHER, T, make_batch
+from tiny_batch import CONFIG, LONG_AND_SHORT, STUDENT_MASK, TEACHER, T, make_batch
 
 from opd_jax import model
 from opd_jax.learner.objective import response_hidden
@@ -39,6 +39,19 @@ def test_any_split_gives_the_same_states(micro_batches: int, batch_rows: int | N
         make_teacher_pass(CONFIG, **how)(TEACHER(), make_batch()) for how in (split, WHOLE)
     )
     assert_same_tree(got, want, rounding=ROUNDING)
+
+
+def test_a_micro_batch_of_short_rows_is_computed_in_half_the_positions() -> None:
+    batch = make_batch(LONG_AND_SHORT)
+    got, want = (
+        make_teacher_pass(CONFIG, **WHOLE | dict(micro_batches=parts))(TEACHER(), batch)
+        for parts in (2, 1)
+    )
+    assert_same_tree(got, want, rounding=ROUNDING)
+    broken = TEACHER() | {"embed": TEACHER()["embed"].at[0].set(jnp.nan)}  # token 0 is padding
+    in_two = make_teacher_pass(CONFIG, **WHOLE | dict(micro_batches=2))(broken, batch)
+    np.testing.assert_array_equal(in_two, got)
+    assert np.isnan(make_teacher_pass(CONFIG, **WHOLE)(broken, batch)).any()
 
 
 def test_states_on_padding_that_are_nan_reach_nothing() -> None:

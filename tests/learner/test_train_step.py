@@ -16,6 +16,7 @@ from test_objective import BY_TRAJECTORY, reference_divergence, reference_weight
 from tiny_batch import (
     CONFIG,
     DET_FAIL,
+    LONG_AND_SHORT,
     SKIP,
     STRONG,
     STUDENT,
@@ -215,6 +216,18 @@ def test_longer_rows_responses_and_more_turns_change_nothing() -> None:
     got = update(SAGE, longer)
     assert_same_update(got, update(SAGE))
     assert not got.metrics["sums"].turns[K:].any()
+
+
+def test_a_micro_batch_of_short_rows_is_computed_in_half_the_positions() -> None:
+    batch = make_batch(LONG_AND_SHORT)
+    whole, in_two = update(SAGE, batch), update(SAGE, batch, micro_batches=2)
+    assert_same_update(in_two, whole)
+    teacher, step = read_by_teacher(batch), step_function(SAGE, micro_batches=2)
+    broken = STUDENT() | {"embed": STUDENT()["embed"].at[0].set(np.nan)}  # token 0 is padding
+    state, _ = step(init_state(broken, KEEPER, seed=0), teacher, batch)
+    assert_same_tree(jax.device_get(state.opt_state.trace), in_two.gradient, rounding=0)
+    state, metrics = step_function(SAGE)(init_state(broken, KEEPER, seed=0), teacher, batch)
+    assert not np.isfinite(metrics["grad_norm"])
 
 
 def test_garbage_where_the_student_did_not_write_changes_nothing() -> None:

@@ -35,6 +35,8 @@ VERDICT = np.array(
     np.int32,
 )
 B, T, K = len(ROWS), 12, 3
+# Two micro-batches, one of rows without padding and one of rows that end at the half.
+LONG_AND_SHORT = ("..000.11..22", "..00.1", "..00.111.222", ".0.1.2")
 # Every student token as (row, position, turn).
 STUDENT_TOKENS = [(b, t, int(c)) for b in range(B) for t, c in enumerate(ROWS[b]) if c.isdigit()]
 STUDENT_MASK = np.zeros((B, T), bool)
