@@ -5,8 +5,9 @@ are computed. The step matters: a loop that overlaps a product with its collecti
 """
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
+from itertools import chain
 from typing import NamedTuple
 
 from opd_jax.plan.hlo import Instruction, Module
@@ -35,7 +36,7 @@ class Running(NamedTuple):
 def running(module: Module) -> Iterator[Running]:
     """All instructions that run.
 
-    A loop that may end early counts with its most trips, a condition with all of its branches.
+    A loop that may end early counts with its most trips, a condition with its largest branch.
     """
 
     def walk(where: str, times: int, known: bool, source: str | None) -> Iterator[Running]:
@@ -44,10 +45,18 @@ def running(module: Module) -> Iterator[Running]:
             yield Running(where, instruction, times, known, place)
             trips = trip_count(module, where, instruction) if instruction.opcode == "while" else 1
             each, sure = (times, False) if trips is None else (times * trips, known)
-            for called in instruction.called():
-                yield from walk(called, each, sure, place)
+            runs = [walk(called, each, sure, place) for called in instruction.called()]
+            if instruction.opcode == "conditional":
+                yield from max(map(list, runs), key=_bytes)
+            else:
+                yield from chain(*runs)
 
     return walk(module.entry, 1, True, None)
+
+
+def _bytes(run: Iterable[Running]) -> int:
+    """Bytes of all results."""
+    return sum(found.times * array.bytes for found in run for array in found.instruction.arrays())
 
 
 def trip_count(module: Module, where: str, loop: Instruction) -> int | None:

@@ -185,6 +185,22 @@ def test_loops_inside_loops_multiply():
     assert (found.in_sequence, found.known) == (4, False)
 
 
+@pytest.mark.parametrize("order", ["%half, %whole", "%whole, %half"])
+def test_of_a_condition_the_larger_branch_counts(order):
+    def branch(name, shape):
+        return f"""%{name} (p.{name}: {shape}) -> {shape} {{
+  %p.{name} = {shape} parameter(0)
+  ROOT %sum.{name} = {shape} all-reduce(%p.{name}), replica_groups={{{{0,1,2,3}},{{4,5,6,7}}}}
+}}
+
+"""
+
+    more = f"  %either = f32[] conditional(%x, %x, %x), branch_computations={{{order}}}\n"
+    text = branch("half", "f32[2,8]") + branch("whole", "f32[4,8]") + loop() + entry(more=more)
+    (found,) = found_in(text)
+    assert (found.shape, found.in_sequence) == ("f32[4,8]", 1)
+
+
 def test_the_source_is_the_caller_of_what_constrains_shardings():
     (found,) = found_in(loop(body=REDUCE, bound=0) + entry())
     assert found.source == "model/transformer.py:70"
