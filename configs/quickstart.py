@@ -201,6 +201,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         seeds=(),  # every method runs once with each
         variants=VARIANTS,  # method name to the fields that it sets
     )
+    config.debug = dict(
+        nans=False,  # name the token at which a loss or gradient stops being finite; two states
+    )
 
     method = variant_name(args.method, args.ablate)
     if method not in VARIANTS:

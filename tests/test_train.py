@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from settings import one_device
 
 from opd_jax import evaluate, train
@@ -710,6 +711,83 @@ def test_a_run_that_diverges_stops_and_keeps_what_was_good(
         floats = [np.frombuffer(raw, kind) for _, kind, _, raw in arrays if kind == np.float32]
         assert floats
         assert all(np.isfinite(array).all() for array in floats)
+
+
+@pytest.fixture
+def untied_teacher(tmp_path: Path) -> Path:
+    """The embedded teacher with a head of its own, so that an embedding can be spoilt alone."""
+    folder = Path(shutil.copytree(EMBEDDED / "teacher", tmp_path / "teacher"))
+    sizes = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(sizes))
+    weights = load_file(folder / "model.safetensors")
+    head = weights["model.embed_tokens.weight"].copy()
+    save_file(weights | {"lm_head.weight": head}, folder / "model.safetensors")
+    return folder
+
+
+def test_a_token_that_makes_a_loss_not_finite_is_named_and_what_came_before_is_kept(
+    tmp_path: Path, untied_teacher: Path, trained: Any, command: Callable
+) -> None:
+    flags = (
+        "--config=quickstart:method=opd,runlocal",
+        *trained.flags[1:],
+        *NO_EVALUATION,
+        *("--config.train.updates=2", "--config.optimizer.schedule=constant"),
+        *("--config.checkpoint.every=1", "--config.episodes.every=1"),
+        f"--config.teacher={untied_teacher}",
+    )
+    fine, debugged, failed = (tmp_path / name for name in ("fine", "debugged", "failed"))
+    for workdir, nans in ((fine, False), (debugged, True)):
+        done = command("train", *flags, f"--config.debug.nans={nans}", f"--workdir={workdir}")
+        assert done.returncode == 0, done.stderr
+    assert_ended_alike(debugged, fine)  # to the bit
+
+    # A token that update 2 has read and update 1 has not.
+    first, second = (read_episodes(fine / "episodes" / f"update-{n:06d}.jsonl") for n in (1, 2))
+    known = {token for line in first for token in line["tokens"]["id"]}
+    row, at = next(
+        (row, at)
+        for row, line in enumerate(second)
+        for at, token in enumerate(line["tokens"]["id"])
+        if token not in known
+    )
+    line = second[row]
+    token, turns = line["tokens"]["id"][at], line["tokens"]["turn"]
+    weights = load_file(untied_teacher / "model.safetensors")
+    weights["model.embed_tokens.weight"][token] = np.nan
+    save_file(weights, untied_teacher / "model.safetensors")
+
+    # Saved at the second update only, so that what is there was saved because it failed.
+    flags = (*flags, "--config.checkpoint.every=2", f"--workdir={failed}")
+    done = command("train", *flags)
+    assert done.returncode == 2, done.stderr
+    assert "`loss` is nan at update 2: nothing was saved from it" in done.stderr
+    assert "`debug.nans`" in done.stderr
+    assert not (failed / "checkpoints").exists()
+
+    done = command("train", *flags, "--config.debug.nans=True")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    later = [turn for turn in turns[at:] if turn >= 0]
+    turn = f"before turn {later[0]}" if later else "after its last turn"
+    if turns[at] >= 0:
+        turn = f"in turn {turns[at]}"
+    text = load_student(read_settings(read_stored(fine / "config.json")), one_device())
+    task, file = line["task"]["index"], failed / "episodes" / "update-000002.jsonl"
+    assert (
+        f"row {row} (task {task} of train) stops being finite {turn} at token {at}, "
+        f"{text.tokenizer.decode([token])!r}: the teacher's hidden state; see {file}; lower"
+    ) in done.stderr
+    # The student of before is there, as without the fault, and the episodes that are not finite.
+    assert steps_of(failed) == [1]
+    shutil.rmtree(fine / "checkpoints" / "2")
+    assert saved(failed) == saved(fine)
+    told = read_episodes(file)
+    spoilt = [line for line in second if token in line["tokens"]["id"]]
+    assert [line["tokens"] for line in told] == [line["tokens"] for line in spoilt]
+    assert told[0]["student_tokens"]["teacher_logprob"][-1] is None
+    assert told[0]["student_tokens"]["student_logprob"] == line["student_tokens"]["student_logprob"]
+    assert view(failed, tmp_path / "page.html")
 
 
 # --- Mistakes

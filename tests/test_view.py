@@ -335,6 +335,30 @@ def test_a_number_that_is_not_finite_stands_out(browser: Browser, tmp_path: Path
     assert "NaN" in card(browser)
 
 
+def test_an_episode_of_which_nothing_is_finite_is_shown(browser: Browser, tmp_path: Path) -> None:
+    broken = episode(0, verdicts=["WEAK", "SKIP"], z=None)
+    columns = broken["student_tokens"]
+    for name in ("teacher_logprob", "divergence", "weight"):
+        columns[name] = [None] * len(columns["text"])
+    columns["top"] = [[[word, None, share] for word, _, share in top] for top in columns["top"]]
+    for turn in broken["turns"]:
+        turn |= {"intervention": None, "confidence": None}
+    view.view(write_episodes(tmp_path / "a.jsonl", [broken]))
+    browser.open(tmp_path / "a.html")
+    assert browser.evaluate("document.querySelectorAll('.odd').length") == len(columns["text"])
+    browser.hover('[data-token="2"]')
+    said = " ".join(card(browser).split())
+    student = columns["student_logprob"][2]
+    for words in ("divergence", "weight", "log p, teacher"):
+        assert f"{words} not finite" in said
+    assert f"log p, student {shown(student)}" in said
+    assert {row[1] for row in browser.evaluate(ROWS)} == {"not finite"}
+    browser.press("c", "c", "c", "c")  # every colour
+    everything = "document.body.innerText"
+    assert "NaN" not in browser.evaluate(everything)
+    assert "undefined" not in browser.evaluate(everything)
+
+
 # --- Keys
 
 

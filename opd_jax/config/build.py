@@ -154,6 +154,7 @@ def make_update(
     """Binds the models to an update, which returns the new state, and metrics on the host.
 
     The update donates its state and the hidden states. Without these the teacher reads the batch.
+    With `debug.nans` it takes a copy of the state: the same program, so the same bits.
     """
     train_step, teacher_pass = compile_update(
         settings,
@@ -161,6 +162,7 @@ def make_update(
         teacher=teacher.config if teacher else None,
         placement=placement_of(state),
     )
+    copy = jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=placement_of(state))
     base = student.params if adapters(settings) else None
 
     def update(
@@ -170,7 +172,8 @@ def make_update(
         if teacher and teacher_pass:
             hidden = teacher_pass(teacher.params, rows) if hidden is None else hidden
             scorer = Teacher(hidden, model.head_params(teacher.params))
-        state, raw = train_step(state, scorer, rows, base)
+        taken = copy(state) if settings.debug.nans else state
+        state, raw = train_step(taken, scorer, rows, base)
         raw = jax.device_get(raw)
         if hidden is not None:
             hidden.delete()  # the caller may refer to it until the next batch is judged

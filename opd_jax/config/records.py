@@ -1,10 +1,11 @@
 """What a run and an evaluation write: the log of updates, and episodes with what tokens score."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 
 from opd_jax.agent import history
 from opd_jax.agent.conversation import Conversation
@@ -15,11 +16,13 @@ from opd_jax.experience.source import Played
 from opd_jax.judge.labels import Judgement
 from opd_jax.learner.batch import Batch
 from opd_jax.learner.looking import make_look
+from opd_jax.learner.nonfinite import Place, make_find
 from opd_jax.learner.objective import Seen
 from opd_jax.learner.optimizer import learning_rate
 from opd_jax.learner.train_state import TrainState
+from opd_jax.losses import NO_TURN
 from opd_jax.model import Params
-from opd_jax.report.episodes import FOLDER, TOP, Episode, Scored, told, write_episodes
+from opd_jax.report.episodes import FOLDER, TOP, Decode, Episode, Scored, told, write_episodes
 from opd_jax.report.log import UpdateLog
 from opd_jax.report.update import unmeasured
 from opd_jax.runtime import processes
@@ -39,6 +42,7 @@ def make_log(
 ) -> UpdateLog:
     """The log of a run that resumes after `done` updates and traces those of `profile`."""
     on_policy = settings.data.on_policy
+    tell = make_tell(settings, student, teacher)
     return UpdateLog(
         workdir,
         done=done,
@@ -48,27 +52,45 @@ def make_log(
         profile=profile,
         wandb=settings.wandb,
         episodes_every=settings.episodes.every,
-        show=make_show(settings, student, teacher),
+        show=make_show(settings, tell),
+        blame=make_blame(settings, student, teacher, tell) if settings.debug.nans else None,
     )
 
 
 # Lines of some episodes that an update learns from, made before it takes the state.
 Show = Callable[[TrainState, Batch, Played, Judgement | None], list[Episode]]
+# The same of the episodes with these numbers.
+Tell = Callable[[Iterable[int], TrainState, Batch, Played, Judgement | None], list[Episode]]
 
 
-def make_show(settings: Settings, student: LoadedModel, teacher: LoadedModel | None) -> Show:
+def make_show(settings: Settings, tell: Tell) -> Show:
     """The function that tells of the first episodes of a batch, of those that did not break."""
-    look_at = make_look_at(settings, student, teacher)
 
     def show(
         state: TrainState, batch: Batch, played: Played, judgement: Judgement | None
     ) -> list[Episode]:
         fit = [n for n, c in enumerate(played.conversations) if c.messages and not c.broken]
+        return tell(fit[: settings.episodes.count], state, batch, played, judgement)
+
+    return show
+
+
+def make_tell(settings: Settings, student: LoadedModel, teacher: LoadedModel | None) -> Tell:
+    """The function that tells of some episodes of a batch."""
+    look_at = make_look_at(settings, student, teacher)
+
+    def tell(
+        numbers: Iterable[int],
+        state: TrainState,
+        batch: Batch,
+        played: Played,
+        judgement: Judgement | None,
+    ) -> list[Episode]:
         scored = None
         if look_at:
             scored = Scored(partial(look_at, state.params, batch), batch, played.episode)
         return told(
-            {n: played.conversations[n] for n in fit[: settings.episodes.count]},
+            {n: played.conversations[n] for n in numbers},
             who="train",
             update=int(state.step),
             actor="student" if settings.data.on_policy else "teacher",
@@ -77,7 +99,53 @@ def make_show(settings: Settings, student: LoadedModel, teacher: LoadedModel | N
             scored=scored,
         )
 
-    return show
+    return tell
+
+
+def make_blame(
+    settings: Settings, student: LoadedModel, teacher: LoadedModel | None, tell: Tell
+) -> Callable[[TrainState, Batch, Played, Judgement | None], tuple[str, list[Episode]]]:
+    """The function that says where an update stops being finite, and tells of those episodes."""
+    scores = teacher if settings.objective.needs_teacher else None
+    find = make_find(
+        student=student.config,
+        teacher=scores.config if scores else None,
+        objective=settings.objective,
+        lora=build.adapters(settings),
+        dtype=jnp.dtype(settings.compute_dtype),
+        query_chunk=settings.train.query_chunk,
+        loss_chunk=settings.train.loss_chunk,
+        remat=settings.train.remat,
+    )
+    base = student.params if build.adapters(settings) else None
+
+    def blame(
+        state: TrainState, batch: Batch, played: Played, judgement: Judgement | None
+    ) -> tuple[str, list[Episode]]:
+        judging = scores.params if scores else None
+        places = find(state.params, base, judging, batch, settings.episodes.count)
+        if not places:
+            return "no row alone is to blame", []
+        of = [played.episode[place.row] for place in places]
+        told_of = dict.fromkeys(n for n in of if played.conversations[n].messages)
+        where = in_words(places[0], batch, played.conversations[of[0]], student.tokenizer.decode)
+        return where, tell(told_of, state, batch, played, judgement)
+
+    return blame
+
+
+def in_words(place: Place, batch: Batch, of: Conversation, decode: Decode) -> str:
+    """Where a row stops being finite, and with what."""
+    turns, (row, at, what) = np.asarray(batch.turn_id)[place.row], place
+    said = f"row {row} (task {of.index} of {of.split}) stops being finite"
+    if at < 0:
+        return f"{said} before its first token: {what}"
+    later = [int(turn) for turn in turns[at:] if turn != NO_TURN]
+    turn = f"before turn {later[0]}" if later else "after its last turn"
+    if turns[at] != NO_TURN:
+        turn = f"in turn {later[0]}"
+    text = decode([int(batch.tokens[row, at])])
+    return f"{said} {turn} at token {at}, {text!r}: {what}"
 
 
 def make_look_at(

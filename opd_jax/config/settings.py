@@ -21,6 +21,7 @@ from opd_jax.experience.stream import DemonstrationSettings
 from opd_jax.judge.answer import JudgeSettings
 from opd_jax.judge.others import find_judge
 from opd_jax.judge.prompt import read_prompt
+from opd_jax.learner.nonfinite import DebugSettings
 from opd_jax.learner.objective import Objective
 from opd_jax.learner.optimizer import AdamW
 from opd_jax.learner.train_step import TrainSettings
@@ -152,6 +153,7 @@ class Settings:
     checkpoint: CheckpointSettings
     episodes: EpisodeSettings
     compare: CompareSettings
+    debug: DebugSettings
     new_model: ModelConfig | None = None
     demonstrations: DemonstrationSettings | None = None
 

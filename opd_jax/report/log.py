@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opd_jax.learner.nonfinite import is_finite
 from opd_jax.report.episodes import (
     FOLDER,
     Episode,
@@ -57,6 +58,8 @@ class UpdateLog:
       profile: numbers of the updates to trace into `profile/`.
       episodes_every: updates between two files of episodes, the first of update 1; 0: none.
       show: makes lines of a few of an update's episodes; for its arguments see `look`.
+      blame: says where an update stops being finite, and makes lines of those episodes; arguments
+        as of `show`. The update has to keep its state. None: nobody asks.
       wandb: project of Weights & Biases; "" for none.
     """
 
@@ -72,10 +75,12 @@ class UpdateLog:
         wandb: str,
         episodes_every: int,
         show: Callable[..., list[Episode]],
+        blame: Callable[..., tuple[str, list[Episode]]] | None,
     ):
         self._workdir, self._updates, self._leave_out = workdir, updates, leave_out
         self._profile = Profile(workdir / "profile", profile, done=done)
         self._episodes_every, self._show, self._shown = episodes_every, show, list[Episode]()
+        self._blame, self._of_update = blame, tuple[Any, ...]()
         self._clock, self._is_due, self._is_first = Stopwatch(), False, True
         self._learning_rate, self._so_far = learning_rate, _SoFar()
         self._writers: list[JsonlWriter | EventWriter | WandbWriter] = []
@@ -110,6 +115,8 @@ class UpdateLog:
 
         Call it before the update takes them. The arguments are those of `records.Show`.
         """
+        if self._blame:
+            self._of_update = of_update
         if self._is_due:
             with self._clock.measure("episodes"):
                 self._shown = self._show(*of_update)
@@ -131,10 +138,16 @@ class UpdateLog:
         metrics["wall_s"] = self._so_far.wall_s + startup.passed()
         for writer in self._writers:
             writer.write(update, metrics)
+        where, of_update, self._of_update = "", self._of_update, ()
+        file = update_file(self._workdir / FOLDER, update)
+        if self._blame and not is_finite(raw):
+            where, found = self._blame(*of_update)
+            if found:  # in place of the batch's first episodes
+                self._is_due, self._shown, where = True, found, f"{where}; see {file}"
         if self._is_due and processes.is_first():
-            episodes = [scaled(line, float(raw["z"])) for line in self._shown]
-            write_episodes(update_file(self._workdir / FOLDER, update), episodes)
-        check_finite(raw, update=update, checkpoints=(self._workdir / "checkpoints").resolve())
+            write_episodes(file, [scaled(line, float(raw["z"])) for line in self._shown])
+        checkpoints = (self._workdir / "checkpoints").resolve()
+        check_finite(raw, update=update, checkpoints=checkpoints, where=where)
         processes.say(describe(metrics, update=update, updates=self._updates))
 
     def evaluated(self) -> dict[int, dict[str, Any]]:

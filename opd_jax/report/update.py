@@ -139,16 +139,20 @@ def describe(metrics: Mapping[str, Any], *, update: int, updates: int) -> str:
     return "  ".join([*parts, f"{left} left"])
 
 
-def check_finite(raw: Mapping[str, Any], *, update: int, checkpoints: object) -> None:
-    """Checks that loss and norms are finite.
+def check_finite(
+    raw: Mapping[str, Any], *, update: int, checkpoints: object, where: str = ""
+) -> None:
+    """Checks that loss and norms are finite; `where` says in words where they stop being that.
 
     Raises:
       ValueError: one is not; names it, the update and the folder of the last good checkpoint.
     """
     for name in ("loss", "grad_norm", "update_norm"):
         if not np.isfinite(raw[name]):
+            # A change of parameters is of no token.
+            hint = "" if name == "update_norm" else (where or "`debug.nans` names the token") + "; "
             raise ValueError(
                 f"`{name}` is {raw[name]} at update {update}: nothing was saved from it, the last "
-                f"checkpoint in {checkpoints} is good; lower `optimizer.learning_rate`, or look at "
-                "the update's line in metrics.jsonl"
+                f"checkpoint in {checkpoints} is good; {hint}lower `optimizer.learning_rate`, or "
+                "look at the update's line in metrics.jsonl"
             )

@@ -7,6 +7,7 @@ const LONG_TEXT = 4000; // characters; of a longer text this many are shown at f
 
 const byId = (id) => document.getElementById(id);
 const index = JSON.parse(byId("index").textContent);
+const NOT_FINITE = "not finite"; // JSON has null for it, or the name that other writers give it
 const isNumber = (x) => typeof x === "number";
 const has = (x) => x !== undefined && x !== null && x !== "";
 
@@ -362,7 +363,7 @@ function paint(i) {
   const span = spans[i], value = COLOURS[colour].of(i);
   if (!span) return;
   span.classList.toggle("differs", colour === "agrees" && value === false);
-  span.classList.toggle("odd", typeof value === "string"); // NaN or infinity
+  span.classList.toggle("odd", typeof value === "string" || value === null); // not finite
   span.classList.toggle("below", value < 0);
   const size = colour === "agrees" ? (value === false ? 0.6 : 0) : isNumber(value) ? strength(value) : 0;
   if (size < 0.02) span.style.removeProperty("--heat");
@@ -370,7 +371,7 @@ function paint(i) {
 }
 
 function drawLegend() {
-  const { unit } = COLOURS[colour], end = index.scales[colour], legend = byId("legend");
+  const { unit } = COLOURS[colour], end = index.scales[colour] ?? 1, legend = byId("legend");
   const swatch = (className, heat, words = "") => {
     const made = el("span", { class: `swatch ${className}` }, words);
     made.style.setProperty("--heat", heat);
@@ -436,7 +437,7 @@ const quoted = (text) => text.replace(/\n/g, "↵").replace(/\t/g, "⇥").replac
 
 function topFive(top) {
   const bar = (share, who) => {
-    const made = el("td", { class: `share ${who}` }, `${(100 * share).toFixed(1)} %`);
+    const made = el("td", { class: `share ${who}` }, isNumber(share) ? `${(100 * share).toFixed(1)} %` : NOT_FINITE);
     made.style.setProperty("--share", isNumber(share) ? share : 0);
     return made;
   };
@@ -449,7 +450,7 @@ function topFive(top) {
 function showCard(i) {
   const span = spans[i], at = (column) => tokens[column]?.[i];
   const [student, sampled, agrees] = [at("student_logprob"), at("sampled_logprob"), at("agrees")];
-  const number = (value) => has(value) && digits(value);
+  const number = (value) => value === null ? NOT_FINITE : has(value) && digits(value);
   const facts = [
     ["divergence", number(at("divergence"))], ["weight", number(at("weight"))],
     ["log p, student", number(student)], ["log p, teacher", number(at("teacher_logprob"))],

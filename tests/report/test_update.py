@@ -120,6 +120,12 @@ def test_a_figure_that_is_not_finite_is_named_with_its_update_and_the_good_check
     for name in good:
         with pytest.raises(ValueError, match=rf"`{name}` is nan at update 3: .*runs/x/checkpoints"):
             check_finite(good | {name: np.nan}, update=3, checkpoints="runs/x/checkpoints")
+    for where in ("", "row 2 at token 7"):
+        hint = where or "`debug.nans` names the token"
+        with pytest.raises(ValueError, match=f"is good; {hint}; lower `opt"):
+            check_finite(good | {"loss": np.nan}, update=3, checkpoints="x", where=where)
+        with pytest.raises(ValueError, match="is good; lower `opt"):  # no token's
+            check_finite(good | {"update_norm": np.inf}, update=3, checkpoints="x", where=where)
 
 
 def test_the_printed_line_has_what_was_measured() -> None:
