@@ -298,10 +298,10 @@ def parts_traced(workdir: Path) -> list[str]:
 def test_the_updates_asked_for_are_traced_and_no_bit_changes(
     trained: Any, tmp_path: Path, command: Callable
 ) -> None:
-    flags = (*trained.flags, *NO_EVALUATION, "--profile=2:3", f"--workdir={tmp_path}")
+    flags = (*trained.flags, *NO_EVALUATION, "--profile=3:4", f"--workdir={tmp_path}")
     done = command("train", *flags)
     assert done.returncode == 0, done.stderr
-    parts = {2: ("rollout", "judge", "episodes", "update"), 3: ("rollout", "judge", "update")}
+    parts = {3: ("rollout", "judge", "update"), 4: ("rollout", "judge", "episodes", "update")}
     assert parts_traced(tmp_path) == [f"update {n}: {part}" for n in parts for part in parts[n]]
     assert f"the trace is in {tmp_path / 'profile'}\n" in done.stdout
     assert_ended_alike(tmp_path, trained.workdir)
