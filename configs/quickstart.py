@@ -129,7 +129,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         intervention=True,  # weight turns by the judge's verdicts
         confidence=True,  # weight turns by the teacher's confidence
         confidence_temperature=1.0,  # temperature of the teacher's softmax, in confidence only
-        weak_weight=0.5,  # weight of WEAK turns; SKIP has 0, STRONG has 1
+        weak_weight=0.5,  # weight of WEAK turns; STRONG has 1
+        skip_weight=0.0,  # weight of SKIP turns
+        fail_weight=1.0,  # weight of turns that the environment rejected
         entropy_bonus=0.0,  # added weight of tokens at which the teacher is uncertain; 0: none
         entropy_threshold=0.8,  # the teacher is uncertain above this entropy, nats
         normalize="all_tokens",  # tokens with mean weight 1; or active_tokens; or none
@@ -139,7 +141,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
 
     config.judge = dict(
-        by="teacher",  # who judges; or oracle: the environment's labels; or module:function
+        # Who judges: teacher; oracle, the environment's labels; failures, nobody; or module:function.
+        by="teacher",
         decode="constrained",  # score the three labels; or generate the answer's text
         model="",  # another model that is asked, in the teacher's dtype; "": the teacher
         prompt="",  # a file with another question, its words and their verdicts; "": the paper's

@@ -661,21 +661,37 @@ def _top1_prob(logits: jax.Array, temperature: float, axis: str | None) -> jax.A
 # --- Weights ------------------------------------------------------------------------------------
 
 
-def intervention_weight(verdict: jax.Array, *, weak_weight: float = 0.5) -> jax.Array:
-    """i = 0 for SKIP, `weak_weight` (α) for WEAK, 1 for STRONG and DET_FAIL.
+def intervention_weight(
+    verdict: jax.Array,
+    *,
+    weak_weight: float = 0.5,
+    skip_weight: float = 0.0,
+    fail_weight: float = 1.0,
+) -> jax.Array:
+    """i = `skip_weight` for SKIP, α for WEAK, 1 for STRONG, `fail_weight` for DET_FAIL.
 
     Args:
       verdict: int [...], codes of `Verdict`. A compiled program cannot raise, so any other code
         weighs 1, the conservative reading.
       weak_weight: α, 0..1.
+      skip_weight: 0..1; the paper's is 0.
+      fail_weight: 0..1; the paper's is 1. With 0 nothing is learnt from the teacher's advice where
+        the environment rejected the student's action.
 
     Returns:
       float32 [...].
 
-    Source: arXiv 2606.19659, turn intervention. A judge's unparsable answer comes as STRONG.
+    Source: arXiv 2606.19659, turn intervention. A judge's unparsable answer comes as STRONG. The
+      last two arguments are ours.
     """
-    weight = jnp.where(verdict == Verdict.WEAK, weak_weight, 1.0)
-    return jnp.where(verdict == Verdict.SKIP, 0.0, weight).astype(jnp.float32)
+    weight = jnp.ones(jnp.shape(verdict), jnp.float32)
+    for code, value in (
+        (Verdict.SKIP, skip_weight),
+        (Verdict.WEAK, weak_weight),
+        (Verdict.DET_FAIL, fail_weight),
+    ):
+        weight = jnp.where(verdict == code, value, weight)
+    return weight.astype(jnp.float32)
 
 
 def turn_confidence(teacher_top1_prob: jax.Array, turn_id: jax.Array, num_turns: int) -> jax.Array:
@@ -746,6 +762,8 @@ def raw_weights(
     weak_weight: float,
     token_factor: jax.Array | None,
     scope: str,
+    skip_weight: float = 0.0,
+    fail_weight: float = 1.0,
 ) -> tuple[jax.Array, WeightTotals]:
     """s = i · c of each token's turn, times the token's own factor, and the totals of s.
 
@@ -761,7 +779,11 @@ def raw_weights(
         raise ValueError(f"`scope`: expected one of {', '.join(SCOPES)}, got {scope!r}")
     if verdict is not None and confidence is not None:
         _check_same_shape("verdict", verdict, "confidence", confidence)
-    turn_weight = None if verdict is None else intervention_weight(verdict, weak_weight=weak_weight)
+    turn_weight = None
+    if verdict is not None:
+        turn_weight = intervention_weight(
+            verdict, weak_weight=weak_weight, skip_weight=skip_weight, fail_weight=fail_weight
+        )
     if confidence is not None:
         turn_weight = confidence if turn_weight is None else turn_weight * confidence
     s = jnp.ones(turn_id.shape, jnp.float32)
@@ -842,6 +864,8 @@ def sage_weights(
     eps: float = 1e-8,
     max_z: float | None = None,
     token_factor: jax.Array | None = None,
+    skip_weight: float = 0.0,
+    fail_weight: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
     """The weight of every token, z · i · c: `raw_weights` times `scale` of their totals.
 
@@ -857,6 +881,8 @@ def sage_weights(
       max_z: see `scale`.
       token_factor: float [B, T], multiplies s; None for 1. May hold anything where `turn_id` is
         `NO_TURN`. The mean weight stays one.
+      skip_weight: the weight of SKIP.
+      fail_weight: the weight of DET_FAIL.
 
     Returns:
       (weight float32 [B, T], 0 where `turn_id` is `NO_TURN`; z float32, [] or [B] by scope). No
@@ -876,6 +902,8 @@ def sage_weights(
         weak_weight=weak_weight,
         token_factor=token_factor,
         scope=scope,
+        skip_weight=skip_weight,
+        fail_weight=fail_weight,
     )
     z = scale(totals, normalize=normalize, eps=eps, max_z=max_z)
     return s * (z if scope == "batch" else z[:, None]), z

@@ -429,6 +429,9 @@ def test_intervention_weights() -> None:
     assert intervention_weight(codes).dtype == jnp.float32
     assert intervention_weight(codes).tolist() == [0, 0.5, 1, 1, 1, 1]
     assert intervention_weight(codes, weak_weight=0.25).tolist() == [0, 0.25, 1, 1, 1, 1]
+    assert intervention_weight(codes, skip_weight=0.25, fail_weight=0).tolist()[:4] == [
+        *(0.25, 0.5, 1, 0),
+    ]
 
 
 def test_verdict_codes_are_those_on_disk() -> None:

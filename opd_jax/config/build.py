@@ -35,7 +35,7 @@ from opd_jax.experience.source import Episodes, Play, Played, Source
 from opd_jax.experience.stream import Stream, judge_example
 from opd_jax.experience.tasks import Panel, TaskOrder, check_alike, find_panels, split_size
 from opd_jax.judge.answer import Judge
-from opd_jax.judge.others import brought_judge, find_judge, oracle_judge
+from opd_jax.judge.others import brought_judge, find_judge
 from opd_jax.judge.prompt import LABELS, read_prompt
 from opd_jax.judge.verdicts import Labeller, no_judge, teacher_judge
 from opd_jax.learner.batch import Batch, pack, responses
@@ -230,8 +230,8 @@ def make_labeller(
     if not settings.objective.intervention:
         return no_judge(max_turns=max_turns)
     how: dict[str, Any] = dict(max_turns=max_turns, between=between)
-    if judge.by == "oracle":
-        return oracle_judge(**how)
+    if judge.by in ("oracle", "failures"):
+        return find_judge(judge.by, {})(**how)
     if judge.by != "teacher":
         options = dict(judge.options)
         return brought_judge(partial(find_judge(judge.by, options), **options), by=judge.by, **how)

@@ -361,6 +361,8 @@ def _unread(s: Settings) -> tuple[str, ...]:
         "objective.confidence_temperature": objective.confidence,
         "objective.entropy_threshold": objective.entropy_bonus > 0,
         "objective.max_z": objective.normalize != "none",
+        "objective.fail_weight": objective.intervention,
+        "objective.skip_weight": objective.intervention,
         "objective.weak_weight": objective.intervention,
         "rollout.depth_every": s.rollout.depth_start > 0,
     }

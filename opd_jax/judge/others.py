@@ -19,6 +19,7 @@ from opd_jax.runtime import by as named
 JUDGES = {
     "teacher": "opd_jax.judge.verdicts:teacher_judge",
     "oracle": "opd_jax.judge.others:oracle_judge",
+    "failures": "opd_jax.judge.others:failures_judge",
 }
 
 
@@ -63,6 +64,19 @@ def oracle_judge(*, max_turns: int, between: Callable[[], None] | None = None) -
                 "gives none (`Observation.oracle`)"
             )
         return _judged(np.where(labelled, labels.oracle, Verdict.STRONG), labels, between)
+
+    return label
+
+
+def failures_judge(*, max_turns: int, between: Callable[[], None] | None = None) -> Labeller:
+    """What the environment rejects is DET_FAIL, and everything else SKIP: nobody is asked.
+
+    With `skip_weight` 1 and `fail_weight` 0 the student learns from all turns but the rejected.
+    """
+
+    def label(conversations: Sequence[Conversation], update: int):
+        labels = env_labels(conversations, max_turns=max_turns)
+        return _judged(np.full_like(labels.oracle, Verdict.SKIP), labels, between)
 
     return label
 

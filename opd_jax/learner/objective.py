@@ -32,6 +32,8 @@ class Objective:
       confidence: use the teacher's confidence; else c = 1.
       confidence_temperature: temperature of the teacher's softmax in c only.
       weak_weight: α, the weight of a WEAK turn.
+      skip_weight: the weight of a SKIP turn.
+      fail_weight: the weight of a turn that the environment rejected.
       entropy_bonus: e = 1 + this for tokens at which the teacher is uncertain; 0: e = 1.
       entropy_threshold: the teacher is uncertain above this entropy, nats.
       normalize: see `losses.scale`.
@@ -46,6 +48,8 @@ class Objective:
     confidence: bool
     confidence_temperature: float
     weak_weight: float
+    skip_weight: float
+    fail_weight: float
     entropy_bonus: float
     entropy_threshold: float
     normalize: str
@@ -57,7 +61,7 @@ class Objective:
         check_choice((*losses.KINDS, "cross_entropy"), divergence=self.divergence)
         check_choice(losses.NORMALIZERS, normalize=self.normalize)
         check_choice(losses.SCOPES, scope=self.scope)
-        check_within(0, 1, beta=self.beta, weak_weight=self.weak_weight)
+        check_within(0, 1, beta=self.beta, **self.turn_weights)
         check_within(
             0,
             confidence_temperature=self.confidence_temperature,
@@ -76,6 +80,15 @@ class Objective:
     def needs_teacher(self) -> bool:
         """Whether the teacher scores the student's tokens."""
         return self.divergence != "cross_entropy"
+
+    @property
+    def turn_weights(self) -> dict[str, float]:
+        """The weights of verdicts, for `losses.intervention_weight`."""
+        return dict(
+            weak_weight=self.weak_weight,
+            skip_weight=self.skip_weight,
+            fail_weight=self.fail_weight,
+        )
 
     @property
     def weight_reads_teacher(self) -> bool:
@@ -265,8 +278,8 @@ def look(
     weights = _weights(scores.teacher_top1_prob, scores.teacher_entropy, batch, objective)
     intervention = confidence = None
     if objective.intervention:
-        verdict, weak_weight = jnp.asarray(batch.verdict), objective.weak_weight
-        intervention = losses.intervention_weight(verdict, weak_weight=weak_weight)
+        verdict = jnp.asarray(batch.verdict)
+        intervention = losses.intervention_weight(verdict, **objective.turn_weights)
     if objective.confidence:
         turn_id, turns = _turn_id(batch), batch.verdict.shape[1]
         confidence = losses.turn_confidence(scores.teacher_top1_prob, turn_id, turns)
@@ -369,7 +382,7 @@ def _weights(top1: Any, entropy: Any, batch: Batch, objective: Objective) -> _We
         turn_id,
         jnp.asarray(batch.verdict) if objective.intervention else None,
         losses.turn_confidence(top1, turn_id, K) if objective.confidence else None,
-        weak_weight=objective.weak_weight,
+        **objective.turn_weights,
         token_factor=(
             losses.entropy_factor(entropy, bonus=bonus, threshold=threshold) if bonus else None
         ),

@@ -167,10 +167,21 @@ def needs_more(conversations: Sequence[Conversation], update: int, *, words: tup
     raise AssertionError
 
 
+def test_failures_alone_need_no_judge() -> None:
+    verdict = labeller("judge.by=failures")(PLAYED, 0).verdict
+    expected = np.full((3, 4), Verdict.SKIP)
+    expected[0, 1] = Verdict.DET_FAIL
+    assert verdict.tolist() == expected.tolist()
+    read("alfworld_qwen3", "env.data=somewhere", "judge.by=failures")  # every environment has them
+
+
 @pytest.mark.parametrize(
     ("changes", "wrong"),
     [
-        (["judge.by=techer"], r"`judge.by`: expected one of teacher, oracle, or module:name"),
+        (
+            ["judge.by=techer"],
+            r"`judge.by`: expected one of teacher, oracle, failures, or module:name",
+        ),
         (["judge.by=test_others:nobody"], r"`judge.by` = .* module `test_others` has no `nobody`"),
         (["judge.by=test_others:one_argument"], r"a function of \(conversations, updates done\)"),
         (["judge.by=test_others:needs_more"], r"`judge.words` is missing"),

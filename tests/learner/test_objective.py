@@ -47,6 +47,8 @@ OBJECTIVES = {
     "without_normalizer": replace(SAGE, normalize="none"),
     "active_tokens": replace(SAGE, normalize="active_tokens"),
     "weak_weight": replace(SAGE, weak_weight=0.25),
+    "skip_weight": replace(SAGE, skip_weight=0.3),
+    "fail_weight": replace(SAGE, fail_weight=0.0),
     "max_z": replace(SAGE, max_z=1.25),
     "by_trajectory": BY_TRAJECTORY,
     "by_trajectory_max_z": replace(BY_TRAJECTORY, max_z=9.0),
@@ -80,7 +82,8 @@ def reference_confidence() -> np.ndarray:
 
 def reference_weights(objective: Objective) -> tuple[np.ndarray, np.ndarray]:
     """s [B, T], and z: one number, or one for each row [B, 1]."""
-    i = {SKIP: 0.0, WEAK: objective.weak_weight, STRONG: 1.0, DET_FAIL: 1.0}
+    i = {SKIP: objective.skip_weight, WEAK: objective.weak_weight, STRONG: 1.0}
+    i[DET_FAIL] = objective.fail_weight
     uncertain = entropy(np.exp(logprobs(2)), axis=-1) > objective.entropy_threshold
     s = np.zeros((B, T))
     for b, t, k in STUDENT_TOKENS:
@@ -219,6 +222,8 @@ def test_every_setting_of_the_scale_reaches_it(settings: dict[str, Any], z: floa
         {"divergence": "kl"},
         {"beta": 1.5},
         {"weak_weight": -0.1},
+        {"skip_weight": 1.1},
+        {"fail_weight": -0.1},
         {"confidence_temperature": -1.0},
         {"entropy_bonus": -0.5},
         {"entropy_threshold": -0.5},
