@@ -32,7 +32,7 @@ _NAMES = {
         "turn_confidence",
         "weighted_loss",
     ],
-    "model": ["ModelConfig"],
+    "model": ["Model", "ModelConfig"],
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = list(_MODULES)

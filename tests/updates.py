@@ -22,7 +22,14 @@ from opd_jax.model.lora import Lora, lora_specs
 KEEPER = optax.trace(decay=0.0)
 
 
-def train_step(student: ModelConfig, objective: Objective, **options: Any) -> Callable:
+def train_step(
+    student: ModelConfig,
+    objective: Objective,
+    *,
+    query_chunk: int = 16,
+    remat: str = "none",
+    **options: Any,
+) -> Callable:
     """`make_train_step` in float32, by default on one device and with all rows at once."""
     defaults: dict[str, Any] = dict(
         optimizer=KEEPER,
@@ -30,11 +37,10 @@ def train_step(student: ModelConfig, objective: Objective, **options: Any) -> Ca
         micro_batches=1,
         batch_rows=None,
         dtype=jnp.dtype("float32"),
-        query_chunk=16,
         loss_chunk=16,
-        remat="none",
     )
-    return make_train_step(student=student, objective=objective, **(defaults | options))
+    functions = model.functions_of(student, query_chunk=query_chunk, remat=remat)
+    return make_train_step(student=functions, objective=objective, **(defaults | options))
 
 
 def two_turns(rows: int, *, vocab: int) -> Batch:

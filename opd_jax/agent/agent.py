@@ -10,7 +10,7 @@ from opd_jax.agent.chat import ChatFormat
 from opd_jax.agent.conversation import Conversation
 from opd_jax.agent.generate import Sampling
 from opd_jax.envs.turns import before_invented_turn
-from opd_jax.model import ModelConfig
+from opd_jax.model import Model, ModelConfig
 from opd_jax.runtime.fields import LAYOUT, affects, check_widths, check_within
 
 # Tokens of what opens an invented turn (`### **tool response 3**:`): most have far fewer.
@@ -116,12 +116,14 @@ class RolloutSettings(Decoding):
 class Agent:
     """Everything but the parameters that turns a model into an agent.
 
+    `model` are the sizes of ours, or the functions of another.
+
     The `transformers` tokenizer decodes responses and never encodes them again. `invented`
     finds where a response pretends to be the environment or the user (`Env.invented`); None: its
     text may say anything.
     """
 
-    model: ModelConfig
+    model: ModelConfig | Model
     tokenizer: Any
     chat: ChatFormat
     decoding: Decoding

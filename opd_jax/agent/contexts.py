@@ -9,7 +9,7 @@ import numpy as np
 from opd_jax import model
 from opd_jax.agent import generate as gen
 from opd_jax.agent.positions import Positions
-from opd_jax.model import KVCache, ModelConfig, Params
+from opd_jax.model import KVCache, Model, ModelConfig, Params
 from opd_jax.runtime import mesh
 from opd_jax.runtime.mesh import DECODING, shard_batch
 
@@ -23,7 +23,7 @@ class ContextCache:
 
     Args:
       params: the model's, stacked or not. They are not copied.
-      sizes: the model's.
+      sizes: the model's; or the model itself, if it is another than ours.
       rows: of the cache.
       slots: of each row.
       widths: ascending widths of pieces; one compiled program each.
@@ -36,7 +36,7 @@ class ContextCache:
         self,
         params: Params,
         *,
-        sizes: ModelConfig,
+        sizes: ModelConfig | Model,
         rows: int,
         slots: int,
         widths: Sequence[int],
@@ -47,21 +47,25 @@ class ContextCache:
     ):
         self.params = params
         self._positions, self._purpose = positions, purpose
-        self.sizes, self.sharded = sizes, model.is_sharded(params)
+        self.sizes, self._ours = sizes, isinstance(sizes, ModelConfig)
+        self.sharded = self._ours and model.is_sharded(params)
         self.widths, self.rows_read = widths, rows_read
         self.contexts: list[list[int]] = [[] for _ in range(rows)]
         self.held = np.zeros(rows, np.int32)  # how many tokens of its context each row holds
-        self._cache = model.init_cache(
-            sizes, batch=rows, slots=slots, dtype=params["embed"].dtype, int8=int8
-        )
+        self._cache = model.empty_cache(params, config=sizes, rows=rows, slots=slots, int8=int8)
 
     def clear(self, row: int) -> None:
         """Empties a row."""
         self.contexts[row], self.held[row] = [], 0
 
     def put(self, row: int, context: list[int]) -> None:
-        """Gives a row another context, to be read; its last token is never read here."""
-        self.held[row] = _common(self.contexts[row][: self.held[row]], context[:-1])
+        """Gives a row another context, to be read; its last token is never read here.
+
+        Another model's cache may be a state of which no part can be taken back. It keeps all or
+        nothing.
+        """
+        shared = _common(self.contexts[row][: self.held[row]], context[:-1])
+        self.held[row] = shared if self._ours or shared == self.held[row] else 0
         self.contexts[row] = context
 
     def read(self, rows: Collection[int]) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from flax import struct
 
 from opd_jax import model
-from opd_jax.model import KVCache, ModelConfig, Params, lora
+from opd_jax.model import KVCache, Model, ModelConfig, Params, lora
 from opd_jax.model.projections import cast
 from opd_jax.runtime.fields import check_within
 from opd_jax.runtime.mesh import DECODING, constrain, gathered, replicate
@@ -121,16 +121,14 @@ def extend(
     counts: jax.Array,
     rows: jax.Array | None = None,
     *,
-    config: ModelConfig,
+    config: ModelConfig | Model,
     sharded: bool,
 ) -> KVCache:
     """Appends the first `counts[b]` of `tokens[b]` to each conversation. The cache is donated.
 
     Arguments as in `model.forward_cached`.
     """
-    return model.forward_cached(
-        params, cache, tokens, counts, config=config, sharded=sharded, rows=rows
-    )[1]
+    return model.append(params, cache, tokens, counts, config=config, sharded=sharded, rows=rows)[1]
 
 
 @partial(
@@ -146,7 +144,7 @@ def generate(
     row_keys: jax.Array,
     stop_ids: jax.Array,
     *,
-    config: ModelConfig,
+    config: ModelConfig | Model,
     sampling: Sampling,
     chunk: int,
     sharded: bool,
@@ -167,7 +165,8 @@ def generate(
       (cache, `Sampled`). To go on with rows that neither stopped nor spent their budget, call
       again with their last sampled token as `last_token`.
     """
-    params = model.unstack(params)  # here, not in the loop
+    if isinstance(config, ModelConfig):
+        params = model.unstack(params)  # here, not in the loop
     rows = last_token.shape[0]
     empty = Sampled(
         tokens=jnp.zeros((rows, chunk), jnp.int32),
@@ -189,7 +188,7 @@ def generate(
     def sample_one(carry):
         step, cache, token, out = carry
         going = alive(out)
-        hidden, cache = model.forward_cached(
+        hidden, cache = model.append(
             params,
             cache,
             token[:, None],
@@ -198,7 +197,7 @@ def generate(
             sharded=sharded,
             slots_read=slots_read,
         )
-        logits = model.logits(params, hidden[:, 0], sharded=sharded)
+        logits = model.logits(params, hidden[:, 0], sharded=sharded, head=model.head_of(config))
         keys = jax.vmap(jax.random.fold_in)(row_keys, cache.lengths)
         sampled, logprob = sample(logits, keys, sampling=sampling, unused_ids=config.unused_ids)
         token = jnp.where(going, sampled, token)

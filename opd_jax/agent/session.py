@@ -11,7 +11,7 @@ from opd_jax.agent import generate as gen
 from opd_jax.agent.agent import Agent
 from opd_jax.agent.contexts import ContextCache
 from opd_jax.agent.positions import Positions
-from opd_jax.model import Params
+from opd_jax.model import ModelConfig, Params
 from opd_jax.runtime import startup
 from opd_jax.runtime.mesh import DECODING, shard_batch
 
@@ -62,7 +62,7 @@ class Session:
     ):
         decoding = agent.decoding
         self.agent, self.keys, self._positions = agent, keys, positions
-        if not isinstance(params["layers"], tuple):
+        if isinstance(agent.model, ModelConfig) and not isinstance(params["layers"], tuple):
             params = gen.for_decoding(params, platform=jax.default_backend())
         self.cache = ContextCache(
             params,

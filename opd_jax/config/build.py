@@ -130,22 +130,20 @@ def compile_update(
         micro_batches=train.micro_batches,
         # Batches of demonstrations are filled by tokens, so their number of rows varies.
         batch_rows=None if settings.shows_players else settings.rollout.batch,
-        query_chunk=train.query_chunk,
     )
     train_step = make_train_step(
-        student=student,
+        student=model.functions_of(student, query_chunk=train.query_chunk, remat=train.remat),
         objective=settings.objective,
         optimizer=optimizer(settings),
         placement=placement,
         dtype=jnp.dtype(settings.compute_dtype),
         loss_chunk=train.loss_chunk,
-        remat=train.remat,
         lora=adapters(settings),
         **shared,
     )
     if teacher is None or not settings.objective.needs_teacher:
         return train_step, None
-    return train_step, make_teacher_pass(teacher, **shared)
+    return train_step, make_teacher_pass(teacher, query_chunk=train.query_chunk, **shared)
 
 
 def make_update(

@@ -109,6 +109,13 @@ class Judge:
     settings: JudgeSettings
     prompt: Prompt = OURS
 
+    def __post_init__(self):
+        if not isinstance(self.model, ModelConfig):
+            raise ValueError(
+                "`model`: a judge goes back in its cache, so it is a `ModelConfig`, got a "
+                f"`{type(self.model).__name__}`"
+            )
+
     def question(self, conversation: Conversation, index: int) -> list[int]:
         """The tokens of the question about one turn, up to where the answer starts.
 

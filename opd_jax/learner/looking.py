@@ -39,21 +39,19 @@ def make_look(
     `top` is the number of the teacher's tokens; the other arguments are those of `make_train_step`.
     All processes of a run take part, and each gets all of the result.
     """
+    functions = partial(model.functions_of, query_chunk=query_chunk, remat="none")
 
     @jax.jit
     def program(trained: Params, base: Params | None, judging: Params, batch: Batch) -> Seen:
         judging = sharded_for_training(judging, teacher)
-        hidden = response_hidden(
-            judging, batch, config=teacher, query_chunk=query_chunk, remat="none"
-        )
+        hidden = response_hidden(judging, batch, hidden=functions(teacher).hidden)
         seen = look(
             with_adapters(base, trained, lora),
             Teacher(hidden, model.head_params(judging)),
             batch,
-            student=student,
+            student=functions(student),
             objective=objective,
             dtype=dtype,
-            query_chunk=query_chunk,
             loss_chunk=loss_chunk,
             top=top,
         )

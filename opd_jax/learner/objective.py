@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from opd_jax import losses, model
+from opd_jax import losses
 from opd_jax.learner.batch import Array, Batch
 from opd_jax.learner.teacher import Teacher, response_hidden
 from opd_jax.losses import NO_TURN, TokenScores, WeightTotals
-from opd_jax.model import ModelConfig, Params
+from opd_jax.model import Model, Params, head
 from opd_jax.model.projections import cast
 from opd_jax.runtime.fields import check_choice, check_within
 from opd_jax.runtime.mesh import constrain
@@ -145,20 +145,16 @@ def loss_and_sums(
     teacher: Teacher | None,
     batch: Batch,
     *,
-    student: ModelConfig,
+    student: Model,
     objective: Objective,
     dtype: jnp.dtype,
-    query_chunk: int,
     loss_chunk: int,
-    remat: str,
 ) -> tuple[jax.Array, Sums]:
     """`Sums.loss` of a micro-batch, differentiable in `params`, and all its sums.
 
     Arguments and errors as in `score`.
     """
-    body: dict[str, Any] = dict(
-        student=student, objective=objective, dtype=dtype, query_chunk=query_chunk, remat=remat
-    )
+    body: dict[str, Any] = dict(student=student, objective=objective, dtype=dtype)
     if objective.weight_reads_student:
         # Weights are known after all scores, so the backward pass makes the logits again.
         scores = score(params, teacher, batch, loss_chunk=loss_chunk, **body)
@@ -186,12 +182,10 @@ def score(
     teacher: Teacher | None,
     batch: Batch,
     *,
-    student: ModelConfig,
+    student: Model,
     objective: Objective,
     dtype: jnp.dtype,
-    query_chunk: int,
     loss_chunk: int,
-    remat: str,
 ) -> TokenScores:
     """Divergence and all other scores of the response tokens, float32 [B, R].
 
@@ -202,16 +196,7 @@ def score(
     Raises:
       ValueError: the objective needs a teacher and there is none.
     """
-    heads = _head_inputs(
-        params,
-        teacher,
-        batch,
-        student=student,
-        objective=objective,
-        dtype=dtype,
-        query_chunk=query_chunk,
-        remat=remat,
-    )
+    heads = _head_inputs(params, teacher, batch, student=student, objective=objective, dtype=dtype)
     if objective.needs_teacher:
         scores = losses.fused_scores(*heads, **_score_settings(objective, loss_chunk))
     else:
@@ -247,10 +232,9 @@ def look(
     teacher: Teacher,
     batch: Batch,
     *,
-    student: ModelConfig,
+    student: Model,
     objective: Objective,
     dtype: jnp.dtype,
-    query_chunk: int,
     loss_chunk: int,
     top: int,
 ) -> Seen:
@@ -258,16 +242,7 @@ def look(
 
     The other arguments are those of `score`. The objective needs a teacher.
     """
-    heads = _head_inputs(
-        params,
-        teacher,
-        batch,
-        student=student,
-        objective=objective,
-        dtype=dtype,
-        query_chunk=query_chunk,
-        remat="none",
-    )
+    heads = _head_inputs(params, teacher, batch, student=student, objective=objective, dtype=dtype)
     scores, choices = (
         _by_row(found, batch)
         for found in (
@@ -310,15 +285,11 @@ def _head_inputs(
     teacher: Teacher | None,
     batch: Batch,
     *,
-    student: ModelConfig,
+    student: Model,
     objective: Objective,
     dtype: jnp.dtype,
-    query_chunk: int,
-    remat: str,
 ) -> _HeadInputs:
-    hidden = response_hidden(
-        cast(params, dtype), batch, config=student, query_chunk=query_chunk, remat=remat
-    )
+    hidden = response_hidden(cast(params, dtype), batch, hidden=student.hidden)
     teacher_hidden = teacher_head = None
     if objective.needs_teacher:
         if teacher is None:
@@ -327,10 +298,11 @@ def _head_inputs(
                 "teacher: expected `teacher`, got None; give one, or choose cross_entropy"
             )
         frozen = jax.lax.stop_gradient(teacher)
-        teacher_hidden, teacher_head = _positions(frozen.hidden), _gathered_head(frozen.head)
+        teacher_hidden = _positions(frozen.hidden)
+        teacher_head = _gathered(head(frozen.head))
     return _HeadInputs(
         student_hidden=_positions(hidden),
-        student_head=_gathered_head(params),
+        student_head=_gathered(student.head(params)),
         teacher_hidden=teacher_hidden,
         teacher_head=teacher_head,
         targets=_take(batch.tokens, batch.response, fill=0).reshape(-1),
@@ -356,14 +328,14 @@ def _turn_id(batch: Batch) -> jax.Array:
     return _take(batch.turn_id, batch.response, fill=NO_TURN)
 
 
-def _gathered_head(params: Params) -> jax.Array:
-    """The head, all-gathered along `fsdp` once. The compiler would gather it for every chunk.
+def _gathered(head_DV: jax.Array) -> jax.Array:
+    """A head, all-gathered along `fsdp` once. The compiler would gather it for every chunk.
 
     The constraint also holds for the gradient, which is then summed over devices once, after all
     chunks. With the head's own sharding it would be summed for every chunk: in a plan of a 1.7B
     student on 32 chips that sends 116 GB an update instead of 5.
     """
-    return constrain(model.head(params), None, "vocab")
+    return constrain(head_DV, None, "vocab")
 
 
 class _Weights(NamedTuple):

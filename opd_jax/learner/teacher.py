@@ -33,7 +33,7 @@ class Teacher:
 
     Attributes:
       hidden: float [B, R, D'], the hidden states that predict the response tokens.
-      head: the part of the teacher's parameters that `model.head` reads.
+      head: the part of the teacher's parameters that `model.head` reads, or `{"head": [D', V]}`.
     """
 
     hidden: jax.Array
@@ -56,9 +56,7 @@ def make_teacher_pass(
         run = partial(
             response_hidden,
             sharded_for_training(params, config),
-            config=config,
-            query_chunk=query_chunk,
-            remat="none",
+            hidden=model.functions_of(config, query_chunk=query_chunk, remat="none").hidden,
         )
 
         def of_part(part: Batch) -> jax.Array:
@@ -86,17 +84,16 @@ def sharded_for_training(params: Params, config: ModelConfig) -> Params:
 
 
 def response_hidden(
-    params: Params, batch: Batch, *, config: ModelConfig, query_chunk: int, remat: str
+    params: Params, batch: Batch, *, hidden: Callable[[Params, jax.Array], jax.Array]
 ) -> jax.Array:
     """The hidden states that predict the response tokens, [B, R, D]: those one position earlier.
+
+    `hidden` gives those of whole sequences (`model.Model`).
 
     Unfilled slots get zeros. Hidden states of padding need not be finite, and would reach the
     gradient as 0 · NaN.
     """
-    hidden_BTD = model.forward(
-        params, jnp.asarray(batch.tokens), config=config, query_chunk=query_chunk, remat=remat
-    )
-    return _before(hidden_BTD, batch.response)
+    return _before(hidden(params, jnp.asarray(batch.tokens)), batch.response)
 
 
 def _before(hidden_BTD: jax.Array, response_BR: Array) -> jax.Array:

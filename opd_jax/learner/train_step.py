@@ -20,7 +20,7 @@ from opd_jax.learner.objective import Objective, Sums, loss_and_sums
 from opd_jax.learner.teacher import Teacher
 from opd_jax.learner.train_state import TrainState
 from opd_jax.losses import WeightTotals
-from opd_jax.model import REMAT, ModelConfig, Params
+from opd_jax.model import REMAT, Model, Params
 from opd_jax.model.lora import Lora, with_adapters
 from opd_jax.runtime.fields import EXTENT, LAYOUT, affects, check_choice, check_within
 from opd_jax.runtime.mesh import replicate
@@ -56,16 +56,14 @@ class TrainSettings:
 
 def make_train_step(
     *,
-    student: ModelConfig,
+    student: Model,
     objective: Objective,
     optimizer: optax.GradientTransformation,
     placement: Any,
     micro_batches: int,
     batch_rows: int | None,
     dtype: jnp.dtype,
-    query_chunk: int,
     loss_chunk: int,
-    remat: str,
     lora: Lora | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
     """The jitted update `(state, teacher, batch) -> (state, metrics)`; donates `state`.
@@ -75,7 +73,8 @@ def make_train_step(
     own parameters, which are only read.
 
     Args:
-      student: sizes of the trained model.
+      student: the trained model's functions: `model.functions_of` our transformer, or a `Model` of
+        your own.
       objective: what is minimized.
       optimizer: e.g. from `make_optimizer`.
       placement: the sharding of every array of the new state, from `placement_of` the old one.
@@ -85,9 +84,7 @@ def make_train_step(
       batch_rows: rows of a batch in which each episode is one row. A batch of n times the rows has
         n times the parts. None: every batch has `micro_batches` parts.
       dtype: the student computes in it; its parameters, gradient and optimizer keep their own.
-      query_chunk: queries attended at a time.
       loss_chunk: positions whose logits exist at a time.
-      remat: what the backward pass rematerializes, a key of `model.REMAT`.
       lora: how the adapters in `state.params` were made; None if those are the student's own
         parameters.
 
@@ -98,17 +95,10 @@ def make_train_step(
 
     Raises:
       ValueError: when the update is traced: the batch does not divide into the micro-batches, the
-        objective needs a teacher and there is none, only one of `base` and `lora` is given, or
-        `remat` is unknown.
+        objective needs a teacher and there is none, or only one of `base` and `lora` is given.
     """
     of_part = partial(
-        loss_and_sums,
-        student=student,
-        objective=objective,
-        dtype=dtype,
-        query_chunk=query_chunk,
-        loss_chunk=loss_chunk,
-        remat=remat,
+        loss_and_sums, student=student, objective=objective, dtype=dtype, loss_chunk=loss_chunk
     )
 
     @partial(jax.jit, donate_argnums=0, out_shardings=placement and (placement, None))

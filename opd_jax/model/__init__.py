@@ -2,6 +2,7 @@
 
 - `sizes`: sizes and switches. `params`: shapes, logical axes, initialization.
 - `transformer`: the forward passes, over whole sequences and over a cache.
+- `functions`: a model as pure functions, of any architecture.
 - `attention`, `kernels`, `cache`, `projections`, `moe`: their parts.
 - `int8`: frozen weights in 8 bits. `lora`: adapters beside frozen weights.
 """
@@ -11,6 +12,7 @@ from opd_jax.model.cache import (
     cache_specs,
     init_cache,
 )
+from opd_jax.model.functions import Model, append, empty_cache, functions_of, head_of
 from opd_jax.model.kernels import attention_on
 from opd_jax.model.params import (
     Params,

@@ -5,6 +5,7 @@ The tree is a nested dict of arrays. Those of layers are stacked, `[L, ...]`, to
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -38,7 +39,16 @@ def is_spec(leaf: object) -> bool:
 
 
 def param_specs(config: ModelConfig) -> Params:
-    """The tree of `ParamSpec`, the only place that defines the shapes of parameters."""
+    """The tree of `ParamSpec`, the only place that defines the shapes of parameters.
+
+    Raises:
+      ValueError: it is another model than ours, of which no shape is known.
+    """
+    if not isinstance(config, ModelConfig):
+        raise ValueError(
+            "adapters, int8 weights, sharding by our rules and export need the parameters of a "
+            f"`ModelConfig`, got a `{type(config).__name__}`"
+        )
     c = config
     L, D, N, G, H, F = c.num_layers, c.d_model, c.num_heads, c.num_kv_heads, c.head_dim, c.d_ff
     std = 0.02 if D >= 400 else 1 / math.sqrt(D)
@@ -138,7 +148,13 @@ def head_params(params: Params) -> Params:
     return {key: params[key]}
 
 
-def logits(params: Params, hidden: jax.Array, *, sharded: bool) -> jax.Array:
+def logits(
+    params: Params,
+    hidden: jax.Array,
+    *,
+    sharded: bool,
+    head: Callable[[Params], jax.Array] = head,
+) -> jax.Array:
     """`hidden @ head(params)` of a few tokens, float32 [B, ..., V].
 
     Args:

@@ -102,6 +102,11 @@ def random_judge(tokenizer: Any) -> Judge:
     return Judge(one_layer(len(tokenizer)), tokenizer, chat, SETTINGS)
 
 
+def test_a_judge_goes_back_in_its_cache_so_it_is_ours(random_judge: Judge) -> None:
+    with pytest.raises(ValueError, match="so it is a `ModelConfig`, got a `Model`"):
+        replace(random_judge, model=model.Model(hidden=print, head=model.head))
+
+
 def with_settings(judge: Judge, **changes: Any) -> Judge:
     return replace(judge, settings=replace(judge.settings, **changes))
 

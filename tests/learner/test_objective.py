@@ -29,6 +29,7 @@ from tiny_batch import (
     read_by_teacher,
 )
 
+from opd_jax import model
 from opd_jax.learner.objective import Objective, objective_sums, score
 from opd_jax.learner.teacher import Teacher
 from opd_jax.losses import TokenScores, WeightTotals
@@ -107,7 +108,9 @@ def scores() -> TokenScores:
 
 
 SETTINGS: dict[str, Any] = dict(
-    student=CONFIG, dtype=jnp.dtype("float32"), query_chunk=16, loss_chunk=8, remat="none"
+    student=model.functions_of(CONFIG, query_chunk=16, remat="none"),
+    dtype=jnp.dtype("float32"),
+    loss_chunk=8,
 )
 
 
