@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +22,7 @@ def run(name: str) -> str:
 
 def test_these_are_all_examples_and_each_is_short() -> None:
     found = {path.stem: path for path in (ROOT / "docs" / "examples").glob("*.py")}
-    assert found.keys() == {*LOOPS, "sharded_vocabulary"}
+    assert found.keys() == {*LOOPS, "own_model", "sharded_vocabulary"}
     assert {name for name, path in found.items() if path.read_text().count("\n") >= 60} == set()
 
 
@@ -30,6 +31,16 @@ def test_a_loop_of_ones_own_learns(name: str) -> None:
     losses = [float(loss) for loss in re.findall(r"loss (\S+)", run(name))]
     assert len(losses) == 4
     assert losses[-1] < losses[0] / 3
+
+
+def test_a_student_of_ones_own_architecture_learns_on_policy() -> None:
+    out = run("own_model")
+    losses = [float(loss) for loss in re.findall(r"loss (\S+)", out)]
+    errors = [float(error) for error in re.findall(r"logprob_error (\S+)", out)]
+    assert len(losses) == len(errors) == 24
+    assert np.mean(losses[-4:]) < 0.75 * np.mean(losses[:4])
+    # What `append` sampled, token by token, is what `hidden` makes of the whole row.
+    assert 0 < max(errors) < 1e-5
 
 
 def test_a_split_vocabulary_changes_nothing() -> None:
