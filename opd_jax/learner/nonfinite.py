@@ -70,16 +70,18 @@ def make_find(
     teacher: ModelConfig | None,
     objective: Objective,
     lora: Lora | None,
+    query_chunk: int,
+    remat: str,
     **how: Any,
 ) -> Find:
     """The function that finds the first places of a batch, at most one a row, in order of rows.
 
-    `how` are `dtype`, `query_chunk`, `loss_chunk` and `remat`; all arguments are those of
-    `make_train_step`. All processes of a run take part, and each gets all of the result, which is
-    empty where no row alone is to blame.
+    `how` are `dtype` and `loss_chunk` of `make_train_step`. All processes of a run take part, and
+    each gets all of the result, which is empty where no row alone is to blame.
     """
-    how |= dict(student=student, objective=objective)
-    read = partial(model.forward, query_chunk=how["query_chunk"], remat=how["remat"])
+    functions = partial(model.functions_of, query_chunk=query_chunk, remat=remat)
+    of_student = functions(student)
+    how |= dict(student=of_student, objective=objective)
 
     @jax.jit
     def program(
@@ -87,13 +89,12 @@ def make_find(
     ) -> tuple[list[jax.Array], Params]:
         params, scorer, reads = with_adapters(base, trained, lora), None, []
         tokens = jnp.asarray(batch.tokens)
-        reads.append(read(cast(params, how["dtype"]), tokens, config=student))
+        reads.append(of_student.hidden(cast(params, how["dtype"]), tokens))
         if teacher and judging is not None:
             judging = sharded_for_training(judging, teacher)
-            reads.append(read(judging, tokens, config=teacher))
-            hidden = response_hidden(
-                judging, batch, config=teacher, query_chunk=how["query_chunk"], remat="none"
-            )
+            of_teacher = functions(teacher).hidden
+            reads.append(of_teacher(judging, tokens))
+            hidden = response_hidden(judging, batch, hidden=of_teacher)
             scorer = Teacher(hidden, model.head_params(judging))
         scores = score(params, scorer, batch, **how)
         sums = objective_sums(scores, batch, objective=objective)
