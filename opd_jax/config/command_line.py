@@ -86,7 +86,7 @@ def parse_command_line(
             raise ValueError(f"flag `--{name}` is given twice; give it once")
         given[name] = text
     if wants_help:
-        print(_help_text(usage, known, flags, given.get("config"), overrides))
+        print(_help_text(usage, known, flags, given.get("config"), overrides, or_stored=or_stored))
         raise SystemExit(0)
     required += [name for name, default in flags.items() if isinstance(default, type)]
     for name in required:
@@ -133,14 +133,20 @@ def _help_text(
     flags: Mapping[str, Any],
     config_path: str | None,
     overrides: Sequence[str],
+    *,
+    or_stored: bool,
 ) -> str:
     lines = [usage.strip(), "", "flags:"]
     for name in known:
         default = flags.get(name, str)
         if isinstance(default, tuple):
             lines.append(f"  --{name}={'|'.join(default)}  (default {default[0]})")
+        elif name == "config" and or_stored:
+            lines.append(f"  --{name}={_placeholder(name)}  (default: the workdir's)")
         elif isinstance(default, type):
             lines.append(f"  --{name}={_placeholder(name)}  (required)")
+        elif isinstance(default, bool):  # it may stand alone
+            lines.append(f"  --{name}{'=false' if default else ''}  (default {default!r})")
         else:
             lines.append(f"  --{name}={_placeholder(name)}  (default {default!r})")
     if "config" in known:

@@ -103,6 +103,19 @@ def test_help_lists_flags_and_the_fields_of_the_config(path, capsys):
         assert word in shown
 
 
+def test_help_says_what_may_be_left_out_and_what_stands_alone(capsys):
+    with pytest.raises(SystemExit):
+        parse_command_line(["--help"], usage="", or_stored=True, json=False, compile=True, out=str)
+    lines = [line.split("  ")[1:] for line in capsys.readouterr().out.splitlines() if "--" in line]
+    assert lines[:5] == [
+        ["--config=NAME[:arg]", "(default: the workdir's)"],
+        ["--workdir=DIR", "(required)"],
+        ["--json", "(default False)"],
+        ["--compile=false", "(default True)"],
+        ["--out=OUT", "(required)"],
+    ]
+
+
 SHIPPED = ("quickstart", "household_pair:runlocal", "alfworld_qwen3", "searchqa_qwen3:runlocal")
 
 
