@@ -169,7 +169,7 @@ def half(batch: Batch) -> Batch:
 
 
 def fits_half(response: Array, length: int) -> Any:
-    """Whether `half` has all the tokens in `response` [..., b, R]; of rows of this length.
+    """Whether `half` keeps every token in `response` [..., b, R], of rows of `length` positions.
 
     The model is causal, so nothing after a micro-batch's last response token has to be computed.
     """

@@ -55,7 +55,7 @@ def running(module: Module) -> Iterator[Running]:
 
 
 def _bytes(run: Iterable[Running]) -> int:
-    """Bytes of all results."""
+    """Bytes of the results of all that runs."""
     return sum(found.times * array.bytes for found in run for array in found.instruction.arrays())
 
 
