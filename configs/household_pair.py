@@ -69,11 +69,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         judge_contexts=("table9",),  # contexts of their questions, in turn (`judge.context`)
         tokens_per_batch=4096 if is_teacher else 2048,  # most tokens of a batch, with padding
     )
-    config.objective.update(
-        ConfigDict(
-            dict(divergence="cross_entropy", intervention=False, confidence=False, normalize="none")
-        )
-    )
+    config.weight.by = "uniform"
+    config.objective.divergence = "cross_entropy"
     config.optimizer.update(
         ConfigDict(
             dict(

@@ -6,7 +6,7 @@ with an environment. Their arguments, after a colon, separated by commas:
   student=1.7b|0.6b   a Qwen3 model, untuned, in the folder models/Qwen3-1.7B or models/Qwen3-0.6B
   teacher=8b|32b      models/Qwen3-8B or models/Qwen3-32B
   method=NAME         sage, opd or sft; or one of the paper's other baselines: opd_two_rollouts,
-                      entropy_aware, tcod_f2b
+                      entropy_aware, tcod_f2b; or any other of configs/methods.py
   ablate=NAME         sage with one factor off: intervention, confidence or normalizer
   runlocal            the embedded pair in the real environment, shrunk to about a minute
 
@@ -19,9 +19,9 @@ The paper's tables (1 to 5) are sweeps of one of these files over `student`, `te
   the ablation        ablate=normalizer leaves i·c; ablate=confidence with
                       --config.objective.normalize=none leaves i alone; ablate=confidence leaves
                       i·Z, which the paper did not run
-  the sensitivity     --config.objective.weak_weight=0.3, 0.7 or 1;
+  the sensitivity     --config.weight.weak_weight=0.3, 0.7 or 1;
                       --config.objective.normalize=active_tokens;
-                      --config.objective.confidence_temperature=0, 0.3, 0.7 or 1.5
+                      --config.weight.confidence_temperature=0, 0.3, 0.7 or 1.5
 
 Source: arXiv 2606.19659, its experimental setup and appendices.
 """
@@ -31,22 +31,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from opd_jax.config import parse_arg
-from opd_jax.configs import quickstart
+from opd_jax.configs import methods, quickstart
 
 STUDENTS = {"0.6b": "models/Qwen3-0.6B", "1.7b": "models/Qwen3-1.7B"}
 TEACHERS = {"8b": "models/Qwen3-8B", "32b": "models/Qwen3-32B"}
-
-# The quickstart's variants, and the paper's other baselines: plain OPD with one thing added.
-VARIANTS: dict[str, Any] = quickstart.VARIANTS | {
-    # Half as many tasks an update: the teacher scores as many episodes as in the other methods.
-    "opd_two_rollouts": quickstart.variant(objective=quickstart.OPD, rollout=dict(per_task=2)),
-    # The paper takes the entropy over the teacher's top K tokens and does not state K. Here it is
-    # over the whole vocabulary.
-    "entropy_aware": quickstart.variant(objective=quickstart.OPD | dict(entropy_bonus=1.0)),
-    "tcod_f2b": quickstart.variant(
-        objective=quickstart.OPD, rollout=dict(depth_start=1, depth_every=1)
-    ),
-}
 
 
 def paper_config(
@@ -73,12 +61,11 @@ def paper_config(
     args = parse_arg(
         arg, runlocal=False, student="1.7b", teacher="8b", method="sage", ablate="none"
     )
-    method = quickstart.variant_name(args.method, args.ablate)
+    method = methods.name_of(args.method, args.ablate)
     config = quickstart.get_config()
     config.student = _choice("`student`", args.student, STUDENTS)
     config.teacher = _choice("`teacher`", args.teacher, TEACHERS)
     config.env = ConfigDict(env)
-    config.compare.variants = ConfigDict(VARIANTS)
 
     # Stated by the paper.
     config.rollout.batch = 64
@@ -121,7 +108,7 @@ def paper_config(
     config.eval.batch = 64
     config.checkpoint.every = 5
 
-    config.update(ConfigDict(_choice("`method` or `ablate`", method, VARIANTS)))
+    config.update(ConfigDict(methods.METHODS[method]))
     if args.runlocal:
         _shrink(config, local_env, local_splits)
     return config

@@ -8,51 +8,17 @@ in (`valid_seen`) and on scenes never trained in (`valid_unseen`). The household
 own environment; its scores are not ALFWorld scores.
 
 Arguments, after a colon, separated by commas:
-  method=sage|opd|sft   the objective; sft imitates the teacher's own episodes, or
-                        with --config.data.source=expert the expert's
+  method=NAME           sage, opd, sft, or another of configs/methods.py; sft imitates the teacher's
+                        own episodes, or with --config.data.source=expert the expert's
   ablate=NAME           sage with one factor off: intervention, confidence or normalizer
-  compare               every method and ablation over three seeds, one table; about two hours
+  compare               sft, opd, sage and its ablation over three seeds, one table; two hours
   runlocal              shrunk to about a minute, for a smoke test
 """
 
 from ml_collections import ConfigDict
 
 from opd_jax.config import parse_arg
-
-# Every field in which methods differ, with SAGE-OPD's value.
-_SAGE: dict[str, dict] = dict(
-    objective=dict(
-        divergence="reverse_kl",
-        intervention=True,
-        confidence=True,
-        normalize="all_tokens",
-        entropy_bonus=0.0,
-    ),
-    data=dict(source="on_policy"),
-    rollout=dict(per_task=1, depth_start=0),
-)
-
-
-def variant(**changes: dict) -> dict:
-    """A method. It sets every field in which methods differ, so it can replace any other."""
-    return {group: _SAGE[group] | changes.get(group, {}) for group in _SAGE}
-
-
-# Plain OPD is weight 1 everywhere; an ablation sets one factor of z · i · c to one.
-OPD = dict(intervention=False, confidence=False, normalize="none")
-VARIANTS = {
-    "sft": variant(objective=OPD | dict(divergence="cross_entropy"), data=dict(source="teacher")),
-    "opd": variant(objective=OPD),
-    "sage": variant(),
-    "sage_without_intervention": variant(objective=dict(intervention=False)),
-    "sage_without_confidence": variant(objective=dict(confidence=False)),
-    "sage_without_normalizer": variant(objective=dict(normalize="none")),
-}
-
-
-def variant_name(method: str, ablate: str) -> str:
-    """The variant that the arguments of a config name."""
-    return method if ablate == "none" else f"{method}_without_{ablate}"
+from opd_jax.configs import methods
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -123,17 +89,26 @@ def get_config(arg: str | None = None) -> ConfigDict:
         depth_every=1,  # updates until it may have one more
     )
 
+    # The raw weight of a token (docs/weights.md). A method reads the fields that it takes.
+    config.weight = dict(
+        # sage; uniform: plain OPD; intervention or confidence: one factor of sage; reliability,
+        # entropy_aware, sod, iw_opd, return_to_go; or module:function.
+        by="sage",
+        skip_weight=0.0,  # weight of SKIP turns
+        weak_weight=0.5,  # weight of WEAK turns; STRONG has 1
+        fail_weight=1.0,  # weight of turns that the environment rejected
+        confidence_temperature=1.0,  # temperature of the teacher's softmax, in confidence only
+        entropy_bonus=1.0,  # entropy_aware: added where the teacher is uncertain
+        entropy_threshold=0.8,  # entropy_aware: it is uncertain above this entropy, nats
+        most_weight=1.2,  # sod: most weight of a turn
+        discrepancy_eps=1e-6,  # sod: added to a turn's discrepancy, nats
+        early_bonus=0.5,  # iw_opd: added to a row's first tokens, less to later ones
+        discount=0.5,  # return_to_go: a later turn counts so much less
+    )
+
     config.objective = dict(
         divergence="reverse_kl",  # or forward_kl, jsd, sampled_reverse_kl, cross_entropy
         beta=0.5,  # the teacher's share in jsd
-        intervention=True,  # weight turns by the judge's verdicts
-        confidence=True,  # weight turns by the teacher's confidence
-        confidence_temperature=1.0,  # temperature of the teacher's softmax, in confidence only
-        weak_weight=0.5,  # weight of WEAK turns; STRONG has 1
-        skip_weight=0.0,  # weight of SKIP turns
-        fail_weight=1.0,  # weight of turns that the environment rejected
-        entropy_bonus=0.0,  # added weight of tokens at which the teacher is uncertain; 0: none
-        entropy_threshold=0.8,  # the teacher is uncertain above this entropy, nats
         normalize="all_tokens",  # tokens with mean weight 1; or active_tokens; or none
         scope="batch",  # one normalizer for the batch; or trajectory: one for each
         eps=1e-8,  # least sum of weights to divide by
@@ -202,26 +177,21 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.compare = dict(
         methods=(),  # names of variants; () for a single run
         seeds=(),  # every method runs once with each
-        variants=VARIANTS,  # method name to the fields that it sets
+        variants=methods.METHODS,  # method name to the fields that it sets
     )
     config.debug = dict(
         nans=False,  # name the token at which a loss or gradient stops being finite; two states
     )
 
-    method = variant_name(args.method, args.ablate)
-    if method not in VARIANTS:
-        raise ValueError(
-            f"config argument `method={args.method},ablate={args.ablate}`: expected method sage, "
-            "opd or sft, and ablate intervention, confidence or normalizer with sage only"
-        )
-    config.update(ConfigDict(VARIANTS[method]))
+    method = methods.name_of(args.method, args.ablate)
+    config.update(ConfigDict(methods.METHODS[method]))
 
     if args.compare and method != "sage":
         raise ValueError(
             "config argument `compare` runs every method: give it without `method` and `ablate`"
         )
     if args.compare:
-        config.compare.methods = tuple(VARIANTS)
+        config.compare.methods = methods.ABLATION
         config.compare.seeds = (0, 1, 2)
         config.eval.tasks = 400
     if args.runlocal:

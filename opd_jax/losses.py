@@ -366,23 +366,39 @@ def fused_loss(
     return _one_sweep(score, chunk_size, student_hidden, student_head, *rest)
 
 
-def fused_teacher_scores(
-    hidden: jax.Array, head: jax.Array, *, chunk_size: int, confidence_temperature: float
-) -> tuple[jax.Array, jax.Array]:
-    """The teacher's top-1 probability and entropy, of which weights may be made; no gradient.
+class TeacherScores(NamedTuple):
+    """Those of `TokenScores` that the teacher gives alone, float32."""
 
-    Returns:
-      (teacher_top1_prob [N], teacher_entropy [N]) of `TokenScores`.
+    teacher_top1_prob: jax.Array
+    teacher_entropy: jax.Array
+    teacher_logprob: Any  # None without targets
+
+
+def fused_teacher_scores(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array | None,
+    *,
+    chunk_size: int,
+    confidence_temperature: float,
+) -> TeacherScores:
+    """The teacher's scores of each position, of which weights may be made; no gradient.
+
+    Arguments as in `fused_scores`; `targets` None: `teacher_logprob` is not needed.
     """
     _check_heads("hidden", hidden, "head", head)
     hidden, head = jax.lax.stop_gradient((hidden, head))
 
-    def chunk(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def chunk(hidden: jax.Array, target: jax.Array | None) -> TeacherScores:
         logits = _logits(hidden, head)
-        top1 = _top1_prob(logits, confidence_temperature, None)
-        return top1, _entropy(_log_softmax(logits, None), None)
+        logprobs = _log_softmax(logits, None)
+        return TeacherScores(
+            _top1_prob(logits, confidence_temperature, None),
+            _entropy(logprobs, None),
+            _pick(logprobs, target, None),
+        )
 
-    return _scan_chunks(chunk, (hidden,), chunk_size=chunk_size)
+    return _scan_chunks(chunk, (hidden, targets), chunk_size=chunk_size)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -711,11 +727,18 @@ def turn_confidence(teacher_top1_prob: jax.Array, turn_id: jax.Array, num_turns:
     Source: arXiv 2606.19659, teacher confidence.
     """
     _check_same_shape("teacher_top1_prob", teacher_top1_prob, "turn_id", turn_id)
+    return turn_mean(teacher_top1_prob, turn_id, num_turns)
+
+
+def turn_mean(x: jax.Array, turn_id: jax.Array, num_turns: int) -> jax.Array:
+    """The mean over each turn's tokens: [B, T] to float32 [B, K], 0 for a turn without tokens.
+
+    Arguments as in `turn_confidence`. No gradient.
+    """
     in_turn = turn_id[..., None] == jnp.arange(num_turns)
-    top1 = jnp.where(turn_id == NO_TURN, 0.0, jax.lax.stop_gradient(teacher_top1_prob))
-    total = jnp.sum(jnp.where(in_turn, top1[..., None].astype(jnp.float32), 0.0), axis=1)
-    count = jnp.sum(in_turn, axis=1)
-    return total / jnp.maximum(count, 1)
+    x = jnp.where(turn_id == NO_TURN, 0.0, jax.lax.stop_gradient(x))
+    total = jnp.sum(jnp.where(in_turn, x[..., None].astype(jnp.float32), 0.0), axis=1)
+    return total / jnp.maximum(jnp.sum(in_turn, axis=1), 1)
 
 
 def entropy_factor(teacher_entropy: jax.Array, *, bonus: float, threshold: float) -> jax.Array:
@@ -775,8 +798,6 @@ def raw_weights(
     Raises:
       ValueError: shapes that do not match, a turn id of K or more, or an unknown `scope`.
     """
-    if scope not in SCOPES:
-        raise ValueError(f"`scope`: expected one of {', '.join(SCOPES)}, got {scope!r}")
     if verdict is not None and confidence is not None:
         _check_same_shape("verdict", verdict, "confidence", confidence)
     turn_weight = None
@@ -788,22 +809,41 @@ def raw_weights(
         turn_weight = confidence if turn_weight is None else turn_weight * confidence
     s = jnp.ones(turn_id.shape, jnp.float32)
     if turn_weight is not None:
-        s = _of_each_token(turn_weight, turn_id)
+        s = of_each_token(turn_weight, turn_id)
     if token_factor is not None:
         _check_same_shape("token_factor", token_factor, "turn_id", turn_id)
         s *= jax.lax.stop_gradient(token_factor)
     s = jnp.where(turn_id == NO_TURN, 0.0, s)
+    return s, weight_totals(s, turn_id, scope=scope)
+
+
+def weight_totals(s: jax.Array, turn_id: jax.Array, *, scope: str) -> WeightTotals:
+    """The totals of raw weights s [B, T], over the batch, [], or over each row, [B].
+
+    Raises:
+      ValueError: shapes that do not match, or an unknown `scope`.
+    """
+    if scope not in SCOPES:
+        raise ValueError(f"`scope`: expected one of {', '.join(SCOPES)}, got {scope!r}")
+    _check_same_shape("s", s, "turn_id", turn_id)
     axis = None if scope == "batch" else 1
-    totals = WeightTotals(
+    return WeightTotals(
         weight=jnp.sum(s, axis=axis),
         tokens=jnp.sum(turn_id != NO_TURN, axis=axis).astype(jnp.float32),
         active=jnp.sum(s > 0, axis=axis).astype(jnp.float32),
     )
-    return s, totals
 
 
-def _of_each_token(turn_weight: jax.Array, turn_id: jax.Array) -> jax.Array:
-    """The weight of each token's turn, float32 [B, T], without gradient."""
+def of_each_token(turn_weight: jax.Array, turn_id: jax.Array) -> jax.Array:
+    """Weights of turns as weights of tokens: [B, K] to float32 [B, T], without gradient.
+
+    Args:
+      turn_weight: float [B, K].
+      turn_id: int [B, T], below K; where it is `NO_TURN` the result means nothing.
+
+    Raises:
+      ValueError: another shape, or outside `jit` a turn id of K or more.
+    """
     if turn_weight.ndim != 2 or turn_weight.shape[0] != turn_id.shape[0]:
         raise ValueError(
             f"`verdict` and `confidence`: expected [B, K] with B = {turn_id.shape[0]} of `turn_id` "

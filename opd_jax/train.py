@@ -65,7 +65,7 @@ def train(
                 with clock.measure("judge"):
                     # The teacher gives every turn a verdict, [B, K].
                     judged = judge(played.conversations, done)
-                batch = pack(played, judged.verdict)
+                batch = pack(played, judged.verdict, judged.labels)
                 log.look(state, batch, played, judged.judgement)  # at a few episodes, now and then
             with clock.measure("update"):
                 # The teacher scores the batch, tokens are weighted, the optimizer takes one step.

@@ -51,7 +51,7 @@ def test_a_variant_is_its_own_changes_and_its_seed() -> None:
     expected = ConfigDict(config.to_dict())
     expected.seed = 5
     expected.compare.methods, expected.compare.seeds = (), ()
-    expected.objective.update(config.compare.variants.opd.objective.to_dict())
+    expected.weight.by = "uniform"
     assert one == FrozenConfigDict(expected)
     assert config == comparison(), "the config that it came from should be as it was"
 

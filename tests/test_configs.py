@@ -22,28 +22,34 @@ from opd_jax.envs.search.searchqa_data import SETS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
-SHARED = {"__init__", "paper"}  # what configs build on, and no experiment
+SHARED = {"__init__", "methods", "paper"}  # what configs build on, and no experiment
 PAPER = ["alfworld_qwen3", "scienceworld_qwen3", "searchqa_qwen3"]
 
 # Argument -> the fields in which the method differs from SAGE, and how.
-OPD = {
-    "objective.intervention": False,
-    "objective.confidence": False,
-    "objective.normalize": "none",
-}
+OPD = {"weight.by": "uniform"}
+UNSCALED = {"objective.normalize": "none"}
 METHODS: dict[str, dict[str, object]] = {
     "method=sage": {},
-    **{f"ablate={name.split('.')[1]}": {name: OPD[name]} for name in list(OPD)[:2]},
-    "ablate=normalizer": {"objective.normalize": "none"},
+    "ablate=intervention": {"weight.by": "confidence"},
+    "ablate=confidence": {"weight.by": "intervention"},
+    "ablate=normalizer": UNSCALED,
     "method=opd": OPD,
     "method=sft": OPD | {"objective.divergence": "cross_entropy", "data.source": "teacher"},
-}
-BASELINES: dict[str, dict[str, object]] = {
+    "method=failures": {
+        "weight.by": "intervention",
+        "weight.skip_weight": 1.0,
+        "weight.fail_weight": 0.0,
+        "judge.by": "failures",
+    },
+    "method=sage_fail0": {"weight.fail_weight": 0.0},
+    "method=return_to_go": {"weight.by": "return_to_go"},
+    "method=entropy_aware": {"weight.by": "entropy_aware"} | UNSCALED,
+    "method=sod": {"weight.by": "sod"} | UNSCALED,
+    "method=iw_opd": {"weight.by": "iw_opd"} | UNSCALED,
     "method=opd_two_rollouts": OPD | {"rollout.per_task": 2},
-    "method=entropy_aware": OPD | {"objective.entropy_bonus": 1.0},
     "method=tcod_f2b": OPD | {"rollout.depth_start": 1},
 }
-OF = {"quickstart": METHODS} | dict.fromkeys(PAPER, METHODS | BASELINES)
+OF = dict.fromkeys(["quickstart", *PAPER], METHODS)
 CASES = [
     *((name, arg) for name, methods in OF.items() for arg in methods),
     *(("household_pair", who) for who in ("who=teacher", "who=student")),
@@ -77,7 +83,7 @@ def test_a_config_holds_together_survives_storage_and_shrinks(name: str, arg: st
     assert local.compare.methods == whole.compare.methods
     # Two calls share nothing.
     first, untouched = ConfigDict(whole.to_dict()), to_json(whole)
-    first.compare.variants.sage = dict(objective=dict(weak_weight=0.9))
+    first.compare.variants.sage = dict(weight=dict(weak_weight=0.9))
     first.compare.variants.opd.objective.normalize = "active_tokens"
     first.optimizer.learning_rate = 9.0
     assert to_json(load(f"{name}:{arg}", [])) == untouched
@@ -95,9 +101,12 @@ def test_a_config_holds_together_survives_storage_and_shrinks(name: str, arg: st
         ("household_pair:who=judge", ["`who`", "teacher", "student", "judge"]),
         ("alfworld_qwen3:student=4b", ["`student`", "0.6b", "1.7b", "4b"]),
         ("scienceworld_qwen3:teacher=14b", ["`teacher`", "8b", "32b", "14b"]),
-        ("searchqa_qwen3:method=ppo", ["`method`", "tcod_f2b", "ppo"]),
-        ("alfworld_qwen3:method=opd,ablate=confidence", ["`ablate`", "opd_without_confidence"]),
-        ("alfworld_qwen3:ablate=nothing", ["`ablate`", "sage_without_normalizer", "nothing"]),
+        ("searchqa_qwen3:method=ppo", ["method=ppo", "tcod_f2b"]),
+        (
+            "alfworld_qwen3:method=opd,ablate=confidence",
+            ["method=opd,ablate=confidence", "sage only"],
+        ),
+        ("alfworld_qwen3:ablate=nothing", ["ablate=nothing", "normalizer"]),
     ],
 )
 def test_a_choice_that_does_not_exist_is_named(path: str, words: list[str]) -> None:
@@ -111,17 +120,16 @@ def test_a_choice_that_does_not_exist_is_named(path: str, words: list[str]) -> N
 
 def test_sage_has_every_factor() -> None:
     for name in OF:
-        objective, source = load(name, []).objective, load(name, []).data.source
-        assert (objective.intervention, objective.confidence) == (True, True)
+        config = load(name, [])
+        objective, weight, source = config.objective, config.weight, config.data.source
+        assert (weight.by, weight.skip_weight, weight.fail_weight) == ("sage", 0.0, 1.0)
         assert (objective.normalize, objective.max_z) == ("all_tokens", 0.0)
-        assert (objective.divergence, objective.weak_weight) == ("reverse_kl", 0.5)
+        assert (objective.divergence, weight.weak_weight) == ("reverse_kl", 0.5)
         assert (objective.scope, source) == ("batch", "on_policy")
 
 
 @pytest.mark.parametrize("runlocal", ["", ",runlocal"])
-@pytest.mark.parametrize(
-    ("name", "arg"), [case for case in CASES if case[1] in BASELINES | METHODS]
-)
+@pytest.mark.parametrize(("name", "arg"), [case for case in CASES if case[1] in METHODS])
 def test_a_method_differs_from_sage_in_its_own_fields(name: str, arg: str, runlocal: str) -> None:
     sage, method = load(f"{name}:{runlocal}", []), load(f"{name}:{arg}{runlocal}", [])
     assert changed(sage, method) == OF[name][arg]
@@ -169,7 +177,7 @@ STATED = {
     "rollout.history_turns": 0,
     "eval.temperature": 0.4,
     "judge.max_new_tokens": 1028,
-    "objective.weak_weight": 0.5,
+    "weight.weak_weight": 0.5,
     "objective.divergence": "reverse_kl",
 }
 

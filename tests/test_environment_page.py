@@ -67,7 +67,7 @@ def test_the_student_is_trained_by_the_page_s_commands(
     assert [json.loads(row)["batch/turns"] <= 4 for row in rows] == [True, True]
     # The environment's labels as verdicts, in workers, with the embedded pair.
     pair = ("student=embedded:student", "teacher=embedded:teacher")
-    sage = (*pair, "judge.by=oracle", "objective.intervention=true", "env.workers=true")
+    sage = (*pair, "judge.by=oracle", "weight.by=sage", "env.workers=true")
     words = ["-m", "opd_jax.train", "--config=guess_config.py", "--workdir=runs/sage"]
     run(*words, *shrunk, *(f"--config.{change}" for change in sage))
     row = json.loads((folder / "runs" / "sage" / "metrics.jsonl").read_text().splitlines()[0])

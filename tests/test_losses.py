@@ -363,10 +363,10 @@ def test_the_loss_of_one_sweep_is_scaled_and_its_scores_have_no_gradient() -> No
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
 def test_the_teacher_alone_scores_as_beside_the_student(temperature: float) -> None:
     how = dict(chunk_size=4, confidence_temperature=temperature)
-    top1, entropies = fused_teacher_scores(*HEADS[2:], **how)
-    want = fused_scores(*HEADS, None, kind="reverse_kl", **how)
-    np.testing.assert_allclose(top1, want.teacher_top1_prob, rtol=1e-6)
-    np.testing.assert_allclose(entropies, want.teacher_entropy, rtol=1e-5, atol=1e-6)
+    want = fused_scores(*HEADS, TARGETS, kind="reverse_kl", **how)._asdict()
+    for name, got in fused_teacher_scores(*HEADS[2:], TARGETS, **how)._asdict().items():
+        np.testing.assert_allclose(got, want[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    assert fused_teacher_scores(*HEADS[2:], None, **how).teacher_logprob is None
 
 
 def test_fused_of_no_positions_is_empty() -> None:

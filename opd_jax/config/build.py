@@ -5,7 +5,7 @@ Only here do settings of all sections meet. What they configure takes keyword ar
 
 import dataclasses
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -180,13 +180,19 @@ def make_update(
     return update
 
 
-def make_pack(settings: Settings, sizes: ModelConfig) -> Callable[[Played, np.ndarray], Batch]:
-    """The function that packs episodes and their verdicts [B, K]; `sizes` are the student's."""
+def make_pack(settings: Settings, sizes: ModelConfig) -> Callable[..., Batch]:
+    """The function that packs episodes, their verdicts [B, K], and other labels of their turns.
 
-    def packed(played: Played, verdict: np.ndarray) -> Batch:
+    `sizes` are the student's.
+    """
+
+    def packed(
+        played: Played, verdict: np.ndarray, labels: Mapping[str, np.ndarray] | None = None
+    ) -> Batch:
         return pack(
             played.rows,
             verdict[played.episode],
+            labels={name: label[played.episode] for name, label in (labels or {}).items()},
             length_multiple=played.length_multiple,
             response_multiple=settings.train.response_multiple,
             vocab_size=sizes.vocab_size,
@@ -225,7 +231,7 @@ def make_labeller(
     `between` is called between batches of questions.
     """
     judge, max_turns, train = settings.judge, settings.env.max_turns, settings.train
-    if not settings.objective.intervention:
+    if not settings.weight.reads_verdict:
         return no_judge(max_turns=max_turns)
     how: dict[str, Any] = dict(max_turns=max_turns, between=between)
     if judge.by in ("oracle", "failures"):

@@ -25,6 +25,7 @@ from opd_jax.learner.nonfinite import DebugSettings
 from opd_jax.learner.objective import Objective
 from opd_jax.learner.optimizer import AdamW
 from opd_jax.learner.train_step import TrainSettings
+from opd_jax.learner.weighing import WEIGHT_SETTINGS, Weight
 from opd_jax.model import ModelConfig
 from opd_jax.model.kernels import ATTENTION
 from opd_jax.model.lora import Lora
@@ -145,6 +146,7 @@ class Settings:
     env: EnvSettings
     data: DataSettings
     rollout: RolloutSettings
+    weight: Weight  # the same as `objective.weight`
     objective: Objective
     judge: JudgeSettings
     optimizer: AdamW
@@ -173,7 +175,7 @@ class Settings:
     @property
     def judges_what_it_scores(self) -> bool:
         """Whether the judge reads the very sequences that the teacher scores, so once for both."""
-        judges = self.objective.intervention and not self.shows_players
+        judges = self.weight.reads_verdict and not self.shows_players
         # With "history" there is no `rollout.history_turns`.
         return judges and self.judge.by == "teacher" and self.judge.context == "history"
 
@@ -184,7 +186,7 @@ class Settings:
     @property
     def asks_teacher(self) -> bool:
         """Whether the teacher is asked for verdicts."""
-        return self.eval.judge or (self.objective.intervention and self.judge.by == "teacher")
+        return self.eval.judge or (self.weight.reads_verdict and self.judge.by == "teacher")
 
     @property
     def judge_model(self) -> str:
@@ -212,6 +214,7 @@ def read_settings(config: ConfigDict) -> Settings:
     optional = {"new_model", "demonstrations"}
     sections = {name: config[name] for name in config}
     _check_names("", hints.keys() - optional, hints.keys(), sections)
+    sections = {"weight": sections.pop("weight"), **sections}  # the objective holds it
     values: dict[str, Any] = {}
     for name, given in sections.items():
         kind = _plain(hints[name])
@@ -221,9 +224,12 @@ def read_settings(config: ConfigDict) -> Settings:
         if not isinstance(given, ConfigDict):
             raise ValueError(f"`{name}`: expected a group of fields, got {given!r}")
         fields = dict(given.items())
-        # A function of the user's has fields of its own; other judges have ours.
-        if kind is EnvSettings or (kind is JudgeSettings and ":" in str(fields.get("by"))):
+        # A function of the user's has fields of its own; other judges and weights have ours.
+        brought = ":" in str(fields.get("by"))
+        if kind is EnvSettings or (brought and kind in (JudgeSettings, Weight)):
             fields = _with_options(kind, fields)
+        if kind is Objective:
+            fields["weight"] = values["weight"]
         values[name] = _section(name, kind, fields)
     return Settings(**values)
 
@@ -346,9 +352,9 @@ def binds_a_run(settings: Settings) -> Callable[[str], bool]:
 def _unread(s: Settings) -> tuple[str, ...]:
     """Fields of the method that other fields make meaningless; `judge.` is the whole section."""
     objective = s.objective
-    asks = (objective.intervention and s.judge.by == "teacher") or s.shows_players
+    asks = (s.weight.reads_verdict and s.judge.by == "teacher") or s.shows_players
     is_read = {
-        "judge.": objective.intervention or s.shows_players,
+        "judge.": s.weight.reads_verdict or s.shows_players,
         "judge.decode": asks,
         "judge.model": asks,
         "judge.prompt": asks,
@@ -358,13 +364,9 @@ def _unread(s: Settings) -> tuple[str, ...]:
         "lora.alpha": s.lora.rank > 0,
         "lora.targets": s.lora.rank > 0,
         "objective.beta": objective.divergence == "jsd",
-        "objective.confidence_temperature": objective.confidence,
-        "objective.entropy_threshold": objective.entropy_bonus > 0,
         "objective.max_z": objective.normalize != "none",
-        "objective.fail_weight": objective.intervention,
-        "objective.skip_weight": objective.intervention,
-        "objective.weak_weight": objective.intervention,
         "rollout.depth_every": s.rollout.depth_start > 0,
+        **{f"weight.{name}": s.weight.takes(name) for name in WEIGHT_SETTINGS},
     }
     return tuple(name for name, read in is_read.items() if not read)
 
@@ -393,7 +395,7 @@ def binds_an_evaluation(settings: Settings, *, teacher: bool = False) -> Callabl
 
 
 # Sections that only training reads.
-_TRAINING = ("data", "demonstrations", "objective", "optimizer")
+_TRAINING = ("data", "demonstrations", "objective", "optimizer", "weight")
 
 
 # --- Relations between sections ---------------------------------------------------------------
@@ -475,9 +477,9 @@ def _check_source(s: Settings) -> None:
             "`rollout.per_task` above 1 would repeat the episodes of a file: set it to 1",
         ),
         (
-            objective.intervention and s.data.file and not s.data.on_policy,
-            "`objective.intervention` asks the judge about what a task and its environment said, "
-            "and a file of episodes holds only a part of it: set it to False",
+            s.weight.labels and s.data.file and not s.data.on_policy,
+            f"`weight.by` = {s.weight.by!r} asks about what a task and its environment said, and "
+            "a file of episodes holds only a part of it: set it to uniform",
         ),
         (
             rollout.history_turns and source == "players",
@@ -546,7 +548,7 @@ def _check_judge(s: Settings) -> None:
     judge = s.judge
     find_judge(judge.by, dict(judge.options))
     read_prompt(judge.prompt)
-    if judge.by == "oracle" and s.objective.intervention and not labels_turns(s.env.by):
+    if judge.by == "oracle" and s.weight.reads_verdict and not labels_turns(s.env.by):
         raise ValueError(
             f"`judge.by` = 'oracle' takes the environment's labels, and `env.by` = {s.env.by!r} "
             "has none: set it to teacher"
@@ -579,7 +581,7 @@ def _check_teacher(s: Settings) -> None:
         (
             s.objective.needs_teacher
             or s.data.source == "teacher"
-            or (s.objective.intervention and s.judge.by == "teacher"),
+            or (s.weight.reads_verdict and s.judge.by == "teacher"),
             "the objective or `data.source` needs a teacher",
         ),
         ("teacher" in s.eval.who, "`eval.who` names the teacher"),

@@ -106,7 +106,7 @@ def read_prompt(path: str) -> Prompt:
     """The prompt in a text file; "" is the paper's.
 
     The file begins with a line `WORD = VERDICT` for each word that an answer may be. The verdict is
-    SKIP, WEAK or STRONG, and so the word's weight 0, `objective.weak_weight` or 1. After an empty
+    SKIP, WEAK or STRONG, and so the word's weight 0, `weight.weak_weight` or 1. After an empty
     line comes the question, with fields in braces (`NAMED`); a brace of its own is doubled.
 
     Raises:

@@ -5,9 +5,10 @@ teacher judges the others.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -32,11 +33,13 @@ class Verdicts(NamedTuple):
       verdict: int32 [B, K], `Verdict` codes.
       metrics: as (sum, count).
       judgement: what a judge has said; None without one.
+      labels: what else is said of turns, name to float32 [B, K].
     """
 
     verdict: np.ndarray
     metrics: dict[str, Any]
     judgement: Judgement | None = None
+    labels: Mapping[str, np.ndarray] = MappingProxyType({})
 
     @property
     def hidden(self) -> jax.Array | None:

@@ -1,7 +1,7 @@
 """The arrays that one update consumes: tokens, turns, verdicts, positions of student tokens."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ class Batch:
       response: int32 [B, R], positions of the student's tokens, ascending; T where a row has
         fewer. Most tokens are observations. Gathering the student's tokens first saves most of the
         vocabulary-sized work.
+      labels: what else is said of turns, name to float32 [B, K] (`weighing.LABELS`).
     """
 
     tokens: Array
@@ -36,6 +37,7 @@ class Batch:
     sampled_logprobs: Array
     verdict: Array
     response: Array
+    labels: dict[str, Array] = struct.field(default_factory=dict)
 
 
 def pack(
@@ -45,6 +47,7 @@ def pack(
     length_multiple: int,
     response_multiple: int,
     vocab_size: int,
+    labels: Mapping[str, np.ndarray] | None = None,
 ) -> Batch:
     """Conversations and their verdicts as a batch.
 
@@ -57,6 +60,7 @@ def pack(
       length_multiple: T is a multiple of this.
       response_multiple: R is a multiple of this, but at most T.
       vocab_size: every token has to be below it.
+      labels: what else is said of turns, name to float32 [B, K].
 
     Raises:
       ValueError: tokens, turns or log-probabilities that are out of range. The message names the
@@ -72,7 +76,7 @@ def pack(
             turn_id[row, : len(c.tokens)] = c.turn_id
             logprobs[row, : len(c.tokens)] = c.logprobs
     response = _response(turn_id != NO_TURN, response_multiple)
-    batch = Batch(tokens, turn_id, logprobs, verdict, response)
+    batch = Batch(tokens, turn_id, logprobs, verdict, response, dict(labels or {}))
     _check(batch, vocab_size)
     return batch
 

@@ -161,6 +161,7 @@ def _cut(batch: Batch, row: int, count: int) -> Batch:
         sampled_logprobs=alone(batch.sampled_logprobs, 0),
         verdict=alone(batch.verdict, 0),
         response=np.where(response < count, response, T).astype(np.int32),
+        labels={name: alone(label, 0) for name, label in batch.labels.items()},
     )
     part.tokens[:, count:], part.turn_id[:, count:] = 0, NO_TURN
     return part

@@ -13,6 +13,7 @@ from flax import struct
 from opd_jax import losses
 from opd_jax.learner.batch import Array, Batch
 from opd_jax.learner.teacher import Teacher, response_hidden
+from opd_jax.learner.weighing import Weight
 from opd_jax.losses import NO_TURN, TokenScores, WeightTotals
 from opd_jax.model import Model, Params, head
 from opd_jax.model.projections import cast
@@ -22,20 +23,13 @@ from opd_jax.runtime.mesh import constrain
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimized: Σ z · i · c · e · d / N. Static under `jit`.
+    """What is minimized: Σ z · s · d / N. Static under `jit`.
 
     Attributes:
       divergence: d: "reverse_kl", "forward_kl", "jsd", "sampled_reverse_kl" (one-sample estimate),
         or "cross_entropy" with the tokens themselves (fine-tuning without a teacher).
       beta: the teacher's share in the mixture of "jsd"; ignored by the others.
-      intervention: use the turns' verdicts; else i = 1.
-      confidence: use the teacher's confidence; else c = 1.
-      confidence_temperature: temperature of the teacher's softmax in c only.
-      weak_weight: α, the weight of a WEAK turn.
-      skip_weight: the weight of a SKIP turn.
-      fail_weight: the weight of a turn that the environment rejected.
-      entropy_bonus: e = 1 + this for tokens at which the teacher is uncertain; 0: e = 1.
-      entropy_threshold: the teacher is uncertain above this entropy, nats.
+      weight: s, the method's raw weight; in a config a section of its own.
       normalize: see `losses.scale`.
       scope: see `losses.sage_weights`.
       eps: see `losses.scale`.
@@ -44,14 +38,7 @@ class Objective:
 
     divergence: str
     beta: float
-    intervention: bool
-    confidence: bool
-    confidence_temperature: float
-    weak_weight: float
-    skip_weight: float
-    fail_weight: float
-    entropy_bonus: float
-    entropy_threshold: float
+    weight: Weight
     normalize: str
     scope: str
     eps: float
@@ -61,48 +48,19 @@ class Objective:
         check_choice((*losses.KINDS, "cross_entropy"), divergence=self.divergence)
         check_choice(losses.NORMALIZERS, normalize=self.normalize)
         check_choice(losses.SCOPES, scope=self.scope)
-        check_within(0, 1, beta=self.beta, **self.turn_weights)
-        check_within(
-            0,
-            confidence_temperature=self.confidence_temperature,
-            entropy_bonus=self.entropy_bonus,
-            entropy_threshold=self.entropy_threshold,
-            max_z=self.max_z,
-        )
+        check_within(0, 1, beta=self.beta)
+        check_within(0, max_z=self.max_z)
         check_within(1e-30, 1, eps=self.eps)
-        if not self.needs_teacher and (self.intervention or self.confidence or self.entropy_bonus):
+        if not self.needs_teacher and (self.weight.labels or self.weight.reads_teacher):
             raise ValueError(
-                "`divergence` = 'cross_entropy' has no verdicts, confidence or teacher's entropy: "
-                "set `intervention` and `confidence` to False, and `entropy_bonus` to 0"
+                f"`divergence` = 'cross_entropy' has no teacher and no labels, which `weight.by` = "
+                f"{self.weight.by!r} reads: set that to uniform"
             )
 
     @property
     def needs_teacher(self) -> bool:
         """Whether the teacher scores the student's tokens."""
         return self.divergence != "cross_entropy"
-
-    @property
-    def turn_weights(self) -> dict[str, float]:
-        """The weights of verdicts, for `losses.intervention_weight`."""
-        return dict(
-            weak_weight=self.weak_weight,
-            skip_weight=self.skip_weight,
-            fail_weight=self.fail_weight,
-        )
-
-    @property
-    def weight_reads_teacher(self) -> bool:
-        """Whether a token's weight depends on the teacher's scores."""
-        return self.confidence or self.entropy_bonus > 0
-
-    @property
-    def weight_reads_student(self) -> bool:
-        """Whether a token's weight depends on the student's scores.
-
-        If not, as with all factors here, weights are known before the student's scores, and one
-        sweep of the heads makes scores and gradient (`losses.fused_loss`).
-        """
-        return False
 
     def scale(self, totals: WeightTotals) -> jax.Array:
         """`losses.scale` of totals."""
@@ -155,22 +113,22 @@ def loss_and_sums(
     Arguments and errors as in `score`.
     """
     body: dict[str, Any] = dict(student=student, objective=objective, dtype=dtype)
-    if objective.weight_reads_student:
+    if objective.weight.reads_student:
         # Weights are known after all scores, so the backward pass makes the logits again.
         scores = score(params, teacher, batch, loss_chunk=loss_chunk, **body)
         sums = objective_sums(scores, batch, objective=objective)
         return sums.loss, sums
     heads = _head_inputs(params, teacher, batch, **body)
-    read: Any = None, None
-    if objective.weight_reads_teacher:
+    read = None
+    if objective.weight.reads_teacher:
         read = losses.fused_teacher_scores(
             heads.teacher_hidden,
             heads.teacher_head,
+            heads.targets if "teacher_logprob" in objective.weight.reads else None,
             chunk_size=loss_chunk,
-            confidence_temperature=objective.confidence_temperature,
+            confidence_temperature=objective.weight.confidence_temperature,
         )
-    top1, entropy = _by_row(read, batch)
-    weights = _weights(top1, entropy, batch, objective)
+    weights = _weights(_by_row(read, batch), batch, objective)
     loss, scores = losses.fused_loss(
         *heads, weights.token.reshape(-1), **_score_settings(objective, loss_chunk)
     )
@@ -213,9 +171,9 @@ class Seen:
     Attributes:
       scores: see `losses.TokenScores`.
       choices: see `losses.Choices`, [B, R] and [B, R, top].
-      weight: i · c · e, times z where each trajectory has its own.
-      intervention: i, float32 [B, K]; None if the objective does not intervene.
-      confidence: c, float32 [B, K]; None if it reads none.
+      weight: s, times z where each trajectory has its own.
+      intervention: i of the verdicts, float32 [B, K]; None if the method reads none.
+      confidence: c, float32 [B, K]; None if the method does not read the teacher's.
       z: each trajectory's own scale, float32 [B]; None if there is one for the batch.
     """
 
@@ -250,12 +208,11 @@ def look(
             losses.fused_choices(*heads[:4], top=top, chunk_size=loss_chunk),
         )
     )
-    weights = _weights(scores.teacher_top1_prob, scores.teacher_entropy, batch, objective)
+    weights = _weights(scores, batch, objective)
     intervention = confidence = None
-    if objective.intervention:
-        verdict = jnp.asarray(batch.verdict)
-        intervention = losses.intervention_weight(verdict, **objective.turn_weights)
-    if objective.confidence:
+    if objective.weight.reads_verdict:
+        intervention = objective.weight.intervention(jnp.asarray(batch.verdict))
+    if objective.weight.reads_confidence:
         turn_id, turns = _turn_id(batch), batch.verdict.shape[1]
         confidence = losses.turn_confidence(scores.teacher_top1_prob, turn_id, turns)
     return Seen(scores, choices, weights.token, intervention, confidence, weights.z)
@@ -266,7 +223,7 @@ def _score_settings(objective: Objective, loss_chunk: int) -> dict[str, Any]:
         kind=objective.divergence,
         beta=objective.beta,
         chunk_size=loss_chunk,
-        confidence_temperature=objective.confidence_temperature,
+        confidence_temperature=objective.weight.confidence_temperature,
     )
 
 
@@ -346,20 +303,20 @@ class _Weights(NamedTuple):
     z: jax.Array | None = None  # [B], each trajectory's own scale
 
 
-def _weights(top1: Any, entropy: Any, batch: Batch, objective: Objective) -> _Weights:
-    """Weights from the teacher's scores [B, R]; None if the weight reads none of them."""
-    turn_id, K = _turn_id(batch), batch.verdict.shape[1]
-    bonus, threshold = objective.entropy_bonus, objective.entropy_threshold
-    weight, totals = losses.raw_weights(
+def _weights(
+    scores: TokenScores | losses.TeacherScores | None, batch: Batch, objective: Objective
+) -> _Weights:
+    """Weights from scores [B, R]; None if the method reads none of them."""
+    turn_id = _turn_id(batch)
+    weight = objective.weight(
         turn_id,
-        jnp.asarray(batch.verdict) if objective.intervention else None,
-        losses.turn_confidence(top1, turn_id, K) if objective.confidence else None,
-        **objective.turn_weights,
-        token_factor=(
-            losses.entropy_factor(entropy, bonus=bonus, threshold=threshold) if bonus else None
-        ),
-        scope=objective.scope,
+        **batch.labels,
+        verdict=jnp.asarray(batch.verdict),
+        num_turns=batch.verdict.shape[1],
+        sampled_logprobs=_take(batch.sampled_logprobs, batch.response, fill=0.0),
+        **(scores._asdict() if scores else {}),
     )
+    totals = losses.weight_totals(weight, turn_id, scope=objective.scope)
     z = None
     if objective.scope == "trajectory":  # one row, so its totals are complete
         z = objective.scale(totals)
@@ -373,7 +330,7 @@ def objective_sums(scores: TokenScores, batch: Batch, *, objective: Objective) -
 
     `scores` are those of the same `batch`, [B, R].
     """
-    weights = _weights(scores.teacher_top1_prob, scores.teacher_entropy, batch, objective)
+    weights = _weights(scores, batch, objective)
     loss = losses.weighted_sum(scores.divergence, weights.token, _turn_id(batch))
     return _sums(loss, scores, weights, batch)
 

@@ -109,6 +109,7 @@ def _batch(abstract: Batch) -> Batch:
         response=np.broadcast_to(
             np.arange(length - response, length, dtype=np.int32), (rows, response)
         ),
+        labels={name: np.ones(x.shape, np.float32) for name, x in abstract.labels.items()},
     )
 
 

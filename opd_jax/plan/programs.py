@@ -83,7 +83,7 @@ def plan_run(
             yield from rollout(settings, sampler, work)
         elif source == "teacher" and playing:
             yield from rollout(settings, playing, work)
-        if settings.objective.intervention and teacher and expert:
+        if settings.weight.reads_verdict and teacher and expert:
             yield from judging(settings, expert, work, label_width=teacher.label_width)
         scorer = expert if settings.objective.needs_teacher else None
         compiled = build.compile_update(

@@ -36,7 +36,7 @@ def training(
       base: abstract, the student's own parameters if the state's are adapters; else None.
       teacher: None if the objective has no teacher.
     """
-    batch, train, said = _batch(student.place, work), settings.train, None
+    batch, train, said = _batch(settings, student.place, work), settings.train, None
     tokens: dict[str, int] = dict(tokens=work.rows * work.sequence, parts=train.micro_batches)
     if teacher:
         moved = {"teacher": passes(device_bytes(teacher.params), train.micro_batches)}
@@ -96,7 +96,7 @@ def _held(
     # Gradients are summed in float32: over micro-batches, and over chunks that of a trained head.
     gradient = 4 * (device_bytes(state.params) // jnp.dtype(settings.dtype).itemsize)
     head_gradient = 0 if settings.lora.rank else head("float32")
-    weighs = settings.objective.weight_reads_teacher
+    weighs = settings.weight.reads_teacher
     # All-gathered as the student's is.
     ways = settings.mesh.fsdp
     teacher_head = device_bytes(said.head) * ways if said else 0
@@ -111,11 +111,13 @@ def _held(
     }
 
 
-def _batch(place: Placement, work: Workload) -> Batch:
+def _batch(settings: Settings, place: Placement, work: Workload) -> Batch:
+    others = [name for name in settings.weight.labels if name != "verdict"]
     return Batch(
         tokens=place.rows(work.rows, work.sequence),
         turn_id=place.rows(work.rows, work.sequence),
         sampled_logprobs=place.rows(work.rows, work.sequence, dtype=jnp.float32),
         verdict=place.rows(work.rows, work.turns),
         response=place.rows(work.rows, work.response),
+        labels={n: place.rows(work.rows, work.turns, dtype=jnp.float32) for n in others},
     )

@@ -55,9 +55,9 @@ def unmeasured(objective: Objective, *, on_policy: bool) -> set[str]:
     `on_policy`: the tokens are the student's own samples.
     """
     names: set[str] = set()
-    if not objective.intervention:  # nobody judges
+    if not objective.weight.labels:  # nobody judges
         names |= {"seconds/judge"}
-    if not objective.confidence:
+    if not objective.weight.reads_confidence:
         names |= {"confidence", "by_turn/confidence"}
     if not objective.needs_teacher:
         names |= {"teacher_entropy"}

@@ -93,8 +93,8 @@ def test_a_workdir_is_no_model(tmp_path: Path) -> None:
             build.check_named(read("quickstart", f"{who}={tmp_path}"))
 
 
-def test_without_intervention_every_turn_is_strong_and_nobody_is_asked() -> None:
-    label = build.make_labeller(read("quickstart", "objective.intervention=false"), None)
+def test_without_verdicts_in_the_weight_every_turn_is_strong_and_nobody_is_asked() -> None:
+    label = build.make_labeller(read("quickstart", "weight.by=uniform"), None)
     verdict, metrics, *_ = label([Conversation(task=None)] * 2, 0)
     assert verdict.tolist() == [[Verdict.STRONG] * read("quickstart").env.max_turns] * 2
     assert metrics == {}

@@ -171,11 +171,11 @@ def test_a_config_in_any_folder_builds_on_a_shipped_one_and_on_what_lies_beside_
     file = tmp_path / "mine.py"
     file.write_text(
         "import beside\n"
-        "from opd_jax.configs import quickstart\n"
+        "from opd_jax.configs import methods, quickstart\n"
         "def get_config(arg=None):\n"
         "    config = quickstart.get_config(arg)\n"
         "    config.optimizer.learning_rate = beside.RATE\n"
-        "    config.compare.variants = quickstart.VARIANTS\n"
+        "    config.compare.variants = methods.METHODS\n"
         "    return config\n"
     )
     mine, base = load(f"{file}:runlocal", []), load("quickstart:runlocal", [])

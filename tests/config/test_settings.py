@@ -75,7 +75,7 @@ def test_a_missing_field_is_named(name: str) -> None:
             "fast",
             "`optimizer.learning_rate`: expected float, got 'fast'",
         ),
-        ("objective.confidence", 1, "`objective.confidence`: expected bool, got 1"),
+        ("debug.nans", 1, "`debug.nans`: expected bool, got 1"),
         ("eval.splits", "train", "`eval.splits`: expected tuple, got 'train'"),
         ("student", 3, "`student`: expected str, got 3"),
         ("mesh", 8, "`mesh`: expected a group of fields, got 8"),
@@ -103,12 +103,12 @@ def test_whole_numbers_serve_as_floats_and_lists_as_tuples() -> None:
         ("teacher_dtype=int4", "`teacher_dtype`: .* float32, bfloat16, int8, got 'int4'"),
         ("mesh.fsdp=0", "`mesh.fsdp`: expected at least 1, got 0"),
         ("seed=-1", r"`seed`: expected 0\.\.2147483647, got -1"),
-        ("objective.weak_weight=1.5", r"`objective.weak_weight`: expected 0\.\.1, got 1.5"),
+        ("weight.weak_weight=1.5", r"`weight.weak_weight`: expected 0\.\.1, got 1.5"),
         ("objective.beta=2", r"`objective.beta`: expected 0\.\.1, got 2"),
         ("objective.divergence=l2", "`objective.divergence`: .*reverse_kl, .* got 'l2'"),
         ("objective.normalize=l2", "`objective.normalize`: .*all_tokens, .* got 'l2'"),
         ("objective.scope=token", "`objective.scope`: .*trajectory, got 'token'"),
-        ("objective.entropy_bonus=-1", "`objective.entropy_bonus`: expected at least 0, got -1.0"),
+        ("weight.entropy_bonus=-1", "`weight.entropy_bonus`: expected at least 0, got -1.0"),
         ("optimizer.schedule=step", "`optimizer.schedule`: .*cosine.* got 'step'"),
         ("optimizer.clip_norm=-1", "`optimizer.clip_norm`: expected at least 0, got -1.0"),
         ("optimizer.b1=2", r"`optimizer.b1`: expected 0\.\.0.999999999, got 2.0"),
@@ -178,13 +178,13 @@ def test_whole_numbers_serve_as_floats_and_lists_as_tuples() -> None:
             )
         ),
         (
-            "objective.divergence=cross_entropy objective.intervention=0 objective.confidence=0",
+            "objective.divergence=cross_entropy weight.by=uniform",
             "'cross_entropy' on the student's own episodes teaches nothing",
         ),
         ("data.source=players", "`data.source` = 'players' needs .* cross_entropy"),
-        ("data.source=episodes:x", "`objective.intervention` asks .* a file of episodes"),
+        ("data.source=episodes:x", "`weight.by` = 'sage' asks .* a file of episodes"),
         (
-            "data.source=episodes:x rollout.per_task=2 objective.intervention=0",
+            "data.source=episodes:x rollout.per_task=2 weight.by=uniform",
             "`rollout.per_task` above 1 would repeat the episodes of a file",
         ),
     ],
@@ -262,7 +262,7 @@ def test_what_fields_affect_by_a_sample_of_each_kind() -> None:
         kinds.EXTENT: ["train.updates"],
         kinds.LAYOUT: ["mesh.fsdp", "train.micro_batches", "train.remat", "rollout.chunk"],
         kinds.WORLD: ["env.step_timeout_s", "env.workers", "checkpoint.every"],
-        kinds.FIGURES: ["eval.tasks", "eval.splits", "compare.variants.opd.objective.confidence"],
+        kinds.FIGURES: ["eval.tasks", "eval.splits", "compare.variants.opd.weight.by"],
     }
     for kind, fields in samples.items():
         assert all(kind in affected_by(field, env="household") for field in fields), kind
@@ -293,15 +293,15 @@ def test_a_resumed_run_may_differ_in_layout_world_and_figures_only() -> None:
 def test_what_the_method_does_not_read_is_free() -> None:
     fields = flatten(load("quickstart", []))
     sage, opd = binds_a_run(read("quickstart")), binds_a_run(read("quickstart:method=opd"))
-    for name in ("judge.context", "objective.weak_weight", "objective.max_z"):
+    for name in ("judge.context", "weight.weak_weight"):
         assert sage(name)
         assert not opd(name)
     assert not any(opd(name) for name in fields if name.startswith("judge."))
-    assert opd("objective.intervention")
+    assert opd("weight.by")
     assert binds_a_run(read("household_pair"))("judge.context")  # of the questions it learns
     for change, name in {
         "objective.divergence=jsd": "objective.beta",
-        "objective.entropy_bonus=1": "objective.entropy_threshold",
+        "weight.by=entropy_aware": "weight.entropy_threshold",
         "rollout.depth_start=1": "rollout.depth_every",
         "judge.decode=generate": "judge.max_new_tokens",
         "lora.rank=4": "lora.alpha",

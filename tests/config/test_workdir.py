@@ -56,7 +56,7 @@ def test_figures_of_another_config_or_of_other_models_do_not_stay(tmp_path: Path
 
 def test_figures_that_another_method_leaves_as_they_are_stay(tmp_path: Path) -> None:
     store(tmp_path)
-    for change in ("optimizer.learning_rate=0.1", "seed=1", "objective.confidence=false"):
+    for change in ("optimizer.learning_rate=0.1", "seed=1", "weight.by=intervention"):
         summary = figures(tmp_path)
         store(tmp_path, change)  # begun again before the first checkpoint
         assert json.loads(summary.read_text()) == {"eval": {"before": {}}}

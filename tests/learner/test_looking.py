@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from objectives import SAGE
+from objectives import OPD, SAGE
 from tiny_batch import CONFIG, STUDENT, STUDENT_TOKENS, TEACHER, B, K, T, logprobs, make_batch
 from tiny_batch import read_by_teacher as read
 from updates import KEEPER, train_step
@@ -46,7 +46,7 @@ def update(objective: Objective) -> dict[str, Any]:
 
 @pytest.mark.parametrize("scope", ["batch", "trajectory"])
 def test_weights_and_divergences_add_up_to_what_the_update_reports(scope: str) -> None:
-    objective = replace(SAGE, scope=scope, entropy_bonus=1.0, entropy_threshold=2.0)
+    objective = replace(SAGE, scope=scope)
     got, want = seen(objective), update(objective)
     filled = make_batch().response < T
     tokens = filled.sum()
@@ -60,16 +60,13 @@ def test_weights_and_divergences_add_up_to_what_the_update_reports(scope: str) -
     np.testing.assert_allclose(loss, want["loss"], rtol=1e-5)
     np.testing.assert_allclose(weight[filled].mean(), 1.0, rtol=1e-5)
     assert (got.z is None) == (scope == "batch")
-    # The weight of a turn's token is the product of what is told of its turn, times e.
+    # The weight of a turn's token is the product of what is told of its turn.
     factors = np.asarray(got.intervention) * np.asarray(got.confidence)
     for row in range(B):
         own = 1.0 if got.z is None else got.z[row]
         for slot in np.flatnonzero(filled[row]):
             turn = make_batch().turn_id[row, make_batch().response[row, slot]]
-            e = 1.0 + (got.scores.teacher_entropy[row, slot] > 2.0)
-            np.testing.assert_allclose(
-                got.weight[row, slot], own * factors[row, turn] * e, rtol=1e-6
-            )
+            np.testing.assert_allclose(got.weight[row, slot], own * factors[row, turn], rtol=1e-6)
 
 
 def test_logprobs_and_the_likeliest_tokens_are_those_of_the_two_models() -> None:
@@ -105,7 +102,7 @@ def test_some_rows_are_told_what_they_are_told_among_all_and_on_many_devices() -
 
 
 def test_what_the_objective_does_not_read_is_not_told() -> None:
-    plain = seen(replace(SAGE, intervention=False, confidence=False, normalize="none"))
+    plain = seen(OPD)
     assert plain.intervention is None
     assert plain.confidence is None
     filled = make_batch().response < T

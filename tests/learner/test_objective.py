@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from objectives import OPD, SAGE, SFT
+from objectives import OPD, SAGE, SFT, weighed
 from scipy.special import rel_entr
 from scipy.stats import entropy
 from tiny_batch import (
     CONFIG,
     DET_FAIL,
+    RELIABILITY,
     SKIP,
     STRONG,
     STUDENT,
@@ -32,6 +33,7 @@ from tiny_batch import (
 from opd_jax import model
 from opd_jax.learner.objective import Objective, objective_sums, score
 from opd_jax.learner.teacher import Teacher
+from opd_jax.learner.weighing import Weight
 from opd_jax.losses import TokenScores, WeightTotals
 from opd_jax.model import Params
 
@@ -40,24 +42,37 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 BY_TRAJECTORY = replace(SAGE, scope="trajectory")
 THRESHOLD = 2.88  # nats; about half of the tokens' entropies lie above
 
+
+def student_unsure(
+    turn_id: jax.Array, *, student_entropy: jax.Array, weak_weight: float, most: float
+) -> jax.Array:
+    """A method of a user's. What it reads is known only after the student's scores."""
+    return jnp.minimum(weak_weight * student_entropy, most)
+
+
 OBJECTIVES = {
     "sage": SAGE,
     "opd": OPD,
-    "without_confidence": replace(SAGE, confidence=False),
-    "without_intervention": replace(SAGE, intervention=False),
+    "intervention": weighed(SAGE, by="intervention"),
+    "confidence": weighed(SAGE, by="confidence"),
     "without_normalizer": replace(SAGE, normalize="none"),
     "active_tokens": replace(SAGE, normalize="active_tokens"),
-    "weak_weight": replace(SAGE, weak_weight=0.25),
-    "skip_weight": replace(SAGE, skip_weight=0.3),
-    "fail_weight": replace(SAGE, fail_weight=0.0),
+    "weak_weight": weighed(SAGE, weak_weight=0.25),
+    "skip_weight": weighed(SAGE, skip_weight=0.3),
+    "fail_weight": weighed(SAGE, fail_weight=0.0),
     "max_z": replace(SAGE, max_z=1.25),
     "by_trajectory": BY_TRAJECTORY,
     "by_trajectory_max_z": replace(BY_TRAJECTORY, max_z=9.0),
-    "entropy_aware": replace(OPD, entropy_bonus=1.0, entropy_threshold=THRESHOLD),
-    "sage_entropy_aware": replace(SAGE, entropy_bonus=0.5, entropy_threshold=THRESHOLD),
-    "entropy_aware_by_trajectory": replace(
-        BY_TRAJECTORY, entropy_bonus=0.5, entropy_threshold=THRESHOLD
+    "entropy_aware": weighed(OPD, by="entropy_aware", entropy_threshold=THRESHOLD),
+    "entropy_aware_by_trajectory": weighed(
+        BY_TRAJECTORY, by="entropy_aware", entropy_threshold=THRESHOLD
     ),
+    "sod": weighed(SAGE, by="sod"),
+    "sod_unbounded": weighed(SAGE, by="sod", most_weight=9.0, discrepancy_eps=0.5),
+    "iw_opd": weighed(SAGE, by="iw_opd"),
+    "return_to_go": weighed(SAGE, by="return_to_go"),
+    "reliability": weighed(SAGE, by="reliability"),
+    "brought": weighed(SAGE, by="test_objective:student_unsure", options=(("most", 2.5),)),
 }
 
 
@@ -81,16 +96,44 @@ def reference_confidence() -> np.ndarray:
     return confidence
 
 
+def reference_raw(weight: Weight) -> np.ndarray:
+    """s [B, T], each token from its row's tokens."""
+    i = {SKIP: weight.skip_weight, WEAK: weight.weak_weight, STRONG: 1.0}
+    i[DET_FAIL] = weight.fail_weight
+    H_s, H_t = (entropy(np.exp(logprobs(who)), axis=-1) for who in (1, 2))
+    batch, s = make_batch(), np.zeros((B, T))
+    said = np.take_along_axis(logprobs(2), batch.tokens[..., None], axis=-1)[..., 0]
+    gap = batch.sampled_logprobs - said  # of the student's tokens: l_S - l_T
+    for b, t, k in STUDENT_TOKENS:
+        mine = np.flatnonzero(STUDENT_MASK[b])
+        by_turn = {j: gap[b, batch.turn_id[b] == j] for j in batch.turn_id[b, mine].tolist()}
+        size = {j: np.mean(np.abs(of_turn)) for j, of_turn in by_turn.items()}
+        c = reference_confidence()[b, k]
+        first, eps = min(size), weight.discrepancy_eps
+        later = sum(
+            weight.discount ** (j - k) * max(np.mean(of_turn), 0.0)
+            for j, of_turn in by_turn.items()
+            if j > k
+        )
+        to_come = np.abs(gap[b, mine[mine >= t]]).sum() / np.abs(gap[b, mine]).sum()
+        s[b, t] = {
+            "uniform": 1.0,
+            "sage": i[int(VERDICT[b, k])] * c,
+            "intervention": i[int(VERDICT[b, k])],
+            "confidence": c,
+            "entropy_aware": 1 + weight.entropy_bonus * (H_t[b, t] > weight.entropy_threshold),
+            "sod": min((size[first] + eps) / (size[k] + eps), weight.most_weight),
+            "iw_opd": 1 + weight.early_bonus * to_come,
+            "return_to_go": 1 + later,
+            "reliability": np.nan_to_num(RELIABILITY[b, k]),
+            "test_objective:student_unsure": min(weight.weak_weight * H_s[b, t], 2.5),
+        }[weight.by]
+    return s
+
+
 def reference_weights(objective: Objective) -> tuple[np.ndarray, np.ndarray]:
     """s [B, T], and z: one number, or one for each row [B, 1]."""
-    i = {SKIP: objective.skip_weight, WEAK: objective.weak_weight, STRONG: 1.0}
-    i[DET_FAIL] = objective.fail_weight
-    uncertain = entropy(np.exp(logprobs(2)), axis=-1) > objective.entropy_threshold
-    s = np.zeros((B, T))
-    for b, t, k in STUDENT_TOKENS:
-        s[b, t] = i[int(VERDICT[b, k])] if objective.intervention else 1.0
-        s[b, t] *= reference_confidence()[b, k] if objective.confidence else 1.0
-        s[b, t] *= 1 + objective.entropy_bonus * uncertain[b, t]
+    s = reference_raw(objective.weight)
     axis = 1 if objective.scope == "trajectory" else None
     counted = s > 0 if objective.normalize == "active_tokens" else STUDENT_MASK
     z = counted.sum(axis, keepdims=True) / s.sum(axis, keepdims=True)
@@ -135,12 +178,19 @@ def test_the_objectives_differ_on_this_batch() -> None:
     assert 0.2 < uncertain.mean() < 0.8
 
 
-@pytest.mark.parametrize("objective", [OPD, SAGE, BY_TRAJECTORY])
-def test_a_factor_that_no_token_reaches_is_bit_for_bit_none(objective: Objective) -> None:
-    above_all = replace(objective, entropy_bonus=1.0, entropy_threshold=np.log(32) + 1)
-    got, want = (
-        objective_sums(scores(), make_batch(), objective=o) for o in (above_all, objective)
-    )
+NEUTRAL = {
+    "sage": dict(by="intervention", skip_weight=1.0, weak_weight=1.0, fail_weight=1.0),
+    "entropy_aware": dict(by="entropy_aware", entropy_bonus=0.0),
+    "sod": dict(by="sod", discrepancy_eps=1e9),
+    "iw_opd": dict(by="iw_opd", early_bonus=0.0),
+    "return_to_go": dict(by="return_to_go", discount=0.0),
+}
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_a_method_at_its_neutral_setting_is_plain_opd_to_the_bit(name: str) -> None:
+    neutral = replace(weighed(SAGE, **NEUTRAL[name]), normalize="none")
+    got, want = (objective_sums(scores(), make_batch(), objective=o) for o in (neutral, OPD))
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
@@ -224,12 +274,6 @@ def test_every_setting_of_the_scale_reaches_it(settings: dict[str, Any], z: floa
     [
         {"divergence": "kl"},
         {"beta": 1.5},
-        {"weak_weight": -0.1},
-        {"skip_weight": 1.1},
-        {"fail_weight": -0.1},
-        {"confidence_temperature": -1.0},
-        {"entropy_bonus": -0.5},
-        {"entropy_threshold": -0.5},
         {"normalize": "mean"},
         {"scope": "turn"},
         {"eps": 0.0},
@@ -242,7 +286,7 @@ def test_a_value_out_of_range_is_named(wrong: dict[str, Any]) -> None:
         replace(SAGE, **wrong)
 
 
-@pytest.mark.parametrize("factor", ["intervention", "confidence", "entropy_bonus"])
-def test_fine_tuning_has_no_factor_of_the_teacher(factor: str) -> None:
-    with pytest.raises(ValueError, match=f"`divergence` = 'cross_entropy'.*`{factor}`"):
-        replace(SFT, **{factor: True})
+@pytest.mark.parametrize("by", ["sage", "confidence", "reliability", "sod"])
+def test_fine_tuning_has_no_weight_from_a_teacher(by: str) -> None:
+    with pytest.raises(ValueError, match=f"`divergence` = 'cross_entropy'.*'{by}'"):
+        weighed(SFT, by=by)

@@ -18,16 +18,13 @@ from opd_jax import model
 from opd_jax.config import build
 from opd_jax.config.models import LoadedModel, load_student, load_teacher
 from opd_jax.learner.train_state import init_state
-from opd_jax.losses import NO_TURN, Verdict, entropy_factor, sage_weights, turn_confidence
+from opd_jax.losses import NO_TURN, Verdict, sage_weights, turn_confidence
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
-BONUS, THRESHOLD = 1.0, 0.5  # of the factor e, which the quickstart leaves at 1
 CHANGES = [
     *("rollout.batch=2", "env.max_turns=4", "judge.agreement_every=0"),
     "judge.batch=8",  # one question for each turn
-    f"objective.entropy_bonus={BONUS}",
-    f"objective.entropy_threshold={THRESHOLD}",
 ]
 INTERVENTION = {Verdict.SKIP: 0.0, Verdict.WEAK: 0.5, Verdict.STRONG: 1.0, Verdict.DET_FAIL: 1.0}
 
@@ -67,20 +64,16 @@ def test_a_token_from_its_logits_to_its_share_of_the_loss() -> None:
     def d(b: int, t: int) -> float:
         return np.sum(p_s[b, t] * (log_s[b, t] - log_t[b, t]))
 
-    # 5. The three factors of its weight. i and c are those of its turn k. e is the token's own.
+    # 5. The two factors of its weight, which are those of its turn k.
     def i(b: int, k: int) -> float:
         return INTERVENTION[verdict[b, k]]
 
     def c(b: int, k: int) -> float:
         return np.mean([p_t[b, t].max() for t in np.flatnonzero(turn_id[b] == k)])
 
-    def e(b: int, t: int) -> float:
-        teacher_entropy = -np.sum(p_t[b, t] * log_t[b, t])
-        return 1 + BONUS if teacher_entropy > THRESHOLD else 1
-
     def s(b: int, t: int) -> float:
         k = turn_id[b, t]
-        return i(b, k) * c(b, k) * e(b, t)
+        return i(b, k) * c(b, k)
 
     # 6. The scale. It brings the mean weight of all student tokens to one.
     z = N / sum(s(b, t) for b, t in student_tokens)
@@ -99,9 +92,6 @@ def test_a_token_from_its_logits_to_its_share_of_the_loss() -> None:
         turn_id,
         verdict,
         turn_confidence(p_t.max(axis=-1), turn_id, num_turns=verdict.shape[1]),
-        token_factor=entropy_factor(
-            -np.sum(p_t * log_t, axis=-1), bonus=BONUS, threshold=THRESHOLD
-        ),
     )
     np.testing.assert_allclose(scale, z, rtol=1e-6)
     np.testing.assert_allclose(weight[b, t], z * s(b, t), rtol=1e-6)
@@ -111,6 +101,6 @@ def test_a_token_from_its_logits_to_its_share_of_the_loss() -> None:
         log_s[b, t, batch.tokens[b, t]], batch.sampled_logprobs[b, t], rtol=0, atol=1e-4
     )
 
-    # 10. No factor was idle: verdicts differ between turns, and e differs between tokens.
+    # 10. No factor was idle: they differ between turns.
     assert len({i(b, turn_id[b, t]) for b, t in student_tokens}) > 1
-    assert len({e(b, t) for b, t in student_tokens}) > 1
+    assert len({c(b, turn_id[b, t]) for b, t in student_tokens}) > 1

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from models import assert_same_tree
-from objectives import OPD, SAGE, SFT
+from objectives import OPD, SAGE, SFT, weighed
 from test_objective import BY_TRAJECTORY, reference_divergence, reference_weights
 from tiny_batch import (
     CONFIG,
@@ -38,6 +38,7 @@ from opd_jax.learner.batch import Batch
 from opd_jax.learner.objective import Objective
 from opd_jax.learner.train_state import init_state
 from opd_jax.learner.train_step import TrainSettings
+from opd_jax.learner.weighing import Weight
 from opd_jax.losses import NO_TURN
 from opd_jax.model import Params
 
@@ -134,33 +135,39 @@ def test_fine_tuning_is_the_cross_entropy_of_the_tokens() -> None:
     assert got["sums"].teacher_entropy == 0
 
 
-class ReadsStudent(Objective):
+class ReadsStudent(Weight):
     """The same weights, declared to depend on the student's scores."""
 
-    weight_reads_student = True
+    reads_student = True  # type: ignore[assignment]
 
 
-TWICE_AS_UNCERTAIN = replace(BY_TRAJECTORY, entropy_bonus=1.0, entropy_threshold=2.88)
+def after_scores(objective: Objective) -> Objective:
+    settings = {f.name: getattr(objective.weight, f.name) for f in fields(Weight)}
+    return replace(objective, weight=ReadsStudent(**settings))
+
+
+BY_ENTROPY = weighed(BY_TRAJECTORY, by="entropy_aware", entropy_threshold=2.88)
 
 
 @pytest.mark.parametrize(
     "objective",
     [
         SAGE,
-        replace(SAGE, confidence=False, normalize="active_tokens"),
-        replace(SAGE, confidence_temperature=0.5, normalize="none"),
+        replace(weighed(SAGE, by="intervention"), normalize="active_tokens"),
+        replace(weighed(SAGE, confidence_temperature=0.5), normalize="none"),
+        weighed(SAGE, by="iw_opd"),
         replace(SAGE, divergence="forward_kl"),
         replace(SAGE, divergence="sampled_reverse_kl"),
-        replace(TWICE_AS_UNCERTAIN, divergence="jsd", beta=0.3),
+        replace(BY_ENTROPY, divergence="jsd", beta=0.3),
         SFT,
     ],
-    ids=lambda o: f"{o.divergence}-{o.scope}-{o.normalize}",
+    ids=lambda o: f"{o.weight.by}-{o.divergence}-{o.scope}-{o.normalize}",
 )
 @pytest.mark.parametrize("settings", [{}, {"micro_batches": 4}], ids=["whole", "four_parts"])
 def test_weights_before_or_after_the_scores_give_the_same_update(
     objective: Objective, settings: dict[str, Any]
 ) -> None:
-    got, want = (update(o, **settings) for o in (objective, ReadsStudent(**vars(objective))))
+    got, want = (update(o, **settings) for o in (objective, after_scores(objective)))
     assert_same_update(got, want)
     for mine, theirs in zip(*(jax.tree.leaves(u.metrics) for u in (got, want)), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5)

@@ -35,6 +35,10 @@ VERDICT = np.array(
     np.int32,
 )
 B, T, K = len(ROWS), 12, 3
+# Nobody asked about one turn that is there.
+RELIABILITY = np.array(
+    [[1.0, 0.25, 0.5], [0.75, 0.5, 1.0], [0.25, np.nan, 0.0], [0.0, 0.5, 1.0]], np.float32
+)
 # Two micro-batches, one of rows without padding and one of rows that end at the half.
 LONG_AND_SHORT = ("..000.11..22", "..00.1", "..00.111.222", ".0.1.2")
 # Every student token as (row, position, turn).
@@ -64,6 +68,7 @@ def make_batch(
         length_multiple=length_multiple,
         response_multiple=response_multiple,
         vocab_size=CONFIG.vocab_size,
+        labels={"reliability": RELIABILITY[: len(rows)]},
     )
 
 
