@@ -55,6 +55,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         sizes_from=(15_000, 40_000),  # first episode that may draw the second size, and the third
         player="expert" if is_teacher else "forgetful",  # whose turns are learnt from
         distraction=0.3,  # largest share of an episode's turns that a distractor plays
+        head_start=0,  # half of the episodes begin with up to so many turns of a distractor alone
         # Players that disturb; an episode draws one.
         distractors=(
             ("careless", "clumsy", "mistaken", "random") if is_teacher else ("clumsy", "mistaken")

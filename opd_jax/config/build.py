@@ -522,7 +522,9 @@ def make_demonstrator(settings: Settings, *, chat: ChatFormat):
         rng = random.Random(f"{settings.seed}/episode/{number}")
         env = rng.choice(envs[: 1 + sum(number >= start for start in shown.sizes_from)])
         distraction = shown.distraction * rng.random()
-        distractor = rng.choice(shown.distractors) if distraction else None
+        behind = rng.random() < 0.5 if shown.head_start else False
+        head_start = rng.randint(1, shown.head_start) if behind else 0
+        distractor = rng.choice(shown.distractors) if distraction or head_start else None
         split = settings.data.split
         return demonstrate(
             env,
@@ -533,6 +535,7 @@ def make_demonstrator(settings: Settings, *, chat: ChatFormat):
                 player(distractor, field="demonstrations.distractors") if distractor else None
             ),
             distraction=distraction,
+            head_start=head_start,
             rng=rng,
             chat=chat,
             context_tokens=settings.rollout.context_tokens,

@@ -32,14 +32,16 @@ def play(
     player: MakePlayer,
     distractor: MakePlayer | None,
     distraction: float,
+    head_start: int = 0,
     rng: random.Random,
     stopping: Callable[[], object] | None = None,
 ) -> Iterator[Step]:
     """The turns of one episode after its `first` observation; none if the environment broke there.
 
     With probability `distraction` the distractor, if there is one, plays a turn (it strays), and
-    the player goes on from there. Both see every observation. `rng` is all their randomness. Once
-    `stopping` is true, no turn is played any more. A player that raises breaks its own episode.
+    the player goes on from there. The first `head_start` turns are all the distractor's. Both see
+    every observation. `rng` is all their randomness. Once `stopping` is true, no turn is played any
+    more. A player that raises breaks its own episode.
     """
     if first.done:
         return
@@ -47,13 +49,15 @@ def play(
     try:
         plays = player(env.task, first, rng)
         strays = distractor(env.task, first, rng) if distractor else None
+        played = 0
         while not observation.done and not (stopping and stopping()):
             response, strayed = plays.respond(observation), False
             if strays is not None:
                 other = strays.respond(observation)
-                strayed = rng.random() < distraction
+                strayed = played < head_start or rng.random() < distraction
                 response = other if strayed else response
             before, observation = observation, act(env, response)
+            played += 1
             yield Step(before, response, strayed, observation)
     except WorldFailed:
         raise
@@ -69,6 +73,7 @@ def demonstrate(
     player: MakePlayer,
     distractor: MakePlayer | None,
     distraction: float,
+    head_start: int = 0,
     rng: random.Random,
     chat: ChatFormat,
     context_tokens: int,
@@ -90,6 +95,7 @@ def demonstrate(
         player=player,
         distractor=distractor,
         distraction=distraction,
+        head_start=head_start,
         rng=rng,
         stopping=stopping,
     ):

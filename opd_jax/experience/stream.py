@@ -28,6 +28,7 @@ class DemonstrationSettings:
       sizes_from: number of the first episode that may draw the second size, the third, ...
       player: name of the player whose turns are learnt from.
       distraction: largest share of an episode's turns that a distractor plays.
+      head_start: in half of the episodes a distractor plays the first turns alone, at most so many.
       distractors: names of players that disturb; each episode draws one.
       habits: player's name to its keyword arguments.
       window: episodes generated together.
@@ -40,6 +41,7 @@ class DemonstrationSettings:
     sizes_from: tuple[int, ...]
     player: str
     distraction: float
+    head_start: int
     distractors: tuple[str, ...]
     habits: Mapping[str, Mapping[str, Any]]
     window: int
@@ -49,13 +51,13 @@ class DemonstrationSettings:
 
     def __post_init__(self):
         check_within(1, window=self.window, tokens_per_batch=self.tokens_per_batch)
-        check_within(0, judge_examples=self.judge_examples)
+        check_within(0, judge_examples=self.judge_examples, head_start=self.head_start)
         check_within(0, 1, distraction=self.distraction)
         for context in self.judge_contexts:
             check_choice(FIELDS, judge_contexts=context)
         needs = {
             "sizes": True,
-            "distractors": self.distraction > 0,
+            "distractors": self.distraction > 0 or self.head_start > 0,
             "judge_contexts": self.judge_examples > 0,
         }
         for name, needed in needs.items():

@@ -133,6 +133,17 @@ def test_turns_of_a_distractor_are_history_and_never_imitated(beginner: LoadedMo
         assert imitated(alone) == set(range(len(alone.turns)))
 
 
+def test_a_head_start_is_history_and_what_follows_is_imitated(beginner: LoadedModel) -> None:
+    changes = ("demonstrations.distraction=0.0", "demonstrations.head_start=3")
+    firsts = []
+    for made in episodes(pair(*changes), beginner, range(30)):
+        first = min(imitated(made), default=len(made.turns))
+        assert imitated(made) == set(range(first, len(made.turns)))
+        firsts.append(first)
+    assert set(firsts) == {0, 1, 2, 3}
+    assert 8 < firsts.count(0) < 22
+
+
 def test_larger_rooms_come_in_as_episodes_go_on(beginner: LoadedModel) -> None:
     settings = pair("demonstrations.sizes=small,large", "demonstrations.sizes_from=6")
     places = [c.task.id.split("/")[1] for c in episodes(settings, beginner, range(20)) if c.task]

@@ -118,6 +118,7 @@ SHOWN = DemonstrationSettings(
     sizes_from=(),
     player="expert",
     distraction=0.0,
+    head_start=0,
     distractors=(),
     habits={},
     window=WINDOW,
