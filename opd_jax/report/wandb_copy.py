@@ -30,7 +30,7 @@ def follow(workdir: Path, project: str, resume_step: int) -> None:
         project=project,
         id=state["id"],
         resume="allow",
-        dir=workdir,
+        dir=str(workdir),
         name=workdir.name,
         config=json.loads((workdir / "config.json").read_text("utf-8")),
     )

@@ -194,7 +194,7 @@ def test_a_batch_of_more_rows_is_split_into_more_parts_of_the_same_size() -> Non
 
 
 def test_neutral_factors_are_bit_for_bit_plain_opd() -> None:
-    neutral = replace(SAGE, skip_weight=1.0, weak_weight=1.0, confidence_temperature=0.0)
+    neutral = weighed(SAGE, skip_weight=1.0, weak_weight=1.0, confidence_temperature=0.0)
     got, want = update(neutral), update(OPD)
     assert_same_update(got, want, rounding=0)
     assert_same_tree(got.params, want.params, rounding=0)
