@@ -61,6 +61,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
         step_timeout_s=10.0,  # seconds for a worker's step
     )
 
+    # What the teacher reads and the student does not (docs/teacher_context.md).
+    config.teacher_context = dict(
+        by="",  # "": nothing; solved: a solved task of the same type, from `file`; module:function
+        tokens=512,  # most tokens that it adds to a conversation
+        file="",  # of `solved`: an episode file (docs/episodes.md)
+    )
+
     config.data = dict(
         # Who plays: on_policy is the student; or teacher; expert; players (household_pair.py only).
         # episodes:FILE is learnt from; from prefixes:FILE the student plays on (docs/episodes.md).

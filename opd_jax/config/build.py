@@ -29,6 +29,7 @@ from opd_jax.config.settings import Settings
 from opd_jax.envs.base import Env
 from opd_jax.envs.make import EnvSettings, benchmark_splits, invented, make_env
 from opd_jax.envs.players import make_player
+from opd_jax.experience.asides import with_asides
 from opd_jax.experience.demonstrations import demonstrate
 from opd_jax.experience.recorded import beginnings, read_conversations, recorded_panel
 from opd_jax.experience.source import Episodes, Play, Played, Source
@@ -168,10 +169,11 @@ def make_update(
     ) -> tuple[TrainState, dict[str, Any]]:
         rows, scorer = shard_batch(batch), None
         if teacher and teacher_pass:
-            hidden = teacher_pass(teacher.params, rows) if hidden is None else hidden
+            if hidden is None:
+                hidden = teacher_pass(teacher.params, rows.for_teacher())
             scorer = Teacher(hidden, model.head_params(teacher.params))
         taken = copy(state) if settings.debug.nans else state
-        state, raw = train_step(taken, scorer, rows, base)
+        state, raw = train_step(taken, scorer, rows.for_student(), base)
         raw = jax.device_get(raw)
         if hidden is not None:
             hidden.delete()  # the caller may refer to it until the next batch is judged
@@ -196,6 +198,7 @@ def make_pack(settings: Settings, sizes: ModelConfig) -> Callable[..., Batch]:
             length_multiple=played.length_multiple,
             response_multiple=settings.train.response_multiple,
             vocab_size=sizes.vocab_size,
+            teacher_rows=played.teacher_rows,
         )
 
     return packed
@@ -321,6 +324,13 @@ def check_named(settings: Settings, models: Collection[str] = MODELS) -> None:
                 f"`rollout.context_tokens` = {settings.rollout.context_tokens} exceeds the "
                 f"{sizes.max_positions} positions of `{who}` = {getattr(settings, who)!r}; lower it"
             )
+    context, reader = settings.rollout.context_tokens, found.get("teacher")
+    told = settings.teacher_context.tokens if settings.teacher_context.by else 0
+    if reader and context + told > reader.max_positions:
+        raise ValueError(
+            f"`rollout.context_tokens` = {context} and `teacher_context.tokens` = {told} exceed "
+            f"the {reader.max_positions} positions of `teacher` = {settings.teacher!r}; lower them"
+        )
     check_players(settings)
 
 
@@ -407,7 +417,18 @@ def make_source(
         response_multiple=settings.train.response_multiple,
         micro_batches=settings.train.micro_batches,
         cursor=cursor,
+        retell=make_retell(settings, student.chat),
     )
+
+
+def make_retell(
+    settings: Settings, chat: ChatFormat
+) -> Callable[[Conversation], Conversation] | None:
+    """The function that gives an episode as the teacher reads it; None: as it is."""
+    asides, most = settings.teacher_context.asides(), settings.teacher_context.tokens
+    if asides is None:
+        return None
+    return lambda c: c if c.broken else with_asides(c, asides(c), chat=chat, most=most)
 
 
 def _recorded(settings: Settings, agent: Agent) -> list[Conversation]:

@@ -78,6 +78,7 @@ def make_show(settings: Settings, tell: Tell) -> Show:
 def make_tell(settings: Settings, student: LoadedModel, teacher: LoadedModel | None) -> Tell:
     """The function that tells of some episodes of a batch."""
     look_at = make_look_at(settings, student, teacher)
+    asides = settings.teacher_context.asides()
 
     def tell(
         numbers: Iterable[int],
@@ -97,6 +98,7 @@ def make_tell(settings: Settings, student: LoadedModel, teacher: LoadedModel | N
             decode=student.tokenizer.decode,
             judgement=judgement,
             scored=scored,
+            asides=asides,
         )
 
     return tell
@@ -195,16 +197,22 @@ def make_keep(
       teacher: scores the tokens, if there is one.
     """
     look_at = make_look_at(settings, student, teacher) if student and trained else None
+    asides = settings.teacher_context.asides()
 
     def scored(played: list[Conversation], judgement: Judgement | None) -> Scored | None:
         if not (student and trained and look_at and judgement):
             return None
-        rows, of = history.rows(
-            played,
+        rows_of = partial(
+            history.rows,
             history_turns=settings.rollout.history_turns,
             left_out=student.chat.left_out,
         )
-        these = Played(played, rows, of, settings.train.length_multiple, metrics={})
+        rows, of = rows_of(played)
+        retell, told_rows = build.make_retell(settings, student.chat), None
+        if retell:
+            told_rows, _ = rows_of([retell(c) for c in played])
+        multiple = settings.train.length_multiple
+        these = Played(played, rows, of, multiple, metrics={}, teacher_rows=told_rows)
         batch = build.make_pack(settings, student.config)(these, judgement.verdict)
         return Scored(partial(look_at, trained, batch), batch, of)
 
@@ -218,6 +226,7 @@ def make_keep(
             decode=student.tokenizer.decode if student else lambda tokens: "",
             judgement=judgement,
             scored=scored(first, judgement),
+            asides=asides if look_at else None,
         )
         if processes.is_first():
             write_episodes(workdir / FOLDER / f"{who}-{split}.jsonl", lines)

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from opd_jax.agent.agent import Decoding, RolloutSettings
 from opd_jax.config.flags import closest
 from opd_jax.envs.make import EnvSettings, figures_options, labels_turns, world_options
+from opd_jax.experience.asides import TeacherContext
 from opd_jax.experience.source import DataSettings
 from opd_jax.experience.stream import DemonstrationSettings
 from opd_jax.judge.answer import JudgeSettings
@@ -144,6 +145,7 @@ class Settings:
     mesh: MeshShape
     lora: Lora
     env: EnvSettings
+    teacher_context: TeacherContext
     data: DataSettings
     rollout: RolloutSettings
     weight: Weight  # the same as `objective.weight`
@@ -177,7 +179,8 @@ class Settings:
         """Whether the judge reads the very sequences that the teacher scores, so once for both."""
         judges = self.weight.reads_verdict and not self.shows_players
         # With "history" there is no `rollout.history_turns`.
-        return judges and self.judge.by == "teacher" and self.judge.context == "history"
+        judges = judges and self.judge.by == "teacher" and self.judge.context == "history"
+        return judges and not self.teacher_context.by
 
     def is_saved(self, update: int) -> bool:
         """Whether a checkpoint follows an update, whatever its figures."""
@@ -226,7 +229,7 @@ def read_settings(config: ConfigDict) -> Settings:
         fields = dict(given.items())
         # A function of the user's has fields of its own; other judges and weights have ours.
         brought = ":" in str(fields.get("by"))
-        if kind is EnvSettings or (brought and kind in (JudgeSettings, Weight)):
+        if kind is EnvSettings or (brought and kind in (JudgeSettings, TeacherContext, Weight)):
             fields = _with_options(kind, fields)
         if kind is Objective:
             fields["weight"] = values["weight"]
@@ -366,6 +369,8 @@ def _unread(s: Settings) -> tuple[str, ...]:
         "objective.beta": objective.divergence == "jsd",
         "objective.max_z": objective.normalize != "none",
         "rollout.depth_every": s.rollout.depth_start > 0,
+        "teacher_context.tokens": bool(s.teacher_context.by),
+        "teacher_context.file": bool(s.teacher_context.by),
         **{f"weight.{name}": s.weight.takes(name) for name in WEIGHT_SETTINGS},
     }
     return tuple(name for name, read in is_read.items() if not read)
@@ -395,7 +400,7 @@ def binds_an_evaluation(settings: Settings, *, teacher: bool = False) -> Callabl
 
 
 # Sections that only training reads.
-_TRAINING = ("data", "demonstrations", "objective", "optimizer", "weight")
+_TRAINING = ("data", "demonstrations", "objective", "optimizer", "teacher_context", "weight")
 
 
 # --- Relations between sections ---------------------------------------------------------------
@@ -522,6 +527,11 @@ def _check_source(s: Settings) -> None:
             not objective.needs_teacher and s.data.on_policy,
             "`objective.divergence` = 'cross_entropy' on the student's own episodes teaches "
             "nothing: set `data.source` to teacher, expert, players or episodes:FILE",
+        ),
+        (
+            bool(s.teacher_context.by) and not objective.needs_teacher,
+            f"`teacher_context.by` = {s.teacher_context.by!r} tells a teacher something, and with "
+            "`objective.divergence` = 'cross_entropy' none scores: leave it empty",
         ),
         (
             objective.needs_teacher and source == "players",

@@ -6,6 +6,7 @@ what the interrupted one would have played.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -82,6 +83,7 @@ class Played:
       episode: index of each row's conversation.
       length_multiple: rows are padded to a multiple of this.
       metrics: the episodes' metrics, as (sum, count) or scalars.
+      teacher_rows: the rows as the teacher reads them; None: as they are.
     """
 
     conversations: list[Conversation]
@@ -89,6 +91,7 @@ class Played:
     episode: list[int]
     length_multiple: int
     metrics: dict[str, Any]
+    teacher_rows: list[Conversation] | None = None
 
 
 def padding(
@@ -141,6 +144,7 @@ class Episodes:
       length_multiple: see `Played`.
       response_multiple: see `batch.pack`.
       micro_batches: of a batch in which each episode is one row.
+      retell: gives an episode as the teacher reads it (`asides`); None: as it is.
       cursor: [number of the next task, 0].
     """
 
@@ -152,6 +156,7 @@ class Episodes:
     response_multiple: int
     micro_batches: int
     cursor: Sequence[int]
+    retell: Callable[[Conversation], Conversation] | None = None
 
     def play(self, state: TrainState) -> Played:
         """One episode of each of the next training tasks.
@@ -176,18 +181,23 @@ class Episodes:
             conversations = self.play_tasks(state, tasks, positions)
         check_some_played(conversations)
         self.cursor = [end, 0]
-        rows, episode = history.rows(
-            conversations,
+        rows_of = partial(
+            history.rows,
             history_turns=self.agent.decoding.history_turns,
             left_out=self.agent.chat.left_out,
         )
+        rows, episode = rows_of(conversations)
+        told = rows_of([self.retell(c) for c in conversations])[0] if self.retell else None
         # With `history_turns` the number of rows varies. Padded to multiples of the batch it takes
         # few values, and few programs are compiled.
-        missing = -len(rows) % len(conversations)
-        rows, episode = rows + [Conversation(task=None)] * missing, episode + [0] * missing
+        missing = [Conversation(task=None)] * (-len(rows) % len(conversations))
+        rows, episode = rows + missing, episode + [0] * len(missing)
         parts = self.micro_batches * (len(rows) // len(conversations))
         order = alike(rows, parts)
         rows, episode = [rows[row] for row in order], [episode[row] for row in order]
+        if told:
+            told += missing
+            told = [told[row] for row in order]
         if not self.agent.decoding.history_turns:  # a row is an episode
             conversations, episode = rows, list(range(len(rows)))
         padded = padding(
@@ -203,7 +213,9 @@ class Episodes:
             length_multiple=self.length_multiple,
             metrics=episode_metrics(conversations, rows)
             | positions.metrics
-            | {"padded/update": padded},
+            | {"padded/update": padded}
+            | ({"tokens/teacher": sum(len(row.tokens) for row in told)} if told else {}),
+            teacher_rows=told,
         )
 
     def close(self) -> None:

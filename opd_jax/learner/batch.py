@@ -30,6 +30,10 @@ class Batch:
         fewer. Most tokens are observations. Gathering the student's tokens first saves most of the
         vocabulary-sized work.
       labels: what else is said of turns, name to float32 [B, K] (`weighing.LABELS`).
+      teacher_tokens: int32 [B, T'], the rows as the teacher reads them; None: the same as the
+        student.
+      teacher_response: int32 [B, R], where the student's tokens are in those; T' where a row has
+        fewer.
     """
 
     tokens: Array
@@ -38,6 +42,19 @@ class Batch:
     verdict: Array
     response: Array
     labels: dict[str, Array] = struct.field(default_factory=dict)
+    teacher_tokens: Array | None = None
+    teacher_response: Array | None = None
+
+    def for_teacher(self) -> "Batch":
+        """The batch as the teacher reads it."""
+        if self.teacher_tokens is None or self.teacher_response is None:
+            return self
+        own = self.for_student()
+        return dataclasses.replace(own, tokens=self.teacher_tokens, response=self.teacher_response)
+
+    def for_student(self) -> "Batch":
+        """The batch without what only the teacher reads."""
+        return dataclasses.replace(self, teacher_tokens=None, teacher_response=None)
 
 
 def pack(
@@ -48,6 +65,7 @@ def pack(
     response_multiple: int,
     vocab_size: int,
     labels: Mapping[str, np.ndarray] | None = None,
+    teacher_rows: Sequence[Conversation] | None = None,
 ) -> Batch:
     """Conversations and their verdicts as a batch.
 
@@ -61,6 +79,8 @@ def pack(
       response_multiple: R is a multiple of this, but at most T.
       vocab_size: every token has to be below it.
       labels: what else is said of turns, name to float32 [B, K].
+      teacher_rows: the conversations as the teacher reads them, with the same student's tokens;
+        None: as they are.
 
     Raises:
       ValueError: tokens, turns or log-probabilities that are out of range. The message names the
@@ -77,8 +97,33 @@ def pack(
             logprobs[row, : len(c.tokens)] = c.logprobs
     response = _response(turn_id != NO_TURN, response_multiple)
     batch = Batch(tokens, turn_id, logprobs, verdict, response, dict(labels or {}))
+    if teacher_rows is not None:
+        batch = _with_teacher_rows(batch, teacher_rows, length_multiple)
     _check(batch, vocab_size)
     return batch
+
+
+def _with_teacher_rows(batch: Batch, rows: Sequence[Conversation], multiple: int) -> Batch:
+    """Adds what the teacher reads, in as many slots for the student's tokens."""
+    length = max(padded_length(rows, multiple), batch.tokens.shape[1])
+    tokens, student = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
+    for row, c in enumerate(rows):
+        tokens[row, : len(c.tokens)] = c.tokens
+        student[row, : len(c.tokens)] = np.array(c.turn_id) != NO_TURN if not c.broken else False
+    response = _positions(student, batch.response.shape[1])
+    mine, theirs = (_taken(*read) for read in ((batch.tokens, batch.response), (tokens, response)))
+    if not np.array_equal(mine, theirs):
+        row = int(np.argwhere(mine != theirs)[0, 0])
+        raise ValueError(
+            f"`teacher_rows`: row {row} has other tokens of the student's than the conversation"
+        )
+    return dataclasses.replace(batch, teacher_tokens=tokens, teacher_response=response)
+
+
+def _taken(tokens: np.ndarray, response: np.ndarray) -> np.ndarray:
+    """The tokens in the response slots, −1 in unfilled ones."""
+    padded = np.pad(tokens, [(0, 0), (0, 1)], constant_values=-1)
+    return np.take_along_axis(padded, response, axis=1)
 
 
 def responses(
@@ -100,9 +145,13 @@ def padded_length(conversations: Sequence[Conversation], multiple: int) -> int:
 
 def _response(student: np.ndarray, multiple: int) -> np.ndarray:
     """The positions where `student` [B, T] is true, int32 [B, R], filled up with T."""
-    T = student.shape[1]
-    counts = student.sum(axis=1)
-    R = min(-(-max(int(counts.max()), 1) // multiple) * multiple, T)
+    most = max(int(student.sum(axis=1).max()), 1)
+    return _positions(student, min(-(-most // multiple) * multiple, student.shape[1]))
+
+
+def _positions(student: np.ndarray, R: int) -> np.ndarray:
+    """The positions where `student` [B, T] is true, in R slots."""
+    T, counts = student.shape[1], student.sum(axis=1)
     # A stable sort brings the student's positions to the front in their order.
     order = np.argsort(~student, axis=1, kind="stable")[:, :R]
     return np.where(np.arange(R) < counts[:, None], order, T).astype(np.int32)
@@ -121,6 +170,8 @@ def _check(batch: Batch, vocab_size: int) -> None:
             "expected finite log-probabilities, at most 0",
         ),
     }
+    if (told := batch.teacher_tokens) is not None:
+        rules["teacher_tokens"] = (told < 0) | (told >= vocab_size), rules["tokens"][1]
     for name, (wrong, expected) in rules.items():
         if wrong.any():
             row, column = np.argwhere(wrong)[0]

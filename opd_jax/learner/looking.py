@@ -44,11 +44,11 @@ def make_look(
     @jax.jit
     def program(trained: Params, base: Params | None, judging: Params, batch: Batch) -> Seen:
         judging = sharded_for_training(judging, teacher)
-        hidden = response_hidden(judging, batch, hidden=functions(teacher).hidden)
+        hidden = response_hidden(judging, batch.for_teacher(), hidden=functions(teacher).hidden)
         seen = look(
             with_adapters(base, trained, lora),
             Teacher(hidden, model.head_params(judging)),
-            batch,
+            batch.for_student(),
             student=functions(student),
             objective=objective,
             dtype=dtype,
@@ -76,4 +76,6 @@ def _rows(batch: Batch, rows: Sequence[int], count: int) -> Batch:
     part = jax.tree.map(lambda x: np.asarray(x)[filled], batch)
     part.turn_id[len(rows) :] = NO_TURN
     part.response[len(rows) :] = batch.tokens.shape[1]
+    if part.teacher_tokens is not None:
+        part.teacher_response[len(rows) :] = part.teacher_tokens.shape[1]
     return part

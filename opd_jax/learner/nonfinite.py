@@ -6,6 +6,7 @@ padding, and bisection finds the shortest cut whose loss or gradient is not fini
 ten passes over one row, which only a run that ends anyway pays for.
 """
 
+import dataclasses
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -93,8 +94,10 @@ def make_find(
         if teacher and judging is not None:
             judging = sharded_for_training(judging, teacher)
             of_teacher = functions(teacher).hidden
-            reads.append(of_teacher(judging, tokens))
-            hidden = response_hidden(judging, batch, hidden=of_teacher)
+            hidden = response_hidden(judging, batch.for_teacher(), hidden=of_teacher)
+            # Of a sequence of its own it is looked at where it scores the student's tokens.
+            shared = batch.teacher_tokens is None
+            reads.append(of_teacher(judging, tokens) if shared else hidden)
             scorer = Teacher(hidden, model.head_params(judging))
         scores = score(params, scorer, batch, **how)
         sums = objective_sums(scores, batch, objective=objective)
@@ -163,5 +166,13 @@ def _cut(batch: Batch, row: int, count: int) -> Batch:
         response=np.where(response < count, response, T).astype(np.int32),
         labels={name: alone(label, 0) for name, label in batch.labels.items()},
     )
+    if batch.teacher_tokens is not None and batch.teacher_response is not None:
+        length = batch.teacher_tokens.shape[1]
+        told = np.where(response < count, alone(batch.teacher_response, length), length)
+        part = dataclasses.replace(
+            part,
+            teacher_tokens=alone(batch.teacher_tokens, 0),
+            teacher_response=told.astype(np.int32),
+        )
     part.tokens[:, count:], part.turn_id[:, count:] = 0, NO_TURN
     return part

@@ -1,5 +1,6 @@
 """The teacher's pass and the train step as programs: what they take, hold and move."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,12 +38,20 @@ def training(
       teacher: None if the objective has no teacher.
     """
     batch, train, said = _batch(settings, student.place, work), settings.train, None
-    tokens: dict[str, int] = dict(tokens=work.rows * work.sequence, parts=train.micro_batches)
+    parts = train.micro_batches
     if teacher:
         moved = {"teacher": passes(device_bytes(teacher.params), train.micro_batches)}
-        args, sizes, dtype = (teacher.params, batch), teacher.sizes, teacher.params["embed"].dtype
+        told = dataclasses.replace(batch, tokens=student.place.rows(work.rows, work.read))
+        args, sizes, dtype = (teacher.params, told), teacher.sizes, teacher.params["embed"].dtype
         sent = network.training(
-            teacher.place, sizes, teacher.params, None, passes=1, dtype=dtype, **tokens
+            teacher.place,
+            sizes,
+            teacher.params,
+            None,
+            passes=1,
+            dtype=dtype,
+            tokens=work.rows * work.read,
+            parts=parts,
         )
         # A copy that is sharded for training, if it is kept otherwise.
         copy = device_bytes(teacher.params) if settings.mesh.axes["decode"] > 1 else 0
@@ -73,7 +82,8 @@ def training(
             state.params,
             passes=forward_and_backward,
             dtype=jnp.dtype(settings.compute_dtype),
-            **tokens,
+            tokens=work.rows * work.sequence,
+            parts=parts,
         ),
         temporaries=sum(size for size, _ in held.values()),
     )

@@ -22,6 +22,7 @@ class Workload:
     slots: int  # of a row of the full cache, S
     slots_read: float  # by a sampled token, the mean
     sequence: int  # tokens of a row in training, padded, T
+    read: int  # the same as the teacher reads it (`teacher_context`), T'
     response: int  # the student's tokens of a row, padded, R
     sampled: int  # tokens sampled in an episode
     question: int  # tokens of a question to the judge about a mean response
@@ -42,6 +43,7 @@ def workload(settings: Settings) -> Workload:
     first, later = rollout.extend_widths[-1], rollout.extend_widths[0]
     given = first + (turns - 1) * later
     sampled = max(min(slots - given, turns * rollout.turn_tokens), turns)
+    told = settings.teacher_context.tokens if settings.teacher_context.by else 0
     sequence = _round_up(slots, train.length_multiple)
     longest, mean = min(rollout.turn_tokens, sampled), sampled // turns
     before, asked = (slots, first) if settings.judge.context == "history" else (0, 0)
@@ -52,6 +54,7 @@ def workload(settings: Settings) -> Workload:
         # A context grows evenly from its first message until it is full.
         slots_read=(first + slots) / 2,
         sequence=sequence,
+        read=_round_up(slots + told, train.length_multiple),
         response=min(_round_up(sampled, train.response_multiple), sequence),
         sampled=sampled,
         question=before + first + mean,

@@ -77,6 +77,7 @@ def told(
     decode: Decode,
     judgement: Judgement | None,
     scored: Scored | None,
+    asides: Callable[[Conversation], Sequence[str]] | None = None,
 ) -> list[Episode]:
     """The lines of some episodes, with their verdicts and scores where there are some.
 
@@ -87,11 +88,16 @@ def told(
       who, update, actor, decode: see `episode`.
       judgement: of the whole batch.
       scored: of the whole batch.
+      asides: what the teacher alone was told before each turn of an episode.
     """
     lines = {
         number: episode(c, who=who, update=update, actor=actor, decode=decode)
         for number, c in episodes.items()
     }
+    for number, line in lines.items():
+        said = asides(episodes[number]) if asides else ()
+        for turn, aside in zip(line["turns"], said, strict=False):
+            turn |= {"aside": aside} if aside else {}
     if judgement is not None:
         for number, line in lines.items():
             add_judgement(line, judgement, number)

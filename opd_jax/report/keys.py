@@ -28,8 +28,8 @@ KEYS = (
         "mean without weights, nats",
         "falls: 1.4 to 0.3",
     ),
-    Key("z", "N / Σ i · c", "OPD: 1. SAGE: 1.5 to 4"),
-    Key("raw_weight by_turn/raw_weight", "mean of i · c · e", "1 / z"),
+    Key("z", "N / Σ s", "OPD: 1. SAGE: 1.5 to 4"),
+    Key("raw_weight by_turn/raw_weight", "mean of s, in SAGE i · c", "1 / z"),
     Key("active_tokens", "share of tokens with a weight above 0", "0.3 to 0.7"),
     Key("confidence by_turn/confidence", "mean of c over turns", "0.94 to 0.98"),
     Key(
@@ -104,8 +104,9 @@ KEYS = (
         "`stop_token` above 0.99",
     ),
     Key(
-        "tokens/{student,seen,sampled,sequence} by_turn/turns",
-        "N; its sum so far; sampled; all; episodes with this turn",
+        "tokens/{student,seen,sampled,sequence,teacher} by_turn/turns",
+        "N; its sum so far; sampled; all; read by a teacher that is told more; episodes with this "
+        "turn",
         "steady",
     ),
     Key(

@@ -298,7 +298,9 @@ function drawTurn(k, before, response) {
   const facts = turnFacts(info, k);
   const card = el("section", { class: `turn ${info.actor || ""}`, "aria-label": `Turn ${k}`, tabindex: -1 },
     el("div", { class: "gutter" }, String(k)),
-    el("div", { class: "body" }, before.map(said), box,
+    el("div", { class: "body" }, before.map(said),
+      has(info.aside) && el("div", { class: "aside" }, el("span", { class: "key" }, "to the teacher alone"),
+        text(info.aside, "observation")), box,
       facts.length && el("p", { class: "facts" }, facts)));
   cards[k] = card;
   byId("turns").append(card);

@@ -29,7 +29,10 @@ _TYPES = {
     **dict.fromkeys(("task", "measures", "tokens", "student_tokens"), dict),
     **{"turns": list, "who": str, "end": str, "update": int},
 }
-_TURN_TYPES = {**dict.fromkeys(("verdict", "label", "action", "failure"), str), "judge": dict}
+_TURN_TYPES = {
+    **dict.fromkeys(("verdict", "label", "action", "failure", "aside"), str),
+    "judge": dict,
+}
 _NAMES = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
 
 

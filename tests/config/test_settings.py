@@ -142,7 +142,10 @@ def test_whole_numbers_serve_as_floats_and_lists_as_tuples() -> None:
         ("rollout.per_task=2 rollout.temperature=0", "would repeat the greedy episode of a task"),
         ("rollout.per_task=2 rollout.top_k=1", "would repeat the greedy episode of a task"),
         ("rollout.per_task=2 rollout.top_p=1e-6", "would repeat the greedy episode of a task"),
-        ("compare.methods=sage,ppo", "`compare.methods`: expected one of opd, .* got 'ppo'"),
+        (
+            "compare.methods=sage,ppo",
+            "`compare.methods`: expected one of entropy_aware, .* got 'ppo'",
+        ),
         # Of several sections.
         ("train.micro_batches=3", "`rollout.batch` = 16 .* `train.micro_batches` = 3; .* divisor"),
         ("mesh.data=2 mesh.fsdp=3", "`rollout.batch` = 16 .*`mesh.data` × `mesh.fsdp` = 6"),
@@ -154,7 +157,10 @@ def test_whole_numbers_serve_as_floats_and_lists_as_tuples() -> None:
         ("teacher=", "the objective .* needs a teacher, but `teacher` is empty"),
         ("student=", "`student` is empty: name a model folder .`hf download Qwen/Qwen3-1.7B"),
         ("student=new", "`student` = 'new' needs its sizes in `new_model`"),
-        ("objective.divergence=cross_entropy", "'cross_entropy' has no verdicts, confidence"),
+        (
+            "objective.divergence=cross_entropy",
+            "'cross_entropy' has no teacher and no labels, which `weight.by` = 'sage'",
+        ),
         (
             "rollout.history_turns=2 objective.scope=trajectory",
             "`objective.scope` = 'trajectory' .*`rollout.history_turns`",

@@ -18,6 +18,7 @@ from opd_jax.learner.batch import (
     pack,
     split_rows,
 )
+from opd_jax.losses import NO_TURN
 
 VERDICT = np.array([[1, 2, 0], [2, 0, 0]], np.int32)
 
@@ -49,6 +50,31 @@ def packed(*conversations: Conversation, vocab_size: int = 10) -> Batch:
     )
 
 
+def test_what_the_teacher_reads_by_hand() -> None:
+    told = two_turns()
+    told.tokens[:0], told.turn_id[:0] = [1, 1], [NO_TURN] * 2
+    told.logprobs[:0] = [0.0] * 2
+    batch = pack(
+        (two_turns(), one_turn()),
+        VERDICT,
+        length_multiple=4,
+        response_multiple=2,
+        vocab_size=10,
+        labels={"reliability": np.float32([[1, 0], [0, 1]])},
+        teacher_rows=(told, one_turn()),
+    )
+    np.testing.assert_array_equal(
+        batch.teacher_tokens, [[1, 1, 5, 6, 7, 8, 9, 4, 3, 0, 0, 0], [1, 2, *[0] * 10]]
+    )
+    np.testing.assert_array_equal(batch.teacher_response, [[5, 6, 8, 12], [1, 12, 12, 12]])
+    np.testing.assert_array_equal(batch.labels["reliability"], [[1, 0], [0, 1]])
+    theirs, mine = batch.for_teacher(), batch.for_student()
+    np.testing.assert_array_equal(theirs.tokens, batch.teacher_tokens)
+    np.testing.assert_array_equal(theirs.response, batch.teacher_response)
+    assert mine.tokens is batch.tokens
+    assert theirs.teacher_tokens is None is mine.teacher_tokens
+
+
 def test_a_batch_by_hand() -> None:
     want = {
         # The longest has 7 tokens; the next multiple of 4 is 8.
@@ -60,7 +86,9 @@ def test_a_batch_by_hand() -> None:
         "response": np.int32([[3, 4, 6, 8], [1, 8, 8, 8]]),
     }
     got = vars(packed())
-    assert got.keys() == want.keys()
+    # Nothing else is said of turns, and the teacher reads what the student does.
+    rest = {"labels": {}, "teacher_tokens": None, "teacher_response": None}
+    assert {name: got[name] for name in got.keys() - want.keys()} == rest
     for name, array in want.items():
         np.testing.assert_array_equal(got[name], array, err_msg=name)
         assert got[name].dtype == array.dtype, name
