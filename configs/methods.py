@@ -24,6 +24,7 @@ def method(**changes: dict) -> dict[str, dict]:
 
 _UNIFORM = dict(by="uniform")
 _UNSCALED = dict(normalize="none")
+_CONTROLS = "opd_jax.configs.controls"
 
 METHODS: dict[str, Any] = {
     # --- Baselines ---
@@ -53,6 +54,21 @@ METHODS: dict[str, Any] = {
     "sage_fail0": method(weight=dict(by="sage", fail_weight=0.0)),
     # Discounted log-ratios of later turns. Expected: near OPD.
     "return_to_go": method(weight=dict(by="return_to_go")),
+    # --- Controls of the last two (`controls`) ---
+    # Expected: `failures` without its gain; all of its gain; none of it.
+    "drop_accepted": method(
+        weight=dict(by="intervention"), judge=dict(by=f"{_CONTROLS}:drop_accepted")
+    ),
+    "drop_first_failures": method(
+        weight=dict(by=f"{_CONTROLS}:first_failures"), judge=dict(by="failures")
+    ),
+    "drop_repeated_failures": method(
+        weight=dict(by=f"{_CONTROLS}:repeated_failures"), judge=dict(by="failures")
+    ),
+    # Expected: below `sage_fail0` with `--config.judge.by=oracle`.
+    "sage_fail0_shuffled": method(
+        weight=dict(by="sage", fail_weight=0.0), judge=dict(by=f"{_CONTROLS}:shuffled")
+    ),
     # --- Other papers' weights ---
     # The teacher's entropy over its top K tokens there, K not stated; here over the vocabulary.
     # SAGE-OPD: 79.1 on ALFWorld, unseen, 1.7B from 32B. Expected: near OPD.

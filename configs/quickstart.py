@@ -156,7 +156,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         loss_chunk=1024,  # positions whose logits exist at a time
         remat="none",  # or projections, layers: keep less for the backward pass, compute it again
         length_multiple=320,  # rows are padded to a multiple; coarse: each length compiles once
-        response_multiple=128,  # student tokens of a row are padded to a multiple of this
+        response_multiple=192,  # student tokens of a row likewise; coarse for the same reason
     )
 
     config.eval = dict(

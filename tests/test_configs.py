@@ -22,7 +22,7 @@ from opd_jax.envs.search.searchqa_data import SETS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
-SHARED = {"__init__", "methods", "paper"}  # what configs build on, and no experiment
+SHARED = {"__init__", "controls", "methods", "paper"}  # what configs build on, and no experiment
 PAPER = ["alfworld_qwen3", "scienceworld_qwen3", "searchqa_qwen3"]
 
 # Argument -> the fields in which the method differs from SAGE, and how.
@@ -42,6 +42,21 @@ METHODS: dict[str, dict[str, object]] = {
         "judge.by": "failures",
     },
     "method=sage_fail0": {"weight.fail_weight": 0.0},
+    "method=drop_accepted": {
+        "weight.by": "intervention",
+        "judge.by": "opd_jax.configs.controls:drop_accepted",
+    },
+    **{
+        f"method=drop_{which}": {
+            "weight.by": f"opd_jax.configs.controls:{which}",
+            "judge.by": "failures",
+        }
+        for which in ("first_failures", "repeated_failures")
+    },
+    "method=sage_fail0_shuffled": {
+        "weight.fail_weight": 0.0,
+        "judge.by": "opd_jax.configs.controls:shuffled",
+    },
     "method=return_to_go": {"weight.by": "return_to_go"},
     "method=entropy_aware": {"weight.by": "entropy_aware"} | UNSCALED,
     "method=sod": {"weight.by": "sod"} | UNSCALED,

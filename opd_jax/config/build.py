@@ -36,9 +36,10 @@ from opd_jax.experience.source import Episodes, Play, Played, Source
 from opd_jax.experience.stream import Stream, judge_example
 from opd_jax.experience.tasks import Panel, TaskOrder, check_alike, find_panels, split_size
 from opd_jax.judge.answer import Judge
+from opd_jax.judge.labels import repeats
 from opd_jax.judge.others import brought_judge, find_judge
 from opd_jax.judge.prompt import LABELS, read_prompt
-from opd_jax.judge.verdicts import Labeller, no_judge, teacher_judge
+from opd_jax.judge.verdicts import Labeller, Verdicts, no_judge, teacher_judge
 from opd_jax.learner.batch import Batch, pack, responses
 from opd_jax.learner.optimizer import make_optimizer
 from opd_jax.learner.teacher import Teacher, make_teacher_pass
@@ -229,10 +230,30 @@ def make_labeller(
     *,
     between: Callable[[], None] | None = None,
 ) -> Labeller:
-    """The judge that `judge.by` names, or none if the objective does not intervene.
+    """What says of turns all that the weight reads: the judge, and labels that need none.
 
     `between` is called between batches of questions.
     """
+    judge, max_turns = _judge(settings, teacher, between=between), settings.env.max_turns
+    if "repeats" not in settings.weight.labels:
+        return judge
+
+    def label(conversations: Sequence[Conversation], update: int) -> Verdicts:
+        said = judge(conversations, update)
+        return said._replace(
+            labels={**said.labels, "repeats": repeats(conversations, max_turns=max_turns)}
+        )
+
+    return label
+
+
+def _judge(
+    settings: Settings,
+    teacher: LoadedModel | None,
+    *,
+    between: Callable[[], None] | None = None,
+) -> Labeller:
+    """The judge that `judge.by` names, or none if the weight reads no verdict."""
     judge, max_turns, train = settings.judge, settings.env.max_turns, settings.train
     if not settings.weight.reads_verdict:
         return no_judge(max_turns=max_turns)

@@ -88,3 +88,13 @@ def env_labels(conversations: Sequence[Conversation], *, max_turns: int) -> EnvL
             if turn.oracle:
                 labels.oracle[row, k] = Verdict[turn.oracle]
     return labels
+
+
+def repeats(conversations: Sequence[Conversation], *, max_turns: int) -> np.ndarray:
+    """1 for a turn whose action is that of the turn before, else 0: float32 [B, K]."""
+    found = np.zeros((len(conversations), max_turns), np.float32)
+    for row, conversation in enumerate(conversations):
+        actions = [turn.action for turn in conversation.turns]
+        for k in range(1, len(actions)):
+            found[row, k] = bool(actions[k]) and actions[k] == actions[k - 1]
+    return found

@@ -14,7 +14,7 @@ from opd_jax.runtime import by as named
 from opd_jax.runtime.fields import check_within
 
 # What a method may read (`opd_jax.learner.weights`).
-LABELS = ("verdict", "reliability")
+LABELS = ("verdict", "reliability", "repeats")
 OF_TEACHER = ("teacher_logprob", "teacher_top1_prob", "teacher_entropy")
 OF_STUDENT = ("student_logprob", "student_entropy", "divergence")
 _GIVEN = frozenset([*LABELS, *OF_TEACHER, *OF_STUDENT, "sampled_logprobs", "num_turns"])

@@ -3,7 +3,8 @@
 A method is a pure function `(turn_id, *, …) -> s [B, R]`. Its keyword arguments say what it reads,
 and each is one of
 
-    labels of turns, [B, K]     `verdict` (codes of `losses.Verdict`), `reliability`
+    labels of turns, [B, K]     `verdict` (codes of `losses.Verdict`), `reliability`, and `repeats`
+                                (1 if the action is that of the turn before)
     of the tokens, [B, R]       `sampled_logprobs`, `teacher_logprob`, `teacher_top1_prob`,
                                 `teacher_entropy`; and, now, of the student that is trained,
                                 `student_logprob`, `student_entropy`, `divergence`
