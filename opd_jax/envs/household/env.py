@@ -1,9 +1,12 @@
 """The household as an `Env`: a text world with ALFWorld's task types, commands and observations."""
 
+import copy
 import hashlib
+from collections.abc import Mapping
 
 from opd_jax.envs.base import Observation, Task
 from opd_jax.envs.household.oracle import Learnt, distance, label
+from opd_jax.envs.household.record import Record
 from opd_jax.envs.household.scenes import check_size, split_size, task
 from opd_jax.envs.household.tables import VERSION
 from opd_jax.envs.household.world import NOTHING, World
@@ -65,7 +68,10 @@ class Household:
         start = self._world.room.start
         self.task = Task(id=spec.id, type=spec.type, goal=spec.goal, scene=start)
         commands = self._world.admissible()
-        return Observation(start, self._message(start + TASK_LINE + spec.goal, commands), commands)
+        message = self._message(start + TASK_LINE + spec.goal, commands)
+        first = Observation(start, message, commands)
+        self._record = Record(first)
+        return first
 
     def step(self, response: str) -> Observation:
         """Act on the model's whole response text.
@@ -90,7 +96,25 @@ class Household:
         commands = self._world.admissible()
         message = self._message(text, commands)
         score = 1.0 if end == "success" else 0.0
-        return Observation(text, message, commands, end, score, command, failure, oracle)
+        answer = Observation(text, message, commands, end, score, command, failure, oracle)
+        self._record.update(answer)
+        return answer
+
+    def record(self) -> Mapping[str, tuple[str, ...]]:
+        """What the texts of the episode have said so far (`record.Record.lists`)."""
+        return self._record.lists()
+
+    def copy(self) -> "Household":
+        """Another household in the same state. A step of one leaves the other as it is."""
+        other = copy.copy(self)
+        other._world = self._world.copy()
+        own = self._clock, self._learnt, self._record
+        other._clock, other._learnt, other._record = copy.deepcopy(own)
+        return other
+
+    def label(self, response: str) -> str:
+        """The `oracle` that `step(response)` would have; changes nothing."""
+        return self.copy().step(response).oracle
 
     def _label(self, searching: bool) -> str:
         before, self._distance = self._distance, distance(self._world)
