@@ -36,6 +36,8 @@ class Turn:
       failure: the environment's name for a deterministic failure; "" if none.
       feedback: the environment's answer.
       oracle: the environment's own label of the turn, used for measuring only; "" if none.
+      record: what the environment had told before the turn (`base.Records`), lists by name; empty
+        where it keeps no record.
     """
 
     observation: str
@@ -46,6 +48,7 @@ class Turn:
     failure: str
     feedback: str
     oracle: str
+    record: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass
@@ -201,6 +204,7 @@ def record_turn(
             failure=after.failure,
             feedback=after.text,
             oracle=after.oracle,
+            record=before.record,
         )
     )
     conversation.messages.append(Message("assistant", response))

@@ -53,6 +53,8 @@ class Observation:
         teacher; no model is shown it.
       measures: other figures of the episode so far by name, for example `f1`; reported with the
         score.
+      record: what `record()` says after this step, where there is one (`Records`). The agent loop
+        fills it in.
     """
 
     text: str
@@ -64,6 +66,7 @@ class Observation:
     failure: str = ""
     oracle: str = ""
     measures: Mapping[str, float] = field(default_factory=dict)
+    record: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def done(self) -> bool:
@@ -92,9 +95,10 @@ class Env(Protocol):
     - `players` maps names to functions that make a player (`MakePlayer`): its `expert`, and another
       `random` where responses are not those of `react`.
 
-    An object may also have the methods of `Records`, `Copies` and `Labels`. No run calls them yet.
-    A method that weighs a turn by how reliable the teacher is there will: it tries the teacher's
-    own turn in a copy, or has it labelled without acting; and a judge will be shown the record.
+    It may also have the methods of `Records`, `Copies` and `Labels`; a function that makes the
+    environment has them as attributes too. A judge can be shown the record. No run calls the others
+    yet. A method that weighs a turn by how reliable the teacher is there will: it tries the
+    teacher's own turn in a copy, or has it labelled without acting.
 
     Attributes:
       system: the system message of the conversation; "" for none.
@@ -142,14 +146,18 @@ class Env(Protocol):
 
 
 class Records(Protocol):
-    """An environment that keeps a record of the episode, from what it has said."""
+    """An environment that keeps a record of the episode, from what it has said.
+
+    It is asked after each `reset` and `step`, in its own process, and the answer travels as
+    `Observation.record`: that of the observation before a turn is the turn's (`Turn.record`).
+    """
 
     def record(self) -> Mapping[str, Sequence[str]]:
         """What the agent may know by now, in words.
 
         Four lists: `seen`, places and what they were last seen to hold; `held`, what the agent
-        holds; `changed`, what is no longer as it was; `tried`, commands so far and how they ended.
-        Nothing in it is hidden from the agent.
+        holds; `changed`, what is no longer as it was; `tried`, commands so far and how they ended,
+        oldest first. Nothing in it is hidden from the agent.
         """
         ...
 

@@ -8,6 +8,8 @@ import math
 import numbers
 import os
 import traceback
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from opd_jax.envs.base import BROKEN, Env, Observation, Task
@@ -34,7 +36,7 @@ class Begun(NamedTuple):
 def begin(env: Env, split: str, index: int) -> Begun:
     """Starts task `index` of `split`. Raises `WorldFailed` alone."""
     try:
-        observation = checked(env.reset(split, index))
+        observation = answered(env, env.reset(split, index))
         told = [getattr(env.task, name, None) for name in ("id", "type", "goal", "scene")]
         if not all(isinstance(text, str) for text in (*told, env.system)):
             raise ValueError(f"expected texts, got the task {env.task!r} and {env.system!r}")
@@ -51,11 +53,23 @@ def begin(env: Env, split: str, index: int) -> Begun:
 def act(env: Env, response: str) -> Observation:
     """Gives a response to the environment. Raises `WorldFailed` alone."""
     try:
-        return checked(env.step(response))
+        return answered(env, env.step(response))
     except WorldFailed:
         raise
     except Exception as error:
         return breaks("step", env.task, error)
+
+
+def answered(env: Env, observation: Any) -> Observation:
+    """An environment's answer, checked, with its record if it keeps one (`base.Records`)."""
+    observation = checked(observation)
+    if not hasattr(env, "record"):  # such as a `Worker`, whose process has been here
+        return observation
+    kept = env.record()
+    if not isinstance(kept, Mapping):
+        raise ValueError(f"`record()`: expected lists of texts by name, got {kept!r}")
+    record = {name: tuple(texts) for name, texts in kept.items()}
+    return checked(replace(observation, record=record))
 
 
 def checked(observation: Any) -> Observation:
@@ -73,6 +87,7 @@ def checked(observation: Any) -> Observation:
     texts = [(name, getattr(observation, name)) for name in names]
     texts += [("admissible", command) for command in listed]
     texts += [("measures", name) for name in observation.measures]
+    texts += [("record", text) for part in observation.record.values() for text in part]
     for name, text in texts:
         if not isinstance(text, str):
             raise ValueError(f"`{name}`: expected a text, got {text!r}")

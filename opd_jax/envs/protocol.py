@@ -12,7 +12,7 @@ from inspect import signature
 from typing import Any, NamedTuple
 
 from opd_jax.envs.base import BROKEN, Env, MakePlayer, Observation, Task
-from opd_jax.envs.faults import checked
+from opd_jax.envs.faults import answered, checked
 from opd_jax.envs.make import EnvSettings, find_env, labels_turns, own_players
 from opd_jax.envs.react import RESPONSE
 from opd_jax.envs.worker_process import encode
@@ -196,7 +196,8 @@ def ends(episodes: Sequence[Episode], *, max_turns: int) -> str:
 def again(env: Env, episodes: Iterable[Episode], *, where: str) -> str:
     """Equal responses have equal answers."""
     for episode in episodes:
-        seen = [env.reset(*episode.place), *map(env.step, episode.responses)]
+        seen = [answered(env, env.reset(*episode.place))]
+        seen += [answered(env, env.step(response)) for response in episode.responses]
         for turn, (one, other) in enumerate(zip(episode.seen, seen, strict=True)):
             if different := _difference(_observed(one), _observed(other)):
                 raise Unusual(
@@ -331,12 +332,13 @@ def copies(env: Env, episode: Episode) -> str:
     env.reset(*episode.place)
     for turn, response in enumerate(episode.responses):
         aside = env.copy()
-        answer = aside.step(response)
+        answer = answered(aside, aside.step(response))
         first = _observed(answer)
         if not answer.done:
             aside.step(ODD[0])
-        second = _observed(env.copy().step(response))
-        third = _observed(env.step(response))
+        another = env.copy()
+        second = _observed(answered(another, another.step(response)))
+        third = _observed(answered(env, env.step(response)))
         for other in (second, third):
             if different := _difference(first, other):
                 raise Breaks(f"`copy()` in turn {turn} of {episode.place}: {different}")
@@ -350,7 +352,7 @@ def label(env: Env, episode: Episode) -> str:
     env.reset(*episode.place)
     for response, seen in zip(episode.responses, episode.seen[1:], strict=True):
         said = env.label(ODD[0]), env.label(response)
-        now = env.step(response)
+        now = answered(env, env.step(response))
         if said[1] != now.oracle:
             raise Breaks(
                 f"`label({_short(response)})` = {said[1]!r}, but its step has {now.oracle!r}"

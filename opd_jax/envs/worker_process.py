@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 from opd_jax.envs.base import Env
-from opd_jax.envs.faults import checked, last_line
+from opd_jax.envs.faults import answered, last_line
 
 _LENGTH = struct.Struct(">Q")
 _LONGEST = 1 << 26  # bytes; `send` never announces more
@@ -153,7 +153,8 @@ class _Served:
             return None
         value = getattr(self._env, name)(*arguments)
         if name in ("reset", "step"):
-            checked(value)  # here, where the answer is still what the environment gave
+            # Here, where the answer is still what the environment gave.
+            value = answered(self._env, value)
         if name == "reset":
             task = vars(self._env.task)
             return {"observation": vars(value), "task": task, "system": self._env.system}

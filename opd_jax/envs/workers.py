@@ -303,7 +303,9 @@ def _kill(popen: subprocess.Popen, channel: socket.socket) -> None:
 
 
 def _observation(fields: Any) -> Observation:
-    return checked(Observation(**{**fields, "admissible": tuple(fields["admissible"])}))
+    record = {name: tuple(texts) for name, texts in fields.get("record", {}).items()}
+    tuples = {"admissible": tuple(fields["admissible"]), "record": record}
+    return checked(Observation(**{**fields, **tuples}))
 
 
 def _first_observation(value: Any) -> tuple[Observation, Task, str]:

@@ -156,6 +156,7 @@ def _turn(line: Episode, k: int) -> dict[str, Any]:
 def _observation(line: Episode, seen: Sequence[str], k: int, end: str) -> Observation:
     """What the environment said before turn k, and of the turn before."""
     turn = _turn(line, k - 1) if k else {}
+    record = _turn(line, k).get("record", {})
     text = seen[k] if k < len(seen) else ""
     return Observation(
         text=text,
@@ -167,6 +168,7 @@ def _observation(line: Episode, seen: Sequence[str], k: int, end: str) -> Observ
         failure=turn.get("failure", ""),
         oracle=turn.get("label", ""),
         measures=line.get("measures", {}),
+        record={name: tuple(texts) for name, texts in record.items()},
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from opd_jax.agent.conversation import Conversation
+from opd_jax.agent.conversation import Conversation, Turn
 from opd_jax.judge.labels import Judgement
 from opd_jax.judge.prompt import LABELS
 from opd_jax.learner.batch import Batch
@@ -139,14 +139,7 @@ def episode(
         "score": _rounded(c.score),
         "measures": {name: _rounded(value) for name, value in c.measures.items()},
         "turns": [
-            {
-                "actor": "replay" if c.is_given(k) else actor,
-                "action": turn.action,
-                "failure": turn.failure,
-                "stop": turn.stop,
-                "label": turn.oracle,
-            }
-            for k, turn in enumerate(c.turns)
+            _turn(turn, "replay" if c.is_given(k) else actor) for k, turn in enumerate(c.turns)
         ],
     }
     if c.tokens:
@@ -159,6 +152,19 @@ def episode(
             "position": [position for span in spans for position in span],
             "text": [piece for text in texts for piece in text],
         }
+    return line
+
+
+def _turn(turn: Turn, actor: str) -> dict[str, Any]:
+    line: dict[str, Any] = {
+        "actor": actor,
+        "action": turn.action,
+        "failure": turn.failure,
+        "stop": turn.stop,
+        "label": turn.oracle,
+    }
+    if turn.record:
+        line["record"] = {name: list(texts) for name, texts in turn.record.items()}
     return line
 
 

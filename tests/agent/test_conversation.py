@@ -42,8 +42,13 @@ def test_repeated_actions(actions: list[str], repeated: int) -> None:
 
 def test_a_turn_joins_what_was_seen_with_what_came_of_it() -> None:
     c = Conversation(None)
-    before = observation("You see a desk 1.", oracle="STRONG", failure="of the turn before")
-    after = observation("Nothing happens.", action="fly", failure="refused", oracle="WEAK")
+    seen, more = {"seen": ("desk 1",)}, {"seen": ("desk 1", "desk 2")}
+    before = observation(
+        "You see a desk 1.", oracle="STRONG", failure="of the turn before", record=seen
+    )
+    after = observation(
+        "Nothing happens.", action="fly", failure="refused", oracle="WEAK", record=more
+    )
     record_turn(c, before, "Action: fly", "turn_budget", after)
     assert c.turns == [
         Turn(
@@ -56,6 +61,7 @@ def test_a_turn_joins_what_was_seen_with_what_came_of_it() -> None:
             failure="refused",
             feedback="Nothing happens.",
             oracle="WEAK",
+            record=seen,  # as it was before the turn
         )
     ]
 

@@ -350,6 +350,11 @@ class RecordIsAList(Sound):
         return list(self._said)
 
 
+class RecordWithoutLists(Sound):
+    def record(self) -> Any:
+        return {"seen": self._said}
+
+
 class CopiesItself(Sound):
     def copy(self) -> Sound:
         return self

@@ -9,10 +9,12 @@ from typing import NamedTuple
 import pytest
 
 from opd_jax.envs.base import Observation
+from opd_jax.envs.faults import act, begin
 from opd_jax.envs.household.env import Household
 from opd_jax.envs.household.expert import Expert
 from opd_jax.envs.household.record import Record, read_seen
 from opd_jax.envs.household.tables import OPENABLE
+from opd_jax.envs.workers import Worker
 
 MAKE = partial(Household, size="medium", max_turns=40, show_admissible=0)
 ODD = ("", "Thought: I wait.", "Action: go to the moon", "Action: Take apple 1 from table 1.")
@@ -129,7 +131,7 @@ def test_a_copy_goes_its_own_way_and_a_label_is_that_of_the_step() -> None:
             first, second = turn.env.copy(), turn.env.copy()
             for command in itertools.islice(turn.after.admissible, 3):
                 said_so = first.label(said(command))
-                one, other = first.step(said(command)), second.step(said(command))
+                one, other = act(first, said(command)), act(second, said(command))
                 assert one == other
                 assert one.oracle == said_so
                 labels.add(said_so)
@@ -137,6 +139,23 @@ def test_a_copy_goes_its_own_way_and_a_label_is_that_of_the_step() -> None:
                     break
             assert turn.env.label(ODD[0]) == ""
     assert labels == {"SKIP", "WEAK", "STRONG", ""}
+
+
+def test_a_record_travels_with_the_observation_and_out_of_a_process_alike() -> None:
+    here, there = MAKE(), Worker(MAKE, start_timeout_s=60.0, step_timeout_s=10.0)
+    try:
+        heard = [[begin(env, "train", 5).observation] for env in (here, there)]
+        assert heard[0][0].record == {"seen": (), "held": (), "changed": (), "tried": ()}
+        expert = Expert(here.task, heard[0][0], rng=random.Random(0))
+        while not heard[0][-1].done:
+            response = expert.respond(heard[0][-1])
+            for env, own in zip((here, there), heard, strict=True):
+                own.append(act(env, response))
+            assert heard[0][-1].record == here.record()
+        assert heard[0] == heard[1]
+        assert heard[0][-1].record["tried"]
+    finally:
+        there.close()
 
 
 def test_a_record_in_words() -> None:

@@ -27,6 +27,7 @@ from telling import (
 )
 
 from opd_jax.envs.base import BROKEN, Env, Observation, Task
+from opd_jax.envs.faults import act, begin
 from opd_jax.envs.household.env import Household
 from opd_jax.envs.react import Random
 from opd_jax.envs.workers import DIED, EXCEPTION, Worker
@@ -68,10 +69,10 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 
 def episode(env: Env, split: str, index: int) -> list[Observation]:
-    observations = [env.reset(split, index)]
+    observations = [begin(env, split, index).observation]
     player = Random(random.Random(index))
     while not observations[-1].done:
-        observations.append(env.step(player.respond(observations[-1])))
+        observations.append(act(env, player.respond(observations[-1])))
     return observations
 
 
@@ -264,7 +265,7 @@ def test_mistakes_are_raised_with_their_message_and_break_nothing(make: Callable
         assert str(got.value) == str(expected.value)
     with pytest.raises(ValueError, match="call `reset` first"):
         worker.step(LOOK)
-    assert worker.reset("train", 1) == HOUSEHOLD().reset("train", 1)
+    assert begin(worker, "train", 1) == begin(HOUSEHOLD(), "train", 1)
     assert worker.pid == pid
     assert (worker.breaks, worker.restarts) == ({}, 0)
 

@@ -90,7 +90,7 @@ def assert_same(got: Conversation, want: Conversation) -> None:
         assert getattr(got, name) == getattr(want, name), name
     np.testing.assert_allclose(got.logprobs, want.logprobs, rtol=1e-4)
     for a, b in zip(got.turns, want.turns, strict=True):
-        for name in ("response", "stop", "action", "failure", "oracle"):
+        for name in ("response", "stop", "action", "failure", "oracle", "record"):
             assert getattr(a, name) == getattr(b, name), name
     assert got.score == pytest.approx(want.score, rel=1e-4)
 
@@ -342,6 +342,8 @@ def test_with_its_own_key_an_episode_goes_on_as_it_went(
         for turns, c in enumerate(whole)
     ]
     assert [len(responses) for responses in replay] == [0, 1, 2, 3]
+    for c in whole:  # what the household had told before each turn
+        assert [len(turn.record["tried"]) for turn in c.turns] == [*range(len(c.turns))]
     for turns, (c, want) in enumerate(
         zip(rollout(student.params, keys, **how, replay=replay), whole, strict=True)
     ):

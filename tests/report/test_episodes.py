@@ -32,8 +32,10 @@ def decode(tokens: Any) -> str:
     return " ".join(WORDS[token] for token in tokens)
 
 
-def turn(response: str, **fields: str) -> Turn:
-    rest = dict(stop="stop_token", action=response, failure="", feedback="", oracle="")
+def turn(response: str, **fields: Any) -> Turn:
+    rest: dict[str, Any] = dict(
+        stop="stop_token", action=response, failure="", feedback="", oracle=""
+    )
     return Turn("", (), response, **rest | fields)
 
 
@@ -45,7 +47,8 @@ def played() -> Conversation:
     c.append_response([3, 1], [0.0, 0.0], NO_TURN)
     c.append_given([6])
     c.append_response([2, 7, 1], [-0.123456789, -0.5, 0.0], 1)
-    c.turns = [turn("look", oracle="SKIP"), turn("go key", failure="rejected")]
+    seen = {"seen": ("room",), "held": ()}
+    c.turns = [turn("look", oracle="SKIP"), turn("go key", failure="rejected", record=seen)]
     said = [("user", "room"), ("assistant", "look"), ("user", "door"), ("assistant", "go key")]
     c.messages = [Message(*words) for words in said]
     return c
@@ -69,7 +72,9 @@ def test_a_line_says_what_was_said_and_done() -> None:
     done = dict(stop="stop_token")
     assert got["turns"] == [
         {"actor": "replay", "action": "look", "failure": "", "label": "SKIP"} | done,
-        {"actor": "student", "action": "go key", "failure": "rejected", "label": ""} | done,
+        {"actor": "student", "action": "go key", "failure": "rejected", "label": ""}
+        | done
+        | {"record": {"seen": ["room"], "held": []}},
     ]
     assert got["tokens"]["id"] == [0, 5, 3, 1, 6, 2, 7, 1]
     assert got["tokens"]["turn"] == [-1] * 5 + [1] * 3
