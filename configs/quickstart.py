@@ -123,7 +123,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
 
     config.judge = dict(
-        # teacher; oracle: the environment's labels; failures: nobody; or module:function.
+        # teacher; oracle: the environment's labels; record: its rule over the record; failures:
+        # nobody; or module:function.
         by="teacher",
         decode="constrained",  # score the three labels; or generate the answer's text
         model="",  # another model that is asked, in the teacher's dtype; "": the teacher

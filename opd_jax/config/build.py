@@ -27,7 +27,7 @@ from opd_jax.config.models import LoadedModel, load_judge, student_dtype
 from opd_jax.config.references import MODELS, find_model, named_sizes
 from opd_jax.config.settings import Settings
 from opd_jax.envs.base import Env
-from opd_jax.envs.make import EnvSettings, benchmark_splits, invented, make_env
+from opd_jax.envs.make import EnvSettings, benchmark_splits, invented, make_env, own_rule
 from opd_jax.envs.players import make_player
 from opd_jax.experience.asides import with_asides
 from opd_jax.experience.demonstrations import demonstrate
@@ -260,6 +260,8 @@ def _judge(
     how: dict[str, Any] = dict(max_turns=max_turns, between=between)
     if judge.by in ("oracle", "failures"):
         return find_judge(judge.by, {})(**how)
+    if judge.by == "record":
+        return find_judge(judge.by, {})(rule=own_rule(settings.env.by), **how)
     if judge.by != "teacher":
         options = dict(judge.options)
         return brought_judge(partial(find_judge(judge.by, options), **options), by=judge.by, **how)

@@ -15,7 +15,14 @@ from ml_collections import ConfigDict
 
 from opd_jax.agent.agent import Decoding, RolloutSettings
 from opd_jax.config.flags import closest
-from opd_jax.envs.make import EnvSettings, figures_options, labels_turns, world_options
+from opd_jax.envs.make import (
+    EnvSettings,
+    figures_options,
+    keeps_record,
+    labels_turns,
+    own_rule,
+    world_options,
+)
 from opd_jax.experience.asides import TeacherContext
 from opd_jax.experience.source import DataSettings
 from opd_jax.experience.stream import DemonstrationSettings
@@ -562,6 +569,12 @@ def _check_judge(s: Settings) -> None:
         raise ValueError(
             f"`judge.by` = 'oracle' takes the environment's labels, and `env.by` = {s.env.by!r} "
             "has none: set it to teacher"
+        )
+    by_rule = judge.by == "record" and s.objective.intervention
+    if by_rule and not (own_rule(s.env.by) and keeps_record(s.env.by)):
+        raise ValueError(
+            "`judge.by` = 'record' takes the verdicts of the environment's own rule, and `env.by` "
+            f"= {s.env.by!r} brings none (`rule` and `record`): set it to teacher"
         )
     if s.judge_model and judge.context == "history":
         raise ValueError(

@@ -94,6 +94,7 @@ class Env(Protocol):
       user (`turns.invented_turn` makes one): such a response is sampled no further.
     - `players` maps names to functions that make a player (`MakePlayer`): its `expert`, and another
       `random` where responses are not those of `react`.
+    - `rule` judges a command from the record (`Rule`). It may be the judge (`judge.by=record`).
 
     It may also have the methods of `Records`, `Copies` and `Labels`; a function that makes the
     environment has them as attributes too. A judge can be shown the record. No run calls the others
@@ -191,3 +192,5 @@ class Player(Protocol):
 
 
 MakePlayer = Callable[[Task, Observation, random.Random], Player]
+# From the task, the record before a command, and the command: SKIP, WEAK or STRONG.
+Rule = Callable[[Task, Mapping[str, Sequence[str]], str], str]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from opd_jax.envs.base import Env, MakePlayer
+from opd_jax.envs.base import Env, MakePlayer, Rule
 from opd_jax.envs.workers import Worker, check_limits
 from opd_jax.runtime import by as named
 from opd_jax.runtime.fields import WORLD, affects, check_within
@@ -93,6 +93,16 @@ def figures_options(by: str) -> tuple[str, ...]:
 def labels_turns(by: str) -> bool:
     """Whether an environment's observations have an `oracle` (its `labels_turns`)."""
     return getattr(find_env(by), "labels_turns", True)
+
+
+def keeps_record(by: str) -> bool:
+    """Whether an environment keeps a record of what it has said (`base.Records`)."""
+    return hasattr(find_env(by), "record")
+
+
+def own_rule(by: str) -> Rule | None:
+    """The rule that judges an environment's turns by their records (its `rule`); None: none."""
+    return getattr(find_env(by), "rule", None)
 
 
 def invented(by: str) -> re.Pattern[str] | None:

@@ -53,8 +53,8 @@ class JudgeSettings:
     """Who judges, and how the teacher is asked.
 
     Attributes:
-      by: "teacher"; "oracle", the environment's labels; "failures", what it rejects; or
-        `module:function` (`others`).
+      by: "teacher"; "oracle", the environment's labels; "record", its rule over the record;
+        "failures", what it rejects; or `module:function` (`others`).
       decode: "constrained" or "generate" (`answer`).
       model: a reference to another model that is asked instead of the teacher; "": the teacher.
       prompt: a file with another question and other words (`prompt.read_prompt`); "": the paper's.

@@ -1,4 +1,4 @@
-"""Verdicts of others than a model: the environment's own labels, or a function of the user's."""
+"""Verdicts of others than a model: labels and rules of the environment, or a user's function."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from opd_jax.agent.conversation import Conversation
+from opd_jax.envs.base import Rule
 from opd_jax.judge.agreement import judge_metrics
 from opd_jax.judge.labels import NO_LABEL, EnvLabels, Judgement, env_labels
 from opd_jax.judge.prompt import LABELS
@@ -20,6 +21,7 @@ JUDGES = {
     "teacher": "opd_jax.judge.verdicts:teacher_judge",
     "oracle": "opd_jax.judge.others:oracle_judge",
     "failures": "opd_jax.judge.others:failures_judge",
+    "record": "opd_jax.judge.others:record_judge",
 }
 
 
@@ -77,6 +79,23 @@ def failures_judge(*, max_turns: int, between: Callable[[], None] | None = None)
     def label(conversations: Sequence[Conversation], update: int):
         labels = env_labels(conversations, max_turns=max_turns)
         return _judged(np.full_like(labels.oracle, Verdict.SKIP), labels, between)
+
+    return label
+
+
+def record_judge(
+    *, rule: Rule, max_turns: int, between: Callable[[], None] | None = None
+) -> Labeller:
+    """An environment's rule as a judge: it sees the record, and nothing that is hidden."""
+
+    def label(conversations: Sequence[Conversation], update: int):
+        labels = env_labels(conversations, max_turns=max_turns)
+        verdict = np.full_like(labels.oracle, Verdict.SKIP)
+        for row, k in np.argwhere(labels.played & ~labels.failed).tolist():
+            task, turn = conversations[row].task, conversations[row].turns[k]
+            assert task is not None  # a row that only fills a batch has no turns
+            verdict[row, k] = Verdict[rule(task, turn.record, turn.action)]
+        return _judged(verdict, labels, between)
 
     return label
 

@@ -1,5 +1,6 @@
 """Judges that are no model: the environment's labels, and a function of the user's."""
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,10 @@ from opd_jax.agent.conversation import Conversation, Turn
 from opd_jax.config import build, load
 from opd_jax.config.settings import binds_a_run, binds_an_evaluation, read_settings
 from opd_jax.envs.base import BROKEN, Task
+from opd_jax.envs.household.env import Household
+from opd_jax.envs.household.rule import rule
+from opd_jax.envs.react import Random
+from opd_jax.experience.demonstrations import play_out
 from opd_jax.losses import Verdict
 
 SKIP, WEAK, STRONG, FAILED = Verdict.SKIP, Verdict.WEAK, Verdict.STRONG, Verdict.DET_FAIL
@@ -69,6 +74,38 @@ def test_an_oracle_without_any_label_is_an_error_of_the_first_update_alone() -> 
         judge([conversation(("", ""))], 0)
     assert judge([conversation(("", ""))], 1)[0][0, 0] == STRONG
     assert judge([conversation(("rejected", ""))], 0)[0][0, 0] == FAILED
+
+
+def test_the_rule_sees_the_record_of_each_turn() -> None:
+    env = Household(size="small", max_turns=6, show_admissible=0)
+    played = [
+        play_out(
+            env,
+            "valid_unseen",
+            n,
+            player=lambda task, first, rng: Random(rng),
+            rng=random.Random(n),
+        )
+        for n in range(8)
+    ]
+    played.append(conversation(("rejected", "")))
+    build = labeller("env.max_turns=6", "judge.by=record")
+    verdict, metrics, judgement = build(played, 0)
+    expected = np.full((9, 6), SKIP)
+    for row, c in enumerate(played):
+        for k, turn in enumerate(c.turns):
+            if turn.failure:
+                expected[row, k] = FAILED
+            else:
+                expected[row, k] = Verdict[rule(c.task, turn.record, turn.action)]
+    assert verdict.tolist() == expected.tolist()
+    assert {SKIP, STRONG, FAILED} <= set(verdict.flat)
+    assert metrics["judge/asked"][0] == judgement.asked.sum() == (expected != FAILED).sum() - 5
+    assert metrics["judge/recall"][0] > 0.9 * metrics["judge/recall"][1]
+    for by in ("alfworld_qwen3", "scienceworld_qwen3"):
+        changes = ("env.data=somewhere",) if "alf" in by else ()
+        with pytest.raises(ValueError, match=r"`judge.by` = 'record' .* brings none \(`rule` and"):
+            read(by, *changes, "judge.by=record")
 
 
 # --- A function of the user's
@@ -180,7 +217,7 @@ def test_failures_alone_need_no_judge() -> None:
     [
         (
             ["judge.by=techer"],
-            r"`judge.by`: expected one of teacher, oracle, failures, or module:name",
+            r"`judge.by`: expected one of teacher, oracle, failures, record, or module:name",
         ),
         (["judge.by=test_others:nobody"], r"`judge.by` = .* module `test_others` has no `nobody`"),
         (["judge.by=test_others:one_argument"], r"a function of \(conversations, updates done\)"),

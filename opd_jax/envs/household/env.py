@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from opd_jax.envs.base import Observation, Task
 from opd_jax.envs.household.oracle import Learnt, distance, label
 from opd_jax.envs.household.record import Record
+from opd_jax.envs.household.rule import rule
 from opd_jax.envs.household.scenes import check_size, split_size, task
 from opd_jax.envs.household.tables import VERSION
 from opd_jax.envs.household.world import NOTHING, World
@@ -38,6 +39,7 @@ class Household:
     system = SYSTEM
     waits = False
     invented = INVENTED
+    rule = staticmethod(rule)
 
     def __init__(self, *, size: str, max_turns: int, show_admissible: int):
         check_size(size)

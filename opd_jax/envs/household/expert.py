@@ -23,7 +23,7 @@ from opd_jax.envs.household.tables import (
 )
 from opd_jax.envs.react import RESPONSE
 
-_NAMED = re.compile(r"([a-z]+) (\d+)")
+NAMED = re.compile(r"([a-z]+) (\d+)")
 _ARRIVE = re.compile(r"You arrive at (\w+ \d+)\.")
 _FACING = re.compile(r"You are facing the (\w+ \d+)\.")
 _CONTENT = re.compile(r"(?:On the (\w+ \d+)|The (\w+ \d+) is open\. In it), you see (.*)\.$")
@@ -42,6 +42,14 @@ def kind_of(name: str) -> str:
     return name.partition(" ")[0]
 
 
+def read_goal(goal: str) -> tuple[str, str, str]:
+    """The types that a goal names: the wanted object, the lamp and the target; "" for none."""
+    words = re.findall(r"[a-z]+", goal)
+    wanted = next(word for word in words if word in OBJECTS and word not in LAMPS)
+    lamp = next((word for word in words if word in LAMPS), "")
+    return wanted, lamp, next((word for word in words if word in RECEPTACLES), "")
+
+
 class Memory:
     """What the texts of an episode have told so far.
 
@@ -55,7 +63,7 @@ class Memory:
     """
 
     def __init__(self, scene: str):
-        self.places = [f"{kind} {number}" for kind, number in _NAMED.findall(scene)]
+        self.places = [f"{kind} {number}" for kind, number in NAMED.findall(scene)]
         self.at = self.hand = ""
         self.content: dict[str, list[str]] = {}
         self.shut = {place for place in self.places if kind_of(place) in OPENABLE}
@@ -90,7 +98,7 @@ class Memory:
         elif match := _CONTENT.search(text):
             place = match[1] or match[2]
             self.shut.discard(place)
-            self.content[place] = [f"{k} {n}" for k, n in _NAMED.findall(match[3])]
+            self.content[place] = [f"{k} {n}" for k, n in NAMED.findall(match[3])]
 
     def _treated(self, name: str, state: str) -> None:
         states = self.states.setdefault(name, set())
@@ -117,10 +125,7 @@ class Expert:
         self.rng = rng
         self.memory = Memory(first.text)
         self.type = task.type
-        words = re.findall(r"[a-z]+", task.goal)
-        self.wanted = next(w for w in words if w in OBJECTS and w not in LAMPS)
-        self.lamp = next((w for w in words if w in LAMPS), "")
-        self.target = next((w for w in words if w in RECEPTACLES), "")
+        self.wanted, self.lamp, self.target = read_goal(task.goal)
         self.verb, self.state, self.tool = TREATMENTS.get(task.type, ("", "", ""))
         self.goal_count = 2 if task.type == TWO else 1
 
