@@ -564,13 +564,19 @@ def _check_judge(s: Settings) -> None:
     """There is such a judge, and it can judge this environment."""
     judge = s.judge
     find_judge(judge.by, dict(judge.options))
-    read_prompt(judge.prompt)
+    prompt = read_prompt(judge.prompt)
+    if s.asks_teacher and prompt.reads_record(judge.context) and not keeps_record(s.env.by):
+        named = f"`judge.prompt` = {judge.prompt!r}" if judge.prompt else "`judge.context` = record"
+        raise ValueError(
+            f"{named} shows the judge the environment's record, and `env.by` = {s.env.by!r} keeps "
+            "none (`record`, docs/environment.md): choose another"
+        )
     if judge.by == "oracle" and s.weight.reads_verdict and not labels_turns(s.env.by):
         raise ValueError(
             f"`judge.by` = 'oracle' takes the environment's labels, and `env.by` = {s.env.by!r} "
             "has none: set it to teacher"
         )
-    by_rule = judge.by == "record" and s.objective.intervention
+    by_rule = judge.by == "record" and s.weight.reads_verdict
     if by_rule and not (own_rule(s.env.by) and keeps_record(s.env.by)):
         raise ValueError(
             "`judge.by` = 'record' takes the verdicts of the environment's own rule, and `env.by` "

@@ -1,9 +1,9 @@
 """The question that the judge is asked about a turn.
 
-It holds the teacher's role, a rubric for three words, and the fields of the paper's Table 9. With
-the context "history" the question follows the conversation, and holds only what the conversation
-does not. There the teacher sees what was tried before. Without that, going back to a place looks as
-good as going to a new one.
+It holds the teacher's role, a rubric for three words, and the fields of the paper's Table 9. These
+do not say what was tried before, so going back to a place looks as good as going to a new one. Two
+contexts do. With "history" the question follows the conversation, and holds only what that does
+not. With "record" it holds what the environment has recorded, in place of the last observation.
 
 A file of the user's may take the place of role, rubric, fields and words (`read_prompt`).
 """
@@ -11,8 +11,10 @@ A file of the user's may take the place of role, rubric, fields and words (`read
 import hashlib
 import re
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from opd_jax.agent.conversation import Turn
 from opd_jax.envs.base import Task
@@ -45,7 +47,19 @@ FIELDS = {
     "table9": TABLE_9,
     "+feedback": TABLE_9 + "\nFeedback: {turn.feedback}",
     "history": "Admissible actions: {admissible}",
+    # What only grows comes first: a question is read from where it differs from the one before.
+    "record": (
+        "Goal: {task.goal}\n"
+        "Tried: {record.tried}\n"
+        "Seen: {record.seen}\n"
+        "Changed: {record.changed}\n"
+        "Held: {record.held}\n"
+        "Agent's response: {turn.response}"
+    ),
 }
+# Of each list of a record the latest entries are shown, and of an entry its beginning.
+ENTRIES, LETTERS = 30, 240
+BEFORE = "(+%d before) "
 
 # All fixed text of a prompt, for a tokenizer that is built around it.
 PHRASES = ("\n".join([ROLE, RUBRIC, re.sub("{.*?}", "", FIELDS["+feedback"])]), *LABELS)
@@ -58,11 +72,33 @@ def judge_prompt(task: Task, turn: Turn, *, admissible_shown: int, context: str)
       admissible_shown: most admissible actions to list; the rest are counted.
       context: "table9": what the student saw and wrote; "+feedback": also what the environment
         answered (the paper's section 3.3 mentions it, its Table 9 does not); "history": only what
-        the conversation does not hold, for a question that follows it.
+        the conversation does not hold, for a question that follows it; "record": the goal, the
+        environment's record before the turn (`Told`), and what the student wrote.
     """
-    admissible = listed(turn.admissible, admissible_shown)
-    fields = FIELDS[context].format(task=task, turn=turn, admissible=admissible)
+    fields = _filled(FIELDS[context], task, turn, admissible_shown)
     return "\n".join([ROLE, RUBRIC, fields])
+
+
+class Told(NamedTuple):
+    """The lists of a record (`envs.base.Records`), each as one line."""
+
+    seen: str
+    held: str
+    changed: str
+    tried: str
+
+
+def _filled(text: str, task: Task, turn: Turn, admissible_shown: int) -> str:
+    admissible = listed(turn.admissible, admissible_shown)
+    told = Told(*(_line(turn.record.get(name, ())) for name in Told._fields))
+    return text.format(task=task, turn=turn, admissible=admissible, record=told)
+
+
+def _line(entries: Sequence[str]) -> str:
+    """The last `ENTRIES`, behind the number of those before them: `(+2 before) a; b`."""
+    shown = [entry[:LETTERS] + "..." * (len(entry) > LETTERS) for entry in entries[-ENTRIES:]]
+    before = BEFORE % (len(entries) - ENTRIES) if len(entries) > ENTRIES else ""
+    return before + ("; ".join(shown) or "nothing")
 
 
 # --- A prompt of the user's ---------------------------------------------------------------------
@@ -71,6 +107,7 @@ def judge_prompt(task: Task, turn: Turn, *, admissible_shown: int, context: str)
 NAMED = (
     *("task.type", "task.goal", "task.scene"),
     *("turn.observation", "turn.response", "turn.action", "turn.feedback"),
+    *(f"record.{name}" for name in Told._fields),
     "admissible",
 )
 
@@ -93,8 +130,11 @@ class Prompt:
         """The question about one turn; for the arguments see `judge_prompt`."""
         if not self.text:
             return judge_prompt(task, turn, admissible_shown=admissible_shown, context=context)
-        admissible = listed(turn.admissible, admissible_shown)
-        return self.text.format(task=task, turn=turn, admissible=admissible)
+        return _filled(self.text, task, turn, admissible_shown)
+
+    def reads_record(self, context: str) -> bool:
+        """Whether the question shows the environment's record of the episode."""
+        return any(name.startswith("record.") for name in _fields(self.text or FIELDS[context]))
 
     @property
     def fingerprint(self) -> str:
@@ -127,10 +167,15 @@ def read_prompt(path: str) -> Prompt:
             f"two words or more, an empty line, and the question; its first lines are {lines!r}"
         )
     try:
-        fields = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+        fields = _fields(text)
     except ValueError as error:
         raise ValueError(f"{where}: {error}; a brace of the text itself is doubled") from None
     if strange := [name for name in fields if name not in NAMED]:
         raise ValueError(f"{where}: no field {{{strange[0]}}}; expected {', '.join(NAMED)}")
     verdicts = tuple(int(Verdict[pair[2]]) for pair in pairs if pair)
     return Prompt(tuple(pair[1] for pair in pairs if pair), verdicts, text)
+
+
+def _fields(text: str) -> list[str]:
+    """The names in braces; ValueError if a brace stands alone."""
+    return [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]

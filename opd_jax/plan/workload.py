@@ -36,7 +36,8 @@ def workload(settings: Settings) -> Workload:
     An episode's first message fills the widest of `rollout.extend_widths`, each later one the
     narrowest. The rest of the context is sampled, at most `rollout.turn_tokens` a turn. A question
     to the judge is as long as the first message and a response; with "history" the conversation is
-    before it. What is new in one is a message and a response, with "history" all of the question.
+    before it, and with "record" in it, in other words. What is new in one is a message and a
+    response, with "history" all of the question, and with "record" all behind what was tried.
     """
     rollout, train = settings.rollout, settings.train
     turns, slots = settings.env.max_turns, rollout.context_tokens
@@ -46,7 +47,10 @@ def workload(settings: Settings) -> Workload:
     told = settings.teacher_context.tokens if settings.teacher_context.by else 0
     sequence = _round_up(slots, train.length_multiple)
     longest, mean = min(rollout.turn_tokens, sampled), sampled // turns
-    before, asked = (slots, first) if settings.judge.context == "history" else (0, 0)
+    # A record says what the messages and the commands do, so it is at most as long.
+    before, asked = {"history": (slots, first), "record": (slots, slots)}.get(
+        settings.judge.context, (0, 0)
+    )
     return Workload(
         rows=_rows(settings, sequence),
         turns=turns,

@@ -96,7 +96,7 @@ def test_whole_numbers_serve_as_floats_and_lists_as_tuples() -> None:
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        ("judge.context=all", "`judge.context`: .* table9, .feedback, history, got 'all'"),
+        ("judge.context=all", "`judge.context`: .* table9, .feedback, history, record, got 'all'"),
         ("judge.decode=vote", "`judge.decode`: .* constrained, .*, got 'vote'"),
         ("judge.batch=0", "`judge.batch`: expected at least 1, got 0"),
         ("dtype=int8", "`dtype`: expected one of float32, bfloat16, got 'int8'"),

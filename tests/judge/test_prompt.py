@@ -1,5 +1,6 @@
 """A question of the user's: its fields, its words and what they mean."""
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -120,3 +121,22 @@ def test_a_run_goes_on_with_the_same_text_only(file: Path, tmp_path: Path) -> No
     unread = read("quickstart:method=opd", *flags)
     assert not binds_a_run(unread)("judge.prompt")
     check_models(unread, workdir)
+
+
+def test_a_record_is_shown_where_the_environment_keeps_one(tmp_path: Path) -> None:
+    path = tmp_path / "judge.txt"
+    path.write_text("good = SKIP\nbad = WEAK\n\n{record.seen} / {record.tried} / {turn.action}?")
+    prompt = read_prompt(str(path))
+    told = dataclasses.replace(TURN, record={"seen": ("a", "b"), "tried": ()})
+    assert prompt.question(TASK, told, admissible_shown=2, context="table9") == (
+        "a; b / nothing / look?"
+    )
+    ways = {
+        "`judge.context` = record": ["judge.context=record"],
+        f"`judge.prompt` = '{path}'": [f"judge.prompt={path}"],
+    }
+    for named, change in ways.items():
+        read("quickstart", *change)
+        with pytest.raises(ValueError, match=f"{re.escape(named)} shows .* `env.by` = 'alfworld'"):
+            read("alfworld_qwen3", "env.data=somewhere", *change)
+        read("alfworld_qwen3:method=opd", "env.data=somewhere", *change)  # nobody is asked

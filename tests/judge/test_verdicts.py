@@ -174,7 +174,7 @@ def likelihoods(params: model.Params, random_judge: Judge, prompts: list[list[in
 
 
 def test_the_prompt_of_each_context() -> None:
-    table9, feedback, history = (
+    table9, feedback, history, _ = (
         judge_prompt(TASK, TURN, admissible_shown=30, context=context) for context in FIELDS
     )
     assert table9 == (
@@ -189,6 +189,42 @@ def test_the_prompt_of_each_context() -> None:
     assert feedback == f"{table9}\nFeedback: You see nothing new."
     # After a conversation, only what it does not hold is shown.
     assert history == f"{ROLE}\n{RUBRIC}\nAdmissible actions: open fridge, look, inventory"
+
+
+RECORD = {
+    "seen": ("fridge 1, closed", "desk 1: egg 1, cup 1"),
+    "held": ("egg 1",),
+    "tried": ("go to fridge 1: done", "take egg 1: Nothing happens."),
+    "changed": (),
+}
+
+
+def test_the_prompt_with_a_record() -> None:
+    turn = replace(TURN, record=RECORD)
+    expected = (
+        f"{ROLE}\n{RUBRIC}\n"
+        "Goal: a hot egg\n"
+        "Tried: go to fridge 1: done; take egg 1: Nothing happens.\n"
+        "Seen: fridge 1, closed; desk 1: egg 1, cup 1\n"
+        "Changed: nothing\n"
+        "Held: egg 1\n"
+        "Agent's response: Thought: no egg.\nAction: look"
+    )
+    shown: dict[str, Any] = dict(admissible_shown=30)
+    assert judge_prompt(TASK, turn, context="record", **shown) == expected
+    # The record is in no other question.
+    for context in FIELDS.keys() - {"record"}:
+        without = judge_prompt(TASK, TURN, context=context, **shown)
+        assert judge_prompt(TASK, turn, context=context, **shown) == without
+
+
+def test_a_long_record_is_shown_from_its_end() -> None:
+    tried = tuple(f"{n:03}" for n in range(1000))
+    turn = replace(TURN, record=RECORD | {"tried": tried, "seen": ("x" * 5000,)})
+    lines = judge_prompt(TASK, turn, admissible_shown=30, context="record").splitlines()
+    shown = dict(line.split(": ", 1) for line in lines[3:])
+    assert shown["Tried"] == "(+970 before) " + "; ".join(tried[-30:])
+    assert shown["Seen"] == "x" * 240 + "..."
 
 
 @pytest.mark.parametrize(

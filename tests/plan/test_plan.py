@@ -105,6 +105,12 @@ def test_an_update_fills_its_contexts():
     assert (short.sampled, short.response) == (3000, 3072)
 
 
+def test_a_question_with_a_record_is_as_long_as_what_was_said():
+    plain, told = (workload(read(QUICKSTART, f"judge.context={c}")) for c in ("table9", "record"))
+    assert told.longest_question == plain.longest_question + 640
+    assert told.new_in_question == plain.new_in_question + 640
+
+
 # --- What it holds
 
 
