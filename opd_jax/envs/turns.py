@@ -1,10 +1,13 @@
 """What all environments do in a turn: count it, read text, list what is admissible."""
 
 import re
+import textwrap
 from collections.abc import Sequence
 
 NOT_RUNNING = "`step` needs a running episode; call `reset` first."
 MORE = " (+%d more)"
+REJECTED = "nothing happened"
+_FEW = 80  # characters of a command, and of how it ended
 
 # Who speaks next in ReAct-like formats, and what their turn may be called.
 _SPEAKERS = r"observation|obs|environment|env|system|tool|feedback|user|human"
@@ -128,3 +131,17 @@ def listed(commands: Sequence[str], most: int) -> str:
     """The first `most` commands and the number of the rest, such as `open, look (+3 more)`."""
     line = ", ".join(commands[:most])
     return line + MORE % (len(commands) - most) if len(commands) > most else line
+
+
+def tried(command: str, ending: str) -> str:
+    """A command and how it ended, for a record (`base.Records`). Cuts what is long."""
+    return f"{_short(command)}: {_short(ending)}"
+
+
+def first_sentence(text: str) -> str:
+    """The first sentence of an observation."""
+    return re.split(r"(?<=[.!?])\s|\n", text.strip(), maxsplit=1)[0]
+
+
+def _short(text: str) -> str:
+    return textwrap.shorten(text, _FEW, placeholder=" ...")

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 
 import pytest
 from processes import run_python
+from test_alfworld_record import assert_said
 
 from opd_jax.envs.alfworld import env as alfworld
 from opd_jax.envs.alfworld import games as alfworld_games
@@ -474,6 +475,35 @@ def test_move_and_put_are_both_understood():
                         "put pen 1 on desk 2", "  Put Pen 1  in/on desk 2 ."):  # fmt: skip
             assert alfworld.canonical(written, ["look", command]) == command
     assert alfworld.canonical(" Put pen 1 in  safe 1.", [command]) == "put pen 1 in safe 1"
+
+
+def test_the_record_is_what_the_engine_says_again(folder):
+    """Only the agent changes a room, so all that was told of it still holds at the end."""
+    env = make_env(folder, max_turns=200)
+    games = {game.type: (index, game) for index, game in enumerate(env.games("train"))}
+    for kind, change in ((TWO, ": moved to "), ("pick_clean_then_place_in_recep", ": clean")):
+        index, game = games[kind]
+        texts = [env.reset("train", index).text]
+        assert not any(env.record().values())
+        commands = json.loads(game.path.read_text())["walkthrough"][:-1]
+        for command in [*commands[:4], "dance", *commands[4:]]:
+            texts.append(env.step(answer(command)).text)
+        env.step("I see.")
+        kept = env.record()
+        assert_said(kept, texts)
+        assert "dance: nothing happened" in kept["tried"]
+        assert [line.split(":")[0] for line in kept["tried"] if "dance" not in line] == commands
+        carried = env.step(answer("inventory")).text
+        assert kept["held"] == re.findall(r"\w+ \d+", carried)
+        assert any(change in line for line in kept["changed"])
+        for line in kept["seen"]:
+            (place, *told), closed = re.findall(r"[a-z]+ \d+", line), ", closed" in line
+            seen = env.step(answer(f"go to {place}"))
+            text = (env.step(answer(f"examine {place}")) if seen.failure else seen).text
+            assert closed == text.endswith(" is closed.")
+            if not closed:
+                content = re.findall(r"[a-z]+ \d+", text.rpartition(" you see ")[2])
+                assert sorted(told) == sorted(content)
 
 
 def test_episodes_end_at_the_turn_limit(folder):

@@ -12,10 +12,11 @@ of the engine changed it.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from opd_jax.envs.alfworld.engine import Engine
 from opd_jax.envs.alfworld.panel import Game, data_folder, digest, game, panel
+from opd_jax.envs.alfworld.record import Record
 from opd_jax.envs.base import Observation, Task
 from opd_jax.envs.react import INVENTED, RESPONSE, parse_response
 from opd_jax.envs.turns import TurnClock, listed
@@ -169,6 +170,7 @@ class AlfWorld:
         scene, goal = parse_intro(reply.text)
         self.task = Task(id=played.id, type=played.type, goal=goal, scene=scene)
         self._clock.start()
+        self._record = Record()
         self._admissible = most_specific_first(reply.admissible)
         return Observation(scene, self._message(scene), self._admissible)
 
@@ -190,11 +192,16 @@ class AlfWorld:
             text, won = reply.text, reply.won
             failure = FAILURES.get(text, "")
             self._admissible = most_specific_first(reply.admissible)
+        self._record.read(command, text, failed=bool(failure))
         end = self._clock.end("success" if won else "")
         score = 1.0 if won else 0.0
         return Observation(
             text, self._message(text), self._admissible, end, score, command, failure
         )
+
+    def record(self) -> Mapping[str, Sequence[str]]:
+        """What the agent may know of this episode (`base.Records`)."""
+        return self._record.lists()
 
     def _message(self, text: str) -> str:
         message = MESSAGE % (self.task.goal, text)

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from opd_jax.envs.alfworld.engine import LOCK, alfworld_module
 from opd_jax.envs.alfworld.env import canonical
+from opd_jax.envs.alfworld.record import TREATMENTS, Record
 from opd_jax.envs.base import Observation, Task
 from opd_jax.envs.react import RESPONSE
 
@@ -56,13 +57,8 @@ PLANS = {
 }
 LOST = "I look around again."
 
-_TOOK = re.compile(r"You pick up the (\w+ \d+) from the (\w+ \d+)\.")
-_MOVED = re.compile(r"You (?:move|put) the (\w+ \d+) (?:to|in/on) the (\w+ \d+)\.")
-_TREATED = re.compile(r"You (clean|heat|cool) the (\w+ \d+) using")
-_SEEN = re.compile(r"(?:On the (\w+ \d+)|The (\w+ \d+) is open\. In it), you see (.*)\.")
 _MOVE = re.compile(r"^move (.+) to (.+)$")
 _PUT = re.compile(r"^put (.+) in/on (.+)$")
-_NAMED = re.compile(r"[a-z]+ \d+")
 _NUMBERED = re.compile(r"\w+ \d+")
 
 
@@ -73,50 +69,14 @@ class Fact(NamedTuple):
     names: tuple[str, ...]
 
 
-class Known:
-    """What the texts have told so far.
-
-    Attributes:
-      hand: the object in hand; "" for none.
-      place: object seen lying somewhere -> its receptacle.
-      states: treated object -> those of `isclean`, `ishot` and `iscool` that hold.
-    """
-
-    def __init__(self) -> None:
-        self.hand = ""
-        self.place: dict[str, str] = {}
-        self.states: dict[str, set[str]] = {}
-
-    def update(self, text: str) -> None:
-        """Read one text of the environment."""
-        if match := _TOOK.match(text):
-            self.hand = match[1]
-            self.place.pop(match[1], None)
-        elif match := _MOVED.match(text):
-            self.hand = ""
-            self.place[match[1]] = match[2]
-        elif match := _TREATED.match(text):
-            self._treat(match[1], match[2])
-        elif match := _SEEN.search(text):
-            here = match[1] or match[2]
-            gone = [thing for thing, place in self.place.items() if place == here]
-            for thing in gone:
-                del self.place[thing]
-            self.place |= dict.fromkeys(_NAMED.findall(match[3]), here)
-
-    def _treat(self, verb: str, thing: str) -> None:
-        states = self.states.setdefault(thing, set())
-        if verb == "clean":
-            states.add("isclean")
-        else:
-            states -= {"ishot", "iscool"}
-            states.add("ishot" if verb == "heat" else "iscool")
-
-    def facts(self) -> list[Fact]:
-        """What is known, in the engine's form."""
-        facts = [Fact("inreceptacle", pair) for pair in self.place.items()]
-        facts += [Fact(state, (name,)) for name, held in self.states.items() for state in held]
-        return [*facts, Fact("holds", ("agent1", self.hand))] if self.hand else facts
+def facts(known: Record) -> list[Fact]:
+    """What the texts have told, in the engine's form."""
+    told = [Fact("inreceptacle", pair) for pair in known.place.items()]
+    states = dict(TREATMENTS.values())
+    told += [
+        Fact(f"is{word}", (name,)) for (name, kind), word in known.changed.items() if kind in states
+    ]
+    return [*told, Fact("holds", ("agent1", known.hand))] if known.hand else told
 
 
 def parameters(task: Task) -> dict[str, Any]:
@@ -159,7 +119,7 @@ class Expert:
     def __init__(self, task: Task, first: Observation, *, rng: random.Random):
         wanted = parameters(task)
         self._rng = rng
-        self._known = Known()
+        self._known = Record()
         self._first = first
         self._agent = alfworld_module("alfworld.agents.expert").HandCodedTWAgent()
         self._policy = self._agent.get_task_policy(wanted)(wanted, max_steps=_ENDLESS)
@@ -171,7 +131,7 @@ class Expert:
 
     def respond(self, observation: Observation) -> str:
         """Read an observation and return `Thought: ...`, newline, `Action: ...`."""
-        self._known.update(observation.text)
+        self._known.read(observation.action, observation.text, failed=bool(observation.failure))
         command = self._decide(observation)
         return RESPONSE % (self._thought(command), command)
 
@@ -184,7 +144,7 @@ class Expert:
             text = f"Welcome! {text}"  # so that it recognizes the list of receptacles
         state = {
             "feedback": text,
-            "facts": self._known.facts(),
+            "facts": facts(self._known),
             "admissible_commands": [_PUT.sub(r"move \1 to \2", c) for c in admissible],
         }
         failed = alfworld_module("alfworld.agents.expert").HandCodedAgentFailed
