@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from test_scienceworld_record import assert_said
 
 from opd_jax.envs.base import BROKEN, Observation
 from opd_jax.envs.react import RESPONSE, Random
@@ -296,6 +297,39 @@ def test_a_response_without_a_command_changes_nothing(env):
         assert after.message.endswith("Inventory: an orange")
     # The engine still waits for the number.
     assert act(env, "0").end == "failed"
+
+
+def test_the_record_is_what_the_messages_say(env):
+    texts = [start(env, "boil", 0).message]
+    commands = "go to kitchen; look around; bake cake; open cupboard; look in cupboard;" \
+        "move metal pot to sink; activate sink; look in metal pot; pick up thermometer;" \
+        "use thermometer on substance in metal pot; focus on orange; look at hallway"  # fmt: skip
+    for command in commands.split(";"):
+        texts.append(f"{command.strip()}\n{act(env, command).message}")
+    texts.append(env.step("").message)
+    kept = env.record()
+    assert_said(kept, texts)
+    places = [line.partition(": ")[0] for line in kept["seen"]]
+    assert places == ["hallway", "kitchen", "cupboard in kitchen", "metal pot in kitchen"]
+    hallway, kitchen, cupboard, pot = kept["seen"]
+    assert hallway.count("door to the ") == texts[0].count("A door to the ") == 6
+    assert "the agent" not in kitchen
+    assert "; a fridge. The fridge door is closed; " in kitchen
+    assert "; a drawer; a metal pot (containing nothing)" in cupboard
+    assert pot == "metal pot in kitchen: a substance called water"
+    assert "; ".join(kept["held"]) == texts[-1].rpartition("Inventory: ")[2]
+    assert kept["changed"][:3] == [
+        "cupboard in kitchen: open", "metal pot: moved to sink", "sink in kitchen: activated",
+    ]  # fmt: skip
+    (measured,) = kept["changed"][3:]
+    assert re.fullmatch(r"substance in metal pot: \d+ degrees celsius", measured)
+    assert [line.split(": ")[0] for line in kept["tried"]] == [
+        command.strip() for command in commands.split(";")
+    ]
+    assert kept["tried"][2] == "bake cake: nothing happened: No known action matches that input."
+    start(env, "boil", 0)
+    assert len(env.record()["seen"]) == 1
+    assert not env.record()["tried"]
 
 
 def test_scores_are_the_engines_and_progress_cannot_be_reset(env):

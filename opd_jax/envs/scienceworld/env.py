@@ -12,7 +12,7 @@ from the package's own loop in three ways:
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, zip_longest
 
 from opd_jax.envs.base import BROKEN, Observation, Task
@@ -20,7 +20,8 @@ from opd_jax.envs.react import INVENTED, parse_response
 from opd_jax.envs.scienceworld import tasks
 from opd_jax.envs.scienceworld.engine import Engine
 from opd_jax.envs.scienceworld.jvm import EpisodeLost, Reply, check_installed
-from opd_jax.envs.scienceworld.prompts import TASK, TELEPORT, system_message, turn_message
+from opd_jax.envs.scienceworld.prompts import TASK, TELEPORT, held, system_message, turn_message
+from opd_jax.envs.scienceworld.record import Record
 from opd_jax.envs.turns import TurnClock, encodable
 
 PREAMBLE = "Your task is to "
@@ -221,6 +222,7 @@ class ScienceWorld:
             )
         kind, variation = listed[index]
         name = tasks.task_id(kind, variation)
+        self._record = Record()
         self._admissible: tuple[str, ...] = ()
         try:
             description, self._reply = self._engine.load(kind, variation)
@@ -233,6 +235,7 @@ class ScienceWorld:
         scene = tidy(self._reply.text)
         goal = " ".join(description.split()).removeprefix(PREAMBLE)
         self.task = Task(id=name, type=kind, goal=goal, scene=scene)
+        self._record.read("", scene, held=held(self._reply.inventory), failed=False)
         message = TASK % goal + turn_message(scene, self._reply.inventory)
         return Observation(scene, message, self._admissible, score=float(self._reply.score))
 
@@ -276,7 +279,13 @@ class ScienceWorld:
             over = "success" if reply.score >= SUCCESS_SCORE else "failed"
         return self._clock.end(over)
 
+    def record(self) -> Mapping[str, Sequence[str]]:
+        """What the agent may know of this episode (`base.Records`)."""
+        return self._record.lists()
+
     def _observe(self, text: str, command: str, why: str) -> Observation:
+        if command:
+            self._record.read(command, text, held=held(self._reply.inventory), failed=bool(why))
         end = self._end()
         return Observation(
             text=text,

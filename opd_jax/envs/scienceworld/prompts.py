@@ -121,10 +121,15 @@ You also see:
 )  # fmt: skip
 
 
+def held(inventory: str) -> list[str]:
+    """The things that the engine's inventory lists."""
+    lines = [line.strip() for line in inventory.removeprefix(INVENTORY).splitlines()]
+    return [line for line in lines if line]
+
+
 def carried(inventory: str) -> str:
     """The engine's inventory on one line."""
-    things = [line.strip() for line in inventory.removeprefix(INVENTORY).splitlines()]
-    return "; ".join(filter(None, things)) or EMPTY_HANDED
+    return "; ".join(held(inventory)) or EMPTY_HANDED
 
 
 def turn_message(text: str, inventory: str) -> str:
