@@ -22,6 +22,7 @@ from opd_jax.envs.search.factbook_data import (
 )
 from opd_jax.envs.search.factbook_players import GIVE_UP, Expert
 from opd_jax.envs.search.players import Random
+from opd_jax.envs.search.record import documents
 from opd_jax.envs.search.retrieval import BM25
 
 SETTINGS = {
@@ -359,6 +360,16 @@ def test_the_expert_answers_real_questions(real):
         ends, labels = outcomes(real, split, 100, Expert)
         assert ends["success"] >= 95
         assert labels["SKIP"] >= 0.9 * labels.total()
+
+
+def test_the_record_of_a_real_episode_has_the_titles_that_were_shown(real):
+    turns = play(real, "test", 3, Expert)
+    shown = [title for _, seen in turns for title, _ in documents(seen.text)]
+    kept = real.record()
+    assert len(shown) >= 6
+    assert kept["seen"] == list(dict.fromkeys(shown))
+    for line, (_, seen) in zip(kept["tried"], turns, strict=True):
+        assert line.startswith(f"{seen.action}: ")
 
 
 def test_random_play_does_not_answer_real_questions(real):

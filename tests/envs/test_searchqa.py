@@ -12,8 +12,9 @@ import pytest
 from opd_jax.envs.search import env as search_env
 from opd_jax.envs.search.answers import exact_match, f1
 from opd_jax.envs.search.env import FAILURES, SearchEnv, parse_response, shorten
-from opd_jax.envs.search.players import Random, documents, searches_left
+from opd_jax.envs.search.players import Random, searches_left
 from opd_jax.envs.search.questions import Question, digest, panel
+from opd_jax.envs.search.record import Record, documents
 from opd_jax.envs.search.retrieval import Passage, RetrievalError
 from opd_jax.envs.search.searchqa import SearchQA, open_retriever
 from opd_jax.envs.search.searchqa_data import SETS, questions
@@ -288,6 +289,50 @@ def test_a_reset_forgets_the_episode_before():
 
     env, fresh = make_env(), make_env()
     assert play(env) == play(env) == play(fresh)
+
+
+def test_a_record_has_the_titles_shown_and_how_each_query_ended():
+    # What FactbookQA said.
+    found = """<information>
+Doc 1 (Title: Uruguay: Elevation)
+highest point: Cerro Catedral 514 m
+Doc 2 (Title: St. Lucia: Elevation)
+highest point: Mount Gimie 948 m
+</information>
+Searches left: 1."""
+    record = Record()
+    for action, text in (
+        ("search[Cerro Catedral]", found),
+        ("search[zzqq]", "No passage holds any of these words.\nSearches left: 0."),
+        ("search[U.S.]", "There are no searches left. Answer the question.\nSearches left: 0."),
+        ("answer[Uruguay]", "The answer is wrong."),
+    ):
+        record.read(action, text)
+    assert record.lists() == {
+        "seen": ["Uruguay: Elevation", "St. Lucia: Elevation"],
+        "held": [],
+        "changed": [],
+        "tried": [
+            "search[Cerro Catedral]: 2 found: Uruguay: Elevation; St. Lucia: Elevation",
+            "search[zzqq]: No passage holds any of these words.",
+            "search[U.S.]: There are no searches left.",
+            "answer[Uruguay]: The answer is wrong.",
+        ],
+    }
+
+
+def test_the_record_says_what_the_messages_said_and_begins_anew():
+    env = make_env(max_searches=2, retry_wrong=True)
+    for _ in range(2):
+        env.reset("test", 0)
+        assert not any(env.record().values())
+        responses = [search("Tern river"), "I see.", search("Tern river"), search("x"), answer("y")]
+        said = [env.step(response) for response in responses]
+        kept = env.record()
+        assert kept["seen"] == ["Tern", "Marnfeld", "Ode"]
+        assert all(f"(Title: {title})" in said[0].text for title in kept["seen"])
+        commands = [line.partition("]: ")[0] + "]" for line in kept["tried"]]
+        assert commands == [seen.action for seen in said if seen.action]
 
 
 def test_random_play_keeps_to_the_protocol():

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from opd_jax.envs.base import BROKEN, Observation, Task
 from opd_jax.envs.search.answers import exact_match, f1
 from opd_jax.envs.search.questions import Question, digest
+from opd_jax.envs.search.record import Record
 from opd_jax.envs.search.retrieval import Passage, RetrievalError, Retriever
 from opd_jax.envs.turns import TurnClock, before_invented_turn, invented_turn
 
@@ -198,6 +199,7 @@ class SearchEnv:
         self._searches = 0
         self._queries: set[str] = set()
         self._seen: set[str] = set()
+        self._record = Record()
         self._f1 = 0.0
         scene = SCENE % self._max_searches
         self.task = Task(id=question.id, type=question.type, goal=question.text, scene=scene)
@@ -219,6 +221,9 @@ class SearchEnv:
         action = parse_response(response)
         outcome = self._carry_out(action)
         text = outcome.text
+        command = f"{action.kind}[{action.argument}]" if action.kind else ""
+        if command:
+            self._record.read(command, text)
         if action.kind == SEARCH and not outcome.end:
             text += SEARCHES_LEFT % (self._max_searches - self._searches)
         end = self._clock.end(outcome.end)
@@ -228,11 +233,15 @@ class SearchEnv:
             admissible=self._admissible(),
             end=end,
             score=1.0 if end == "success" else 0.0,
-            action=f"{action.kind}[{action.argument}]" if action.kind else "",
+            action=command,
             failure=outcome.failure,
             oracle=outcome.oracle,
             measures={"f1": self._f1},
         )
+
+    def record(self) -> Mapping[str, Sequence[str]]:
+        """What the agent may know of this episode (`base.Records`)."""
+        return self._record.lists()
 
     def _panel(self, split: str) -> Sequence[Question]:
         if split not in self._panels:

@@ -17,7 +17,8 @@ from opd_jax.envs.search.factbook_data import (
     borders,
     longest_border,
 )
-from opd_jax.envs.search.players import RESPONSE, documents, searches_left
+from opd_jax.envs.search.players import RESPONSE, searches_left
+from opd_jax.envs.search.record import documents
 
 FIND = "I need the country whose %s is %s."
 FIND_NEIGHBOUR = "I need the country with the longest border to %s."

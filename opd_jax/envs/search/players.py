@@ -5,21 +5,11 @@ import re
 
 from opd_jax.envs.base import Observation
 from opd_jax.envs.search.env import ANSWER, SEARCH
+from opd_jax.envs.search.record import documents
 
 RESPONSE = "<thought>%s</thought>\n<action>%s[%s]</action>"
 
-_INFORMATION = re.compile(r"<information>\n(.*)\n</information>", re.DOTALL)
-_DOCUMENT = re.compile(r"^Doc \d+ \(Title: (.*)\)$", re.MULTILINE)
 _SEARCHES_LEFT = re.compile(r"Searches left: (\d+)\.$")
-
-
-def documents(text: str) -> list[tuple[str, str]]:
-    """Title and text of each passage that an observation shows."""
-    shown = _INFORMATION.search(text)
-    if not shown:
-        return []
-    _, *parts = _DOCUMENT.split(shown[1])
-    return list(zip(parts[::2], (part.strip() for part in parts[1::2]), strict=True))
 
 
 def searches_left(text: str) -> int | None:
