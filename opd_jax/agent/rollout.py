@@ -33,7 +33,7 @@ def rollout(
     agent: Agent,
     envs: Sequence[Env | None],
     tasks: Sequence[tuple[str, int]],
-    depth: int,
+    depth: int | Sequence[int],
     replay: Sequence[Sequence[Response]] | None = None,
     between: Callable[[], None] | None = None,
     positions: Positions | None = None,
@@ -51,9 +51,11 @@ def rollout(
       envs: one environment a row; their number is the batch of every compiled program. None for a
         row whose environment lives in another process.
       tasks: (split, index), any number of them.
-      depth: turns after which an episode ends with "depth"; 0: no limit but the environment's.
-      replay: responses with which each episode begins, as far as they fit the context. They are
-        given to the environment and carry no loss; the player goes on behind them.
+      depth: turns after which an episode ends with "depth"; 0: no limit but the environment's. One
+        number for all, or one for each task. Replayed turns count.
+      replay: responses with which each episode begins, as far as they fit the context
+        (`beginning`). They are given to the environment and carry no loss; the player goes on
+        behind them.
       between: called before answers of environments are taken, in all processes; what it raises
         ends the rollout.
       positions: counts what is read and sampled.
@@ -63,7 +65,7 @@ def rollout(
       the first prompt did not fit, and has no token if that happened before the first turn.
 
     Raises:
-      ValueError: not a key for each task.
+      ValueError: not one key for each task, or not one depth.
     """
     if keys.shape != (len(tasks),):
         raise ValueError(
@@ -72,9 +74,10 @@ def rollout(
     positions = positions or Positions()
     session = Session(params, keys, agent=agent, rows=len(envs), positions=positions)
     answers = Answers(envs, join_after=agent.decoding.join_after)
+    depths = [depth] * len(tasks) if isinstance(depth, int) else depth
     waiting = deque(
-        _Episode(agent, number, task, depth, replay[number] if replay else ())
-        for number, task in enumerate(tasks)
+        _Episode(agent, number, task, most, replay[number] if replay else ())
+        for number, (task, most) in enumerate(zip(tasks, depths, strict=True))
     )
     episodes, playing = list(waiting), {}
 
@@ -124,7 +127,7 @@ class _Episode:
     Attributes:
       number: of its task, and of its key.
       task: (split, index).
-      depth: see `rollout`.
+      depth: most turns; 0: no limit.
       replay: see `rollout`.
       conversation: what was said so far; its `end` is "" while it runs.
       observation: what the environment said last.
@@ -202,6 +205,16 @@ class _Episode:
             conversation.end = "context"
         else:
             conversation.append_given(follow)
+
+
+def beginning(conversation: Conversation, *, turns: int) -> list[Response]:
+    """The first `turns` responses of an episode, to be replayed."""
+    return [
+        Response(conversation.tokens[start:end], [0.0] * (end - start), turn.stop)
+        for (start, end), turn in zip(
+            conversation.spans[:turns], conversation.turns[:turns], strict=True
+        )
+    ]
 
 
 def row_keys(rng: jax.Array, numbers: Sequence[int]) -> jax.Array:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from opd_jax.agent.agent import Agent
 from opd_jax.agent.conversation import Conversation, open_conversation, record_turn
+from opd_jax.agent.rollout import beginning
 from opd_jax.agent.session import Response
 from opd_jax.envs.base import BROKEN, Observation, Task
 from opd_jax.envs.faults import Begun
@@ -77,12 +78,7 @@ def beginnings(
     for c in conversations:
         turns = rng.randrange(max(len(c.turns), 1))
         tasks.append((c.split, c.index))
-        replay.append(
-            [
-                Response(c.tokens[start:end], [0.0] * (end - start), turn.stop)
-                for (start, end), turn in zip(c.spans[:turns], c.turns, strict=False)
-            ]
-        )
+        replay.append(beginning(c, turns=turns))
     return tasks, replay
 
 

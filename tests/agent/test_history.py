@@ -123,7 +123,7 @@ def params(agent: Agent, random_params: Callable) -> model.Params:
 
 
 def play(
-    agent: Agent, params: model.Params, *, depth: int = 0, **decoding: Any
+    agent: Agent, params: model.Params, *, depth: int | list[int] = 0, **decoding: Any
 ) -> list[Conversation]:
     return rollout(
         params,
@@ -189,3 +189,7 @@ def test_a_depth_ends_episodes_and_changes_nothing_before(
         assert (one.end, len(one.turns)) == ("depth", 2)
         assert one.tokens == other.tokens[: other.spans[1][1]]
     assert play(agent, params, depth=MAX_TURNS) == full
+    each = [number % MAX_TURNS for number in range(len(TASKS))]  # and the first has no limit
+    for most, one, other in zip(each, play(agent, params, depth=each), full, strict=True):
+        assert len(one.turns) == (most or MAX_TURNS)
+        assert one.tokens == other.tokens[: other.spans[most - 1][1] if most else None]

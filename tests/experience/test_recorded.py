@@ -15,7 +15,7 @@ from settings import one_device, read
 
 from opd_jax.agent.agent import Agent
 from opd_jax.agent.conversation import Conversation
-from opd_jax.agent.rollout import rollout, row_keys
+from opd_jax.agent.rollout import beginning, rollout, row_keys
 from opd_jax.agent.session import Response
 from opd_jax.config import build
 from opd_jax.config.models import LoadedModel, load_student
@@ -334,13 +334,7 @@ def test_with_its_own_key_an_episode_goes_on_as_it_went(
     keys, tasks = row_keys(jax.random.key(3), range(4)), [("train", index) for index in range(4)]
     how: dict[str, Any] = dict(agent=agent, envs=envs, tasks=tasks, depth=0)
     whole = rollout(student.params, keys, **how)
-    replay = [
-        [
-            Response(c.tokens[start:end], [0.0] * (end - start), turn.stop)
-            for (start, end), turn in zip(c.spans[:turns], c.turns, strict=False)
-        ]
-        for turns, c in enumerate(whole)
-    ]
+    replay = [beginning(c, turns=turns) for turns, c in enumerate(whole)]
     assert [len(responses) for responses in replay] == [0, 1, 2, 3]
     for c in whole:  # what the household had told before each turn
         assert [len(turn.record["tried"]) for turn in c.turns] == [*range(len(c.turns))]
