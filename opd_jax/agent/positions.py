@@ -18,6 +18,11 @@ class Positions:
         padded, before = self._counts[what]
         self._counts[what] = padded + computed - tokens, before + computed
 
+    def tokens(self, what: str) -> int:
+        """How many of the positions computed for this hold a token."""
+        padded, computed = self._counts.get(what, (0, 0))
+        return computed - padded
+
     @property
     def metrics(self) -> dict[str, tuple[int, int]]:
         """`padded/WHAT` as (sum, count): positions without a token, and all."""

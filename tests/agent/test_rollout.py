@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from models import chain
 from small_agent import DECODING, household, household_agent, with_decoding
+from words import word_tokenizer
 
 from opd_jax import model
 from opd_jax.agent import generate as gen
@@ -67,36 +68,11 @@ class Scripted:
         return Observation(text, text, (), end, float(end == "success"), action=response)
 
 
-def word_tokenizer() -> Any:
-    """A word between spaces is a token.
-
-    The template adds nothing behind a user message. So a response depends on the message's last
-    word, and the model needs no attention.
-    """
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        unk_token="<unk>",
-        eos_token="<end>",
-        extra_special_tokens=["<system>", "<user>"],
-    )
-    made.chat_template = (
-        "{% for m in messages %}"
-        "{% if m.role == 'assistant' %}{{ m.content }} <end> "
-        "{% else %}<{{ m.role }}> {{ m.content }} {% endif %}{% endfor %}"
-    )
-    return made
-
-
 CONTEXT, ENVS = 13, 6
 
 
 def golden_agent() -> tuple[Agent, model.Params]:
-    tokenizer = word_tokenizer()
+    tokenizer = word_tokenizer(WORDS)
     successor = {WORDS.index(word): WORDS.index(following) for word, following in NEXT.items()}
     config, params = chain(len(WORDS), successor, logit=SHARPNESS)
     decoding = dataclasses.replace(

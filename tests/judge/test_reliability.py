@@ -1,0 +1,331 @@
+"""The teacher's own turn at a student's history: executed, labelled, and how often it is right."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from models import chain
+from settings import one_device, read
+from words import word_tokenizer
+
+from opd_jax.agent.agent import Agent, Decoding
+from opd_jax.agent.chat import ChatFormat
+from opd_jax.agent.conversation import Conversation
+from opd_jax.agent.history import context
+from opd_jax.agent.positions import Positions
+from opd_jax.agent.rollout import rollout, row_keys
+from opd_jax.config import build
+from opd_jax.config.models import load_model
+from opd_jax.envs.base import BROKEN, Observation, Task
+from opd_jax.envs.make import make_env
+from opd_jax.judge.labels import NO_LABEL, EnvLabels, env_labels
+from opd_jax.judge.reliability import (
+    outcome,
+    own_turns,
+    play_on,
+    reliability_labeller,
+    sample_key,
+    weight_on_reliable,
+)
+from opd_jax.losses import NO_TURN, Verdict
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+# --- A scripted environment, a student and a teacher that know one word for each place ------------
+
+WORDS = ["<unk>", "<system>", "<user>", "<end>", "act", "one", "two", "three", "stuck", "home"]
+WORDS += ["go", "jump", "back", "far"]
+# What each says at a place.
+STUDENT = {"one": "go", "two": "jump", "stuck": "back", "three": "back"}
+TEACHER = {"one": "go", "two": "go", "stuck": "jump", "three": "go"}
+# Place and response to the next place and the label; all else is rejected.
+MOVES = {
+    ("one", "go"): ("two", "SKIP"),
+    ("two", "go"): ("home", "SKIP"),
+    ("three", "go"): ("home", "WEAK"),
+    ("stuck", "back"): ("three", "WEAK"),
+    ("three", "back"): ("one", "STRONG"),
+}
+OPENINGS = ("one", "stuck")
+MAX_TURNS = 5
+
+
+class Places:
+    """Tells the place alone. A rejected response leads to "stuck"."""
+
+    system = "act"
+    waits = False
+
+    def reset(self, split: str, index: int) -> Observation:
+        self.task = Task(f"{split}/{index}", "walk", goal="home", scene="")
+        self.place, self.turns = OPENINGS[index], 0
+        return self.observe()
+
+    def step(self, response: str) -> Observation:
+        self.turns += 1
+        self.place, oracle = MOVES.get((self.place, response), ("stuck", ""))
+        failure = "" if oracle else "rejected"
+        return self.observe(action=response, failure=failure, oracle=oracle)
+
+    def observe(self, **of_turn: str) -> Observation:
+        end = "success" if self.place == "home" else "turn_limit" * (self.turns == MAX_TURNS)
+        return Observation(self.place, self.place, (), end, **of_turn)
+
+
+class Unlabelled(Places):
+    def observe(self, **of_turn: str) -> Observation:
+        return super().observe(**of_turn | {"oracle": ""})
+
+
+def walker(says: dict[str, str], *, logit: float = 9.0, **decoding: Any) -> tuple[Agent, Any]:
+    """A model that answers the last word; the lower its logit, the more often with another."""
+    pairs = says | dict.fromkeys(["go", "jump", "back"], "<end>")
+    config, params = chain(
+        len(WORDS), {WORDS.index(a): WORDS.index(b) for a, b in pairs.items()}, logit=logit
+    )
+    how = dict(temperature=1.0, top_k=0, top_p=1.0, turn_tokens=3, context_tokens=48)
+    layout = dict(extend_widths=(8,), prefill_rows=2, chunk=3, join_after=0)
+    settings = Decoding(**how | layout | dict(int8_cache=False, history_turns=0) | decoding)
+    tokenizer = word_tokenizer(WORDS)
+    return Agent(config, tokenizer, ChatFormat.from_tokenizer(tokenizer), settings), params
+
+
+def walk(kind: type[Places] = Places, rows: int = 2) -> list[Conversation]:
+    """The student's episodes, one of each opening."""
+    agent, params = walker(STUDENT, temperature=0.0)
+    return rollout(
+        params,
+        row_keys(jax.random.key(0), range(2)),
+        agent=agent,
+        envs=[kind() for _ in range(rows)],
+        tasks=[("any", index) for index in range(2)],
+        depth=0,
+    )
+
+
+def measure(
+    conversations: Sequence[Conversation],
+    *,
+    kind: type[Places] = Places,
+    rows: int = 3,
+    logit: float = 9.0,
+    seed: int = 0,
+    update: int = 0,
+    samples: int = 1,
+    per_label: int = 0,
+    **decoding: Any,
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """The teacher's reliability; with a high logit it says what `TEACHER` says."""
+    temperature = 0.0 if logit == 9.0 else 1.0
+    agent, params = walker(TEACHER, logit=logit, **dict(temperature=temperature) | decoding)
+    labeller = reliability_labeller(
+        params,
+        agent=agent,
+        envs=[kind() for _ in range(rows)],
+        max_turns=MAX_TURNS + 1,
+        seed=seed,
+        samples=samples,
+        per_label=per_label,
+    )
+    reliable, metrics = labeller(conversations, update)
+    return reliable, dict(metrics)
+
+
+NAN = math.nan
+
+
+def test_the_students_episodes_are_as_scripted() -> None:
+    labels = env_labels(walk(), max_turns=MAX_TURNS)
+    skip, weak, strong, failed = Verdict.SKIP, Verdict.WEAK, Verdict.STRONG, Verdict.DET_FAIL
+    assert outcome(labels).tolist() == [
+        [skip, failed, weak, strong, skip],  # one, two, stuck, three, one
+        [weak, strong, skip, failed, weak],  # stuck, three, one, two, stuck
+    ]
+
+
+@pytest.mark.parametrize("history_turns", [0, 1])
+def test_the_teacher_is_right_where_its_own_turn_is(history_turns: int) -> None:
+    reliable, metrics = measure(walk(), history_turns=history_turns)
+    assert reliable.dtype == np.float32
+    # At "one" and "two" it goes on; at "stuck" it is rejected; at "three" its turn is WEAK.
+    expected = [[1, 1, 0, 0, 1, NAN], [0, 0, 1, 1, 0, NAN]]
+    np.testing.assert_array_equal(reliable, np.array(expected, np.float32))
+    asked, read, sampled = (
+        metrics.pop(f"reliability/{name}") for name in ("asked", "read", "sampled")
+    )
+    assert asked == (10, 10)
+    assert metrics == {
+        "reliability/right": (5, 10),
+        "reliability/failed": (3, 10),
+        "reliability/asked_skip": (3, 3),
+        "reliability/right_skip": (3, 3),
+        "reliability/failed_skip": (0, 3),
+        "reliability/asked_weak": (3, 3),
+        "reliability/right_weak": (0, 3),
+        "reliability/failed_weak": (3, 3),
+        "reliability/asked_strong": (2, 2),
+        "reliability/right_strong": (0, 2),
+        "reliability/failed_strong": (0, 2),
+        "reliability/asked_det_fail": (2, 2),
+        "reliability/right_det_fail": (2, 2),
+        "reliability/failed_det_fail": (0, 2),
+    }
+    # A word and its end each time. Before turn k the teacher reads 4 tokens of the first prompt and
+    # 4 more of each turn, but the last of them.
+    assert sampled == (2 * 10, 10)
+    assert read[1] == 10
+    if not history_turns:
+        assert read[0] == 2 * sum(3 + 4 * k for k in range(MAX_TURNS))
+
+
+def test_without_labels_it_is_right_where_it_is_accepted() -> None:
+    reliable, metrics = measure(walk(Unlabelled), kind=Unlabelled)
+    assert reliable[:, :5].tolist() == [[1, 1, 0, 1, 1], [0, 1, 1, 1, 0]]
+    assert metrics["reliability/right_accepted"] == (5, 8)
+    assert metrics["reliability/right_det_fail"] == (2, 2)
+    assert "reliability/right_skip" not in metrics
+
+
+def test_a_sample_depends_on_its_seed_and_place_and_on_no_other() -> None:
+    conversations = walk()
+    random = partial(measure, conversations, logit=2.0)
+    reliable, _ = random(samples=8)
+    assert 0 < np.nanmean(reliable) < 0.9  # far from what it says where it is sure
+    np.testing.assert_array_equal(random(samples=8)[0], reliable)
+    for other in (dict(seed=1), dict(update=1)):
+        assert not np.array_equal(random(samples=8, **other)[0], reliable, equal_nan=True)
+    drawn, metrics = random(samples=8, per_label=2)
+    asked = np.isfinite(drawn)
+    assert asked.sum() == 8
+    np.testing.assert_array_equal(drawn[asked], reliable[asked])
+    for label in ("skip", "weak", "strong", "det_fail"):
+        assert metrics[f"reliability/asked_{label}"][0] == 2
+        assert metrics[f"reliability/right_{label}"][1] == 16
+    assert not np.array_equal(np.isfinite(random(per_label=2, update=1)[0]), asked)
+
+
+def test_more_samples_come_behind_the_first() -> None:
+    conversations = walk()
+    agent, params = walker(TEACHER, logit=2.0)
+    how: dict[str, Any] = dict(agent=agent, envs=[Places()], rng=sample_key(0, 0))
+    places = [(1, 2), (0, 1), (0, 0)]
+    three = own_turns(params, conversations, places, samples=3, **how)
+    one = own_turns(params, conversations, places, samples=1, **how)
+    for many, first in zip(three, one, strict=True):
+        assert many.shape == (3, 3)
+        np.testing.assert_array_equal(many[:, :1], first)
+    nothing = own_turns(params, conversations, [], samples=3, **how)
+    assert nothing.played.shape == (0, 3)
+
+
+def test_where_the_environment_does_not_repeat_itself_nothing_is_known(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Moody(Places):
+        """Another place comes of the third response of the first task, each time."""
+
+        count = 0
+
+        def step(self, response: str) -> Observation:
+            seen = super().step(response)
+            if self.task.id.endswith("0") and self.turns == 3:
+                Moody.count += 1
+                return replace(seen, message="far " * Moody.count + seen.message)
+            return seen
+
+    reliable, metrics = measure(walk(Moody), kind=Moody)
+    assert np.isnan(reliable[0]).tolist() == [False] * 3 + [True] * 3
+    assert metrics["reliability/asked"] == (10, 10)
+    assert metrics["reliability/right"] == (4, 8)
+    assert caplog.text.count("any/0 answered otherwise") == 1
+
+
+def test_an_episode_that_broke_is_not_asked_about() -> None:
+    conversations = walk()
+    conversations[0].end = BROKEN
+    reliable, metrics = measure(conversations)
+    assert np.isnan(reliable[0]).all()
+    assert metrics["reliability/asked"] == (5, 5)
+    conversations[1].end = BROKEN
+    reliable, metrics = measure(conversations)
+    assert np.isnan(reliable).all()
+    assert metrics == {"reliability/read": (0, 0), "reliability/sampled": (0, 0)}
+
+
+# --- The history is the student's, token by token -------------------------------------------------
+
+
+@pytest.mark.parametrize("history_turns", [0, 1])
+def test_the_teacher_takes_over_on_the_students_tokens(
+    history_turns: int, small: Sequence[str]
+) -> None:
+    settings = read("quickstart:runlocal", *small, f"rollout.history_turns={history_turns}")
+    student, teacher = (
+        load_model(f"embedded:{who}", dtype="float32", mesh=one_device())
+        for who in ("student", "teacher")
+    )
+    agent, envs = build.make_agent(student, settings), [make_env(settings.env) for _ in range(4)]
+    tasks = [("train", index) for index in range(4)]
+    episodes = rollout(
+        student.params,
+        row_keys(jax.random.key(0), range(4)),
+        agent=agent,
+        envs=envs,
+        tasks=tasks,
+        depth=0,
+    )
+    places = [(row, turn) for row, c in enumerate(episodes) for turn in range(len(c.turns))]
+    assert {turn for _, turn in places} == {0, 1, 2}
+    there = replace(agent, model=teacher.config)
+    play: Callable[..., list[Conversation]] = partial(
+        play_on,
+        teacher.params,
+        episodes,
+        places,
+        agent=there,
+        envs=envs,
+        keys=row_keys(jax.random.key(1), range(len(places))),
+    )
+    positions = Positions()
+    for now, (row, turn) in zip(play(turns=1, positions=positions), places, strict=True):
+        c = episodes[row]
+        start, end = now.spans[turn]
+        assert now.tokens[:start] == c.tokens[:start]
+        assert now.turns[:turn] == c.turns[:turn]
+        assert now.turn_id[:start] == [NO_TURN] * start
+        assert now.turn_id[start:end] == [turn] * (end - start)
+        assert len(now.turns) == turn + 1
+        assert now.turns[turn].observation == c.turns[turn].observation
+        how: dict[str, Any] = dict(history_turns=history_turns, left_out=agent.chat.left_out)
+        assert context(now, turns=turn, **how) == context(c, turns=turn, **how)
+    assert positions.tokens("sampling") >= len(places)
+    for now, (row, turn) in zip(play(turns=0), places, strict=True):
+        assert now.tokens[: now.spans[turn][0]] == episodes[row].tokens[: now.spans[turn][0]]
+        assert now.success or len(now.turns) == settings.env.max_turns or now.end == "context"
+
+
+# --- Weight on reliable advice --------------------------------------------------------------------
+
+
+def test_weight_on_reliable_advice_by_hand() -> None:
+    played = np.array([[True, True, True, True], [True, True, False, False]])
+    failed = np.array([[False, False, True, True], [False, False, False, False]])
+    oracle = np.array([[0, 2, NO_LABEL, NO_LABEL], [0, 0, NO_LABEL, NO_LABEL]])
+    labels = EnvLabels(played, failed, oracle)
+    weight = np.array([[2.0, 4.0, 1.0, 3.0], [6.0, 2.0, 9.0, 9.0]])
+    reliable = np.array([[1.0, 0.5, 0.0, 1.0], [0.5, 1.0, NAN, NAN]])
+    everything = (2 * 1 + 4 * 0.5 + 3 * 1 + 6 * 0.5 + 2 * 1) / 18
+    assert weight_on_reliable(weight, reliable, labels) == pytest.approx(everything)
+    # Of SKIP two are asked, of weight 2 and 6 of 10; of the failures one, of weight 1 of 4.
+    some = np.array([[1.0, 0.5, 0.0, NAN], [0.5, NAN, NAN, NAN]])
+    drawn = (10 * (2 + 3) / 8 + 2 + 4 * 0.0) / 18
+    assert weight_on_reliable(weight, some, labels) == pytest.approx(drawn)
+    # A label without an answer says nothing; nor does no weight at all.
+    none_failed = np.where(failed, NAN, reliable)
+    assert weight_on_reliable(weight, none_failed, labels) == pytest.approx((2 + 2 + 3 + 2) / 14)
+    assert math.isnan(weight_on_reliable(0 * weight, reliable, labels))
