@@ -35,6 +35,7 @@ def rollout(
     tasks: Sequence[tuple[str, int]],
     depth: int | Sequence[int],
     replay: Sequence[Sequence[Response]] | None = None,
+    keep: bool = False,
     between: Callable[[], None] | None = None,
     positions: Positions | None = None,
 ) -> list[Conversation]:
@@ -56,6 +57,9 @@ def rollout(
       replay: responses with which each episode begins, as far as they fit the context
         (`beginning`). They are given to the environment and carry no loss; the player goes on
         behind them.
+      keep: a row prefers the next episode of the task that it has just played, and keeps in its
+        cache what both begin with. So far fewer tokens are read of replays that begin alike; but
+        the rounding of such an episode depends on the one before it.
       between: called before answers of environments are taken, in all processes; what it raises
         ends the rollout.
       positions: counts what is read and sampled.
@@ -79,14 +83,21 @@ def rollout(
         _Episode(agent, number, task, most, replay[number] if replay else ())
         for number, (task, most) in enumerate(zip(tasks, depths, strict=True))
     )
-    episodes, playing = list(waiting), {}
+    episodes = list(waiting)
+    playing: dict[int, _Episode] = {}
 
     def take_episode(row: int) -> None:
         """Gives a row its next episode; it stays idle if there is none."""
-        if waiting:
-            playing[row] = episode = waiting.popleft()
+        if not waiting:
+            return
+        before = playing.get(row) if keep else None
+        alike = (n for n, e in enumerate(waiting) if before and e.task == before.task)
+        if (number := next(alike, None)) is None:
+            number = 0
             session.cache.clear(row)
-            answers.ask(row, episode.reset)
+        playing[row] = episode = waiting[number]
+        del waiting[number]
+        answers.ask(row, episode.reset)
 
     played = progress.begin("", total=len(tasks), unit="episodes")
     try:

@@ -49,8 +49,8 @@ def reliability_labeller(
     and does not label WEAK or STRONG. NaN where nothing is known: there is no such turn, it was not
     asked, or the environment broke or answered otherwise when the episode was played again.
 
-    A sample depends on the seed, the update, the row, the turn and its own number, and on no other
-    turn that is asked.
+    A sample depends on the seed, the update, the row, the turn and its own number; on other turns
+    that are asked only by rounding.
 
     Args:
       params: the teacher's.
@@ -106,23 +106,30 @@ def own_turns(
     `played` is false where the environment broke, or did not repeat the student's history. For the
     other arguments see `play_on` and `reliability_labeller`.
     """
-    rows = len(conversations)
-    drawn = [(sample, place) for place in places for sample in range(samples)]
+    # Early turns first: each row of the rollout begins with another episode, and goes on with it.
+    order = sorted(range(len(places)), key=lambda number: places[number][1])
+    drawn = [(number, sample) for number in order for sample in range(samples)]
+    there, rows = [places[number] for number, _ in drawn], len(conversations)
+    numbers = [sample * rows + row for (_, sample), (row, _) in zip(drawn, there, strict=True)]
     played = play_on(
         params,
         conversations,
-        [place for _, place in drawn],
+        there,
         agent=agent,
         envs=envs,
-        keys=row_keys(rng, [sample * rows + row for sample, (row, _) in drawn]),
+        keys=row_keys(rng, numbers),
         turns=1,
         between=between,
         positions=positions,
     )
     longest = max((turn + 1 for _, turn in places), default=1)
-    labels = env_labels(played, max_turns=longest)
-    at = np.arange(len(drawn)), np.array([turn for _, (_, turn) in drawn], int)
-    return EnvLabels(*(of_turn[at].reshape(len(places), samples) for of_turn in labels))
+    shape = len(places), samples
+    labels = EnvLabels(np.zeros(shape, bool), np.zeros(shape, bool), np.zeros(shape, np.int32))
+    found = env_labels(played, max_turns=longest)
+    for into, of_turn in zip(labels, found, strict=True):
+        for row, (at, (_, turn)) in enumerate(zip(drawn, there, strict=True)):
+            into[at] = of_turn[row, turn]
+    return labels
 
 
 def play_on(
@@ -161,6 +168,7 @@ def play_on(
         tasks=[(c.split, c.index) for c in of],
         depth=[turns and turn + turns for _, turn in places],
         replay=[beginning(c, turns=turn) for c, (_, turn) in zip(of, places, strict=True)],
+        keep=True,
         between=between,
         positions=positions,
     )
