@@ -523,9 +523,7 @@ def run(
         models = check_models(settings, workdir, named)
     who = policy
     if policy == "model":
-        check_checkpoint(workdir)
-        step = find_step(workdir, which, name="--step")
-        who = "after" if step == find_step(workdir, "newest", name="--step") else f"step-{step}"
+        who, step = find_student(workdir, which)
     panels = build.eval_panels(settings)
     with held(workdir) as workdir, Stop() as stop:
         for split in _splits(settings, panels):
@@ -552,6 +550,39 @@ def run(
             return {who: evaluate_model(settings, teacher, teacher.params, **how)}
 
 
+def find_student(workdir: Path, which: str) -> tuple[str, int]:
+    """The name of a checkpoint's figures, and its update. `which` is that of `--step`.
+
+    Raises:
+      ValueError: the workdir has no such checkpoint.
+    """
+    check_checkpoint(workdir)
+    step = find_step(workdir, which, name="--step")
+    newest = find_step(workdir, "newest", name="--step")
+    return ("after" if step == newest else f"step-{step}"), step
+
+
+def restore_student(
+    settings: Settings,
+    workdir: Path,
+    mesh: jax.sharding.Mesh,
+    step: int | None,
+    *,
+    needs_teacher: bool,
+) -> tuple[LoadedModel, Params]:
+    """The student before any update, and what is trained of it at a checkpoint; None: before any.
+
+    Without `needs_teacher` nothing is read of the teacher, so it may be missing.
+    """
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
+    vocab_size = None if needs_teacher else _vocab_size(settings, checkpoints, step)
+    student = load_student(settings, mesh, vocab_size=vocab_size)
+    params = build.initial_params(student, settings, mesh)
+    if step is not None:
+        params = checkpoints.restore(step, {"params": params}, partial=True)[0]["params"]
+    return student, params
+
+
 def _evaluate_student(
     settings: Settings,
     workdir: Path,
@@ -561,15 +592,12 @@ def _evaluate_student(
     keeping: Callable[..., Keep] | None,
 ) -> Figures:
     """The student of the workdir's checkpoint `step`; None: before any update."""
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
-    vocab_size = None if settings.eval.judge else _vocab_size(settings, checkpoints, step)
-    student = load_student(settings, mesh, vocab_size=vocab_size)
-    teacher = None
+    student, params = restore_student(
+        settings, workdir, mesh, step, needs_teacher=settings.eval.judge
+    )
+    update, teacher = step or 0, None
     if settings.eval.judge and (keeping or not settings.judge_model):
         teacher = load_teacher(settings, mesh)  # to judge, or to score tokens
-    params, update = build.initial_params(student, settings, mesh), step or 0
-    if step is not None:
-        params = checkpoints.restore(step, {"params": params}, partial=True)[0]["params"]
     sampling, keep = build.make_sampling_params(params, student, settings), None
     if keeping:
         keep = keeping(

@@ -620,7 +620,7 @@ def test_an_evaluation_in_the_workdir_of_a_running_run_is_refused(
         (["--config.eval.task=3"], ["`eval.task`", "`eval.tasks`"]),
         (["--config.eval.tasks=0"], ["`eval.tasks`", "at least 1"]),
         (["--config.student=no/where"], ["`no/where`"]),
-        (["--policy=model"], ["`--policy=model`", "no checkpoint", "`--untrained`"]),
+        (["--policy=model"], ["has no checkpoint", "`--untrained`"]),
         (["--workdir=s3://bucket/run"], ["`--workdir`", "s3://bucket/run", "URL"]),
         (["--config.student=gs://bucket/model"], ["gs://bucket/model", "URL"]),
     ],

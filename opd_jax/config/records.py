@@ -150,9 +150,13 @@ def in_words(place: Place, batch: Batch, of: Conversation, decode: Decode) -> st
     return f"{said} {turn} at token {at}, {text!r}: {what}"
 
 
+# (trained, batch, some of its rows) to what is told of these rows.
+LookAt = Callable[[Params, Batch, Sequence[int]], Seen]
+
+
 def make_look_at(
     settings: Settings, student: LoadedModel, teacher: LoadedModel | None
-) -> Callable[[Params, Batch, Sequence[int]], Seen] | None:
+) -> LookAt | None:
     """The function that looks at rows of a batch, from what is trained (`learner.looking`).
 
     None if the objective reads no teacher: then there is nothing to compare.
@@ -171,6 +175,31 @@ def make_look_at(
     )
     base = student.params if build.adapters(settings) else None
     return lambda trained, batch, rows: look(trained, base, teacher.params, batch, rows)
+
+
+def score_episodes(
+    settings: Settings,
+    student: LoadedModel,
+    trained: Params,
+    look_at: LookAt,
+    played: Sequence[Conversation],
+    verdict: np.ndarray,
+) -> Scored:
+    """What may be looked at in episodes outside training; `verdict` is int32 [B, K]."""
+    rows_of = partial(
+        history.rows,
+        history_turns=settings.rollout.history_turns,
+        left_out=student.chat.left_out,
+    )
+    rows, of = rows_of(played)
+    retell, told = build.make_retell(settings, student.chat), None
+    if retell:
+        told, _ = rows_of([retell(c) for c in played])
+    multiple = settings.train.length_multiple
+    these = Played(list(played), rows, of, multiple, metrics={}, teacher_rows=told)
+    labels = build.other_labels(settings, played)
+    batch = build.make_pack(settings, student.config)(these, verdict, labels)
+    return Scored(partial(look_at, trained, batch), batch, of)
 
 
 def make_keep(
@@ -202,19 +231,7 @@ def make_keep(
     def scored(played: list[Conversation], judgement: Judgement | None) -> Scored | None:
         if not (student and trained and look_at and judgement):
             return None
-        rows_of = partial(
-            history.rows,
-            history_turns=settings.rollout.history_turns,
-            left_out=student.chat.left_out,
-        )
-        rows, of = rows_of(played)
-        retell, told_rows = build.make_retell(settings, student.chat), None
-        if retell:
-            told_rows, _ = rows_of([retell(c) for c in played])
-        multiple = settings.train.length_multiple
-        these = Played(played, rows, of, multiple, metrics={}, teacher_rows=told_rows)
-        batch = build.make_pack(settings, student.config)(these, judgement.verdict)
-        return Scored(partial(look_at, trained, batch), batch, of)
+        return score_episodes(settings, student, trained, look_at, played, judgement.verdict)
 
     def keep(split: str, played: Sequence[Conversation], judgement: Judgement | None) -> None:
         first = list(played[:count])

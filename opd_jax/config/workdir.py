@@ -147,8 +147,8 @@ def check_checkpoint(workdir: Path) -> None:
     """
     if not _has_checkpoint(workdir):
         raise ValueError(
-            f"`--policy=model`: `{workdir}` has no checkpoint{closest_run(workdir)}; "
-            "`--untrained` evaluates the student before any update"
+            f"`{workdir}` has no checkpoint{closest_run(workdir)}; `--untrained` takes the student "
+            "before any update"
         )
 
 
