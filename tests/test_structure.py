@@ -92,7 +92,7 @@ def test_the_picture_in_the_readme_has_every_room() -> None:
     # Data, and what Python leaves behind.
     assert set(rooms()) == there - {"__init__", "__pycache__", "pair"}
     assert len(rooms()) == len(set(rooms()))
-    commands = {"train", "evaluate", "compare", "export", "view", "plan", "losses"}
+    commands = {"train", "evaluate", "compare", "audit", "export", "view", "plan", "losses"}
     assert len(there - commands - {"__init__", "__pycache__"}) <= 14
 
 

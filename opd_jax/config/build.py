@@ -39,6 +39,7 @@ from opd_jax.judge.answer import Judge
 from opd_jax.judge.labels import repeats
 from opd_jax.judge.others import brought_judge, find_judge
 from opd_jax.judge.prompt import LABELS, read_prompt
+from opd_jax.judge.reliability import Reliability, reliability_labeller
 from opd_jax.judge.verdicts import Labeller, Verdicts, no_judge, teacher_judge
 from opd_jax.learner.batch import Batch, pack, responses
 from opd_jax.learner.optimizer import make_optimizer
@@ -279,6 +280,41 @@ def _judge(
         responses=places if settings.judges_what_it_scores else None,
         **how,
     )
+
+
+def make_reliability(
+    settings: Settings,
+    student: LoadedModel,
+    teacher: LoadedModel,
+    envs: Sequence[Env | None],
+    *,
+    samples: int,
+    per_label: int,
+    between: Callable[[], None] | None = None,
+) -> Reliability:
+    """How reliable the teacher is at the student's turns (`reliability_labeller`)."""
+    return reliability_labeller(
+        teacher.params,
+        agent=teacher_there(student, teacher, settings),
+        envs=envs,
+        max_turns=settings.env.max_turns,
+        seed=settings.seed,
+        samples=samples,
+        per_label=per_label,
+        between=between,
+    )
+
+
+def teacher_there(
+    student: LoadedModel,
+    teacher: LoadedModel,
+    settings: Settings,
+    *,
+    temperature: float | None = None,
+) -> Agent:
+    """The teacher in the student's place: it reads and writes with the student's chat format."""
+    there = make_agent(student, settings, temperature=temperature)
+    return dataclasses.replace(there, model=teacher.config)
 
 
 # --- Tasks and sources of tokens ------------------------------------------------------------------

@@ -85,6 +85,51 @@ def judge_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     return table(rows, list(rows[0])) if rows else ""
 
 
+def audit_tables(who: str, figures: Mapping[str, Any]) -> str:
+    """Markdown tables of an audit's figures (`audit`), with what it cost the teacher below."""
+    turns = [
+        {
+            "turns of": who,
+            "label": label,
+            "turns": of["turns"],
+            "tokens": _percent(of["tokens"]),
+            "divergence": _percent(of["divergence"]),
+            "asked": of["asked"],
+            "teacher fails there": _rate(of, "failed"),
+            "is right there": _rate(of, "right"),
+        }
+        for label, of in figures["turns"].items()
+    ]
+    weights = [
+        {"weights": name, "tokens": _percent(of["tokens"]), "on right": _percent(of["reliable"])}
+        for name, of in figures["weights"].items()
+    ]
+    after = [
+        {
+            "after turns": turns,
+            "still running": of["n"],
+            "teacher wins": _rate(of, "success"),
+            "with those won before": _rate(of, "of_all"),
+            "read": of["read"],
+            "sampled": of["sampled"],
+        }
+        for turns, of in figures.get("take_over", {}).items()
+    ]
+    cost = figures["teacher_tokens"]
+    told = f"own turns of the teacher: {cost['read']} tokens read, {cost['sampled']} sampled"
+    tables = [table(rows, list(rows[0])) for rows in (turns, weights, after) if rows]
+    return "\n\n".join([tables[0], told, *tables[1:]])
+
+
+def _rate(figures: Mapping[str, Any], name: str) -> str:
+    low, high = figures[f"{name}_ci95"]
+    return f"{_percent(figures[name])} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None or value != value else f"{value:.1%}"
+
+
 def _hundredths(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 

@@ -1,0 +1,393 @@
+"""Audits how reliable the teacher is at the student's turns, and what a method makes of that.
+
+    python -m opd_jax.audit --workdir=runs/quickstart [--step=120|best]
+    python -m opd_jax.audit --workdir=runs/a --config=quickstart --untrained --turns=200
+    python -m opd_jax.audit --workdir=runs/quickstart --take_over=0,4,8,12
+
+The student of the newest checkpoint, or of `--step`, plays the first `--episodes` tasks of a split
+(0: `eval.tasks`; the last of `eval.splits`) as in training. At `--turns` of its turns of each label
+(0: all) the teacher takes `--samples` turns of its own, which are executed: how often are they
+rejected, how often right, and how much of a method's weight lies where they are? `--take_over`
+lets the teacher play on after so many turns of the student. The environment needs nothing but to
+answer alike when an episode is played again. Figures are merged into `audit.json`
+(docs/reliability.md).
+"""
+
+import dataclasses
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import FrozenConfigDict
+
+from opd_jax.agent.conversation import Conversation, check_some_played
+from opd_jax.agent.environments import close, make_envs
+from opd_jax.agent.positions import Positions
+from opd_jax.agent.rollout import row_keys
+from opd_jax.config import build, check_same_run, parse_command_line
+from opd_jax.config.models import LoadedModel, load_teacher
+from opd_jax.config.records import make_look_at, score_episodes
+from opd_jax.config.references import MODELS
+from opd_jax.config.settings import Settings, binds_an_evaluation, read_settings
+from opd_jax.config.workdir import check_may_hold_a_run, check_models, store_evaluation
+from opd_jax.envs.make import make_env
+from opd_jax.evaluate import find_student, play_model, restore_student
+from opd_jax.experience.tasks import Panel, describe
+from opd_jax.judge.labels import NO_LABEL, EnvLabels, env_labels
+from opd_jax.judge.others import oracle_judge
+from opd_jax.judge.reliability import by_outcome, play_on, weight_on_reliable
+from opd_jax.losses import intervention_weight
+from opd_jax.model import Params
+from opd_jax.report.intervals import wilson_interval
+from opd_jax.report.tables import audit_tables
+from opd_jax.report.writers import write_summary
+from opd_jax.runtime import processes, progress
+from opd_jax.runtime.exits import reported
+from opd_jax.runtime.fields import check_within
+from opd_jax.runtime.lease import held
+from opd_jax.runtime.stop import Stop
+
+Figures = dict[str, Any]
+
+
+class How(NamedTuple):
+    """What is audited, as the flags say.
+
+    Attributes:
+      split: whose tasks the student plays.
+      episodes: how many.
+      turns: most turns asked of each label; 0: all.
+      samples: own turns of the teacher at each.
+      take_over: turns of the student after which the teacher takes over.
+    """
+
+    split: str
+    episodes: int
+    turns: int
+    samples: int
+    take_over: tuple[int, ...]
+
+
+class TurnSums(NamedTuple):
+    """Sums over the tokens of a turn, float [B, K]: their number, divergence, and c · e."""
+
+    tokens: np.ndarray
+    divergence: np.ndarray
+    factor: np.ndarray
+
+
+def audit(
+    settings: Settings,
+    student: LoadedModel,
+    trained: Params,
+    teacher: LoadedModel,
+    *,
+    how: How,
+    update: int,
+    between: Callable[[], None],
+) -> Figures:
+    """The figures of an audit (docs/reliability.md).
+
+    Args:
+      settings: the run's.
+      student: plays; its own parameters only below adapters.
+      trained: what is trained of it.
+      teacher: the teacher.
+      how: what is asked.
+      update: updates that the student has had.
+      between: called between turns; what it raises ends the audit.
+    """
+    params = build.make_sampling_params(trained, student, settings)
+    agent = build.make_agent(student, settings)
+    with progress.doing("the student's episodes"):
+        played = play_model(settings, agent, params, how.split, tasks=how.episodes, between=between)
+    check_some_played(played)
+    del params
+    labels = env_labels(played, max_turns=settings.env.max_turns)
+    sums = turn_sums(settings, student, trained, teacher, played)
+    weights = method_weights(settings, sums, teacher, played, update=update, between=between)
+    envs = make_envs(partial(make_env, settings.env), settings.eval.batch)
+    try:
+        measure = build.make_reliability(
+            *(settings, student, teacher, envs),
+            samples=how.samples,
+            per_label=how.turns,
+            between=between,
+        )
+        with progress.doing("the teacher's own turns"):
+            reliable, metrics = measure(played, update)
+        curve = {
+            str(turns): take_over(
+                settings, student, teacher, played, envs, turns=turns, between=between
+            )
+            for turns in how.take_over
+        }
+    finally:
+        close(envs)
+    return {
+        "turns": turn_figures(metrics, labels, sums, samples=how.samples),
+        "weights": {
+            name: {
+                "tokens": _share(sums.tokens[weight > 0].sum(), sums.tokens.sum()),
+                "reliable": weight_on_reliable(weight, reliable, labels),
+            }
+            for name, weight in weights.items()
+        },
+        "teacher_tokens": {
+            name: int(metrics[f"reliability/{name}"][0]) for name in ("read", "sampled")
+        },
+        **({"take_over": curve} if curve else {}),
+    }
+
+
+def turn_sums(
+    settings: Settings,
+    student: LoadedModel,
+    trained: Params,
+    teacher: LoadedModel,
+    played: Sequence[Conversation],
+) -> TurnSums:
+    """What an update computes of the tokens of each turn, before verdicts weigh them."""
+    objective = dataclasses.replace(settings.objective, intervention=False)
+    if not objective.needs_teacher:
+        objective = dataclasses.replace(objective, divergence="reverse_kl")
+    plain = dataclasses.replace(
+        settings,
+        objective=objective,
+        episodes=dataclasses.replace(settings.episodes, top=False),
+    )
+    look_at = make_look_at(plain, student, teacher)
+    assert look_at is not None  # the objective reads the teacher
+    nothing = np.zeros((len(played), settings.env.max_turns), np.int32)
+    scored = score_episodes(plain, student, trained, look_at, played, nothing)
+    batch = jax.tree.map(np.asarray, scored.batch)
+    own = batch.response < batch.tokens.shape[1]
+    rows = np.flatnonzero(own.any(axis=1))
+    seen = scored.look(rows.tolist())
+    row, place = np.nonzero(own[rows])
+    episode = np.asarray(scored.episode)[rows[row]]
+    turn = batch.turn_id[rows[row], batch.response[rows[row], place]]
+
+    def total(of_token: Any) -> np.ndarray:
+        result = np.zeros(nothing.shape)
+        np.add.at(result, (episode, turn), of_token[row, place])
+        return result
+
+    ones = np.ones_like(seen.weight)
+    return TurnSums(total(ones), total(seen.scores.divergence), total(seen.weight))
+
+
+def method_weights(
+    settings: Settings,
+    sums: TurnSums,
+    teacher: LoadedModel,
+    played: Sequence[Conversation],
+    *,
+    update: int,
+    between: Callable[[], None],
+) -> dict[str, np.ndarray]:
+    """Weights of the turns, float [B, K], by method, before the scale.
+
+    `opd` weighs tokens alike. `sage` is the config's own method, if it intervenes, and `oracle`
+    the same with the environment's labels as verdicts, if there are any. `NAME_fail_0` is NAME with
+    failed turns at 0.
+    """
+    labels = env_labels(played, max_turns=settings.env.max_turns)
+    verdicts = {}
+    if settings.objective.intervention:
+        asked = dataclasses.replace(
+            settings, judge=dataclasses.replace(settings.judge, agreement_every=0)
+        )
+        with progress.doing("verdicts"):
+            label = build.make_labeller(asked, teacher, between=between)
+            verdicts["sage"] = label(played, update).verdict
+    if (labels.oracle != NO_LABEL).any():
+        verdicts["oracle"] = oracle_judge(max_turns=settings.env.max_turns)(played, update).verdict
+    weights = {"opd": sums.tokens}
+    for name, verdict in verdicts.items():
+        weighed = intervention_weight(jnp.asarray(verdict), **settings.objective.turn_weights)
+        weights[name] = np.asarray(weighed) * sums.factor
+    return {
+        f"{name}{end}": weight * ~(labels.failed & bool(end))
+        for name, weight in weights.items()
+        for end in ("", "_fail_0")
+    }
+
+
+def turn_figures(
+    metrics: Mapping[str, Any], labels: EnvLabels, sums: TurnSums, *, samples: int
+) -> dict[str, Figures]:
+    """What the teacher's own turns became, by the label of the student's turn there.
+
+    Turns count as independent in intervals, the samples of one turn as one.
+    """
+    figures: dict[str, Figures] = {}
+    for name, there in by_outcome(labels).items():
+        if not there.any():
+            continue
+        figures[name] = {
+            "turns": int(there.sum()),
+            "tokens": _share(sums.tokens[there].sum(), sums.tokens.sum()),
+            "divergence": _share(sums.divergence[there].sum(), sums.divergence.sum()),
+            "asked": int(metrics[f"reliability/asked_{name.lower()}"][0]),
+        }
+        for what in ("failed", "right"):
+            part, whole = metrics[f"reliability/{what}_{name.lower()}"]
+            figures[name] |= _rate(what, part / samples, whole / samples)
+    return figures
+
+
+def take_over(
+    settings: Settings,
+    student: LoadedModel,
+    teacher: LoadedModel,
+    played: Sequence[Conversation],
+    envs: Sequence[Any],
+    *,
+    turns: int,
+    between: Callable[[], None],
+) -> Figures:
+    """Success where the teacher plays on after `turns` turns of the student, to the end.
+
+    It plays as in an evaluation, with the same keys: after 0 turns these are its own figures. An
+    episode that has ended before is counted in `of_all` alone, as the student left it.
+    """
+    fit = {row: c for row, c in enumerate(played) if not c.broken}
+    running = [row for row, c in fit.items() if len(c.turns) > turns]
+    positions = Positions()
+    with progress.doing(f"the teacher after {turns} turns"):
+        ended = play_on(
+            teacher.params,
+            played,
+            [(row, turns) for row in running],
+            agent=build.teacher_there(
+                student, teacher, settings, temperature=settings.eval.temperature
+            ),
+            envs=envs,
+            keys=row_keys(jax.random.key(settings.eval.seed), running),
+            turns=0,
+            between=between,
+            positions=positions,
+        )
+    whole = [c for c in ended if not c.broken]
+    wins = sum(c.success for c in whole)
+    before = sum(c.success for row, c in fit.items() if row not in running)
+    return {
+        "n": len(whole),
+        **_rate("success", wins, len(whole)),
+        **_rate("of_all", wins + before, len(whole) + len(fit) - len(running)),
+        "read": positions.tokens("reading"),
+        "sampled": positions.tokens("sampling"),
+    }
+
+
+def _rate(name: str, part: float, whole: float) -> Figures:
+    n = round(whole)
+    interval = list(wilson_interval(round(part), n))
+    return {name: _share(part, whole), f"{name}_ci95": interval}
+
+
+def _share(part: float, whole: float) -> float | None:
+    return float(part / whole) if whole else None
+
+
+# --- The command --------------------------------------------------------------------------------
+
+
+def run(config: FrozenConfigDict, workdir: Path, which: str, how: How) -> tuple[str, Figures]:
+    """Audits a student, and merges the figures into `audit.json`; `which` is "" if untrained.
+
+    Returns:
+      The name of the student's figures, as in `summary.json`, and the figures.
+
+    Raises:
+      ValueError: there is no teacher, or as `evaluate.run`.
+    """
+    settings = read_settings(config)
+    if not settings.teacher or settings.student == "new":
+        raise ValueError("`teacher` is empty: an audit needs one, `--config.teacher=DIR`")
+    split = how.split or settings.eval.splits[-1]
+    check_may_hold_a_run(workdir)
+    check_same_run(config, workdir, binds=binds_an_evaluation(settings, teacher=True))
+    build.check_named(settings)
+    build.check_shapes(settings)
+    models = check_models(settings, workdir, MODELS)
+    who, step = find_student(workdir, which) if which else ("before", None)
+    panel = _panel(settings, split)
+    how = how._replace(split=split, episodes=min(how.episodes or settings.eval.tasks, panel.size))
+    with held(workdir) as workdir, Stop() as stop:
+        processes.say(describe(split, panel))
+        mesh = build.open_mesh(settings)
+        with jax.set_mesh(mesh):
+            teacher = load_teacher(settings, mesh)
+            assert teacher is not None  # as checked before
+            student, trained = restore_student(settings, workdir, mesh, step, needs_teacher=True)
+            figures = audit(
+                *(settings, student, trained, teacher),
+                how=how,
+                update=step or 0,
+                between=stop.check,
+            )
+        store_evaluation(config, models, workdir)
+        figures = {
+            "update": step or 0,
+            "digest": panel.digest,
+            "seed": settings.seed,
+            "temperature": settings.rollout.temperature,
+            **{name: value for name, value in how._asdict().items() if name != "take_over"},
+            **figures,
+        }
+        write_summary(workdir / "audit.json", {who: {split: figures}})
+    return who, figures
+
+
+def _panel(settings: Settings, split: str) -> Panel:
+    """The tasks of a split, which may be the one that chooses checkpoints."""
+    alone = dataclasses.replace(settings.eval, splits=(split,), every=0)
+    last = dataclasses.replace(settings.checkpoint, best="")
+    return build.eval_panels(dataclasses.replace(settings, eval=alone, checkpoint=last))[split]
+
+
+def turns_to_take_over(text: str, *, max_turns: int) -> tuple[int, ...]:
+    """The turns that `--take_over=0,4,8` names; none for "".
+
+    Raises:
+      ValueError: they are no numbers of turns below `max_turns`.
+    """
+    turns = tuple(map(int, text.split(","))) if re.fullmatch(r"\d+(,\d+)*", text) else ()
+    if text and (not turns or max(turns) >= max_turns):
+        raise ValueError(
+            "flag `--take_over` expects numbers of turns below `env.max_turns` = "
+            f"{max_turns}, such as 0,4,8; got `{text}`"
+        )
+    return turns
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command `python -m opd_jax.audit`."""
+    with reported():
+        own: dict[str, Any] = dict(step="newest", untrained=False, split="", take_over="")
+        own |= dict(episodes=0, turns=100, samples=1)
+        config, workdir, flags = parse_command_line(argv, usage=__doc__, or_stored=True, **own)
+        settings = read_settings(config)
+        check_within(0, **{"--episodes": flags["episodes"], "--turns": flags["turns"]})
+        check_within(1, **{"--samples": flags["samples"]})
+        if flags["untrained"] and flags["step"] != "newest":
+            raise ValueError("`--untrained` is the student before any update: omit `--step`")
+        after = turns_to_take_over(flags["take_over"], max_turns=settings.env.max_turns)
+        how = How(**{name: flags[name] for name in How._fields} | {"take_over": after})
+        processes.start()
+        with processes.ending_together():
+            which = "" if flags["untrained"] else flags["step"]
+            who, figures = run(config, workdir, which, how)
+        processes.say(audit_tables(who, figures))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
