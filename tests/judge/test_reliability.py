@@ -197,6 +197,7 @@ def test_a_sample_depends_on_its_seed_and_place_and_on_no_other() -> None:
     random = partial(measure, conversations, logit=2.0)
     reliable, _ = random(samples=8)
     assert 0 < np.nanmean(reliable) < 0.9  # far from what it says where it is sure
+    assert ((reliable > 0) & (reliable < 1)).any()  # the samples of a turn differ
     np.testing.assert_array_equal(random(samples=8)[0], reliable)
     for other in (dict(seed=1), dict(update=1)):
         assert not np.array_equal(random(samples=8, **other)[0], reliable, equal_nan=True)
