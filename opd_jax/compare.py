@@ -14,6 +14,7 @@ from opd_jax.report.intervals import mean_interval, wilson_interval
 from opd_jax.report.tables import split_label, table
 from opd_jax.report.writers import write_summary
 from opd_jax.runtime import processes
+from opd_jax.runtime.exits import reported
 from opd_jax.runtime.files import replace_text
 from opd_jax.runtime.lease import held
 
@@ -165,3 +166,11 @@ def judge_figures(config: FrozenConfigDict, workdir: Path) -> dict[str, dict[str
         if pooled:
             figures[method] = pooled
     return figures
+
+
+if __name__ == "__main__":
+    with reported():
+        raise ValueError(
+            "`train` runs a comparison, where `compare.methods` names methods: "
+            "python -m opd_jax.train --config=quickstart:compare --workdir=DIR"
+        )

@@ -1,6 +1,7 @@
 """The comparison of methods: its arithmetic, and a small one from end to end."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,14 @@ def test_figures_of_the_judge_are_pooled_over_updates_and_seeds(tmp_path: Path) 
 
 
 # --- End to end
+
+
+def test_as_a_command_it_says_which_one_to_give(command: Callable) -> None:
+    done = command("compare", "--config=quickstart:compare", "--workdir=runs/x")
+    assert (done.returncode, done.stdout) == (2, "")
+    [line] = done.stderr.splitlines()
+    config = re.search(r"^error: .*opd_jax.train --config=(\S+) --workdir=", line)[1]
+    assert load(config, []).compare.methods
 
 
 @pytest.mark.slow
