@@ -4,14 +4,15 @@
 # The workdir is runs/NAME by default, with the config's NAME. PYTHON chooses the interpreter (3.11
 # or newer), EXTRAS the extras, such as EXTRAS=cuda. A run that ends with status 75 (a server or an
 # engine failed) is started again, at most RESTARTS times (3) without a new checkpoint. --dry-run
-# prints the commands.
+# prints the commands. All other arguments are those of opd_jax.train, whose --help follows here
+# once it is installed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 source launch/dry_run.sh
 
 workdir=()
-if [[ " $* " != *" --workdir"* && " $* " != *" --help"* ]]; then
+if [[ " $* " != *" --workdir"* ]]; then
   config="" previous=""
   for word in "$@"; do
     [[ $word == --config=* ]] && config=${word#--config=}
@@ -22,6 +23,7 @@ if [[ " $* " != *" --workdir"* && " $* " != *" --help"* ]]; then
   workdir=(--workdir="runs/${name:-run}")
 fi
 train=(.venv/bin/python -m opd_jax.train "$@" ${workdir[@]+"${workdir[@]}"})
+source launch/help.sh
 
 if [[ -n $dry_run ]]; then
   echo "bash -c 'source launch/venv.sh && ensure_venv \"${EXTRAS:-}\"'"

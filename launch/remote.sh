@@ -1,12 +1,13 @@
 # shellcheck shell=bash
-# Sourced by tpu_vm.sh, gke.sh and slurm.sh, which set `verbs`. It exports the variables of
-# launch/env unless the environment has them, takes --dry-run out of the arguments, and takes the
-# first argument, one of `verbs`, as `verb`. It defines:
+# Sourced by tpu_vm.sh, gke.sh and slurm.sh, which set `verbs`. It answers --help, exports the
+# variables of launch/env unless the environment has them, takes --dry-run out of the arguments, and
+# takes the first argument, one of `verbs`, as `verb`. It defines:
 #   require NAME...      fail if one of these variables is not set
 #   one_of NAME VALUE... fail if the variable has none of these values
 #   call COMMAND...      run a command; in a dry run print it as a shell would read it
 #   retry COMMAND...     run a command until it succeeds, ten times at most
 
+source launch/help.sh
 if [[ -f launch/env ]]; then
   given=$(export -p)
   set -a

@@ -8,6 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+source launch/help.sh
 source launch/venv.sh
 ensure_test_venv
 # Two processes: more need more memory than they save time. Each takes whole files, in the order of

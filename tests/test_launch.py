@@ -22,7 +22,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
-SOURCED = {"venv.sh", "remote.sh", "dry_run.sh", "restarts.sh"}
+SOURCED = {"venv.sh", "remote.sh", "dry_run.sh", "help.sh", "restarts.sh"}
 SETTINGS = {
     script: dict(word.split("=", 1) for word in shlex.split(words))
     for script, words in {
@@ -222,6 +222,28 @@ def installed(checkout: Checkout) -> Checkout:
     """A checkout on a machine: with an interpreter."""
     subprocess.run(["bash", "-c", checkout.install(checkout.path)], check=True)
     return checkout
+
+
+# --- Help
+
+
+@pytest.mark.parametrize("script", ["local.sh", "test.sh", *SETTINGS])
+def test_help_is_what_the_script_says_of_itself_and_runs_nothing(
+    script: str, checkout: Checkout
+) -> None:
+    for words in (["--help"], ["run", "-h"]):  # without settings too
+        nothing = dict.fromkeys(SETTINGS.get(script, {}))
+        status, output, errors = checkout.run(script, *words, **nothing)
+        assert (status, errors) == (0, "")
+        header = (ROOT / "launch" / script).read_text().partition("\nset -")[0]
+        assert header.splitlines()[1:] == [f"# {line}".rstrip() for line in output.splitlines()]
+    assert checkout.log == []
+
+
+def test_the_help_of_training_follows_where_it_is_installed(installed: Checkout) -> None:
+    status, output, _ = installed.run("local.sh", "--config=c.py", "--help")
+    assert (status, output.startswith("Make .venv if absent")) == (0, True)
+    assert installed.trained == ["train [] [] --config=c.py --help --workdir=runs/c"]
 
 
 # --- Settings
