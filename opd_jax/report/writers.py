@@ -17,6 +17,7 @@ from opd_jax.runtime.files import (
     replace_bytes,
     replace_text,
 )
+from opd_jax.runtime.lazy import without_torch
 
 
 class JsonlWriter:
@@ -63,7 +64,8 @@ class EventWriter:
     def __init__(self, directory: Path, *, resume_step: int | None):
         # Imported late: it takes seconds. Not its `SummaryWriter`: it writes from a thread that
         # nobody can wait for, so a kill would lose steps that a checkpoint already covers.
-        from tensorboardX.event_file_writer import EventsWriter
+        with without_torch():
+            from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         directory.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import struct
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import opd_jax
 from opd_jax.report.writers import EventWriter, JsonlWriter, read_summary, write_summary
 
 
@@ -98,6 +102,26 @@ def test_event_files_hold_the_finite_scalars_and_hide_those_of_later_steps(tmp_p
     (file,) = (tmp_path / "b").iterdir()
     starts = [event.step for event in events_in(file) if event.HasField("session_log")]
     assert (starts, scalars(file)) == ([8], [(8, "loss", 0.25)])
+
+
+def test_a_broken_torch_does_not_matter(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise OSError('no libcudart.so')")
+    code = f"""if True:
+        from pathlib import Path
+        from opd_jax.report.writers import EventWriter
+        writer = EventWriter(Path({str(tmp_path / "events")!r}), resume_step=None)
+        writer.write(1, {{"loss": 0.5}})
+        try:
+            import torch  # whoever needs it sees what it is
+        except OSError as error:
+            print(error)
+    """
+    variables = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(opd_jax.__file__).parents[1]}"}
+    words = (sys.executable, "-c", code)
+    done = subprocess.run(words, env=variables, capture_output=True, text=True, check=True)
+    (file,) = (tmp_path / "events").iterdir()
+    assert (scalars(file), done.stdout) == ([(1, "loss", 0.5)], "no libcudart.so\n")
 
 
 @pytest.mark.parametrize(("resume_step", "kept"), [(None, []), (1, [1]), (2, [1, 2])])
