@@ -14,7 +14,7 @@ _compiled_s = 0.0  # by this process so far
 
 def _on_event(event: str, duration_secs: float, **_: Any) -> None:
     global _compiled_s
-    if event == "/jax/core/compile/backend_compile_duration":
+    if event.startswith("/jax/core/compile/"):  # tracing and lowering too
         _compiled_s += duration_secs
 
 
@@ -24,8 +24,9 @@ monitoring.register_event_duration_secs_listener(_on_event)
 class Stopwatch:
     """Seconds of the named parts of an update, with compilation counted apart.
 
-    JAX compiles inside the part that first meets a shape. That time is subtracted from the part and
-    added to `compile_s`. In a trace of `jax.profiler` a part is named `prefix` + its name.
+    JAX traces and compiles inside the part that first meets a shape. That time is subtracted from
+    the part and added to `compile_s`. In a trace of `jax.profiler` a part is named `prefix` + its
+    name.
     """
 
     def __init__(self, prefix: str = "") -> None:

@@ -129,12 +129,8 @@ def describe(metrics: Mapping[str, Any], *, update: int, updates: int) -> str:
         parts.append(" ".join(verdicts))
     if (speed := metrics.get("tokens_per_s/update")) is not None:
         parts.append(f"{tqdm.format_sizeof(speed)} tok/s")
-    # Compiling is not repeated, so it does not count for the time left.
-    seconds = sum(
-        value
-        for name, value in metrics.items()
-        if name.startswith("seconds/") and name != "seconds/compile"
-    )
+    # Not every update compiles or looks at episodes, so these do not count for the time left.
+    seconds = sum(metrics.get(f"seconds/{part}", 0.0) for part in ("rollout", "judge", "update"))
     left = tqdm.format_interval(round(seconds * (updates - update)))
     return "  ".join([*parts, f"{left} left"])
 

@@ -1,5 +1,7 @@
 """Means of sums and counts, and the seconds of an update's parts."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +51,23 @@ def test_compiling_is_counted_apart_and_once() -> None:
     with second.measure("part"):
         program(np.ones(5))
     assert first.compile_s > 0 == second.compile_s
+
+
+def test_tracing_counts_as_compiling_and_a_call_in_it_only_once() -> None:
+    @jax.jit
+    def inner(x: jax.Array) -> jax.Array:
+        time.sleep(0.2)
+        return x + 1
+
+    @jax.jit
+    def outer(x: jax.Array) -> jax.Array:
+        time.sleep(0.2)
+        return inner(x) * 2
+
+    clock, start = Stopwatch(), time.perf_counter()
+    with clock.measure("part"):
+        outer(np.ones(3))
+    assert 0.39 < clock.compile_s < time.perf_counter() - start
 
 
 # --- The table of keys
