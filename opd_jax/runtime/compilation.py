@@ -24,6 +24,8 @@ _LOGGER = "jax._src.interpreters.pxla"
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 # What is loaded from the cache is there sooner, and needs no second line.
 _LONG_S = 5.0
+# Then XLA asks "Very slow compile?" in five lines, as an error. No flag of its own silences them.
+_ALARM_S = 120.0
 _compiling: progress.Doing | None = None
 
 
@@ -67,5 +69,6 @@ def _finished(event: str, duration_secs: float, **_: Any) -> None:
     if event == _COMPILED and _compiling:
         progress.end(_compiling)
         if duration_secs >= _LONG_S:
-            processes.say(f"{_compiling.name} took {duration_secs:.0f} s")
+            hint = ' ("Very slow compile?" is no error)' if duration_secs >= _ALARM_S else ""
+            processes.say(f"{_compiling.name} took {duration_secs:.0f} s{hint}")
         _compiling = None

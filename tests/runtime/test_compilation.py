@@ -1,5 +1,6 @@
 """Compiled programs are kept between runs, and large ones are named before they are compiled."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -78,6 +79,23 @@ def test_a_large_program_is_named_once_before_it_is_compiled(
         small(train_step(jnp.ones(size)))
     said = "traced\ncompiling the update (train_step)\n"
     assert capsys.readouterr().out == said * 2
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (4.0, ""),
+        (6.0, "compiling judging took 6 s\n"),
+        (130.0, 'compiling judging took 130 s ("Very slow compile?" is no error)\n'),
+    ],
+)
+def test_a_long_compilation_says_how_long_it_took(
+    seconds: float, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compilation.start("")
+    logging.getLogger("jax._src.interpreters.pxla").debug("Compiling jit(label_scores)")
+    jax.monitoring.record_event_duration_secs("/jax/core/compile/backend_compile_duration", seconds)
+    assert capsys.readouterr().out == "compiling judging (label_scores)\n" + said
 
 
 def test_nothing_else_that_jax_says_of_it_is_printed() -> None:
