@@ -63,8 +63,9 @@ def figures(groups: Sequence[Group]) -> dict[str, tuple[Any, str]]:
             "figures need matplotlib, which is not installed: pip install 'opd-jax[report]'"
         ) from None
     matplotlib.use("Agg")
-    lines = f"Lines: running mean over {smoothing(groups)} updates. "
-    lines += "Bands: lowest to highest seed; faint: each update of a single seed."
+    lines = "Bands: lowest to highest seed."
+    if (width := smoothing(groups)) > 1:
+        lines = f"Lines: running mean over {width} updates; faint: each of a single seed. {lines}"
     drawn: dict[str, tuple[Callable[[Sequence[Group]], Any], str]] = {
         "success": (
             _success,
@@ -232,16 +233,17 @@ def _success(groups: Sequence[Group]) -> Any:
 
 
 def _references(axis: Any, groups: Sequence[Group], split: str) -> None:
-    """Dashed lines for the others that were evaluated, such as the teacher."""
-    for who in ("expert", "teacher", "random"):
+    """Dashed lines for the others that were evaluated, such as the teacher, on the most tasks."""
+    for place, who in enumerate(("expert", "teacher", "random")):
         results = [run.results.get(who, {}).get(split) for group in groups for run in group.runs]
-        rates = {figures["success"] for figures in results if figures}
+        most = max((figures["n"] for figures in results if figures), default=0)
+        rates = {figures["success"] for figures in results if figures and figures["n"] == most}
         if len(rates) == 1:  # runs with several teachers have no one line
             (rate,) = rates
             axis.axhline(rate, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
             axis.annotate(
                 who,
-                (0.5, rate),
+                (0.25 + 0.25 * place, rate),  # beside each other: two may have one rate
                 xycoords=("axes fraction", "data"),
                 textcoords="offset points",
                 xytext=(0, -2 if rate > 0.5 else 2),

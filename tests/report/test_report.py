@@ -14,6 +14,7 @@ import pytest
 from scipy.stats import binomtest
 
 from opd_jax.report import __main__ as command
+from opd_jax.report import curves
 from opd_jax.report.curves import LEARNING, smooth
 from opd_jax.report.runs import changed_fields, read_groups
 
@@ -133,6 +134,22 @@ def test_a_running_mean_is_the_mean_of_what_is_near(width: int) -> None:
                 assert np.isnan(found[row, at])
             else:
                 assert found[row, at] == pytest.approx(np.nanmean(near))
+
+
+def test_others_are_lines_whose_names_do_not_overlap_from_the_run_with_most_tasks(
+    tmp_path: Path,
+) -> None:
+    for name, rate, teacher in (("a", 1.0, (9, 10)), ("b", 2.0, (20, 20)), ("c", 3.0, (20, 20))):
+        path = write_run(tmp_path / name, rate=rate, who=("expert",)) / "summary.json"
+        found = json.loads(path.read_text())
+        found["eval"] |= {"expert": {"seen": figures(20, 20, 0)}}
+        found["eval"] |= {"teacher": {"seen": figures(*teacher, 0)}}
+        path.write_text(json.dumps(found))
+    figure, _ = curves.figures(read_groups([tmp_path / name for name in "abc"]))["success"]
+    figure.draw_without_rendering()
+    boxes = {text.get_text(): text.get_window_extent() for text in figure.axes[1].texts}
+    assert boxes.keys() == {"expert", "teacher"}
+    assert not boxes["expert"].overlaps(boxes["teacher"])
 
 
 # --- The command
