@@ -6,10 +6,9 @@ padding, and bisection finds the shortest cut whose loss or gradient is not fini
 ten passes over one row, which only a run that ends anyway pays for.
 """
 
-import dataclasses
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +20,6 @@ from opd_jax import model
 from opd_jax.learner.batch import Batch
 from opd_jax.learner.objective import Objective, loss_and_sums, objective_sums, score
 from opd_jax.learner.teacher import Teacher, response_hidden, sharded_for_training
-from opd_jax.losses import NO_TURN
 from opd_jax.model import ModelConfig, Params
 from opd_jax.model.lora import Lora, with_adapters
 from opd_jax.model.projections import cast
@@ -88,16 +86,27 @@ def make_find(
     def program(
         trained: Params, base: Params | None, judging: Params | None, batch: Batch, count: jax.Array
     ) -> tuple[list[jax.Array], Params]:
-        params, scorer, reads = with_adapters(base, trained, lora), None, []
-        tokens = jnp.asarray(batch.tokens)
-        reads.append(of_student.hidden(cast(params, how["dtype"]), tokens))
+        inside = jnp.arange(batch.tokens.shape[1]) < count
+        tokens = jnp.where(inside, batch.tokens, 0)
+        whole = batch.response < count
+        if batch.teacher_tokens is not None:
+            end = batch.teacher_tokens.shape[1]
+            batch = replace(batch, teacher_response=jnp.where(whole, batch.teacher_response, end))
+        response = jnp.where(whole, batch.response, inside.size)
+        batch = replace(batch, tokens=tokens, response=response)
+        params, scorer = with_adapters(base, trained, lora), None
+
+        def read(hidden: jax.Array) -> jax.Array:
+            return jnp.where(inside[:, None], hidden, 0)
+
+        reads = [read(of_student.hidden(cast(params, how["dtype"]), tokens))]
         if teacher and judging is not None:
             judging = sharded_for_training(judging, teacher)
             of_teacher = functions(teacher).hidden
             hidden = response_hidden(judging, batch.for_teacher(), hidden=of_teacher)
             # Of a sequence of its own it is looked at where it scores the student's tokens.
             shared = batch.teacher_tokens is None
-            reads.append(of_teacher(judging, tokens) if shared else hidden)
+            reads.append(read(of_teacher(judging, tokens)) if shared else hidden)
             scorer = Teacher(hidden, model.head_params(judging))
         scores = score(params, scorer, batch, **how)
         sums = objective_sums(scores, batch, objective=objective)
@@ -105,7 +114,7 @@ def make_find(
             lambda x: loss_and_sums(with_adapters(base, x, lora), scorer, batch, **how)[0]
         )(trained)
         values = [
-            *(jnp.where(jnp.arange(x.shape[1])[:, None] < count, x, 0) for x in reads),
+            *reads,
             *(scores.student_logprob, scores.teacher_logprob, scores.divergence),
             sums.weight_by_turn,
         ]
@@ -116,63 +125,29 @@ def make_find(
     names += [f"the {who}'s log-probability" for who in ("student", "teacher")]
     names += ["the divergence", "the weight"]
 
-    def first(trained, base, judging, batch: Batch, row: int, count: int) -> str:
-        """The first value that is not finite in a row's first tokens; "" if all are finite."""
-        part = shard_batch(_cut(batch, row, count))
-        checked = program(trained, base, judging, part, np.int32(count))
-        values, gradient = jax.device_get(checked)
-        for name, fine in zip(names, values, strict=True):
-            if not fine:
-                return name
-        bad = [path for path, fine in jax.tree.leaves_with_path(gradient) if not fine]
-        leaves = [f"`{jax.tree_util.keystr(p, simple=True, separator='/')}`" for p in bad]
-        return f"only the gradient, of {', '.join(leaves)}" if leaves else ""
-
     def find(
         trained: Params, base: Params | None, judging: Params | None, batch: Batch, most: int
     ) -> list[Place]:
         found: list[Place] = []
         B, T = batch.tokens.shape
+
+        def first(row: int, count: int) -> str:
+            """The first value that is not finite in a row's first tokens; "" if all are finite."""
+            copies = jax.tree.map(lambda x: np.repeat(x[row][None], shards("batch"), axis=0), batch)
+            checked = program(trained, base, judging, shard_batch(copies), np.int32(count))
+            values, gradient = jax.device_get(checked)
+            for name, fine in zip(names, values, strict=True):
+                if not fine:
+                    return name
+            bad = [path for path, fine in jax.tree.leaves_with_path(gradient) if not fine]
+            leaves = [f"`{jax.tree_util.keystr(p, simple=True, separator='/')}`" for p in bad]
+            return f"only the gradient, of {', '.join(leaves)}" if leaves else ""
+
         for row in range(B):
-            struck = partial(first, trained, base, judging, batch, row)
-            if len(found) < most and struck(T):
-                count = _shortest(struck, T)
-                found.append(Place(row, count - 1, struck(count or T)))
+            if len(found) < most and first(row, T):
+                # The fewest tokens that are not finite; with more the row is not either.
+                count = bisect_right(range(T), "", key=partial(first, row))
+                found.append(Place(row, count - 1, first(row, count or T)))
         return found
 
     return find
-
-
-def _shortest(struck: Callable[[int], str], longest: int) -> int:
-    """The fewest tokens that are struck, given that `longest` are; more are too."""
-    return bisect_left(range(longest), True, key=lambda count: bool(struck(count)))
-
-
-def _cut(batch: Batch, row: int, count: int) -> Batch:
-    """The first `count` tokens of a row, in a batch that has nothing else: a row a device."""
-    rows, T = shards("batch"), batch.tokens.shape[1]
-
-    def alone(x: Any, empty: int) -> np.ndarray:
-        part = np.full((rows, *x.shape[1:]), empty, x.dtype)
-        part[0] = x[row]
-        return part
-
-    response = alone(batch.response, T)
-    part = Batch(
-        tokens=alone(batch.tokens, 0),
-        turn_id=alone(batch.turn_id, NO_TURN),
-        sampled_logprobs=alone(batch.sampled_logprobs, 0),
-        verdict=alone(batch.verdict, 0),
-        response=np.where(response < count, response, T).astype(np.int32),
-        labels={name: alone(label, 0) for name, label in batch.labels.items()},
-    )
-    if batch.teacher_tokens is not None and batch.teacher_response is not None:
-        length = batch.teacher_tokens.shape[1]
-        told = np.where(response < count, alone(batch.teacher_response, length), length)
-        part = dataclasses.replace(
-            part,
-            teacher_tokens=alone(batch.teacher_tokens, 0),
-            teacher_response=told.astype(np.int32),
-        )
-    part.tokens[:, count:], part.turn_id[:, count:] = 0, NO_TURN
-    return part
