@@ -15,7 +15,7 @@ from opd_jax.learner.objective import Objective
 from opd_jax.learner.teacher import Teacher, make_teacher_pass
 from opd_jax.learner.train_step import make_train_step
 from opd_jax.losses import NO_TURN
-from opd_jax.model import ModelConfig, Params
+from opd_jax.model import Model, ModelConfig, Params
 from opd_jax.model.lora import Lora, lora_specs
 
 # Its state is the gradient itself.
@@ -23,7 +23,7 @@ KEEPER = optax.trace(decay=0.0)
 
 
 def train_step(
-    student: ModelConfig,
+    student: ModelConfig | Model,
     objective: Objective,
     *,
     query_chunk: int = 16,
@@ -39,8 +39,9 @@ def train_step(
         dtype=jnp.dtype("float32"),
         loss_chunk=16,
     )
-    functions = model.functions_of(student, query_chunk=query_chunk, remat=remat)
-    return make_train_step(student=functions, objective=objective, **(defaults | options))
+    if isinstance(student, ModelConfig):
+        student = model.functions_of(student, query_chunk=query_chunk, remat=remat)
+    return make_train_step(student=student, objective=objective, **(defaults | options))
 
 
 def two_turns(rows: int, *, vocab: int) -> Batch:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from objectives import OPD
 from small_agent import household, household_agent, with_decoding
-from updates import KEEPER
+from updates import KEEPER, train_step
 
 from opd_jax import losses, model
 from opd_jax.agent import generate as gen
@@ -23,7 +23,6 @@ from opd_jax.agent.rollout import rollout, row_keys
 from opd_jax.learner.batch import Batch, pack
 from opd_jax.learner.teacher import Teacher
 from opd_jax.learner.train_state import init_state
-from opd_jax.learner.train_step import make_train_step
 from opd_jax.losses import NO_TURN
 from opd_jax.model import Model
 from opd_jax.model.lora import Lora, lora_specs
@@ -103,20 +102,10 @@ def vocab(ours: Agent) -> int:
 
 def update(student: Model, params: Any, batch: Batch) -> tuple[Any, dict[str, Any]]:
     """The gradient of one update by OPD from a teacher that gives all tokens the same chance."""
-    step = make_train_step(
-        student=student,
-        objective=OPD,
-        optimizer=KEEPER,
-        placement=None,
-        micro_batches=1,
-        batch_rows=None,
-        dtype=jnp.dtype("float32"),
-        loss_chunk=16,
-    )
     uniform = Teacher(
         jnp.zeros((*batch.response.shape, 2)), {"head": jnp.zeros((2, head(params).shape[1]))}
     )
-    state, metrics = step(init_state(params, KEEPER, seed=0), uniform, batch)
+    state, metrics = train_step(student, OPD)(init_state(params, KEEPER, seed=0), uniform, batch)
     return state.opt_state.trace, metrics
 
 
