@@ -22,7 +22,7 @@ def run(name: str) -> str:
 
 def test_these_are_all_examples_and_each_is_short() -> None:
     found = {path.stem: path for path in (ROOT / "docs" / "examples").glob("*.py")}
-    assert found.keys() == {*LOOPS, "own_model", "sharded_vocabulary"}
+    assert found.keys() == {*LOOPS, "open_export", "own_model", "sharded_vocabulary"}
     assert {name for name, path in found.items() if path.read_text().count("\n") >= 60} == set()
 
 

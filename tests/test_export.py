@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 import venv
 from collections.abc import Callable
@@ -25,6 +26,9 @@ from opd_jax.config.references import EMBEDDED
 from opd_jax.config.settings import read_settings
 from opd_jax.model.lora import with_adapters
 from opd_jax.runtime.checkpoint import Checkpoints
+
+EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "open_export.py"
+QUESTION = "You are in a room. Your task is to: put apple in fridge."
 
 
 def save_run(workdir: Path, *changes: str) -> tuple[model.Params, model.Params]:
@@ -143,9 +147,29 @@ def test_an_export_ends_a_turn_where_the_student_does(tmp_path: Path) -> None:
         assert loaded.chat.stop_ids == (3, 10)
 
 
+def test_the_example_opens_an_export_which_answers_as_here(tmp_path: Path) -> None:
+    out, episodes = tmp_path / "out", tmp_path / "episodes.jsonl"
+    save_run(tmp_path / "run")
+    export.export(tmp_path / "run", out)
+    said = [("system", "Reply."), ("user", QUESTION), ("assistant", "Action: look")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    episodes.write_text(json.dumps({"messages": messages}) + "\n")
+    words = [sys.executable, EXAMPLE, out, episodes]
+    answer = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+    ours = load_model(str(out), dtype="float32", mesh=one_device())
+    tokens = list(ours.chat.first("Reply.", QUESTION))
+    begin, row = len(tokens), np.zeros((1, 128), np.int32)
+    while len(tokens) < begin + 64 and tokens[-1] not in ours.chat.stop_ids:
+        row[0, : len(tokens)] = tokens
+        hidden = model.forward(ours.params, row, config=ours.config, query_chunk=128, remat="none")
+        tokens.append(int(jnp.argmax(hidden[0, len(tokens) - 1] @ model.head(ours.params))))
+    want = ours.tokenizer.decode(tokens[begin:], skip_special_tokens=True)
+    assert (answer, want.count("\n")) == (want + "\n", 1)  # thought and action
+
+
 # --- Versions of transformers, each in an environment of its own
 
-QUESTION = "You are in a room. Your task is to: put apple in fridge."
 TOKENS = list(range(3, 60, 2))
 
 OPEN = """
