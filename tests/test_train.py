@@ -702,7 +702,7 @@ def test_a_run_that_diverges_stops_and_keeps_what_was_good(
     (line,) = lines_of(tmp_path)
     assert isinstance(line["loss"], float)
     if rate == "1e30":
-        assert str(tmp_path / "checkpoints") in done.stderr
+        assert str(tmp_path) not in done.stderr  # there is no checkpoint
         assert line["update_norm"] is None
         assert not (tmp_path / "checkpoints").exists()
     else:
@@ -761,7 +761,7 @@ def test_a_token_that_makes_a_loss_not_finite_is_named_and_what_came_before_is_k
     flags = (*flags, "--config.checkpoint.every=2", f"--workdir={failed}")
     done = command("train", *flags)
     assert done.returncode == 2, done.stderr
-    assert "`loss` is nan at update 2: nothing was saved from it" in done.stderr
+    assert "`loss` is nan at update 2: nothing was saved from it; " in done.stderr
     assert "`debug.nans`" in done.stderr
     assert not (failed / "checkpoints").exists()
 

@@ -146,8 +146,8 @@ class UpdateLog:
                 self._is_due, self._shown, where = True, found, f"{where}; see {file}"
         if self._is_due and processes.is_first():
             write_episodes(file, [scaled(line, float(raw["z"])) for line in self._shown])
-        checkpoints = (self._workdir / "checkpoints").resolve()
-        check_finite(raw, update=update, checkpoints=checkpoints, where=where)
+        saved = (self._workdir / "checkpoints").resolve()
+        check_finite(raw, update=update, checkpoints=saved if saved.exists() else None, where=where)
         processes.say(describe(metrics, update=update, updates=self._updates))
 
     def evaluated(self) -> dict[int, dict[str, Any]]:

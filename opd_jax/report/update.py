@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -136,19 +137,21 @@ def describe(metrics: Mapping[str, Any], *, update: int, updates: int) -> str:
 
 
 def check_finite(
-    raw: Mapping[str, Any], *, update: int, checkpoints: object, where: str = ""
+    raw: Mapping[str, Any], *, update: int, checkpoints: Path | None, where: str = ""
 ) -> None:
     """Checks that loss and norms are finite; `where` says in words where they stop being that.
 
     Raises:
-      ValueError: one is not; names it, the update and the folder of the last good checkpoint.
+      ValueError: one is not; names it, the update and the folder of the last good checkpoint, if
+        there is one.
     """
+    good = f", the last checkpoint in {checkpoints} is good" if checkpoints else ""
     for name in ("loss", "grad_norm", "update_norm"):
         if not np.isfinite(raw[name]):
             # A change of parameters is of no token.
             hint = "" if name == "update_norm" else (where or "`debug.nans` names the token") + "; "
             raise ValueError(
-                f"`{name}` is {raw[name]} at update {update}: nothing was saved from it, the last "
-                f"checkpoint in {checkpoints} is good; {hint}lower `optimizer.learning_rate`, or "
-                "look at the update's line in metrics.jsonl"
+                f"`{name}` is {raw[name]} at update {update}: nothing was saved from it{good}; "
+                f"{hint}lower `optimizer.learning_rate`, or look at the update's line in "
+                "metrics.jsonl"
             )

@@ -1,6 +1,7 @@
 """The line of an update: how its episodes went, what was learnt, and which metrics are left out."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,16 +117,20 @@ def test_with_a_scale_for_each_trajectory_there_is_no_one_z() -> None:
 
 def test_a_figure_that_is_not_finite_is_named_with_its_update_and_the_good_checkpoint() -> None:
     good = {"loss": np.float32(0.5), "grad_norm": np.float32(1), "update_norm": np.float32(1)}
-    check_finite(good, update=3, checkpoints="runs/x/checkpoints")
+    check_finite(good, update=3, checkpoints=Path("runs/x/checkpoints"))
     for name in good:
         with pytest.raises(ValueError, match=rf"`{name}` is nan at update 3: .*runs/x/checkpoints"):
-            check_finite(good | {name: np.nan}, update=3, checkpoints="runs/x/checkpoints")
+            check_finite(good | {name: np.nan}, update=3, checkpoints=Path("runs/x/checkpoints"))
+        with pytest.raises(ValueError, match=r"at update 3: nothing was saved from it; .*lower"):
+            check_finite(good | {name: np.nan}, update=3, checkpoints=None)
     for where in ("", "row 2 at token 7"):
         hint = where or "`debug.nans` names the token"
         with pytest.raises(ValueError, match=f"is good; {hint}; lower `opt"):
-            check_finite(good | {"loss": np.nan}, update=3, checkpoints="x", where=where)
+            check_finite(good | {"loss": np.nan}, update=3, checkpoints=Path("x"), where=where)
         with pytest.raises(ValueError, match="is good; lower `opt"):  # no token's
-            check_finite(good | {"update_norm": np.inf}, update=3, checkpoints="x", where=where)
+            check_finite(
+                good | {"update_norm": np.inf}, update=3, checkpoints=Path("x"), where=where
+            )
 
 
 def test_the_printed_line_has_what_was_measured() -> None:
