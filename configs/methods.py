@@ -52,9 +52,11 @@ METHODS: dict[str, Any] = {
     ),
     # SAGE that skips what failed as well. Expected: as good as its judge.
     "sage_fail0": method(weight=dict(by="sage", fail_weight=0.0)),
+    # How often the teacher's own turn is accepted: an oracle. Expected: as good as `failures`.
+    "reliability": method(weight=dict(by="reliability")),
     # Discounted log-ratios of later turns. Expected: near OPD.
     "return_to_go": method(weight=dict(by="return_to_go")),
-    # --- Controls of the last two (`controls`) ---
+    # --- Controls of `failures` and `sage_fail0` (`controls`) ---
     # Expected: `failures` without its gain; all of its gain; none of it.
     "drop_accepted": method(
         weight=dict(by="intervention"), judge=dict(by=f"{_CONTROLS}:drop_accepted")

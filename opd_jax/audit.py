@@ -42,7 +42,6 @@ from opd_jax.experience.tasks import Panel, describe
 from opd_jax.judge.labels import NO_LABEL, EnvLabels, env_labels
 from opd_jax.judge.others import oracle_judge
 from opd_jax.judge.reliability import by_outcome, play_on, weight_on_reliable
-from opd_jax.losses import intervention_weight
 from opd_jax.model import Params
 from opd_jax.report.intervals import wilson_interval
 from opd_jax.report.tables import audit_tables
@@ -75,7 +74,7 @@ class How(NamedTuple):
 
 
 class TurnSums(NamedTuple):
-    """Sums over the tokens of a turn, float [B, K]: their number, divergence, and c · e."""
+    """Sums over the tokens of a turn, float [B, K]: their number, divergence, and c."""
 
     tokens: np.ndarray
     divergence: np.ndarray
@@ -154,11 +153,14 @@ def turn_sums(
     played: Sequence[Conversation],
 ) -> TurnSums:
     """What an update computes of the tokens of each turn, before verdicts weigh them."""
-    objective = dataclasses.replace(settings.objective, intervention=False)
+    by = "confidence" if settings.weight.reads_confidence else "uniform"
+    weight = dataclasses.replace(settings.weight, by=by, options=())
+    objective = dataclasses.replace(settings.objective, weight=weight)
     if not objective.needs_teacher:
         objective = dataclasses.replace(objective, divergence="reverse_kl")
     plain = dataclasses.replace(
         settings,
+        weight=weight,
         objective=objective,
         episodes=dataclasses.replace(settings.episodes, top=False),
     )
@@ -200,7 +202,7 @@ def method_weights(
     """
     labels = env_labels(played, max_turns=settings.env.max_turns)
     verdicts = {}
-    if settings.objective.intervention:
+    if settings.weight.reads_verdict:
         asked = dataclasses.replace(
             settings, judge=dataclasses.replace(settings.judge, agreement_every=0)
         )
@@ -211,7 +213,7 @@ def method_weights(
         verdicts["oracle"] = oracle_judge(max_turns=settings.env.max_turns)(played, update).verdict
     weights = {"opd": sums.tokens}
     for name, verdict in verdicts.items():
-        weighed = intervention_weight(jnp.asarray(verdict), **settings.objective.turn_weights)
+        weighed = settings.weight.intervention(jnp.asarray(verdict))
         weights[name] = np.asarray(weighed) * sums.factor
     return {
         f"{name}{end}": weight * ~(labels.failed & bool(end))

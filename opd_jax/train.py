@@ -117,7 +117,7 @@ def _run(
             settings,
             state,
             source=source,
-            judge=build.make_labeller(settings, teacher, between=stop.check),
+            judge=build.make_labeller(settings, teacher, student, source.envs, stop.check),
             pack=build.make_pack(settings, student.config),
             step=build.make_update(settings, student, teacher, state),
             log=log,

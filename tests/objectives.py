@@ -21,6 +21,7 @@ SAGE = Objective(
         discrepancy_eps=1e-6,
         early_bonus=0.5,
         discount=0.5,
+        teacher_samples=1,
     ),
     normalize="all_tokens",
     scope="batch",

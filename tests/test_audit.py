@@ -131,7 +131,7 @@ def test_without_labels_a_turn_is_right_where_it_is_accepted(
 
 @pytest.mark.parametrize("history_turns", [0, 1])
 def test_sums_over_a_turn_are_those_of_its_tokens(history_turns: int) -> None:
-    changes = (*CHANGES, "objective.confidence=false", f"rollout.history_turns={history_turns}")
+    changes = (*CHANGES, "weight.by=intervention", f"rollout.history_turns={history_turns}")
     settings = read("quickstart", *changes)
     student, teacher = (
         load_model(f"embedded:{who}", dtype="float32", mesh=one_device())

@@ -57,6 +57,7 @@ METHODS: dict[str, dict[str, object]] = {
         "weight.fail_weight": 0.0,
         "judge.by": "opd_jax.configs.controls:shuffled",
     },
+    "method=reliability": {"weight.by": "reliability"},
     "method=return_to_go": {"weight.by": "return_to_go"},
     "method=entropy_aware": {"weight.by": "entropy_aware"} | UNSCALED,
     "method=sod": {"weight.by": "sod"} | UNSCALED,

@@ -228,24 +228,49 @@ def make_judge(loaded: LoadedModel, settings: Settings) -> Judge:
 def make_labeller(
     settings: Settings,
     teacher: LoadedModel | None,
-    *,
+    student: LoadedModel | None = None,
+    envs: Sequence[Env | None] = (),
     between: Callable[[], None] | None = None,
 ) -> Labeller:
-    """What says of turns all that the weight reads: the judge, and labels that need none.
+    """What says of turns all that the weight reads: the judge, and other labels.
 
-    `between` is called between batches of questions.
+    Args:
+      settings: the whole run's.
+      teacher: judges, if nobody else is named.
+      student: for `reliability`, gives the chat format of the episodes.
+      envs: for `reliability`, environments in which nothing is played meanwhile.
+      between: called between batches of questions, and between turns.
     """
-    judge, max_turns = _judge(settings, teacher, between=between), settings.env.max_turns
-    if "repeats" not in settings.weight.labels:
-        return judge
+    judge = _judge(settings, teacher, between=between)
+    reliability = None
+    if "reliability" in settings.weight.labels:
+        assert student  # as settings are checked
+        assert teacher
+        samples = settings.weight.teacher_samples
+        how: dict[str, Any] = dict(samples=samples, per_label=0, between=between)
+        reliability = make_reliability(settings, student, teacher, envs, **how)
 
     def label(conversations: Sequence[Conversation], update: int) -> Verdicts:
         said = judge(conversations, update)
-        return said._replace(
-            labels={**said.labels, "repeats": repeats(conversations, max_turns=max_turns)}
-        )
+        labels = other_labels(settings, conversations)
+        if reliability:
+            labels["reliability"], metrics = reliability(conversations, update)
+            said = said._replace(metrics=said.metrics | dict(metrics))
+        return said._replace(labels=labels)
 
     return label
+
+
+def other_labels(
+    settings: Settings, conversations: Sequence[Conversation]
+) -> dict[str, np.ndarray]:
+    """What the weight reads of turns besides verdicts, as far as nobody has to be asked."""
+    turns = settings.env.max_turns
+    known = {
+        "repeats": repeats(conversations, max_turns=turns),
+        "reliability": np.full((len(conversations), turns), np.nan, np.float32),
+    }
+    return {name: label for name, label in known.items() if name in settings.weight.labels}
 
 
 def _judge(

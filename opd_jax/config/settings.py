@@ -536,6 +536,11 @@ def _check_source(s: Settings) -> None:
             "nothing: set `data.source` to teacher, expert, players or episodes:FILE",
         ),
         (
+            "reliability" in s.weight.labels and not s.data.on_policy,
+            "`weight.by` reads how reliable the teacher is at the student's turns: set "
+            "`data.source` to on_policy",
+        ),
+        (
             bool(s.teacher_context.by) and not objective.needs_teacher,
             f"`teacher_context.by` = {s.teacher_context.by!r} tells a teacher something, and with "
             "`objective.divergence` = 'cross_entropy' none scores: leave it empty",

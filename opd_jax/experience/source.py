@@ -119,6 +119,11 @@ class Source(Protocol):
         """Where the next `play` starts; stored as JSON."""
         ...
 
+    @property
+    def envs(self) -> Sequence[Env | None]:
+        """Its environments; between two calls of `play` nothing is played in them."""
+        ...
+
     def play(self, state: TrainState) -> Played:
         """The next update's episodes."""
         ...

@@ -169,6 +169,8 @@ class Stream:
     rows_multiple: int
     cursor: Sequence[int]
 
+    envs = ()  # it has some of its own, in a thread
+
     def __post_init__(self) -> None:
         # One thread generates the next window while the device trains on this one.
         self._pool = ThreadPoolExecutor(max_workers=1)

@@ -89,7 +89,7 @@ def make_find(
         inside = jnp.arange(batch.tokens.shape[1]) < count
         tokens = jnp.where(inside, batch.tokens, 0)
         whole = batch.response < count
-        if batch.teacher_tokens is not None:
+        if batch.teacher_tokens is not None and batch.teacher_response is not None:
             end = batch.teacher_tokens.shape[1]
             batch = replace(batch, teacher_response=jnp.where(whole, batch.teacher_response, end))
         response = jnp.where(whole, batch.response, inside.size)

@@ -36,6 +36,7 @@ class Weight:
       discrepancy_eps: ε of `sod`, nats.
       early_bonus: γ of `iw_opd`.
       discount: γ of `return_to_go`.
+      teacher_samples: own turns that the teacher plays at each turn, for `reliability`.
       options: further keyword arguments of a function of yours, as pairs, so that it hashes.
     """
 
@@ -50,6 +51,7 @@ class Weight:
     discrepancy_eps: float
     early_bonus: float
     discount: float
+    teacher_samples: int
     options: tuple[Any, ...] = ()
 
     def __post_init__(self):
@@ -68,6 +70,7 @@ class Weight:
             most_weight=self.most_weight,
             early_bonus=self.early_bonus,
         )
+        check_within(1, teacher_samples=self.teacher_samples)
         check_within(1e-30, discrepancy_eps=self.discrepancy_eps)
         _ = self._arguments  # raises
 
@@ -106,9 +109,10 @@ class Weight:
         return not self.reads.isdisjoint(OF_STUDENT)
 
     def takes(self, setting: str) -> bool:
-        """Whether the method has such a setting; that of the softmax if it reads the confidence."""
-        if setting == "confidence_temperature":
-            return self.reads_confidence
+        """Whether the method, or what it reads, has such a setting."""
+        of_read = {"confidence_temperature": "teacher_top1_prob", "teacher_samples": "reliability"}
+        if setting in of_read:
+            return of_read[setting] in self.reads
         return setting in self._parameters
 
     def intervention(self, verdict: jax.Array) -> jax.Array:

@@ -82,6 +82,11 @@ KEYS = (
         "chance: 1/3",
     ),
     Key(
+        "reliability/{asked,right,failed,read,sampled}{,_*}",
+        "`weight.by=reliability`: turns asked; the teacher's own right, rejected; its tokens",
+        "docs/reliability.md",
+    ),
+    Key(
         "eval/dev/*",
         "on tasks of their own, every `eval.every` updates: figures as in `summary.json`, in a "
         "line of their own",

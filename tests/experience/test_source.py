@@ -4,6 +4,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,6 +24,7 @@ from opd_jax.envs.make import make_env
 from opd_jax.experience.source import Episodes, Played, Source, padding
 from opd_jax.experience.tasks import TaskOrder
 from opd_jax.learner.train_state import TrainState, init_state
+from opd_jax.learner.weighing import Weight
 from opd_jax.losses import NO_TURN, Verdict
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -284,3 +286,32 @@ def test_lessons_hold_episodes_and_answers_to_the_judges_question(
     assert answers
     assert answers <= {verdict.name for verdict in Verdict}
     assert episodes >= 4
+
+
+def test_the_teacher_plays_the_students_turns_in_the_idle_environments(
+    base: Settings, pair: Pair
+) -> None:
+    weight = {"by": "reliability"}
+    settings = changed(base, weight=weight, objective={"weight": changed_weight(base, **weight)})
+    playing = source(settings, pair)
+    played = playing.play(state(settings, pair[0]))
+    student, teacher = pair
+    label = build.make_labeller(settings, teacher, student, playing.envs)
+    said = label(played.conversations, 0)
+    reliable = said.labels["reliability"]
+    turns = [len(c.turns) for c in played.conversations]
+    there = np.arange(reliable.shape[1]) < np.array(turns)[:, None]
+    # One sample a turn: the teacher was right there, or it was not.
+    assert np.isnan(reliable[~there]).all()
+    assert set(reliable[there].tolist()) <= {0.0, 1.0}
+    assert said.metrics["reliability/asked"] == (sum(turns), sum(turns))
+    batch = build.make_pack(settings, student.config)(played, said.verdict, said.labels)
+    np.testing.assert_array_equal(batch.labels["reliability"], reliable[played.episode])
+    np.testing.assert_array_equal(label(played.conversations, 0).labels["reliability"], reliable)
+    # The next update's episodes are those that it would have played anyway.
+    again = source(settings, pair, cursor=playing.cursor).play(state(settings, pair[0], step=1))
+    assert playing.play(state(settings, pair[0], step=1)).conversations == again.conversations
+
+
+def changed_weight(settings: Settings, **fields: Any) -> Weight:
+    return dataclasses.replace(settings.weight, **fields)
