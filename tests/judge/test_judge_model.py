@@ -39,7 +39,7 @@ def test_it_gives_the_verdicts() -> None:
         of_student = build.make_labeller(settings, student)(played, 1).verdict
         of_teacher = build.make_labeller(settings, teacher)(played, 1).verdict
         changed = read("quickstart:runlocal", *SMALL, OTHER)
-        verdict, metrics, _ = build.make_labeller(changed, teacher)(played, 1)
+        verdict, metrics, *_ = build.make_labeller(changed, teacher)(played, 1)
     assert (of_student != of_teacher).any()
     np.testing.assert_array_equal(verdict, of_student)
     assert metrics["judge/asked"][0] > 0
