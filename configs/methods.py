@@ -10,7 +10,7 @@ from typing import Any
 
 # Every field in which methods differ, with SAGE-OPD's value.
 _SAGE: dict[str, dict] = dict(
-    weight=dict(by="sage"),
+    weight=dict(by="sage", skip_weight=0.0, fail_weight=1.0),
     objective=dict(divergence="reverse_kl", normalize="all_tokens"),
     data=dict(source="on_policy"),
     rollout=dict(per_task=1, depth_start=0),
@@ -18,7 +18,10 @@ _SAGE: dict[str, dict] = dict(
 
 
 def method(**changes: dict) -> dict[str, dict]:
-    """A method. It sets every field in which methods differ, so it can replace any other."""
+    """A method. It sets every field in which methods differ, so it can replace any other.
+
+    But `judge.by`, which only those set that need another: the base of a comparison chooses it.
+    """
     return changes | {group: _SAGE[group] | changes.get(group, {}) for group in _SAGE}
 
 

@@ -155,7 +155,7 @@ def turn_sums(
     """What an update computes of the tokens of each turn, before verdicts weigh them."""
     by = "confidence" if settings.weight.reads_confidence else "uniform"
     weight = dataclasses.replace(settings.weight, by=by, options=())
-    objective = dataclasses.replace(settings.objective, weight=weight)
+    objective = dataclasses.replace(settings.objective, weight=weight, scope="batch")
     if not objective.needs_teacher:
         objective = dataclasses.replace(objective, divergence="reverse_kl")
     plain = dataclasses.replace(
@@ -196,15 +196,20 @@ def method_weights(
 ) -> dict[str, np.ndarray]:
     """Weights of the turns, float [B, K], by method, before the scale.
 
-    `opd` weighs tokens alike. `sage` is the config's own method, if it intervenes, and `oracle`
-    the same with the environment's labels as verdicts, if there are any. `NAME_fail_0` is NAME with
-    failed turns at 0.
+    `opd` weighs tokens alike. `sage` is the config's own method, if it is `sage` or `intervention`,
+    and `oracle` the same with the environment's labels as verdicts, if there are any. `NAME_fail_0`
+    is NAME with failed turns at 0.
     """
     labels = env_labels(played, max_turns=settings.env.max_turns)
     verdicts = {}
-    if settings.weight.reads_verdict:
+    if settings.weight.takes("skip_weight"):
+        weight = dataclasses.replace(settings.weight, by="intervention", options=())
+        judge = dataclasses.replace(settings.judge, agreement_every=0)
         asked = dataclasses.replace(
-            settings, judge=dataclasses.replace(settings.judge, agreement_every=0)
+            settings,
+            judge=judge,
+            weight=weight,
+            objective=dataclasses.replace(settings.objective, weight=weight),
         )
         with progress.doing("verdicts"):
             label = build.make_labeller(asked, teacher, between=between)

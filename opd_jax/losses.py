@@ -846,7 +846,7 @@ def of_each_token(turn_weight: jax.Array, turn_id: jax.Array) -> jax.Array:
     """
     if turn_weight.ndim != 2 or turn_weight.shape[0] != turn_id.shape[0]:
         raise ValueError(
-            f"`verdict` and `confidence`: expected [B, K] with B = {turn_id.shape[0]} of `turn_id` "
+            f"weights of turns: expected [B, K] with B = {turn_id.shape[0]} of `turn_id` "
             f"{turn_id.shape}, got {turn_weight.shape}"
         )
     turns = turn_weight.shape[1]
@@ -855,8 +855,7 @@ def of_each_token(turn_weight: jax.Array, turn_id: jax.Array) -> jax.Array:
         most = jax.device_get(turn_id).max(initial=NO_TURN)
         if most >= turns:
             raise ValueError(
-                f"`turn_id`: expected turns below K = {turns} of `verdict` and `confidence`, got "
-                f"{most}"
+                f"`turn_id`: expected turns below K = {turns} of the weights of turns, got {most}"
             )
     turn_weight = jax.lax.stop_gradient(turn_weight).astype(jnp.float32)
     at = jnp.maximum(turn_id, 0)

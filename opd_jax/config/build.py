@@ -505,6 +505,16 @@ def make_source(
     )
 
 
+def make_told(
+    settings: Settings, chat: ChatFormat
+) -> Callable[[Conversation], Sequence[str]] | None:
+    """The function that says what the teacher was told in an episode; None if it never is."""
+    retell, asides = make_retell(settings, chat), settings.teacher_context.asides()
+    if retell is None or asides is None:
+        return None
+    return lambda c: () if retell(c) is c else asides(c)
+
+
 def make_retell(
     settings: Settings, chat: ChatFormat
 ) -> Callable[[Conversation], Conversation] | None:

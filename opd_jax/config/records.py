@@ -78,7 +78,7 @@ def make_show(settings: Settings, tell: Tell) -> Show:
 def make_tell(settings: Settings, student: LoadedModel, teacher: LoadedModel | None) -> Tell:
     """The function that tells of some episodes of a batch."""
     look_at = make_look_at(settings, student, teacher)
-    asides = settings.teacher_context.asides()
+    asides = build.make_told(settings, student.chat)
 
     def tell(
         numbers: Iterable[int],
@@ -226,7 +226,7 @@ def make_keep(
       teacher: scores the tokens, if there is one.
     """
     look_at = make_look_at(settings, student, teacher) if student and trained else None
-    asides = settings.teacher_context.asides()
+    asides = build.make_told(settings, student.chat) if student and look_at else None
 
     def scored(played: list[Conversation], judgement: Judgement | None) -> Scored | None:
         if not (student and trained and look_at and judgement):
@@ -243,7 +243,7 @@ def make_keep(
             decode=student.tokenizer.decode if student else lambda tokens: "",
             judgement=judgement,
             scored=scored(first, judgement),
-            asides=asides if look_at else None,
+            asides=asides,
         )
         if processes.is_first():
             write_episodes(workdir / FOLDER / f"{who}-{split}.jsonl", lines)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from opd_jax import hf
 from opd_jax.config.settings import Settings, read_settings
 from opd_jax.config.stored import closest_run, read_stored
+from opd_jax.experience.recorded import recorded_panel
 from opd_jax.judge.prompt import PHRASES, read_prompt
 from opd_jax.model import ModelConfig
 from opd_jax.report.writers import read_summary
@@ -211,12 +212,16 @@ def find_step(workdir: Path, which: str, *, name: str) -> int:
 def fingerprints(settings: Settings, who: Collection[str] = MODELS) -> dict[str, str]:
     """A hash of each model in `who` that is read, not of a new one (`hf.fingerprint`).
 
-    And of what the judge has of its own: a model, a file with its question.
+    And of what the judge has of its own, a model or a file with its question, and of the file that
+    the teacher is told from.
     """
     models = find_models(settings, who).items()
     found = {name: fingerprint(model) for name, model in models if model.name != "new"}
     if settings.judge.prompt and settings.asks_teacher and "teacher" in who:
         found["judge.prompt"] = read_prompt(settings.judge.prompt).fingerprint
+    if settings.teacher_context.by == "solved" and "teacher" in who:
+        file = local_path(settings.teacher_context.file, name="teacher_context.file")
+        found["teacher_context.file"] = recorded_panel(file).digest
     if settings.judge_model and "teacher" in who:
         found["judge.model"] = fingerprint(find_model(settings.judge_model, field="judge.model"))
     return found

@@ -355,7 +355,9 @@ def binds_a_run(settings: Settings) -> Callable[[str], bool]:
         kinds.add(LAYOUT)
     unread = _unread(settings)
     return lambda name: (
-        not name.startswith(unread) and not kinds.isdisjoint(affected_by(name, env=settings.env.by))
+        name not in unread
+        and f"{name.partition('.')[0]}." not in unread
+        and not kinds.isdisjoint(affected_by(name, env=settings.env.by))
     )
 
 
@@ -534,6 +536,16 @@ def _check_source(s: Settings) -> None:
             not objective.needs_teacher and s.data.on_policy,
             "`objective.divergence` = 'cross_entropy' on the student's own episodes teaches "
             "nothing: set `data.source` to teacher, expert, players or episodes:FILE",
+        ),
+        (
+            rollout.history_turns and s.weight.by in ("sod", "iw_opd", "return_to_go"),
+            f"`weight.by` = {s.weight.by!r} compares the turns of an episode in one row, but with "
+            "`rollout.history_turns` it has several: set that to 0",
+        ),
+        (
+            "reliability" in s.weight.labels and bool(s.teacher_context.by),
+            "`weight.by` reads how reliable the teacher is, which plays there without "
+            "`teacher_context.by`: leave that empty",
         ),
         (
             "reliability" in s.weight.labels and not s.data.on_policy,

@@ -48,6 +48,11 @@ class TeacherContext:
 
     def __post_init__(self):
         check_within(1, tokens=self.tokens)
+        if self.by == "solved" and not self.file:
+            raise ValueError(
+                "`teacher_context.by` = 'solved' shows episodes of a file: name it in "
+                "`teacher_context.file`"
+            )
         if not self.asides() and self.options:
             names = ", ".join(f"`teacher_context.{name}`" for name, _ in self.options)
             raise ValueError(f"{names}: nothing takes it, since `teacher_context.by` is empty")

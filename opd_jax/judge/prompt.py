@@ -146,8 +146,9 @@ def read_prompt(path: str) -> Prompt:
     """The prompt in a text file; "" is the paper's.
 
     The file begins with a line `WORD = VERDICT` for each word that an answer may be. The verdict is
-    SKIP, WEAK or STRONG, and so the word's weight 0, `weight.weak_weight` or 1. After an empty
-    line comes the question, with fields in braces (`NAMED`); a brace of its own is doubled.
+    SKIP, WEAK or STRONG, and so the word's weight `weight.skip_weight`, `weak_weight` or 1. After
+    an empty line comes the question, with fields in braces (`NAMED`); a brace of its own is
+    doubled.
 
     Raises:
       ValueError: there is no such file, or it is written otherwise; names `judge.prompt`.

@@ -172,7 +172,7 @@ class Seen:
       scores: see `losses.TokenScores`.
       choices: see `losses.Choices`, [B, R] and [B, R, top].
       weight: s, times z where each trajectory has its own.
-      intervention: i of the verdicts, float32 [B, K]; None if the method reads none.
+      intervention: i, float32 [B, K]; None if the method has no such factor.
       confidence: c, float32 [B, K]; None if the method does not read the teacher's.
       z: each trajectory's own scale, float32 [B]; None if there is one for the batch.
     """
@@ -210,7 +210,7 @@ def look(
     )
     weights = _weights(scores, batch, objective)
     intervention = confidence = None
-    if objective.weight.reads_verdict:
+    if objective.weight.takes("skip_weight"):
         intervention = objective.weight.intervention(jnp.asarray(batch.verdict))
     if objective.weight.reads_confidence:
         turn_id, turns = _turn_id(batch), batch.verdict.shape[1]

@@ -130,8 +130,15 @@ class Weight:
         `given` has what the method reads; the arrays may hold anything where there is no token.
         """
         here = turn_id != NO_TURN
-        arrays = {name: given[name] for name in self.reads}
-        for name in self.reads.difference(LABELS, ["num_turns"]):
+        arrays = {}
+        for name in sorted(self.reads):  # in one order, so that all processes trace one program
+            if name not in given:
+                raise ValueError(
+                    f"`weight.by` = {self.by!r} reads `{name}`, and the batch has no such label; "
+                    "give it in `Batch.labels`"
+                )
+            arrays[name] = given[name]
+        for name in sorted(self.reads.difference(LABELS, ["num_turns"])):
             arrays[name] = jnp.where(here, jax.lax.stop_gradient(arrays[name]), 0.0)
         s = self._function(turn_id, **arrays, **self._arguments)
         if jnp.shape(s) != turn_id.shape:
@@ -148,7 +155,13 @@ class Weight:
     @cached_property
     def _parameters(self) -> tuple[str, ...]:
         """The function's arguments after the first."""
-        return tuple(inspect.signature(self._function).parameters)[1:]
+        try:
+            return tuple(inspect.signature(self._function).parameters)[1:]
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"`weight.by` = {self.by!r}: expected a function of (turn_id, *, …), as in "
+                f"`learner.weights`; got {self._function!r}"
+            ) from None
 
     @cached_property
     def _arguments(self) -> dict[str, Any]:

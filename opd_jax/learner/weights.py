@@ -54,14 +54,14 @@ def sage(
 ) -> jax.Array:
     """s = i · c: the turn's intervention times the teacher's confidence over the turn.
 
-    The paper has `skip_weight` 0 and `fail_weight` 1. Neutral: none, since c is below 1; with
-    `skip_weight`, `weak_weight` and `fail_weight` 1 it is `confidence`.
+    The paper has `skip_weight` 0 and `fail_weight` 1. Neutral: all three weights 1, and
+    `weight.confidence_temperature` 0, with which c = 1.
 
     Source: arXiv 2606.19659. `skip_weight` and `fail_weight` are ours.
     """
     c = losses.turn_confidence(teacher_top1_prob, turn_id, verdict.shape[1])
     how = dict(skip_weight=skip_weight, weak_weight=weak_weight, fail_weight=fail_weight)
-    return losses.raw_weights(turn_id, verdict, c, token_factor=None, scope="batch", **how)[0]
+    return losses.of_each_token(losses.intervention_weight(verdict, **how) * c, turn_id)
 
 
 def intervention(
@@ -81,7 +81,7 @@ def intervention(
 
 
 def confidence(turn_id: jax.Array, *, teacher_top1_prob: jax.Array, num_turns: int) -> jax.Array:
-    """s = c: SAGE without the verdicts. Neutral: a teacher that is sure of every token.
+    """s = c: SAGE without the verdicts. Neutral: `weight.confidence_temperature` 0.
 
     Source: arXiv 2606.19659, ablation; see `losses.turn_confidence`.
     """

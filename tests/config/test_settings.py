@@ -144,7 +144,7 @@ def test_whole_numbers_serve_as_floats_and_lists_as_tuples() -> None:
         ("rollout.per_task=2 rollout.top_p=1e-6", "would repeat the greedy episode of a task"),
         (
             "compare.methods=sage,ppo",
-            "`compare.methods`: expected one of entropy_aware, .* got 'ppo'",
+            "`compare.methods`: expected one of drop_accepted, .* got 'ppo'",
         ),
         # Of several sections.
         ("train.micro_batches=3", "`rollout.batch` = 16 .* `train.micro_batches` = 3; .* divisor"),
@@ -186,6 +186,11 @@ def test_whole_numbers_serve_as_floats_and_lists_as_tuples() -> None:
         (
             "objective.divergence=cross_entropy weight.by=uniform",
             "'cross_entropy' on the student's own episodes teaches nothing",
+        ),
+        ("weight.by=sod rollout.history_turns=1", "`weight.by` = 'sod' compares the turns"),
+        (
+            "weight.by=reliability teacher_context.by=solved teacher_context.file=x",
+            "`weight.by` reads how reliable .* leave that empty",
         ),
         ("data.source=players", "`data.source` = 'players' needs .* cross_entropy"),
         ("data.source=episodes:x", "`weight.by` = 'sage' asks .* a file of episodes"),
@@ -315,6 +320,9 @@ def test_what_the_method_does_not_read_is_free() -> None:
         assert not sage(name)
         assert binds_a_run(read("quickstart", change))(name)
         assert sage(change.partition("=")[0])
+    # A field of the user's own that begins like one of ours binds.
+    assert opd("weight.discount_of_mine")
+    assert not opd("weight.discount")
     assert not binds_an_evaluation(read("quickstart"))("lora.alpha")
     assert binds_an_evaluation(read("quickstart", "lora.rank=4"))("lora.alpha")
 

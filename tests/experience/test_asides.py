@@ -218,6 +218,7 @@ def test_a_solved_task_of_the_same_type_and_never_the_same_task(
     ("context", "text"),
     [
         (("solve", 9, ""), "`teacher_context.by`: expected one of solved, or module:name"),
+        (("solved", 9, ""), "`teacher_context.by` = 'solved' .* name it in `teacher_context.file`"),
         (("", 9, "", (("each", 1),)), "`teacher_context.each`: nothing takes it"),
         (("test_asides:hints", 0, ""), "`tokens`: expected at least 1, got 0"),
         (("test_asides:hints", 9, "", (("each", 1),)), "`teacher_context.each` is none of its"),

@@ -93,6 +93,7 @@ def test_weights_have_no_gradient() -> None:
 @pytest.mark.parametrize(
     ("weight", "message"),
     [
+        (lambda: mine("TURN_ID"), "`weight.by` = .*:TURN_ID': expected a function of .turn_id"),
         (lambda: by("sago"), "`weight.by`: expected one of uniform, sage, .* got 'sago'"),
         (lambda: mine("signed", pow=2), "`weight.pow` is none of its fields; it takes .*power"),
         (lambda: mine("reads_nothing_known"), "`weight.rewards` is missing"),
@@ -107,6 +108,11 @@ def test_weights_have_no_gradient() -> None:
 def test_a_weight_that_does_not_fit_is_named(weight: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         weight()
+
+
+def test_a_label_that_the_batch_lacks_is_named() -> None:
+    with pytest.raises(ValueError, match=r"'reliability' reads `reliability`.*`Batch.labels`"):
+        by("reliability")(TURN_ID, verdict=jnp.ones((2, 2), int))
 
 
 def test_weights_of_turns_are_not_taken_for_those_of_tokens() -> None:
