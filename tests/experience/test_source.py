@@ -26,6 +26,7 @@ from opd_jax.experience.tasks import TaskOrder
 from opd_jax.learner.train_state import TrainState, init_state
 from opd_jax.learner.weighing import Weight
 from opd_jax.losses import NO_TURN, Verdict
+from opd_jax.report import keys
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -305,6 +306,7 @@ def test_the_teacher_plays_the_students_turns_in_the_idle_environments(
     assert np.isnan(reliable[~there]).all()
     assert set(reliable[there].tolist()) <= {0.0, 1.0}
     assert said.metrics["reliability/asked"] == (sum(turns), sum(turns))
+    assert all(keys.defined(name) for name in said.metrics)
     batch = build.make_pack(settings, student.config)(played, said.verdict, said.labels)
     np.testing.assert_array_equal(batch.labels["reliability"], reliable[played.episode])
     np.testing.assert_array_equal(label(played.conversations, 0).labels["reliability"], reliable)

@@ -54,7 +54,7 @@ def labeller(*changes: str) -> Any:
 
 
 def test_the_oracle_gives_the_environments_labels() -> None:
-    verdict, metrics, _ = labeller("judge.by=oracle")(PLAYED, 0)
+    verdict, metrics, *_ = labeller("judge.by=oracle")(PLAYED, 0)
     assert verdict.dtype == np.int32
     # A failed turn needs no label, and one without a label is STRONG. No turn: SKIP.
     assert verdict.tolist() == [
@@ -90,7 +90,7 @@ def test_the_rule_sees_the_record_of_each_turn() -> None:
     ]
     played.append(conversation(("rejected", "")))
     build = labeller("env.max_turns=6", "judge.by=record")
-    verdict, metrics, judgement = build(played, 0)
+    verdict, metrics, judgement, _ = build(played, 0)
     expected = np.full((9, 6), SKIP)
     for row, c in enumerate(played):
         for k, turn in enumerate(c.turns):
@@ -123,7 +123,7 @@ def repeats(conversations: Sequence[Conversation], update: int, *, code: int = S
 
 
 def test_a_function_judges_the_turns_that_did_not_fail() -> None:
-    verdict, metrics, _ = labeller("judge.by=test_others:repeats")(PLAYED, 3)
+    verdict, metrics, *_ = labeller("judge.by=test_others:repeats")(PLAYED, 3)
     assert verdict.dtype == np.int32
     assert verdict.tolist() == [
         [SKIP, FAILED, STRONG, SKIP],

@@ -137,6 +137,6 @@ def test_a_record_is_shown_where_the_environment_keeps_one(tmp_path: Path) -> No
     }
     for named, change in ways.items():
         read("quickstart", *change)
-        with pytest.raises(ValueError, match=f"{re.escape(named)} shows .* `env.by` = 'alfworld'"):
-            read("alfworld_qwen3", "env.data=somewhere", *change)
-        read("alfworld_qwen3:method=opd", "env.data=somewhere", *change)  # nobody is asked
+        with pytest.raises(ValueError, match=f"{re.escape(named)} shows .* `env.by` = 'gymnasium'"):
+            read("quickstart", "env.by=gymnasium", *change)
+        read("quickstart:method=opd", "env.by=gymnasium", *change)  # nobody is asked
