@@ -140,14 +140,11 @@ def solved(conversation: Conversation, *, file: str) -> Sequence[str]:
 
     Source: ours, after GC-OPD, whose teacher reads executions that it retrieves.
     """
-    task = conversation.task
-    found = _solved(file)
-    others = [
-        text
-        for name, text in found.get(task.type if task else "", ())
-        if task is None or name != task.id
-    ]
-    if not others or task is None:
+    task, found = conversation.task, _solved(file)
+    if task is None:
+        return ()
+    others = [text for name, text in found.get(task.type, ()) if name != task.id]
+    if not others:
         return ()
     number = int.from_bytes(hashlib.sha256(task.id.encode()).digest()[:8], "big")
     return (others[number % len(others)],)

@@ -35,6 +35,10 @@ def signed(turn_id: jax.Array, *, divergence: jax.Array, power: int = 1) -> jax.
     return divergence**power
 
 
+def of_row(turn_id: jax.Array, *, teacher_entropy: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(teacher_entropy.sum(axis=1, keepdims=True), turn_id.shape)
+
+
 def reads_nothing_known(turn_id: jax.Array, *, rewards: jax.Array) -> jax.Array:
     return rewards
 
@@ -80,6 +84,12 @@ def test_padding_reaches_neither_weights_nor_their_totals() -> None:
         np.testing.assert_array_equal(got, want, err_msg=name)
         assert got[0, 3] == 0
         assert jnp.isfinite(got).all()
+
+
+def test_a_function_that_adds_up_a_row_meets_no_padding() -> None:
+    entropy = jnp.where(TURN_ID == NO_TURN, jnp.nan, 2.0)
+    s = mine("of_row")(TURN_ID, teacher_entropy=entropy)
+    np.testing.assert_array_equal(s, [[6, 6, 6, 0], [8, 8, 8, 8]])
 
 
 def test_weights_have_no_gradient() -> None:
