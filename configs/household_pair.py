@@ -2,6 +2,7 @@
 
     ./launch/local.sh --config=household_pair:who=teacher --workdir=runs/teacher
     ./launch/local.sh --config=household_pair:who=student --workdir=runs/student
+    ./launch/local.sh --config=household_pair:who=recovering --workdir=runs/recovering
     .venv/bin/python -m opd_jax.export --workdir=runs/teacher --out=runs/teacher/model
 
 Then copy `runs/teacher/model` to `opd_jax/pair/teacher`, and the student's likewise.
@@ -16,7 +17,12 @@ The student imitates a forgetful player. It reads, searches and acts as the expe
 episodes it forgets to clean, heat or cool, or that there is a second object. So the student knows
 every word and has the skills, but lacks a part of the policy. Distillation teaches that part.
 
-Arguments: who=teacher|student, runlocal.
+The recovering teacher goes on from the teacher's weights. Half of its episodes begin with up to 12
+turns of a weak player, so it learns to win from there. It also learns to judge from the record of
+an episode (`judge.context=record`). After its answer a judge example goes on with other responses
+at the same turn, so that one record has several answers to learn.
+
+Arguments: who=teacher|student|recovering, runlocal.
 """
 
 from ml_collections import ConfigDict
@@ -29,9 +35,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """The config that trains one of the two."""
     args = parse_arg(arg, runlocal=False, who="teacher")
     config = quickstart.get_config("runlocal" if args.runlocal else "")
-    is_teacher = {"teacher": True, "student": False}.get(args.who)
+    is_teacher = {"teacher": True, "student": False, "recovering": True}.get(args.who)
     if is_teacher is None:
-        raise ValueError(f"config argument `who`: expected teacher or student, got {args.who!r}")
+        raise ValueError(
+            f"config argument `who`: expected teacher, student or recovering, got {args.who!r}"
+        )
 
     config.student = "new"
     config.teacher = ""
@@ -64,10 +72,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
         habits=dict(
             careless=dict(skip_step=0.7, list_order=0.8, ignore_closed=0.4, idle=0.15, forget=0.7),
             forgetful=dict(skip_step=0.8, forget=0.8),
+            stubborn=dict(again=0.7),
         ),
         window=128,  # episodes generated together
         judge_examples=64 if is_teacher else 0,  # judge examples from a window; 0: none
         judge_contexts=("table9",),  # contexts of their questions, in turn (`judge.context`)
+        proposals=0,  # most other responses that an example judges at its turn; 0: none
+        proposers=(),  # players that propose them
         tokens_per_batch=4096 if is_teacher else 2048,  # most tokens of a batch, with padding
     )
     config.weight.by = "uniform"
@@ -85,6 +96,22 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if is_teacher:
         config.env.update(ConfigDict(dict(size="large", max_turns=30)))
         config.rollout.context_tokens = 896
+    if args.who == "recovering":
+        config.student = "embedded:teacher"
+        config.demonstrations.sizes_from = (0, 0)
+        config.demonstrations.head_start = 12
+        config.demonstrations.distractors = (
+            *("careless", "clumsy", "mistaken", "random"),
+            *("forgetful", "forgetful", "stubborn", "stubborn"),
+        )
+        config.demonstrations.judge_examples = 96
+        config.demonstrations.judge_contexts = ("table9", "record", "record", "record")
+        config.demonstrations.proposals = 7
+        config.demonstrations.proposers = (
+            *("expert", "careless", "careless", "forgetful", "mistaken", "mistaken"),
+            *("random",) * 6,
+        )
+        config.optimizer.learning_rate = 1e-3
     config.train.updates = 8000 if is_teacher else 9000
     config.train.length_multiple = 128
     config.train.response_multiple = 256

@@ -68,7 +68,7 @@ METHODS: dict[str, dict[str, object]] = {
 OF = dict.fromkeys(["quickstart", *PAPER], METHODS)
 CASES = [
     *((name, arg) for name, methods in OF.items() for arg in methods),
-    *(("household_pair", who) for who in ("who=teacher", "who=student")),
+    *(("household_pair", who) for who in ("who=teacher", "who=student", "who=recovering")),
     ("quickstart", "compare"),
     *((name, "student=0.6b,teacher=32b") for name in PAPER),
 ]
@@ -114,7 +114,7 @@ def test_a_config_holds_together_survives_storage_and_shrinks(name: str, arg: st
         # The variants are changes to SAGE: on another base their names would be wrong.
         ("quickstart:compare,method=opd", ["`compare`", "`method`"]),
         ("quickstart:compare,ablate=confidence", ["`compare`", "`ablate`"]),
-        ("household_pair:who=judge", ["`who`", "teacher", "student", "judge"]),
+        ("household_pair:who=judge", ["`who`", "teacher", "student", "recovering", "judge"]),
         ("alfworld_qwen3:student=4b", ["`student`", "0.6b", "1.7b", "4b"]),
         ("scienceworld_qwen3:teacher=14b", ["`teacher`", "8b", "32b", "14b"]),
         ("searchqa_qwen3:method=ppo", ["method=ppo", "tcod_f2b"]),

@@ -33,12 +33,13 @@ from opd_jax.experience.asides import with_asides
 from opd_jax.experience.demonstrations import demonstrate
 from opd_jax.experience.recorded import beginnings, read_conversations, recorded_panel
 from opd_jax.experience.source import Episodes, Play, Played, Source
+from opd_jax.experience.proposals import proposals
 from opd_jax.experience.stream import Stream, judge_example
 from opd_jax.experience.tasks import Panel, TaskOrder, check_alike, find_panels, split_size
 from opd_jax.judge.answer import Judge
 from opd_jax.judge.labels import repeats
 from opd_jax.judge.others import brought_judge, find_judge
-from opd_jax.judge.prompt import LABELS, read_prompt
+from opd_jax.judge.prompt import LABELS, PROPOSAL, read_prompt
 from opd_jax.judge.reliability import Reliability, reliability_labeller
 from opd_jax.judge.verdicts import Labeller, Verdicts, no_judge, teacher_judge
 from opd_jax.learner.batch import Batch, pack, responses
@@ -449,6 +450,7 @@ def check_players(settings: Settings) -> None:
         habits = shown.habits
         wanted.append(("demonstrations.player", shown.player))
         wanted += [("demonstrations.distractors", name) for name in shown.distractors]
+        wanted += [("demonstrations.proposers", name) for name in shown.proposers]
     for field, name in wanted:
         make_player(name, settings.env, field=field, habits=habits)
 
@@ -659,6 +661,27 @@ def make_demonstrator(settings: Settings, *, chat: ChatFormat):
     return episode
 
 
+def make_proposer(settings: Settings) -> Callable[..., list[tuple[str, str]]]:
+    """The function that proposes other responses at a turn, for judge example n (`proposals`)."""
+    shown = settings.demonstrations
+    assert shown is not None  # as settings are checked
+    envs = [make_env(settings.env, size=size) for size in shown.sizes]
+    player = partial(
+        make_player, env=settings.env, habits=shown.habits, field="demonstrations.proposers"
+    )
+    players = [player(name) for name in shown.proposers]
+
+    def propose(number: int, conversation: Conversation, index: int) -> list[tuple[str, str]]:
+        where = conversation.split, conversation.index
+        rng = random.Random(f"{settings.seed}/proposals/{number}/{where}/{index}")
+        env = next(e for e in envs if e.reset(*where) and e.task == conversation.task)
+        return proposals(
+            env, conversation, index, players=players, count=shown.proposals, rng=rng
+        )
+
+    return propose
+
+
 def _demonstrations(settings: Settings, student: LoadedModel, *, cursor: Sequence[int]) -> Stream:
     """Supervised data that builds a model: players' demonstrations, and judge examples."""
     shown = settings.demonstrations
@@ -671,12 +694,18 @@ def _demonstrations(settings: Settings, student: LoadedModel, *, cursor: Sequenc
         for context in shown.judge_contexts
     ]
 
+    chat, propose = student.chat, make_proposer(settings)
+
     def make_example(number: int, conversation: Conversation, index: int) -> Conversation:
         # Labels take turns. The context changes after each round of labels, so it gets them all.
-        by = asking[number // len(LABELS) % len(asking)]
-        prompt = [*by.prefix(conversation, index), *by.question(conversation, index)]
-        label = conversation.turns[index].oracle
-        return judge_example(prompt, [*student.chat.response(label), student.chat.stop_ids[0]])
+        by, turn = asking[number // len(LABELS) % len(asking)], conversation.turns[index]
+        asked = [([*by.prefix(conversation, index), *by.question(conversation, index)], turn.oracle)]
+        for response, label in propose(number, conversation, index):
+            text = PROPOSAL.format(turn=dataclasses.replace(turn, response=response))
+            asked.append((chat.follow(text, ended=True), label))
+        return judge_example(
+            (question, [*chat.response(label), chat.stop_ids[0]]) for question, label in asked
+        )
 
     return Stream(
         shown,

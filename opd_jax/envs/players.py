@@ -46,7 +46,7 @@ def _random(task: Task, first: Observation, rng: random.Random) -> Player:
 
 def _household(env: EnvSettings, habits: Mapping[str, Mapping[str, Any]]) -> dict[str, MakePlayer]:
     from opd_jax.envs.household import expert
-    from opd_jax.envs.household.habits import Careless, Clumsy, Forgetful, Mistaken
+    from opd_jax.envs.household.habits import Careless, Clumsy, Forgetful, Mistaken, Stubborn
 
     def of(kind: Callable[..., Player], name: str = "") -> MakePlayer:
         return lambda task, first, rng: kind(task, first, rng=rng, **habits.get(name, {}))
@@ -57,6 +57,7 @@ def _household(env: EnvSettings, habits: Mapping[str, Mapping[str, Any]]) -> dic
         "forgetful": of(Forgetful, "forgetful"),
         "clumsy": of(Clumsy),
         "mistaken": of(Mistaken),
+        "stubborn": of(Stubborn, "stubborn"),
         "random": _random,
     }
 

@@ -6,7 +6,7 @@ window w depends on the seed alone, so a run resumes from (w, b).
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +34,8 @@ class DemonstrationSettings:
       window: episodes generated together.
       judge_examples: judge examples per window; 0: none.
       judge_contexts: contexts of their questions, in turn (`judge.prompt.FIELDS`).
+      proposals: most other responses that an example judges at its turn (`proposals`).
+      proposers: names of the players that propose them; one may stand there more than once.
       tokens_per_batch: most tokens of a batch, with padding.
     """
 
@@ -47,11 +49,14 @@ class DemonstrationSettings:
     window: int
     judge_examples: int
     judge_contexts: tuple[str, ...]
+    proposals: int
+    proposers: tuple[str, ...]
     tokens_per_batch: int
 
     def __post_init__(self):
         check_within(1, window=self.window, tokens_per_batch=self.tokens_per_batch)
         check_within(0, judge_examples=self.judge_examples, head_start=self.head_start)
+        check_within(0, proposals=self.proposals)
         check_within(0, 1, distraction=self.distraction)
         for context in self.judge_contexts:
             check_choice(FIELDS, judge_contexts=context)
@@ -59,6 +64,7 @@ class DemonstrationSettings:
             "sizes": True,
             "distractors": self.distraction > 0 or self.head_start > 0,
             "judge_contexts": self.judge_examples > 0,
+            "proposers": self.judge_examples > 0 and self.proposals > 0,
         }
         for name, needed in needs.items():
             if needed and not getattr(self, name):
@@ -70,11 +76,15 @@ class DemonstrationSettings:
             )
 
 
-def judge_example(prompt: Sequence[int], answer: Sequence[int]) -> Conversation:
-    """A judge's question and its answer; only the answer is supervised."""
+def judge_example(asked: Iterable[tuple[Sequence[int], Sequence[int]]]) -> Conversation:
+    """A judge's questions, each behind the one before, and their answers.
+
+    Only the answers are supervised. Each is a turn of its own.
+    """
     example = Conversation(task=None, end="answered")
-    example.append_given(prompt)
-    example.append_response(answer, [0.0] * len(answer), 0)
+    for number, (question, answer) in enumerate(asked):
+        example.append_given(question)
+        example.append_response(answer, [0.0] * len(answer), number)
     return example
 
 

@@ -34,13 +34,13 @@ RUBRIC = (
     "too ambiguous to correct. WEAK: it may be suboptimal, but that is uncertain or of low impact. "
     "STRONG: it is clearly wrong, off task, redundant or likely to fail."
 )
+PROPOSAL = "Agent's response: {turn.response}"
 TABLE_9 = (
     "Task type: {task.type}\n"
     "Goal: {task.goal}\n"
     "Scene: {task.scene}\n"
     "Observation: {turn.observation}\n"
-    "Admissible actions: {admissible}\n"
-    "Agent's response: {turn.response}"
+    "Admissible actions: {admissible}\n" + PROPOSAL
 )
 # Which fields each context has.
 FIELDS = {
@@ -53,8 +53,7 @@ FIELDS = {
         "Tried: {record.tried}\n"
         "Seen: {record.seen}\n"
         "Changed: {record.changed}\n"
-        "Held: {record.held}\n"
-        "Agent's response: {turn.response}"
+        "Held: {record.held}\n" + PROPOSAL
     ),
 }
 # Of each list of a record the latest entries are shown, and of an entry its beginning.

@@ -15,7 +15,7 @@ from opd_jax.envs.household import scenes, tables, thoughts
 from opd_jax.envs.household import world as worlds
 from opd_jax.envs.household.env import Household
 from opd_jax.envs.household.expert import Expert, Memory
-from opd_jax.envs.household.habits import Careless, Clumsy, Forgetful, Mistaken
+from opd_jax.envs.household.habits import Careless, Clumsy, Forgetful, Mistaken, Stubborn
 from opd_jax.envs.household.oracle import Learnt, distance, label
 from opd_jax.envs.household.world import World
 from opd_jax.envs.react import INVENTED, Random, parse_response
@@ -675,6 +675,28 @@ def test_a_forgetful_player_differs_from_the_expert_only_where_a_step_is_forgott
             assert not other[0][-1].success
         else:
             assert other == played
+
+
+def test_a_stubborn_player_is_a_mistaken_one_until_something_fails_and_then_says_it_again():
+    def mistaken(task, first):
+        return Mistaken(task, first, rng=random.Random(0))
+
+    def stubborn(again):
+        return lambda task, first: Stubborn(task, first, rng=random.Random(0), again=again)
+
+    stuck = 0
+    for index in range(20):
+        env = make_env(max_turns=20)
+        observations, said = run_episode(env, "train", index, stubborn(1.0))
+        other = run_episode(env, "train", index, mistaken)[1]
+        failed = [n for n, after in enumerate(observations[1:]) if after.failure]
+        first = failed[0] if failed else len(said)
+        assert said[: first + 1] == other[: first + 1]
+        assert len({*said[first:]}) <= 1
+        stuck += len(said) - first > 2
+        # A response is drawn after a failure too, so only a player that never repeats is the same.
+        assert failed or run_episode(env, "train", index, stubborn(0.0))[1] == other
+    assert stuck > 5
 
 
 @pytest.mark.parametrize("kind", [Clumsy, Mistaken])

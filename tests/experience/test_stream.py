@@ -124,6 +124,8 @@ SHOWN = DemonstrationSettings(
     window=WINDOW,
     judge_examples=5,
     judge_contexts=("table9",),
+    proposals=0,
+    proposers=(),
     tokens_per_batch=80,
 )
 
@@ -138,7 +140,15 @@ def episode(number: int) -> Conversation:
 
 def example(number: int, conversation: Conversation, index: int) -> Conversation:
     judged = conversation.turns[index]
-    return judge_example([900 + number, 900, int(judged.response)], [len(judged.oracle)])
+    asked = [900 + number, 900, int(judged.response)], [len(judged.oracle)]
+    return judge_example([asked])
+
+
+def test_each_answer_of_a_judge_example_is_a_turn_and_no_question_is_learnt() -> None:
+    made = judge_example([([5, 6, 7], [1, 0]), ([8], [2, 0])])
+    assert made.tokens == [5, 6, 7, 1, 0, 8, 2, 0]
+    assert made.turn_id == [NO_TURN] * 3 + [0, 0] + [NO_TURN] + [1, 1]
+    assert len(made.logprobs) == len(made.tokens)
 
 
 @pytest.fixture

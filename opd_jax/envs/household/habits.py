@@ -236,3 +236,23 @@ class Mistaken(Expert):
         if at in memory.shut:
             mistakes.append(partial(memory.content.update, {at: []}))
         return mistakes
+
+
+class Stubborn(Mistaken):
+    """Is mistaken, and after a failure says the same again, as a model that loops does.
+
+    Args:
+      task, first, rng: as for `Expert`.
+      again: probability that it says its last response again after a failure.
+    """
+
+    def __init__(self, task: Task, first: Observation, *, rng: random.Random, again: float):
+        super().__init__(task, first, rng=rng)
+        self.again = again
+        self.said = ""
+
+    def respond(self, observation: Observation) -> str:
+        """Read an observation and answer."""
+        if not (self.said and observation.failure and self.rng.random() < self.again):
+            self.said = super().respond(observation)
+        return self.said
