@@ -31,9 +31,9 @@ from opd_jax.envs.make import EnvSettings, benchmark_splits, invented, make_env,
 from opd_jax.envs.players import make_player
 from opd_jax.experience.asides import with_asides
 from opd_jax.experience.demonstrations import demonstrate
+from opd_jax.experience.proposals import proposals
 from opd_jax.experience.recorded import beginnings, read_conversations, recorded_panel
 from opd_jax.experience.source import Episodes, Play, Played, Source
-from opd_jax.experience.proposals import proposals
 from opd_jax.experience.stream import Stream, judge_example
 from opd_jax.experience.tasks import Panel, TaskOrder, check_alike, find_panels, split_size
 from opd_jax.judge.answer import Judge
@@ -675,9 +675,7 @@ def make_proposer(settings: Settings) -> Callable[..., list[tuple[str, str]]]:
         where = conversation.split, conversation.index
         rng = random.Random(f"{settings.seed}/proposals/{number}/{where}/{index}")
         env = next(e for e in envs if e.reset(*where) and e.task == conversation.task)
-        return proposals(
-            env, conversation, index, players=players, count=shown.proposals, rng=rng
-        )
+        return proposals(env, conversation, index, players=players, count=shown.proposals, rng=rng)
 
     return propose
 
@@ -699,7 +697,9 @@ def _demonstrations(settings: Settings, student: LoadedModel, *, cursor: Sequenc
     def make_example(number: int, conversation: Conversation, index: int) -> Conversation:
         # Labels take turns. The context changes after each round of labels, so it gets them all.
         by, turn = asking[number // len(LABELS) % len(asking)], conversation.turns[index]
-        asked = [([*by.prefix(conversation, index), *by.question(conversation, index)], turn.oracle)]
+        asked = [
+            ([*by.prefix(conversation, index), *by.question(conversation, index)], turn.oracle)
+        ]
         for response, label in propose(number, conversation, index):
             text = PROPOSAL.format(turn=dataclasses.replace(turn, response=response))
             asked.append((chat.follow(text, ended=True), label))

@@ -99,7 +99,9 @@ def model_folder(reference: str) -> Path:
         return local_path(reference, name="student` or `teacher")
     folder = EMBEDDED / (name := reference.removeprefix("embedded:"))
     if not name or not folder.is_dir():
-        known = ", ".join(f"embedded:{path.name}" for path in sorted(EMBEDDED.iterdir()))
+        known = ", ".join(
+            f"embedded:{path.parent.name}" for path in sorted(EMBEDDED.glob("*/config.json"))
+        )
         raise ValueError(f"the package has no model `{reference}`, only {known}")
     return folder
 
