@@ -665,7 +665,12 @@ def make_proposer(settings: Settings) -> Callable[..., list[tuple[str, str]]]:
     """The function that proposes other responses at a turn, for judge example n (`proposals`)."""
     shown = settings.demonstrations
     assert shown is not None  # as settings are checked
-    envs = [make_env(settings.env, size=size) for size in shown.sizes]
+    envs: list[Any] = [make_env(settings.env, size=size) for size in shown.sizes]
+    if shown.proposals and not hasattr(envs[0], "label"):
+        raise ValueError(
+            f"`demonstrations.proposals` = {shown.proposals}: expected an environment that labels "
+            f"a response without acting on it (`envs.base.Labels`); {settings.env.by} does not"
+        )
     player = partial(
         make_player, env=settings.env, habits=shown.habits, field="demonstrations.proposers"
     )

@@ -97,9 +97,9 @@ class Env(Protocol):
     - `rule` judges a command from the record (`Rule`). It may be the judge (`judge.by=record`).
 
     It may also have the methods of `Records`, `Copies` and `Labels`; a function that makes the
-    environment has them as attributes too. A judge can be shown the record. No run calls the others
-    yet. A method that weighs a turn by how reliable the teacher is there will: it tries the
-    teacher's own turn in a copy, or has it labelled without acting.
+    environment has them as attributes too. A judge can be shown the record, and examples of judging
+    are made of responses that were labelled without acting (`experience.proposals`). No run copies
+    an environment: the teacher's own turn is tried where the episode is played again.
 
     Attributes:
       system: the system message of the conversation; "" for none.

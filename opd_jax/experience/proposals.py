@@ -44,7 +44,7 @@ def proposals(
     for response in sorted({*said} - {conversation.turns[index].response}):
         by_label.setdefault(env.label(response), []).append(response)
     by_label.pop("", None)
-    found = []
+    found: list[tuple[str, str]] = []
     while by_label and len(found) < count:
         for label in rng.sample(sorted(by_label), len(by_label)):
             of_label = by_label[label]
