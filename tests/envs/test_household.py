@@ -96,7 +96,7 @@ def spec_of(task_type, wanted, target, places, objects, lamp=""):
 @pytest.mark.parametrize("size", tables.SIZES)
 @pytest.mark.parametrize("room", tables.ROOM_KINDS)
 def test_unseen_scenes_differ_from_all_training_scenes(room, size):
-    numbers = range(1, tables.TRAIN_SCENES + tables.UNSEEN_SCENES + 1)
+    numbers = range(1, tables.SCENES + 1)
     layouts = [scenes.scene(room, number, size) for number in numbers]
     train, unseen = layouts[: tables.TRAIN_SCENES], layouts[tables.TRAIN_SCENES :]
     assert not set(train) & set(unseen)
@@ -111,20 +111,24 @@ def test_unseen_scenes_differ_from_all_training_scenes(room, size):
 def test_splits_use_their_own_scenes():
     drawn = {split: {scenes.task(split, i, "small").scene for i in range(300)} for split in SPLITS}
     assert max(drawn["train"] | drawn["valid_seen"] | drawn["dev"]) <= tables.TRAIN_SCENES
-    assert min(drawn["valid_unseen"]) > tables.TRAIN_SCENES
     assert len(drawn["train"]) > 80
-    assert len(drawn["valid_unseen"]) == tables.UNSEEN_SCENES
+    unseen = [drawn[split] for split in ("valid_unseen", "test_unseen")]
+    assert min(set.union(*unseen)) > tables.TRAIN_SCENES
+    assert not set.intersection(*unseen)
+    assert [len(scenes) for scenes in unseen] == [tables.UNSEEN_SCENES] * 2
 
 
 @pytest.mark.parametrize("size", tables.SIZES)
-def test_no_task_of_dev_is_trained_on_or_reported(size):
+def test_no_task_of_dev_is_trained_on_or_reported_and_none_of_test_is_used_before(size):
     def drawn(split, count):
         specs = (scenes.task(split, index, size) for index in range(count))
         return {dataclasses.replace(spec, id="") for spec in specs}
 
-    dev = drawn("dev", 200)
-    assert len(dev) == 200
-    assert not dev & (drawn("valid_seen", 400) | drawn("valid_unseen", 400) | drawn("train", 3000))
+    reported = drawn("valid_seen", 400) | drawn("valid_unseen", 400)
+    dev, test, train = drawn("dev", 200), drawn("test_unseen", 800), drawn("train", 3000)
+    assert (len(dev), len(test)) == (200, 800)
+    assert not dev & (reported | train)
+    assert not test & (reported | train | dev)
 
 
 def test_a_digest_names_version_size_and_split(monkeypatch):

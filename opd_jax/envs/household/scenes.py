@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from opd_jax.envs.household.tables import (
     CLUTTER,
+    FIRST_UNSEEN,
     GOALS,
     LAMPS,
     LARGE_KITCHEN,
@@ -24,6 +25,7 @@ from opd_jax.envs.household.tables import (
     ROOM_KINDS,
     ROOM_SIZES,
     ROOMS,
+    SCENES,
     SIMPLE,
     SIZES,
     SPLIT_SIZES,
@@ -49,7 +51,7 @@ class TaskSpec:
       type: one of `TASK_TYPES`.
       goal: the instruction, with a full stop.
       room: kind of room.
-      scene: scene number; numbers above `TRAIN_SCENES` belong to `valid_unseen`.
+      scene: scene number; those above `TRAIN_SCENES` belong to the splits of `FIRST_UNSEEN`.
       object: the object type that the goal asks for.
       target: the receptacle type of the goal; "" for `look_at_obj_in_light`.
       lamp: the lamp type of the goal; "" for all other types.
@@ -137,7 +139,7 @@ def scene(room: str, number: int, size: str) -> tuple[tuple[str, int], ...]:
 
     Args:
       room: one of `ROOM_KINDS`.
-      number: 1 to `TRAIN_SCENES + UNSEEN_SCENES`.
+      number: 1 to `SCENES`.
       size: one of `SIZES`.
 
     Raises:
@@ -146,10 +148,8 @@ def scene(room: str, number: int, size: str) -> tuple[tuple[str, int], ...]:
     check_size(size)
     if room not in ROOMS:
         raise ValueError(f"`room` must be one of {', '.join(ROOM_KINDS)}; got {room!r}.")
-    if not 1 <= number <= TRAIN_SCENES + UNSEEN_SCENES:
-        raise ValueError(
-            f"`number` must be from 1 to {TRAIN_SCENES + UNSEEN_SCENES}; got {number}."
-        )
+    if not 1 <= number <= SCENES:
+        raise ValueError(f"`number` must be from 1 to {SCENES}; got {number}.")
     draw = Draw(f"household/{VERSION}/scene/{size}/{room}/{number}")
     while True:
         counts = _draw_counts(draw, room, size)
@@ -248,7 +248,7 @@ def task(split: str, index: int, size: str) -> TaskSpec:
     `pick_two_obj_and_place`, no wanted object starts in a receptacle of the target type.
 
     Args:
-      split: one of `SPLIT_SIZES`; `valid_unseen` uses scenes that the others never use.
+      split: one of `SPLIT_SIZES`; those of `FIRST_UNSEEN` have scenes that no other uses.
       index: 0 to the size of the split less one.
       size: one of `SIZES`.
 
@@ -265,8 +265,8 @@ def task(split: str, index: int, size: str) -> TaskSpec:
     room = draw.choice(TASK_ROOMS[task_type])
     while True:
         number = 1 + draw.below(TRAIN_SCENES)
-        if split == "valid_unseen":
-            number = TRAIN_SCENES + 1 + draw.below(UNSEEN_SCENES)
+        if split in FIRST_UNSEEN:
+            number = FIRST_UNSEEN[split] + draw.below(UNSEEN_SCENES)
         counts = dict(scene(room, number, size))
         choices = _choices(task_type, room, tuple(counts))
         if choices:  # else the room has no place for any suitable object: draw another room

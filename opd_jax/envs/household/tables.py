@@ -11,9 +11,19 @@ from dataclasses import dataclass
 VERSION = 1
 
 SIZES = ("small", "medium", "large")
-SPLIT_SIZES = {"train": 1_000_000, "valid_seen": 1_000, "valid_unseen": 1_000, "dev": 1_000}
+SPLIT_SIZES = {
+    **{"train": 1_000_000, "valid_seen": 1_000, "valid_unseen": 1_000, "dev": 1_000},
+    # For figures that are reported once: nothing is trained on it, chosen on it or tried on it.
+    "test_unseen": 1_000,
+}
 TRAIN_SCENES = 100
+# So many scenes has each split whose scenes are never trained in, from the given number on.
 UNSEEN_SCENES = 25
+FIRST_UNSEEN = {
+    "valid_unseen": TRAIN_SCENES + 1,
+    "test_unseen": TRAIN_SCENES + UNSEEN_SCENES + 1,
+}
+SCENES = TRAIN_SCENES + UNSEEN_SCENES * len(FIRST_UNSEEN)
 
 SIMPLE = "pick_and_place_simple"
 LOOK = "look_at_obj_in_light"
