@@ -25,6 +25,7 @@ def summarize(conversations: Sequence[Conversation]) -> dict[str, object]:
       repeated: share of turns that repeat an earlier action of their episode.
       failed: share of turns that failed deterministically.
       n, broken: number of episodes that did not break, and that did.
+      wins: a character for each task, in order: 1 if it was solved, 0 if not, - if it broke.
       measures: name to mean of each measure of the environment; an episode without it counts 0.
 
     Raises:
@@ -47,6 +48,7 @@ def summarize(conversations: Sequence[Conversation]) -> dict[str, object]:
         "failed": sum(bool(t.failure) for c in played for t in c.turns) / max(turns, 1),
         "n": n,
         "broken": len(conversations) - n,
+        "wins": "".join("-" if c.broken else str(int(c.success)) for c in conversations),
         "measures": {m: sum(c.measures.get(m, 0.0) for c in played) / n for m in sorted(measures)},
     }
 

@@ -54,6 +54,7 @@ def test_figures_by_hand() -> None:
         "failed": 3 / 12,
         "n": 5,
         "broken": 0,
+        "wins": "10001",
         "measures": {},
     }
     json.dumps(figures)
@@ -88,7 +89,7 @@ def test_a_macro_average_counts_every_split_the_same() -> None:
 def test_broken_episodes_are_counted_and_left_out() -> None:
     broken = episode(["go", "go"], end="broken", score=0.0, failed=1, f1=1.0)
     figures = summarize([broken, *EPISODES, broken])
-    assert figures == summarize(EPISODES) | {"broken": 2}
+    assert figures == summarize(EPISODES) | {"broken": 2, "wins": "-10001-"}
     assert "broken" not in results_table({"expert": {"s": summarize(EPISODES)}})
     header, row = cells(results_table({"expert": {"s": figures}}))
     assert (header[-1], row[-1]) == ("broken", "2")
@@ -98,7 +99,8 @@ def test_broken_episodes_are_counted_and_left_out() -> None:
 
 def test_episodes_that_do_not_fit_count_as_broken_and_all_of_them_are_a_mistake() -> None:
     unfit = Conversation(task=None, end="context")
-    assert summarize([unfit, *EPISODES]) == summarize(EPISODES) | {"broken": 1}
+    figures = summarize([unfit, *EPISODES])
+    assert figures == summarize(EPISODES) | {"broken": 1, "wins": "-10001"}
     with pytest.raises(ValueError, match=r"`rollout.context_tokens`: none of 2 episodes fits"):
         summarize([unfit, unfit])
     with pytest.raises(WorldFailed, match="environments of all 2"):
