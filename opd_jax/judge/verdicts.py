@@ -89,6 +89,7 @@ def teacher_judge(
         if update == 0:  # later it is one bad batch, and a resumed run is to go on like any other
             check_some_fit(judgement)
         metrics = judge_metrics(judgement, labels) | positions.metrics
+        metrics["tokens/judge"] = positions.tokens("judging")
         if how.agreement_every and update % how.agreement_every == 0:
             drawn = draw_turns(judgement.asked, most=how.agreement_turns, seed=(seed, update))
             second = ask(labels._replace(played=drawn), by=by_other)

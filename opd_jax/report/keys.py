@@ -109,9 +109,9 @@ KEYS = (
         "`stop_token` above 0.99",
     ),
     Key(
-        "tokens/{student,seen,sampled,sequence,teacher} by_turn/turns",
-        "N; its sum so far; sampled; all; read by a teacher that is told more; episodes with this "
-        "turn",
+        "tokens/{student,seen,sampled,sequence,teacher,judge} by_turn/turns",
+        "N; its sum so far; sampled; all; read by a teacher that is told more; by the judge; "
+        "episodes with this turn",
         "steady",
     ),
     Key(
