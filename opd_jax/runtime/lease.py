@@ -41,6 +41,10 @@ _LOOK_S = 1.0
 _PATIENCE_S = 2.0
 
 
+class Held(ValueError):
+    """A living process of this machine works in the folder."""
+
+
 @dataclass(frozen=True)
 class Owner:
     """A process, as other processes can find out whether it lives.
@@ -131,8 +135,8 @@ def held(folder: Path, *, name: str = "--workdir") -> Iterator[Path]:
       name: the flag that names it, for errors.
 
     Raises:
-      ValueError: it is a URL, there is a file in its place, it cannot be written, or a process of
-        this machine works in it.
+      ValueError: it is a URL, there is a file in its place, or it cannot be written.
+      Held: a process of this machine works in it.
     """
     folder = local_path(folder, name=name)
     claim = _Claim(folder, name)
@@ -145,7 +149,7 @@ def held(folder: Path, *, name: str = "--workdir") -> Iterator[Path]:
         time.sleep(_LOOK_S if answer == "wait" else 0.0)
     if answer:
         _remove_empty(claim.created)
-        raise ValueError(answer)
+        raise answer if isinstance(answer, Held) else ValueError(answer)
     if not processes.is_first():
         yield folder
         return
@@ -184,7 +188,7 @@ class _Claim:
     seen_at: float = 0.0
     told: bool = False
 
-    def step(self) -> str:
+    def step(self) -> str | Held:
         """Tries to take the lease: "" if it is ours now, "again", "wait", or why it is refused."""
         path, other = self.folder / FILE, f"choose another `{self.name}`"
         try:
@@ -195,13 +199,15 @@ class _Claim:
                 return self._look(path, other)
             return f"`{self.name}`: `{error.filename}` is not a folder; {other}"
         except OSError as error:
+            if error.errno == errno.ENOENT and Path(error.filename or "") == path:
+                return "again"  # who held the folder has just removed it
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, *AWAY_ERRORS):
                 raise
             code = errno.errorcode.get(error.errno or 0, type(error).__name__)
             return f"`{self.name}`: `{self.folder}` cannot be made or written ({code}); {other}"
         return ""
 
-    def _look(self, path: Path, other: str) -> str:
+    def _look(self, path: Path, other: str) -> str | Held:
         """What to do about the lease that is there."""
         if (lease := _read(path)) is None:
             return "wait"
@@ -218,7 +224,7 @@ class _Claim:
         if near:
             if owner.pid != os.getpid() and now - self.begun < _PATIENCE_S:
                 return "wait"  # it may be dying
-            return (
+            return Held(
                 f"`{self.name}`: {who} is working in `{self.folder}`; wait until it ends, stop it, "
                 f"or {other}"
             )

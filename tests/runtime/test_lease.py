@@ -72,7 +72,7 @@ def test_a_folder_is_created_and_nothing_is_left_in_it(tmp_path: Path) -> None:
 
 def test_a_second_writer_is_refused_in_a_line(tmp_path: Path, holder: Any) -> None:
     before = json.loads((tmp_path / FILE).read_text())
-    with pytest.raises(ValueError, match=f"process {holder.pid} on .* is working in") as error:
+    with pytest.raises(lease.Held, match=f"process {holder.pid} on .* is working in") as error:
         held(tmp_path).__enter__()
     assert "\n" not in str(error.value)
     time.sleep(0.3)
