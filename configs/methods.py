@@ -55,6 +55,13 @@ METHODS: dict[str, Any] = {
     ),
     # SAGE that skips what failed as well. Expected: as good as its judge.
     "sage_fail0": method(weight=dict(by="sage", fail_weight=0.0)),
+    # Both with other judges: the environment's labels, and the rule over its record. Expected: with
+    # failures at 1 below OPD, at 0 above; the rule nearly as good as the labels.
+    **{
+        f"{name}_{judge}": method(weight=dict(by="sage", fail_weight=weight), judge=dict(by=judge))
+        for name, weight in (("sage", 1.0), ("sage_fail0", 0.0))
+        for judge in ("oracle", "record")
+    },
     # How often the teacher's own turn is accepted: an oracle. Expected: as good as `failures`.
     "reliability": method(weight=dict(by="reliability")),
     # Discounted log-ratios of later turns. Expected: near OPD.
@@ -70,7 +77,7 @@ METHODS: dict[str, Any] = {
     "drop_repeated_failures": method(
         weight=dict(by=f"{_CONTROLS}:repeated_failures"), judge=dict(by="failures")
     ),
-    # Expected: below `sage_fail0` with `--config.judge.by=oracle`.
+    # Expected: below `sage_fail0_oracle`.
     "sage_fail0_shuffled": method(
         weight=dict(by="sage", fail_weight=0.0), judge=dict(by=f"{_CONTROLS}:shuffled")
     ),

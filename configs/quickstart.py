@@ -12,18 +12,19 @@ Arguments, after a colon, separated by commas:
                         own episodes, or with --config.data.source=expert the expert's
   ablate=NAME           sage with one factor off: intervention, confidence or normalizer
   compare               sft, opd, sage and its ablation over three seeds, one table; two hours
+  table=STAGE           a stage of the large table, A, B, C-long or C-small (configs/stages.py)
   runlocal              shrunk to about a minute, for a smoke test
 """
 
 from ml_collections import ConfigDict
 
 from opd_jax.config import parse_arg
-from opd_jax.configs import methods
+from opd_jax.configs import methods, stages
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of one run, or of the comparison."""
-    args = parse_arg(arg, runlocal=False, compare=False, method="sage", ablate="none")
+    args = parse_arg(arg, runlocal=False, compare=False, table="", method="sage", ablate="none")
     config = ConfigDict()
     config.seed = 0  # seeds everything that a run draws
     config.dtype = "float32"  # dtype of the student's parameters and its optimizer
@@ -187,6 +188,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         methods=(),  # names of variants; () for a single run
         seeds=(),  # every method runs once with each
         variants=methods.METHODS,  # method name to the fields that it sets
+        results="",  # folder of the result files, one a cell; "": `results` in the workdir
     )
     config.debug = dict(
         nans=False,  # name the token at which a loss or gradient stops being finite; two states
@@ -195,10 +197,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     method = methods.name_of(args.method, args.ablate)
     config.update(ConfigDict(methods.METHODS[method]))
 
-    if args.compare and method != "sage":
+    if (args.compare or args.table) and (method != "sage" or (args.compare and args.table)):
         raise ValueError(
-            "config argument `compare` runs every method: give it without `method` and `ablate`"
+            "config arguments `compare` and `table` run several methods: give one of them, without "
+            "`method` and `ablate`"
         )
+    if args.table:
+        stages.set_stage(config, args.table)
     if args.compare:
         config.compare.methods = methods.ABLATION
         config.compare.seeds = (0, 1, 2)
@@ -210,6 +215,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.rollout.context_tokens = 384
         config.train.updates = 4
         config.eval.tasks = config.eval.dev_tasks = 8
+        config.eval.every = min(config.eval.every, config.train.updates)
+        config.compare.results = ""
         config.eval.batch = 8
         config.judge.batch = 32
         config.checkpoint.every = 2

@@ -1,24 +1,103 @@
-"""Runs several methods over several seeds from one config, and makes one table of them."""
+"""Prints the table of a comparison of methods, from its result files alone.
 
+    python -m opd_jax.compare --results=docs/results/80-updates
+    python -m opd_jax.compare --results=runs/mine/results --methods=opd,failures,sage
+
+`train` runs a comparison, where `compare.methods` of its config names methods. A cell is one method
+with one seed, and one result file. A cell whose file exists is not run again. Several processes may
+work on one table: each takes the next cell that is free (docs/table.md).
+"""
+
+import contextlib
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from opd_jax.config.settings import read_settings
+from opd_jax.config import parse_command_line
+from opd_jax.config.build import panels
+from opd_jax.config.loading import flatten
+from opd_jax.config.references import fingerprints
+from opd_jax.config.settings import (
+    Settings,
+    binds_a_result,
+    binds_an_evaluation,
+    read_settings,
+)
 from opd_jax.config.workdir import check_comparison, check_run, store_comparison
-from opd_jax.report.intervals import mean_interval, wilson_interval
-from opd_jax.report.tables import split_label, table
-from opd_jax.report.writers import write_summary
+from opd_jax.report.cells import (
+    cell_path,
+    cells_table,
+    check_one_table,
+    read_cell,
+    read_cells,
+    training_figures,
+    write_cell,
+)
+from opd_jax.report.writers import read_lines, read_summary
 from opd_jax.runtime import processes
-from opd_jax.runtime.exits import reported
-from opd_jax.runtime.files import replace_text
-from opd_jax.runtime.lease import held
+from opd_jax.runtime.exits import print_line, reported
+from opd_jax.runtime.files import local_path, replace_text
+from opd_jax.runtime.lease import Held, held
+from opd_jax.runtime.revision import revision
 
+# Trains and evaluates one config in one workdir; gives `{who: {split: figures}}`.
 Run = Callable[[FrozenConfigDict, Path], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a comparison.
+
+    Attributes:
+      method, seed: which.
+      config, settings: the run's.
+      workdir: where it is trained.
+      folder: of the result files.
+      of: all that its figures depend on, by name: config fields, digests of models and tasks.
+    """
+
+    method: str
+    seed: int
+    config: FrozenConfigDict
+    settings: Settings
+    workdir: Path
+    folder: Path
+    of: Mapping[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """Its result file."""
+        return cell_path(self.folder, self.method, self.seed)
+
+    @property
+    def running(self) -> Path:
+        """A folder that whoever runs it holds (`runtime.lease`)."""
+        return self.path.with_suffix(".running")
+
+    def is_done(self) -> bool:
+        """Whether it has a result file. All processes call it.
+
+        Raises:
+          ValueError: the file is of another config, model or panel of tasks.
+        """
+        return _has_result(self.path, self.of)
+
+    @property
+    def of_others(self) -> dict[str, Any]:
+        """What the figures of untrained models and players depend on."""
+        binds = binds_an_evaluation(self.settings, teacher=True)
+        panels = [f"tasks.{split}" for split in self.settings.eval.splits]
+        named = ("model.student", "model.teacher", *panels)
+        return {
+            name: value
+            for name, value in self.of.items()
+            if binds(name) or name in named or (name[:5] == "eval." and name[:8] != "eval.dev")
+        }
 
 
 def variant(config: FrozenConfigDict, method: str, seed: int) -> FrozenConfigDict:
@@ -34,143 +113,199 @@ def variant(config: FrozenConfigDict, method: str, seed: int) -> FrozenConfigDic
     return FrozenConfigDict(changed)
 
 
-def compare(config: FrozenConfigDict, workdir: Path, *, run: Run) -> str:
-    """Runs every method with every seed, then writes and returns the table.
+def cells_of(config: FrozenConfigDict, workdir: Path) -> list[Cell]:
+    """The cells of a comparison, seed by seed: an interrupted one has all methods equally often.
 
-    Runs go seed by seed, so an interrupted comparison has all methods equally often. Each has its
-    own workdir `METHOD/seed-N` and resumes there. Untrained models and players are evaluated once.
-
-    `run` trains and evaluates one config in one workdir and returns `{who: {split: figures}}`.
-
-    Raises:
-      ValueError: the workdir holds a run, or one of the runs cannot begin or go on (`check_run`).
+    Each is trained in `METHOD/seed-N` of the workdir.
     """
-    check_comparison(workdir)
-    for method in config.compare.methods:
-        for seed in config.compare.seeds:
-            one = variant(config, method, seed)
-            check_run(one, read_settings(one), workdir_of(workdir, method, seed))
-    with held(workdir) as workdir:
-        store_comparison(config, workdir)
-        return _compare(config, workdir, run)
-
-
-def workdir_of(workdir: Path, method: str, seed: int) -> Path:
-    """The workdir of one run of the comparison."""
-    return workdir / method / f"seed-{seed}"
-
-
-def _compare(config: FrozenConfigDict, workdir: Path, run: Run) -> str:
-    references: dict[str, Any] = {}
-    results: dict[str, list[dict]] = {method: [] for method in config.compare.methods}
+    folder = workdir / "results"
+    if config.compare.results:
+        folder = local_path(config.compare.results, name="compare.results")
+    found, models = [], dict[str, dict[str, str]]()
     for seed in config.compare.seeds:
         for method in config.compare.methods:
-            one = ConfigDict(variant(config, method, seed).to_dict())
-            if references:
-                one.eval.who = ()
-            processes.say(f"--- {method}, seed {seed}")
-            found = run(FrozenConfigDict(one), workdir_of(workdir, method, seed))
-            references = references or {w: r for w, r in found.items() if w != "after"}
-            results[method].append(found["after"])
-    write_summary(workdir / "summary.json", {"eval": references, "compare": results})
-    text = comparison_table(references, results, judge=judge_figures(config, workdir))
+            one = variant(config, method, seed)
+            settings, at = read_settings(one), workdir / method / f"seed-{seed}"
+            of = _depends_on(one, settings, models)
+            found.append(Cell(method, seed, one, settings, at, folder, of))
+    return found
+
+
+def compare(config: FrozenConfigDict, workdir: Path, *, run: Run) -> str:
+    """Runs every cell that has no result file and that nobody else runs; returns the table.
+
+    An interrupted cell resumes in its workdir, which is not needed any more once there is a result
+    file. Untrained models and players are evaluated once, with the first cell.
+
+    Raises:
+      ValueError: the workdir holds a run, a result file is of something else, or one of the runs
+        cannot begin or go on (`check_run`).
+    """
+    check_comparison(workdir)
+    cells = cells_of(config, workdir)
+    for cell in cells:
+        if not cell.is_done():
+            check_run(cell.config, cell.settings, cell.workdir)
     if processes.is_first():
-        replace_text(workdir / "comparison.md", text + "\n")
-    return text
+        others = [(path, read_cell(path)) for path in sorted(cells[0].folder.glob("*.json"))]
+        check_one_table(
+            [(cell.path, {"method": cell.method, "of": cell.of}) for cell in cells] + others
+        )
+    workdir.mkdir(parents=True, exist_ok=True)
+    store_comparison(config, workdir)
+    for cell in cells:
+        if cell.is_done() and processes.is_first():
+            _add_audit(cell)
+    made_by = revision()  # before the first cell: the code on the disk may change meanwhile
+    while _run_next(cells, run, made_by):
+        pass
+    return _tell(cells, workdir)
 
 
-def comparison_table(
-    references: Mapping[str, Any], results: Mapping[str, Sequence[dict]], *, judge: Mapping
-) -> str:
-    """A Markdown table with a row for each reference and each method.
-
-    A method has two intervals. Wilson's is over all episodes and takes them as independent,
-    although seeds share their tasks. Student's is over seeds; it is wide with few of them. A cell
-    is `-` where figures are missing: an earlier start may have played other splits.
-
-    Args:
-      references: `{who: {split: figures}}`, with figures from `figures.summarize`.
-      results: method to `{split: figures}` of each seed; at least one method and one seed.
-      judge: method to further cells, from `judge_figures`.
-    """
-    figures = next(iter(results.values()))[0]
-    labels = {split: split_label(split, figures[split]) for split in figures if figures[split]}
-    last = list(labels)[-1]
-    score, turns, repeated = (f"{name}, {labels[last]}" for name in ("score", "turns", "repeated"))
-    rows = []
-    for who, result in references.items():
-        row: dict[str, str | None] = dict.fromkeys((*labels.values(), score))
-        row["method"] = who
-        for split, label in labels.items():
-            if one := result.get(split):
-                row[label] = f"{one['success']:.1%} {_interval(one['ci95'])}"
-        if one := result.get(last):
-            row[score] = f"{one['score']:.2f}"
-        rows.append(row)
-    for method, runs in results.items():
-        row = dict.fromkeys((*labels.values(), score, turns, repeated))
-        row["method"] = method
-        for split, label in labels.items():
-            if not all(run.get(split) for run in runs):
-                continue
-            shares = [run[split]["success"] for run in runs]
-            n = sum(run[split]["n"] for run in runs)
-            wins = round(sum(s * n / len(runs) for s in shares))
-            cell = f"{np.mean(shares):.1%} {_interval(wilson_interval(wins, n))}"
-            if len(shares) > 1:
-                cell += f"; seeds {_interval(mean_interval(shares))}"
-            row[label] = cell
-        if all(run.get(last) for run in runs):
-            row[score] = f"{np.mean([run[last]['score'] for run in runs]):.2f}"
-            row[turns] = f"{np.mean([run[last]['turns'] for run in runs]):.1f}"
-            row[repeated] = f"{np.mean([run[last]['repeated'] for run in runs]):.1%}"
-        row |= judge.get(method, {})
-        rows.append(row)
-    lasts = [run[last] for runs in results.values() for run in runs if run.get(last)]
-    # Scores are shown where they say more than success.
-    scored = [score] if any(found["score"] != found["success"] for found in lasts) else []
-    columns = ["method", *labels.values(), *scored, turns, repeated]
-    columns += ["skipped", "judge precision", "judge recall"]
-    return table([{c: row.get(c, "") for c in columns} for row in rows], columns)
+def _run_next(cells: Sequence[Cell], run: Run, made_by: Mapping[str, Any]) -> bool:
+    """Runs the first cell that has no result and that nobody else runs; whether there was one."""
+    is_first = True
+    for cell in cells:
+        if cell.is_done():
+            continue
+        with contextlib.suppress(Held), held(cell.running, name="compare.results"):
+            if not cell.is_done():  # somebody may have finished it just now
+                _run_cell(cell, run, made_by, with_others=is_first)
+            return True
+        is_first = False
+    return False
 
 
-def _interval(ends: Sequence[float]) -> str:
-    """An interval of a share, cut to [0, 1]."""
-    return f"[{max(ends[0], 0):.1%}, {min(ends[1], 1):.1%}]"
+def _run_cell(cell: Cell, run: Run, made_by: Mapping[str, Any], *, with_others: bool) -> None:
+    """Runs a cell and writes its result file, and those of who is evaluated besides."""
+    config = ConfigDict(cell.config.to_dict())
+    of_others = cell.of_others
+    missing = [
+        who for who in config.eval.who if not _has_result(cell_path(cell.folder, who), of_others)
+    ]
+    config.eval.who = tuple(missing) if with_others else ()
+    processes.say(f"--- {cell.method}, seed {cell.seed}")
+    found = run(FrozenConfigDict(config), cell.workdir)
+    if not processes.is_first():
+        return
+    for who in config.eval.who:
+        others = {"method": who, "seed": None, "of": of_others, "made_by": made_by}
+        write_cell(cell.folder, {**others, "final": found[who], "dev": None, "training": None})
+    write_cell(cell.folder, _result(cell, found["after"], made_by))
 
 
-def judge_figures(config: FrozenConfigDict, workdir: Path) -> dict[str, dict[str, str]]:
-    """Method to `{column: cell}`: skipped turns, and the judge's precision and recall.
-
-    They are pooled over the turns of all updates and seeds, from `METHOD/seed-N/metrics.jsonl` in
-    the workdir. Methods that ask no judge are left out.
-    """
-    # Column: name of a share in an update's line, and of the count that it is a share of.
-    names = {
-        "skipped": ("verdict/skip", "batch/turns"),
-        "judge precision": ("judge/precision", "judge/corrected"),
-        "judge recall": ("judge/recall", "judge/wrong"),
+def _result(cell: Cell, after: Mapping[str, Any], made_by: Mapping[str, Any]) -> dict[str, Any]:
+    """What is stored of a finished run."""
+    settings, workdir = cell.settings, cell.workdir
+    dev = read_summary(workdir / "summary.json").get("eval", {}).get("dev") or {}
+    updates = settings.train.updates
+    dev = {split: figures for split, figures in dev.items() if figures["update"] == updates}
+    for split, figures in (*after.items(), *dev.items()):
+        if figures and figures.get("digest") and "wins" not in figures:
+            raise ValueError(
+                f"`{workdir / 'summary.json'}`: the figures of {split!r} are of an older version, "
+                "which did not store the success of each task; delete it, and the same command "
+                "evaluates again"
+            )
+    return {
+        **{"method": cell.method, "seed": cell.seed, "of": cell.of, "made_by": made_by},
+        **{"final": after, "dev": dev or None},
+        "training": training_figures(
+            read_lines(workdir / "metrics.jsonl"),
+            scored=settings.objective.needs_teacher and not settings.judges_what_it_scores,
+            played=settings.data.source == "teacher",
+        ),
     }
-    figures = {}
-    for method in config.compare.methods:
-        lines = [
-            json.loads(line)
-            for seed in config.compare.seeds
-            for line in (workdir_of(workdir, method, seed) / "metrics.jsonl").open()
-        ]
-        pooled = {}
-        for column, (share, whole) in names.items():
-            pairs = [(line[share], line[whole]) for line in lines if share in line]
-            if total := sum(count for _, count in pairs):
-                pooled[column] = f"{sum(part * count for part, count in pairs) / total:.1%}"
-        if pooled:
-            figures[method] = pooled
-    return figures
+
+
+def _add_audit(cell: Cell) -> None:
+    """Adds to a result what an audit of its workdir on dev says of the method's own weights."""
+    settings, updates = cell.settings, cell.settings.train.updates
+    found = read_summary(cell.workdir / "audit.json").get("after", {}).get(settings.eval.dev, {})
+    # The names of weights in an audit.
+    own = {"uniform": "opd", "intervention": "sage"}.get(settings.weight.by, settings.weight.by)
+    share = found.get("weights", {}).get(own, {}).get("reliable")
+    if share is None or found["update"] != updates or not settings.data.on_policy:
+        return
+    stored = read_cell(cell.path)
+    if stored["training"]["reliable"] != share:
+        write_cell(cell.folder, {**stored, "training": {**stored["training"], "reliable": share}})
+
+
+def _tell(cells: Sequence[Cell], workdir: Path) -> str:
+    """The table so far, which is also written to `comparison.md`."""
+    done = [cell for cell in cells if cell.is_done()]
+    text = ""
+    if done and processes.is_first():
+        text = cells_table(read_cells(cells[0].folder), methods=[cell.method for cell in done])
+        replace_text(workdir / "comparison.md", text + "\n")
+    if missing := [f"{cell.method} {cell.seed}" for cell in cells if cell not in done]:
+        text += f"\n\nOther processes are at: {', '.join(missing)}"
+    return text.strip()
+
+
+# --- What a result is of ------------------------------------------------------------------------
+
+
+def _depends_on(
+    config: FrozenConfigDict, settings: Settings, models: dict[str, dict[str, str]]
+) -> dict[str, Any]:
+    """All that a result depends on, by name, as JSON holds it. All processes call it.
+
+    `models` keeps what was read of models: the methods of a comparison have the same.
+    """
+    binds = binds_a_result(settings)
+    fields = {name: value for name, value in flatten(config).items() if binds(name)}
+    judge = (settings.judge.model, settings.judge.prompt) if settings.asks_teacher else None
+    key = repr((settings.student, settings.teacher, judge, settings.teacher_context))
+    if key not in models:
+        models[key] = fingerprints(settings)
+    named = {f"model.{who}": found for who, found in models[key].items()}
+    tasks = {f"tasks.{split}": panel.digest for split, panel in panels(settings).items()}
+    return json.loads(json.dumps(fields | named | tasks))
+
+
+# What begins like this never was without a value. Other fields may be newer than a result.
+ALWAYS = ("eval.", "model.", "tasks.")
+
+
+def _has_result(path: Path, of: Mapping[str, Any]) -> bool:
+    """Whether there is a result file; checks that it is of what `of` says."""
+    problem, warning, there = "", "", False
+    if processes.is_first() and path.exists():
+        there, had = True, read_cell(path)["of"]
+        for name in sorted(of):
+            if name not in had and not name.startswith(ALWAYS):
+                warning = f"`{path}` was made before there was `{name}`: taken for {of[name]!r}"
+            elif (before := had.get(name, "absent")) != of[name]:
+                problem = (
+                    f"`{path}` is of another table: `{name}` was {before!r}, and is now "
+                    f"{of[name]!r}; give another `compare.results`, or delete the file to run the "
+                    "cell again"
+                )
+                break
+    there, problem, warning = processes.first((there, problem, warning))
+    if problem:
+        raise ValueError(problem)
+    if warning:
+        processes.warn("%s", warning)
+    return there
+
+
+# --- The command --------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command `python -m opd_jax.compare`."""
+    with reported():
+        own: dict[str, Any] = dict(results=str, methods="")
+        *_, flags = parse_command_line(
+            argv, usage=__doc__, needs_config=False, needs_workdir=False, **own
+        )
+        cells = read_cells(local_path(flags["results"], name="--results"))
+        chosen = [name.strip() for name in flags["methods"].split(",") if name.strip()]
+        print_line(cells_table(cells, methods=chosen), sys.stdout)
 
 
 if __name__ == "__main__":
-    with reported():
-        raise ValueError(
-            "`train` runs a comparison, where `compare.methods` names methods: "
-            "python -m opd_jax.train --config=quickstart:compare --workdir=DIR"
-        )
+    main(sys.argv[1:])

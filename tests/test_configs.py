@@ -13,6 +13,8 @@ from opd_jax.compare import variant
 from opd_jax.config import load, to_json
 from opd_jax.config.loading import flatten
 from opd_jax.config.settings import read_settings
+from opd_jax.configs.methods import METHODS as NAMED
+from opd_jax.configs.stages import STAGES
 from opd_jax.envs.alfworld.env import AlfWorld
 from opd_jax.envs.alfworld.panel import OFFICIAL_SIZES
 from opd_jax.envs.base import Env
@@ -22,7 +24,13 @@ from opd_jax.envs.search.searchqa_data import SETS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
-SHARED = {"__init__", "controls", "methods", "paper"}  # what configs build on, and no experiment
+SHARED = {
+    "__init__",
+    "controls",
+    "methods",
+    "paper",
+    "stages",
+}  # what configs build on, and no experiment
 PAPER = ["alfworld_qwen3", "scienceworld_qwen3", "searchqa_qwen3"]
 
 # Argument -> the fields in which the method differs from SAGE, and how.
@@ -42,6 +50,11 @@ METHODS: dict[str, dict[str, object]] = {
         "judge.by": "failures",
     },
     "method=sage_fail0": {"weight.fail_weight": 0.0},
+    **{
+        f"method={name}_{judge}": {**failures, "judge.by": judge}
+        for name, failures in (("sage", {}), ("sage_fail0", {"weight.fail_weight": 0.0}))
+        for judge in ("oracle", "record")
+    },
     "method=drop_accepted": {
         "weight.by": "intervention",
         "judge.by": "opd_jax.configs.controls:drop_accepted",
@@ -70,6 +83,7 @@ CASES = [
     *((name, arg) for name, methods in OF.items() for arg in methods),
     *(("household_pair", who) for who in ("who=teacher", "who=student", "who=recovering")),
     ("quickstart", "compare"),
+    *(("quickstart", f"table={stage}") for stage in STAGES),
     *((name, "student=0.6b,teacher=32b") for name in PAPER),
 ]
 
@@ -89,7 +103,12 @@ def test_every_config_file_is_looked_at_here() -> None:
 def test_a_config_holds_together_survives_storage_and_shrinks(name: str, arg: str) -> None:
     whole, local = (load(f"{name}:{arg}{more}", []) for more in ("", ",runlocal"))
     for config in (whole, local):
-        read_settings(config)
+        if name in PAPER and arg.endswith(("_oracle", "_record")):
+            # No benchmark labels turns or brings a rule.
+            with pytest.raises(ValueError, match=rf"`judge.by` = '{arg[-6:]}' takes .* none"):
+                read_settings(whole)
+        else:
+            read_settings(config)
         assert changed(ConfigDict(json.loads(to_json(config))), config) == {}
     assert local.checkpoint.every == 2
     assert local.train.updates < whole.train.updates / 10
@@ -114,6 +133,9 @@ def test_a_config_holds_together_survives_storage_and_shrinks(name: str, arg: st
         # The variants are changes to SAGE: on another base their names would be wrong.
         ("quickstart:compare,method=opd", ["`compare`", "`method`"]),
         ("quickstart:compare,ablate=confidence", ["`compare`", "`ablate`"]),
+        ("quickstart:table=A,method=opd", ["`table`", "`method`"]),
+        ("quickstart:table=A,compare", ["`table`", "`compare`"]),
+        ("quickstart:table=D", ["`table`", "A, B", "'D'"]),
         ("household_pair:who=judge", ["`who`", "teacher", "student", "recovering", "judge"]),
         ("alfworld_qwen3:student=4b", ["`student`", "0.6b", "1.7b", "4b"]),
         ("scienceworld_qwen3:teacher=14b", ["`teacher`", "8b", "32b", "14b"]),
@@ -163,6 +185,29 @@ def test_the_comparison_holds_the_ablation_and_otherwise_changes_only_evaluation
     assert config.eval.tasks >= 400
     differing = changed(load("quickstart", []), config)
     assert differing.keys() == {"compare.methods", "compare.seeds", "eval.tasks"}
+
+
+def test_the_stages_hold_every_method_and_only_they_name_the_split_that_is_reported() -> None:
+    first, second = (load(f"quickstart:table={stage}", []) for stage in "AB")
+    # Together A and B are one table with all methods.
+    assert sorted(first.compare.methods + second.compare.methods) == sorted(NAMED)
+    assert first.compare.results == second.compare.results
+    assert (first.compare.seeds, second.compare.seeds) == ((0, 1, 2), (0,))
+    folders = {load(f"quickstart:table={stage}", []).compare.results for stage in STAGES}
+    assert len(folders) == len(STAGES) - 1
+    for stage in STAGES:
+        config = load(f"quickstart:table={stage}", [])
+        assert "opd" in (first if stage == "B" else config).compare.methods
+        assert (config.eval.splits, config.eval.tasks) == (("test_unseen",), 800)
+        assert (config.eval.dev, config.eval.dev_tasks) == ("dev", 200)
+        assert config.eval.every == config.train.updates
+        # A smoke test writes nothing into the repository.
+        assert load(f"quickstart:table={stage},runlocal", []).compare.results == ""
+    for name, arg in CASES:
+        if not arg.startswith("table="):
+            config = load(f"{name}:{arg}", [])
+            used = (*config.eval.splits, config.eval.dev, config.data.split)
+            assert "test_unseen" not in used
 
 
 def test_teacher_and_student_of_the_pair_differ_in_size_and_in_whom_they_imitate() -> None:

@@ -41,6 +41,7 @@ def test_every_config_named_exists(name: str) -> None:
         "configs/paper.py",
         "configs/methods.py",
         "configs/controls.py",
+        "configs/stages.py",
     ):  # what experiments share
         read_settings(cfg.load(str(ROOT / name), []))
 

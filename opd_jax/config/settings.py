@@ -102,11 +102,13 @@ class CompareSettings:
       methods: names of variants; () for a single run.
       seeds: every method runs once with each.
       variants: method name to the fields that it sets.
+      results: the folder of the result files (`report.cells`); "": `results` in the workdir.
     """
 
     methods: tuple[str, ...] = field(metadata=affects(FIGURES))
     seeds: tuple[int, ...] = field(metadata=affects(FIGURES))
     variants: Mapping[str, Any] = field(metadata=affects(FIGURES))
+    results: str = field(metadata=affects(WORLD))
 
     def __post_init__(self):
         for method in self.methods:
@@ -407,6 +409,28 @@ def binds_an_evaluation(settings: Settings, *, teacher: bool = False) -> Callabl
 
     return binds
 
+
+def binds_a_result(settings: Settings) -> Callable[[str], bool]:
+    """Tells of a field's name whether the result of a run depends on it, as far as one is told.
+
+    It does on all that binds a run, on the number of updates, and on which episodes are evaluated.
+    The seed is told beside it.
+    """
+    binds, dev = binds_a_run(settings), bool(settings.eval.every)
+
+    def depends(name: str) -> bool:
+        if name in _EVALUATED:
+            return dev or not name.startswith("eval.dev")
+        extent = EXTENT in affected_by(name, env=settings.env.by)
+        return name != "seed" and (extent or binds(name))
+
+    return depends
+
+
+# Fields that say which episodes are evaluated.
+_EVALUATED = tuple(
+    f"eval.{name}" for name in ("splits", "tasks", "temperature", "seed", "dev", "dev_tasks")
+)
 
 # Sections that only training reads.
 _TRAINING = ("data", "demonstrations", "objective", "optimizer", "teacher_context", "weight")

@@ -44,7 +44,7 @@ class JsonlWriter:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends ``{"step": step, **values}``; NaN and infinity, which JSON lacks, become null."""
-        line = json.dumps(_jsonable({"step": step, **values}), allow_nan=False)
+        line = json.dumps(jsonable({"step": step, **values}), allow_nan=False)
         self._file.write(line + "\n")
         self._file.flush()
 
@@ -83,7 +83,7 @@ class EventWriter:
         from tensorboardX.proto.summary_pb2 import Summary
 
         scalars: dict[str, Any] = {}
-        for name, value in _jsonable(values).items():
+        for name, value in jsonable(values).items():
             if isinstance(value, list):
                 scalars |= {f"{name}/{k}": part for k, part in enumerate(value)}
             else:
@@ -119,7 +119,7 @@ def write_summary(path: Path, results: Mapping[str, Any]) -> None:
     if not processes.is_first():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    merged = _merge(read_summary(path), _jsonable(results), levels=3)
+    merged = _merge(read_summary(path), jsonable(results), levels=3)
     replace_text(path, json.dumps(merged, indent=2, allow_nan=False) + "\n")
 
 
@@ -190,14 +190,14 @@ def _cut_events(file: Path, last_step: int) -> None:
         replace_bytes(file, whole)
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
     """Turns arrays and numpy or jax scalars into JSON types, and non-finite numbers into None."""
     if isinstance(value, Mapping):
-        return {str(name): _jsonable(part) for name, part in value.items()}
+        return {str(name): jsonable(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_jsonable(part) for part in value]
+        return [jsonable(part) for part in value]
     if hasattr(value, "tolist"):
-        return _jsonable(np.asarray(value).tolist())
+        return jsonable(np.asarray(value).tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

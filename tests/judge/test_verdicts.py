@@ -419,6 +419,10 @@ def test_a_labeller_asks_the_other_decoding_now_and_then(random_judge: Judge) ->
     judge, params = always(random_judge, *PIECES["WEAK"], "x", "x")
     played = [conversation("", "rejected")]
     want = [[Verdict.WEAK, Verdict.DET_FAIL, Verdict.SKIP]]
+    positions = Positions()
+    judge_turns(params, played, env_labels(played, max_turns=3), by=judge, positions=positions)
+    asked_alone = positions.tokens("judging")  # the check is not counted
+    assert asked_alone > len(judge.question(played[0], 0)) - 1
     for every, asked in ((2, [0, 2]), (0, [])):
         by = with_settings(judge, agreement_every=every)
         label = teacher_judge(params, by=by, max_turns=3, seed=0)
@@ -426,6 +430,7 @@ def test_a_labeller_asks_the_other_decoding_now_and_then(random_judge: Judge) ->
             verdict, metrics, *_ = label(played, update)
             assert verdict.tolist() == want  # whatever the other decoding says
             assert metrics["verdict/weak"] == (1, 2)
+            assert metrics["tokens/judge"] == asked_alone
             assert "judge/precision" not in metrics  # the environment has no labels
             assert ("judge/decodings_agree" in metrics) == (update in asked)
             if update in asked:
