@@ -514,6 +514,17 @@ def test_another_judge_gives_verdicts_and_the_teacher_scores_tokens(
             assert (values[0][0] is None) == (who == "teacher")  # it is not compared with itself
 
 
+def test_weights_that_read_what_an_evaluation_does_not_ask_are_left_out(
+    in_process: Callable, tmp_path: Path, small: tuple
+) -> None:
+    words = ("--config=quickstart:runlocal,method=reliability", *small, "--untrained")
+    words += ("--config.eval.splits=valid_seen", "--config.eval.tasks=1", "--episodes=1")
+    in_process(evaluate.main, *words, "--config.eval.judge=true", f"--workdir={tmp_path}")
+    (line,) = read_episodes(tmp_path / "episodes" / "before-valid_seen.jsonl")
+    assert "weight" not in line["student_tokens"]
+    assert len(line["student_tokens"]["divergence"]) == len(line["student_tokens"]["text"]) > 0
+
+
 def test_episodes_are_written_with_scores_where_the_teacher_is_read(
     in_process: Callable, tmp_path: Path, small: tuple
 ) -> None:

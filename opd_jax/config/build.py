@@ -266,12 +266,12 @@ def other_labels(
     settings: Settings, conversations: Sequence[Conversation]
 ) -> dict[str, np.ndarray]:
     """What the weight reads of turns besides verdicts, as far as nobody has to be asked."""
-    turns = settings.env.max_turns
-    known = {
-        "repeats": repeats(conversations, max_turns=turns),
-        "reliability": np.full((len(conversations), turns), np.nan, np.float32),
-    }
-    return {name: label for name, label in known.items() if name in settings.weight.labels}
+    turns, labels = settings.env.max_turns, {}
+    if "repeats" in settings.weight.labels:
+        labels["repeats"] = repeats(conversations, max_turns=turns)
+    if "reliability" in settings.weight.labels:
+        labels["reliability"] = np.full((len(conversations), turns), np.nan, np.float32)
+    return labels
 
 
 def _judge(

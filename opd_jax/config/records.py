@@ -1,6 +1,7 @@
 """What a run and an evaluation write: the log of updates, and episodes with what tokens score."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -199,7 +200,11 @@ def score_episodes(
     these = Played(list(played), rows, of, multiple, metrics={}, teacher_rows=told)
     labels = build.other_labels(settings, played)
     batch = build.make_pack(settings, student.config)(these, verdict, labels)
-    return Scored(partial(look_at, trained, batch), batch, of)
+    look = partial(look_at, trained, batch)
+    if "reliability" not in settings.weight.labels:
+        return Scored(look, batch, of)
+    # Nobody has asked how reliable the teacher is, so the weights are not known.
+    return Scored(lambda rows: replace(look(rows), weight=None), batch, of)
 
 
 def make_keep(

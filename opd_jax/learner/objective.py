@@ -171,7 +171,7 @@ class Seen:
     Attributes:
       scores: see `losses.TokenScores`.
       choices: see `losses.Choices`, [B, R] and [B, R, top].
-      weight: s, times z where each trajectory has its own.
+      weight: s, times z where each trajectory has its own; None if what it reads is not known.
       intervention: i, float32 [B, K]; None if the method has no such factor.
       confidence: c, float32 [B, K]; None if the method does not read the teacher's.
       z: each trajectory's own scale, float32 [B]; None if there is one for the batch.
@@ -179,7 +179,7 @@ class Seen:
 
     scores: TokenScores
     choices: losses.Choices
-    weight: jax.Array
+    weight: jax.Array | None
     intervention: jax.Array | None
     confidence: jax.Array | None
     z: jax.Array | None

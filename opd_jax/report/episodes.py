@@ -197,7 +197,7 @@ def add_scores(line: Episode, seen: Seen, filled: np.ndarray, decode: Decode) ->
         "student_logprob": column(scores.student_logprob),
         "teacher_logprob": column(scores.teacher_logprob),
         "divergence": column(scores.divergence),
-        "weight": column(seen.weight),
+        **({} if seen.weight is None else {"weight": column(seen.weight)}),
         "agrees": np.asarray(choices.agrees)[filled].tolist(),
     }
     if choices.tokens.shape[-1]:
