@@ -12,7 +12,7 @@ from typing import Any
 _SAGE: dict[str, dict] = dict(
     weight=dict(by="sage", skip_weight=0.0, fail_weight=1.0),
     objective=dict(divergence="reverse_kl", normalize="all_tokens"),
-    data=dict(source="on_policy"),
+    data=dict(source="on_policy", only_success=False),
     rollout=dict(per_task=1, depth_start=0),
 )
 
@@ -37,6 +37,19 @@ METHODS: dict[str, Any] = {
         weight=_UNIFORM,
         objective=dict(divergence="cross_entropy"),
         data=dict(source="teacher"),
+    ),
+    # The same on those that succeeded. Expected: above sft.
+    "sft_success": method(
+        weight=_UNIFORM,
+        objective=dict(divergence="cross_entropy"),
+        data=dict(source="teacher", only_success=True),
+    ),
+    # Rejection fine-tuning: on the student's own episodes that succeeded, without a teacher.
+    # Expected: below OPD.
+    "rft": method(
+        weight=_UNIFORM,
+        objective=dict(divergence="cross_entropy"),
+        data=dict(only_success=True),
     ),
     # On-policy distillation: every token has weight 1. SAGE-OPD: 61.9 there.
     "opd": method(weight=_UNIFORM),

@@ -74,7 +74,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         # episodes:FILE is learnt from; from prefixes:FILE the student plays on (docs/episodes.md).
         source="on_policy",
         split="train",  # the split of the training tasks
-        only_success=False,  # of a file's episodes take only those that succeeded
+        only_success=False,  # learn only from episodes that succeeded
     )
 
     config.rollout = dict(

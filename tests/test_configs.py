@@ -43,6 +43,10 @@ METHODS: dict[str, dict[str, object]] = {
     "ablate=normalizer": UNSCALED,
     "method=opd": OPD,
     "method=sft": OPD | {"objective.divergence": "cross_entropy", "data.source": "teacher"},
+    "method=sft_success": OPD
+    | {"objective.divergence": "cross_entropy", "data.source": "teacher"}
+    | {"data.only_success": True},
+    "method=rft": OPD | {"objective.divergence": "cross_entropy", "data.only_success": True},
     "method=failures": {
         "weight.by": "intervention",
         "weight.skip_weight": 1.0,

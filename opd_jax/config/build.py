@@ -523,6 +523,7 @@ def make_retell(
     """The function that gives an episode as the teacher reads it; None: as it is."""
     asides, most = settings.teacher_context.asides(), settings.teacher_context.tokens
     if asides is None:
+        only_success=settings.data.only_success and not settings.data.file,
         return None
     return lambda c: c if c.broken else with_asides(c, asides(c), chat=chat, most=most)
 

@@ -557,9 +557,12 @@ def _check_source(s: Settings) -> None:
             "from: set it to False, or choose reverse_kl",
         ),
         (
-            not objective.needs_teacher and s.data.on_policy,
+            not objective.needs_teacher
+            and s.data.on_policy
+            and not (s.data.only_success and source == "on_policy"),
             "`objective.divergence` = 'cross_entropy' on the student's own episodes teaches "
-            "nothing: set `data.source` to teacher, expert, players or episodes:FILE",
+            "nothing: set `data.only_success` to True, or `data.source` to teacher, expert, "
+            "players or episodes:FILE",
         ),
         (
             rollout.history_turns and s.weight.by in ("sod", "iw_opd", "return_to_go"),
@@ -578,6 +581,11 @@ def _check_source(s: Settings) -> None:
         ),
         (
             bool(s.teacher_context.by) and not objective.needs_teacher,
+        (
+            s.data.only_success and not s.data.file and s.judges_what_it_scores,
+            "`judge.context` = 'history' reads the whole batch for verdicts and scores at once, "
+            "and `data.only_success` leaves a part of it out: change one of them",
+        ),
             f"`teacher_context.by` = {s.teacher_context.by!r} tells a teacher something, and with "
             "`objective.divergence` = 'cross_entropy' none scores: leave it empty",
         ),

@@ -5,7 +5,7 @@ what the interrupted one would have played.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from opd_jax.envs.base import Env
 from opd_jax.experience.tasks import TaskOrder
 from opd_jax.learner.batch import alike, fits_half, padded_length, responses
 from opd_jax.learner.train_state import TrainState
+from opd_jax.losses import NO_TURN
 from opd_jax.report.update import episode_metrics
 from opd_jax.runtime.fields import check_choice
 
@@ -39,7 +40,8 @@ class DataSettings:
       source: who plays: "on_policy" (the student), "teacher", "expert", or "players" (`stream`);
         or `RECORDED` or `PREFIXES` and the path of a file.
       split: the split of the training tasks.
-      only_success: take only those episodes of the file that succeeded.
+      only_success: learn only from episodes that succeeded: of a file those lines, else those
+        rows of a batch (`Episodes`).
     """
 
     source: str
@@ -49,10 +51,10 @@ class DataSettings:
     def __post_init__(self):
         if not self.file:
             check_choice((*SOURCES, f"{RECORDED}FILE", f"{PREFIXES}FILE"), source=self.source)
-        if self.only_success and not self.file:
+        if self.only_success and self.source == "players":
             raise ValueError(
-                f"`only_success` chooses among the episodes of a file: set it to False, or "
-                f"`source` to {RECORDED}FILE; got `source` = {self.source!r}"
+                "`only_success` chooses among episodes, and with `source` = 'players' batches "
+                "hold other examples too: set it to False, or `source` to expert"
             )
 
     @property
@@ -141,6 +143,11 @@ Play = Callable[[TrainState, Sequence[tuple[str, int]], Positions], list[Convers
 class Episodes:
     """A `Source` that plays the training tasks in order.
 
+    With `only_success` a batch keeps its shape: rows of episodes that did not succeed are read, and
+    none of their tokens is learnt. The mean is over the tokens of the others, so an update with few
+    successes is a noisy one. Without any the student stays as it was (`no_step`), and the tasks are
+    not played again: an update always takes as many.
+
     Attributes:
       play_tasks: plays the episodes.
       envs: the environments that it plays in; closed with the source.
@@ -150,6 +157,7 @@ class Episodes:
       response_multiple: see `batch.pack`.
       micro_batches: of a batch in which each episode is one row.
       retell: gives an episode as the teacher reads it (`asides`); None: as it is.
+      only_success: learn only from episodes that succeeded.
       cursor: [number of the next task, 0].
     """
 
@@ -162,6 +170,7 @@ class Episodes:
     micro_batches: int
     cursor: Sequence[int]
     retell: Callable[[Conversation], Conversation] | None = None
+    only_success: bool = False
 
     def play(self, state: TrainState) -> Played:
         """One episode of each of the next training tasks.
@@ -205,6 +214,10 @@ class Episodes:
             told = [told[row] for row in order]
         if not self.agent.decoding.history_turns:  # a row is an episode
             conversations, episode = rows, list(range(len(rows)))
+        metrics = episode_metrics(conversations, rows)
+        if self.only_success:
+            won = [conversations[number].success for number in episode]
+            rows, told = _only(won, rows), _only(won, told) if told else None
         padded = padding(
             rows,
             length_multiple=self.length_multiple,
@@ -216,7 +229,7 @@ class Episodes:
             rows,
             episode,
             length_multiple=self.length_multiple,
-            metrics=episode_metrics(conversations, rows)
+            metrics=metrics
             | positions.metrics
             | {"padded/update": padded}
             | ({"tokens/teacher": sum(len(row.tokens) for row in told)} if told else {}),
@@ -226,3 +239,11 @@ class Episodes:
     def close(self) -> None:
         """Ends the environments' processes."""
         close(self.envs)
+
+
+def _only(won: Sequence[bool], rows: Sequence[Conversation]) -> list[Conversation]:
+    """The rows; of those that are not won nothing is learnt."""
+    return [
+        row if good else replace(row, turn_id=[NO_TURN] * len(row.tokens))
+        for good, row in zip(won, rows, strict=True)
+    ]

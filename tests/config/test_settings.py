@@ -118,7 +118,19 @@ def test_whole_numbers_serve_as_floats_and_lists_as_tuples() -> None:
         ("checkpoint.keep=0", "`checkpoint.keep`: expected at least 1, got 0"),
         ("data.source=books", "`data.source`: .*on_policy, .*episodes:FILE, .*got 'books'"),
         ("data.source=episodes:", "`data.source`: .*episodes:FILE, .*got 'episodes:'"),
-        ("data.only_success=true", "`data.only_success` .*`data.source` to episodes:FILE"),
+        (
+            "data.only_success=true data.source=players",
+            "`data.only_success` .*`data.source` = 'players' .*`data.source` to expert",
+        ),
+        (
+            "data.only_success=true judge.context=history",
+            "`judge.context` = 'history' .*`data.only_success`",
+        ),
+        (
+            "data.only_success=true data.source=prefixes:x weight.by=uniform "
+            "objective.divergence=cross_entropy",
+            "'cross_entropy' on the student's own episodes teaches nothing",
+        ),
         ("env.max_turns=0", "`env.max_turns`: expected at least 1, got 0"),
         ("rollout.top_p=0", "`rollout.top_p`: expected above 0 and at most 1, got 0.0"),
         ("rollout.context_tokens=32", "`rollout.turn_tokens` = 32.*`rollout.context_tokens` = 32"),
@@ -185,7 +197,7 @@ def test_whole_numbers_serve_as_floats_and_lists_as_tuples() -> None:
         ),
         (
             "objective.divergence=cross_entropy weight.by=uniform",
-            "'cross_entropy' on the student's own episodes teaches nothing",
+            "'cross_entropy' on the student's own episodes teaches .* set `data.only_success`",
         ),
         ("weight.by=sod rollout.history_turns=1", "`weight.by` = 'sod' compares the turns"),
         (

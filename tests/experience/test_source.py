@@ -225,6 +225,53 @@ def test_tasks_that_fit_no_context_are_passed_over_unless_no_task_fits(
         assert sum(map(len, asked)) == tries
 
 
+def tuned(settings: Settings, **changes: dict) -> Settings:
+    """Fine-tuning on the tokens themselves."""
+    weight = {"by": "uniform"}
+    objective = {"weight": changed_weight(settings, **weight), "divergence": "cross_entropy"}
+    return changed(settings, weight=weight, objective=objective, **changes)
+
+
+@pytest.mark.parametrize("history_turns", [0, 1])
+def test_only_episodes_that_succeeded_are_learnt_from(
+    history_turns: int, base: Settings, pair: Pair
+) -> None:
+    room = {"history_turns": history_turns, "context_tokens": 512, "batch": 8}
+    every = tuned(base, data={"source": "teacher"}, env={"max_turns": 8}, rollout=room)
+    won = changed(every, data={"only_success": True})
+    before, after = play(every, pair), play(won, pair)
+    conversations = after.conversations
+    assert before.conversations == conversations
+    assert {c.success for c in conversations} == {True, False}
+    # A batch keeps its shape, and what is said of the episodes is said of all.
+    strong = np.full((8, 8), Verdict.STRONG, np.int32)
+    pack = build.make_pack(won, pair[0].config)
+    whole, part = pack(before, strong), pack(after, strong)
+    assert part.tokens.tobytes() == whole.tokens.tobytes()
+    for name in ("batch/success", "batch/turns", "tokens/sampled", "tokens/sequence"):
+        assert before.metrics[name] == after.metrics[name]
+    for row, number in enumerate(after.episode):
+        learnt = whole.turn_id[row] if conversations[number].success else NO_TURN
+        np.testing.assert_array_equal(part.turn_id[row], learnt)
+
+
+def test_without_a_success_the_student_stays_as_it_was(base: Settings, pair: Pair) -> None:
+    settings = tuned(base, data={"only_success": True})  # rejection fine-tuning
+    played, student = play(settings, pair), pair[0]
+    assert not any(c.success for c in played.conversations)
+    start = state(settings, student)
+    # The step takes the state's arrays.
+    start = start.replace(params=jax.tree.map(jax.numpy.copy, start.params))
+    said = build.make_labeller(settings, None)(played.conversations, 0)
+    batch = build.make_pack(settings, student.config)(played, said.verdict, said.labels)
+    update = build.make_update(settings, student, None, start)
+    before = jax.tree.map(np.asarray, start.params)
+    after, raw = update(start, batch, None)
+    assert (raw["no_step"], raw["loss"], raw["grad_norm"]) == (1, 0, 0)
+    jax.tree.map(np.testing.assert_array_equal, after.params, before)
+    assert int(after.step) == 1
+
+
 def test_padding_counts_what_an_update_computes() -> None:
     lengths = (8, 3, 7, 4)
     rows = []
