@@ -10,7 +10,7 @@ from typing import Any
 
 # Every field in which methods differ, with SAGE-OPD's value.
 _SAGE: dict[str, dict] = dict(
-    weight=dict(by="sage", skip_weight=0.0, fail_weight=1.0),
+    weight=dict(by="sage", skip_weight=0.0, fail_weight=1.0, teacher_labels="oracle"),
     objective=dict(divergence="reverse_kl", normalize="all_tokens"),
     data=dict(source="on_policy", only_success=False),
     rollout=dict(per_task=1, depth_start=0),
@@ -77,6 +77,9 @@ METHODS: dict[str, Any] = {
     },
     # How often the teacher's own turn is accepted: an oracle. Expected: as good as `failures`.
     "reliability": method(weight=dict(by="reliability")),
+    # The same without an oracle: the teacher's turn is sampled, and the environment's rule over the
+    # record judges it. Expected: near `reliability`.
+    "reliability_proxy": method(weight=dict(by="reliability", teacher_labels="record")),
     # Discounted log-ratios of later turns. Expected: near OPD.
     "return_to_go": method(weight=dict(by="return_to_go")),
     # --- Controls of `failures` and `sage_fail0` (`controls`) ---

@@ -112,7 +112,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         discrepancy_eps=1e-6,  # sod: added to a turn's discrepancy, nats
         early_bonus=0.5,  # iw_opd: added to a row's first tokens, less to later ones
         discount=0.5,  # return_to_go: a later turn counts so much less
-        teacher_samples=1,  # reliability: own turns that the teacher plays at each turn
+        teacher_samples=1,  # reliability: own turns that the teacher takes at each turn
+        teacher_labels="oracle",  # who labels them: the environment; or record: its rule
     )
 
     config.objective = dict(

@@ -7,7 +7,8 @@
 The student of the newest checkpoint, or of `--step`, plays the first `--episodes` tasks of a split
 (0: `eval.tasks`; the last of `eval.splits`) as in training. At `--turns` of its turns of each label
 (0: all) the teacher takes `--samples` turns of its own, which are executed: how often are they
-rejected, how often right, and how much of a method's weight lies where they are? `--take_over`
+rejected, how often right, and how much of a method's weight lies where they are? And what tells so
+without executing them: a rule over the record, the teacher's confidence, its entropy? `--take_over`
 lets the teacher play on after so many turns of the student. The environment needs nothing but to
 answer alike when an episode is played again. Figures are merged into `audit.json`
 (docs/reliability.md).
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import FrozenConfigDict
 
@@ -36,12 +36,24 @@ from opd_jax.config.records import make_look_at, score_episodes
 from opd_jax.config.references import MODELS
 from opd_jax.config.settings import Settings, binds_an_evaluation, read_settings
 from opd_jax.config.workdir import check_may_hold_a_run, check_models, store_evaluation
-from opd_jax.envs.make import make_env
+from opd_jax.envs.make import judges_responses, keeps_record, make_env, own_rule
 from opd_jax.evaluate import find_student, play_model, restore_student
 from opd_jax.experience.tasks import Panel, describe
 from opd_jax.judge.labels import NO_LABEL, EnvLabels, env_labels
-from opd_jax.judge.others import oracle_judge
-from opd_jax.judge.reliability import by_outcome, play_on, weight_on_reliable
+from opd_jax.judge.others import oracle_judge, record_judge
+from opd_jax.judge.own_turns import play_on
+from opd_jax.judge.ranking import auc_figures
+from opd_jax.judge.reliability import (
+    Reliability,
+    by_outcome,
+    labels_by_rule,
+    right,
+    weight_on_reliable,
+)
+from opd_jax.judge.verdicts import Labeller
+from opd_jax.learner.tokens import Tokens
+from opd_jax.learner.weights import COMPARE_TURNS
+from opd_jax.losses import NO_TURN
 from opd_jax.model import Params
 from opd_jax.report.intervals import wilson_interval
 from opd_jax.report.tables import audit_tables
@@ -73,14 +85,6 @@ class How(NamedTuple):
     take_over: tuple[int, ...]
 
 
-class TurnSums(NamedTuple):
-    """Sums over the tokens of a turn, float [B, K]: their number, divergence, and c."""
-
-    tokens: np.ndarray
-    divergence: np.ndarray
-    factor: np.ndarray
-
-
 def audit(
     settings: Settings,
     student: LoadedModel,
@@ -109,18 +113,22 @@ def audit(
     check_some_played(played)
     del params
     labels = env_labels(played, max_turns=settings.env.max_turns)
-    sums = turn_sums(settings, student, trained, teacher, played)
-    weights = method_weights(settings, sums, teacher, played, update=update, between=between)
+    tokens = read_tokens(settings, student, trained, teacher, played)
+    verdicts = find_verdicts(settings, teacher, played, update=update, between=between)
     envs = make_envs(partial(make_env, settings.env), settings.eval.batch)
     try:
-        measure = build.make_reliability(
+        measure = partial(
+            build.make_reliability,
             *(settings, student, teacher, envs),
             samples=how.samples,
             per_label=how.turns,
             between=between,
         )
         with progress.doing("the teacher's own turns"):
-            reliable, metrics = measure(played, update)
+            own, proxy = measure(labels="oracle")(played, update), None
+        if judges_responses(settings.env.by):
+            with progress.doing("the proxy"):
+                proxy = measure(labels="record")(played, update)
         curve = {
             str(turns): take_over(
                 settings, student, teacher, played, envs, turns=turns, between=between
@@ -129,32 +137,33 @@ def audit(
         }
     finally:
         close(envs)
+    weights = method_weights(settings, tokens, verdicts, labels, proxy)
+    scores = proxy_scores(settings, tokens, played, own, proxy)
     return {
-        "turns": turn_figures(metrics, labels, sums, samples=how.samples),
+        "turns": turn_figures(own, proxy, labels, tokens, samples=how.samples),
         "weights": {
             name: {
-                "tokens": _share(sums.tokens[weight > 0].sum(), sums.tokens.sum()),
-                "reliable": weight_on_reliable(weight, reliable, labels),
+                "tokens": _tokens_weighed(weight, tokens, labels),
+                "reliable": weight_on_reliable(weight, own.share, labels),
             }
             for name, weight in weights.items()
         },
-        "teacher_tokens": {
-            name: int(metrics[f"reliability/{name}"][0]) for name in ("read", "sampled")
-        },
+        "auc": auc_figures(own, labels, scores),
+        "teacher_tokens": _cost(own),
+        **({"proxy_tokens": _cost(proxy)} if proxy else {}),
         **({"take_over": curve} if curve else {}),
     }
 
 
-def turn_sums(
+def read_tokens(
     settings: Settings,
     student: LoadedModel,
     trained: Params,
     teacher: LoadedModel,
     played: Sequence[Conversation],
-) -> TurnSums:
-    """What an update computes of the tokens of each turn, before verdicts weigh them."""
-    by = "confidence" if settings.weight.reads_confidence else "uniform"
-    weight = dataclasses.replace(settings.weight, by=by, options=())
+) -> Tokens:
+    """What an update computes of the tokens of each turn, before a method weighs them."""
+    weight = dataclasses.replace(settings.weight, by="uniform", options=())
     objective = dataclasses.replace(settings.objective, weight=weight, scope="batch")
     if not objective.needs_teacher:
         objective = dataclasses.replace(objective, divergence="reverse_kl")
@@ -166,42 +175,40 @@ def turn_sums(
     )
     look_at = make_look_at(plain, student, teacher)
     assert look_at is not None  # the objective reads the teacher
-    nothing = np.zeros((len(played), settings.env.max_turns), np.int32)
+    shape = len(played), settings.env.max_turns
+    nothing = np.zeros(shape, np.int32)
     scored = score_episodes(plain, student, trained, look_at, played, nothing)
     batch = jax.tree.map(np.asarray, scored.batch)
-    own = batch.response < batch.tokens.shape[1]
-    rows = np.flatnonzero(own.any(axis=1))
-    seen = scored.look(rows.tolist())
-    row, place = np.nonzero(own[rows])
-    episode = np.asarray(scored.episode)[rows[row]]
-    turn = batch.turn_id[rows[row], batch.response[rows[row], place]]
+    rows = np.flatnonzero((batch.response < batch.tokens.shape[1]).any(axis=1))
+    response, there = batch.response[rows], rows[:, None]
 
-    def total(of_token: Any) -> np.ndarray:
-        result = np.zeros(nothing.shape)
-        np.add.at(result, (episode, turn), of_token[row, place])
-        return result
+    def taken(x: np.ndarray, fill: float) -> np.ndarray:
+        return np.pad(x, [(0, 0), (0, 1)], constant_values=fill)[there, response]
 
-    ones = np.ones_like(seen.weight)
-    return TurnSums(total(ones), total(seen.scores.divergence), total(seen.weight))
+    return Tokens(
+        turn_id=taken(batch.turn_id, NO_TURN),
+        sampled_logprobs=taken(batch.sampled_logprobs, 0.0),
+        scores=scored.look(rows.tolist()).scores,
+        episode=np.asarray(scored.episode)[rows],
+        shape=shape,
+    )
 
 
-def method_weights(
+def find_verdicts(
     settings: Settings,
-    sums: TurnSums,
     teacher: LoadedModel,
     played: Sequence[Conversation],
     *,
     update: int,
     between: Callable[[], None],
 ) -> dict[str, np.ndarray]:
-    """Weights of the turns, float [B, K], by method, before the scale.
+    """Verdicts on the turns, int32 [B, K], by the name of SAGE's weights with them.
 
-    `opd` weighs tokens alike. `sage` is the config's own method, if it is `sage` or `intervention`,
-    and `oracle` the same with the environment's labels as verdicts, if there are any. `NAME_fail_0`
-    is NAME with failed turns at 0.
+    `sage` are those of the config's own judge, if its method takes verdicts; `oracle` the
+    environment's labels, if there are any; `record` those of its rule, if it has one.
     """
     labels = env_labels(played, max_turns=settings.env.max_turns)
-    verdicts = {}
+    label: dict[str, Labeller] = {}
     if settings.weight.takes("skip_weight"):
         weight = dataclasses.replace(settings.weight, by="intervention", options=())
         judge = dataclasses.replace(settings.judge, agreement_every=0)
@@ -211,41 +218,118 @@ def method_weights(
             weight=weight,
             objective=dataclasses.replace(settings.objective, weight=weight),
         )
-        with progress.doing("verdicts"):
-            label = build.make_labeller(asked, teacher, between=between)
-            verdicts["sage"] = label(played, update).verdict
+        label["sage"] = build.make_labeller(asked, teacher, between=between)
     if (labels.oracle != NO_LABEL).any():
-        verdicts["oracle"] = oracle_judge(max_turns=settings.env.max_turns)(played, update).verdict
-    weights = {"opd": sums.tokens}
-    for name, verdict in verdicts.items():
-        weighed = settings.weight.intervention(jnp.asarray(verdict))
-        weights[name] = np.asarray(weighed) * sums.factor
-    return {
+        label["oracle"] = oracle_judge(max_turns=settings.env.max_turns)
+    if (rule := own_rule(settings.env.by)) and keeps_record(settings.env.by):
+        label["record"] = record_judge(rule=rule, max_turns=settings.env.max_turns)
+    with progress.doing("verdicts"):
+        return {name: judge(played, update).verdict for name, judge in label.items()}
+
+
+def method_weights(
+    settings: Settings,
+    tokens: Tokens,
+    verdicts: Mapping[str, np.ndarray],
+    labels: EnvLabels,
+    proxy: Reliability | None,
+) -> dict[str, np.ndarray]:
+    """Weights of the turns, float [B, K], by method, before the scale; NaN where not known.
+
+    `opd` weighs tokens alike, `NAME_fail_0` is NAME with failed turns at 0. Of `verdicts` the
+    weights are those of SAGE, with confidence if the config's method reads it. The others are the
+    methods of `learner.weights` that read no verdict, with the config's settings;
+    `reliability_proxy` is known where the teacher was asked.
+    """
+
+    def by(name: str, **given: np.ndarray) -> np.ndarray:
+        return tokens.weigh(dataclasses.replace(settings.weight, by=name, options=()), **given)
+
+    judged = "sage" if settings.weight.reads_confidence else "intervention"
+    weights = {"opd": by("uniform")}
+    weights |= {name: by(judged, verdict=verdict) for name, verdict in verdicts.items()}
+    weights = {
         f"{name}{end}": weight * ~(labels.failed & bool(end))
         for name, weight in weights.items()
         for end in ("", "_fail_0")
     }
+    rows_are_episodes = not settings.rollout.history_turns
+    for name in ("confidence", "entropy_aware", *(COMPARE_TURNS if rows_are_episodes else ())):
+        weights[name] = by(name)
+    if proxy:
+        share = proxy.share
+        weight = by("reliability", reliability=share)
+        weights["reliability_proxy"] = np.where(np.isnan(share), np.nan, weight)
+    return weights
+
+
+def proxy_scores(
+    settings: Settings,
+    tokens: Tokens,
+    played: Sequence[Conversation],
+    own: Reliability,
+    proxy: Reliability | None,
+) -> dict[str, np.ndarray]:
+    """What may tell where the teacher is right without executing its turns: higher is better.
+
+    float [N, 1] of the turns asked. `rule` is [N, samples], the rule on the very turns that are
+    executed, and `proxy` the share of other samples that the rule accepts. `confidence` and
+    `entropy` are the teacher's means over the student's tokens.
+    """
+    scores = tokens.scores
+    of_turns = {
+        "confidence": tokens.mean(scores.teacher_top1_prob),
+        "entropy": -tokens.mean(scores.teacher_entropy),
+        "constant": np.zeros(tokens.shape),
+    }
+    found = {}
+    if proxy and (rule := own_rule(settings.env.by)):
+        there = [played[row] for row, _ in np.argwhere(own.asked)]
+        found["rule"] = right(labels_by_rule(own.turns, there, rule=rule)).astype(float)
+        of_turns = {"proxy": proxy.share, **of_turns}
+    return {name: x[own.asked][:, None] for name, x in of_turns.items()} | found
+
+
+def _tokens_weighed(weight: np.ndarray, tokens: Tokens, labels: EnvLabels) -> float | None:
+    """The share of tokens that have a weight; None if that is not known of all."""
+    if np.isnan(weight[labels.played]).any():
+        return None
+    return _share(tokens.count[weight > 0].sum(), tokens.count.sum())
+
+
+def _cost(own: Reliability) -> dict[str, int]:
+    """The teacher's tokens for its own turns."""
+    return {name: int(own.metrics[f"reliability/{name}"][0]) for name in ("read", "sampled")}
 
 
 def turn_figures(
-    metrics: Mapping[str, Any], labels: EnvLabels, sums: TurnSums, *, samples: int
+    own: Reliability,
+    proxy: Reliability | None,
+    labels: EnvLabels,
+    tokens: Tokens,
+    *,
+    samples: int,
 ) -> dict[str, Figures]:
     """What the teacher's own turns became, by the label of the student's turn there.
 
     Turns count as independent in intervals, the samples of one turn as one.
     """
+    asked = {"failed": (own, "failed"), "right": (own, "right")}
+    if proxy:
+        asked["right_by_rule"] = proxy, "right"
+    count, divergence = tokens.count, tokens.total(tokens.scores.divergence)
     figures: dict[str, Figures] = {}
     for name, there in by_outcome(labels).items():
         if not there.any():
             continue
         figures[name] = {
             "turns": int(there.sum()),
-            "tokens": _share(sums.tokens[there].sum(), sums.tokens.sum()),
-            "divergence": _share(sums.divergence[there].sum(), sums.divergence.sum()),
-            "asked": int(metrics[f"reliability/asked_{name.lower()}"][0]),
+            "tokens": _share(count[there].sum(), count.sum()),
+            "divergence": _share(divergence[there].sum(), divergence.sum()),
+            "asked": int((own.asked & there).sum()),
         }
-        for what in ("failed", "right"):
-            part, whole = metrics[f"reliability/{what}_{name.lower()}"]
+        for what, (of, said) in asked.items():
+            part, whole = of.metrics[f"reliability/{said}_{name.lower()}"]
             figures[name] |= _rate(what, part / samples, whole / samples)
     return figures
 

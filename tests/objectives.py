@@ -22,6 +22,7 @@ SAGE = Objective(
         early_bonus=0.5,
         discount=0.5,
         teacher_samples=1,
+        teacher_labels="oracle",
     ),
     normalize="all_tokens",
     scope="batch",

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from objectives import SAGE
 from settings import one_device, read
 from test_export import save_run
 
@@ -20,19 +21,22 @@ from opd_jax.config.models import load_model
 from opd_jax.envs.base import Observation
 from opd_jax.envs.household.env import Household
 from opd_jax.envs.make import make_env
+from opd_jax.learner.weights import METHODS
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 class Silent(Household):
-    """The household without labels."""
+    """The household without labels, and without a rule."""
 
     labels_turns = False
+    rule = None
 
     def step(self, response: str) -> Observation:
         return dataclasses.replace(super().step(response), oracle="")
 
 
+JUDGES = ("sage", "oracle", "record")
 CHANGES = (
     "env.size=small",
     "env.max_turns=6",
@@ -80,10 +84,33 @@ def test_every_turn_is_asked_and_figures_add_up(workdir: Path, in_process: Calla
     assert tokens["opd"] == 1
     assert tokens["opd_fail_0"] == pytest.approx(1 - failed)
     assert tokens["oracle"] == pytest.approx(1 - turns["SKIP"]["tokens"])
-    for name in ("oracle", "sage"):
+    for name in JUDGES:
         assert tokens[f"{name}_fail_0"] == pytest.approx(tokens[name] - failed)
     assert all(0 <= of["reliable"] <= 1 for of in found["weights"].values())
-    assert found["teacher_tokens"]["sampled"] >= sum(of["turns"] for of in turns.values())
+    asked = sum(of["turns"] for of in turns.values())
+    for whose in ("teacher_tokens", "proxy_tokens"):
+        assert found[whose]["sampled"] >= asked
+    # The methods that read no verdict, SAGE with each judge's, and the proxy.
+    judged = {f"{name}{end}" for name in ("opd", *JUDGES) for end in ("", "_fail_0")}
+    by = {name: dataclasses.replace(SAGE.weight, by=name) for name in METHODS}
+    unjudged = {name for name, weight in by.items() if not weight.labels} - {"uniform"}
+    assert found["weights"].keys() == judged | unjudged | {"reliability_proxy"}
+    assert {tokens[name] for name in unjudged} == {1}
+    # What was executed is what is ranked, and a constant ranks nothing.
+    ranked = found["auc"]
+    assert ranked.keys() == {"proxy", "rule", "confidence", "entropy", "constant"}
+    for score, of_label in ranked.items():
+        assert {name: of["n"] for name, of in of_label.items()} == {"all": asked} | {
+            name: of["asked"] for name, of in turns.items()
+        }
+        for name, of in of_label.items():
+            if name != "all" and turns[name]["right"] in (0, 1):
+                assert of["auc"] is None
+            elif score == "constant":
+                assert (of["auc"], of["ci95"]) == (0.5, [0.5, 0.5])
+            else:
+                assert of["ci95"][0] - 1e-9 <= of["auc"] <= of["ci95"][1] + 1e-9
+    assert ranked["rule"]["all"]["auc"] > 0.8
     # After no turn of the student the teacher plays as in an evaluation.
     flags = ("--policy=teacher", "--config.eval.splits=valid_unseen")
     in_process(evaluate.main, f"--workdir={workdir}", *flags)
@@ -109,6 +136,8 @@ def test_some_turns_of_each_label_are_asked_of_the_untrained_student(
     found = figures_of(workdir, "before", "valid_seen")
     assert (found["update"], found["episodes"]) == (0, 4)
     assert "take_over" not in found
+    assert found["weights"]["reliability_proxy"]["tokens"] is None  # of most nobody asked
+    assert 0 <= found["weights"]["reliability_proxy"]["reliable"] <= 1
     for of in found["turns"].values():
         assert of["asked"] == min(2, of["turns"])
         # Thirds of the turns that were asked.
@@ -126,7 +155,9 @@ def test_without_labels_a_turn_is_right_where_it_is_accepted(
     assert set(found["turns"]) <= {"ACCEPTED", "DET_FAIL"}
     for of in found["turns"].values():
         assert of["failed"] + of["right"] == pytest.approx(1)
-    assert set(found["weights"]) == {"opd", "opd_fail_0", "sage", "sage_fail_0"}
+    assert not {"oracle", "record", "reliability_proxy"} & found["weights"].keys()
+    assert set(found["auc"]) == {"confidence", "entropy", "constant"}
+    assert "proxy_tokens" not in found
 
 
 @pytest.mark.parametrize("history_turns", [0, 1])
@@ -146,12 +177,18 @@ def test_sums_over_a_turn_are_those_of_its_tokens(history_turns: int) -> None:
             tasks=[("train", index) for index in range(3)],
             depth=0,
         )
-        sums = audit.turn_sums(settings, student, student.params, teacher, played)
+        tokens = audit.read_tokens(settings, student, student.params, teacher, played)
     counts = [[c.turn_id.count(turn) for turn in range(settings.env.max_turns)] for c in played]
-    assert sums.tokens.tolist() == counts
-    np.testing.assert_array_equal(sums.factor, sums.tokens)  # without confidence
-    assert (sums.divergence[sums.tokens > 0] > 0).all()
-    assert not sums.divergence[sums.tokens == 0].any()
+    assert tokens.count.tolist() == counts
+    divergence = tokens.total(tokens.scores.divergence)
+    assert (divergence[tokens.count > 0] > 0).all()
+    assert not divergence[tokens.count == 0].any()
+    # What the student sampled at temperature 1 is what it scores.
+    np.testing.assert_allclose(
+        tokens.total(tokens.sampled_logprobs),
+        tokens.total(tokens.scores.student_logprob),
+        atol=1e-3,
+    )
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,10 @@ METHODS: dict[str, dict[str, object]] = {
         "judge.by": "opd_jax.configs.controls:shuffled",
     },
     "method=reliability": {"weight.by": "reliability"},
+    "method=reliability_proxy": {
+        "weight.by": "reliability",
+        "weight.teacher_labels": "record",
+    },
     "method=return_to_go": {"weight.by": "return_to_go"},
     "method=entropy_aware": {"weight.by": "entropy_aware"} | UNSCALED,
     "method=sod": {"weight.by": "sod"} | UNSCALED,
@@ -83,6 +87,7 @@ METHODS: dict[str, dict[str, object]] = {
     "method=tcod_f2b": OPD | {"rollout.depth_start": 1},
 }
 OF = dict.fromkeys(["quickstart", *PAPER], METHODS)
+PROXY = "method=reliability_proxy"  # needs an environment with a rule
 CASES = [
     *((name, arg) for name, methods in OF.items() for arg in methods),
     *(("household_pair", who) for who in ("who=teacher", "who=student", "who=recovering")),
@@ -99,11 +104,20 @@ def changed(before: ConfigDict, after: ConfigDict) -> dict[str, object]:
     return {name: value for name, value in new.items() if value != old[name]}
 
 
+@pytest.mark.parametrize("name", PAPER)
+def test_a_method_that_needs_a_rule_is_refused_where_there_is_none(name: str) -> None:
+    env = load(name, []).env.by
+    with pytest.raises(ValueError, match=rf"'record' labels .* `env.by` = '{env}' does not bring"):
+        read_settings(load(f"{name}:{PROXY}", []))
+
+
 def test_every_config_file_is_looked_at_here() -> None:
     assert {name for name, _ in CASES} | SHARED == {path.stem for path in CONFIGS.glob("*.py")}
 
 
-@pytest.mark.parametrize(("name", "arg"), CASES)
+@pytest.mark.parametrize(
+    ("name", "arg"), [case for case in CASES if case[0] not in PAPER or case[1] != PROXY]
+)
 def test_a_config_holds_together_survives_storage_and_shrinks(name: str, arg: str) -> None:
     whole, local = (load(f"{name}:{arg}{more}", []) for more in ("", ",runlocal"))
     for config in (whole, local):

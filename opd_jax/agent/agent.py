@@ -129,11 +129,11 @@ class Agent:
     decoding: Decoding
     invented: re.Pattern[str] | None = None
 
-    def context(self, conversation: Conversation) -> list[int]:
-        """The tokens that the conversation's next response is sampled from."""
+    def context(self, conversation: Conversation, turn: int | None = None) -> list[int]:
+        """The tokens that a turn's response is sampled from, by default the next one's."""
         return history.context(
             conversation,
-            turns=len(conversation.spans),
+            turns=len(conversation.spans) if turn is None else turn,
             history_turns=self.decoding.history_turns,
             left_out=self.chat.left_out,
         )

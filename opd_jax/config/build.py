@@ -27,7 +27,14 @@ from opd_jax.config.models import LoadedModel, load_judge, student_dtype
 from opd_jax.config.references import MODELS, find_model, named_sizes
 from opd_jax.config.settings import Settings
 from opd_jax.envs.base import Env
-from opd_jax.envs.make import EnvSettings, benchmark_splits, invented, make_env, own_rule
+from opd_jax.envs.make import (
+    EnvSettings,
+    benchmark_splits,
+    invented,
+    make_env,
+    own_parse,
+    own_rule,
+)
 from opd_jax.envs.players import make_player
 from opd_jax.experience.asides import with_asides
 from opd_jax.experience.demonstrations import demonstrate
@@ -39,8 +46,9 @@ from opd_jax.experience.tasks import Panel, TaskOrder, check_alike, find_panels,
 from opd_jax.judge.answer import Judge
 from opd_jax.judge.labels import repeats
 from opd_jax.judge.others import brought_judge, find_judge
+from opd_jax.judge.own_turns import played_turns, sampled_turns
 from opd_jax.judge.prompt import LABELS, PROPOSAL, read_prompt
-from opd_jax.judge.reliability import Reliability, reliability_labeller
+from opd_jax.judge.reliability import Measure, reliability_labeller
 from opd_jax.judge.verdicts import Labeller, Verdicts, no_judge, teacher_judge
 from opd_jax.learner.batch import Batch, pack, responses
 from opd_jax.learner.optimizer import make_optimizer
@@ -247,16 +255,18 @@ def make_labeller(
     if "reliability" in settings.weight.labels:
         assert student  # as settings are checked
         assert teacher
-        samples = settings.weight.teacher_samples
-        how: dict[str, Any] = dict(samples=samples, per_label=0, between=between)
-        reliability = make_reliability(settings, student, teacher, envs, **how)
+        weight = settings.weight
+        how: dict[str, Any] = dict(samples=weight.teacher_samples, per_label=0, between=between)
+        models = settings, student, teacher
+        reliability = make_reliability(*models, envs, labels=weight.teacher_labels, **how)
 
     def label(conversations: Sequence[Conversation], update: int) -> Verdicts:
         said = judge(conversations, update)
         labels = other_labels(settings, conversations)
         if reliability:
-            labels["reliability"], metrics = reliability(conversations, update)
-            said = said._replace(metrics=said.metrics | dict(metrics))
+            measured = reliability(conversations, update)
+            labels["reliability"] = measured.share
+            said = said._replace(metrics=said.metrics | dict(measured.metrics))
         return said._replace(labels=labels)
 
     return label
@@ -314,20 +324,29 @@ def make_reliability(
     teacher: LoadedModel,
     envs: Sequence[Env | None],
     *,
+    labels: str,
     samples: int,
     per_label: int,
     between: Callable[[], None] | None = None,
-) -> Reliability:
-    """How reliable the teacher is at the student's turns (`reliability_labeller`)."""
+) -> Measure:
+    """How reliable the teacher is at the student's turns (`reliability_labeller`).
+
+    `labels` is as `weight.teacher_labels`. With "record" nothing is played in `envs`; as many turns
+    are sampled at a time.
+    """
+    how: dict[str, Any] = dict(agent=teacher_there(student, teacher, settings), between=between)
+    rule, take = None, partial(played_turns, envs=envs)
+    if labels == "record":
+        rule, parse = own_rule(settings.env.by), own_parse(settings.env.by)
+        assert parse  # as settings are checked
+        take = partial(sampled_turns, parse=parse, rows=len(envs))
     return reliability_labeller(
-        teacher.params,
-        agent=teacher_there(student, teacher, settings),
-        envs=envs,
+        partial(take, teacher.params, **how),
+        rule=rule,
         max_turns=settings.env.max_turns,
         seed=settings.seed,
         samples=samples,
         per_label=per_label,
-        between=between,
     )
 
 
@@ -504,6 +523,7 @@ def make_source(
         micro_batches=settings.train.micro_batches,
         cursor=cursor,
         retell=make_retell(settings, student.chat),
+        only_success=settings.data.only_success and not settings.data.file,
     )
 
 
@@ -523,7 +543,6 @@ def make_retell(
     """The function that gives an episode as the teacher reads it; None: as it is."""
     asides, most = settings.teacher_context.asides(), settings.teacher_context.tokens
     if asides is None:
-        only_success=settings.data.only_success and not settings.data.file,
         return None
     return lambda c: c if c.broken else with_asides(c, asides(c), chat=chat, most=most)
 

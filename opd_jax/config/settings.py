@@ -18,6 +18,7 @@ from opd_jax.config.flags import closest
 from opd_jax.envs.make import (
     EnvSettings,
     figures_options,
+    judges_responses,
     keeps_record,
     labels_turns,
     own_rule,
@@ -34,6 +35,7 @@ from opd_jax.learner.objective import Objective
 from opd_jax.learner.optimizer import AdamW
 from opd_jax.learner.train_step import TrainSettings
 from opd_jax.learner.weighing import WEIGHT_SETTINGS, Weight
+from opd_jax.learner.weights import COMPARE_TURNS
 from opd_jax.model import ModelConfig
 from opd_jax.model.kernels import ATTENTION
 from opd_jax.model.lora import Lora
@@ -565,7 +567,7 @@ def _check_source(s: Settings) -> None:
             "players or episodes:FILE",
         ),
         (
-            rollout.history_turns and s.weight.by in ("sod", "iw_opd", "return_to_go"),
+            rollout.history_turns and s.weight.by in COMPARE_TURNS,
             f"`weight.by` = {s.weight.by!r} compares the turns of an episode in one row, but with "
             "`rollout.history_turns` it has several: set that to 0",
         ),
@@ -580,12 +582,12 @@ def _check_source(s: Settings) -> None:
             "`data.source` to on_policy",
         ),
         (
-            bool(s.teacher_context.by) and not objective.needs_teacher,
-        (
             s.data.only_success and not s.data.file and s.judges_what_it_scores,
             "`judge.context` = 'history' reads the whole batch for verdicts and scores at once, "
             "and `data.only_success` leaves a part of it out: change one of them",
         ),
+        (
+            bool(s.teacher_context.by) and not objective.needs_teacher,
             f"`teacher_context.by` = {s.teacher_context.by!r} tells a teacher something, and with "
             "`objective.divergence` = 'cross_entropy' none scores: leave it empty",
         ),
@@ -630,6 +632,13 @@ def _check_judge(s: Settings) -> None:
         raise ValueError(
             "`judge.by` = 'record' takes the verdicts of the environment's own rule, and `env.by` "
             f"= {s.env.by!r} brings none (`rule` and `record`): set it to teacher"
+        )
+    labelled_by_rule = "reliability" in s.weight.labels and s.weight.teacher_labels == "record"
+    if labelled_by_rule and not judges_responses(s.env.by):
+        raise ValueError(
+            "`weight.teacher_labels` = 'record' labels the teacher's turns by the environment's "
+            f"own rule, and `env.by` = {s.env.by!r} does not bring all of `rule`, `parse` and "
+            "`record`: set it to oracle"
         )
     if s.judge_model and judge.context == "history":
         raise ValueError(

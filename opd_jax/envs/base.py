@@ -95,6 +95,8 @@ class Env(Protocol):
     - `players` maps names to functions that make a player (`MakePlayer`): its `expert`, and another
       `random` where responses are not those of `react`.
     - `rule` judges a command from the record (`Rule`). It may be the judge (`judge.by=record`).
+    - `parse` finds the command in a response (`Parse`), as `step` does. With `rule` it judges a
+      response that nobody carries out (`weight.teacher_labels=record`).
 
     It may also have the methods of `Records`, `Copies` and `Labels`; a function that makes the
     environment has them as attributes too. A judge can be shown the record, and examples of judging
@@ -194,3 +196,5 @@ class Player(Protocol):
 MakePlayer = Callable[[Task, Observation, random.Random], Player]
 # From the task, the record before a command, and the command: SKIP, WEAK or STRONG.
 Rule = Callable[[Task, Mapping[str, Sequence[str]], str], str]
+# From a response: its command and "", or "" and why there is none.
+Parse = Callable[[str], tuple[str, str]]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from opd_jax.envs.base import Env, MakePlayer, Rule
+from opd_jax.envs.base import Env, MakePlayer, Parse, Rule
 from opd_jax.envs.workers import Worker, check_limits
 from opd_jax.runtime import by as named
 from opd_jax.runtime.fields import WORLD, affects, check_within
@@ -103,6 +103,16 @@ def keeps_record(by: str) -> bool:
 def own_rule(by: str) -> Rule | None:
     """The rule that judges an environment's turns by their records (its `rule`); None: none."""
     return getattr(find_env(by), "rule", None)
+
+
+def own_parse(by: str) -> Parse | None:
+    """What finds the command in a response to an environment (its `parse`); None: unknown."""
+    return getattr(find_env(by), "parse", None)
+
+
+def judges_responses(by: str) -> bool:
+    """Whether an environment can judge a response that nobody carries out, from its record."""
+    return bool(own_rule(by) and own_parse(by)) and keeps_record(by)
 
 
 def invented(by: str) -> re.Pattern[str] | None:

@@ -1,192 +1,145 @@
-"""How good the teacher's advice is at a turn: its own turn there, executed and labelled.
+"""How good the teacher's advice is at a turn: is its own turn there right?
 
-A student's episode is played again up to a turn (a replay). There the teacher goes on in its place,
-on exactly the tokens that the student had before it. So an environment needs nothing but `reset`
-and equal answers to equal responses. Where it answers otherwise, the turn says nothing.
+Its own turns are labelled by the environment, which executes them, or by a rule over the record of
+the episode, which needs neither a replay nor hidden knowledge (`own_turns`).
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from opd_jax.agent.agent import Agent
-from opd_jax.agent.conversation import Conversation
+from opd_jax.agent.conversation import Conversation, Turn
 from opd_jax.agent.positions import Positions
-from opd_jax.agent.rollout import beginning, rollout, row_keys
-from opd_jax.envs.base import BROKEN, Env
+from opd_jax.envs.base import Rule
 from opd_jax.judge.agreement import draw_turns
 from opd_jax.judge.labels import NO_LABEL, EnvLabels, env_labels
+from opd_jax.judge.own_turns import OwnTurns
 from opd_jax.losses import Verdict
-from opd_jax.model import Params
-from opd_jax.runtime import processes
-
-# Where the teacher takes a turn: (row of a conversation, turn). The turns before it are replayed.
-Place = tuple[int, int]
-# (conversations, updates done) to the reliability of their turns, [B, K], and metrics.
-Reliability = Callable[[Sequence[Conversation], int], tuple[np.ndarray, Mapping[str, Any]]]
 
 # What the student's turn was: names of labels in metrics and tables.
 OUTCOMES = {int(verdict): verdict.name for verdict in Verdict} | {NO_LABEL: "ACCEPTED"}
 
 
+class Reliability(NamedTuple):
+    """How reliable the teacher is at the turns of a batch, and what it did there.
+
+    Attributes:
+      asked: bool [B, K], the turns at which it was asked, N of them.
+      turns: its own turns there, in the order of `np.argwhere(asked)`.
+      labels: what is said of them, [N, samples]. `played` is false where nothing is known.
+      metrics: as (sum, count), `reliability/…`.
+    """
+
+    asked: np.ndarray
+    turns: OwnTurns
+    labels: EnvLabels
+    metrics: Mapping[str, Any]
+
+    @property
+    def share(self) -> np.ndarray:
+        """The share of its own turns that are right, float32 [B, K].
+
+        NaN where nothing is known: there is no such turn, it was not asked, or the environment
+        broke or answered otherwise when the episode was played again.
+        """
+        share, count = np.full(self.asked.shape, np.nan, np.float32), self.labels.played.sum(axis=1)
+        good = right(self.labels).sum(axis=1)
+        share[self.asked] = np.where(count, good / np.maximum(count, 1), np.nan)
+        return share
+
+
+# (conversations, updates done) to the teacher's reliability at their turns.
+Measure = Callable[[Sequence[Conversation], int], Reliability]
+
+
 def reliability_labeller(
-    params: Params,
+    take: Callable[..., OwnTurns],
     *,
-    agent: Agent,
-    envs: Sequence[Env | None],
+    rule: Rule | None,
     max_turns: int,
     seed: int,
     samples: int,
     per_label: int,
-    between: Callable[[], None] | None = None,
-) -> Reliability:
+) -> Measure:
     """The function that measures how reliable the teacher is at the turns of a batch.
 
-    It gives float32 [B, K]: the share of the teacher's own turns there that the environment accepts
-    and does not label WEAK or STRONG. NaN where nothing is known: there is no such turn, it was not
-    asked, or the environment broke or answered otherwise when the episode was played again.
-
     A sample depends on the seed, the update, the row, the turn and its own number; on other turns
-    that are asked only by rounding.
+    that are asked only by rounding. Those that a rule judges are other samples than those that the
+    environment executes.
 
     Args:
-      params: the teacher's.
-      agent: the teacher as it plays, with the chat format of the student's tokens.
-      envs: one environment a row of the rollout (`rollout`); the caller closes them.
+      take: takes the teacher's own turns, `own_turns.played_turns` or `sampled_turns` with their
+        arguments up to `rng`.
+      rule: labels the turns from the record before them (`Env.rule`). None: the environment has
+        labelled them when they were played.
       max_turns: K.
       seed: of the teacher's samples, and of the turns drawn.
       samples: own turns of the teacher at each turn.
       per_label: most turns asked of each label of the student's turns; 0: every turn.
-      between: see `rollout`.
     """
 
-    def measure(
-        conversations: Sequence[Conversation], update: int
-    ) -> tuple[np.ndarray, Mapping[str, Any]]:
+    def measure(conversations: Sequence[Conversation], update: int) -> Reliability:
         labels = env_labels(conversations, max_turns=max_turns)
         asked = draw(labels, per_label=per_label, seed=(seed, update))
         places = [(row, turn) for row, turn in np.argwhere(asked).tolist()]
         positions = Positions()
-        own = own_turns(
-            params,
-            conversations,
-            places,
-            agent=agent,
-            envs=envs,
-            rng=sample_key(seed, update),
-            samples=samples,
-            between=between,
-            positions=positions,
-        )
-        reliable = np.full(asked.shape, np.nan, np.float32)
-        count = own.played.sum(axis=1)
-        reliable[asked] = np.where(count, right(own).sum(axis=1) / np.maximum(count, 1), np.nan)
-        return reliable, _metrics(labels, asked, own, positions)
+        rng = sample_key(seed, update, executed=rule is None)
+        turns = take(conversations, places, rng=rng, samples=samples, positions=positions)
+        if rule:
+            own = labels_by_rule(turns, [conversations[row] for row, _ in places], rule=rule)
+        else:
+            own = own_labels(turns)
+        return Reliability(asked, turns, own, _metrics(labels, asked, own, positions))
 
     return measure
 
 
-def own_turns(
-    params: Params,
-    conversations: Sequence[Conversation],
-    places: Sequence[Place],
-    *,
-    agent: Agent,
-    envs: Sequence[Env | None],
-    rng: jax.Array,
-    samples: int,
-    between: Callable[[], None] | None = None,
-    positions: Positions | None = None,
-) -> EnvLabels:
-    """The environment's labels of the teacher's own turns at N places, [N, samples].
+def own_labels(turns: OwnTurns) -> EnvLabels:
+    """The environment's labels of the teacher's own turns at N places, [N, samples]."""
+    return _labels(turns, lambda _, turn: (bool(turn.failure), turn.oracle))
 
-    `played` is false where the environment broke, or did not repeat the student's history. For the
-    other arguments see `play_on` and `reliability_labeller`.
+
+def labels_by_rule(
+    turns: OwnTurns, conversations: Sequence[Conversation], *, rule: Rule
+) -> EnvLabels:
+    """A rule's labels of the teacher's own turns at N places, [N, samples].
+
+    It sees the record before the turn and the command. A turn without a command has failed.
+
+    Args:
+      turns: played or sampled ones.
+      conversations: of each place the student's episode.
+      rule: the environment's.
     """
-    # Early turns first: each row of the rollout begins with another episode, and goes on with it.
-    order = sorted(range(len(places)), key=lambda number: places[number][1])
-    drawn = [(number, sample) for number in order for sample in range(samples)]
-    there, rows = [places[number] for number, _ in drawn], len(conversations)
-    numbers = [sample * rows + row for (_, sample), (row, _) in zip(drawn, there, strict=True)]
-    played = play_on(
-        params,
-        conversations,
-        there,
-        agent=agent,
-        envs=envs,
-        keys=row_keys(rng, numbers),
-        turns=1,
-        between=between,
-        positions=positions,
-    )
-    longest = max((turn + 1 for _, turn in places), default=1)
-    shape = len(places), samples
-    labels = EnvLabels(np.zeros(shape, bool), np.zeros(shape, bool), np.zeros(shape, np.int32))
-    found = env_labels(played, max_turns=longest)
-    for into, of_turn in zip(labels, found, strict=True):
-        for row, (at, (_, turn)) in enumerate(zip(drawn, there, strict=True)):
-            into[at] = of_turn[row, turn]
+
+    def judged(number: int, turn: Turn) -> tuple[bool, str]:
+        task = conversations[number].task
+        assert task is not None  # a row that only fills a batch has no turns
+        return not turn.action, rule(task, turn.record, turn.action) if turn.action else ""
+
+    return _labels(turns, judged)
+
+
+def _labels(turns: OwnTurns, said: Callable[[int, Turn], tuple[bool, str]]) -> EnvLabels:
+    """Labels of what is said of each turn: whether it failed, and a `Verdict`'s name or ""."""
+    shape = len(turns), max(map(len, turns), default=0)
+    labels = EnvLabels(np.zeros(shape, bool), np.zeros(shape, bool), np.full(shape, NO_LABEL))
+    for number, of_place in enumerate(turns):
+        for sample, turn in enumerate(of_place):
+            if turn is not None:
+                failed, label = said(number, turn)
+                labels.played[number, sample], labels.failed[number, sample] = True, failed
+                labels.oracle[number, sample] = Verdict[label] if label else NO_LABEL
     return labels
 
 
-def play_on(
-    params: Params,
-    conversations: Sequence[Conversation],
-    places: Sequence[Place],
-    *,
-    agent: Agent,
-    envs: Sequence[Env | None],
-    keys: jax.Array,
-    turns: int,
-    between: Callable[[], None] | None = None,
-    positions: Positions | None = None,
-) -> list[Conversation]:
-    """Episodes that begin with the first turns of the student's, and in which the teacher goes on.
-
-    Args:
-      params: the teacher's.
-      conversations: the student's episodes, each with the `split` and `index` of its task.
-      places: where the teacher goes on, any number of them.
-      agent: the teacher as it plays, with the chat format of the student's tokens.
-      envs, between, positions: see `rollout`.
-      keys: PRNG keys, one for each place.
-      turns: most turns of the teacher; 0: to the end of the episode.
-
-    Returns:
-      An episode for each place, in order. It is `broken`, with a warning, where the environment
-      gave other answers, so that its history is not the student's.
-    """
-    of = [conversations[row] for row, _ in places]
-    played = rollout(
-        params,
-        keys,
-        agent=agent,
-        envs=envs,
-        tasks=[(c.split, c.index) for c in of],
-        depth=[turns and turn + turns for _, turn in places],
-        replay=[beginning(c, turns=turn) for c, (_, turn) in zip(of, places, strict=True)],
-        keep=True,
-        between=between,
-        positions=positions,
-    )
-    for now, c, (_, turn) in zip(played, of, places, strict=True):
-        start = c.spans[turn][0]
-        if not now.broken and now.tokens[:start] != c.tokens[:start]:
-            now.end = BROKEN
-            processes.warn(
-                "`env`: %s/%d answered otherwise when an episode was played again, so it cannot be "
-                "told how the teacher goes on there",
-                *(c.split, c.index),
-            )
-    return played
-
-
-def sample_key(seed: int, update: int) -> jax.Array:
+def sample_key(seed: int, update: int, *, executed: bool) -> jax.Array:
     """The key of the teacher's samples in an update; the student's episodes have others."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2**32 - 2), update)
+    which = 2**32 - 2 if executed else 2**32 - 3
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), which), update)
 
 
 def outcome(labels: EnvLabels) -> np.ndarray:
@@ -231,8 +184,9 @@ def weight_on_reliable(weight: np.ndarray, reliable: np.ndarray, labels: EnvLabe
     out.
 
     Args:
-      weight: float [B, K], the sum over a turn's tokens.
-      reliable: float [B, K], of `Reliability`.
+      weight: float [B, K], the sum over a turn's tokens. NaN where it is not known: then W is its
+        mean over the label's other turns, times all of them.
+      reliable: float [B, K], `Reliability.share`.
       labels: the environment's, of the same turns.
 
     Returns:
@@ -240,9 +194,10 @@ def weight_on_reliable(weight: np.ndarray, reliable: np.ndarray, labels: EnvLabe
     """
     good = total = 0.0
     for there in by_outcome(labels).values():
-        asked = there & np.isfinite(reliable)
+        given = there & np.isfinite(weight)
+        asked = given & np.isfinite(reliable)
         if (known := weight[asked].sum()) > 0:
-            of_label = weight[there].sum()
+            of_label = weight[given].sum() * (there.sum() / given.sum())
             good += of_label * (weight[asked] * reliable[asked]).sum() / known
             total += of_label
     return float(good / total) if total else math.nan

@@ -11,12 +11,18 @@ import jax.numpy as jnp
 from opd_jax.learner.weights import METHODS
 from opd_jax.losses import NO_TURN, intervention_weight
 from opd_jax.runtime import by as named
-from opd_jax.runtime.fields import check_within
+from opd_jax.runtime.fields import check_choice, check_within
 
 # What a method may read (`opd_jax.learner.weights`).
 LABELS = ("verdict", "reliability", "repeats")
 OF_TEACHER = ("teacher_logprob", "teacher_top1_prob", "teacher_entropy")
 OF_STUDENT = ("student_logprob", "student_entropy", "divergence")
+# Settings of what is read.
+_OF_READ = {
+    "confidence_temperature": "teacher_top1_prob",
+    "teacher_samples": "reliability",
+    "teacher_labels": "reliability",
+}
 _GIVEN = frozenset([*LABELS, *OF_TEACHER, *OF_STUDENT, "sampled_logprobs", "num_turns"])
 
 
@@ -36,7 +42,9 @@ class Weight:
       discrepancy_eps: ε of `sod`, nats.
       early_bonus: γ of `iw_opd`.
       discount: γ of `return_to_go`.
-      teacher_samples: own turns that the teacher plays at each turn, for `reliability`.
+      teacher_samples: own turns that the teacher takes at each turn, for `reliability`.
+      teacher_labels: who labels those: "oracle", the environment that executes them, or "record",
+        its rule over the record of the episode.
       options: further keyword arguments of a function of yours, as pairs, so that it hashes.
     """
 
@@ -52,6 +60,7 @@ class Weight:
     early_bonus: float
     discount: float
     teacher_samples: int
+    teacher_labels: str
     options: tuple[Any, ...] = ()
 
     def __post_init__(self):
@@ -71,6 +80,7 @@ class Weight:
             early_bonus=self.early_bonus,
         )
         check_within(1, teacher_samples=self.teacher_samples)
+        check_choice(("oracle", "record"), teacher_labels=self.teacher_labels)
         check_within(1e-30, discrepancy_eps=self.discrepancy_eps)
         _ = self._arguments  # raises
 
@@ -110,9 +120,8 @@ class Weight:
 
     def takes(self, setting: str) -> bool:
         """Whether the method, or what it reads, has such a setting."""
-        of_read = {"confidence_temperature": "teacher_top1_prob", "teacher_samples": "reliability"}
-        if setting in of_read:
-            return of_read[setting] in self.reads
+        if setting in _OF_READ:
+            return _OF_READ[setting] in self.reads
         return setting in self._parameters
 
     def intervention(self, verdict: jax.Array) -> jax.Array:

@@ -37,6 +37,9 @@ METHODS = {
     )
 }
 
+# They compare the turns of an episode, so it has to be one row.
+COMPARE_TURNS = ("sod", "iw_opd", "return_to_go")
+
 
 def uniform(turn_id: jax.Array) -> jax.Array:
     """s = 1: plain OPD."""

@@ -97,12 +97,17 @@ def audit_tables(who: str, figures: Mapping[str, Any]) -> str:
             "asked": of["asked"],
             "teacher fails there": _rate(of, "failed"),
             "is right there": _rate(of, "right"),
+            **({"by the rule": _rate(of, "right_by_rule")} if "right_by_rule" in of else {}),
         }
         for label, of in figures["turns"].items()
     ]
     weights = [
         {"weights": name, "tokens": _percent(of["tokens"]), "on right": _percent(of["reliable"])}
         for name, of in figures["weights"].items()
+    ]
+    ranking = [
+        {"AUC of": score, **{label: _auc(found) for label, found in of.items()}}
+        for score, of in figures["auc"].items()
     ]
     after = [
         {
@@ -115,15 +120,26 @@ def audit_tables(who: str, figures: Mapping[str, Any]) -> str:
         }
         for turns, of in figures.get("take_over", {}).items()
     ]
-    cost = figures["teacher_tokens"]
-    told = f"own turns of the teacher: {cost['read']} tokens read, {cost['sampled']} sampled"
-    tables = [table(rows, list(rows[0])) for rows in (turns, weights, after) if rows]
+    cost = {"own turns of the teacher": "teacher_tokens", "those of the proxy": "proxy_tokens"}
+    told = "; ".join(
+        f"{what}: {figures[name]['read']} tokens read, {figures[name]['sampled']} sampled"
+        for what, name in cost.items()
+        if name in figures
+    )
+    tables = [table(rows, list(rows[0])) for rows in (turns, weights, ranking, after) if rows]
     return "\n\n".join([tables[0], told, *tables[1:]])
 
 
 def _rate(figures: Mapping[str, Any], name: str) -> str:
     low, high = figures[f"{name}_ci95"]
     return f"{_percent(figures[name])} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _auc(figures: Mapping[str, Any]) -> str:
+    if figures["auc"] is None:
+        return "-"
+    low, high = figures["ci95"]
+    return f"{figures['auc']:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _percent(value: float | None) -> str:

@@ -131,6 +131,7 @@ def test_whole_numbers_serve_as_floats_and_lists_as_tuples() -> None:
             "objective.divergence=cross_entropy",
             "'cross_entropy' on the student's own episodes teaches nothing",
         ),
+        ("weight.teacher_labels=rule", "`weight.teacher_labels`: .* oracle, record, got 'rule'"),
         ("env.max_turns=0", "`env.max_turns`: expected at least 1, got 0"),
         ("rollout.top_p=0", "`rollout.top_p`: expected above 0 and at most 1, got 0.0"),
         ("rollout.context_tokens=32", "`rollout.turn_tokens` = 32.*`rollout.context_tokens` = 32"),

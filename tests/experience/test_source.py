@@ -336,10 +336,11 @@ def test_lessons_hold_episodes_and_answers_to_the_judges_question(
     assert episodes >= 4
 
 
-def test_the_teacher_plays_the_students_turns_in_the_idle_environments(
-    base: Settings, pair: Pair
+@pytest.mark.parametrize("labels", ["oracle", "record"])
+def test_the_teacher_takes_the_students_turns_while_environments_are_idle(
+    labels: str, base: Settings, pair: Pair
 ) -> None:
-    weight = {"by": "reliability"}
+    weight = {"by": "reliability", "teacher_labels": labels}
     settings = changed(base, weight=weight, objective={"weight": changed_weight(base, **weight)})
     playing = source(settings, pair)
     played = playing.play(state(settings, pair[0]))

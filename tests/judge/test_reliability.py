@@ -24,10 +24,11 @@ from opd_jax.config.models import load_model
 from opd_jax.envs.base import BROKEN, Observation, Task
 from opd_jax.envs.make import make_env
 from opd_jax.judge.labels import NO_LABEL, EnvLabels, env_labels
+from opd_jax.judge.own_turns import OwnTurns, play_on, played_turns, sampled_turns
 from opd_jax.judge.reliability import (
+    labels_by_rule,
     outcome,
-    own_turns,
-    play_on,
+    own_labels,
     reliability_labeller,
     sample_key,
     weight_on_reliable,
@@ -82,6 +83,22 @@ class Unlabelled(Places):
         return super().observe(**of_turn | {"oracle": ""})
 
 
+class Recorded(Places):
+    """Its record has the place alone, which its rule needs; "jump" is no command."""
+
+    def record(self) -> dict[str, Sequence[str]]:
+        return {"seen": (self.place,)}
+
+    @staticmethod
+    def parse(response: str) -> tuple[str, str]:
+        return ("", "no_action") if response == "jump" else (response, "")
+
+    @staticmethod
+    def rule(task: Task, record: Any, command: str) -> str:
+        assert command
+        return MOVES.get((record["seen"][0], command), ("", "STRONG"))[1]
+
+
 def walker(says: dict[str, str], *, logit: float = 9.0, **decoding: Any) -> tuple[Agent, Any]:
     """A model that answers the last word; the lower its logit, the more often with another."""
     pairs = says | dict.fromkeys(["go", "jump", "back"], "<end>")
@@ -120,20 +137,26 @@ def measure(
     per_label: int = 0,
     **decoding: Any,
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """The teacher's reliability; with a high logit it says what `TEACHER` says."""
+    """The teacher's reliability; with a high logit it says what `TEACHER` says.
+
+    With a `Recorded` environment its rule labels turns that nobody executes.
+    """
     temperature = 0.0 if logit == 9.0 else 1.0
     agent, params = walker(TEACHER, logit=logit, **dict(temperature=temperature) | decoding)
+    take: Callable[..., OwnTurns] = partial(played_turns, envs=[kind() for _ in range(rows)])
+    rule = kind.rule if issubclass(kind, Recorded) else None
+    if rule:
+        take = partial(sampled_turns, parse=Recorded.parse, rows=rows)
     labeller = reliability_labeller(
-        params,
-        agent=agent,
-        envs=[kind() for _ in range(rows)],
+        partial(take, params, agent=agent),
+        rule=rule,
         max_turns=MAX_TURNS + 1,
         seed=seed,
         samples=samples,
         per_label=per_label,
     )
-    reliable, metrics = labeller(conversations, update)
-    return reliable, dict(metrics)
+    measured = labeller(conversations, update)
+    return measured.share, dict(measured.metrics)
 
 
 NAN = math.nan
@@ -214,15 +237,81 @@ def test_a_sample_depends_on_its_seed_and_place_and_on_no_other() -> None:
 def test_more_samples_come_behind_the_first() -> None:
     conversations = walk()
     agent, params = walker(TEACHER, logit=2.0)
-    how: dict[str, Any] = dict(agent=agent, envs=[Places()], rng=sample_key(0, 0))
+    how: dict[str, Any] = dict(agent=agent, envs=[Places()], rng=sample_key(0, 0, executed=True))
     places = [(1, 2), (0, 1), (0, 0)]
-    three = own_turns(params, conversations, places, samples=3, **how)
-    one = own_turns(params, conversations, places, samples=1, **how)
-    for many, first in zip(three, one, strict=True):
-        assert many.shape == (3, 3)
-        np.testing.assert_array_equal(many[:, :1], first)
-    nothing = own_turns(params, conversations, [], samples=3, **how)
-    assert nothing.played.shape == (0, 3)
+    three = played_turns(params, conversations, places, samples=3, **how)
+    one = played_turns(params, conversations, places, samples=1, **how)
+    assert [len(turns) for turns in three] == [3, 3, 3]
+    assert [turns[:1] for turns in three] == one
+    assert own_labels(three).failed.shape == (3, 3)
+    nothing = played_turns(params, conversations, [], samples=3, **how)
+    assert own_labels(nothing).played.sum(axis=1).shape == (0,)
+
+
+# --- Without the environment ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("history_turns", [0, 1])
+def test_a_sampled_turn_is_the_one_that_would_be_played(history_turns: int) -> None:
+    conversations = walk(Recorded)
+    agent, params = walker(TEACHER, logit=2.0, history_turns=history_turns)
+    places = [(row, turn) for turn in range(MAX_TURNS) for row in range(2)]
+    how: dict[str, Any] = dict(agent=agent, rng=jax.random.key(3), samples=4)
+    played = played_turns(params, conversations, places, envs=[Recorded()], **how)
+    shared = dict(parse=Recorded.parse, **how)
+    read: list[int] = []
+    for rows in (1, 3):
+        positions = Positions()
+        sampled = sampled_turns(
+            params, conversations, places, rows=rows, positions=positions, **shared
+        )
+        read.append(positions.tokens("reading"))
+        for (row, k), mine, theirs in zip(places, sampled, played, strict=True):
+            before = conversations[row].turns[k]
+            for own, other in zip(mine, theirs, strict=True):
+                assert own is not None
+                assert other is not None
+                assert (own.response, own.stop) == (other.response, other.stop)
+                assert own.record == other.record == before.record
+                assert own.observation == before.observation
+                assert own.action == ("" if own.response == "jump" else own.response)
+                assert (own.oracle, own.feedback) == ("", "")
+    assert len({own.response for turns in sampled for own in turns if own}) > 3
+    if not history_turns:  # a row reads each episode once: 4 tokens, and 4 more each turn
+        assert read[0] <= 2 * (3 + 4 * (MAX_TURNS - 1))
+        assert read[0] < read[1]
+    # The rule sees the record before the turn and the command, executed or not.
+    of = [conversations[row] for row, _ in places]
+    labels = labels_by_rule(sampled, of, rule=Recorded.rule)
+    for number, turns in enumerate(sampled):
+        for sample, own in enumerate(turns):
+            assert own is not None
+            assert labels.played[number, sample]
+            assert labels.failed[number, sample] == (own.response in ("jump", ""))
+            known = MOVES.get((own.observation, own.response), ("", "STRONG"))[1]
+            expected = Verdict[known] if own.action else NO_LABEL
+            assert labels.oracle[number, sample] == expected
+
+
+def test_the_proxy_is_the_oracle_where_the_rule_knows_all_and_the_teacher_is_sure() -> None:
+    conversations = walk(Recorded)
+    proxy, metrics = measure(conversations, kind=Recorded, rows=3)
+    np.testing.assert_array_equal(proxy, measure(conversations)[0])
+    assert metrics["reliability/right"] == (5, 10)
+    assert metrics["reliability/failed"] == (3, 10)  # "jump", at "stuck"
+    assert metrics["reliability/sampled"] == (2 * 10, 10)
+
+
+def test_the_proxys_samples_are_its_own() -> None:
+    conversations = walk(Recorded)
+    random = partial(measure, conversations, kind=Recorded, logit=2.0, samples=8)
+    reliable, _ = random()
+    np.testing.assert_array_equal(random()[0], reliable)
+    for other in (dict(seed=1), dict(update=1)):
+        assert not np.array_equal(random(**other)[0], reliable, equal_nan=True)
+    executed = measure(conversations, logit=2.0, samples=8)[0]
+    assert not np.array_equal(executed, reliable, equal_nan=True)
+    assert np.nanmean(executed) == pytest.approx(np.nanmean(reliable), abs=0.2)
 
 
 def test_where_the_environment_does_not_repeat_itself_nothing_is_known(
@@ -348,3 +437,7 @@ def test_weight_on_reliable_advice_by_hand() -> None:
     none_failed = np.where(failed, NAN, reliable)
     assert weight_on_reliable(weight, none_failed, labels) == pytest.approx((2 + 2 + 3 + 2) / 14)
     assert math.isnan(weight_on_reliable(0 * weight, reliable, labels))
+    # A weight that is not known is as large as those of its label: here SKIP has (2 + 2) · 3 / 2.
+    unknown = np.where(weight == 6, NAN, weight)
+    estimate = (6 * 1 + 4 * 0.5 + 3 * 1) / (6 + 4 + 4)
+    assert weight_on_reliable(unknown, reliable, labels) == pytest.approx(estimate)

@@ -40,6 +40,7 @@ class Household:
     waits = False
     invented = INVENTED
     rule = staticmethod(rule)
+    parse = staticmethod(parse_response)
 
     def __init__(self, *, size: str, max_turns: int, show_admissible: int):
         check_size(size)
