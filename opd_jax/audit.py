@@ -287,7 +287,7 @@ def proxy_scores(
         there = [played[row] for row, _ in np.argwhere(own.asked)]
         found["rule"] = right(labels_by_rule(own.turns, there, rule=rule)).astype(float)
         of_turns = {"proxy": proxy.share, **of_turns}
-    return {name: x[own.asked][:, None] for name, x in of_turns.items()} | found
+    return found | {name: x[own.asked][:, None] for name, x in of_turns.items()}
 
 
 def _tokens_weighed(weight: np.ndarray, tokens: Tokens, labels: EnvLabels) -> float | None:

@@ -336,14 +336,15 @@ def test_where_the_environment_does_not_repeat_itself_nothing_is_known(
     assert caplog.text.count("any/0 answered otherwise") == 1
 
 
-def test_an_episode_that_broke_is_not_asked_about() -> None:
-    conversations = walk()
+@pytest.mark.parametrize("kind", [Places, Recorded])
+def test_an_episode_that_broke_is_not_asked_about(kind: type[Places]) -> None:
+    conversations = walk(kind)
     conversations[0].end = BROKEN
-    reliable, metrics = measure(conversations)
+    reliable, metrics = measure(conversations, kind=kind)
     assert np.isnan(reliable[0]).all()
     assert metrics["reliability/asked"] == (5, 5)
     conversations[1].end = BROKEN
-    reliable, metrics = measure(conversations)
+    reliable, metrics = measure(conversations, kind=kind)
     assert np.isnan(reliable).all()
     assert metrics == {"reliability/read": (0, 0), "reliability/sampled": (0, 0)}
 
