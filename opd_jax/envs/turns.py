@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 NOT_RUNNING = "`step` needs a running episode; call `reset` first."
 MORE = " (+%d more)"
-REJECTED = "nothing happened"
+REJECTED = "Nothing happens."  # in records; the household and ALFWorld say so themselves
 _FEW = 80  # characters of a command, and of how it ended
 
 # Who speaks next in ReAct-like formats, and what their turn may be called.

@@ -491,7 +491,7 @@ def test_the_record_is_what_the_engine_says_again(folder):
         env.step("I see.")
         kept = env.record()
         assert_said(kept, texts)
-        assert "dance: nothing happened" in kept["tried"]
+        assert "dance: Nothing happens." in kept["tried"]
         assert [line.split(":")[0] for line in kept["tried"] if "dance" not in line] == commands
         carried = env.step(answer("inventory")).text
         assert kept["held"] == re.findall(r"\w+ \d+", carried)

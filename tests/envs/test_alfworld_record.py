@@ -6,7 +6,7 @@ import re
 from opd_jax.envs.alfworld.record import Record
 
 NOTHING = "Nothing happens."
-REJECTED = "nothing happened"
+REJECTED = "Nothing happens."
 # Commands and what the engine answered, of two games.
 TURNS = (
     ("go to drawer 1", "You arrive at drawer 1. The drawer 1 is closed."),
@@ -123,6 +123,6 @@ def test_long_commands_and_texts_are_cut():
     record.read("help", "\nAvailable commands:\n  look:   look around", failed=False)
     record.read("", NOTHING, failed=True)  # a response without a command
     long, short = record.lists()["tried"]
-    assert re.fullmatch(r"(go )+\.\.\.: nothing happened", long)
+    assert re.fullmatch(r"(go )+\.\.\.: Nothing happens\.", long)
     assert len(long) < 110
     assert short == "help: Available commands:"

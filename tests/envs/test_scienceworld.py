@@ -326,7 +326,7 @@ def test_the_record_is_what_the_messages_say(env):
     assert [line.split(": ")[0] for line in kept["tried"]] == [
         command.strip() for command in commands.split(";")
     ]
-    assert kept["tried"][2] == "bake cake: nothing happened: No known action matches that input."
+    assert kept["tried"][2] == "bake cake: Nothing happens. No known action matches that input."
     start(env, "boil", 0)
     assert len(env.record()["seen"]) == 1
     assert not env.record()["tried"]

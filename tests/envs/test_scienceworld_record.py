@@ -163,7 +163,7 @@ def test_commands_are_listed_with_how_they_ended():
         "look at art studio: This room is called the art studio.",
         "open door to kitchen: The door is now open.",
     ]
-    assert "open fridge: nothing happened: The fridge is already open." in said
+    assert "open fridge: Nothing happens. The fridge is already open." in said
     # A number stands for what the engine has offered under it, in the next turn alone.
     assert "eat orange (in inventory, in agent, in kitchen): The orange was delicious." in said
     later = read([*TURNS, ("1", "No known action matches that input.", [])]).lists()["tried"]

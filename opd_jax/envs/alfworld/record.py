@@ -83,7 +83,7 @@ class Record:
         - `seen`: `desk 1: pen 2, cd 1`; `desk 1: nothing`; `safe 1, closed` if its content was
           never told, else `safe 1, closed: cd 1`.
         - `changed`: `apple 1: hot and clean`; `safe 1: open`; `cd 1: moved to desk 1`.
-        - `tried`: `go to desk 1: You arrive at desk 1.`; `open desk 1: nothing happened`.
+        - `tried`: `go to desk 1: You arrive at desk 1.`; `open desk 1: Nothing happens.`
         """
         changed: dict[str, list[str]] = {}
         for (name, _), word in self.changed.items():

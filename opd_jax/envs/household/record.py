@@ -39,7 +39,7 @@ class Record:
           never shown, else `safe 1, closed: cd 1`. In the order in which they were first reached.
         - `held`: `pen 2`, or no entry.
         - `changed`: `apple 1: hot and clean`; `safe 1: open` if it was found closed.
-        - `tried`: `go to desk 1: done`; `open desk 1: Nothing happens.`
+        - `tried`: `go to desk 1: done`; `open desk 1: Nothing happens.` The rule reads `done`.
         """
         memory = self._memory
         places = [Seen(at, at in memory.shut, memory.content.get(at)) for at in self._reached]

@@ -51,7 +51,7 @@ class Record:
         self._held = held
         if command:
             ending = first_sentence(text)
-            self._tried.append(tried(command, f"{REJECTED}: {ending}" if failed else ending))
+            self._tried.append(tried(command, f"{REJECTED} {ending}" if failed else ending))
         if match := _WENT.fullmatch(text):
             self._here = match[1]
         self._look(text)
