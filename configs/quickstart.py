@@ -119,6 +119,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.objective = dict(
         divergence="reverse_kl",  # or forward_kl, jsd, sampled_reverse_kl, cross_entropy
         beta=0.5,  # the teacher's share in jsd
+        teacher_turns="",  # divergence on turns that the teacher plays; "": they are not learnt
         normalize="all_tokens",  # tokens with mean weight 1; or active_tokens; or none
         scope="batch",  # one normalizer for the batch; or trajectory: one for each
         eps=1e-8,  # least sum of weights to divide by

@@ -271,6 +271,8 @@ def fused_scores(
     confidence_temperature: float,
     beta: float | None = None,
     axis_name: str | None = None,
+    by_teacher: jax.Array | None = None,
+    teacher_kind: str | None = None,
 ) -> TokenScores:
     """`fused_divergence` with everything else that the same logits tell.
 
@@ -283,6 +285,9 @@ def fused_scores(
         "sampled_reverse_kl", the estimate from the targets.
       confidence_temperature: temperature of the teacher's softmax for `teacher_top1_prob` only;
         0 makes it 1 everywhere (the paper's sensitivity table names such a setting).
+      by_teacher: bool [N], the tokens that the teacher wrote; their divergence is of
+        `teacher_kind`. None: there are none.
+      teacher_kind: "reverse_kl", "forward_kl" or "jsd", with the same `beta`.
 
     Raises:
       ValueError: as `fused_divergence`.
@@ -297,13 +302,14 @@ def fused_scores(
         beta=beta,
         confidence_temperature=confidence_temperature,
         axis=axis_name,
+        teacher_kind=teacher_kind,
     )
     frozen_hidden, frozen_head = jax.lax.stop_gradient((teacher_hidden, teacher_head))
     # Keep the head in float32 outside the scan, so that its gradient adds up in float32.
     master_head = student_head.astype(jnp.float32)
     return _scan_chunks(
-        lambda s, t, target: score(s, master_head.astype(s.dtype), t, frozen_head, target),
-        (student_hidden, frozen_hidden, targets),
+        lambda s, t, *of_token: score(s, master_head.astype(s.dtype), t, frozen_head, *of_token),
+        (student_hidden, frozen_hidden, targets, by_teacher),
         chunk_size=chunk_size,
     )
 
@@ -320,6 +326,8 @@ def fused_loss(
     chunk_size: int,
     confidence_temperature: float,
     beta: float | None = None,
+    by_teacher: jax.Array | None = None,
+    teacher_kind: str | None = None,
 ) -> tuple[jax.Array, TokenScores]:
     """Σ weight · divergence with its gradient from one sweep of the heads, and the scores.
 
@@ -334,6 +342,7 @@ def fused_loss(
       weight: float [N]; gets no gradient. A token of weight 0 adds exactly 0 (`weighted_sum`).
       kind, chunk_size, confidence_temperature, beta: as in `fused_scores`. The kind may also be
         "cross_entropy", without a teacher: −log p of the targets.
+      by_teacher, teacher_kind: as in `fused_scores`.
 
     Returns:
       (float32 [], differentiable in the student; the scores [N] of `fused_scores` or
@@ -356,13 +365,14 @@ def fused_loss(
             beta=beta,
             confidence_temperature=confidence_temperature,
             axis=None,
+            teacher_kind=teacher_kind,
         )
     if weight.shape != student_hidden.shape[:1]:
         raise ValueError(
             f"`weight` {weight.shape}: expected one for each of the {student_hidden.shape[0]} "
             "positions of `student_hidden`"
         )
-    rest = jax.lax.stop_gradient((teacher_hidden, teacher_head, targets, weight))
+    rest = jax.lax.stop_gradient((teacher_hidden, teacher_head, targets, by_teacher, weight))
     return _one_sweep(score, chunk_size, student_hidden, student_head, *rest)
 
 
@@ -410,13 +420,14 @@ def _one_sweep(
     teacher_hidden: jax.Array | None,
     teacher_head: jax.Array | None,
     targets: jax.Array | None,
+    by_teacher: jax.Array | None,
     weight: jax.Array,
 ) -> tuple[jax.Array, TokenScores]:
     """`fused_loss`; `score` is applied to a chunk of positions and whole heads."""
     head = student_head.astype(student_hidden.dtype)
     scores = _scan_chunks(
-        lambda s, t, target: score(s, head, t, teacher_head, target),
-        (student_hidden, teacher_hidden, targets),
+        lambda s, t, *of_token: score(s, head, t, teacher_head, *of_token),
+        (student_hidden, teacher_hidden, targets, by_teacher),
         chunk_size=chunk_size,
     )
     return _weighted_sum(scores.divergence, weight), scores
@@ -424,14 +435,14 @@ def _one_sweep(
 
 def _sweep_forward(score, chunk_size, student_hidden, student_head, *rest):
     """The same, and the gradient of the loss: [N, D], and [D, V] if the head is trained."""
-    teacher_hidden, teacher_head, targets, weight = (
+    teacher_hidden, teacher_head, targets, by_teacher, weight = (
         jax.tree.map(lambda x: x.value, x) for x in rest
     )
     hidden, head = student_hidden.value, student_head.value
     trains_head = student_head.perturbed  # not with adapters: then its product is left out
 
-    def weighted(h, head, t, target, w):
-        scores = score(h, head.astype(h.dtype), t, teacher_head, target)
+    def weighted(h, head, t, target, by_teacher, w):
+        scores = score(h, head.astype(h.dtype), t, teacher_head, target, by_teacher)
         return _weighted_sum(scores.divergence, w), scores
 
     def body(total, chunk):
@@ -444,7 +455,7 @@ def _sweep_forward(score, chunk_size, student_hidden, student_head, *rest):
     # In float32, so that the gradient adds up in float32.
     master_head = head.astype(jnp.float32)
     zero = [jnp.zeros_like(master_head)] if trains_head else []
-    arrays = hidden, teacher_hidden, targets, weight
+    arrays = hidden, teacher_hidden, targets, by_teacher, weight
     d_head, out = jax.lax.scan(body, zero, _chunks(arrays, chunk_size))
     scores, d_hidden = _joined(out, hidden.shape[0])
     loss = _weighted_sum(scores.divergence, weight)
@@ -455,9 +466,9 @@ def _sweep_backward(score, chunk_size, gradient, cotangent):
     del score, chunk_size
     factor, _ = cotangent  # of the loss; the scores have no gradient
     if isinstance(factor, SymbolicZero):
-        return (None,) * 6
+        return (None,) * 7
     d_hidden, d_head = jax.tree.map(lambda g: (factor * g).astype(g.dtype), gradient)
-    return d_hidden, *(d_head or [None]), None, None, None, None
+    return d_hidden, *(d_head or [None]), None, None, None, None, None
 
 
 _one_sweep.defvjp(_sweep_forward, _sweep_backward, symbolic_zeros=True)
@@ -474,9 +485,14 @@ def _chunk_scorer(
     beta: float | None,
     confidence_temperature: float,
     axis: str | None,
+    teacher_kind: str | None,
 ) -> Callable[..., TokenScores]:
     """`_score_chunk` with its settings, once the arrays are known to fit each other."""
     share = _teacher_share(kind, beta)
+    if teacher_kind == "sampled_reverse_kl":
+        raise ValueError(
+            "`teacher_kind` is 'sampled_reverse_kl', an estimate from tokens that the student drew"
+        )
     if teacher_hidden is None or teacher_head is None:
         raise ValueError(f"`kind` is {kind!r}, which needs `teacher_hidden` and `teacher_head`")
     _check_heads("student_hidden", student_hidden, "student_head", student_head)
@@ -501,6 +517,7 @@ def _chunk_scorer(
         beta=share,
         confidence_temperature=confidence_temperature,
         axis=axis,
+        teacher_beta=_teacher_share(teacher_kind, beta) if teacher_kind else None,
     )
 
 
@@ -522,19 +539,25 @@ def _score_chunk(
     teacher_hidden: jax.Array,
     teacher_head: jax.Array,
     targets: jax.Array | None,
+    by_teacher: jax.Array | None,
     *,
     sampled: bool,
     beta: float,
     confidence_temperature: float,
     axis: str | None,
+    teacher_beta: float | None,
 ) -> TokenScores:
     logits_t = _logits(teacher_hidden, teacher_head)
     log_s = _log_softmax(_logits(student_hidden, student_head), axis)
     log_t = _log_softmax(logits_t, axis)
     log_s_frozen = jax.lax.stop_gradient(log_s)
     logprobs = _pick(log_s, targets, axis), _pick(log_t, targets, axis)
+    divergence = sampled_reverse_kl(*logprobs) if sampled else _divergence(log_s, log_t, beta, axis)
+    if by_teacher is not None and teacher_beta is not None:
+        on_teachers = _divergence(log_s, log_t, teacher_beta, axis)
+        divergence = jnp.where(by_teacher, on_teachers, divergence)
     return TokenScores(
-        sampled_reverse_kl(*logprobs) if sampled else _divergence(log_s, log_t, beta, axis),
+        divergence,
         _top1_prob(logits_t, confidence_temperature, axis),
         *logprobs,
         student_entropy=_entropy(log_s_frozen, axis),
@@ -595,14 +618,14 @@ def fused_cross_entropy(
     _check_heads("hidden", hidden, "head", head)
     master_head = head.astype(jnp.float32)  # see `fused_scores`
     return _scan_chunks(
-        lambda h, target: _score_targets(h, master_head.astype(h.dtype), None, None, target),
+        lambda h, target: _score_targets(h, master_head.astype(h.dtype), None, None, target, None),
         (hidden, targets),
         chunk_size=chunk_size,
     )
 
 
 def _score_targets(
-    hidden: jax.Array, head: jax.Array, _: None, __: None, targets: jax.Array
+    hidden: jax.Array, head: jax.Array, _: None, __: None, targets: jax.Array, ___: None
 ) -> TokenScores:
     """As `_score_chunk`, without a teacher."""
     log_p = _log_softmax(_logits(hidden, head), None)

@@ -9,6 +9,7 @@ from opd_jax.learner.weighing import Weight
 SAGE = Objective(
     divergence="reverse_kl",
     beta=0.5,
+    teacher_turns="",
     weight=Weight(
         by="sage",
         skip_weight=0.0,

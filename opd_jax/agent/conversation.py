@@ -6,6 +6,7 @@ again from text.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import NamedTuple
 
 from opd_jax.agent.chat import ChatFormat
@@ -23,6 +24,18 @@ class Message(NamedTuple):
     content: str
 
 
+class Actor(IntEnum):
+    """Who wrote a turn.
+
+    STUDENT is whoever the rollout is of, in an evaluation of the teacher too. TEACHER took a turn
+    of the student's episode. REPLAY: the turn is an earlier episode's.
+    """
+
+    STUDENT = 0
+    TEACHER = 1
+    REPLAY = 2
+
+
 @dataclass
 class Turn:
     """One turn of one conversation, on the host.
@@ -38,6 +51,7 @@ class Turn:
       oracle: the environment's own label of the turn, used for measuring only; "" if none.
       record: what the environment had told before the turn (`base.Records`), lists by name; empty
         where it keeps no record.
+      actor: who wrote it.
     """
 
     observation: str
@@ -49,6 +63,7 @@ class Turn:
     feedback: str
     oracle: str
     record: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    actor: Actor = Actor.STUDENT
 
 
 @dataclass
@@ -61,13 +76,13 @@ class Conversation:
       messages: the conversation in text. The k-th of the assistant is the k-th turn's response; the
         last one may be the environment's.
       tokens: every token so far.
-      turn_id: the turn that each token was sampled in, or `NO_TURN`.
+      turn_id: the turn that each token was sampled in, or `NO_TURN` if it is not learnt from.
       logprobs: each token's log-probability as sampled; 0 if it was not sampled.
       spans: start and end position of each response, whoever wrote it.
       turns: finished turns.
       end: why the episode ended: what the environment said (`Observation.end`, e.g. `BROKEN`),
-        "context" if the agent's context was full, "depth" if its turns were limited; "" while it
-        runs.
+        "context" if the agent's context was full, "depth" if its turns were limited, "cut" at a
+        repeated failure; "" while it runs.
       score: the environment's score.
       measures: the environment's further figures (`Observation.measures`).
       refused: what the environment said when it refused to begin (`faults.Begun`).
@@ -108,8 +123,16 @@ class Conversation:
         actions = [turn.action for turn in self.turns if turn.action]
         return len(actions) - len(set(actions))
 
+    @property
+    def repeats_failure(self) -> bool:
+        """The last turn failed, and its action is that of the turn before."""
+        if len(self.turns) < 2:
+            return False
+        before, last = self.turns[-2:]
+        return bool(last.failure and last.action) and last.action == before.action
+
     def is_given(self, turn: int) -> bool:
-        """Whether a turn's tokens were given, such as replayed ones; they carry no loss."""
+        """Whether a turn's tokens carry no loss, such as replayed ones."""
         if turn >= len(self.spans):  # an episode without tokens
             return False
         return self.turn_id[self.spans[turn][0]] == NO_TURN
@@ -121,7 +144,7 @@ class Conversation:
         self.logprobs.extend([0.0] * len(tokens))
 
     def append_response(self, tokens: Sequence[int], logprobs: Sequence[float], turn: int) -> None:
-        """Appends a response as sampled. `turn` is `NO_TURN` if the student did not sample it."""
+        """Appends a response as sampled. `turn` is `NO_TURN` if nothing is learnt from it."""
         self.spans.append((len(self.tokens), len(self.tokens) + len(tokens)))
         self.tokens.extend(tokens)
         self.turn_id.extend([turn] * len(tokens))
@@ -188,11 +211,17 @@ def check_some_played(conversations: Sequence[Conversation]) -> None:
 
 
 def record_turn(
-    conversation: Conversation, before: Observation, response: str, stop: str, after: Observation
+    conversation: Conversation,
+    before: Observation,
+    response: str,
+    stop: str,
+    after: Observation,
+    *,
+    actor: Actor = Actor.STUDENT,
 ) -> None:
     """Adds a finished turn to its conversation; ends the conversation if the environment did.
 
-    The agent reacted to `before`, and the environment answered `after`. For `stop` see `Turn`.
+    The agent reacted to `before`, and the environment answered `after`. For the others see `Turn`.
     """
     conversation.turns.append(
         Turn(
@@ -205,6 +234,7 @@ def record_turn(
             feedback=after.text,
             oracle=after.oracle,
             record=before.record,
+            actor=actor,
         )
     )
     conversation.messages.append(Message("assistant", response))

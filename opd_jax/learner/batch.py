@@ -23,13 +23,15 @@ class Batch:
 
     Attributes:
       tokens: int32 [B, T]; padding is 0.
-      turn_id: int32 [B, T]; k for a token that the student sampled in turn k, else `NO_TURN`.
+      turn_id: int32 [B, T]; k for a token to learn that was sampled in turn k, else `NO_TURN`.
       sampled_logprobs: float32 [B, T], nats, as sampled; compared with the recomputed ones.
       verdict: int32 [B, K], codes of `Verdict`.
       response: int32 [B, R], positions of the student's tokens, ascending; T where a row has
         fewer. Most tokens are observations. Gathering the student's tokens first saves most of the
         vocabulary-sized work.
       labels: what else is said of turns, name to float32 [B, K] (`weighing.LABELS`).
+      actor: int32 [B, K], who wrote a turn, codes of `Actor`; None: the student wrote all that is
+        learnt.
       teacher_tokens: int32 [B, T'], the rows as the teacher reads them; None: the same as the
         student.
       teacher_response: int32 [B, R], where the student's tokens are in those; T' where a row has
@@ -42,6 +44,7 @@ class Batch:
     verdict: Array
     response: Array
     labels: dict[str, Array] = struct.field(default_factory=dict)
+    actor: Array | None = None
     teacher_tokens: Array | None = None
     teacher_response: Array | None = None
 
@@ -65,6 +68,7 @@ def pack(
     response_multiple: int,
     vocab_size: int,
     labels: Mapping[str, np.ndarray] | None = None,
+    actor: np.ndarray | None = None,
     teacher_rows: Sequence[Conversation] | None = None,
 ) -> Batch:
     """Conversations and their verdicts as a batch.
@@ -79,6 +83,7 @@ def pack(
       response_multiple: R is a multiple of this, but at most T.
       vocab_size: every token has to be below it.
       labels: what else is said of turns, name to float32 [B, K].
+      actor: see `Batch`.
       teacher_rows: the conversations as the teacher reads them, with the same student's tokens;
         None: as they are.
 
@@ -96,7 +101,7 @@ def pack(
             turn_id[row, : len(c.tokens)] = c.turn_id
             logprobs[row, : len(c.tokens)] = c.logprobs
     response = _response(turn_id != NO_TURN, response_multiple)
-    batch = Batch(tokens, turn_id, logprobs, verdict, response, dict(labels or {}))
+    batch = Batch(tokens, turn_id, logprobs, verdict, response, dict(labels or {}), actor)
     if teacher_rows is not None:
         batch = _with_teacher_rows(batch, teacher_rows, length_multiple)
     _check(batch, vocab_size)

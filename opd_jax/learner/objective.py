@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from opd_jax import losses
+from opd_jax.agent.conversation import Actor
 from opd_jax.learner.batch import Array, Batch
 from opd_jax.learner.teacher import Teacher, response_hidden
 from opd_jax.learner.weighing import Weight
@@ -29,6 +30,8 @@ class Objective:
       divergence: d: "reverse_kl", "forward_kl", "jsd", "sampled_reverse_kl" (one-sample estimate),
         or "cross_entropy" with the tokens themselves (fine-tuning without a teacher).
       beta: the teacher's share in the mixture of "jsd"; ignored by the others.
+      teacher_turns: d of turns that the teacher took of the student's episodes: "reverse_kl",
+        "forward_kl" or "jsd"; "": nothing is learnt from them.
       weight: s, the method's raw weight; in a config a section of its own.
       normalize: see `losses.scale`.
       scope: see `losses.sage_weights`.
@@ -38,6 +41,7 @@ class Objective:
 
     divergence: str
     beta: float
+    teacher_turns: str
     weight: Weight
     normalize: str
     scope: str
@@ -46,6 +50,7 @@ class Objective:
 
     def __post_init__(self):
         check_choice((*losses.KINDS, "cross_entropy"), divergence=self.divergence)
+        check_choice(("", "reverse_kl", "forward_kl", "jsd"), teacher_turns=self.teacher_turns)
         check_choice(losses.NORMALIZERS, normalize=self.normalize)
         check_choice(losses.SCOPES, scope=self.scope)
         check_within(0, 1, beta=self.beta)
@@ -83,7 +88,8 @@ class Sums:
       turns: [K], number of turns.
       student_entropy: Σ of the entropy, nats.
       teacher_entropy: the same for the teacher; 0 without one.
-      logprob_error: the largest |sampled − recomputed| log-probability of the student, not a sum.
+      logprob_error: the largest |sampled − recomputed| log-probability of a token that the student
+        sampled, not a sum.
     """
 
     loss: jax.Array
@@ -130,7 +136,7 @@ def loss_and_sums(
         )
     weights = _weights(_by_row(read, batch), batch, objective)
     loss, scores = losses.fused_loss(
-        *heads, weights.token.reshape(-1), **_score_settings(objective, loss_chunk)
+        *heads, weights.token.reshape(-1), **_score_settings(objective, batch, loss_chunk)
     )
     return loss, _sums(loss, _by_row(scores, batch), weights, batch)
 
@@ -156,7 +162,7 @@ def score(
     """
     heads = _head_inputs(params, teacher, batch, student=student, objective=objective, dtype=dtype)
     if objective.needs_teacher:
-        scores = losses.fused_scores(*heads, **_score_settings(objective, loss_chunk))
+        scores = losses.fused_scores(*heads, **_score_settings(objective, batch, loss_chunk))
     else:
         scores = losses.fused_cross_entropy(
             heads.student_hidden, heads.student_head, heads.targets, chunk_size=loss_chunk
@@ -204,7 +210,7 @@ def look(
     scores, choices = (
         _by_row(found, batch)
         for found in (
-            losses.fused_scores(*heads, **_score_settings(objective, loss_chunk)),
+            losses.fused_scores(*heads, **_score_settings(objective, batch, loss_chunk)),
             losses.fused_choices(*heads[:4], top=top, chunk_size=loss_chunk),
         )
     )
@@ -218,13 +224,16 @@ def look(
     return Seen(scores, choices, weights.token, intervention, confidence, weights.z)
 
 
-def _score_settings(objective: Objective, loss_chunk: int) -> dict[str, Any]:
-    return dict(
+def _score_settings(objective: Objective, batch: Batch, loss_chunk: int) -> dict[str, Any]:
+    settings = dict(
         kind=objective.divergence,
         beta=objective.beta,
         chunk_size=loss_chunk,
         confidence_temperature=objective.weight.confidence_temperature,
     )
+    if objective.teacher_turns and (by_teacher := _by_teacher(batch)) is not None:
+        settings |= dict(teacher_kind=objective.teacher_turns, by_teacher=by_teacher.reshape(-1))
+    return settings
 
 
 class _HeadInputs(NamedTuple):
@@ -283,6 +292,15 @@ def _take(x_BT: Array, index_BR: Array, *, fill: float) -> jax.Array:
 def _turn_id(batch: Batch) -> jax.Array:
     """The turn of each response token, [B, R]; `NO_TURN` in unfilled slots."""
     return _take(batch.turn_id, batch.response, fill=NO_TURN)
+
+
+def _by_teacher(batch: Batch) -> jax.Array | None:
+    """The response tokens that the teacher wrote, bool [B, R]; None: the batch does not say."""
+    if batch.actor is None:
+        return None
+    turn_id = _turn_id(batch)
+    actor = jnp.take_along_axis(jnp.asarray(batch.actor), jnp.maximum(turn_id, 0), axis=1)
+    return (turn_id != NO_TURN) & (actor == Actor.TEACHER)
 
 
 def _gathered(head_DV: jax.Array) -> jax.Array:
@@ -349,6 +367,9 @@ def _sums(loss: jax.Array, scores: TokenScores, weights: _Weights, batch: Batch)
         return jnp.sum(jnp.where(in_turn, x[..., None], 0.0), axis=(0, 1))
 
     sampled = _take(batch.sampled_logprobs, batch.response, fill=0.0)
+    error = clean(jnp.abs(scores.student_logprob - sampled))
+    if (by_teacher := _by_teacher(batch)) is not None:
+        error = jnp.where(by_teacher, 0.0, error)
     return Sums(
         loss=loss,
         totals=weights.totals,
@@ -359,5 +380,5 @@ def _sums(loss: jax.Array, scores: TokenScores, weights: _Weights, batch: Batch)
         turns=jnp.sum(exists, axis=0).astype(jnp.float32),
         student_entropy=jnp.sum(clean(scores.student_entropy)),
         teacher_entropy=jnp.sum(clean(scores.teacher_entropy)),
-        logprob_error=jnp.max(clean(jnp.abs(scores.student_logprob - sampled))),
+        logprob_error=jnp.max(error),
     )

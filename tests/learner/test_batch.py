@@ -87,7 +87,7 @@ def test_a_batch_by_hand() -> None:
     }
     got = vars(packed())
     # Nothing else is said of turns, and the teacher reads what the student does.
-    rest = {"labels": {}, "teacher_tokens": None, "teacher_response": None}
+    rest = {"labels": {}, "actor": None, "teacher_tokens": None, "teacher_response": None}
     assert {name: got[name] for name in got.keys() - want.keys()} == rest
     for name, array in want.items():
         np.testing.assert_array_equal(got[name], array, err_msg=name)
