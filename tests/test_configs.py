@@ -85,6 +85,10 @@ METHODS: dict[str, dict[str, object]] = {
     "method=iw_opd": {"weight.by": "iw_opd"} | UNSCALED,
     "method=opd_two_rollouts": OPD | {"rollout.per_task": 2},
     "method=tcod_f2b": OPD | {"rollout.depth_start": 1},
+    "method=guided": OPD | {"objective.teacher_turns": "forward_kl", "rollout.teacher_share": 1.0},
+    "method=take_over": OPD
+    | {"objective.teacher_turns": "forward_kl", "rollout.take_over_after": 3},
+    "method=cut_repeated": OPD | {"rollout.cut_repeated_failure": True},
 }
 OF = dict.fromkeys(["quickstart", *PAPER], METHODS)
 PROXY = "method=reliability_proxy"  # needs an environment with a rule

@@ -1,5 +1,6 @@
 """A model that acts: its tokenizer and chat format, and how it is sampled from."""
 
+import math
 import re
 from bisect import bisect_left
 from dataclasses import dataclass, field
@@ -78,6 +79,10 @@ class RolloutSettings(Decoding):
       per_task: episodes of each task.
       depth_start: most turns of an episode in the first update; 0: no limit.
       depth_every: updates after which the limit rises by one turn.
+      teacher_share: probability with which a turn is the teacher's, in the first update.
+      teacher_share_for: share of the run's updates in which it falls to 0; 0: it stays.
+      take_over_after: failed turns in a row after which the teacher plays the rest; 0: never.
+      cut_repeated_failure: end an episode at the first failed turn that repeats an action.
     """
 
     batch: int
@@ -86,11 +91,20 @@ class RolloutSettings(Decoding):
     per_task: int
     depth_start: int
     depth_every: int
+    teacher_share: float
+    teacher_share_for: float
+    take_over_after: int
+    cut_repeated_failure: bool
 
     def __post_init__(self):
         super().__post_init__()
         check_within(1, batch=self.batch, per_task=self.per_task, depth_every=self.depth_every)
-        check_within(0, rows=self.rows, depth_start=self.depth_start)
+        check_within(
+            0, rows=self.rows, depth_start=self.depth_start, take_over_after=self.take_over_after
+        )
+        check_within(
+            0, 1, teacher_share=self.teacher_share, teacher_share_for=self.teacher_share_for
+        )
         if self.batch % self.per_task:
             raise ValueError(
                 f"`batch` = {self.batch} is not a multiple of `per_task` = {self.per_task}; choose "
@@ -110,6 +124,24 @@ class RolloutSettings(Decoding):
         Source: TCOD-F2B (arXiv 2604.24005), a baseline of arXiv 2606.19659, where every = 1.
         """
         return self.depth_start and self.depth_start + update // self.depth_every
+
+    @property
+    def teacher_plays(self) -> bool:
+        """Whether the teacher may take turns of the student's episodes."""
+        return self.teacher_share > 0 or self.take_over_after > 0
+
+    def share_of_teacher(self, update: int, *, updates: int) -> float:
+        """β_n = β_0 (1 + cos π n / N) / 2 in update n, and 0 from N on: the share of its turns.
+
+        N is `teacher_share_for` times the run's `updates`; with 0 the share stays β_0.
+
+        Source: Guided-OPD (arXiv 2606.15912), where β_0 = 1 and N is 0.8 of the updates.
+        """
+        most = self.teacher_share_for * updates
+        if not most:
+            return self.teacher_share
+        falling = (1 + math.cos(math.pi * min(update / most, 1))) / 2
+        return self.teacher_share * falling if update < most else 0.0
 
 
 @dataclass(frozen=True)

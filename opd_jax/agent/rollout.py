@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax.agent.agent import Agent
-from opd_jax.agent.conversation import Conversation, open_conversation, record_turn
+from opd_jax.agent.conversation import Actor, Conversation, open_conversation, record_turn
 from opd_jax.agent.environments import Answers
+from opd_jax.agent.generate import Sampled
+from opd_jax.agent.guide import Draws, Guide
 from opd_jax.agent.positions import Positions
 from opd_jax.agent.session import Response, Session
 from opd_jax.envs.base import Env, Observation
@@ -36,6 +38,8 @@ def rollout(
     depth: int | Sequence[int],
     replay: Sequence[Sequence[Response]] | None = None,
     keep: bool = False,
+    guide: Guide | None = None,
+    cut_repeated_failure: bool = False,
     between: Callable[[], None] | None = None,
     positions: Positions | None = None,
 ) -> list[Conversation]:
@@ -60,6 +64,10 @@ def rollout(
       keep: a row prefers the next episode of the task that it has just played, and keeps in its
         cache what both begin with. So far fewer tokens are read of replays that begin alike; but
         the rounding of such an episode depends on the one before it.
+      guide: the teacher, if it takes turns of the episodes. Which ones depends on an episode's key
+        and on what has happened in it. It reads and samples as the player does.
+      cut_repeated_failure: an episode ends with "cut" at the first failed turn whose action is that
+        of the turn before; replayed turns are spared.
       between: called before answers of environments are taken, in all processes; what it raises
         ends the rollout.
       positions: counts what is read and sampled.
@@ -76,11 +84,19 @@ def rollout(
             f"`keys`: expected one for each of {len(tasks)} tasks, got shape {keys.shape}"
         )
     positions = positions or Positions()
-    session = Session(params, keys, agent=agent, rows=len(envs), positions=positions)
+    sessions = _Sessions(params, keys, agent, guide, rows=len(envs), positions=positions)
     answers = Answers(envs, join_after=agent.decoding.join_after)
     depths = [depth] * len(tasks) if isinstance(depth, int) else depth
     waiting = deque(
-        _Episode(agent, number, task, most, replay[number] if replay else ())
+        _Episode(
+            agent,
+            number,
+            task,
+            most,
+            replay[number] if replay else (),
+            learns_guide=guide is not None and guide.learnt,
+            cut_repeated_failure=cut_repeated_failure,
+        )
         for number, (task, most) in enumerate(zip(tasks, depths, strict=True))
     )
     episodes = list(waiting)
@@ -94,7 +110,7 @@ def rollout(
         alike = (n for n, e in enumerate(waiting) if before and e.task == before.task)
         if (number := next(alike, None)) is None:
             number = 0
-            session.cache.clear(row)
+            sessions.clear(row)
         playing[row] = episode = waiting[number]
         del waiting[number]
         answers.ask(row, episode.reset)
@@ -103,7 +119,7 @@ def rollout(
     try:
         for row in range(len(envs)):
             take_episode(row)
-        while session.live or answers:
+        while sessions.live or answers:
             while rows := answers.due():
                 if between:
                     between()
@@ -113,22 +129,66 @@ def rollout(
                     if episode.conversation.end:
                         played.done += 1
                         take_episode(row)
-                    elif response := episode.replayed():
-                        episode.response = response
+                    elif episode.replays():
                         answers.ask(row, episode.step)
                     else:
-                        context = agent.context(episode.conversation)
-                        session.begin(row, context, key=episode.number, turn=episode.turn)
-            launched = session.launch()
+                        sessions.begin(row, episode)
+            launched = sessions.launch()
             answers.work()  # while the device samples
             answers.chunk += 1
-            for row, response in session.collect(launched).items():
+            for row, response in sessions.collect(launched).items():
                 playing[row].response = response
                 answers.ask(row, playing[row].step)
     finally:
         progress.end(played)
         answers.close()
     return [episode.conversation for episode in episodes]
+
+
+class _Sessions:
+    """Those who sample: the student, and the teacher if it guides. A row samples with one of them.
+
+    Each has a cache of its own, and reads there what the other has written.
+    """
+
+    def __init__(
+        self, params: Params, keys: jax.Array, agent: Agent, guide: Guide | None, **how: Any
+    ):
+        self._agent, self._guide, self._draws = agent, guide, Draws(keys)
+        self._of = {Actor.STUDENT: Session(params, keys, agent=agent, **how)}
+        if guide:
+            self._of[Actor.TEACHER] = Session(guide.params, keys, agent=guide.agent, **how)
+
+    @property
+    def live(self) -> bool:
+        """Whether a row samples."""
+        return any(session.live for session in self._of.values())
+
+    def clear(self, row: int) -> None:
+        """Empties a row."""
+        for session in self._of.values():
+            session.cache.clear(row)
+
+    def begin(self, row: int, episode: "_Episode") -> None:
+        """Starts the next response of a row's episode, and says there who writes it."""
+        episode.actor, number, turn = Actor.STUDENT, episode.number, episode.turn
+        if guide := self._guide:
+            draw = self._draws.of(number, turn)
+            if guide.takes(episode.conversation.turns, draw=draw):
+                episode.actor = Actor.TEACHER
+        context = self._agent.context(episode.conversation)
+        self._of[episode.actor].begin(row, context, key=number, turn=turn)
+
+    def launch(self) -> dict[Actor, Sampled | None]:
+        """Starts to sample a chunk for every row that samples, without waiting for it."""
+        return {actor: session.launch() for actor, session in self._of.items()}
+
+    def collect(self, launched: dict[Actor, Sampled | None]) -> dict[int, Response]:
+        """Waits for a chunk; returns the responses that ended in it, by row."""
+        ended: dict[int, Response] = {}
+        for actor, session in self._of.items():
+            ended |= session.collect(launched[actor])
+        return ended
 
 
 @dataclass
@@ -140,10 +200,13 @@ class _Episode:
       task: (split, index).
       depth: most turns; 0: no limit.
       replay: see `rollout`.
+      learns_guide: the teacher's turns are learnt from.
+      cut_repeated_failure: see `rollout`.
       conversation: what was said so far; its `end` is "" while it runs.
       observation: what the environment said last.
       response: what was sampled last; None before the first turn.
       turn: the one that is sampled next.
+      actor: who writes it.
     """
 
     agent: Agent
@@ -151,10 +214,13 @@ class _Episode:
     task: tuple[str, int]
     depth: int
     replay: Sequence[Response]
+    learns_guide: bool
+    cut_repeated_failure: bool
     conversation: Conversation = field(default_factory=lambda: Conversation(task=None))
     observation: Observation | None = None
     response: Response | None = None
     turn: int = 0
+    actor: Actor = Actor.STUDENT
 
     def reset(self, env: Env) -> Begun:
         """Asks the environment to begin."""
@@ -168,15 +234,17 @@ class _Episode:
         assert self.response is not None  # it is asked after a response
         return self.agent.text(self.response.tokens)
 
-    def replayed(self) -> Response | None:
-        """The next response if it is replayed, and there is room for it."""
-        if self.turn < len(self.replay):
-            response = self.replay[self.turn]
-            length = len(self.agent.context(self.conversation)) + len(response.tokens)
-            if length < self.agent.decoding.context_tokens:
-                return response
-            self.replay = self.replay[: self.turn]
-        return None
+    def replays(self) -> bool:
+        """Takes the next response if it is replayed, and there is room for it."""
+        if self.turn >= len(self.replay):
+            return False
+        response = self.replay[self.turn]
+        length = len(self.agent.context(self.conversation)) + len(response.tokens)
+        if length >= self.agent.decoding.context_tokens:
+            self.replay = ()
+            return False
+        self.response, self.actor = response, Actor.REPLAY
+        return True
 
     def hear(self, answer: Any) -> None:
         """Takes the environment's answer to `reset` or `step` into the conversation."""
@@ -195,12 +263,16 @@ class _Episode:
     def _go_on(self, after: Observation, response: Response) -> None:
         conversation, before = self.conversation, self.observation
         assert before is not None  # the answer to `reset`
-        turn = NO_TURN if self.turn < len(self.replay) else self.turn
+        learnt = self.actor is Actor.STUDENT or (self.actor is Actor.TEACHER and self.learns_guide)
+        turn = self.turn if learnt else NO_TURN
         conversation.append_response(response.tokens, response.logprobs, turn)
-        record_turn(conversation, before, self._text(), response.stop, after)
+        actor = self.actor
+        record_turn(conversation, before, self._text(), response.stop, after, actor=actor)
         self.observation, self.turn = after, self.turn + 1
         if not conversation.end and self.turn == self.depth:
             conversation.end = "depth"
+        if not conversation.end and self.cut_repeated_failure and actor is not Actor.REPLAY:
+            conversation.end = "cut" if conversation.repeats_failure else ""
         if not conversation.end:
             self._append_answer(after, response.stop)
 

@@ -21,6 +21,7 @@ from opd_jax.agent.chat import ChatFormat
 from opd_jax.agent.conversation import Conversation
 from opd_jax.agent.environments import everywhere, make_envs
 from opd_jax.agent.generate import sampling_params
+from opd_jax.agent.guide import Guide
 from opd_jax.agent.positions import Positions
 from opd_jax.agent.rollout import rollout, row_keys
 from opd_jax.config.models import LoadedModel, load_judge, student_dtype
@@ -44,7 +45,7 @@ from opd_jax.experience.source import Episodes, Play, Played, Source
 from opd_jax.experience.stream import Stream, judge_example
 from opd_jax.experience.tasks import Panel, TaskOrder, check_alike, find_panels, split_size
 from opd_jax.judge.answer import Judge
-from opd_jax.judge.labels import repeats
+from opd_jax.judge.labels import actors, repeats
 from opd_jax.judge.others import brought_judge, find_judge
 from opd_jax.judge.own_turns import played_turns, sampled_turns
 from opd_jax.judge.prompt import LABELS, PROPOSAL, read_prompt
@@ -202,6 +203,9 @@ def make_pack(settings: Settings, sizes: ModelConfig) -> Callable[..., Batch]:
     def packed(
         played: Played, verdict: np.ndarray, labels: Mapping[str, np.ndarray] | None = None
     ) -> Batch:
+        actor = None
+        if settings.learns_teacher_turns:
+            actor = actors(played.conversations, max_turns=verdict.shape[1])[played.episode]
         return pack(
             played.rows,
             verdict[played.episode],
@@ -209,6 +213,7 @@ def make_pack(settings: Settings, sizes: ModelConfig) -> Callable[..., Batch]:
             length_multiple=played.length_multiple,
             response_multiple=settings.train.response_multiple,
             vocab_size=sizes.vocab_size,
+            actor=actor,
             teacher_rows=played.teacher_rows,
         )
 
@@ -488,7 +493,7 @@ def make_source(
     Args:
       settings: the whole run's.
       student: plays on-policy. Otherwise it only gives the tokenizer and the chat format.
-      teacher: plays if `data.source` is "teacher".
+      teacher: plays if `data.source` is "teacher", and where it guides the student.
       tasks: the tasks of `data.split`, or the file's episodes.
       cursor: where to start, an earlier `Source.cursor`; by default at the beginning.
       between: called between turns, in all processes; what it raises ends the playing.
@@ -506,7 +511,7 @@ def make_source(
     elif source == "expert":
         play = _play_expert(settings, agent, envs, between)
     else:
-        play = _play_model(settings, player, agent, envs, between, found)
+        play = _play_model(settings, player, teacher, agent, envs, between, found)
     return Episodes(
         play,
         envs=envs,
@@ -572,12 +577,16 @@ def _take(found: Sequence[Conversation]) -> Play:
 def _play_model(
     settings: Settings,
     player: LoadedModel,
+    teacher: LoadedModel | None,
     agent: Agent,
     envs: Sequence[Env | None],
     between: Callable[[], None] | None,
     found: Sequence[Conversation],
 ) -> Play:
-    """The student being trained plays, from within the `found` episodes if any; or the teacher."""
+    """The student being trained plays, from within the `found` episodes if any; or the teacher.
+
+    The teacher may also take turns of the student's episodes.
+    """
     on_policy = settings.data.on_policy
 
     def play(
@@ -600,11 +609,30 @@ def _play_model(
             tasks=tasks,
             depth=depth,
             replay=replay,
+            guide=_guide(settings, player, teacher, update),
+            cut_repeated_failure=settings.rollout.cut_repeated_failure,
             between=between,
             positions=positions,
         )
 
     return play
+
+
+def _guide(
+    settings: Settings, student: LoadedModel, teacher: LoadedModel | None, update: int
+) -> Guide | None:
+    """The teacher as it takes turns of the student's episodes; None if it takes none."""
+    how = settings.rollout
+    share = how.share_of_teacher(update, updates=settings.train.updates)
+    if teacher is None or not (share or how.take_over_after):
+        return None
+    return Guide(
+        teacher.params,
+        teacher_there(student, teacher, settings),
+        share=share,
+        after=how.take_over_after,
+        learnt=settings.learns_teacher_turns,
+    )
 
 
 def _play_expert(

@@ -49,7 +49,12 @@ def make_log(
         done=done,
         updates=settings.train.updates,
         learning_rate=learning_rate(settings.optimizer, total_updates=settings.train.updates),
-        leave_out=unmeasured(settings.objective, on_policy=on_policy),
+        leave_out=unmeasured(
+            settings.objective,
+            on_policy=on_policy,
+            replays=on_policy and bool(settings.data.file),
+            teacher_plays=settings.rollout.teacher_plays,
+        ),
         profile=profile,
         wandb=settings.wandb,
         episodes_every=settings.episodes.every,

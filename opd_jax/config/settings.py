@@ -198,6 +198,11 @@ class Settings:
         return update % self.checkpoint.every == 0 or update == self.train.updates
 
     @property
+    def learns_teacher_turns(self) -> bool:
+        """Whether the student learns from turns that the teacher takes of its episodes."""
+        return self.rollout.teacher_plays and bool(self.objective.teacher_turns)
+
+    @property
     def asks_teacher(self) -> bool:
         """Whether the teacher is asked for verdicts."""
         return self.eval.judge or (self.weight.reads_verdict and self.judge.by == "teacher")
@@ -348,12 +353,12 @@ def affected_by(name: str, *, env: str) -> frozenset[str]:
 def binds_a_run(settings: Settings) -> Callable[[str], bool]:
     """Tells of a field's name whether its value must be equal to resume a run.
 
-    A constant rate does not depend on the number of updates, so there it is free. Batches of
-    demonstrations are cut to fit micro-batches and mesh, so there the layout binds too. What the
-    method does not read is free (`_unread`).
+    A constant rate does not depend on the number of updates, so there it is free, unless the
+    teacher's share of turns falls. Batches of demonstrations are cut to fit micro-batches and mesh,
+    so there the layout binds too. What the method does not read is free (`_unread`).
     """
-    kinds = {METHOD}
-    if settings.optimizer.schedule != "constant":
+    kinds, how = {METHOD}, settings.rollout
+    if settings.optimizer.schedule != "constant" or how.teacher_share * how.teacher_share_for:
         kinds.add(EXTENT)
     if settings.shows_players:
         kinds.add(LAYOUT)
@@ -379,9 +384,11 @@ def _unread(s: Settings) -> tuple[str, ...]:
         "judge.max_new_tokens": s.judge.decode == "generate",
         "lora.alpha": s.lora.rank > 0,
         "lora.targets": s.lora.rank > 0,
-        "objective.beta": objective.divergence == "jsd",
+        "objective.beta": "jsd" in (objective.divergence, objective.teacher_turns),
+        "objective.teacher_turns": s.rollout.teacher_plays,
         "objective.max_z": objective.normalize != "none",
         "rollout.depth_every": s.rollout.depth_start > 0,
+        "rollout.teacher_share_for": s.rollout.teacher_share > 0,
         "teacher_context.tokens": bool(s.teacher_context.by),
         "teacher_context.file": bool(s.teacher_context.by),
         **{f"weight.{name}": s.weight.takes(name) for name in WEIGHT_SETTINGS},
@@ -539,6 +546,21 @@ def _check_source(s: Settings) -> None:
             rollout.depth_start and not s.data.on_policy,
             "`rollout.depth_start` cuts the student's episodes: set it to 0, or `data.source` to "
             "on_policy",
+        ),
+        (
+            rollout.teacher_plays and not s.data.on_policy,
+            "`rollout.teacher_share` and `rollout.take_over_after` give turns of the student's "
+            "episodes to the teacher: set both to 0, or `data.source` to on_policy",
+        ),
+        (
+            rollout.cut_repeated_failure and not s.data.on_policy,
+            "`rollout.cut_repeated_failure` cuts the student's episodes: set it to False, or "
+            "`data.source` to on_policy",
+        ),
+        (
+            s.learns_teacher_turns and "sampled_logprobs" in s.weight.reads,
+            f"`weight.by` = {s.weight.by!r} reads log-probabilities of the student's own samples, "
+            "and the teacher's turns have none: set `objective.teacher_turns` to ''",
         ),
         (
             objective.divergence == "sampled_reverse_kl" and not s.data.on_policy,

@@ -187,7 +187,7 @@ def _stored(line: Episode, agent: Agent) -> list[_Sampled] | None:
         if ids[at:start] != given:
             return None
         at = start
-        if _turn(line, k).get("actor") == "replay":  # it is whole, so it ends with a stop token
+        if at < len(ids) and of_turn[at] != k:  # it carried no loss; it ends with a stop token
             at = next((n + 1 for n in range(start, len(ids)) if ids[n] in chat.stop_ids), start)
         while at < len(ids) and of_turn[at] == k:
             at += 1

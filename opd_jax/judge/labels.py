@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from opd_jax.agent.conversation import Conversation
+from opd_jax.agent.conversation import Actor, Conversation
 from opd_jax.losses import Verdict
 
 NO_LABEL = -1
@@ -88,6 +88,15 @@ def env_labels(conversations: Sequence[Conversation], *, max_turns: int) -> EnvL
             if turn.oracle:
                 labels.oracle[row, k] = Verdict[turn.oracle]
     return labels
+
+
+def actors(conversations: Sequence[Conversation], *, max_turns: int) -> np.ndarray:
+    """Who wrote every turn, codes of `Actor`: int32 [B, K]; STUDENT where there is no turn."""
+    found = np.full((len(conversations), max_turns), Actor.STUDENT, np.int32)
+    for row, conversation in enumerate(conversations):
+        for k, turn in enumerate(conversation.turns):
+            found[row, k] = turn.actor
+    return found
 
 
 def repeats(conversations: Sequence[Conversation], *, max_turns: int) -> np.ndarray:

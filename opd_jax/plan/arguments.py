@@ -110,6 +110,7 @@ def _batch(abstract: Batch) -> Batch:
             np.arange(length - response, length, dtype=np.int32), (rows, response)
         ),
         labels={name: np.ones(x.shape, np.float32) for name, x in abstract.labels.items()},
+        actor=None if abstract.actor is None else np.zeros((rows, turns), np.int32),
     )
 
 

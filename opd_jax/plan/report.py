@@ -21,6 +21,11 @@ ASSUMED = (
     "the second decoding of `judge.agreement_every`, what `rollout.history_turns` adds"
 )
 
+TEACHERS_TURNS = (
+    "the teacher's turns in the student's episodes: its cache of all rows, and its reading and "
+    "sampling"
+)
+
 
 def describe(run: Run, compiled: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Any]:
     """Everything that is known of a run on a slice.
@@ -31,7 +36,7 @@ def describe(run: Run, compiled: Mapping[str, Mapping[str, Any]] | None) -> dict
     Args:
       compiled: by program, from `compiling`; None if nothing was compiled.
     """
-    results = compiled or {}
+    results, how = compiled or {}, run.config.rollout
     programs = [_program(run, program, results.get(program.name)) for program in run.programs]
     seconds = {p["name"]: p["runs"] * p["seconds"] for p in programs if p["seconds"] is not None}
     update = sum(seconds.values()) if seconds else None
@@ -47,6 +52,7 @@ def describe(run: Run, compiled: Mapping[str, Mapping[str, Any]] | None) -> dict
         "teacher": run.teacher and _model(run.teacher),
         "work": dataclasses.asdict(run.work),
         "assumed": ASSUMED,
+        "not_counted": TEACHERS_TURNS if how.teacher_share or how.take_over_after else "",
         "residents": run.residents,
         "programs": programs,
         "update_seconds": update,

@@ -53,6 +53,7 @@ def _heading(report: Mapping[str, Any]) -> str:
             f"and {work['sampled']:,} sampled tokens in each"
         ),
         "resident": ", ".join(residents),
+        "not counted": report["not_counted"],
     }
     for who in ("student", "teacher"):
         if model := report[who]:

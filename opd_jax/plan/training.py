@@ -130,4 +130,5 @@ def _batch(settings: Settings, place: Placement, work: Workload) -> Batch:
         verdict=place.rows(work.rows, work.turns),
         response=place.rows(work.rows, work.response),
         labels={n: place.rows(work.rows, work.turns, dtype=jnp.float32) for n in others},
+        actor=place.rows(work.rows, work.turns) if settings.learns_teacher_turns else None,
     )

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from opd_jax.agent.conversation import Conversation, Turn
+from opd_jax.agent.conversation import Actor, Conversation, Turn
 from opd_jax.judge.labels import Judgement
 from opd_jax.judge.prompt import LABELS
 from opd_jax.learner.batch import Batch
@@ -124,7 +124,8 @@ def episode(
       conversation: the episode.
       who: whose episode it is, such as "train", or "after" of an evaluation.
       update: updates that the player had had.
-      actor: who wrote the turns that are not replayed, "student" or "teacher".
+      actor: who played, "student" or "teacher"; the teacher may have taken turns, and others may
+        be replayed.
       decode: the text of tokens.
     """
     c = conversation
@@ -139,7 +140,8 @@ def episode(
         "score": _rounded(c.score),
         "measures": {name: _rounded(value) for name, value in c.measures.items()},
         "turns": [
-            _turn(turn, "replay" if c.is_given(k) else actor) for k, turn in enumerate(c.turns)
+            _turn(turn, _written_by(turn, given=c.is_given(k), player=actor))
+            for k, turn in enumerate(c.turns)
         ],
     }
     if c.tokens:
@@ -153,6 +155,12 @@ def episode(
             "text": [piece for text in texts for piece in text],
         }
     return line
+
+
+def _written_by(turn: Turn, *, given: bool, player: str) -> str:
+    if turn.actor is Actor.TEACHER:
+        return "teacher"
+    return "replay" if given else player
 
 
 def _turn(turn: Turn, actor: str) -> dict[str, Any]:

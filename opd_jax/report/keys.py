@@ -94,8 +94,8 @@ KEYS = (
     ),
     Key("batch/{success,score,turns}", "means over the batch's episodes", "success rises"),
     Key(
-        "batch/{repeated,failed}",
-        "shares of turns, as in the table above",
+        "batch/{repeated,failed,by_teacher,replayed}",
+        "shares of turns, as in the table above, or by who wrote them",
         "`repeated` falls; `failed` below 0.5",
     ),
     Key(
@@ -109,9 +109,9 @@ KEYS = (
         "`stop_token` above 0.99",
     ),
     Key(
-        "tokens/{student,seen,sampled,sequence,teacher,judge} by_turn/turns",
-        "N; its sum so far; sampled; all; read by a teacher that is told more; by the judge; "
-        "episodes with this turn",
+        "tokens/{student,seen,sampled,sequence,teacher,by_teacher,judge} by_turn/turns",
+        "N; its sum so far; sampled to learn from; all; read by a teacher that is told more; "
+        "sampled by the teacher in the student's place; read by the judge; episodes with this turn",
         "steady",
     ),
     Key(

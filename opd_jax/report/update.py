@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from opd_jax.agent.conversation import Conversation
+from opd_jax.agent.conversation import Actor, Conversation
 from opd_jax.learner.objective import Objective
 from opd_jax.losses import NO_TURN, Verdict
 from opd_jax.report.memory import peak_memory
@@ -31,12 +31,21 @@ def episode_metrics(
     turns = [turn for c in played for turn in c.turns]
     stops = Counter(turn.stop for turn in turns)
     sampled = sum(turn != NO_TURN for row in rows if not row.broken for turn in row.turn_id)
+    by = Counter(turn.actor for turn in turns)
+    by_teacher = [
+        end - start
+        for c in played
+        for turn, (start, end) in zip(c.turns, c.spans, strict=False)
+        if turn.actor is Actor.TEACHER
+    ]
     return {
         "batch/success": (sum(c.success for c in played), n),
         "batch/score": (sum(c.score for c in played), n),
         "batch/turns": (len(turns), n),
         "batch/repeated": (sum(c.repeated_actions for c in played), len(turns)),
         "batch/failed": (sum(bool(turn.failure) for turn in turns), len(turns)),
+        "batch/by_teacher": (by[Actor.TEACHER], len(turns)),
+        "batch/replayed": (by[Actor.REPLAY], len(turns)),
         **{
             f"end/{end}": (ends[end], len(conversations))
             for end in sorted({"success", "turn_limit", "context", *ends})
@@ -46,14 +55,21 @@ def episode_metrics(
             for stop in sorted({"stop_token", "turn_budget", "context", "invented_turn", *stops})
         },
         "tokens/sampled": sampled,
+        "tokens/by_teacher": sum(by_teacher),
         "tokens/sequence": sum(len(row.tokens) for row in rows),
     }
 
 
-def unmeasured(objective: Objective, *, on_policy: bool) -> set[str]:
-    """Names of metrics that the updates do not compute. They are left out, since they are not zero.
+def unmeasured(
+    objective: Objective, *, on_policy: bool, replays: bool, teacher_plays: bool
+) -> set[str]:
+    """Names of metrics that updates do not compute, or that can only be zero: they are left out.
 
-    `on_policy`: the tokens are the student's own samples.
+    Args:
+      objective: what is minimized.
+      on_policy: the tokens are the student's own samples.
+      replays: episodes begin with turns of recorded ones.
+      teacher_plays: the teacher may take turns of the student's episodes.
     """
     names: set[str] = set()
     if not objective.weight.labels:  # nobody judges
@@ -66,6 +82,10 @@ def unmeasured(objective: Objective, *, on_policy: bool) -> set[str]:
         names |= {"z", "raw_weight", "by_turn/raw_weight"}
     if not on_policy:
         names |= {"logprob_error"}
+    if not replays:
+        names |= {"batch/replayed"}
+    if not teacher_plays:
+        names |= {"batch/by_teacher", "tokens/by_teacher"}
     return names
 
 

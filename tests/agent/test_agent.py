@@ -3,6 +3,7 @@
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 import pytest
 from small_agent import DECODING
 
@@ -16,6 +17,10 @@ ROLLOUT = RolloutSettings(
     per_task=2,
     depth_start=0,
     depth_every=1,
+    teacher_share=0.0,
+    teacher_share_for=0.8,
+    take_over_after=0,
+    cut_repeated_failure=False,
 )
 
 
@@ -40,6 +45,9 @@ ROLLOUT = RolloutSettings(
         ({"per_task": 0}, "^`per_task`: expected at least 1, got 0"),
         ({"depth_start": -1}, "^`depth_start`: expected at least 0, got -1"),
         ({"depth_every": 0}, "^`depth_every`: expected at least 1, got 0"),
+        ({"teacher_share": 1.5}, r"^`teacher_share`: expected 0\.\.1, got 1.5"),
+        ({"teacher_share_for": -0.1}, r"^`teacher_share_for`: expected 0\.\.1, got -0.1"),
+        ({"take_over_after": -1}, "^`take_over_after`: expected at least 0, got -1"),
     ],
 )
 def test_a_value_out_of_range_is_named(wrong: dict[str, Any], message: str) -> None:
@@ -55,3 +63,21 @@ def test_episodes_may_grow_by_a_turn_every_few_updates() -> None:
     growing = replace(ROLLOUT, depth_start=2, depth_every=3)
     assert [growing.depth(update) for update in range(7)] == [2, 2, 2, 3, 3, 3, 4]
     assert {ROLLOUT.depth(update) for update in range(7)} == {0}  # no limit
+
+
+def test_the_teachers_share_of_turns_falls_along_a_cosine() -> None:
+    guided = replace(ROLLOUT, teacher_share=1.0)
+    shares = [guided.share_of_teacher(update, updates=10) for update in range(10)]
+    # In 8 of 10 updates; cos is 1, √½ and 0 in updates 0, 2 and 4.
+    np.testing.assert_allclose(shares[:5:2], [1.0, (1 + 0.5**0.5) / 2, 0.5])
+    np.testing.assert_allclose(shares[:9], 1 - np.array(shares[8::-1]))
+    assert shares[8:] == [0.0, 0.0]
+    half = replace(guided, teacher_share=0.5)
+    np.testing.assert_allclose(
+        [half.share_of_teacher(update, updates=10) for update in range(10)], np.array(shares) / 2
+    )
+    constant = replace(guided, teacher_share=0.25, teacher_share_for=0.0)
+    assert {constant.share_of_teacher(update, updates=10) for update in range(10)} == {0.25}
+    assert ROLLOUT.share_of_teacher(0, updates=10) == 0
+    by_failure = replace(ROLLOUT, take_over_after=2)
+    assert [how.teacher_plays for how in (ROLLOUT, guided, by_failure)] == [False, True, True]

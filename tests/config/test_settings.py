@@ -140,6 +140,9 @@ def test_whole_numbers_serve_as_floats_and_lists_as_tuples() -> None:
         ("rollout.per_task=3", "`rollout.batch` = 16 .* `rollout.per_task` = 3; .* divisor"),
         ("rollout.per_task=0", "`rollout.per_task`: expected at least 1, got 0"),
         ("rollout.depth_every=0", "`rollout.depth_every`: expected at least 1, got 0"),
+        ("rollout.teacher_share=2", r"`rollout.teacher_share`: expected 0\.\.1, got 2"),
+        ("rollout.take_over_after=-1", "`rollout.take_over_after`: expected at least 0, got -1"),
+        ("objective.teacher_turns=sampled_reverse_kl", "`objective.teacher_turns`: .* got 'sampl"),
         ("eval.who=before,judge", "`eval.who`: expected one of before, .* got 'judge'"),
         ("eval.splits=", "`eval.splits`: expected at least one split"),
         ("eval.every=-1", "`eval.every`: expected at least 0, got -1"),
@@ -157,7 +160,7 @@ def test_whole_numbers_serve_as_floats_and_lists_as_tuples() -> None:
         ("rollout.per_task=2 rollout.top_p=1e-6", "would repeat the greedy episode of a task"),
         (
             "compare.methods=sage,ppo",
-            "`compare.methods`: expected one of drop_accepted, .* got 'ppo'",
+            "`compare.methods`: expected one of cut_repeated, .* got 'ppo'",
         ),
         # Of several sections.
         ("train.micro_batches=3", "`rollout.batch` = 16 .* `train.micro_batches` = 3; .* divisor"),
@@ -183,6 +186,18 @@ def test_whole_numbers_serve_as_floats_and_lists_as_tuples() -> None:
             "`judge.context` = 'history' .*`rollout.history_turns`",
         ),
         ("rollout.depth_start=1 data.source=teacher", "`rollout.depth_start` .*`data.source`"),
+        *(
+            (f"rollout.{change} data.source=teacher", f"`rollout.{name}` .*`data.source` to on_pol")
+            for change, name in (
+                ("teacher_share=0.5", "teacher_share"),
+                ("take_over_after=2", "take_over_after"),
+                ("cut_repeated_failure=true", "cut_repeated_failure"),
+            )
+        ),
+        (
+            "rollout.take_over_after=2 objective.teacher_turns=forward_kl weight.by=sod",
+            "`weight.by` = 'sod' reads .* student's own samples.* set `objective.teacher_turns`",
+        ),
         ("rollout.per_task=2 data.source=expert", "`rollout.per_task` .*`data.source`"),
         (
             "objective.divergence=sampled_reverse_kl data.source=teacher",
@@ -327,6 +342,8 @@ def test_what_the_method_does_not_read_is_free() -> None:
         "objective.divergence=jsd": "objective.beta",
         "weight.by=entropy_aware": "weight.entropy_threshold",
         "rollout.depth_start=1": "rollout.depth_every",
+        "rollout.teacher_share=0.5": "rollout.teacher_share_for",
+        "rollout.take_over_after=2": "objective.teacher_turns",
         "judge.decode=generate": "judge.max_new_tokens",
         "lora.rank=4": "lora.alpha",
     }.items():
@@ -349,7 +366,14 @@ def test_batches_of_demonstrations_are_cut_to_fit_the_layout_which_then_binds() 
 
 def test_a_constant_rate_leaves_the_number_of_updates_free() -> None:
     assert binds_a_run(read("quickstart"))("train.updates")
-    assert not binds_a_run(read("quickstart", "optimizer.schedule=constant"))("train.updates")
+    constant = "optimizer.schedule=constant"
+    assert not binds_a_run(read("quickstart", constant))("train.updates")
+    # The teacher's share of turns falls in a share of the updates.
+    guided = constant, "rollout.teacher_share=0.5"
+    assert binds_a_run(read("quickstart", *guided))("train.updates")
+    assert not binds_a_run(read("quickstart", *guided, "rollout.teacher_share_for=0"))(
+        "train.updates"
+    )
 
 
 def test_an_evaluation_is_bound_to_the_tasks_the_model_and_how_it_is_sampled() -> None:

@@ -14,7 +14,7 @@ import pytest
 from settings import one_device, read
 
 from opd_jax.agent.agent import Agent
-from opd_jax.agent.conversation import Conversation
+from opd_jax.agent.conversation import Actor, Conversation, Turn
 from opd_jax.agent.rollout import beginning, rollout, row_keys
 from opd_jax.agent.session import Response
 from opd_jax.config import build
@@ -287,6 +287,11 @@ def test_a_field_of_another_form_is_named_with_the_file(
 # --- Playing on
 
 
+def as_written(turns: Sequence[Turn]) -> list[Turn]:
+    """Replayed turns as if they were not."""
+    return [dataclasses.replace(turn, actor=Actor.STUDENT) for turn in turns]
+
+
 def lines_of(played: Sequence[Conversation], agent: Agent) -> list[Episode]:
     return [line_of(c, agent) for c in played]
 
@@ -319,7 +324,10 @@ def test_the_student_goes_on_from_within_the_episodes_of_a_file(
     for row, (c, turns) in enumerate(zip(first, begun, strict=True)):
         (recorded,) = (other for other in before if other.index == c.index)
         assert 0 <= turns < len(recorded.turns)
-        assert c.turns[:turns] == recorded.turns[:turns]  # the environment answers alike
+        assert {turn.actor for turn in c.turns[:turns]} <= {Actor.REPLAY}
+        assert (
+            as_written(c.turns[:turns]) == recorded.turns[:turns]
+        )  # the environment answers alike
         start = recorded.spans[turns][0]
         assert c.tokens[:start] == recorded.tokens[:start]
         assert c.turn_id[:start] == [NO_TURN] * start
@@ -341,7 +349,8 @@ def test_with_its_own_key_an_episode_goes_on_as_it_went(
     for turns, (c, want) in enumerate(
         zip(rollout(student.params, keys, **how, replay=replay), whole, strict=True)
     ):
-        assert (c.tokens, c.turns, c.messages) == (want.tokens, want.turns, want.messages)
+        assert (c.tokens, c.messages) == (want.tokens, want.messages)
+        assert as_written(c.turns) == want.turns
         assert (c.end, c.spans) == (want.end, want.spans)
         given = [NO_TURN if 0 <= turn < turns else turn for turn in want.turn_id]
         assert c.turn_id == given

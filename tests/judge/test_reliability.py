@@ -15,7 +15,7 @@ from words import word_tokenizer
 
 from opd_jax.agent.agent import Agent, Decoding
 from opd_jax.agent.chat import ChatFormat
-from opd_jax.agent.conversation import Conversation
+from opd_jax.agent.conversation import Actor, Conversation
 from opd_jax.agent.history import context
 from opd_jax.agent.positions import Positions
 from opd_jax.agent.rollout import beginning, rollout, row_keys
@@ -389,7 +389,8 @@ def test_the_teacher_takes_over_on_the_students_tokens(
         c = episodes[row]
         start, end = now.spans[turn]
         assert now.tokens[:start] == c.tokens[:start]
-        assert now.turns[:turn] == c.turns[:turn]
+        replayed = [replace(played, actor=Actor.STUDENT) for played in now.turns[:turn]]
+        assert replayed == c.turns[:turn]
         assert now.turn_id[:start] == [NO_TURN] * start
         assert now.turn_id[start:end] == [turn] * (end - start)
         assert len(now.turns) == turn + 1

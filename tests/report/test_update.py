@@ -51,6 +51,8 @@ def test_figures_of_a_batch_of_episodes() -> None:
         # The second `go` and the second `look`; a turn without an action repeats none.
         "batch/repeated": (2, 8),
         "batch/failed": (2, 8),
+        "batch/by_teacher": (0, 8),
+        "batch/replayed": (0, 8),
         "end/success": (1, 4),
         "end/turn_limit": (2, 4),
         "end/context": (1, 4),
@@ -59,6 +61,7 @@ def test_figures_of_a_batch_of_episodes() -> None:
         "stop/turn_budget": (2, 8),
         "stop/context": (1, 8),
         "tokens/sampled": 8 + 4 + 1 + 3,
+        "tokens/by_teacher": 0,
         "tokens/sequence": 9 + 5 + 2 + 4,
     }
 
@@ -106,12 +109,19 @@ def test_an_episode_whose_environment_broke_counts_as_broken_and_nowhere_else() 
 def test_what_is_not_computed_is_left_out(name: str, names: set[str]) -> None:
     settings = read(name)
     on_policy = settings.data.source == "on_policy"
-    assert unmeasured(settings.objective, on_policy=on_policy) == names
+    how = dict(on_policy=on_policy, replays=True, teacher_plays=True)
+    assert unmeasured(settings.objective, **how) == names
+    assert unmeasured(
+        settings.objective, on_policy=on_policy, replays=False, teacher_plays=False
+    ) == {
+        *names,
+        *("batch/replayed", "batch/by_teacher", "tokens/by_teacher"),
+    }
 
 
 def test_with_a_scale_for_each_trajectory_there_is_no_one_z() -> None:
     settings = read("quickstart", "objective.scope=trajectory")
-    names = unmeasured(settings.objective, on_policy=True)
+    names = unmeasured(settings.objective, on_policy=True, replays=True, teacher_plays=True)
     assert names == {"z", "raw_weight", "by_turn/raw_weight"}
 
 
