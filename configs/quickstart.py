@@ -95,6 +95,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         per_task=1,  # episodes of each task; a batch has batch / per_task tasks
         depth_start=0,  # turns that an episode may have in the first update; 0: no limit
         depth_every=1,  # updates until it may have one more
+        depth_from="front",  # or back: of a recorded episode's turns the student plays the last
         teacher_share=0.0,  # probability that a turn is the teacher's, in the first update
         teacher_share_for=0.8,  # it falls to 0 in this share of the updates; 0: it stays
         take_over_after=0,  # failed turns in a row, then the teacher plays the rest; 0: never

@@ -85,6 +85,14 @@ METHODS: dict[str, dict[str, object]] = {
     "method=iw_opd": {"weight.by": "iw_opd"} | UNSCALED,
     "method=opd_two_rollouts": OPD | {"rollout.per_task": 2},
     "method=tcod_f2b": OPD | {"rollout.depth_start": 1},
+    "method=tcod_b2f": OPD
+    | {
+        "data.source": "prefixes:runs/quickstart/episodes/teacher-train.jsonl",
+        "data.only_success": True,
+        "rollout.depth_start": 1,
+        "rollout.depth_every": 2,
+        "rollout.depth_from": "back",
+    },
     "method=guided": OPD | {"objective.teacher_turns": "forward_kl", "rollout.teacher_share": 1.0},
     "method=take_over": OPD
     | {"objective.teacher_turns": "forward_kl", "rollout.take_over_after": 3},

@@ -12,7 +12,7 @@ from opd_jax.agent.conversation import Conversation
 from opd_jax.agent.generate import Sampling
 from opd_jax.envs.turns import before_invented_turn
 from opd_jax.model import Model, ModelConfig
-from opd_jax.runtime.fields import LAYOUT, affects, check_widths, check_within
+from opd_jax.runtime.fields import LAYOUT, affects, check_choice, check_widths, check_within
 
 # Tokens of what opens an invented turn (`### **tool response 3**:`): most have far fewer.
 _OPENING = 32
@@ -79,6 +79,8 @@ class RolloutSettings(Decoding):
       per_task: episodes of each task.
       depth_start: most turns of an episode in the first update; 0: no limit.
       depth_every: updates after which the limit rises by one turn.
+      depth_from: whether these are an episode's first turns, "front", or a recorded one's last,
+        "back"; those before are then replayed, and the student plays to the end.
       teacher_share: probability with which a turn is the teacher's, in the first update.
       teacher_share_for: share of the run's updates in which it falls to 0; 0: it stays.
       take_over_after: failed turns in a row after which the teacher plays the rest; 0: never.
@@ -91,6 +93,7 @@ class RolloutSettings(Decoding):
     per_task: int
     depth_start: int
     depth_every: int
+    depth_from: str
     teacher_share: float
     teacher_share_for: float
     take_over_after: int
@@ -105,6 +108,7 @@ class RolloutSettings(Decoding):
         check_within(
             0, 1, teacher_share=self.teacher_share, teacher_share_for=self.teacher_share_for
         )
+        check_choice(("front", "back"), depth_from=self.depth_from)
         if self.batch % self.per_task:
             raise ValueError(
                 f"`batch` = {self.batch} is not a multiple of `per_task` = {self.per_task}; choose "
@@ -121,7 +125,8 @@ class RolloutSettings(Decoding):
 
         Late turns of an untrained student follow histories that a trained one never sees.
 
-        Source: TCOD-F2B (arXiv 2604.24005), a baseline of arXiv 2606.19659, where every = 1.
+        Source: TCOD (arXiv 2604.24005). From the front it is a baseline of arXiv 2606.19659, where
+          every = 1.
         """
         return self.depth_start and self.depth_start + update // self.depth_every
 

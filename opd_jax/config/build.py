@@ -597,10 +597,13 @@ def _play_model(
             params = make_sampling_params(state.params, player, settings)
         update = int(state.step)
         keys = row_keys(jax.random.fold_in(state.rng, state.step), range(len(tasks)))
-        depth, replay = settings.rollout.depth(update), None
+        depth, replay, last = settings.rollout.depth(update), None, 0
+        if settings.rollout.depth_from == "back":
+            depth, last = 0, depth
         if found:
             begun = [found[index] for _, index in tasks]
-            tasks, replay = beginnings(begun, seed=f"{settings.seed}/prefixes/{update}")
+            seed = f"{settings.seed}/prefixes/{update}"
+            tasks, replay = beginnings(begun, seed=seed, last=last)
         return rollout(
             params,
             keys,

@@ -52,7 +52,7 @@ def make_log(
         leave_out=unmeasured(
             settings.objective,
             on_policy=on_policy,
-            replays=on_policy and bool(settings.data.file),
+            replays=settings.data.replays,
             teacher_plays=settings.rollout.teacher_plays,
         ),
         profile=profile,

@@ -388,6 +388,7 @@ def _unread(s: Settings) -> tuple[str, ...]:
         "objective.teacher_turns": s.rollout.teacher_plays,
         "objective.max_z": objective.normalize != "none",
         "rollout.depth_every": s.rollout.depth_start > 0,
+        "rollout.depth_from": s.rollout.depth_start > 0,
         "rollout.teacher_share_for": s.rollout.teacher_share > 0,
         "teacher_context.tokens": bool(s.teacher_context.by),
         "teacher_context.file": bool(s.teacher_context.by),
@@ -546,6 +547,11 @@ def _check_source(s: Settings) -> None:
             rollout.depth_start and not s.data.on_policy,
             "`rollout.depth_start` cuts the student's episodes: set it to 0, or `data.source` to "
             "on_policy",
+        ),
+        (
+            rollout.depth_from == "back" and not (rollout.depth_start and s.data.replays),
+            "`rollout.depth_from` = 'back' replays a recorded episode but for its last turns: set "
+            "`rollout.depth_start` above 0 and `data.source` to prefixes:FILE, or this to front",
         ),
         (
             rollout.teacher_plays and not s.data.on_policy,

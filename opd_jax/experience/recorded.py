@@ -67,16 +67,20 @@ def read_conversations(
 
 
 def beginnings(
-    conversations: Sequence[Conversation], *, seed: str
+    conversations: Sequence[Conversation], *, seed: str, last: int = 0
 ) -> tuple[list[tuple[str, int]], list[list[Response]]]:
     """The tasks of episodes, and of each the responses with which it is to begin again.
 
-    How many is drawn by `seed`: from none to all but the last.
+    Args:
+      conversations: the episodes.
+      seed: draws how many: from none to all but the last.
+      last: all but so many instead; 0: they are drawn.
     """
     rng = random.Random(seed)
     tasks, replay = [], []
     for c in conversations:
         turns = rng.randrange(max(len(c.turns), 1))
+        turns = max(len(c.turns) - last, 0) if last else turns
         tasks.append((c.split, c.index))
         replay.append(beginning(c, turns=turns))
     return tasks, replay

@@ -64,9 +64,14 @@ class DataSettings:
         return self.source.removeprefix(kind) if kind else ""
 
     @property
+    def replays(self) -> bool:
+        """Whether episodes begin with turns of recorded ones."""
+        return self.source.startswith(PREFIXES)
+
+    @property
     def on_policy(self) -> bool:
         """Whether the student plays."""
-        return self.source == "on_policy" or self.source.startswith(PREFIXES)
+        return self.source == "on_policy" or self.replays
 
     @property
     def tasks(self) -> str:

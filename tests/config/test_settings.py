@@ -187,6 +187,13 @@ def test_whole_numbers_serve_as_floats_and_lists_as_tuples() -> None:
         ),
         ("rollout.depth_start=1 data.source=teacher", "`rollout.depth_start` .*`data.source`"),
         *(
+            (
+                f"rollout.depth_from=back {change}",
+                "`rollout.depth_from` = 'back' .*`rollout.depth_start` .*`data.source` to prefixes",
+            )
+            for change in ("rollout.depth_start=1", "data.source=prefixes:x")
+        ),
+        *(
             (f"rollout.{change} data.source=teacher", f"`rollout.{name}` .*`data.source` to on_pol")
             for change, name in (
                 ("teacher_share=0.5", "teacher_share"),
@@ -342,6 +349,7 @@ def test_what_the_method_does_not_read_is_free() -> None:
         "objective.divergence=jsd": "objective.beta",
         "weight.by=entropy_aware": "weight.entropy_threshold",
         "rollout.depth_start=1": "rollout.depth_every",
+        "rollout.depth_start=2": "rollout.depth_from",
         "rollout.teacher_share=0.5": "rollout.teacher_share_for",
         "rollout.take_over_after=2": "objective.teacher_turns",
         "judge.decode=generate": "judge.max_new_tokens",

@@ -335,6 +335,36 @@ def test_the_student_goes_on_from_within_the_episodes_of_a_file(
         assert labels.played[row].tolist()[: turns + 1] == [False] * turns + [True]
 
 
+def test_of_a_recorded_episode_the_student_plays_the_last_turns(
+    base: Settings, student: LoadedModel, tmp_path: Path
+) -> None:
+    state, agent = fresh(base, student), build.make_agent(student, base)
+    source = build.make_source(base, student, None, tasks=build.panels(base)["train"])
+    before = {c.index: c for c in source.play(state).conversations}
+    source.close()
+    lines = lines_of(list(before.values()), agent)
+    lines[0] |= {"success": False}
+    path = write(
+        tmp_path / "file.jsonl", [line | {"success": True} for line in lines[1:]] + lines[:1]
+    )
+    how = dict(depth_start=1, depth_every=2, depth_from="back")
+    changed = dataclasses.replace(
+        base,
+        data=dataclasses.replace(base.data, source=f"prefixes:{path}", only_success=True),
+        rollout=dataclasses.replace(base.rollout, **how),
+    )
+    on = build.make_source(changed, student, None, tasks=build.panels(changed)[changed.data.tasks])
+    for step, last in ((0, 1), (1, 1), (2, 2), (4, 3), (99, 50)):
+        for c in on.play(state.replace(step=state.step + step)).conversations:
+            whole = before[c.index]
+            turns = max(len(whole.turns) - last, 0)
+            assert [turn.actor for turn in c.turns[:turns]] == [Actor.REPLAY] * turns
+            assert {turn.actor for turn in c.turns[turns:]} == {Actor.STUDENT}
+            assert c.tokens[: whole.spans[turns][0]] == whole.tokens[: whole.spans[turns][0]]
+            assert c.index != lines[0]["task"]["index"]
+    on.close()
+
+
 def test_with_its_own_key_an_episode_goes_on_as_it_went(
     base: Settings, student: LoadedModel
 ) -> None:
