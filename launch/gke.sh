@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Train on a TPU slice of Google Kubernetes Engine, as a JobSet with one pod a host:
-#   ./launch/gke.sh run --config=... --workdir=/runs/NAME [--config.x.y=v]
+#   ./launch/gke.sh run --config=... [--workdir=DIR] [--config.x.y=v]
 #   ./launch/gke.sh status          the JobSet, its pods, and the last lines of the first pod
 #   ./launch/gke.sh stop            delete the JobSet; its pods save on SIGTERM
-# The cluster needs JobSet 0.6 or newer. GKE_CLAIM is mounted at /runs. If a pod is preempted or
-# fails, all pods restart and resume, at most GKE_RESTARTS times. A mistake in the command or config
-# (status 2) or a full disk (74) fails the JobSet at once. --dry-run prints commands and manifest.
-# Settings: launch/env.example.
+# The cluster needs JobSet 0.6 or newer. The workdir is GKE_RUNS/NAME by default, with the config's
+# NAME. GKE_CLAIM, if set, is mounted at /runs. If a pod is preempted or fails, all restart and
+# resume, at most GKE_RESTARTS times. A mistake in the command or config (status 2) or a full disk
+# (74) fails the JobSet. --dry-run prints commands and manifest. Settings: launch/env.example.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 verbs=(run status stop)
 source launch/remote.sh
-require GKE_CONTEXT GKE_NAME GKE_IMAGE GKE_ACCELERATOR GKE_TOPOLOGY GKE_CHIPS GKE_CLAIM GKE_RESTARTS
+require GKE_CONTEXT GKE_NAME GKE_IMAGE GKE_ACCELERATOR GKE_TOPOLOGY GKE_CHIPS GKE_RUNS GKE_RESTARTS
 [[ $GKE_TOPOLOGY =~ ^[1-9][0-9]*(x[1-9][0-9]*)+$ ]] ||
   fail "\`GKE_TOPOLOGY\` must be like 4x4 or 2x2x4, got \`$GKE_TOPOLOGY\`"
 [[ $GKE_CHIPS =~ ^[1-9][0-9]*$ && $(((${GKE_TOPOLOGY//x/*}) % GKE_CHIPS)) == 0 ]] ||
@@ -57,14 +57,14 @@ spec:
 $(for word in "$@"; do word=${word//\$/\$\$} && echo "              - '${word//\'/\'\'}'"; done)
               env: [$( ((hosts == 1)) || echo '{name: OPD_JAX_DISTRIBUTED, value: auto}')]
               resources: {limits: {google.com/tpu: $GKE_CHIPS}}
-              volumeMounts: [{name: runs, mountPath: /runs}]
-            volumes: [{name: runs, persistentVolumeClaim: {claimName: $GKE_CLAIM}}]
+              volumeMounts: [${GKE_CLAIM:+{name: runs, mountPath: /runs\}}]
+            volumes: [${GKE_CLAIM:+{name: runs, persistentVolumeClaim: {claimName: $GKE_CLAIM\}\}}]
 YAML
 }
 
 case $verb in
   run)
-    require_workdir "$@"
+    in_bucket GKE_RUNS "$@" && set -- "$@" ${workdir[@]+"${workdir[@]}"}
     if [[ -n $dry_run ]]; then
       echo "$(quoted "${kubectl[@]}" create --filename=-) <<'YAML'" && manifest "$@" && echo YAML
     else

@@ -11,17 +11,8 @@ cd "$(dirname "$0")/.."
 
 source launch/dry_run.sh
 
-workdir=()
-if [[ " $* " != *" --workdir"* ]]; then
-  config="" previous=""
-  for word in "$@"; do
-    [[ $word == --config=* ]] && config=${word#--config=}
-    [[ $previous == --config ]] && config=$word
-    previous=$word
-  done
-  name=$(basename "$config" | sed -e 's/\.py//' -e 's/[^A-Za-z0-9_.=-]/-/g')
-  workdir=(--workdir="runs/${name:-run}")
-fi
+source launch/workdir.sh
+workdir_in runs "$@"
 train=(.venv/bin/python -m opd_jax.train "$@" ${workdir[@]+"${workdir[@]}"})
 source launch/help.sh
 

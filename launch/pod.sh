@@ -6,7 +6,7 @@
 # status is passed on: the JobSet restarts its pods.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export EXTRAS="tpu${EXTRAS:+,$EXTRAS}" RESTARTS=0
+export EXTRAS="tpu,gcs${EXTRAS:+,$EXTRAS}" RESTARTS=0
 source launch/restarts.sh
 
 code=0

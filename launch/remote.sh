@@ -4,6 +4,7 @@
 # takes the first argument, one of `verbs`, as `verb`. It defines:
 #   require NAME...      fail if one of these variables is not set
 #   one_of NAME VALUE... fail if the variable has none of these values
+#   in_bucket NAME ARG...  set `workdir` to --workdir in this variable's bucket, if ARGs lack it
 #   call COMMAND...      run a command; in a dry run print it as a shell would read it
 #   retry COMMAND...     run a command until it succeeds, ten times at most
 
@@ -18,6 +19,7 @@ if [[ -f launch/env ]]; then
 fi
 
 source launch/dry_run.sh
+source launch/workdir.sh
 exec 3>&1 # `call` prints here, also inside $(...)
 
 fail() {
@@ -44,8 +46,14 @@ one_of() {
 }
 
 require_workdir() {
-  [[ " $*" == *" --workdir=/"* ]] ||
-    fail "\`--workdir=/DIR\` must be given, on a file system that all machines of the run mount"
+  [[ " $*" == *" --workdir="@(/|gs://)* ]] ||
+    fail "\`--workdir=\` must be gs://BUCKET/DIR, or a /DIR that all machines of the run mount"
+}
+
+in_bucket() {
+  [[ ${!1} == gs://?* ]] || fail "\`$1\` must be like gs://BUCKET/DIR, got \`${!1}\`"
+  workdir_in "${!1%/}" "${@:2}"
+  require_workdir "${@:2}" ${workdir[@]+"${workdir[@]}"}
 }
 
 quoted() { # quotes the words so that a shell reads them back

@@ -21,6 +21,16 @@ hand_on() {
   wait "$child"
 }
 
+saved() { # names of the complete checkpoints below a workdir; a comparison's are in METHOD/seed-N
+  if [[ $1 == gs://* ]]; then
+    .venv/bin/python -c 'import sys; from opd_jax.runtime import bucket
+print(*bucket.names(bucket.place(sys.argv[1], name="--workdir", is_new=True)), sep="\n")' "$1" |
+      grep "/commit_success.txt$"
+  else # a save that was killed leaves a longer name
+    find "$1/" -maxdepth 4 -path "*/checkpoints/*" -name "[0-9]*" ! -name "*[!0-9]*"
+  fi 2>/dev/null | sort
+}
+
 may_restart() {
   local word previous="" workdir="" file now before="" count=0
   for word in "$@"; do
@@ -30,9 +40,8 @@ may_restart() {
   done
   workdir=${workdir/#\~/${HOME-}} # as the training reads it
   file=$workdir/restarts
-  # A comparison has its runs in METHOD/seed-N. A save that was killed leaves a longer name.
-  now=$(find "$workdir/" -maxdepth 4 -path "*/checkpoints/*" -name "[0-9]*" ! -name "*[!0-9]*" \
-    2>/dev/null | sort | cksum | cut -d" " -f1)
+  [[ $workdir != gs://* ]] || file=runs/restarts-$(cksum <<<"$workdir" | cut -d" " -f1)
+  now=$(saved "$workdir" | cksum | cut -d" " -f1)
   [[ ! -f $file ]] || read -r before count <"$file"
   [[ $before == "$now" ]] || count=0
   if ((count >= ${RESTARTS:-3})); then
@@ -40,6 +49,6 @@ may_restart() {
     echo "error: status 75 again after $count restarts without a new checkpoint in $workdir" >&2
     return 1
   fi
-  mkdir -p "$workdir"
+  mkdir -p "$(dirname "$file")"
   echo "$now $((count + 1))" >"$file"
 }

@@ -2,18 +2,18 @@
 # Train on a slice of TPU VMs, by `gcloud compute tpus`, with one process a host:
 #   ./launch/tpu_vm.sh create        request the slice, as a queued resource
 #   ./launch/tpu_vm.sh sync          stop a run on the hosts (it saves); copy this checkout to them
-#   ./launch/tpu_vm.sh run --config=... --workdir=/DIR [--config.x.y=v]
+#   ./launch/tpu_vm.sh run --config=... [--workdir=DIR] [--config.x.y=v]
 #       create if needed, wait, sync, train on every host, and show the log of the first; again
 #       after each preemption or status 75, until it is finished. Ctrl-C does not stop the training
 #   ./launch/tpu_vm.sh status        the slice, and the last line of every host's log
 #   ./launch/tpu_vm.sh stop          stop the run (it saves), and delete the slice
-# --dry-run prints the commands of a run without preemptions. Settings: launch/env.example. A
-# preempted host loses its disk: put the workdir on a file system that TPU_SETUP mounts.
+# The workdir is TPU_RUNS/NAME by default, with the config's NAME; hosts lose their disks.
+# --dry-run prints the commands of a run without preemptions. Settings: launch/env.example.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 verbs=(create sync run status stop)
 source launch/remote.sh
-require TPU_NAME TPU_PROJECT TPU_ZONE TPU_TYPE TPU_RUNTIME TPU_SPOT TPU_SETUP
+require TPU_NAME TPU_PROJECT TPU_ZONE TPU_TYPE TPU_RUNTIME TPU_SPOT TPU_RUNS TPU_SETUP
 one_of TPU_SPOT yes no
 where=("--project=$TPU_PROJECT" "--zone=$TPU_ZONE") spot=(--spot) exists=""
 [[ $TPU_SPOT == yes ]] || spot=()
@@ -74,7 +74,7 @@ run() {
 }
 case $verb in
   create | sync) "$verb" ;;
-  run) require_workdir "$@"; run "$@" ;;
+  run) in_bucket TPU_RUNS "$@" && run "$@" ${workdir[@]+"${workdir[@]}"} ;;
   status) tpus queued-resources describe "$TPU_NAME" "${where[@]}" && on all "tail -n 1 $log" ;;
   stop) on all "$worker stop" || echo "no run was stopped" >&2; delete ;;
 esac

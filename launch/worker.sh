@@ -38,7 +38,7 @@ case $verb in
   start)
     stop
     rm -f "$pid" "$status"
-    export OPD_JAX_DISTRIBUTED=auto EXTRAS="tpu${EXTRAS:+,$EXTRAS}"
+    export OPD_JAX_DISTRIBUTED=auto EXTRAS="tpu,gcs${EXTRAS:+,$EXTRAS}"
     trap '' HUP
     train "$@" >"$log" 2>&1 </dev/null &
     until [[ -s $pid ]]; do sleep 0.1; done

@@ -27,9 +27,9 @@ from opd_jax.config.stored import closest_run
 from opd_jax.config.workdir import check_models
 from opd_jax.model import ModelConfig, Params, is_spec, param_specs
 from opd_jax.model.lora import lora_specs, with_adapters
+from opd_jax.runtime import bucket
 from opd_jax.runtime.checkpoint import Checkpoints
-from opd_jax.runtime.exits import reported
-from opd_jax.runtime.files import local_path
+from opd_jax.runtime.exits import print_line, reported
 from opd_jax.runtime.mesh import make_mesh
 
 
@@ -59,6 +59,8 @@ def export(
             f"{closest_run(workdir)}"
         )
     hf.check_new_folder(out)  # reading a large checkpoint takes minutes
+    if bucket.url_of(out) and bucket.names(out):
+        raise ValueError(f"`{out}` must be absent; it is not overwritten")
     settings = _with_student(read_settings(read_stored(stored)), student, workdir)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
     step = find_step(workdir, which, name="--workdir" if which == "newest" else "--step")
@@ -73,6 +75,7 @@ def export(
     params = with_adapters(_frozen(settings, began), state["params"], build.adapters(settings))
     tokenizer_from = began.tokenizer_from()
     hf.save_model(out, params, sizes, dtype=jnp.dtype(dtype), tokenizer_from=tokenizer_from)
+    bucket.upload(out)
     return step
 
 
@@ -126,10 +129,10 @@ def main(argv: Sequence[str]) -> None:
             student="",
             step="newest",
         )
-        out = local_path(flags["out"], name="--out")
+        out = bucket.place(flags["out"], name="--out", is_new=True)
         which, student = flags["step"], flags["student"]
         step = export(workdir, out, dtype=flags["dtype"], student=student, which=which)
-        print(f"update {step} of {workdir} written to {out}")
+        print_line(f"update {step} of {workdir} written to {out}", sys.stdout)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from opd_jax.report.viewer import make_page, read_episodes
-from opd_jax.runtime.exits import print_line, reported
-from opd_jax.runtime.files import local_path, replace_text
+from opd_jax.runtime import bucket
+from opd_jax.runtime.exits import print_line, printed, reported
+from opd_jax.runtime.files import replace_text
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,9 +44,10 @@ def view(source: Path, out: Path | None = None) -> str:
     if out.resolve() in [path.resolve() for path in sources]:
         raise ValueError(f"`--out`: `{out}` is what is to be shown; give another file")
     episodes = [episode for path in sources for episode in read_episodes(path)]
-    page = make_page(episodes, title=str(source))
+    page = make_page(episodes, title=printed(str(source)))
     out.parent.mkdir(parents=True, exist_ok=True)
     replace_text(out, page.html)
+    bucket.upload(out)
     written = f"{page.shown} episodes written to {out} ({out.stat().st_size / 1e6:.1f} MB)"
     return "\n".join([written, *([page.left_out] if page.left_out else [])])
 
@@ -63,8 +65,8 @@ def main(argv: Sequence[str]) -> None:
         parser.add_argument("source", metavar="FILE|WORKDIR")
         parser.add_argument("--out", metavar="FILE.html")
         flags = parser.parse_args(argv)
-        out = local_path(flags.out, name="--out") if flags.out else None
-        print_line(view(local_path(flags.source, name="FILE|WORKDIR"), out), sys.stdout)
+        out = bucket.place(flags.out, name="--out", is_new=True) if flags.out else None
+        print_line(view(bucket.place(flags.source, name="FILE|WORKDIR"), out), sys.stdout)
 
 
 if __name__ == "__main__":

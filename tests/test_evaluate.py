@@ -633,7 +633,7 @@ def test_an_evaluation_in_the_workdir_of_a_running_run_is_refused(
         (["--config.student=no/where"], ["`no/where`"]),
         (["--policy=model"], ["has no checkpoint", "`--untrained`"]),
         (["--workdir=s3://bucket/run"], ["`--workdir`", "s3://bucket/run", "URL"]),
-        (["--config.student=gs://bucket/model"], ["gs://bucket/model", "URL"]),
+        (["--config.student=s3://bucket/model"], ["s3://bucket/model", "URL"]),
     ],
 )
 def test_mistakes_are_one_line(

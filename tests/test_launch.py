@@ -22,14 +22,15 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
-SOURCED = {"venv.sh", "remote.sh", "dry_run.sh", "help.sh", "restarts.sh"}
+SOURCED = {"venv.sh", "remote.sh", "dry_run.sh", "help.sh", "restarts.sh", "workdir.sh"}
 SETTINGS = {
     script: dict(word.split("=", 1) for word in shlex.split(words))
     for script, words in {
         "tpu_vm.sh": "TPU_NAME=pod TPU_PROJECT=lab TPU_ZONE=us-x1-a TPU_TYPE=v5litepod-16 "
-        "TPU_RUNTIME=v2-alpha-tpuv5-lite TPU_SPOT=yes TPU_SETUP='sudo mount server:share /mnt'",
+        "TPU_RUNTIME=v2-alpha-tpuv5-lite TPU_SPOT=yes TPU_RUNS=gs://lab/runs/ "
+        "TPU_SETUP='sudo mount server:share /mnt'",
         "gke.sh": "GKE_CONTEXT=cluster GKE_NAME=distill GKE_IMAGE=registry/opd_jax:1 "
-        "GKE_ACCELERATOR=tpu-v5-lite-podslice GKE_TOPOLOGY=4x4 GKE_CHIPS=4 GKE_CLAIM=filestore "
+        "GKE_ACCELERATOR=tpu-v5-lite-podslice GKE_TOPOLOGY=4x4 GKE_CHIPS=4 GKE_RUNS=gs://lab/runs "
         "GKE_RESTARTS=20",
         "slurm.sh": "JOB_NAME=distill JOB_PARTITION=gpus JOB_NODES=2 JOB_GPUS=8 "
         "JOB_PROCESSES=gpu JOB_TIME=24:00:00",
@@ -123,9 +124,15 @@ STAND_INS = {
               away) exit 75 ;;
               saves*)
                 [[ $* =~ --workdir=([^ ]+) ]]
-                mkdir -p "${BASH_REMATCH[1]}/opd/seed-0/checkpoints/${what#saves }"
+                saved=opd/seed-0/checkpoints/${what#saves }
+                if [[ ${BASH_REMATCH[1]} == gs://* ]]; then
+                  echo "$saved/commit_success.txt" >>"$SCENARIO.bucket"
+                else
+                  mkdir -p "${BASH_REMATCH[1]}/$saved"
+                fi
                 exit 75 ;;
             esac ;;
+          *"bucket.names("*) [[ ! -e $SCENARIO.bucket ]] || cat "$SCENARIO.bucket" ;;
           "-m pip "*alfworld*) echo "install ${*: -1}" >>"$LOG" ;;
           "launch/finished.py "*) [[ $(<"$SCENARIO.now") == finishes ]] || exit 75 ;;
         esac""",
@@ -188,7 +195,8 @@ class Checkout(NamedTuple):
     def install(self, checkout: Path) -> str:
         """The command that gives `checkout` its interpreter; the stamps say it is installed."""
         python, venv = self.path / "programs" / "python", checkout / ".venv"
-        return f"mkdir -p {venv}/bin; cp {python} {venv}/bin; touch {venv}/installed-{{tpu,cuda}}"
+        stamps = f"{venv}/installed-tpu,gcs {venv}/installed-cuda"
+        return f"mkdir -p {venv}/bin; cp {python} {venv}/bin; touch {stamps}"
 
 
 @pytest.fixture
@@ -260,12 +268,18 @@ def test_a_setting_that_is_missing_is_named(checkout: Checkout) -> None:
 def test_a_mistake_is_one_line_and_runs_nothing(checkout: Checkout) -> None:
     for script, words, changed, expected in [
         ("tpu_vm.sh", ["delete"], {}, ["create sync run status stop", "`delete`"]),
-        ("tpu_vm.sh", ["run", "--config=c"], {}, ["`--workdir=/DIR`"]),
+        (
+            "tpu_vm.sh",
+            ["run", "--config=c"],
+            {"TPU_RUNS": "/mnt"},
+            ["`TPU_RUNS`", "gs://", "`/mnt`"],
+        ),
         ("tpu_vm.sh", ["create"], {"TPU_SPOT": "1"}, ["`TPU_SPOT`", "yes no", "`1`"]),
-        ("gke.sh", ["run", "--workdir=runs"], {}, ["`--workdir=/DIR`"]),
+        ("gke.sh", ["run", "--workdir=runs"], {}, ["`--workdir=`", "gs://BUCKET/DIR"]),
         ("gke.sh", ["status"], {"GKE_TOPOLOGY": "16"}, ["`GKE_TOPOLOGY`", "4x4", "`16`"]),
         ("gke.sh", ["status"], {"GKE_CHIPS": "3"}, ["`GKE_CHIPS`", "4x4", "`3`"]),
         ("slurm.sh", [], {}, ["run status stop"]),
+        ("slurm.sh", ["run", "--config=c"], {}, ["`--workdir=`", "/DIR"]),
         ("slurm.sh", ["stop"], {"JOB_PROCESSES": "8"}, ["`JOB_PROCESSES`", "node gpu", "`8`"]),
     ]:
         status, output, errors = checkout.run(script, *words, **changed)
@@ -323,6 +337,14 @@ DRY_RUNS = {
 {SYNC}
 {SSH}=all '--command={WORKER} start --config=c.py:a=1 --workdir=/mnt/runs/x'
 {SSH}=0 '--command={WORKER} follow --config=c.py:a=1 --workdir=/mnt/runs/x'""",
+    ("tpu_vm.sh", "run", TRAIN[0]): f"""
+{LIST}
+{CREATE} --spot
+{LIST}
+{TPUS} tpu-vm list {WHERE} '--filter=name~/pod$' '--format=value(state)'
+{SYNC}
+{SSH}=all '--command={WORKER} start --config=c.py:a=1 --workdir=gs://lab/runs/c-a=1'
+{SSH}=0 '--command={WORKER} follow --config=c.py:a=1 --workdir=gs://lab/runs/c-a=1'""",
     ("tpu_vm.sh", "status"): f"""
 {TPUS} queued-resources describe pod {WHERE}
 {SSH}=all '--command=tail -n 1 opd_jax/runs/worker.log'""",
@@ -403,8 +425,7 @@ def test_the_manifest_says_what_was_given(checkout: Checkout) -> None:
     assert (job(found)["parallelism"], job(found)["completions"]) == (4, 4)
     pod = job(found)["template"]["spec"]
     assert list(pod["nodeSelector"].values()) == ["tpu-v5-lite-podslice", "4x4"]
-    claim = {"name": "runs", "persistentVolumeClaim": {"claimName": "filestore"}}
-    assert pod["volumes"] == [claim]
+    assert pod["volumes"] == pod["containers"][0]["volumeMounts"] == []
     (container,) = pod["containers"]
     assert container["image"] == "registry/opd_jax:1"
     assert (ROOT / container["command"][0]).is_file()
@@ -412,7 +433,6 @@ def test_the_manifest_says_what_was_given(checkout: Checkout) -> None:
     assert [word.replace("$$", "$") for word in container["args"]] == list(TRAIN)
     assert container["env"] == [{"name": "OPD_JAX_DISTRIBUTED", "value": "auto"}]
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
-    assert container["volumeMounts"] == [{"name": "runs", "mountPath": "/runs"}]
     # A mistake in the command, status 2, or a full disk ends the JobSet.
     codes = {"containerName": container["name"], "operator": "In", "values": [2, 74]}
     assert job(found)["backoffLimit"] == 0
@@ -424,6 +444,18 @@ def test_the_manifest_says_what_was_given(checkout: Checkout) -> None:
     one = job(spec(GKE_TOPOLOGY="2x2"))
     assert one["parallelism"] == one["completions"] == 1
     assert one["template"]["spec"]["containers"][0]["env"] == []  # one process, nobody to find
+
+    pod = job(spec(GKE_CLAIM="filestore"))["template"]["spec"]
+    claim = {"name": "runs", "persistentVolumeClaim": {"claimName": "filestore"}}
+    assert pod["volumes"] == [claim]
+    assert pod["containers"][0]["volumeMounts"] == [{"name": "runs", "mountPath": "/runs"}]
+
+
+def test_without_a_workdir_a_run_goes_to_the_bucket(checkout: Checkout) -> None:
+    for words in (TRAIN[:1], ("--config", "c.py:a=1")):
+        (checkout.path / "log").write_text("")
+        assert checkout.run("gke.sh", "run", *words)[0] == 0
+        assert checkout.log[-5].strip() == "- '--workdir=gs://lab/runs/c-a=1'"
 
 
 # --- A slice of TPU VMs
@@ -495,7 +527,7 @@ def test_a_slice_whose_world_failed_trains_again_a_few_times(
 def test_hosts_install_the_environments_extra_too(checkout: Checkout) -> None:
     assert course(checkout, "finishes", EXTRAS="alfworld")[0] == 0
     installs = [line for line in checkout.log if line.startswith("install ")]
-    assert installs == ["install .[tpu,alfworld]"] * 2  # on two hosts
+    assert installs == ["install .[tpu,gcs,alfworld]"] * 2  # on two hosts
     (checkout.path / "log").write_text("")
     shown = checkout.run("slurm.sh", "run", *TRAIN, "--dry-run", EXTRAS="alfworld")[1]
     assert "ensure_venv cuda,alfworld'" in shown
@@ -553,6 +585,23 @@ def test_a_run_whose_world_failed_is_started_again_a_few_times_without_a_checkpo
     if status == 75:
         installed.plan("away", "away", "away", "finishes")
         assert installed.run("local.sh", TRAIN[0], "--workdir", f"{tmp_path / 'x'}")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("attempts", "status", "trained"),
+    [
+        (["away"] * 5, 75, 4),
+        (["away", "away", "saves 3", "away", "away", "saves 4", "away", "finishes"], 0, 8),
+    ],
+)
+def test_restarts_of_a_run_in_a_bucket_are_counted_on_the_machine(
+    installed: Checkout, attempts: list[str], status: int, trained: int
+) -> None:
+    (installed.path / ".venv" / "installed-core").touch()
+    installed.plan(*attempts)
+    assert installed.run("local.sh", TRAIN[0], "--workdir=gs://lab/x")[0] == status
+    assert len(installed.trained) == trained
+    assert not list(installed.path.glob("gs:*"))
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])

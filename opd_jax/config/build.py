@@ -59,8 +59,7 @@ from opd_jax.learner.train_step import make_train_step
 from opd_jax.model import ModelConfig, Params, init_arrays
 from opd_jax.model.int8 import int8_specs
 from opd_jax.model.lora import Lora, lora_specs, with_adapters
-from opd_jax.runtime import compilation, startup
-from opd_jax.runtime.files import local_path
+from opd_jax.runtime import bucket, compilation, startup
 from opd_jax.runtime.mesh import (
     DECODING,
     TRAINING,
@@ -404,7 +403,7 @@ def _panels(
 
 def recorded_file(source: str) -> Path:
     """The file that `data.source` names."""
-    return local_path(source.partition(":")[2], name="data.source")
+    return bucket.place(source.partition(":")[2], name="data.source")
 
 
 def check_named(settings: Settings, models: Collection[str] = MODELS) -> None:

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from opd_jax.config.flags import closest, flag_pairs, read_value, written
 from opd_jax.config.loading import flatten, load, override
 from opd_jax.config.stored import closest_run, read_stored
-from opd_jax.runtime.files import local_path
+from opd_jax.runtime import bucket
 
 
 @overload
@@ -93,7 +93,7 @@ def parse_command_line(
         if not given.get(name) and not (name == "config" and or_stored):
             raise ValueError(f"flag `--{name}` is required: add `--{name}={_placeholder(name)}`")
     extra = {name: _flag_value(name, default, given.get(name)) for name, default in flags.items()}
-    workdir = local_path(given["workdir"], name="--workdir") if needs_workdir else None
+    workdir = bucket.place(given["workdir"], name="--workdir") if needs_workdir else None
     config = None
     if given.get("config"):
         config = load(given["config"], overrides)

@@ -1,7 +1,7 @@
 """What a model reference names, and what is known of the model before its weights are read.
 
-A reference is a folder, `embedded:NAME` for a model of the package, or `workdir:DIR[@STEP]` for the
-student of a run: of its newest checkpoint, or of `@120` or `@best`.
+A reference is a folder, one in a bucket too, `embedded:NAME` for a model of the package, or
+`workdir:DIR[@STEP]` for the student of a run: of its newest checkpoint, or of `@120` or `@best`.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from opd_jax.experience.recorded import recorded_panel
 from opd_jax.judge.prompt import PHRASES, read_prompt
 from opd_jax.model import ModelConfig
 from opd_jax.report.writers import read_summary
-from opd_jax.runtime import processes
+from opd_jax.runtime import bucket, processes
 from opd_jax.runtime.checkpoint import Checkpoints, saved_steps
 from opd_jax.runtime.files import local_path
 
@@ -91,10 +91,12 @@ class FoundModel:
 
 
 def model_folder(reference: str) -> Path:
-    """The folder of a reference that names one, or a model of the package.
+    """The folder of a reference that names one, in a bucket too, or a model of the package.
 
     ValueError if the package has no such model, or the path is an address of another kind.
     """
+    if reference.startswith(bucket.SCHEME):
+        return bucket.model_folder(reference, name="student` or `teacher", wanted=hf.is_needed)
     if not reference.startswith("embedded:"):
         return local_path(reference, name="student` or `teacher")
     folder = EMBEDDED / (name := reference.removeprefix("embedded:"))
@@ -120,7 +122,7 @@ def find_model(reference: str, *, field: str) -> FoundModel:
         folder = model_folder(reference)
         return FoundModel(reference, hf.read_config(folder), folder)
     name = f"{field}` = `{reference}"
-    workdir = local_path(run[1], name=name)
+    workdir = bucket.place(run[1], name=name)
     path = workdir / "config.json"
     if not path.is_file():
         raise ValueError(

@@ -13,6 +13,7 @@
 
 from opd_jax.hf.config_json import read_config, read_end_ids
 from opd_jax.hf.fingerprint import fingerprint
+from opd_jax.hf.folder import is_needed
 from opd_jax.hf.load import DTYPES, load_params, read_dtype
 from opd_jax.hf.save import check_new_folder, save_model
 from opd_jax.hf.tokenizer import check_same_tokenizer, check_vocab, load_tokenizer, unused_ids

@@ -84,5 +84,12 @@ def copy_beside_weights(source: Path, folder: Path) -> None:
             shutil.copyfile(path, target)
 
 
+def is_needed(name: str) -> bool:
+    """Whether a model is opened or exported with a file of its folder, by the path there."""
+    folder, _, _ = name.rpartition("/")
+    is_readable = ".safetensors" in name or not _is_weights(name)
+    return is_readable and folder in ("", "additional_chat_templates")
+
+
 def _is_weights(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in _WEIGHTS)

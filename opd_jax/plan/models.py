@@ -1,6 +1,7 @@
 """Sizes of the models that a config names; no weights are read."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import jax
 
@@ -12,6 +13,7 @@ from opd_jax.config.settings import Settings
 from opd_jax.hf.published import PUBLISHED
 from opd_jax.judge.answer import label_tokens
 from opd_jax.model import ModelConfig, attention_on
+from opd_jax.runtime import bucket
 
 # "SKIP", "WEAK" and "STRONG" take at most so many tokens in large vocabularies.
 _USUAL_LABEL_WIDTH = 2
@@ -69,7 +71,8 @@ def _planned(name: str, dtype: str, field: str) -> PlannedModel:
         found = find_model(name, field=field)
         width = label_tokens(ChatFormat.from_tokenizer(found.tokenizer()))[0].shape[1]
         return PlannedModel(found.sizes, dtype, f"sizes of the student in `{name}`", width)
-    folder = model_folder(name)
+    # From a bucket the weights would come too.
+    folder = Path(name) if name.startswith(bucket.SCHEME) else model_folder(name)
     if folder.is_dir():
         width = _USUAL_LABEL_WIDTH
         if (folder / "tokenizer.json").is_file():

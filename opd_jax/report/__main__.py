@@ -19,8 +19,9 @@ from typing import NoReturn
 from opd_jax.report.curves import figures
 from opd_jax.report.page import page
 from opd_jax.report.runs import read_groups
+from opd_jax.runtime import bucket
 from opd_jax.runtime.exits import print_line, reported
-from opd_jax.runtime.files import local_path, replace_bytes, replace_text
+from opd_jax.runtime.files import replace_bytes, replace_text
 
 
 def report(workdirs: Sequence[Path], out: Path) -> list[Path]:
@@ -39,6 +40,7 @@ def report(workdirs: Sequence[Path], out: Path) -> list[Path]:
     for name, (data, _) in drawn.items():
         replace_bytes(out / f"{name}.png", data)
     replace_text(out / "index.html", page(groups, drawn))
+    bucket.upload(out)
     return [out / "index.html", *(out / f"{name}.png" for name in drawn)]
 
 
@@ -61,8 +63,10 @@ def main(argv: Sequence[str]) -> None:
         where = "folder of the report (default: `report` in the first workdir)"
         parser.add_argument("--out", metavar="DIR", help=where)
         flags = parser.parse_args(argv)
-        workdirs = [local_path(text, name="--workdir") for text in flags.workdir]
-        out = local_path(flags.out, name="--out") if flags.out else workdirs[0] / "report"
+        workdirs = [bucket.place(text, name="--workdir") for text in flags.workdir]
+        out = workdirs[0] / "report"
+        if flags.out:
+            out = bucket.place(flags.out, name="--out", is_new=True)
         for path in report(workdirs, out):
             print_line(str(path), sys.stdout)
 

@@ -6,6 +6,7 @@ from html import escape
 from typing import Any
 
 from opd_jax.report.runs import Group, changed_fields
+from opd_jax.runtime.exits import printed
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -54,7 +55,7 @@ def _runs(groups: Sequence[Group]) -> list[dict[str, Any]]:
             "run": group.label,
             "seed": run.config.get("seed"),
             "updates": f"{run.lines[-1]['step']} of {run.config.get('train.updates', '?')}",
-            "workdir": run.workdir,
+            "workdir": printed(str(run.workdir)),
         }
         for group in groups
         for run in group.runs

@@ -12,6 +12,7 @@ import numpy as np
 
 from opd_jax.report.intervals import average_interval
 from opd_jax.report.writers import read_lines, read_summary
+from opd_jax.runtime.exits import printed
 from opd_jax.runtime.files import read_json
 
 
@@ -176,7 +177,7 @@ def _labelled(groups: Sequence[list[Run]]) -> list[Group]:
         labels.append(names[place] if names.count(names[place]) == 1 else f"{above}/{names[place]}")
     for place, label in enumerate(labels):
         if labels.count(label) > 1:
-            labels[place] = str(groups[place][0].workdir)
+            labels[place] = printed(str(groups[place][0].workdir))
     return [Group(label, runs) for label, runs in zip(labels, groups, strict=True)]
 
 

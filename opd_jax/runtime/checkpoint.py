@@ -3,7 +3,8 @@
 Orbax writes each checkpoint into a temporary directory and renames it when complete. A process that
 is killed at any moment loses at most the save in progress. On disk a checkpoint is
 ``DIRECTORY/STEP/{state,meta}``: arrays in ``state``, one JSON object in ``meta`` (cursors,
-counters, host-side random state).
+counters, host-side random state). In a bucket, where nothing can be renamed, the object
+``STEP/commit_success.txt`` is written last. Every process writes its own shards there.
 """
 
 import functools
@@ -19,12 +20,14 @@ from typing import Any
 
 import jax
 
-from opd_jax.runtime import processes, progress
+from opd_jax.runtime import bucket, processes, progress
 from opd_jax.runtime.exits import DISK, WorldFailed, explain, reading
 from opd_jax.runtime.fields import WORLD, affects, check_choice, check_within
 
 # An error of the storage layer can be pages long; its beginning names the file and the defect.
 _MAX_CAUSE_CHARS = 300
+# The object that makes a checkpoint in a bucket complete.
+_COMMITTED = re.compile(r"(\d+)/commit_success\.txt")
 
 
 # Figures by which a checkpoint may be the best, and whether more is better.
@@ -52,6 +55,9 @@ class CheckpointSettings:
 
 def saved_steps(directory: Path) -> list[int]:
     """The steps of the complete checkpoints in a directory, ascending; no save under way counts."""
+    if bucket.url_of(directory):
+        found = (_COMMITTED.fullmatch(name) for name in bucket.names(directory))
+        return sorted(int(match[1]) for match in found if match)
     names = (path.name for path in directory.glob("*/") if path.name.isdecimal())
     return sorted(map(int, names))
 
@@ -109,8 +115,10 @@ class Checkpoints:
         Raises:
           ValueError: `step` is not newer than the newest checkpoint, or `meta` is not JSON.
         """
-        if not self._has_saved and processes.is_first():
-            self._remove_leftovers()
+        if processes.is_first():
+            if not self._has_saved:
+                self._remove_leftovers()
+            bucket.upload(self.directory.parent)  # the lines of what is saved come first
         self._has_saved = True
         manager, ocp = self._manager()
         newest = manager.latest_step()
@@ -223,7 +231,8 @@ class Checkpoints:
                 "state": ocp.PyTreeCheckpointHandler(),
                 "meta": ocp.JsonCheckpointHandler(),
             }
-            manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+            where = bucket.url_of(self.directory) or self.directory
+            manager = ocp.CheckpointManager(where, options=options, item_handlers=handlers)
             self._opened = (manager, ocp)
         return self._opened
 
@@ -234,6 +243,10 @@ class Checkpoints:
 
     def _remove_leftovers(self) -> None:
         """Removes what killed saves left. Only who saves does, so it is nobody's save under way."""
+        if bucket.url_of(self.directory):
+            begun = {name.partition("/")[0] for name in bucket.names(self.directory)}
+            for name in begun - set(map(str, saved_steps(self.directory))):
+                bucket.remove(self.directory / name)
         for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(path, ignore_errors=True)
 

@@ -60,8 +60,25 @@ class WorldFailed(RuntimeError):
     """
 
 
+# What to print in place of the beginning of a path: a mirror's place says nothing (`bucket`).
+_printed_as: dict[str, str] = {}
+
+
+def name_in_print(folder: Path, text: str) -> None:
+    """From now on whatever is printed says `text` in place of a folder."""
+    _printed_as[str(folder)] = text
+
+
+def printed(text: str) -> str:
+    """A text as it is printed, with the folders' names."""
+    for folder, name in _printed_as.items():
+        text = text.replace(folder, name)
+    return text
+
+
 def print_line(text: str, stream: TextIO) -> None:
     """Prints, unless nobody reads the stream any more: then what was computed matters more."""
+    text = printed(text)
     try:
         print(text, file=stream, flush=True)
     except OSError as error:

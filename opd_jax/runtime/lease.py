@@ -9,6 +9,8 @@ thread of the owner renews its heartbeat. Who finds a lease
 - of another machine: waits until it is given up or expires. A preempted machine cannot give its
   lease up, and whoever restarts the run elsewhere must not be refused for that.
 
+In a bucket the lease is an object, and its generation decides between two that write it.
+
 A process that was paused so long that another took its lease ends as soon as it notices: two
 writers would spoil the run. Machines may disagree about the time by less than `EXPIRES_S`; a lease
 of another machine also expires if its heartbeat was not seen to change for so long.
@@ -27,8 +29,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from opd_jax.runtime import processes
-from opd_jax.runtime.exits import AWAY_ERRORS, WORLD, print_error
+from opd_jax.runtime import bucket, processes
+from opd_jax.runtime.exits import AWAY_ERRORS, WORLD, WorldFailed, print_error
 from opd_jax.runtime.files import local_path, remove_temporaries, replace_text
 
 FILE = "lease.json"
@@ -103,23 +105,44 @@ class _Lease:
     owner: Owner
     heartbeat: float
     folder: str = ""  # where the owner holds it
+    generation: int = 0  # of the object in a bucket
 
     def text(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        content = dataclasses.asdict(self)
+        del content["generation"]
+        return json.dumps(content, indent=2) + "\n"
 
 
 def _read(path: Path) -> _Lease | None:
     """The lease in a file, None if there is none; of `_UNKNOWN` if it is not written to its end."""
+    in_bucket, generation = bool(bucket.url_of(path)), 0
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if in_bucket:
+            text, generation = bucket.Object(path).read()
+        else:
+            text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
         folder = str(content.get("folder", ""))
-        return _Lease(Owner(**content["owner"]), float(content["heartbeat"]), folder)
+        return _Lease(Owner(**content["owner"]), float(content["heartbeat"]), folder, generation)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
+        if in_bucket and not generation:  # it could not be read
+            raise
+        if in_bucket:  # objects are whole, so it is no lease
+            return _Lease(_UNKNOWN, 0.0, generation=generation)
         with contextlib.suppress(FileNotFoundError):
             return _Lease(_UNKNOWN, path.stat().st_mtime)
         return None
+
+
+def _write(path: Path, ours: Owner, before: _Lease | None) -> None:
+    """Puts our lease in the place of the one before; in a bucket only if that is still there."""
+    if bucket.url_of(path):
+        generation = before.generation if before else 0
+        bucket.Object(path).write(_ours(path, ours).text(), generation=generation)
+    else:
+        replace_text(path, _ours(path, ours).text())
 
 
 @contextlib.contextmanager
@@ -128,7 +151,8 @@ def held(folder: Path, *, name: str = "--workdir") -> Iterator[Path]:
 
     Of several processes, process 0 holds it; every process has to call this. At the end the lease
     is removed, and so is a folder that was created and is empty. What killed processes left of
-    half-written files is removed at the beginning.
+    half-written files is removed at the beginning. The mirror of a folder in a bucket is brought up
+    to date, and while it is held, process 0 uploads what changes in it.
 
     Args:
       folder: the folder.
@@ -151,6 +175,7 @@ def held(folder: Path, *, name: str = "--workdir") -> Iterator[Path]:
         _remove_empty(claim.created)
         raise answer if isinstance(answer, Held) else ValueError(answer)
     if not processes.is_first():
+        bucket.fetch(folder)
         yield folder
         return
     ended = threading.Event()
@@ -158,13 +183,15 @@ def held(folder: Path, *, name: str = "--workdir") -> Iterator[Path]:
     renewing.start()
     try:
         remove_temporaries(folder)
-        yield folder
+        bucket.fetch(folder)
+        with bucket.uploading(folder):
+            yield folder
     finally:
         ended.set()
         renewing.join()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, WorldFailed):
             if (lease := _read(path)) and lease.owner == ours:
-                path.unlink()
+                _remove(path, lease)
         _remove_empty(claim.created)
 
 
@@ -237,8 +264,17 @@ class _Claim:
         return "wait"
 
 
+def _remove(path: Path, lease: _Lease) -> None:
+    if bucket.url_of(path):
+        bucket.Object(path).delete(generation=lease.generation)
+    else:
+        path.unlink()
+
+
 def _is_copied(path: Path, lease: _Lease) -> bool:
     """Whether the owner holds the folder of which this one is a copy."""
+    if url := bucket.url_of(path.parent):
+        return lease.folder not in ("", url)
     held_at = Path(lease.folder) / FILE
     if not lease.folder or held_at == path.resolve():
         return False
@@ -254,6 +290,12 @@ def _take_over(path: Path, expired: _Lease, ours: Owner) -> str:
     Several processes may have found it. The one that creates a lock looks once more, and replaces
     the file without a moment in which there is none.
     """
+    if expired.generation:
+        try:
+            _write(path, ours, expired)
+        except FileExistsError:
+            return "again"
+        return ""
     lock = path.with_name(LOCK)
     try:
         lock.touch(exist_ok=False)
@@ -265,17 +307,21 @@ def _take_over(path: Path, expired: _Lease, ours: Owner) -> str:
     try:
         if _read(path) != expired:
             return "again"
-        replace_text(path, _ours(path, ours).text())
+        _write(path, ours, expired)
         return ""
     finally:
         lock.unlink(missing_ok=True)
 
 
 def _ours(path: Path, ours: Owner) -> _Lease:
-    return _Lease(ours, time.time(), str(path.parent.resolve()))
+    folder = bucket.url_of(path.parent) or str(path.parent.resolve())
+    return _Lease(ours, time.time(), folder)
 
 
 def _write_new(path: Path, ours: Owner) -> None:
+    if bucket.url_of(path):
+        _write(path, ours, None)
+        return
     with path.open("x", encoding="utf-8") as file:
         try:
             file.write(_ours(path, ours).text())
@@ -306,8 +352,8 @@ def _renew(path: Path, ours: Owner, ended: threading.Event) -> None:
             lease = _read(path)
             if lease and lease.owner not in (ours, _UNKNOWN):
                 break
-            replace_text(path, _ours(path, ours).text())
-        except OSError:  # a full disk or a network that is away: the next time
+            _write(path, ours, lease)
+        except (OSError, WorldFailed):  # a full disk or a network that is away: the next time
             continue
     else:
         return

@@ -45,7 +45,7 @@ def test_the_home_directory_is_understood(path, monkeypatch):
     assert workdir == Path("/people/her/runs/a")
 
 
-@pytest.mark.parametrize("url", ["gs://bucket/run", "s3://b/r", "gs:/bucket/run"])
+@pytest.mark.parametrize("url", ["hdfs://bucket/run", "s3://b/r", "gs:/bucket/run"])
 def test_a_url_is_no_workdir(url, path):
     with pytest.raises(ValueError, match=f"`--workdir`: `{url}` is a URL"):
         parse_command_line([f"--config={path}", f"--workdir={url}"], usage="")

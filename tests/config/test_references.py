@@ -122,7 +122,7 @@ def test_a_reference_to_no_checkpoint_is_one_line_before_anything_is_loaded(
         (f"workdir:{run}@7", "has no checkpoint of update 7; it keeps those of 3"),
         (f"workdir:{run}@best", "has no best checkpoint"),
         (f"workdir:{gone}", "what its run began with: model folder"),
-        ("workdir:gs://bucket/run", "is a URL"),
+        ("workdir:s3://bucket/run", "is a URL"),
     ):
         for field in ("student", "teacher"):
             words = ["--config=quickstart:runlocal", f"--workdir={tmp_path / 'new'}"]

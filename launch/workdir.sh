@@ -1,0 +1,18 @@
+# shellcheck shell=bash
+# Sourced by local.sh and remote.sh.
+#   workdir_in PLACE ARG...   set `workdir` to --workdir=PLACE/NAME, with the NAME of the config in
+#                             the arguments of training; to () if they have a --workdir
+
+workdir_in() {
+  local word config="" previous="" name
+  workdir=()
+  [[ " $* " != *" --workdir"* ]] || return 0
+  for word in "${@:2}"; do
+    [[ $word == --config=* ]] && config=${word#--config=}
+    [[ $previous == --config ]] && config=$word
+    previous=$word
+  done
+  name=$(basename "$config" | sed -e 's/\.py//' -e 's/[^A-Za-z0-9_.=-]/-/g')
+  # shellcheck disable=SC2034 # the script reads it
+  workdir=(--workdir="$1/${name:-run}")
+}

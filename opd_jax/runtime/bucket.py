@@ -1,0 +1,343 @@
+"""Workdirs and model folders in Google Cloud Storage: `gs://BUCKET/PATH` instead of a path.
+
+Objects cannot be appended to. So a folder in a bucket has a mirror on this machine, in which a
+command reads and writes as in any other folder. `place` makes it and fetches what is in the bucket;
+`upload` writes the files that have changed as whole objects, and deletes those that are gone. Only
+the bucket counts: a mirror ends with its process. Checkpoints and the lease have no mirror. Whoever
+writes them asks for the URL (`url_of`) of the path that they would have in it.
+
+The extra `gcs` is imported when the first URL is seen. Credentials are found as all of Google's
+libraries find them. `STORAGE_EMULATOR_HOST` names another server.
+"""
+
+import contextlib
+import errno
+import fcntl
+import functools
+import json
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opd_jax.runtime.exits import WorldFailed, name_in_print
+from opd_jax.runtime.files import local_path
+
+UPLOAD_S = 30.0
+SCHEME = "gs://"
+# A mirror is without these, below it too. Nobody reads them there, and they may be large.
+_LEFT_OUT = re.compile(r"(.*/)?((checkpoints|profile|report)/.*|lease\.json|.*\.safetensors|)")
+_TEMPORARY = re.compile(r"\d+\..+\.tmp|\..+\.partial")
+
+# Of each file that is the same in the bucket, how it was then. Two threads may upload.
+_same: dict[Path, tuple[int, int]] = {}
+_generations: dict[Path, int] = {}
+_uploading = threading.RLock()
+
+
+# --- Paths ----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _mirrors() -> tuple[Path, tempfile.TemporaryDirectory]:
+    """The folder of all mirrors; it is removed when the second one is, at the process's end."""
+    made = tempfile.TemporaryDirectory(prefix="opd_jax-")
+    folder = Path(made.name).resolve()
+    name_in_print(folder, SCHEME[:-1])
+    return folder, made
+
+
+def url_of(path: Path) -> str:
+    """The URL of a path in a mirror; "" for all others."""
+    if not _mirrors.cache_info().currsize or not path.is_relative_to(_mirrors()[0]):
+        return ""
+    return SCHEME + path.relative_to(_mirrors()[0]).as_posix()
+
+
+def place(text: str, *, name: str, is_new: bool = False) -> Path:
+    """A path that a user gives: as `local_path`, or the mirror of a URL, with what is there.
+
+    Args:
+      text: the path or the URL of a folder or a file.
+      name: the flag or field that gives it, for errors.
+      is_new: it will be written, so nothing is fetched.
+
+    Raises:
+      ValueError: it is a URL of another kind, or the bucket cannot be had.
+      WorldFailed: the bucket cannot be reached now.
+    """
+    if not text.startswith(SCHEME):
+        return local_path(text, name=name)
+    parts = text.removeprefix(SCHEME).rstrip("/").split("/")
+    if len(parts) < 2 or {"", ".", ".."} & set(parts):
+        raise ValueError(f"`{name}`: `{text}`: expected gs://BUCKET/PATH")
+    path = _mirrors()[0].joinpath(*parts)
+    with _reaching(url_of(path), name):
+        _bucket(path)
+    if not is_new:
+        fetch(path)
+    return path
+
+
+def _bucket(path: Path) -> Any:
+    return _open(path.relative_to(_mirrors()[0]).parts[0])
+
+
+@functools.cache
+def _open(bucket: str) -> Any:
+    import fsspec.config
+    import gcsfs  # noqa: F401 - as orbax will
+    from google.cloud import storage
+
+    # It would remember what orbax has seen, and neither arrays nor `remove` tell it what is new.
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    return storage.Client().get_bucket(bucket)
+
+
+def _key(path: Path) -> str:
+    """The name of an object in its bucket."""
+    return "/".join(path.relative_to(_mirrors()[0]).parts[1:])
+
+
+def _blob(path: Path) -> Any:
+    return _bucket(path).blob(_key(path))
+
+
+@contextlib.contextmanager
+def _reaching(url: str, name: str = "") -> Iterator[None]:
+    """Tells what cannot be had from what cannot be reached now.
+
+    Raises:
+      ValueError: there are no credentials, no permission or no such bucket.
+      WorldFailed: no answer, or one that says to try again.
+    """
+    where = f"`{name}`: `{url}`" if name else f"`{url}`"
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(
+            f"{where} needs the extra gcs, which is not installed ({error.name}): "
+            "pip install 'opd-jax[gcs]'"
+        ) from None
+    except Exception as error:
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        text = " ".join(str(error).split())
+        if kinds & {"DefaultCredentialsError", "RefreshError"} or "Project was not" in text:
+            advice = "log in with `gcloud auth application-default login`, or on a machine of the"
+            raise ValueError(
+                f"{where}: no credentials for Google Cloud ({text}); {advice} project give it a "
+                "service account"
+            ) from None
+        if kinds & {"Forbidden", "Unauthorized"}:
+            raise ValueError(f"{where}: no permission ({text})") from None
+        if "NotFound" in kinds:
+            raise ValueError(f"{where}: there is no such bucket ({text})") from None
+        if kinds & {"GoogleAPIError", "GoogleAuthError", "RequestException"}:
+            raise WorldFailed(f"{where} cannot be reached now: {text}") from error
+        raise
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+def fetch(path: Path) -> None:
+    """Brings the mirror of a folder or a file up to date. Nothing to do for other paths."""
+    if not (url := url_of(path)):
+        return
+    with _uploading, _reaching(url):
+        single = _bucket(path).get_blob(_key(path))
+        found = {path: single} if single else {path / name: b for name, b in _objects(path).items()}
+        there = {file for file in found if not _LEFT_OUT.fullmatch(str(file.relative_to(path)))}
+        for file in there:
+            if _generations.get(file) != found[file].generation:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(*_conflicts()):  # it was deleted meanwhile
+                    found[file].download_to_filename(file)
+                    _generations[file], _same[file] = found[file].generation, _state(file)
+        for file in _mirrored(path) - there:
+            file.unlink(missing_ok=True)
+            _forget(file)
+
+
+def upload(path: Path) -> None:
+    """Uploads what has changed in the mirror of a folder or a file; a model's config.json last.
+
+    Nothing to do for other paths. In a run of several processes only the first one calls it.
+
+    Raises:
+      ValueError, WorldFailed: as `place`.
+    """
+    if not (url := url_of(path)):
+        return
+    with _uploading, _reaching(url):
+        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+        files = [file for file in files if not _TEMPORARY.fullmatch(file.name)]
+        for file in sorted(files, key=lambda file: (file.name == "config.json", file)):
+            with contextlib.suppress(FileNotFoundError):
+                if _same.get(file) != (state := _state(file)):
+                    # A file that grows meanwhile is uploaded up to its size of now.
+                    with file.open("rb") as content:
+                        blob = _blob(file)
+                        blob.upload_from_file(content, size=state[1])
+                    _generations[file], _same[file] = blob.generation, state
+        for file in _mirrored(path) - set(files):
+            with contextlib.suppress(FileNotFoundError):
+                Object(file).delete()
+            _forget(file)
+
+
+def _mirrored(path: Path) -> set[Path]:
+    """The files that are, or were, the same in the bucket."""
+    return {file for file in _same if file.is_relative_to(path)}
+
+
+def _state(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_mtime_ns, found.st_size
+
+
+def _forget(file: Path) -> None:
+    _same.pop(file, None)
+    _generations.pop(file, None)
+
+
+@contextlib.contextmanager
+def uploading(folder: Path) -> Iterator[None]:
+    """Inside, what changes in a folder is uploaded every `UPLOAD_S` seconds, and at the end."""
+    if not url_of(folder):
+        yield
+        return
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(UPLOAD_S):
+            # A checkpoint uploads too, and there it is an error.
+            with contextlib.suppress(ValueError, WorldFailed):
+                upload(folder)
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        upload(folder)
+
+
+# --- Objects --------------------------------------------------------------------------------------
+
+
+def _objects(folder: Path) -> dict[str, Any]:
+    """The objects below a folder, by their names relative to it."""
+    start = f"{_key(folder)}/"
+    return {b.name.removeprefix(start): b for b in _bucket(folder).list_blobs(prefix=start)}
+
+
+def names(folder: Path) -> list[str]:
+    """The names of all objects below a folder in a bucket, relative to it."""
+    with _reaching(url_of(folder)):
+        return list(_objects(folder))
+
+
+def remove(folder: Path) -> None:
+    """Deletes all objects below a folder in a bucket."""
+    for name in names(folder):
+        with contextlib.suppress(FileNotFoundError):
+            Object(folder / name).delete()
+
+
+@dataclass(frozen=True)
+class Object:
+    """A text in a bucket that several machines write.
+
+    Attributes:
+      path: its place in a mirror; no file is there.
+    """
+
+    path: Path
+
+    def read(self) -> tuple[str, int]:
+        """The text and its generation; raises FileNotFoundError."""
+        with _reaching(url_of(self.path)):
+            while found := _bucket(self.path).get_blob(_key(self.path)):
+                with contextlib.suppress(*_conflicts()):  # it was replaced meanwhile
+                    text = found.download_as_text(if_generation_match=found.generation)
+                    return text, found.generation
+        raise FileNotFoundError(self.path)
+
+    def write(self, text: str, *, generation: int) -> None:
+        """Writes it if that of `generation` is there, 0 for none; else raises FileExistsError."""
+        with _reaching(url_of(self.path)):
+            try:
+                _blob(self.path).upload_from_string(text, if_generation_match=generation)
+            except _conflicts():
+                raise FileExistsError(errno.EEXIST, "replaced meanwhile", str(self.path)) from None
+
+    def delete(self, *, generation: int | None = None) -> None:
+        """Deletes it, or only one generation of it; raises FileNotFoundError."""
+        with _reaching(url_of(self.path)):
+            try:
+                _blob(self.path).delete(if_generation_match=generation)
+            except _conflicts():
+                raise FileNotFoundError(self.path) from None
+
+
+def _conflicts() -> tuple[type[Exception], ...]:
+    from google.api_core.exceptions import NotFound, PreconditionFailed
+
+    return NotFound, PreconditionFailed
+
+
+# --- Models ---------------------------------------------------------------------------------------
+
+
+@functools.cache  # once a process
+def model_folder(url: str, *, name: str, wanted: Callable[[str], bool]) -> Path:
+    """The files of a model in a bucket, fetched as a whole to ``~/.cache/opd_jax/models``.
+
+    They stay there. What is replaced in the bucket is fetched again; its generation tells.
+
+    Args:
+      url: of the folder.
+      name: the field that gives it, for errors.
+      wanted: whether a file is needed, by its name.
+
+    Raises:
+      ValueError: nothing is there, or the bucket cannot be had.
+      WorldFailed: the bucket cannot be reached now.
+    """
+    source, cache = place(url, name=name, is_new=True), _cache()
+    folder = cache / source.relative_to(_mirrors()[0])
+    name_in_print(cache, SCHEME[:-1])
+    folder.mkdir(parents=True, exist_ok=True)
+    with _reaching(url, name), (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes of this machine one fetches
+        record = folder / ".fetched.json"
+        known = json.loads(record.read_text()) if record.exists() else {}
+        found = {part: blob for part, blob in _objects(source).items() if wanted(part)}
+        if not found:
+            raise ValueError(f"`{name}`: `{url}` holds no model; expected config.json and weights")
+        for part in known.keys() - found.keys():
+            (folder / part).unlink(missing_ok=True)
+        known = {part: known[part] for part in known.keys() & found.keys()}
+        for part, blob in found.items():
+            file = folder / part
+            is_whole = file.exists() and file.stat().st_size == blob.size
+            if not is_whole or known.get(part) != blob.generation:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                partial = file.with_name(f".{file.name}.partial")
+                blob.download_to_filename(partial)  # which checks its hash
+                partial.replace(file)
+                known[part] = blob.generation
+                record.write_text(json.dumps(known))
+    return folder
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base, "opd_jax/models").resolve()

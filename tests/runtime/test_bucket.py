@@ -1,0 +1,396 @@
+"""Workdirs and models in a bucket: what a kill leaves, who may write, what cannot be had."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from buckets import BUCKET, FORBIDDEN, served
+from processes import run_python
+
+from opd_jax import hf
+from opd_jax.config.references import model_folder
+from opd_jax.report.writers import JsonlWriter
+from opd_jax.runtime import bucket, lease
+from opd_jax.runtime.checkpoint import Checkpoints, saved_steps
+from opd_jax.runtime.exits import WORLD, WorldFailed, printed
+from opd_jax.runtime.lease import EXPIRES_S, FILE, Owner, _Claim, held
+
+__all__ = ["served"]
+ROOT = Path(__file__).parents[2]
+
+
+def another_process() -> None:
+    """Forgets all mirrors, as a process does that begins."""
+    bucket._mirrors.cache_clear()
+    bucket._same.clear()
+    bucket._generations.clear()
+
+
+@pytest.fixture
+def url(served: Any) -> Iterator[str]:
+    """An empty place in the bucket."""
+    served.objects.clear()
+    served.written.clear()
+    another_process()
+    yield f"gs://{BUCKET}/some/run"
+    another_process()
+
+
+def place(url: str, **options: Any) -> Path:
+    return bucket.place(url, name="--workdir", **options)
+
+
+def objects(served: Any) -> dict[str, bytes]:
+    return {name.removeprefix("some/run/"): data for name, data in served.contents().items()}
+
+
+# --- Files
+
+
+def test_what_is_written_in_a_mirror_is_in_the_bucket_and_in_the_next_mirror(
+    url: str, served: Any
+) -> None:
+    folder = place(url)
+    (folder / "episodes").mkdir(parents=True)
+    for name, text in {"a.json": "1", "lines": "x\n", "episodes/1": "e"}.items():
+        (folder / name).write_text(text)
+    (folder / "77.a.json.tmp").touch()  # of a write under way
+    bucket.upload(folder)
+    assert objects(served) == {"a.json": b"1", "lines": b"x\n", "episodes/1": b"e"}
+
+    with (folder / "lines").open("a") as lines:
+        lines.write("y\n")
+    (folder / "episodes" / "1").unlink()
+    served.written.clear()
+    bucket.upload(folder)
+    bucket.upload(folder)
+    assert served.written == ["some/run/lines"]  # only what has changed
+    assert objects(served) == {"a.json": b"1", "lines": b"x\ny\n"}
+
+    another_process()
+    again = place(url + "/")
+    assert again != folder
+    files = {path.name: path.read_text() for path in again.rglob("*") if path.is_file()}
+    assert files == {"a.json": "1", "lines": "x\ny\n"}
+    assert place(f"{url}/lines").read_text() == "x\ny\n"
+    assert printed(f"`{again}`") == f"`{url}`"
+
+
+def test_a_mirror_is_brought_up_to_date_and_is_without_what_is_large(url: str, served: Any) -> None:
+    folder = place(url)
+    folder.mkdir(parents=True)
+    large = ("checkpoints/1/state/d", "profile/x", "model/model.safetensors", "lease.json")
+    for name in ("kept", "replaced", "removed", *large):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("old")
+    bucket.upload(folder)
+    another_process()
+    there = place(url)
+    assert {path.name for path in there.rglob("*")} == {"kept", "replaced", "removed"}
+    kept = (there / "kept").stat().st_mtime_ns
+    bucket._bucket(there).blob("some/run/replaced").upload_from_string("new")
+    bucket._bucket(there).blob("some/run/removed").delete()
+    bucket.fetch(there)
+    assert {path.name: path.read_text() for path in there.iterdir()} == {
+        "kept": "old",
+        "replaced": "new",
+    }
+    assert (there / "kept").stat().st_mtime_ns == kept  # not fetched again
+    bucket.upload(there)
+    assert set(objects(served)) == {"kept", "replaced", *large}  # which it has never seen
+
+
+def test_while_a_workdir_is_held_it_is_uploaded_again_and_again_and_at_the_end(
+    url: str, served: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bucket, "UPLOAD_S", 0.05)
+    with held(place(url)) as folder:
+        (folder / "a").write_text("1")
+        deadline = time.monotonic() + 60
+        while "a" not in objects(served) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert objects(served)["a"] == b"1"
+        monkeypatch.setattr(bucket, "UPLOAD_S", 600)
+        time.sleep(0.2)
+        (folder / "b").write_text("2")
+    assert objects(served) == {"a": b"1", "b": b"2"}
+
+
+def test_a_path_of_this_machine_imports_nothing() -> None:
+    code = (
+        "import sys, opd_jax.train, opd_jax.view\n"
+        "from pathlib import Path\n"
+        "from opd_jax.runtime import bucket\n"
+        "assert bucket.place('runs/a', name='--workdir') == Path('runs/a')\n"
+        "bucket.upload(Path('runs/a')), bucket.fetch(Path('runs/a'))\n"
+        "print([name for name in ('google.cloud', 'gcsfs', 'fsspec') if name in sys.modules])"
+    )
+    assert run_python(code) == "[]"
+
+
+# --- Checkpoints
+
+
+def tree(seed: float) -> dict[str, jax.Array]:
+    return {"w": jax.numpy.arange(12.0) * seed, "n": jax.numpy.int32(7)}
+
+
+def test_checkpoints_come_back_to_the_bit_and_the_newest_are_kept(url: str, served: Any) -> None:
+    checkpoints = Checkpoints(place(url) / "checkpoints", keep=2)
+    assert (checkpoints.latest(), checkpoints.restore_latest(tree(0))) == (None, None)
+    for step in (1, 2, 3):
+        checkpoints.save(step, tree(step), {"cursor": step})
+    checkpoints.close()
+    another_process()
+    again = Checkpoints(place(url) / "checkpoints", keep=2)
+    assert saved_steps(again.directory) == [2, 3]
+    assert not any(name.startswith("checkpoints/1/") for name in objects(served))
+    step, arrays, meta = again.restore_latest(tree(0))
+    assert (step, meta) == (3, {"cursor": 3})
+    np.testing.assert_array_equal(arrays["w"], tree(3)["w"])
+    assert again.shapes(2) == {"w": (12,), "n": ()}
+    again.close()
+
+
+def test_a_save_that_was_killed_counts_for_nothing_and_goes_with_the_next(
+    url: str, served: Any
+) -> None:
+    checkpoints = Checkpoints(place(url) / "checkpoints", keep=9)
+    for step in (1, 2):
+        checkpoints.save(step, tree(step), {})
+    checkpoints.close()
+    del served.objects[BUCKET]["some/run/checkpoints/2/commit_success.txt"]
+    another_process()
+    again = Checkpoints(place(url) / "checkpoints", keep=9)
+    assert again.restore_latest(tree(0))[0] == 1
+    again.save(3, tree(3), {})
+    again.close()
+    steps = {name.split("/")[1] for name in objects(served) if name.startswith("checkpoints/")}
+    assert (saved_steps(again.directory), steps) == ([1, 3], {"1", "3"})
+
+
+def test_a_hard_kill_loses_no_line_that_a_checkpoint_covers_and_none_stands_twice(
+    url: str, served: Any
+) -> None:
+    folder = place(url)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=2)
+    lines = JsonlWriter(folder / "metrics.jsonl", resume_step=None)
+    for step in (1, 2, 3):
+        lines.write(step, {"loss": 0.5})
+        if step == 2:
+            checkpoints.save(step, tree(step), {})
+            checkpoints.wait()
+    names = [name.removeprefix("some/run/") for name in served.written]
+    assert names.index("metrics.jsonl") < names.index("checkpoints/2/commit_success.txt")
+    checkpoints.close()
+    bucket.upload(folder)  # half a minute passes
+    another_process()
+
+    folder = place(url)
+    again = Checkpoints(folder / "checkpoints", keep=2)
+    assert again.latest() == 2
+    lines = JsonlWriter(folder / "metrics.jsonl", resume_step=2)
+    for step in (3, 4):
+        lines.write(step, {"loss": 0.5})
+    again.save(4, tree(4), {})
+    again.close()
+    written = objects(served)["metrics.jsonl"].splitlines()
+    assert [json.loads(line)["step"] for line in written] == [1, 2, 3, 4]
+
+
+# --- The lease
+
+
+def leave(url: str, *, age_s: float = 0.0, at: str = "", **owner: Any) -> None:
+    """A lease that another process might have left."""
+    content = dataclasses.asdict(dataclasses.replace(Owner.this_process(), **owner))
+    text = json.dumps({"owner": content, "heartbeat": time.time() - age_s, "folder": at or url})
+    bucket._blob(place(url, is_new=True) / FILE).upload_from_string(text)
+
+
+def dead_pid() -> int:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    return process.pid
+
+
+HOLD = """
+import sys, time
+from opd_jax.runtime import bucket, lease
+lease.HEARTBEAT_S = 0.05
+with lease.held(bucket.place(sys.argv[1], name="--workdir")):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(url: str) -> Iterator[subprocess.Popen]:
+    """A living process that holds the lease, with frequent heartbeats."""
+    words, pipe = [sys.executable, "-c", HOLD, url], subprocess.PIPE
+    with subprocess.Popen(words, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_run_with_the_same_workdir_is_refused_until_the_first_is_gone(
+    url: str, served: Any, holder: Any
+) -> None:
+    with pytest.raises(ValueError, match=f"process {holder.pid} on .* is working in") as error:
+        held(place(url)).__enter__()
+    assert f"`{url}`" in printed(str(error.value))
+    first = json.loads(objects(served)[FILE])
+    time.sleep(0.5)
+    assert json.loads(objects(served)[FILE])["heartbeat"] > first["heartbeat"]
+    holder.kill()
+    holder.wait()
+    with held(place(url)):
+        assert json.loads(objects(served)[FILE])["owner"]["pid"] != holder.pid
+    assert objects(served) == {}
+
+
+def test_a_process_that_lost_its_lease_ends(url: str, holder: Any) -> None:
+    leave(url, host="elsewhere")
+    assert holder.wait(60) == WORLD
+    (line,) = holder.stderr.read().splitlines()
+    assert f"the lease on `{url}` was lost" in line
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        lambda: {"pid": dead_pid()},
+        lambda: {"host": "elsewhere", "age_s": EXPIRES_S + 1},
+        lambda: {"at": f"gs://{BUCKET}/another/run"},  # it came with a copy
+    ],
+)
+def test_a_lease_that_is_nobodys_is_taken_over(url: str, served: Any, left: Any) -> None:
+    leave(url, **left())
+    with held(place(url)):
+        owner = json.loads(objects(served)[FILE])["owner"]
+        assert owner == dataclasses.asdict(Owner.this_process())
+    assert FILE not in objects(served)
+
+
+@pytest.mark.parametrize("is_left", [False, True])
+def test_of_many_at_once_one_gets_the_lease(url: str, served: Any, is_left: bool) -> None:
+    def claim(number: int) -> str:
+        owner = dataclasses.replace(Owner.this_process(), host=f"machine {number}")
+        claim = _Claim(folder, "--workdir", ours=owner, told=True)
+        ready.wait()
+        while (answer := claim.step()) == "again":
+            pass
+        return answer
+
+    folder, count = place(url), 6
+    if is_left:
+        leave(url, pid=dead_pid())
+    ready = threading.Barrier(count)
+    with ThreadPoolExecutor(count) as pool:
+        answers = list(pool.map(claim, range(count)))
+    assert sorted(answers) == ["", *["wait"] * (count - 1)]
+    owner = json.loads(objects(served)[FILE])["owner"]
+    assert owner["host"] == f"machine {answers.index('')}"
+
+
+# --- Models
+
+
+def test_a_model_is_fetched_once_and_again_where_it_was_replaced(
+    url: str, served: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = place(url)
+    source.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "pytorch_model.bin", "original/x.json"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(f"{name} 1")
+    bucket.upload(source)
+    folder = model_folder(url)
+    files = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    assert files == {"config.json", "model.safetensors"}
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+
+    (source / "config.json").write_text("config.json 2")
+    (source / "model.safetensors").with_name("generation_config.json").write_text("{}")
+    bucket.upload(source)
+    (folder / "config.json").write_text("")  # and a fetch that the disk has lost
+    bucket.model_folder.cache_clear()
+    assert model_folder(url) == folder
+    assert (folder / "config.json").read_text() == "config.json 2"
+    assert (folder / "generation_config.json").is_file()
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_model_is_uploaded_with_its_config_last(url: str, served: Any) -> None:
+    folder = place(url)
+    folder.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (folder / name).touch()
+    bucket.upload(folder)
+    assert served.written[-1] == "some/run/config.json"
+    assert not hf.is_needed("pytorch_model.bin")
+
+
+# --- What cannot be had
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("gs://nowhere/run", "no such bucket"),
+        (f"gs://{FORBIDDEN}/run", "no permission"),
+        ("gs://runs", "expected gs://BUCKET/PATH"),
+        ("gs://runs/a/../b", "expected gs://BUCKET/PATH"),
+        ("s3://runs/a", "is a URL"),
+    ],
+)
+def test_what_cannot_be_had_is_told_in_a_line(url: str, given: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said) as error:
+        place(given)
+    assert given in printed(str(error.value))
+    assert "`--workdir`" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_without_credentials_or_the_extra_a_line_says_what_to_do(
+    url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bucket._open.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.delenv("STORAGE_EMULATOR_HOST")
+        patch.setenv("NO_GCE_CHECK", "true")
+        patch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
+        patch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
+        with pytest.raises(ValueError, match="gcloud auth application-default login"):
+            place(url)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "gcsfs", None)
+        with pytest.raises(ValueError, match=r"pip install 'opd-jax\[gcs\]'"):
+            place(url)
+
+
+def test_a_server_that_is_away_is_no_mistake(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from google.api_core.exceptions import ServiceUnavailable
+
+    def away(*_: Any, **__: Any) -> Any:
+        raise ServiceUnavailable("try again")
+
+    folder = place(url)
+    monkeypatch.setattr(bucket._bucket(folder), "list_blobs", away)
+    with pytest.raises(WorldFailed, match=r"cannot be reached now: 503 try again"):
+        bucket.fetch(folder)
+    bucket._open.cache_clear()
+    assert lease._read(place(url) / FILE) is None
