@@ -727,6 +727,8 @@ def make_proposer(settings: Settings) -> Callable[..., list[tuple[str, str]]]:
     players = [player(name) for name in shown.proposers]
 
     def propose(number: int, conversation: Conversation, index: int) -> list[tuple[str, str]]:
+        if not shown.proposals:
+            return []
         where = conversation.split, conversation.index
         rng = random.Random(f"{settings.seed}/proposals/{number}/{where}/{index}")
         env = next(e for e in envs if e.reset(*where) and e.task == conversation.task)
