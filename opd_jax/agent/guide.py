@@ -9,6 +9,7 @@ import numpy as np
 from opd_jax.agent.agent import Agent
 from opd_jax.agent.conversation import Turn
 from opd_jax.model import Params
+from opd_jax.runtime.mesh import replicate
 
 
 @dataclass(frozen=True)
@@ -66,4 +67,4 @@ def _uniform(keys: jax.Array, turn: jax.Array) -> jax.Array:
         of_turn = jax.random.fold_in(jax.random.fold_in(key, turn), np.uint32(2**32 - 1))
         return jax.random.uniform(of_turn)
 
-    return jax.vmap(draw)(keys)
+    return replicate(jax.vmap(draw)(keys))

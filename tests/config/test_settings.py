@@ -358,6 +358,8 @@ def test_what_the_method_does_not_read_is_free() -> None:
         assert not sage(name)
         assert binds_a_run(read("quickstart", change))(name)
         assert sage(change.partition("=")[0])
+    guided = read("quickstart", "rollout.take_over_after=2", "objective.teacher_turns=jsd")
+    assert binds_a_run(guided)("objective.beta")
     # A field of the user's own that begins like one of ours binds.
     assert opd("weight.discount_of_mine")
     assert not opd("weight.discount")

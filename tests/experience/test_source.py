@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from settings import one_device, read
 
-from opd_jax.agent.conversation import Conversation
+from opd_jax.agent.conversation import Actor, Conversation
 from opd_jax.agent.environments import make_envs
+from opd_jax.agent.guide import Guide
 from opd_jax.agent.positions import Positions
 from opd_jax.agent.rollout import rollout, row_keys
 from opd_jax.config import build
@@ -21,12 +22,14 @@ from opd_jax.config.settings import Settings
 from opd_jax.envs.base import Task
 from opd_jax.envs.household.expert import Expert
 from opd_jax.envs.make import make_env
+from opd_jax.experience.recorded import recorded
 from opd_jax.experience.source import Episodes, Played, Source, padding
 from opd_jax.experience.tasks import TaskOrder
 from opd_jax.learner.train_state import TrainState, init_state
 from opd_jax.learner.weighing import Weight
 from opd_jax.losses import NO_TURN, Verdict
 from opd_jax.report import keys
+from opd_jax.report.episodes import episode as line_of
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -284,6 +287,79 @@ def test_padding_counts_what_an_update_computes() -> None:
     assert count(parts=1) == (4 * 8 - sum(lengths), 4 * 8)
     assert count(parts=2) == (8 + 8 + 4 + 4 - sum(lengths), 8 + 8 + 4 + 4)
     assert count(parts=4) == count(parts=2)
+
+
+# --- Turns of the teacher
+
+
+def test_the_teacher_takes_turns_as_the_settings_say(base: Settings, pair: Pair) -> None:
+    student, teacher = pair
+    assert teacher
+    settings = changed(
+        base, rollout={"teacher_share": 1.0, "teacher_share_for": 1.0, "take_over_after": 2}
+    )
+    assert settings.train.updates == 4
+    start = state(base, student, step=1)
+    agent = build.make_agent(student, settings)
+    guide = Guide(
+        teacher.params,
+        dataclasses.replace(agent, model=teacher.config),
+        share=(1 + np.cos(np.pi / 4)) / 2,
+        after=2,
+        learnt=False,
+    )
+    assert play(settings, pair, step=1).conversations == rollout(
+        start.params,
+        row_keys(jax.random.fold_in(start.rng, 1), range(4)),
+        agent=agent,
+        envs=make_envs(partial(make_env, base.env), 4),
+        tasks=TaskOrder(
+            "train", make_env(base.env).size("train"), base.seed, count=4, per_task=1
+        ).from_number(0),
+        depth=0,
+        guide=guide,
+    )
+    # When its share has fallen to 0, an update plays what it would have played without it.
+    falling = changed(base, rollout={"teacher_share": 1.0, "teacher_share_for": 0.5})
+    assert play(falling, pair, step=2) == play(base, pair, step=2)
+    assert play(falling, pair, step=1) != play(base, pair, step=1)
+
+
+@pytest.mark.parametrize("history_turns", [0, 1])
+def test_the_batch_says_who_wrote_a_turn_that_is_learnt(
+    history_turns: int, base: Settings, pair: Pair
+) -> None:
+    how = {"teacher_share": 0.5, "teacher_share_for": 0.0, "history_turns": history_turns}
+    silent = changed(base, rollout=how)
+    learning = changed(silent, objective={"teacher_turns": "forward_kl"})
+    written = []
+    for settings in (silent, learning):
+        played = play(settings, pair)
+        verdict = np.zeros((4, base.env.max_turns), np.int32)
+        batch = build.make_pack(settings, pair[0].config)(played, verdict)
+        learnt = set()
+        for row, episode in enumerate(played.episode):
+            turns = played.conversations[episode].turns
+            for k in set(batch.turn_id[row].tolist()) - {NO_TURN}:
+                learnt.add((episode, k, turns[k].actor))
+                assert batch.actor is None or batch.actor[row, k] == turns[k].actor
+        assert (batch.actor is None) == (settings is silent)
+        written.append({actor for _, _, actor in learnt})
+        turns = [(e, turn) for e, c in enumerate(played.conversations) for turn in c.turns]
+        asked = [turn for _, turn in turns if turn.actor is Actor.STUDENT or settings is learning]
+        assert len(learnt) == len(asked)
+    assert written == [{Actor.STUDENT}, {Actor.STUDENT, Actor.TEACHER}]
+
+
+def test_an_episode_that_the_teacher_played_in_is_read_back(base: Settings, pair: Pair) -> None:
+    settings = changed(base, rollout={"teacher_share": 0.5, "teacher_share_for": 0.0})
+    agent, decode = build.make_agent(pair[0], settings), pair[0].tokenizer.decode
+    for c in play(settings, pair).conversations:
+        line = line_of(c, who="train", update=0, actor="student", decode=decode)
+        got = recorded(line, agent=agent)
+        assert (got.tokens, got.spans) == (c.tokens, c.spans)
+        # Whoever wrote a turn of a file, it is an example.
+        assert [got.turn_id[start] for start, _ in got.spans] == [*range(len(c.turns))]
 
 
 # --- Demonstrations by players

@@ -365,6 +365,16 @@ def test_a_compiled_plan_is_one_screen_and_verbose_has_all_of_it():
     assert "copy to sample with: RESOURCE_EXHAUSTED: Ran out" in text
 
 
+def test_a_plan_says_that_it_does_not_count_turns_of_the_teacher():
+    said = "not counted  the teacher's turns in the student's episodes"
+    for fields, is_said in (((), False), (("rollout.take_over_after=2",), True)):
+        text = screen.text(describe(plan(QUICKSTART, *fields), None), verbose=False)
+        assert (said in text) == is_said
+    by_name = programs(QUICKSTART, "rollout.take_over_after=2", "objective.teacher_turns=jsd")
+    assert by_name["train step"].args[2].actor.shape == (16, 20)
+    assert programs(QUICKSTART)["train step"].args[2].actor is None
+
+
 def test_the_command_plans_a_paper_run_without_a_compiler(command):
     paper = "--config=configs/alfworld_qwen3.py:student=1.7b,teacher=32b"
     alone = "--config.mesh.decode=1"
