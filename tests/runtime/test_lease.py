@@ -188,6 +188,18 @@ def test_of_many_at_once_one_gets_an_expired_lease(tmp_path: Path) -> None:
         assert f"process {winner.pid} on" in process.communicate()[1] or process is winner
 
 
+def test_a_folder_that_is_removed_while_it_is_claimed_is_claimed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    here = Path("/proc/self/cwd")
+    assert here.is_dir(), "it looks like a folder, and nothing can be made in it"
+    assert _Claim(here, "--workdir").step() == "again"
+
+
 def test_who_is_late_to_an_expired_lease_leaves_the_new_one(tmp_path: Path) -> None:
     write(tmp_path, pid=dead_pid())
     expired = lease._read(tmp_path / FILE)
