@@ -168,11 +168,16 @@ def _run_next(cells: Sequence[Cell], run: Run, made_by: Mapping[str, Any]) -> bo
     for cell in cells:
         if cell.is_done():
             continue
-        with contextlib.suppress(Held), held(cell.running, name="compare.results"):
-            if not cell.is_done():  # somebody may have finished it just now
-                _run_cell(cell, run, made_by, with_others=is_first)
-            return True
-        is_first = False
+        try:
+            with held(cell.running, name="compare.results"):
+                if not cell.is_done():  # somebody may have finished it just now
+                    _run_cell(cell, run, made_by, with_others=is_first)
+                return True
+        except Held:
+            is_first = False
+        finally:
+            with contextlib.suppress(OSError):  # somebody else holds it, or has removed it
+                cell.running.rmdir()
     return False
 
 
