@@ -28,6 +28,8 @@ from opd_jax.runtime.exits import WorldFailed, name_in_print
 from opd_jax.runtime.files import local_path
 
 UPLOAD_S = 30.0
+# How long a request is made again; twice as long without an answer of any kind.
+_PATIENCE_S = 60.0
 SCHEME = "gs://"
 # A mirror is without these, below it too. Nobody reads them there, and they may be large.
 _LEFT_OUT = re.compile(r"(.*/)?((checkpoints|profile|report)/.*|lease\.json|.*\.safetensors|)")
@@ -37,6 +39,10 @@ _TEMPORARY = re.compile(r"\d+\..+\.tmp|\..+\.partial")
 _same: dict[Path, tuple[int, int]] = {}
 _generations: dict[Path, int] = {}
 _uploading = threading.RLock()
+
+
+class Away(WorldFailed):
+    """The bucket gave no answer, or one that says to try again."""
 
 
 # --- Paths ----------------------------------------------------------------------------------------
@@ -68,7 +74,7 @@ def place(text: str, *, name: str, is_new: bool = False) -> Path:
 
     Raises:
       ValueError: it is a URL of another kind, or the bucket cannot be had.
-      WorldFailed: the bucket cannot be reached now.
+      Away: the bucket cannot be reached now.
     """
     if not text.startswith(SCHEME):
         return local_path(text, name=name)
@@ -98,6 +104,13 @@ def _open(bucket: str) -> Any:
     return storage.Client().get_bucket(bucket)
 
 
+@functools.cache
+def _again() -> Any:
+    from google.cloud.storage.retry import DEFAULT_RETRY
+
+    return DEFAULT_RETRY.with_timeout(_PATIENCE_S)
+
+
 def _key(path: Path) -> str:
     """The name of an object in its bucket."""
     return "/".join(path.relative_to(_mirrors()[0]).parts[1:])
@@ -113,7 +126,7 @@ def _reaching(url: str, name: str = "") -> Iterator[None]:
 
     Raises:
       ValueError: there are no credentials, no permission or no such bucket.
-      WorldFailed: no answer, or one that says to try again.
+      Away: it cannot be reached now.
     """
     where = f"`{name}`: `{url}`" if name else f"`{url}`"
     try:
@@ -137,7 +150,7 @@ def _reaching(url: str, name: str = "") -> Iterator[None]:
         if "NotFound" in kinds:
             raise ValueError(f"{where}: there is no such bucket ({text})") from None
         if kinds & {"GoogleAPIError", "GoogleAuthError", "RequestException"}:
-            raise WorldFailed(f"{where} cannot be reached now: {text}") from error
+            raise Away(f"{where} cannot be reached now: {text}") from error
         raise
 
 
@@ -169,7 +182,7 @@ def upload(path: Path) -> None:
     Nothing to do for other paths. In a run of several processes only the first one calls it.
 
     Raises:
-      ValueError, WorldFailed: as `place`.
+      ValueError, Away: as `place`.
     """
     if not (url := url_of(path)):
         return
@@ -182,7 +195,7 @@ def upload(path: Path) -> None:
                     # A file that grows meanwhile is uploaded up to its size of now.
                     with file.open("rb") as content:
                         blob = _blob(file)
-                        blob.upload_from_file(content, size=state[1])
+                        blob.upload_from_file(content, size=state[1], retry=_again())
                     _generations[file], _same[file] = blob.generation, state
         for file in _mirrored(path) - set(files):
             with contextlib.suppress(FileNotFoundError):
@@ -207,26 +220,33 @@ def _forget(file: Path) -> None:
 
 @contextlib.contextmanager
 def uploading(folder: Path) -> Iterator[None]:
-    """Inside, what changes in a folder is uploaded every `UPLOAD_S` seconds, and at the end."""
+    """Inside, what changes in a folder is uploaded every `UPLOAD_S` seconds, and at the end.
+
+    Not at the end if it is the bucket that cannot be reached.
+    """
     if not url_of(folder):
         yield
         return
-    ended = threading.Event()
+    ended, is_away = threading.Event(), False
 
     def repeat() -> None:
         while not ended.wait(UPLOAD_S):
             # A checkpoint uploads too, and there it is an error.
-            with contextlib.suppress(ValueError, WorldFailed):
+            with contextlib.suppress(ValueError, Away):
                 upload(folder)
 
     thread = threading.Thread(target=repeat, daemon=True)
     thread.start()
     try:
         yield
+    except Away:
+        is_away = True
+        raise
     finally:
         ended.set()
-        thread.join()
-        upload(folder)
+        if not is_away:
+            thread.join()
+            upload(folder)
 
 
 # --- Objects --------------------------------------------------------------------------------------
@@ -235,7 +255,8 @@ def uploading(folder: Path) -> Iterator[None]:
 def _objects(folder: Path) -> dict[str, Any]:
     """The objects below a folder, by their names relative to it."""
     start = f"{_key(folder)}/"
-    return {b.name.removeprefix(start): b for b in _bucket(folder).list_blobs(prefix=start)}
+    found = _bucket(folder).list_blobs(prefix=start, retry=_again())
+    return {blob.name.removeprefix(start): blob for blob in found}
 
 
 def names(folder: Path) -> list[str]:
@@ -264,7 +285,7 @@ class Object:
     def read(self) -> tuple[str, int]:
         """The text and its generation; raises FileNotFoundError."""
         with _reaching(url_of(self.path)):
-            while found := _bucket(self.path).get_blob(_key(self.path)):
+            while found := _bucket(self.path).get_blob(_key(self.path), retry=_again()):
                 with contextlib.suppress(*_conflicts()):  # it was replaced meanwhile
                     text = found.download_as_text(if_generation_match=found.generation)
                     return text, found.generation
@@ -309,7 +330,7 @@ def model_folder(url: str, *, name: str, wanted: Callable[[str], bool]) -> Path:
 
     Raises:
       ValueError: nothing is there, or the bucket cannot be had.
-      WorldFailed: the bucket cannot be reached now.
+      Away: the bucket cannot be reached now.
     """
     source, cache = place(url, name=name, is_new=True), _cache()
     folder = cache / source.relative_to(_mirrors()[0])

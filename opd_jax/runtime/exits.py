@@ -43,7 +43,12 @@ _GONE = {errno.EIO, errno.EPIPE}
 _DISK_WORDS = re.compile(
     "|".join(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)))
 )
-_READING_WORDS = re.compile("|".join(map(os.strerror, sorted(AWAY_ERRORS | {errno.EIO}))))
+# Of libraries that reach a bucket. tensorstore's errors are ValueErrors that begin with a word.
+_BUCKET_MODULES = ("gcsfs", "aiohttp", "google.api_core", "google.auth", "google.cloud")
+_BUCKET_WORDS = "UNAVAILABLE: |DEADLINE_EXCEEDED: "
+_READING_WORDS = re.compile(
+    "|".join([*map(os.strerror, sorted(AWAY_ERRORS | {errno.EIO})), _BUCKET_WORDS])
+)
 
 
 class Stopped(SystemExit):
@@ -153,6 +158,10 @@ def explain(error: BaseException) -> tuple[str, int] | None:
             return _about_the_disk(cause), DISK
         if isinstance(cause, OSError) and cause.errno in AWAY_ERRORS:
             return explain(WorldFailed(f"a file system is away: {cause}"))
+        if type(cause).__module__.startswith(_BUCKET_MODULES) or (
+            isinstance(cause, ValueError) and re.match(_BUCKET_WORDS, str(cause))
+        ):
+            return explain(WorldFailed(f"a bucket cannot be reached now: {cause}"))
         shown = not cause.__suppress_context__
         cause = cause.__cause__ or (cause.__context__ if shown else None)
     if isinstance(error, ValueError):

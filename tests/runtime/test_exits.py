@@ -18,6 +18,8 @@ def caused_by(error: Exception, cause: Exception) -> Exception:
     return error
 
 
+# As if the library was installed.
+HttpError = type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/proc/self/none/file")
 
 
@@ -51,6 +53,8 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/proc/self/none/file")
             WORLD,
             "a file system is away: .*not connected",
         ),
+        (ValueError("UNAVAILABLE: CURL error"), WORLD, "a bucket cannot be reached now: UNAVAIL"),
+        (caused_by(ValueError("not saved"), HttpError("503")), WORLD, "reached now: 503"),
         (PermissionError(errno.EACCES, "Permission denied", "/proc/x"), DISK, "cannot be written"),
     ],
 )
@@ -70,6 +74,7 @@ def test_an_error_that_is_no_bug_has_a_status_and_a_line(
     [
         TypeError("wrong"),
         KeyError("absent"),
+        RuntimeError("UNAVAILABLE: of a device"),
         RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes"),
         FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "x"),
     ],
