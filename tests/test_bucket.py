@@ -36,6 +36,7 @@ def test_a_run_in_a_bucket_ends_with_the_bits_of_one_on_a_disk(
     tmp_path: Path,
     start: Callable,
     command: Callable,
+    is_finished: Callable,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with serving() as (storage, variables):
@@ -77,6 +78,7 @@ def test_a_run_in_a_bucket_ends_with_the_bits_of_one_on_a_disk(
         assert [line["step"] for line in lines_of(workdir)] == list(range(1, UPDATES + 1))
         assert_ended_alike(workdir, trained.workdir)
         assert not (workdir / "lease.json").exists()
+        assert is_finished(*flags)
 
         run("evaluate", f"--workdir={RUN}", "--step=2", "--episodes=1")
         run("export", f"--workdir={RUN}", f"--out={MODELS}/a")

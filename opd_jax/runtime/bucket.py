@@ -17,6 +17,7 @@ import functools
 import json
 import os
 import re
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -24,15 +25,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opd_jax.runtime.exits import WorldFailed, name_in_print
-from opd_jax.runtime.files import local_path
+from opd_jax.runtime.exits import WorldFailed, name_in_print, print_line
+from opd_jax.runtime.files import local_path, replace_text
 
 UPLOAD_S = 30.0
-# How long a request is made again; twice as long without an answer of any kind.
+# How long a request is repeated.
 _PATIENCE_S = 60.0
 SCHEME = "gs://"
 # A mirror is without these, below it too. Nobody reads them there, and they may be large.
-_LEFT_OUT = re.compile(r"(.*/)?((checkpoints|profile|report)/.*|lease\.json|.*\.safetensors|)")
+_LEFT_OUT = re.compile(
+    r"(.*/)?((checkpoints|profile|report)/.*|lease\.json|.*\.(safetensors|html)|)"
+)
 _TEMPORARY = re.compile(r"\d+\..+\.tmp|\..+\.partial")
 
 # Of each file that is the same in the bucket, how it was then. Two threads may upload.
@@ -350,12 +353,13 @@ def model_folder(url: str, *, name: str, wanted: Callable[[str], bool]) -> Path:
             file = folder / part
             is_whole = file.exists() and file.stat().st_size == blob.size
             if not is_whole or known.get(part) != blob.generation:
+                print_line(f"fetching {file}, {blob.size / 1e9:.1f} GB", sys.stderr)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 partial = file.with_name(f".{file.name}.partial")
                 blob.download_to_filename(partial)  # which checks its hash
                 partial.replace(file)
                 known[part] = blob.generation
-                record.write_text(json.dumps(known))
+                replace_text(record, json.dumps(known))
     return folder
 
 
