@@ -96,6 +96,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if is_teacher:
         config.env.update(ConfigDict(dict(size="large", max_turns=30)))
         config.rollout.context_tokens = 896
+    config.train.updates = 8000 if is_teacher else 9000
     if args.who == "recovering":
         config.student = "embedded:teacher"
         config.demonstrations.sizes_from = (0, 0)
@@ -112,7 +113,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             *("random",) * 6,
         )
         config.optimizer.learning_rate = 1e-3
-    config.train.updates = 8000 if is_teacher else 9000
+        config.train.updates = 7000
     config.train.length_multiple = 128
     config.train.response_multiple = 256
     config.eval.who = ("expert", "random")
