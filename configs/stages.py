@@ -29,12 +29,12 @@ class Stage(NamedTuple):
 SEEDS = (0, 1, 2)
 
 A = (
-    *("opd", "sft", "sage"),
+    *("opd", "sft", "sft_success", "sage"),
     # SAGE by judge, failures at the paper's 1. With none it is c · Z.
     *("sage_oracle", "sage_record", "sage_without_intervention"),
     # The same with failures at 0. With none it is `failures`, where c is left out.
     *("sage_fail0", "sage_fail0_oracle", "sage_fail0_record", "failures"),
-    "reliability",
+    *("reliability", "reliability_proxy"),
     # Controls.
     *("sage_fail0_shuffled", "drop_accepted", "drop_first_failures", "drop_repeated_failures"),
 )
