@@ -169,7 +169,7 @@ def _run_next(cells: Sequence[Cell], run: Run, made_by: Mapping[str, Any]) -> bo
         if cell.is_done():
             continue
         try:
-            with held(cell.running, name="compare.results"):
+            with held(cell.running, name="compare.results", wait=False):
                 if not cell.is_done():  # somebody may have finished it just now
                     _run_cell(cell, run, made_by, with_others=is_first)
                 return True

@@ -2,7 +2,10 @@
 
 import json
 import shutil
+import threading
+import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,8 @@ from opd_jax import compare, evaluate, train
 from opd_jax.config import load, to_json
 from opd_jax.report import cells as report
 from opd_jax.report.intervals import mean_interval
-from opd_jax.runtime.lease import held
+from opd_jax.runtime.files import replace_text
+from opd_jax.runtime.lease import Owner, held
 
 
 def comparison(*overrides: str) -> FrozenConfigDict:
@@ -218,6 +222,27 @@ def test_whoever_finds_all_cells_taken_says_so_and_ends(tmp_path: Path) -> None:
     with held(tmp_path / "results/opd-0.running"):
         text = compare.compare(comparison(*one), tmp_path, run=scripted(calls))
     assert (calls, text) == ([], "Other processes are at: opd 0")
+
+
+def test_a_cell_that_another_machine_is_at_is_passed_by(tmp_path: Path) -> None:
+    owner = asdict(replace(Owner.this_process(), host="elsewhere"))
+    path, ended = tmp_path / "results/opd-0.running/lease.json", threading.Event()
+    path.parent.mkdir(parents=True)
+
+    def live() -> None:
+        while not ended.wait(0.1):
+            replace_text(path, json.dumps({"owner": owner, "heartbeat": time.time()}))
+
+    living, calls = threading.Thread(target=live), []
+    living.start()
+    flags = ("--config.compare.methods=opd,sage", "--config.compare.seeds=0")
+    try:
+        text = compare.compare(comparison(*flags), tmp_path, run=scripted(calls))
+    finally:
+        ended.set()
+        living.join()
+    assert calls == [(0, "sage", ())]
+    assert text.endswith("Other processes are at: opd 0")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ thread of the owner renews its heartbeat. Who finds a lease
   or that came with a copy of the folder: takes it over;
 - of a process of this machine that goes on living: is refused;
 - of another machine: waits until it is given up or expires. A preempted machine cannot give its
-  lease up, and whoever restarts the run elsewhere must not be refused for that.
+  lease up, and whoever restarts the run elsewhere must not be refused for that. Who has something
+  else to do (`wait=False`) waits only until the heartbeat is renewed, and is refused then.
 
 In a bucket the lease is an object, and its generation decides between two that write it.
 
@@ -44,7 +45,7 @@ _PATIENCE_S = 2.0
 
 
 class Held(ValueError):
-    """A living process of this machine works in the folder."""
+    """A living process works in the folder, and nobody waits for it."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def _write(path: Path, ours: Owner, before: _Lease | None) -> None:
 
 
 @contextlib.contextmanager
-def held(folder: Path, *, name: str = "--workdir") -> Iterator[Path]:
+def held(folder: Path, *, name: str = "--workdir", wait: bool = True) -> Iterator[Path]:
     """Opens a folder to write in: expands its path, creates it if it is absent, and leases it.
 
     Of several processes, process 0 holds it; every process has to call this. At the end the lease
@@ -157,13 +158,15 @@ def held(folder: Path, *, name: str = "--workdir") -> Iterator[Path]:
     Args:
       folder: the folder.
       name: the flag that names it, for errors.
+      wait: wait for a living process of another machine; if not, it is refused as one of this
+        machine is.
 
     Raises:
       ValueError: it is a URL, there is a file in its place, or it cannot be written.
-      Held: a process of this machine works in it.
+      Held: a process of this machine works in it; without `wait`, one of any machine.
     """
     folder = local_path(folder, name=name)
-    claim = _Claim(folder, name)
+    claim = _Claim(folder, name, wait)
     path, ours = folder / FILE, claim.ours
     while True:
         # In steps: the others would not wait in one exchange for minutes.
@@ -200,6 +203,7 @@ class _Claim:
     """One process's attempt to take the lease on a folder: who asks, and what it has seen so far.
 
     Attributes:
+      folder, name, wait: as in `held`.
       created: the folders that did not exist, the innermost last.
       begun: when the attempt began, by the monotonic clock.
       seen, seen_at: somebody's lease, and when it was first seen as it is.
@@ -208,6 +212,7 @@ class _Claim:
 
     folder: Path
     name: str
+    wait: bool = True
     ours: Owner = field(default_factory=Owner.this_process)
     created: list[Path] = field(default_factory=list)
     begun: float = field(default_factory=time.monotonic)
@@ -239,6 +244,7 @@ class _Claim:
         if (lease := _read(path)) is None:
             return "wait"
         owner, now = lease.owner, time.monotonic()
+        renewed = self.seen is not None and lease != self.seen
         if lease != self.seen:
             self.seen, self.seen_at = lease, now
         age = max(time.time() - lease.heartbeat, now - self.seen_at)
@@ -248,19 +254,18 @@ class _Claim:
         if expired or (near and _is_copied(path, lease)):
             return _take_over(path, lease, self.ours)
         who = f"process {owner.pid} on {owner.host}"
-        if near:
-            if owner.pid != os.getpid() and now - self.begun < _PATIENCE_S:
-                return "wait"  # it may be dying
+        if near and owner.pid != os.getpid() and now - self.begun < _PATIENCE_S:
+            return "wait"  # it may be dying
+        if near or (renewed and not self.wait):
             return Held(
                 f"`{self.name}`: {who} is working in `{self.folder}`; wait until it ends, stop it, "
                 f"or {other}"
             )
         if not self.told and owner != _UNKNOWN:
             self.told = True
-            processes.say(
-                f"`{self.folder}` is held by {who}: waiting until it ends, or shows no sign of "
-                f"life for {EXPIRES_S:.0f} s"
-            )
+            sign = f"sign of life for {EXPIRES_S:.0f} s"
+            until = f"until it ends, or shows no {sign}" if self.wait else f"for a {sign} at most"
+            processes.say(f"`{self.folder}` is held by {who}: waiting {until}")
         return "wait"
 
 

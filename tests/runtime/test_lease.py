@@ -17,7 +17,7 @@ import pytest
 
 from opd_jax.runtime import lease
 from opd_jax.runtime.exits import WORLD
-from opd_jax.runtime.lease import EXPIRES_S, FILE, Owner, _Claim, held
+from opd_jax.runtime.lease import EXPIRES_S, FILE, Held, Owner, _Claim, held
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
@@ -149,6 +149,23 @@ def test_a_lease_of_another_machine_is_waited_for(
     (line,) = capsys.readouterr().out.splitlines()
     assert "on elsewhere" in line or "space" in elsewhere
     assert "waiting" in line
+
+
+@pytest.mark.parametrize("elsewhere", [{"host": "elsewhere"}, {"space": "another container"}])
+@pytest.mark.parametrize("alive", [True, False])
+def test_who_does_not_wait_is_refused_by_a_heartbeat_and_takes_over_without_one(
+    elsewhere: dict, alive: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "_LOOK_S", 0.01)
+    monkeypatch.setattr(lease, "EXPIRES_S", 60.0 if alive else 0.5)
+    write(tmp_path, age_s=-1e6, **elsewhere)
+    if alive:
+        threading.Timer(0.5, write, [tmp_path], {"age_s": -1e6 - 20, **elsewhere}).start()
+        with pytest.raises(Held, match=r"process \d+ on .* is working in"):
+            held(tmp_path, wait=False).__enter__()
+    else:
+        with held(tmp_path, wait=False):
+            assert json.loads((tmp_path / FILE).read_text())["owner"]["host"] != "elsewhere"
 
 
 def test_a_lease_that_is_not_written_to_its_end_expires_too(
