@@ -168,17 +168,22 @@ def _run_next(cells: Sequence[Cell], run: Run, made_by: Mapping[str, Any]) -> bo
     for cell in cells:
         if cell.is_done():
             continue
-        try:
-            with held(cell.running, name="compare.results", wait=False):
-                if not cell.is_done():  # somebody may have finished it just now
-                    _run_cell(cell, run, made_by, with_others=is_first)
-                return True
-        except Held:
-            is_first = False
-        finally:
-            with contextlib.suppress(OSError):  # somebody else holds it, or has removed it
-                cell.running.rmdir()
+        with contextlib.ExitStack() as stack:
+            stack.callback(_remove_empty, cell.running)  # a killed process left it
+            try:
+                stack.enter_context(held(cell.running, name="compare.results", wait=False))
+            except Held:  # that of a run's own workdir is an error, and is not caught
+                is_first = False
+                continue
+            if not cell.is_done():  # somebody may have finished it just now
+                _run_cell(cell, run, made_by, with_others=is_first)
+            return True
     return False
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # somebody else holds it, or has removed it
+        folder.rmdir()
 
 
 def _run_cell(cell: Cell, run: Run, made_by: Mapping[str, Any], *, with_others: bool) -> None:

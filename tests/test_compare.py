@@ -19,7 +19,7 @@ from opd_jax.config import load, to_json
 from opd_jax.report import cells as report
 from opd_jax.report.intervals import mean_interval
 from opd_jax.runtime.files import replace_text
-from opd_jax.runtime.lease import Owner, held
+from opd_jax.runtime.lease import Held, Owner, held
 
 
 def comparison(*overrides: str) -> FrozenConfigDict:
@@ -243,6 +243,17 @@ def test_a_cell_that_another_machine_is_at_is_passed_by(tmp_path: Path) -> None:
         living.join()
     assert calls == [(0, "sage", ())]
     assert text.endswith("Other processes are at: opd 0")
+
+
+def test_a_run_whose_own_workdir_is_taken_is_an_error(tmp_path: Path) -> None:
+    # Somebody evaluates it. Its cell is nobody's, and nobody else will run it.
+    one, calls = ("--config.compare.methods=opd", "--config.compare.seeds=0"), []
+    with held(tmp_path / "opd/seed-0"), pytest.raises(Held, match=r"working in `.*opd/seed-0`"):
+        compare.compare(comparison(*one), tmp_path, run=scripted(calls))
+    assert calls == []
+    assert not list(tmp_path.rglob("*.running"))
+    compare.compare(comparison(*one), tmp_path, run=scripted(calls))
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(
