@@ -232,14 +232,27 @@ def _add_audit(cell: Cell) -> None:
     """Adds to a result what an audit of its workdir on dev says of the method's own weights."""
     settings, updates = cell.settings, cell.settings.train.updates
     found = read_summary(cell.workdir / "audit.json").get("after", {}).get(settings.eval.dev, {})
-    # The names of weights in an audit.
-    own = {"uniform": "opd", "intervention": "sage"}.get(settings.weight.by, settings.weight.by)
-    share = found.get("weights", {}).get(own, {}).get("reliable")
-    if share is None or found["update"] != updates or not settings.data.on_policy:
+    share = found.get("weights", {}).get(_name_in_audit(settings), {}).get("reliable")
+    if share is None or found["update"] != updates:
         return
     stored = read_cell(cell.path)
     if stored["training"]["reliable"] != share:
         write_cell(cell.folder, {**stored, "training": {**stored["training"], "reliable": share}})
+
+
+def _name_in_audit(settings: Settings) -> str:
+    """The name of a method's own weights in an audit; "" where they are of other turns.
+
+    The turns of an audit are of whole episodes that the student alone plays from their beginning.
+    """
+    rollout, by = settings.rollout, settings.weight.by
+    is_advised = settings.objective.needs_teacher and settings.data.source == "on_policy"
+    is_whole = not (rollout.depth_start or rollout.teacher_plays or rollout.cut_repeated_failure)
+    if not (is_advised and is_whole) or settings.data.only_success:
+        return ""
+    if by == "reliability" and settings.weight.teacher_labels == "record":
+        return "reliability_proxy"
+    return {"uniform": "opd", "intervention": "sage"}.get(by, by)
 
 
 def _tell(cells: Sequence[Cell], workdir: Path) -> str:

@@ -16,6 +16,7 @@ from scipy.stats import binomtest, t
 
 from opd_jax import compare, evaluate, train
 from opd_jax.config import load, to_json
+from opd_jax.config.settings import read_settings
 from opd_jax.report import cells as report
 from opd_jax.report.intervals import mean_interval
 from opd_jax.runtime.files import replace_text
@@ -348,6 +349,22 @@ def test_an_audit_of_a_workdir_is_taken_into_the_file(tmp_path: Path) -> None:
     assert shares == {"opd": 0.5, "sage": None, "sft": None}
     before["training"]["reliable"] = 0.5
     assert report.read_cell(tmp_path / "results/opd-0.json") == before
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        *(("opd", "opd"), ("opd_two_rollouts", "opd"), ("failures", "sage")),
+        *(("sage_fail0", "sage"), ("sage_without_intervention", "confidence"), ("sod", "sod")),
+        ("reliability_proxy", "reliability_proxy"),
+        # No teacher advises, or at other turns than those of a whole episode of the student.
+        *((method, "") for method in ("sft", "sft_success", "rft", "tcod_f2b", "tcod_b2f")),
+        *((method, "") for method in ("guided", "take_over", "cut_repeated")),
+    ],
+)
+def test_an_audit_is_taken_for_the_method_whose_turns_it_weighs(method: str, name: str) -> None:
+    settings = read_settings(compare.variant(load("quickstart", []), method, 0))
+    assert compare._name_in_audit(settings) == name
 
 
 def test_a_file_that_was_edited_or_is_no_result_is_named(tmp_path: Path) -> None:
