@@ -88,6 +88,11 @@ class Cell:
         return _has_result(self.path, self.of)
 
     @property
+    def sets(self) -> list[str]:
+        """The config fields that its method sets."""
+        return sorted(flatten(self.config.compare.variants[self.method]))
+
+    @property
     def of_others(self) -> dict[str, Any]:
         """What the figures of untrained models and players depend on."""
         binds = binds_an_evaluation(self.settings, teacher=True)
@@ -149,7 +154,11 @@ def compare(config: FrozenConfigDict, workdir: Path, *, run: Run) -> str:
     if processes.is_first():
         others = [(path, read_cell(path)) for path in sorted(cells[0].folder.glob("*.json"))]
         check_one_table(
-            [(cell.path, {"method": cell.method, "of": cell.of}) for cell in cells] + others
+            [
+                (cell.path, {"method": cell.method, "of": cell.of, "sets": cell.sets})
+                for cell in cells
+            ]
+            + others
         )
     workdir.mkdir(parents=True, exist_ok=True)
     store_comparison(config, workdir)
@@ -219,6 +228,7 @@ def _result(cell: Cell, after: Mapping[str, Any], made_by: Mapping[str, Any]) ->
             )
     return {
         **{"method": cell.method, "seed": cell.seed, "of": cell.of, "made_by": made_by},
+        "sets": cell.sets,
         **{"final": after, "dev": dev or None},
         "training": training_figures(
             read_lines(workdir / "metrics.jsonl"),

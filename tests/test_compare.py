@@ -166,6 +166,46 @@ def test_a_folder_with_cells_of_another_table_is_refused_before_the_first_runs(
     assert calls == []
 
 
+BUDGETS = [
+    ("train.updates", 80, 160),
+    ("optimizer.learning_rate", 1e-3, 1e-4),
+    ("rollout.batch", 16, 32),
+]
+
+
+@pytest.mark.parametrize(("field", "one", "other"), BUDGETS)
+def test_methods_of_one_table_have_one_budget_but_where_a_method_sets_it(
+    field: str, one: Any, other: Any, tmp_path: Path
+) -> None:
+    # The first has no such field, and must not keep the others from being compared.
+    report.write_cell(tmp_path, cell("before", None, "10"))
+    for method, value in (("opd", one), ("sage", other)):
+        written = cell(method, 0, "10")
+        written["of"][field] = value
+        report.write_cell(tmp_path, written)
+    with pytest.raises(ValueError, match=rf"opd-0.*sage-0.* not of one table: `{field}` is"):
+        report.read_cells(tmp_path)
+    report.write_cell(tmp_path, written | {"sets": [field, "weight.by"]})
+    assert len(report.read_cells(tmp_path)) == 3
+
+
+def test_a_method_that_sets_its_own_rate_joins_the_table(tmp_path: Path) -> None:
+    flags = ("--config.compare.methods=opd,sage", "--config.compare.seeds=0")
+    changed = ConfigDict(comparison(*flags).to_dict())
+    changed.compare.variants.sage.optimizer = dict(learning_rate=1e-4)
+    compare.compare(FrozenConfigDict(changed), tmp_path, run=scripted([]))
+    found = {one["method"]: one for one in report.read_cells(tmp_path / "results")}
+    assert found["sage"]["of"]["optimizer.learning_rate"] == 1e-4
+    assert "optimizer.learning_rate" in found["sage"]["sets"]
+    assert found["opd"]["of"]["optimizer.learning_rate"] == 1e-3
+    # Another rate of all is another table.
+    flags = ("--config.compare.methods=failures", "--config.compare.seeds=0")
+    results = f"--config.compare.results={tmp_path / 'results'}"
+    other = comparison(*flags, results, "--config.optimizer.learning_rate=1e-5")
+    with pytest.raises(ValueError, match=r"not of one table: `optimizer.learning_rate` is"):
+        compare.compare(other, tmp_path / "b", run=scripted([]))
+
+
 def test_a_file_from_before_a_field_existed_is_used_and_that_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

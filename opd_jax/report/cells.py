@@ -39,7 +39,8 @@ def write_cell(folder: Path, cell: Mapping[str, Any]) -> None:
       folder: the table's; it is created.
       cell: `method`, `seed` (None: somebody evaluated besides); `of`, all that the figures depend
         on, by name; `made_by` (`revision`); `final` and `dev`, `{split: figures}` of
-        `figures.summarize`; `training` (`training_figures`), None without.
+        `figures.summarize`; `training` (`training_figures`), None without;
+        `sets`, the config fields that the method sets, where there is one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     whole = {**cell, "digest": digest(cell["of"])}
@@ -72,7 +73,7 @@ def read_cells(folder: Path) -> list[dict[str, Any]]:
 
     Raises:
       ValueError: there is none, one is not a result file, or two do not belong in one table: they
-        have other tasks, other models, or one method's have other fields.
+        have other tasks, models or budgets, or one method's have other fields.
     """
     paths = sorted(folder.glob("*.json"))
     if not paths:
@@ -87,22 +88,23 @@ def check_one_table(cells: Sequence[tuple[Path, Mapping[str, Any]]]) -> None:
 
     A field that only one of two cells has came with later code. That is said where cells are run.
     """
-    known: dict[str, tuple[Path, Mapping[str, Any]]] = {}
+    known: dict[tuple[str, str], tuple[Path, Any]] = {}
     for path, cell in cells:
-        shared = {name: value for name, value in cell["of"].items() if name.startswith(_SHARED)}
-        for group, of in (("", shared), (f"method {cell['method']}", cell["of"])):
-            first, before = known.setdefault(group, (path, of))
-            for name in sorted(before.keys() & of.keys()):
-                if before[name] != of[name]:
-                    raise ValueError(
-                        f"`{first}` and `{path}` are not of one table: `{name}` is "
-                        f"{before[name]!r} in the first and {of[name]!r} in the second; give one "
-                        "a folder of its own"
-                    )
+        for name, value in sorted(cell["of"].items()):
+            own = name.startswith(_TRAINING) and name in cell.get("sets", ())
+            group = "" if name.startswith((*_SHARED, *_TRAINING)) and not own else cell["method"]
+            first, before = known.setdefault((group, name), (path, value))
+            if before != value:
+                raise ValueError(
+                    f"`{first}` and `{path}` are not of one table: `{name}` is {before!r} in the "
+                    f"first and {value!r} in the second; give one a folder of its own"
+                )
 
 
 # What begins like this is the same in all cells of a table.
 _SHARED = ("model.", "tasks.", "eval.", "env.")
+# And this, but where a method sets it.
+_TRAINING = ("train.", "optimizer.", "rollout.batch")
 
 
 # --- Figures of a run's training ------------------------------------------------------------------
