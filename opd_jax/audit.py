@@ -4,8 +4,9 @@
     python -m opd_jax.audit --workdir=runs/a --config=quickstart --untrained --turns=200
     python -m opd_jax.audit --workdir=runs/quickstart --take_over=0,4,8,12
 
-The student of the newest checkpoint, or of `--step`, plays the first `--episodes` tasks of a split
-(0: `eval.tasks`; the last of `eval.splits`) as in training. At `--turns` of its turns of each label
+The student of the newest checkpoint, or of `--step`, plays the first `--episodes` (0: `eval.tasks`)
+tasks of `--split` as in training: by default of `eval.dev` where `eval.every` is set, since others
+are reported only once, else of the last of `eval.splits`. At `--turns` of its turns of each label
 (0: all) the teacher takes `--samples` turns of its own, which are executed: how often are they
 rejected, how often right, and how much of a method's weight lies where they are? And what tells so
 without executing them: a rule over the record, the teacher's confidence, its entropy? `--take_over`
@@ -403,7 +404,8 @@ def run(config: FrozenConfigDict, workdir: Path, which: str, how: How) -> tuple[
     settings = read_settings(config)
     if not settings.teacher or settings.student == "new":
         raise ValueError("`teacher` is empty: an audit needs one, `--config.teacher=DIR`")
-    split = how.split or settings.eval.splits[-1]
+    default = settings.eval.dev if settings.eval.every else settings.eval.splits[-1]
+    split = how.split or default
     check_may_hold_a_run(workdir)
     check_same_run(config, workdir, binds=binds_an_evaluation(settings, teacher=True))
     build.check_named(settings)

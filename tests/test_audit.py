@@ -144,6 +144,16 @@ def test_some_turns_of_each_label_are_asked_of_the_untrained_student(
         assert (3 * of["asked"] * of["right"]) % 1 == pytest.approx(0, abs=1e-6)
 
 
+def test_where_there_is_a_dev_split_the_reported_one_is_not_played(
+    workdir: Path, in_process: Callable
+) -> None:
+    words = ("--untrained", "--turns=1", "--episodes=2", "--config.eval.splits=test_unseen")
+    in_process(audit.main, f"--workdir={workdir}", *words, "--config.eval.every=2")
+    found = json.loads((workdir / "audit.json").read_text())["before"]
+    assert "dev" in found
+    assert "test_unseen" not in found
+
+
 def test_without_labels_a_turn_is_right_where_it_is_accepted(
     in_process: Callable, tmp_path: Path
 ) -> None:
