@@ -288,13 +288,20 @@ def _depends_on(
     `models` keeps what was read of models: the methods of a comparison have the same.
     """
     binds = binds_a_result(settings)
-    fields = {name: value for name, value in flatten(config).items() if binds(name)}
     judge = (settings.judge.model, settings.judge.prompt) if settings.asks_teacher else None
     key = repr((settings.student, settings.teacher, judge, settings.teacher_context))
     if key not in models:
         models[key] = fingerprints(settings)
+    digests = {name: panel.digest for name, panel in panels(settings).items()}
+    # A field that names a file or a model has its digest: a path is one machine's.
+    of_files = dict(models[key])
+    if settings.data.file:
+        kind = settings.data.source.partition(":")[0]
+        of_files["data.source"] = f"{kind}:{digests.pop(settings.data.source)}"
+    given = {name: value for name, value in flatten(config).items() if binds(name)}
+    fields = {name: of_files.get(name, value) for name, value in given.items()}
     named = {f"model.{who}": found for who, found in models[key].items()}
-    tasks = {f"tasks.{split}": panel.digest for split, panel in panels(settings).items()}
+    tasks = {f"tasks.{split}": digest for split, digest in digests.items()}
     return json.loads(json.dumps(fields | named | tasks))
 
 

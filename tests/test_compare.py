@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from episodes import episode, write_episodes
 from ml_collections import ConfigDict, FrozenConfigDict
 from scipy.stats import binomtest, t
 
 from opd_jax import compare, evaluate, train
 from opd_jax.config import load, to_json
+from opd_jax.config.references import EMBEDDED
 from opd_jax.config.settings import read_settings
 from opd_jax.report import cells as report
 from opd_jax.report.intervals import mean_interval
@@ -389,6 +391,40 @@ def test_an_audit_of_a_workdir_is_taken_into_the_file(tmp_path: Path) -> None:
     assert shares == {"opd": 0.5, "sage": None, "sft": None}
     before["training"]["reliable"] = 0.5
     assert report.read_cell(tmp_path / "results/opd-0.json") == before
+
+
+PROMPT = "good = SKIP\nbad = STRONG\n\nGoal: {task.goal}\n{turn.response}?\n"
+
+
+def test_a_cell_is_the_same_wherever_its_files_lie(tmp_path: Path) -> None:
+    def of(folder: str, *, prompt: str = PROMPT, seed: int = 0) -> list[dict[str, Any]]:
+        here = tmp_path / folder
+        here.mkdir()
+        (here / "prompt.txt").write_text(prompt)
+        write_episodes(here / "played.jsonl", [episode(seed)])
+        shutil.copytree(EMBEDDED / "student", here / "judge")
+        config = ConfigDict(load("quickstart:compare,runlocal", []).to_dict())
+        config.compare.methods, config.compare.seeds = ("sft", "sage"), (0,)
+        config.compare.variants.sft.data.source = f"episodes:{here / 'played.jsonl'}"
+        config.judge.update(prompt=str(here / "prompt.txt"), model=str(here / "judge"))
+        config.teacher_context.update(by="solved", file=str(here / "played.jsonl"))
+        config.compare.variants.sft.teacher_context = dict(by="")
+        cells = compare.cells_of(FrozenConfigDict(config), tmp_path)
+        return [dict(cell.of) for cell in cells]
+
+    def differing(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
+        return {name for name in one.keys() | other.keys() if one.get(name) != other.get(name)}
+
+    sft, sage = here = of("here")
+    assert of("there") == here
+    assert str(tmp_path) not in json.dumps(here)
+    # And other content is another cell.
+    other_sft, other_sage = of("other", seed=1)
+    assert differing(sft, other_sft) == {"data.source"}
+    context = "teacher_context.file"
+    assert differing(sage, other_sage) == {context, f"model.{context}"}
+    _, asked_otherwise = of("asked", prompt=PROMPT.replace("good", "fine"))
+    assert differing(sage, asked_otherwise) == {"judge.prompt", "model.judge.prompt"}
 
 
 @pytest.mark.parametrize(
