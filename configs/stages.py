@@ -4,7 +4,7 @@ This is no config: `quickstart:table=STAGE` runs one of them.
 
   A         three seeds: SAGE by judge and weight of failures, baselines, reliability, controls
   B         one seed: every other method
-  C-long    three seeds, 160 updates: OPD, SAGE and the best three of A and B
+  C-long    three seeds, 160 updates: OPD, SAGE and the best three of A and B (`BEST`)
   C-small   the same in small rooms, 80 updates
 
 A and B are one table, each of the others is a table of its own.
