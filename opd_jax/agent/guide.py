@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from opd_jax.agent.agent import Agent
-from opd_jax.agent.conversation import Turn
+from opd_jax.agent.conversation import Actor, Turn
 from opd_jax.model import Params
 from opd_jax.runtime.mesh import replicate
 
@@ -21,6 +21,7 @@ class Guide:
       agent: the teacher as it plays, with the tokenizer and the chat format of the student.
       share: each turn is the teacher's with this probability.
       after: once so many turns in a row have failed, all later ones are the teacher's; 0: never.
+        Replayed turns do not count.
       learnt: the student learns from the teacher's turns; otherwise they carry no loss.
 
     Source: `share` is Guided-OPD's (arXiv 2606.15912), `after` is ours.
@@ -38,9 +39,14 @@ class Guide:
 
 
 def has_failed(turns: Sequence[Turn], *, times: int) -> bool:
-    """Whether at any point so many turns in a row have failed; with 0 never."""
+    """Whether at any point so many turns in a row have failed; with 0 never.
+
+    Replayed turns do not count: the student did not write them.
+    """
     in_a_row = 0
     for turn in turns:
+        if turn.actor is Actor.REPLAY:
+            continue
         in_a_row = in_a_row + 1 if turn.failure else 0
         if times and in_a_row == times:
             return True

@@ -171,6 +171,15 @@ def test_failures_in_a_row(failures: str) -> None:
     assert not has_failed(turns_of(failures), times=0)
 
 
+def test_failures_that_are_replayed_do_not_count() -> None:
+    replayed = [dataclasses.replace(turn, actor=R) for turn in turns_of("FFF")]
+    assert not has_failed([*replayed, *turns_of("F")], times=2)
+    assert has_failed([*replayed, *turns_of("FF")], times=2)
+    (whole,) = play_script("bell")
+    (played,) = play_script("bell", replay=[beginning(whole, turns=2)], guided={"after": 2})
+    assert wrote(played) == "RRSST"
+
+
 # Here the student goes back and forth between two failures, or repeats what is accepted.
 CUT = REPLIES | {"blow": ("bell", "refused"), "ring": ("lamp", "refused"), "stop": ("echo", "")}
 
