@@ -699,6 +699,10 @@ def _check_teacher(s: Settings) -> None:
             or (s.weight.reads_verdict and s.judge.by == "teacher"),
             "the objective or `data.source` needs a teacher",
         ),
+        (
+            s.rollout.teacher_plays,
+            "`rollout.teacher_share` or `rollout.take_over_after` gives turns to a teacher",
+        ),
         ("teacher" in s.eval.who, "`eval.who` names the teacher"),
         (s.eval.judge, "`eval.judge` needs a teacher"),
     ]

@@ -261,6 +261,11 @@ def test_a_teacher_is_needed_only_where_it_is_used() -> None:
         read("quickstart:method=sft", *tuning, "eval.judge=true")
     with pytest.raises(ValueError, match="names the teacher, but `teacher` is empty"):
         read("quickstart:method=sft", *tuning[:2], "eval.who=teacher")
+    alone = ("teacher=", "eval.who=before")
+    read("quickstart:method=rft", *alone)
+    for change in ("take_over_after=3", "teacher_share=0.5"):
+        with pytest.raises(ValueError, match=r"turns to a teacher, but `teacher` is empty"):
+            read("quickstart:method=rft", *alone, f"rollout.{change}")
     with pytest.raises(ValueError, match="names the teacher, but `student` = 'new' has none"):
         read("household_pair", "eval.who=expert,teacher")
 
