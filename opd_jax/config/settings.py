@@ -569,6 +569,11 @@ def _check_source(s: Settings) -> None:
             "and the teacher's turns have none: set `objective.teacher_turns` to ''",
         ),
         (
+            s.learns_teacher_turns and not objective.needs_teacher,
+            f"`objective.teacher_turns` = {objective.teacher_turns!r} compares with what a teacher "
+            "scores, and with `objective.divergence` = 'cross_entropy' none scores: set it to ''",
+        ),
+        (
             objective.divergence == "sampled_reverse_kl" and not s.data.on_policy,
             "`objective.divergence` = 'sampled_reverse_kl' is an estimate from the student's own "
             "samples: set `data.source` to on_policy",

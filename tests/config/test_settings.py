@@ -205,6 +205,11 @@ def test_whole_numbers_serve_as_floats_and_lists_as_tuples() -> None:
             "rollout.take_over_after=2 objective.teacher_turns=forward_kl weight.by=sod",
             "`weight.by` = 'sod' reads .* student's own samples.* set `objective.teacher_turns`",
         ),
+        (
+            "objective.teacher_turns=forward_kl objective.divergence=cross_entropy "
+            "weight.by=uniform rollout.take_over_after=2 data.only_success=true",
+            "`objective.teacher_turns` = 'forward_kl' .* 'cross_entropy' none scores: set it to ''",
+        ),
         ("rollout.per_task=2 data.source=expert", "`rollout.per_task` .*`data.source`"),
         (
             "objective.divergence=sampled_reverse_kl data.source=teacher",
