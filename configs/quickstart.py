@@ -99,7 +99,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         teacher_share=0.0,  # probability that a turn is the teacher's, in the first update
         teacher_share_for=0.8,  # it falls to 0 in this share of the updates; 0: it stays
         take_over_after=0,  # failed turns in a row, then the teacher plays the rest; 0: never
-        cut_repeated_failure=False,  # end an episode where a failed turn repeats an action
+        cut_repeated_failure=False,  # end it where a failed turn repeats the action before it
     )
 
     # The raw weight of a token (docs/weights.md). A method reads the fields that it takes.

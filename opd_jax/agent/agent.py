@@ -84,7 +84,8 @@ class RolloutSettings(Decoding):
       teacher_share: probability with which a turn is the teacher's, in the first update.
       teacher_share_for: share of the run's updates in which it falls to 0; 0: it stays.
       take_over_after: failed turns in a row after which the teacher plays the rest; 0: never.
-      cut_repeated_failure: end an episode at the first failed turn that repeats an action.
+      cut_repeated_failure: end an episode at the first failed turn whose action is that of the turn
+        before.
     """
 
     batch: int
