@@ -191,8 +191,10 @@ def _stored(line: Episode, agent: Agent) -> list[_Sampled] | None:
         if ids[at:start] != given:
             return None
         at = start
-        if at < len(ids) and of_turn[at] != k:  # it carried no loss; it ends with a stop token
-            at = next((n + 1 for n in range(start, len(ids)) if ids[n] in chat.stop_ids), start)
+        if at < len(ids) and of_turn[at] != k:  # it carried no loss
+            # Its own stop token ends it, or the one that the chat format puts behind it.
+            at = next((n for n in range(start, len(ids)) if ids[n] in chat.stop_ids), len(ids))
+            at += _turn(line, k).get("stop", "stop_token") == "stop_token"
         while at < len(ids) and of_turn[at] == k:
             at += 1
         tokens = ids[start:at]

@@ -168,6 +168,11 @@ def test_what_was_sampled_is_learnt_as_it_was_sampled(base: Settings, student: L
     for conversation in played:
         line = line_of(conversation, agent)
         assert_same(recorded(line, agent=agent), conversation)
+        # Also where turns carry no loss, whatever ended them.
+        for silent in (range(len(conversation.turns)), range(0, len(conversation.turns), 2)):
+            given = [NO_TURN if turn in silent else turn for turn in conversation.turn_id]
+            other = dataclasses.replace(conversation, turn_id=given)
+            assert_same(recorded(line_of(other, agent), agent=agent), other)
         del line["tokens"]
         changed += recorded(line, agent=agent).tokens != conversation.tokens
     assert changed > 0, "the text should encode to other tokens than were sampled"
