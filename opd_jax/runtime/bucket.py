@@ -142,6 +142,8 @@ def _reaching(url: str, name: str = "") -> Iterator[None]:
     except Exception as error:
         kinds = {kind.__name__ for kind in type(error).__mro__}
         text = " ".join(str(error).split())
+        if "RefreshError" in kinds and _may_refresh_later(error):
+            raise Away(f"{where} cannot be reached now: {text}") from error
         if kinds & {"DefaultCredentialsError", "RefreshError"} or "Project was not" in text:
             advice = "log in with `gcloud auth application-default login`, or on a machine of the"
             raise ValueError(
@@ -155,6 +157,17 @@ def _reaching(url: str, name: str = "") -> Iterator[None]:
         if kinds & {"GoogleAPIError", "GoogleAuthError", "RequestException"}:
             raise Away(f"{where} cannot be reached now: {text}") from error
         raise
+
+
+def _may_refresh_later(error: Any) -> bool:
+    """Whether a RefreshError says only that whoever gives tokens is away.
+
+    A machine's metadata server that answers with a status of 4xx is there, and gives none.
+    """
+    cause = error.__cause__
+    if "TransportError" not in {kind.__name__ for kind in type(cause).__mro__}:
+        return bool(error.retryable)
+    return not any(400 <= getattr(part, "status", 0) < 500 for part in cause.args)
 
 
 # --- Files ----------------------------------------------------------------------------------------

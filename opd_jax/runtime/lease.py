@@ -358,7 +358,8 @@ def _renew(path: Path, ours: Owner, ended: threading.Event) -> None:
             if lease and lease.owner not in (ours, _UNKNOWN):
                 break
             _write(path, ours, lease)
-        except (OSError, WorldFailed):  # a full disk or a network that is away: the next time
+        # A full disk, a network that is away, a bucket that refuses for now: the next time.
+        except (OSError, WorldFailed, ValueError):
             continue
     else:
         return

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -394,3 +395,71 @@ def test_a_server_that_is_away_is_no_mistake(url: str, monkeypatch: pytest.Monke
         bucket.fetch(folder)
     bucket._open.cache_clear()
     assert lease._read(place(url) / FILE) is None
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(0, WorldFailed), (502, WorldFailed), (503, WorldFailed), (404, ValueError)],
+)
+def test_a_machine_whose_token_is_late_is_no_mistake_and_one_without_is(
+    url: str, monkeypatch: pytest.MonkeyPatch, status: int, kind: type[Exception]
+) -> None:
+    from google.auth.compute_engine import Credentials, _metadata
+    from google.auth.exceptions import TransportError
+
+    def answer(**_: Any) -> Any:
+        if not status:
+            raise TransportError("no route to the metadata server")
+        return SimpleNamespace(status=status, data=b"", headers={})
+
+    folder = place(url)
+    monkeypatch.setattr(_metadata, "ExponentialBackoff", lambda total_attempts: [1])
+    renew = lambda *_, **__: Credentials().refresh(answer)  # noqa: E731
+    monkeypatch.setattr(bucket._bucket(folder), "list_blobs", renew)
+    with pytest.raises(kind, match="metadata"):
+        bucket.fetch(folder)
+    bucket._open.cache_clear()
+
+
+@pytest.mark.parametrize(("is_retryable", "kind"), [(True, WorldFailed), (False, ValueError)])
+def test_whoever_gives_tokens_says_whether_to_ask_again(
+    url: str, monkeypatch: pytest.MonkeyPatch, is_retryable: bool, kind: type[Exception]
+) -> None:
+    from google.auth.exceptions import RefreshError
+
+    def renew(*_: Any, **__: Any) -> Any:
+        raise RefreshError("no token", retryable=is_retryable)
+
+    folder = place(url)
+    monkeypatch.setattr(bucket._bucket(folder), "list_blobs", renew)
+    with pytest.raises(kind, match="no token"):
+        bucket.fetch(folder)
+    bucket._open.cache_clear()
+
+
+def test_the_heartbeat_goes_on_after_a_token_was_refused(
+    url: str, served: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from google.auth.exceptions import RefreshError
+
+    refused = list[int]()
+
+    def refuse(*given: Any, **options: Any) -> Any:
+        if len(refused) < 3:
+            refused.append(1)
+            raise RefreshError("no token")
+        return get_blob(*given, **options)
+
+    def heartbeat() -> float:
+        return json.loads(objects(served)[FILE])["heartbeat"]
+
+    folder = place(url)
+    get_blob = bucket._bucket(folder).get_blob
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.5)
+    with held(folder):
+        monkeypatch.setattr(bucket._bucket(folder), "get_blob", refuse)
+        first, deadline = heartbeat(), time.monotonic() + 60
+        while heartbeat() == first and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert (heartbeat() > first, len(refused)) == (True, 3)
+    bucket._open.cache_clear()
