@@ -30,9 +30,11 @@ class _Storage(Storage):
     condition: the generation that the request asks for, "0" for none; "" if it does not.
     served: the generation of what was read, "" if nothing was.
     written: names of all objects, in the order in which they were written.
+    lost: how many of the next writes are done, and answered as if they were not.
     """
 
     condition = served = ""
+    lost = 0
 
     def __init__(self) -> None:
         super().__init__(use_memory_fs=True)
@@ -48,6 +50,9 @@ class _Storage(Storage):
         self.check(bucket, name)
         super().create_file(bucket, name, content, *more)
         self.written.append(name)
+        if self.lost:
+            self.lost -= 1
+            raise _Refused(503)
 
     def delete_file(self, bucket, name) -> None:
         self.check(bucket, name)

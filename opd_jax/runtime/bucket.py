@@ -308,11 +308,18 @@ class Object:
         raise FileNotFoundError(self.path)
 
     def write(self, text: str, *, generation: int) -> None:
-        """Writes it if that of `generation` is there, 0 for none; else raises FileExistsError."""
+        """Writes it if that of `generation` is there, 0 for none; else raises FileExistsError.
+
+        If an answer is lost, the client asks again, and is refused for what it has just written. So
+        a conflict with the same text is none.
+        """
         with _reaching(url_of(self.path)):
             try:
                 _blob(self.path).upload_from_string(text, if_generation_match=generation)
             except _conflicts():
+                with contextlib.suppress(FileNotFoundError):
+                    if self.read()[0] == text:
+                        return
                 raise FileExistsError(errno.EEXIST, "replaced meanwhile", str(self.path)) from None
 
     def delete(self, *, generation: int | None = None) -> None:

@@ -286,6 +286,17 @@ def test_a_lease_that_is_nobodys_is_taken_over(url: str, served: Any, left: Any)
 
 
 @pytest.mark.parametrize("is_left", [False, True])
+def test_a_lease_whose_answer_was_lost_is_held(url: str, served: Any, is_left: bool) -> None:
+    if is_left:
+        leave(url, pid=dead_pid())
+    served.lost = 1
+    with held(place(url)):
+        owner = json.loads(objects(served)[FILE])["owner"]
+        assert (owner, served.lost) == (dataclasses.asdict(Owner.this_process()), 0)
+    assert objects(served) == {}
+
+
+@pytest.mark.parametrize("is_left", [False, True])
 def test_of_many_at_once_one_gets_the_lease(url: str, served: Any, is_left: bool) -> None:
     def claim(number: int) -> str:
         owner = dataclasses.replace(Owner.this_process(), host=f"machine {number}")
