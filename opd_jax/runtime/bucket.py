@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_jax.runtime.exits import WorldFailed, name_in_print, print_line
-from opd_jax.runtime.files import local_path, replace_text
+from opd_jax.runtime.files import local_path, read_json, replace_text
 
 UPLOAD_S = 30.0
 # How long a request is repeated.
@@ -362,7 +362,9 @@ def model_folder(url: str, *, name: str, wanted: Callable[[str], bool]) -> Path:
     with _reaching(url, name), (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes of this machine one fetches
         record = folder / ".fetched.json"
-        known = json.loads(record.read_text()) if record.exists() else {}
+        known = {}
+        with contextlib.suppress(ValueError):  # there is none, or it was cut off: all is fetched
+            known = read_json(record)
         found = {part: blob for part, blob in _objects(source).items() if wanted(part)}
         if not found:
             raise ValueError(f"`{name}`: `{url}` holds no model; expected config.json and weights")

@@ -345,6 +345,13 @@ def test_a_model_is_fetched_once_and_again_where_it_was_replaced(
     assert (folder / "generation_config.json").is_file()
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
 
+    for text in ("", '{"config.json": 1', "[]"):
+        (folder / ".fetched.json").write_text(text)
+        (folder / "config.json").write_text("config.json 3")  # as long as what is there
+        bucket.model_folder.cache_clear()
+        assert model_folder(url) == folder
+        assert (folder / "config.json").read_text() == "config.json 2"
+
 
 def test_a_model_is_uploaded_with_its_config_last(url: str, served: Any) -> None:
     folder = place(url)
