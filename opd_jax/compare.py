@@ -39,9 +39,9 @@ from opd_jax.report.cells import (
     write_cell,
 )
 from opd_jax.report.writers import read_lines, read_summary
-from opd_jax.runtime import processes
+from opd_jax.runtime import bucket, processes
 from opd_jax.runtime.exits import print_line, reported
-from opd_jax.runtime.files import local_path, replace_text
+from opd_jax.runtime.files import replace_text
 from opd_jax.runtime.lease import Held, held
 from opd_jax.runtime.revision import revision
 
@@ -125,7 +125,7 @@ def cells_of(config: FrozenConfigDict, workdir: Path) -> list[Cell]:
     """
     folder = workdir / "results"
     if config.compare.results:
-        folder = local_path(config.compare.results, name="compare.results")
+        folder = bucket.place(config.compare.results, name="compare.results")
     found, models = [], dict[str, dict[str, str]]()
     for seed in config.compare.seeds:
         for method in config.compare.methods:
@@ -270,8 +270,10 @@ def _tell(cells: Sequence[Cell], workdir: Path) -> str:
     done = [cell for cell in cells if cell.is_done()]
     text = ""
     if done and processes.is_first():
+        bucket.fetch(cells[0].folder)
         text = cells_table(read_cells(cells[0].folder), methods=[cell.method for cell in done])
         replace_text(workdir / "comparison.md", text + "\n")
+        bucket.upload(workdir / "comparison.md")
     if missing := [f"{cell.method} {cell.seed}" for cell in cells if cell not in done]:
         text += f"\n\nOther processes are at: {', '.join(missing)}"
     return text.strip()
@@ -312,6 +314,8 @@ ALWAYS = ("eval.", "model.", "tasks.")
 def _has_result(path: Path, of: Mapping[str, Any]) -> bool:
     """Whether there is a result file; checks that it is of what `of` says."""
     problem, warning, there = "", "", False
+    if processes.is_first():
+        bucket.fetch(path)  # somebody else may have written it
     if processes.is_first() and path.exists():
         there, had = True, read_cell(path)["of"]
         for name in sorted(of):
@@ -342,7 +346,7 @@ def main(argv: Sequence[str]) -> None:
         *_, flags = parse_command_line(
             argv, usage=__doc__, needs_config=False, needs_workdir=False, **own
         )
-        cells = read_cells(local_path(flags["results"], name="--results"))
+        cells = read_cells(bucket.place(flags["results"], name="--results"))
         chosen = [name.strip() for name in flags["methods"].split(",") if name.strip()]
         print_line(cells_table(cells, methods=chosen), sys.stdout)
 

@@ -128,3 +128,10 @@ def served() -> Iterator[_Storage]:
             patch.setenv(name, value)
         bucket._open.cache_clear()  # of another module's server
         yield storage
+
+
+def another_process() -> None:
+    """Forgets all mirrors, as a process does that begins."""
+    bucket._mirrors.cache_clear()
+    bucket._same.clear()
+    bucket._generations.clear()

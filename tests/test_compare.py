@@ -6,11 +6,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from buckets import BUCKET, another_process, served
 from episodes import episode, write_episodes
 from ml_collections import ConfigDict, FrozenConfigDict
 from scipy.stats import binomtest, t
@@ -19,10 +21,14 @@ from opd_jax import compare, evaluate, train
 from opd_jax.config import load, to_json
 from opd_jax.config.references import EMBEDDED
 from opd_jax.config.settings import read_settings
+from opd_jax.config.workdir import check_may_hold_a_run
 from opd_jax.report import cells as report
 from opd_jax.report.intervals import mean_interval
+from opd_jax.runtime import bucket
 from opd_jax.runtime.files import replace_text
 from opd_jax.runtime.lease import Held, Owner, held
+
+__all__ = ["served"]
 
 
 def comparison(*overrides: str) -> FrozenConfigDict:
@@ -297,6 +303,43 @@ def test_a_run_whose_own_workdir_is_taken_is_an_error(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.running"))
     compare.compare(comparison(*one), tmp_path, run=scripted(calls))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("results", ["", f"gs://{BUCKET}/all"])
+def test_a_table_in_a_bucket_is_seen_by_every_process(
+    results: str, served: Any, in_process: Callable, is_finished: Callable
+) -> None:
+    def compared(calls: list, meanwhile: Callable[[], object] = lambda: None) -> str:
+        another_process()
+        workdir = bucket.place(url, name="--workdir")
+        return compare.compare(config, workdir, run=scripted(calls, meanwhile))
+
+    served.objects.clear()
+    url, changes = f"gs://{BUCKET}/table", (*TWO, f"--config.compare.results={results}")
+    config, calls, again = comparison(*changes), list[tuple](), list[tuple]()
+    text, folder = compared(calls), results or f"{url}/results"
+    assert len(calls) == 4
+    there = {f"gs://{BUCKET}/{name}": content for name, content in served.contents().items()}
+    cells = [f"{method}-{seed}" for method in ("opd", "sage") for seed in (0, 1)]
+    files = {f"{folder}/{name}.json" for name in (*cells, *config.eval.who)}
+    assert files | {f"{url}/comparison.json", f"{url}/comparison.md"} <= there.keys()
+    assert there[f"{url}/comparison.md"].decode() == text + "\n"
+    another_process()
+    assert in_process(compare.main, f"--results={folder}").endswith(text + "\n")
+    if results:
+        assert is_finished("--config=quickstart:compare,runlocal", *changes, f"--workdir={url}")
+    with pytest.raises(ValueError, match="holds a comparison"):
+        check_may_hold_a_run(bucket.place(url, name="--workdir"))
+
+    first, second = (
+        bucket._blob(bucket.place(folder, name="compare.results") / f"{method}-1.json")
+        for method in ("opd", "sage")
+    )
+    first.delete(), second.delete()
+    finish_second = partial(second.upload_from_string, there[f"{folder}/sage-1.json"])
+    assert compared(again, finish_second) == text
+    assert again == [(1, "opd", ())]
+    another_process()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from opd_jax.config.stored import (
 from opd_jax.experience.tasks import Panel, check_same_tasks, store_tasks
 from opd_jax.report.wandb import check_installed
 from opd_jax.report.writers import read_summary
-from opd_jax.runtime import processes
+from opd_jax.runtime import bucket, processes
 from opd_jax.runtime.checkpoint import check_saves, saved_steps
 from opd_jax.runtime.files import check_subfolder, read_json, replace_text
 
@@ -113,6 +113,7 @@ def store_comparison(config: FrozenConfigDict, workdir: Path) -> None:
     """Writes the comparison's config, which marks the workdir as a comparison's."""
     if processes.is_first():
         replace_text(workdir / COMPARISON_FILE, to_json(config))
+        bucket.upload(workdir / COMPARISON_FILE)
 
 
 def check_models(

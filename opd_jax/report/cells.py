@@ -16,6 +16,7 @@ import numpy as np
 from opd_jax.report.intervals import mean_interval, wilson_interval
 from opd_jax.report.tables import split_label, table
 from opd_jax.report.writers import jsonable
+from opd_jax.runtime import bucket
 from opd_jax.runtime.files import read_json, replace_text
 
 # What all others are compared with.
@@ -45,7 +46,9 @@ def write_cell(folder: Path, cell: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     whole = {**cell, "digest": digest(cell["of"])}
     text = json.dumps(jsonable(whole), indent=1, sort_keys=True, allow_nan=False)
-    replace_text(cell_path(folder, cell["method"], cell["seed"]), text + "\n")
+    path = cell_path(folder, cell["method"], cell["seed"])
+    replace_text(path, text + "\n")
+    bucket.upload(path)
 
 
 def digest(of: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from buckets import BUCKET, FORBIDDEN, served
+from buckets import BUCKET, FORBIDDEN, another_process, served
 from processes import run_python
 
 from opd_jax import hf
@@ -28,13 +28,6 @@ from opd_jax.runtime.lease import EXPIRES_S, FILE, Owner, _Claim, held
 
 __all__ = ["served"]
 ROOT = Path(__file__).parents[2]
-
-
-def another_process() -> None:
-    """Forgets all mirrors, as a process does that begins."""
-    bucket._mirrors.cache_clear()
-    bucket._same.clear()
-    bucket._generations.clear()
 
 
 @pytest.fixture
