@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 verbs=(run status stop)
 source launch/remote.sh
-require GKE_CONTEXT GKE_NAME GKE_IMAGE GKE_ACCELERATOR GKE_TOPOLOGY GKE_CHIPS GKE_RUNS GKE_RESTARTS
+require GKE_CONTEXT GKE_NAME GKE_IMAGE GKE_ACCELERATOR GKE_TOPOLOGY GKE_CHIPS GKE_RESTARTS
 [[ $GKE_TOPOLOGY =~ ^[1-9][0-9]*(x[1-9][0-9]*)+$ ]] ||
   fail "\`GKE_TOPOLOGY\` must be like 4x4 or 2x2x4, got \`$GKE_TOPOLOGY\`"
 [[ $GKE_CHIPS =~ ^[1-9][0-9]*$ && $(((${GKE_TOPOLOGY//x/*}) % GKE_CHIPS)) == 0 ]] ||
@@ -64,7 +64,7 @@ YAML
 
 case $verb in
   run)
-    in_bucket GKE_RUNS "$@" && set -- "$@" ${workdir[@]+"${workdir[@]}"}
+    workdir_below GKE_RUNS "$@" && set -- "$@" ${workdir[@]+"${workdir[@]}"}
     if [[ -n $dry_run ]]; then
       echo "$(quoted "${kubectl[@]}" create --filename=-) <<'YAML'" && manifest "$@" && echo YAML
     else

@@ -4,7 +4,7 @@
 # takes the first argument, one of `verbs`, as `verb`. It defines:
 #   require NAME...      fail if one of these variables is not set
 #   one_of NAME VALUE... fail if the variable has none of these values
-#   in_bucket NAME ARG...  set `workdir` to --workdir in this variable's bucket, if ARGs lack it
+#   workdir_below NAME ARG...  set `workdir` to --workdir=$NAME/..., if ARGs lack a --workdir
 #   call COMMAND...      run a command; in a dry run print it as a shell would read it
 #   retry COMMAND...     run a command until it succeeds, ten times at most
 
@@ -50,9 +50,11 @@ require_workdir() {
     fail "\`--workdir=\` must be gs://BUCKET/DIR, or a /DIR that all machines of the run mount"
 }
 
-in_bucket() {
-  [[ ${!1} == gs://?* ]] || fail "\`$1\` must be like gs://BUCKET/DIR, got \`${!1}\`"
-  workdir_in "${!1%/}" "${@:2}"
+workdir_below() {
+  workdir_in "${!1:+${!1%/}}" "${@:2}"
+  [[ -z ${workdir[*]-} ]] || require "$1"
+  [[ -z ${workdir[*]-} || ${!1} == @(/|gs://)?* ]] ||
+    fail "\`$1\` must be gs://BUCKET/DIR or a /DIR, got \`${!1}\`"
   require_workdir "${@:2}" ${workdir[@]+"${workdir[@]}"}
 }
 

@@ -13,7 +13,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 verbs=(create sync run status stop)
 source launch/remote.sh
-require TPU_NAME TPU_PROJECT TPU_ZONE TPU_TYPE TPU_RUNTIME TPU_SPOT TPU_RUNS TPU_SETUP
+require TPU_NAME TPU_PROJECT TPU_ZONE TPU_TYPE TPU_RUNTIME TPU_SPOT TPU_SETUP
 one_of TPU_SPOT yes no
 where=("--project=$TPU_PROJECT" "--zone=$TPU_ZONE") spot=(--spot) exists=""
 [[ $TPU_SPOT == yes ]] || spot=()
@@ -74,7 +74,7 @@ run() {
 }
 case $verb in
   create | sync) "$verb" ;;
-  run) in_bucket TPU_RUNS "$@" && run "$@" ${workdir[@]+"${workdir[@]}"} ;;
+  run) workdir_below TPU_RUNS "$@" && run "$@" ${workdir[@]+"${workdir[@]}"} ;;
   status) tpus queued-resources describe "$TPU_NAME" "${where[@]}" && on all "tail -n 1 $log" ;;
   stop) on all "$worker stop" || echo "no run was stopped" >&2; delete ;;
 esac

@@ -69,7 +69,7 @@ def test_the_example_names_exactly_what_the_scripts_require() -> None:
     assert named == [name for settings in SETTINGS.values() for name in settings]
     for script, settings in SETTINGS.items():
         (line,) = re.findall(r"^require (.*)$", (ROOT / "launch" / script).read_text(), re.M)
-        assert line.split() == list(settings)
+        assert line.split() == [name for name in settings if not name.endswith("_RUNS")]
 
 
 def test_the_image_is_made_of_files_that_exist() -> None:
@@ -261,7 +261,8 @@ def test_a_setting_that_is_missing_is_named(checkout: Checkout) -> None:
     for script, settings in SETTINGS.items():
         for name in settings:
             said = f"`{name}` is not set; set it in launch/env, a copy of launch/env.example"
-            assert checkout.run(script, "status", **{name: None}) == (2, "", f"error: {said}\n")
+            words = ["run", "--config=c"] if name.endswith("_RUNS") else ["status"]
+            assert checkout.run(script, *words, **{name: None}) == (2, "", f"error: {said}\n")
     assert checkout.log == []
 
 
@@ -271,8 +272,8 @@ def test_a_mistake_is_one_line_and_runs_nothing(checkout: Checkout) -> None:
         (
             "tpu_vm.sh",
             ["run", "--config=c"],
-            {"TPU_RUNS": "/mnt"},
-            ["`TPU_RUNS`", "gs://", "`/mnt`"],
+            {"TPU_RUNS": "runs"},
+            ["`TPU_RUNS`", "gs://", "/DIR", "`runs`"],
         ),
         ("tpu_vm.sh", ["create"], {"TPU_SPOT": "1"}, ["`TPU_SPOT`", "yes no", "`1`"]),
         ("gke.sh", ["run", "--workdir=runs"], {}, ["`--workdir=`", "gs://BUCKET/DIR"]),
@@ -456,6 +457,14 @@ def test_without_a_workdir_a_run_goes_to_the_bucket(checkout: Checkout) -> None:
         (checkout.path / "log").write_text("")
         assert checkout.run("gke.sh", "run", *words)[0] == 0
         assert checkout.log[-5].strip() == "- '--workdir=gs://lab/runs/c-a=1'"
+
+
+def test_a_mounted_file_system_does_as_well_as_a_bucket(checkout: Checkout) -> None:
+    for script, name in [("gke.sh", "GKE_RUNS"), ("tpu_vm.sh", "TPU_RUNS")]:
+        given = checkout.run(script, "run", "--dry-run", *TRAIN, **{name: None})
+        assert (given[0], "--workdir=/mnt/runs/x" in given[1], given[2]) == (0, True, "")
+        below = checkout.run(script, "run", "--dry-run", *TRAIN[:1], **{name: "/nfs/runs/"})
+        assert (below[0], "--workdir=/nfs/runs/c-a=1" in below[1], below[2]) == (0, True, "")
 
 
 # --- A slice of TPU VMs
