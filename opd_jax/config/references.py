@@ -224,7 +224,7 @@ def fingerprints(settings: Settings, who: Collection[str] = MODELS) -> dict[str,
     if settings.judge.prompt and settings.asks_teacher and "teacher" in who:
         found["judge.prompt"] = read_prompt(settings.judge.prompt).fingerprint
     if settings.teacher_context.by == "solved" and "teacher" in who:
-        file = local_path(settings.teacher_context.file, name="teacher_context.file")
+        file = bucket.place(settings.teacher_context.file, name="teacher_context.file")
         found["teacher_context.file"] = recorded_panel(file).digest
     if settings.judge_model and "teacher" in who:
         found["judge.model"] = fingerprint(find_model(settings.judge_model, field="judge.model"))

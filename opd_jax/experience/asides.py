@@ -11,14 +11,13 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 from opd_jax.agent.chat import ChatFormat
 from opd_jax.agent.conversation import Conversation
 from opd_jax.report.episodes import Episode, read_episodes
+from opd_jax.runtime import bucket, processes
 from opd_jax.runtime import by as named
-from opd_jax.runtime import processes
 from opd_jax.runtime.fields import check_within
 
 # What `teacher_context.by` may be, besides `module:function` and "" for nothing.
@@ -133,7 +132,7 @@ def solved(conversation: Conversation, *, file: str) -> Sequence[str]:
 
     Args:
       conversation: whose teacher reads it.
-      file: an episode file (docs/episodes.md).
+      file: an episode file (docs/episodes.md), in a bucket too.
 
     Raises:
       ValueError: the file has no episode that succeeded.
@@ -154,7 +153,7 @@ def solved(conversation: Conversation, *, file: str) -> Sequence[str]:
 def _solved(file: str) -> Mapping[str, Sequence[tuple[str, str]]]:
     """Type of task to (task, text) of its episodes that succeeded."""
     found: dict[str, list[tuple[str, str]]] = {}
-    for line in read_episodes(Path(file).expanduser()):
+    for line in read_episodes(bucket.place(file, name="teacher_context.file")):
         if line.get("success") is True:
             task = line.get("task", {})
             found.setdefault(task.get("kind", ""), []).append((task.get("id", ""), _text(line)))

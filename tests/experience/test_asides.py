@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from buckets import BUCKET, another_process, served
 from settings import one_device, read
 from test_demonstrations import MAX_TURNS, messages, written
 
@@ -19,6 +20,7 @@ from opd_jax.agent.chat import ChatFormat
 from opd_jax.agent.conversation import Conversation
 from opd_jax.config import build
 from opd_jax.config.models import LoadedModel, load_student, load_teacher
+from opd_jax.config.references import fingerprints
 from opd_jax.config.settings import Settings
 from opd_jax.envs.household import tokenizer as household_tokenizer
 from opd_jax.experience.asides import TeacherContext, solved, with_asides
@@ -26,7 +28,9 @@ from opd_jax.experience.source import Played
 from opd_jax.learner.batch import Batch
 from opd_jax.learner.train_state import init_state
 from opd_jax.losses import NO_TURN, Verdict
+from opd_jax.runtime import bucket
 
+__all__ = ["served"]
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 ASIDES = ("a shelf 1 is closed.", "", "you are carrying nothing.", "open the drawer 2.")
@@ -209,6 +213,23 @@ def test_a_solved_task_of_the_same_type_and_never_the_same_task(
     assert solved(made, file=solved_file(tmp_path / "none.jsonl", *tasks[1:])) == ()
     with pytest.raises(ValueError, match=r"`teacher_context.file` = .*no episode that succeeded"):
         solved(made, file=solved_file(tmp_path / "failed.jsonl", tasks[2]))
+
+
+def test_solved_tasks_may_lie_in_a_bucket(chat: ChatFormat, tmp_path: Path, served: Any) -> None:
+    def known(file: str) -> str:
+        by = ("teacher_context.by=solved", f"teacher_context.file={file}")
+        return fingerprints(read("quickstart:runlocal", *by))["teacher_context.file"]
+
+    made = written(chat, 1)
+    assert made.task
+    file = solved_file(tmp_path / "some.jsonl", ("b", made.task.type, True))
+    another_process()
+    url = f"gs://{BUCKET}/solved/some.jsonl"
+    there = bucket.place(url, name="--out", is_new=True)
+    bucket._blob(there).upload_from_filename(file)
+    assert solved(made, file=url) == solved(made, file=file) != ()
+    assert known(url) == known(file)
+    another_process()
 
 
 # --- Mistakes -------------------------------------------------------------------------------------
