@@ -535,6 +535,10 @@ def test_figures_of_training_are_pooled_over_updates() -> None:
     found = report.training_figures([own], scored=False, played=True)
     assert found["teacher_tokens"] == {"scoring": 0, "judging": 0, "playing": 100 + 36}
     assert (found["active_tokens"], found["precision"]) == (None, (0, 0))
+    guided = {"loss": 1.0, "tokens/sequence": 100}
+    guided |= {"tokens/by_teacher": 20, "tokens/read_by_teacher": 60}
+    found = report.training_figures([guided], scored=True, played=False)
+    assert found["teacher_tokens"] == {"scoring": 100, "judging": 0, "playing": 80}
 
 
 # --- The table

@@ -8,7 +8,11 @@ from collections import defaultdict
 
 
 class Positions:
-    """Counts positions that are computed, by what for: "reading", "sampling" or "judging"."""
+    """Counts positions that are computed, by what for.
+
+    That is "reading", "sampling" or "judging"; "reading_by_teacher" is that of a teacher that takes
+    turns of the student's episodes.
+    """
 
     def __init__(self) -> None:
         self._counts: defaultdict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))

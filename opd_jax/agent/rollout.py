@@ -157,6 +157,7 @@ class _Sessions:
         self._agent, self._guide, self._draws = agent, guide, Draws(keys)
         self._of = {Actor.STUDENT: Session(params, keys, agent=agent, **how)}
         if guide:
+            how |= dict(purpose="reading_by_teacher")
             self._of[Actor.TEACHER] = Session(guide.params, keys, agent=guide.agent, **how)
 
     @property

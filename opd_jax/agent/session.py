@@ -58,7 +58,14 @@ class Session:
     """
 
     def __init__(
-        self, params: Params, keys: jax.Array, *, agent: Agent, rows: int, positions: Positions
+        self,
+        params: Params,
+        keys: jax.Array,
+        *,
+        agent: Agent,
+        rows: int,
+        positions: Positions,
+        purpose: str = "reading",
     ):
         decoding = agent.decoding
         self.agent, self.keys, self._positions = agent, keys, positions
@@ -73,7 +80,7 @@ class Session:
             rows_read=decoding.prefill_rows,
             int8=decoding.int8_cache,
             positions=positions,
-            purpose="reading",
+            purpose=purpose,
         )
         self.live: dict[int, _Sampling] = {}
         self.stop_ids = jnp.asarray(agent.chat.stop_ids, jnp.int32)

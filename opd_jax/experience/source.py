@@ -237,6 +237,7 @@ class Episodes:
             metrics=metrics
             | positions.metrics
             | {"padded/update": padded}
+            | {"tokens/read_by_teacher": positions.tokens("reading_by_teacher")}
             | ({"tokens/teacher": sum(len(row.tokens) for row in told)} if told else {}),
             teacher_rows=told,
         )

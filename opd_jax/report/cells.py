@@ -128,8 +128,8 @@ def training_figures(
       updates: their number.
       seconds: of rollouts, judging and updates, without compiling and evaluating.
       active_tokens: share of the student's tokens with a weight above 0.
-      teacher_tokens: read by the teacher to score, to judge, and where it plays itself, where it
-        also samples; as far as there are metrics.
+      teacher_tokens: read by the teacher to score, to judge, and where it plays or takes turns,
+        where it also samples; as far as there are metrics.
       precision, recall: of the judge, as (part, whole) over the turns of all updates.
       reliable: share of the weight on turns where the teacher is right; None: nobody has asked.
     """
@@ -143,7 +143,8 @@ def training_figures(
         return float(sum(s * n for s, n in pairs)), float(sum(n for _, n in pairs))
 
     read = [line.get("tokens/teacher", line.get("tokens/sequence", 0.0)) for line in lines]
-    own = total("tokens/sequence" if played else "tokens/by_teacher")
+    by_teacher = ("tokens/by_teacher", "tokens/read_by_teacher")
+    own = total(*(("tokens/sequence",) if played else by_teacher))
     return {
         "updates": len(lines),
         "seconds": total("seconds/rollout", "seconds/judge", "seconds/update"),

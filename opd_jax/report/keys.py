@@ -109,13 +109,15 @@ KEYS = (
         "`stop_token` above 0.99",
     ),
     Key(
-        "tokens/{student,seen,sampled,sequence,teacher,by_teacher,judge} by_turn/turns",
+        "tokens/{student,seen,sampled,sequence,teacher,by_teacher,read_by_teacher,judge} "
+        "by_turn/turns",
         "N; its sum so far; sampled to learn from; all; read by a teacher that is told more; "
-        "sampled by the teacher in the student's place; read by the judge; episodes with this turn",
+        "sampled by the teacher in the student's place, and read for that; read by the judge; "
+        "episodes with this turn",
         "steady",
     ),
     Key(
-        "padded/{reading,sampling,judging,update}",
+        "padded/{reading,reading_by_teacher,sampling,judging,update}",
         "share of the positions computed that hold no token",
         "0.2 to 0.5",
     ),

@@ -85,7 +85,7 @@ def unmeasured(
     if not replays:
         names |= {"batch/replayed"}
     if not teacher_plays:
-        names |= {"batch/by_teacher", "tokens/by_teacher"}
+        names |= {"batch/by_teacher", "tokens/by_teacher", "tokens/read_by_teacher"}
     return names
 
 

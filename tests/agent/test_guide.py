@@ -21,6 +21,7 @@ from opd_jax.agent.agent import Agent
 from opd_jax.agent.chat import ChatFormat
 from opd_jax.agent.conversation import Actor, Conversation, Turn
 from opd_jax.agent.guide import Guide, has_failed
+from opd_jax.agent.positions import Positions
 from opd_jax.agent.rollout import beginning, rollout, row_keys
 from opd_jax.envs.base import Observation, Task
 from opd_jax.envs.household.env import Household
@@ -140,6 +141,16 @@ def test_a_conversation_that_is_taken_over_by_hand() -> None:
         sampled = [p for span in played.spans for p in range(*span)]
         expected = -np.log1p((len(WORDS) - 1) * np.exp(-4.0))
         np.testing.assert_allclose(np.array(played.logprobs)[sampled], expected, atol=1e-5)
+
+
+def test_what_the_teacher_reads_is_counted_apart() -> None:
+    positions = Positions()
+    play_script("bell", guided={"after": 1}, positions=positions)
+    # The last token of a context is given to the sampler. So the student reads 3 of its 4, and the
+    # teacher first 7 of 8, then its own <end> and the <user> behind it.
+    counted = {what: positions.tokens(what) for what in ("reading", "reading_by_teacher")}
+    assert counted == {"reading": 3, "reading_by_teacher": 9}
+    assert positions.tokens("sampling") == 2 + 4
 
 
 def test_what_is_told_of_turns_that_the_teacher_took() -> None:

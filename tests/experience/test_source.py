@@ -335,6 +335,7 @@ def test_the_batch_says_who_wrote_a_turn_that_is_learnt(
     written = []
     for settings in (silent, learning):
         played = play(settings, pair)
+        assert played.metrics["tokens/read_by_teacher"] > 0
         verdict = np.zeros((4, base.env.max_turns), np.int32)
         batch = build.make_pack(settings, pair[0].config)(played, verdict)
         learnt = set()

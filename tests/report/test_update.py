@@ -115,7 +115,7 @@ def test_what_is_not_computed_is_left_out(name: str, names: set[str]) -> None:
         settings.objective, on_policy=on_policy, replays=False, teacher_plays=False
     ) == {
         *names,
-        *("batch/replayed", "batch/by_teacher", "tokens/by_teacher"),
+        *("batch/replayed", "batch/by_teacher", "tokens/by_teacher", "tokens/read_by_teacher"),
     }
 
 
