@@ -35,7 +35,8 @@ def method(**changes: dict) -> dict[str, dict]:
 _UNIFORM = dict(by="uniform")
 _UNSCALED = dict(normalize="none")
 _BY_FORWARD_KL = dict(teacher_turns="forward_kl")
-# Of `tcod_b2f`; another with --config.data.source=prefixes:FILE.
+# Of `tcod_b2f` (docs/rollouts.md makes it). A run takes another by --config.data.source=, a
+# comparison by --config.compare.variants.tcod_b2f.data.source=, each prefixes:FILE.
 TEACHERS_EPISODES = "runs/quickstart/episodes/teacher-train.jsonl"
 _CONTROLS = "opd_jax.configs.controls"
 

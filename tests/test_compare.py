@@ -70,6 +70,15 @@ def test_a_method_without_a_variant_is_named() -> None:
         compare.variant(comparison(), "ppo", 0)
 
 
+def test_a_comparison_takes_another_file_of_the_teachers_episodes() -> None:
+    flags = ("--config.compare.methods=opd,tcod_b2f", "--config.compare.seeds=0")
+    named = "data.source=prefixes:mine.jsonl"
+    config = load("quickstart", [*flags, f"--config.compare.variants.tcod_b2f.{named}"])
+    assert compare.variant(config, "tcod_b2f", 0).data.source == "prefixes:mine.jsonl"
+    with pytest.raises(ValueError, match=r"`--config.data.source`: a comparison sets it itself"):
+        load("quickstart", [*flags, f"--config.{named}"])
+
+
 # --- Which cells run
 
 

@@ -27,6 +27,10 @@ FOLDER = "episodes"
 # How many of the teacher's tokens are told at each place, if they are asked for.
 TOP = 5
 _DIGITS = 5
+_MAKES_A_FILE = (
+    "python -m opd_jax.evaluate --workdir=DIR --policy=teacher --episodes=400 "
+    "--config.eval.splits=train --config.eval.tasks=400"
+)
 
 Episode = dict[str, Any]  # a line
 Decode = Callable[[Sequence[int]], str]
@@ -293,6 +297,11 @@ def read_episodes(path: Path) -> list[Episode]:
     try:
         with reading(path):
             text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(
+            f"`{path}`, a file of episodes, does not exist. `{_MAKES_A_FILE}` writes the teacher's "
+            "to DIR/episodes/teacher-train.jsonl (docs/rollouts.md)"
+        ) from None
     except (OSError, ValueError) as error:
         raise ValueError(f"`{path}` must be a file of episodes, JSON lines: {error}") from None
     found = []
