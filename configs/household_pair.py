@@ -68,6 +68,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         distractors=(
             ("careless", "clumsy", "mistaken", "random") if is_teacher else ("clumsy", "mistaken")
         ),
+        histories="",  # episode file of the distractor "histories", a model's episodes; "": none
         # Probabilities of a player's lapses (`opd_jax/envs/household/habits.py`).
         habits=dict(
             careless=dict(skip_step=0.7, list_order=0.8, ignore_closed=0.4, idle=0.15, forget=0.7),

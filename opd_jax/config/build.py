@@ -25,9 +25,9 @@ from opd_jax.agent.guide import Guide
 from opd_jax.agent.positions import Positions
 from opd_jax.agent.rollout import rollout, row_keys
 from opd_jax.config.models import LoadedModel, load_judge, student_dtype
-from opd_jax.config.references import MODELS, find_model, named_sizes
+from opd_jax.config.references import MODELS, find_model, histories_file, named_sizes
 from opd_jax.config.settings import Settings
-from opd_jax.envs.base import Env
+from opd_jax.envs.base import Env, MakePlayer
 from opd_jax.envs.make import (
     EnvSettings,
     benchmark_splits,
@@ -39,6 +39,7 @@ from opd_jax.envs.make import (
 from opd_jax.envs.players import make_player
 from opd_jax.experience.asides import with_asides
 from opd_jax.experience.demonstrations import demonstrate
+from opd_jax.experience.histories import HISTORIES, env_of, read_histories
 from opd_jax.experience.proposals import proposals
 from opd_jax.experience.recorded import beginnings, read_conversations, recorded_panel
 from opd_jax.experience.source import Episodes, Play, Played, Source
@@ -472,7 +473,8 @@ def check_players(settings: Settings) -> None:
     if settings.shows_players and (shown := settings.demonstrations):
         habits = shown.habits
         wanted.append(("demonstrations.player", shown.player))
-        wanted += [("demonstrations.distractors", name) for name in shown.distractors]
+        others = [name for name in shown.distractors if name != HISTORIES]
+        wanted += [("demonstrations.distractors", name) for name in others]
         wanted += [("demonstrations.proposers", name) for name in shown.proposers]
     for field, name in wanted:
         make_player(name, settings.env, field=field, habits=habits)
@@ -678,12 +680,14 @@ def make_demonstrator(settings: Settings, *, chat: ChatFormat):
     Room sizes: at first only `sizes[0]`; from episode `sizes_from[n]` on, one more. Small rooms
     have short texts, and what is learnt in them carries over to large ones. Each episode draws its
     distraction between 0 and `distraction`, so the model learns to go on after much disorder and
-    after little.
+    after little. An episode that draws `HISTORIES` for a distractor is one of a model, up to some
+    turn.
     """
     shown = settings.demonstrations
     assert shown is not None  # as settings are checked
     envs = [make_env(settings.env, size=size) for size in shown.sizes]
     player = partial(make_player, env=settings.env, habits=shown.habits)
+    histories = read_histories(histories_file(settings)) if shown.histories else []
 
     def episode(number: int) -> Conversation:
         rng = random.Random(f"{settings.seed}/episode/{number}")
@@ -691,16 +695,23 @@ def make_demonstrator(settings: Settings, *, chat: ChatFormat):
         distraction = shown.distraction * rng.random()
         behind = rng.random() < 0.5 if shown.head_start else False
         head_start = rng.randint(1, shown.head_start) if behind else 0
-        distractor = rng.choice(shown.distractors) if distraction or head_start else None
+        name = rng.choice(shown.distractors) if distraction or head_start else None
         split = settings.data.split
+        index = number % split_size(env, split, field="data.split")
+        distractor: MakePlayer | None = None
+        if name == HISTORIES:
+            history = rng.choice(histories)
+            env, split, index = env_of(history, envs), history.split, history.index
+            distractor, distraction = history.player, 0.0
+            head_start = rng.randint(1, min(len(history.responses) - 1, shown.head_start))
+        elif name:
+            distractor = player(name, field="demonstrations.distractors")
         return demonstrate(
             env,
             split,
-            number % split_size(env, split, field="data.split"),
+            index,
             player=player(shown.player, field="demonstrations.player"),
-            distractor=(
-                player(distractor, field="demonstrations.distractors") if distractor else None
-            ),
+            distractor=distractor,
             distraction=distraction,
             head_start=head_start,
             rng=rng,

@@ -226,9 +226,17 @@ def fingerprints(settings: Settings, who: Collection[str] = MODELS) -> dict[str,
     if settings.teacher_context.by == "solved" and "teacher" in who:
         file = bucket.place(settings.teacher_context.file, name="teacher_context.file")
         found["teacher_context.file"] = recorded_panel(file).digest
+    if settings.demonstrations and settings.demonstrations.histories:
+        found["demonstrations.histories"] = recorded_panel(histories_file(settings)).digest
     if settings.judge_model and "teacher" in who:
         found["judge.model"] = fingerprint(find_model(settings.judge_model, field="judge.model"))
     return found
+
+
+def histories_file(settings: Settings) -> Path:
+    """The file that `demonstrations.histories` names."""
+    assert settings.demonstrations is not None  # as it is asked for
+    return bucket.place(settings.demonstrations.histories, name="demonstrations.histories")
 
 
 def fingerprint(model: FoundModel) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opd_jax.agent.conversation import Conversation, check_some_played
+from opd_jax.experience.histories import HISTORIES
 from opd_jax.experience.source import Played, padding
 from opd_jax.judge.prompt import FIELDS
 from opd_jax.learner.train_state import TrainState
@@ -29,7 +30,9 @@ class DemonstrationSettings:
       player: name of the player whose turns are learnt from.
       distraction: largest share of an episode's turns that a distractor plays.
       head_start: in half of the episodes a distractor plays the first turns alone, at most so many.
-      distractors: names of players that disturb; each episode draws one.
+      distractors: names of players that disturb; each episode draws one. `HISTORIES` is a model
+        whose episodes are in the file `histories`: one of them is played again up to a turn.
+      histories: an episode file (docs/episodes.md); "": none.
       habits: player's name to its keyword arguments.
       window: episodes generated together.
       judge_examples: judge examples per window; 0: none.
@@ -45,6 +48,7 @@ class DemonstrationSettings:
     distraction: float
     head_start: int
     distractors: tuple[str, ...]
+    histories: str
     habits: Mapping[str, Mapping[str, Any]]
     window: int
     judge_examples: int
@@ -60,6 +64,16 @@ class DemonstrationSettings:
         check_within(0, 1, distraction=self.distraction)
         for context in self.judge_contexts:
             check_choice(FIELDS, judge_contexts=context)
+        if (HISTORIES in self.distractors) != bool(self.histories):
+            raise ValueError(
+                f"`histories` is the file of the distractor {HISTORIES!r}: expected both or "
+                f"neither, got {self.histories!r} and distractors {list(self.distractors)}"
+            )
+        if self.histories and not self.head_start:
+            raise ValueError(
+                "`head_start` is the most turns of `histories` that are played again: expected 1 "
+                "or more, got 0"
+            )
         needs = {
             "sizes": True,
             "distractors": self.distraction > 0 or self.head_start > 0,

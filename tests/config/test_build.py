@@ -1,6 +1,7 @@
 """Live objects from settings: players, agents, labellers, demonstrators."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,41 @@ def test_a_head_start_is_history_and_what_follows_is_imitated(beginner: LoadedMo
         firsts.append(first)
     assert set(firsts) == {0, 1, 2, 3}
     assert 8 < firsts.count(0) < 22
+
+
+def test_a_demonstration_goes_on_from_an_episode_of_a_model(
+    beginner: LoadedModel, tmp_path: Path
+) -> None:
+    file = tmp_path / "student.jsonl"
+    settings = pair("demonstrations.distraction=1.0")
+    others = [c for c in episodes(settings, beginner, range(40, 60)) if len(c.turns) > 3]
+    lines = [
+        {
+            "messages": [message._asdict() for message in c.messages],
+            "task": {"id": c.task.id, "split": c.split, "index": c.index},
+        }
+        for c in others
+        if c.task
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    changes = (
+        "demonstrations.distractors=histories,",
+        f"demonstrations.histories={file}",
+        "demonstrations.distraction=0.0",
+        "demonstrations.head_start=3",
+    )
+    said = {c.index: [turn.response for turn in c.turns] for c in others}
+    firsts = []
+    for number, made in enumerate(episodes(pair(*changes), beginner, range(30))):
+        first = min(imitated(made), default=len(made.turns))
+        assert imitated(made) == set(range(first, len(made.turns)))
+        assert [turn.response for turn in made.turns[:first]] == said.get(made.index, [])[:first]
+        assert first or made.index == number
+        firsts.append(first)
+    assert set(firsts) == {0, 1, 2, 3}
+    large = pair(*changes, "demonstrations.sizes=large,")
+    with pytest.raises(ValueError, match=r"histories`.*household/small/train/\d+, .*sizes"):
+        episodes(large, beginner, range(10))
 
 
 def test_larger_rooms_come_in_as_episodes_go_on(beginner: LoadedModel) -> None:

@@ -120,6 +120,7 @@ SHOWN = DemonstrationSettings(
     distraction=0.0,
     head_start=0,
     distractors=(),
+    histories="",
     habits={},
     window=WINDOW,
     judge_examples=5,

@@ -1,0 +1,79 @@
+"""Episodes of a model, as histories from which a player goes on."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from opd_jax.envs.base import Env, Observation, Task
+from opd_jax.report.episodes import read_episodes
+
+# The name of this distractor (`stream.DemonstrationSettings`).
+HISTORIES = "histories"
+
+
+@dataclass(frozen=True)
+class History:
+    """What a model said in an episode.
+
+    Attributes:
+      task_id: of its task, which tells room sizes apart (`Task.id`).
+      split, index: the environment's task.
+      responses: the model's, one for each turn.
+    """
+
+    task_id: str
+    split: str
+    index: int
+    responses: tuple[str, ...]
+
+    def player(self, task: Task, first: Observation, rng: random.Random) -> "Replaying":
+        """Who says it again."""
+        return Replaying(self.responses)
+
+
+class Replaying:
+    """A player that says what was said; nothing when that is used up."""
+
+    def __init__(self, responses: Sequence[str]):
+        self._left = iter(responses)
+
+    def respond(self, observation: Observation) -> str:
+        """The next response, whatever is observed."""
+        return next(self._left, "")
+
+
+def read_histories(path: Path) -> list[History]:
+    """The episodes of a file (docs/episodes.md) with more than one turn.
+
+    Raises:
+      ValueError: as `read_episodes`; an episode does not say which task it is of; or none is left.
+    """
+    found = []
+    for line in read_episodes(path):
+        said = [m["content"] for m in line["messages"] if m["role"] == "assistant"]
+        task = line.get("task", {})
+        if not all(name in task for name in ("id", "split", "index")):
+            raise ValueError(
+                f"`demonstrations.histories`: an episode of `{path}` does not say in `task` its "
+                "`id`, `split` and `index`, so it cannot be played again"
+            )
+        if len(said) > 1:
+            found.append(History(task["id"], task["split"], task["index"], tuple(said)))
+    if not found:
+        raise ValueError(
+            f"`demonstrations.histories`: no episode of `{path}` has more than one turn"
+        )
+    return found
+
+
+def env_of(history: History, envs: Sequence[Env]) -> Env:
+    """The environment that has the history's task. They differ in the size of rooms."""
+    for env in envs:
+        env.reset(history.split, history.index)
+        if env.task.id == history.task_id:
+            return env
+    raise ValueError(
+        f"`demonstrations.histories`: an episode is of {history.task_id}, which no room of "
+        "`demonstrations.sizes` is"
+    )
