@@ -406,6 +406,7 @@ def run(config: FrozenConfigDict, workdir: Path, which: str, how: How) -> tuple[
         raise ValueError("`teacher` is empty: an audit needs one, `--config.teacher=DIR`")
     default = settings.eval.dev if settings.eval.every else settings.eval.splits[-1]
     split = how.split or default
+    most = settings.eval.dev_tasks if split == settings.eval.dev else settings.eval.tasks
     check_may_hold_a_run(workdir)
     check_same_run(config, workdir, binds=binds_an_evaluation(settings, teacher=True))
     build.check_named(settings)
@@ -413,7 +414,7 @@ def run(config: FrozenConfigDict, workdir: Path, which: str, how: How) -> tuple[
     models = check_models(settings, workdir, MODELS)
     who, step = find_student(workdir, which) if which else ("before", None)
     panel = _panel(settings, split)
-    how = how._replace(split=split, episodes=min(how.episodes or settings.eval.tasks, panel.size))
+    how = how._replace(split=split, episodes=min(how.episodes or most, panel.size))
     with held(workdir) as workdir, Stop() as stop:
         processes.say(describe(split, panel))
         mesh = build.open_mesh(settings)

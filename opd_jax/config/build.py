@@ -687,7 +687,8 @@ def make_demonstrator(settings: Settings, *, chat: ChatFormat):
     assert shown is not None  # as settings are checked
     envs = [make_env(settings.env, size=size) for size in shown.sizes]
     player = partial(make_player, env=settings.env, habits=shown.habits)
-    histories = read_histories(histories_file(settings)) if shown.histories else []
+    split = settings.data.split
+    histories = read_histories(histories_file(settings), split=split) if shown.histories else []
 
     def episode(number: int) -> Conversation:
         rng = random.Random(f"{settings.seed}/episode/{number}")
@@ -696,12 +697,11 @@ def make_demonstrator(settings: Settings, *, chat: ChatFormat):
         behind = rng.random() < 0.5 if shown.head_start else False
         head_start = rng.randint(1, shown.head_start) if behind else 0
         name = rng.choice(shown.distractors) if distraction or head_start else None
-        split = settings.data.split
         index = number % split_size(env, split, field="data.split")
         distractor: MakePlayer | None = None
         if name == HISTORIES:
             history = rng.choice(histories)
-            env, split, index = env_of(history, envs), history.split, history.index
+            env, index = env_of(history, envs), history.index
             distractor, distraction = history.player, 0.0
             head_start = rng.randint(1, min(len(history.responses) - 1, shown.head_start))
         elif name:

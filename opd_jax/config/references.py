@@ -226,7 +226,7 @@ def fingerprints(settings: Settings, who: Collection[str] = MODELS) -> dict[str,
     if settings.teacher_context.by == "solved" and "teacher" in who:
         file = bucket.place(settings.teacher_context.file, name="teacher_context.file")
         found["teacher_context.file"] = recorded_panel(file).digest
-    if settings.demonstrations and settings.demonstrations.histories:
+    if settings.demonstrations and settings.demonstrations.histories and "teacher" in who:
         found["demonstrations.histories"] = recorded_panel(histories_file(settings)).digest
     if settings.judge_model and "teacher" in who:
         found["judge.model"] = fingerprint(find_model(settings.judge_model, field="judge.model"))

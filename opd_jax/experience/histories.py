@@ -43,11 +43,12 @@ class Replaying:
         return next(self._left, "")
 
 
-def read_histories(path: Path) -> list[History]:
+def read_histories(path: Path, *, split: str) -> list[History]:
     """The episodes of a file (docs/episodes.md) with more than one turn.
 
     Raises:
-      ValueError: as `read_episodes`; an episode does not say which task it is of; or none is left.
+      ValueError: as `read_episodes`; an episode does not say which task it is of, or is of another
+        split: tasks to evaluate are not learnt from; or none is left.
     """
     found = []
     for line in read_episodes(path):
@@ -57,6 +58,11 @@ def read_histories(path: Path) -> list[History]:
             raise ValueError(
                 f"`demonstrations.histories`: an episode of `{path}` does not say in `task` its "
                 "`id`, `split` and `index`, so it cannot be played again"
+            )
+        if task["split"] != split:
+            raise ValueError(
+                f"`demonstrations.histories`: an episode of `{path}` is of the split "
+                f"{task['split']!r}, expected `data.split` = {split!r}"
             )
         if len(said) > 1:
             found.append(History(task["id"], task["split"], task["index"], tuple(said)))

@@ -175,6 +175,8 @@ def test_a_demonstration_goes_on_from_an_episode_of_a_model(
         assert first or made.index == number
         firsts.append(first)
     assert set(firsts) == {0, 1, 2, 3}
+    with pytest.raises(ValueError, match=r"histories`.*'train', expected `data.split` = 'dev'"):
+        episodes(pair(*changes, "data.split=dev"), beginner, range(1))
     large = pair(*changes, "demonstrations.sizes=large,")
     with pytest.raises(ValueError, match=r"histories`.*household/small/train/\d+, .*sizes"):
         episodes(large, beginner, range(10))
