@@ -4,14 +4,14 @@
     python -m opd_jax.audit --workdir=runs/a --config=quickstart --untrained --turns=200
     python -m opd_jax.audit --workdir=runs/quickstart --take_over=0,4,8,12
 
-The student of the newest checkpoint, or of `--step`, plays the first `--episodes` (0: `eval.tasks`)
-tasks of `--split` as in training: by default of `eval.dev` where `eval.every` is set, since others
-are reported only once, else of the last of `eval.splits`. At `--turns` of its turns of each label
-(0: all) the teacher takes `--samples` turns of its own, which are executed: how often are they
-rejected, how often right, and how much of a method's weight lies where they are? And what tells so
-without executing them: a rule over the record, the teacher's confidence, its entropy? `--take_over`
-lets the teacher play on after so many turns of the student. The environment needs nothing but to
-answer alike when an episode is played again. Figures are merged into `audit.json`
+The student of the newest checkpoint, or of `--step`, plays the first `--episodes` (0: as many as an
+evaluation) tasks of `--split` as in training: by default of `eval.dev` where `eval.every` is set,
+since others are reported only once, else of the last of `eval.splits`. At `--turns` of its turns of
+each label (0: all) the teacher takes `--samples` turns of its own, which are executed: how often
+are they rejected, how often right, and how much of a method's weight lies where they are? And what
+tells so without executing them: a rule over the record, the teacher's confidence, its entropy?
+`--take_over` lets the teacher play on after so many turns of the student. The environment needs
+nothing but to answer alike when an episode is played again. Figures are merged into `audit.json`
 (docs/reliability.md).
 """
 
