@@ -351,11 +351,12 @@ def _remove_empty(created: list[Path]) -> None:
 
 
 def _renew(path: Path, ours: Owner, ended: threading.Event) -> None:
-    """Renews the heartbeat until `ended`; ends the process if the lease is another's."""
+    """Renews the heartbeat until `ended`; ends the process if the lease is not ours any more."""
     while not ended.wait(HEARTBEAT_S):
         try:
             lease = _read(path)
-            if lease and lease.owner not in (ours, _UNKNOWN):
+            # None: another took it, ended and gave it up.
+            if lease is None or lease.owner not in (ours, _UNKNOWN):
                 break
             _write(path, ours, lease)
         # A full disk, a network that is away, a bucket that refuses for now: the next time.
@@ -364,8 +365,8 @@ def _renew(path: Path, ours: Owner, ended: threading.Event) -> None:
     else:
         return
     print_error(
-        f"the lease on `{path.parent}` was lost: this process was paused, and another works there "
-        "now; start the same command again"
+        f"the lease on `{path.parent}` was lost: this process was paused, and another took "
+        "it; start the same command again"
     )
     sys.stdout.flush()
     os._exit(WORLD)

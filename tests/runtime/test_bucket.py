@@ -255,11 +255,19 @@ def test_a_second_run_with_the_same_workdir_is_refused_until_the_first_is_gone(
     assert objects(served) == {}
 
 
-def test_a_process_that_lost_its_lease_ends(url: str, holder: Any) -> None:
-    leave(url, host="elsewhere")
+@pytest.mark.parametrize("is_released", [False, True])
+def test_a_process_that_lost_its_lease_ends(
+    url: str, served: Any, holder: Any, is_released: bool
+) -> None:
+    if is_released:
+        with served.lock:  # between two heartbeats
+            del served.objects[BUCKET][f"some/run/{FILE}"]
+    else:
+        leave(url, host="elsewhere")
     assert holder.wait(60) == WORLD
     (line,) = holder.stderr.read().splitlines()
     assert f"the lease on `{url}` was lost" in line
+    assert (FILE in objects(served)) != is_released
 
 
 @pytest.mark.parametrize(

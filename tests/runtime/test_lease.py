@@ -187,6 +187,12 @@ def test_a_process_that_lost_its_lease_ends(tmp_path: Path, holder: Any) -> None
     assert (tmp_path / FILE).read_text() == there
 
 
+def test_a_process_whose_lease_was_taken_and_given_up_ends(tmp_path: Path, holder: Any) -> None:
+    (tmp_path / FILE).unlink()
+    assert holder.wait(60) == WORLD
+    assert not (tmp_path / FILE).exists()
+
+
 def test_of_many_at_once_one_gets_an_expired_lease(tmp_path: Path) -> None:
     write(tmp_path, pid=dead_pid())
     words = [sys.executable, "-c", HOLD, str(tmp_path), "20"]
