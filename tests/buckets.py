@@ -31,10 +31,12 @@ class _Storage(Storage):
     served: the generation of what was read, "" if nothing was.
     written: names of all objects, in the order in which they were written.
     lost: how many of the next writes are done, and answered as if they were not.
+    is_closed: whether all requests are refused.
     """
 
     condition = served = ""
     lost = 0
+    is_closed = False
 
     def __init__(self) -> None:
         super().__init__(use_memory_fs=True)
@@ -79,7 +81,7 @@ class _Handler(RequestHandler):
             self.storage.condition = query.get("ifGenerationMatch", [""])[0]
             self.storage.served = ""
             try:
-                if f"/b/{FORBIDDEN}" in self.path:
+                if f"/b/{FORBIDDEN}" in self.path or self.storage.is_closed:
                     raise _Refused(403)
                 Router(self).handle(method)
             except _Refused as refused:

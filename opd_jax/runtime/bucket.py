@@ -15,11 +15,13 @@ import errno
 import fcntl
 import functools
 import json
+import math
 import os
 import re
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +44,8 @@ _TEMPORARY = re.compile(r"\d+\..+\.tmp|\..+\.partial")
 _same: dict[Path, tuple[int, int]] = {}
 _generations: dict[Path, int] = {}
 _uploading = threading.RLock()
+# Until when nobody else takes a folder over that this process holds, by the monotonic clock.
+leased_until: dict[Path, float] = {}
 
 
 class Away(WorldFailed):
@@ -198,7 +202,7 @@ def upload(path: Path) -> None:
     Nothing to do for other paths. In a run of several processes only the first one calls it.
 
     Raises:
-      ValueError, Away: as `place`.
+      ValueError, Away: as `place`; Away too if the lease was not renewed in time.
     """
     if not (url := url_of(path)):
         return
@@ -208,15 +212,23 @@ def upload(path: Path) -> None:
         for file in sorted(files, key=lambda file: (file.name == "config.json", file)):
             with contextlib.suppress(FileNotFoundError):
                 if _same.get(file) != (state := _state(file)):
+                    _check_lease(file)
                     # A file that grows meanwhile is uploaded up to its size of now.
                     with file.open("rb") as content:
                         blob = _blob(file)
                         blob.upload_from_file(content, size=state[1], retry=_again())
                     _generations[file], _same[file] = blob.generation, state
         for file in _mirrored(path) - set(files):
+            _check_lease(file)
             with contextlib.suppress(FileNotFoundError):
                 Object(file).delete()
             _forget(file)
+
+
+def _check_lease(file: Path) -> None:
+    for folder in file.parents:
+        if time.monotonic() > leased_until.get(folder, math.inf):
+            raise Away(f"the lease on `{folder}` was not renewed in time, so nothing is uploaded")
 
 
 def _mirrored(path: Path) -> set[Path]:

@@ -13,8 +13,9 @@ thread of the owner renews its heartbeat. Who finds a lease
 In a bucket the lease is an object, and its generation decides between two that write it.
 
 A process that was paused so long that another took its lease ends as soon as it notices: two
-writers would spoil the run. Machines may disagree about the time by less than `EXPIRES_S`; a lease
-of another machine also expires if its heartbeat was not seen to change for so long.
+writers would spoil the run. In a bucket, so does one that could not renew its heartbeat for
+`EXPIRES_S`, and it uploads no more. Machines may disagree about the time by less than `EXPIRES_S`;
+a lease of another machine also expires if its heartbeat was not seen to change for so long.
 """
 
 import contextlib
@@ -169,6 +170,7 @@ def held(folder: Path, *, name: str = "--workdir", wait: bool = True) -> Iterato
     claim = _Claim(folder, name, wait)
     path, ours = folder / FILE, claim.ours
     while True:
+        asked = time.monotonic()
         # In steps: the others would not wait in one exchange for minutes.
         answer = processes.first(claim.step() if processes.is_first() else "")
         if answer not in ("again", "wait"):
@@ -181,6 +183,7 @@ def held(folder: Path, *, name: str = "--workdir", wait: bool = True) -> Iterato
         bucket.fetch(folder)
         yield folder
         return
+    bucket.leased_until[folder] = asked + EXPIRES_S
     ended = threading.Event()
     renewing = threading.Thread(target=_renew, args=(path, ours, ended), daemon=True)
     renewing.start()
@@ -192,6 +195,7 @@ def held(folder: Path, *, name: str = "--workdir", wait: bool = True) -> Iterato
     finally:
         ended.set()
         renewing.join()
+        bucket.leased_until.pop(folder, None)
         with contextlib.suppress(OSError, WorldFailed):
             if (lease := _read(path)) and lease.owner == ours:
                 _remove(path, lease)
@@ -352,21 +356,28 @@ def _remove_empty(created: list[Path]) -> None:
 
 def _renew(path: Path, ours: Owner, ended: threading.Event) -> None:
     """Renews the heartbeat until `ended`; ends the process if the lease is not ours any more."""
-    while not ended.wait(HEARTBEAT_S):
+    wait_s = HEARTBEAT_S
+    while not ended.wait(wait_s):
+        wait_s, now = HEARTBEAT_S, time.monotonic()
         try:
             lease = _read(path)
             # None: another took it, ended and gave it up.
             if lease is None or lease.owner not in (ours, _UNKNOWN):
                 break
             _write(path, ours, lease)
-        # A full disk, a network that is away, a bucket that refuses for now: the next time.
+            bucket.leased_until[path.parent] = now + EXPIRES_S
+        except FileExistsError:  # somebody else wrote it just now
+            wait_s = 0.0
+        # A full disk, a network that is away, a bucket that refuses for now: the next time. On a
+        # disk the lease of a living owner does not expire.
         except (OSError, WorldFailed, ValueError):
-            continue
+            if bucket.url_of(path) and time.monotonic() > bucket.leased_until[path.parent]:
+                break
     else:
         return
     print_error(
-        f"the lease on `{path.parent}` was lost: this process was paused, and another took "
-        "it; start the same command again"
+        f"the lease on `{path.parent}` was lost: this process was paused or the bucket was away, "
+        "and another may work there; start the same command again"
     )
     sys.stdout.flush()
     os._exit(WORLD)

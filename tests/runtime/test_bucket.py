@@ -222,6 +222,7 @@ HOLD = """
 import sys, time
 from opd_jax.runtime import bucket, lease
 lease.HEARTBEAT_S = 0.05
+lease.EXPIRES_S = float(sys.argv[2])
 with lease.held(bucket.place(sys.argv[1], name="--workdir")):
     print("held", flush=True)
     time.sleep(600)
@@ -229,9 +230,10 @@ with lease.held(bucket.place(sys.argv[1], name="--workdir")):
 
 
 @pytest.fixture
-def holder(url: str) -> Iterator[subprocess.Popen]:
-    """A living process that holds the lease, with frequent heartbeats."""
-    words, pipe = [sys.executable, "-c", HOLD, url], subprocess.PIPE
+def holder(url: str, request: pytest.FixtureRequest) -> Iterator[subprocess.Popen]:
+    """A living process that holds the lease with frequent heartbeats; parameter: `EXPIRES_S`."""
+    expires_s = str(getattr(request, "param", EXPIRES_S))
+    words, pipe = [sys.executable, "-c", HOLD, url, expires_s], subprocess.PIPE
     with subprocess.Popen(words, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout
         assert process.stdout.readline() == "held\n"
@@ -268,6 +270,37 @@ def test_a_process_that_lost_its_lease_ends(
     (line,) = holder.stderr.read().splitlines()
     assert f"the lease on `{url}` was lost" in line
     assert (FILE in objects(served)) != is_released
+
+
+@pytest.mark.parametrize("holder", [2.0], indirect=True)
+def test_a_process_that_cannot_renew_its_lease_ends(url: str, served: Any, holder: Any) -> None:
+    time.sleep(1)
+    before = served.contents()
+    served.is_closed = True  # to all
+    try:
+        assert holder.wait(60) == WORLD
+    finally:
+        served.is_closed = False
+    (line,) = holder.stderr.read().splitlines()
+    assert f"the lease on `{url}` was lost" in line
+    assert served.contents().keys() == before.keys()
+
+
+def test_without_a_lease_that_was_renewed_in_time_nothing_is_uploaded(
+    url: str, served: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "EXPIRES_S", 0.2)  # less than HEARTBEAT_S
+    holding = held(place(url))
+    folder = holding.__enter__()
+    time.sleep(0.3)
+    (folder / "a").write_text("1")
+    with pytest.raises(WorldFailed, match="not renewed in time"):
+        Checkpoints(folder / "checkpoints", keep=1).save(1, tree(1), {})
+    with pytest.raises(WorldFailed, match="not renewed in time"):
+        holding.__exit__(None, None, None)
+    assert objects(served) == {}
+    bucket.upload(folder)  # nobody holds it
+    assert objects(served) == {"a": b"1"}
 
 
 @pytest.mark.parametrize(
