@@ -210,13 +210,13 @@ def upload(path: Path) -> None:
         files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
         files = [file for file in files if not _TEMPORARY.fullmatch(file.name)]
         for file in sorted(files, key=lambda file: (file.name == "config.json", file)):
-            with contextlib.suppress(FileNotFoundError):
-                if _same.get(file) != (state := _state(file)):
+            with contextlib.suppress(FileNotFoundError), file.open("rb") as content:
+                # Of the file that is open: its name may be another's by now.
+                if _same.get(file) != (state := _state(content.fileno())):
                     _check_lease(file)
                     # A file that grows meanwhile is uploaded up to its size of now.
-                    with file.open("rb") as content:
-                        blob = _blob(file)
-                        blob.upload_from_file(content, size=state[1], retry=_again())
+                    blob = _blob(file)
+                    blob.upload_from_file(content, size=state[1], retry=_again())
                     _generations[file], _same[file] = blob.generation, state
         for file in _mirrored(path) - set(files):
             _check_lease(file)
@@ -236,8 +236,8 @@ def _mirrored(path: Path) -> set[Path]:
     return {file for file in _same if file.is_relative_to(path)}
 
 
-def _state(file: Path) -> tuple[int, int]:
-    found = file.stat()
+def _state(file: Path | int) -> tuple[int, int]:
+    found = os.stat(file)
     return found.st_mtime_ns, found.st_size
 
 

@@ -80,6 +80,28 @@ def test_what_is_written_in_a_mirror_is_in_the_bucket_and_in_the_next_mirror(
     assert printed(f"`{again}`") == f"`{url}`"
 
 
+def test_a_file_that_is_replaced_as_it_is_uploaded_is_whole(
+    url: str, served: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = place(url)
+    folder.mkdir(parents=True)
+    (folder / "a").write_text("12345678")
+    (folder / "7.a.tmp").write_text("123")
+
+    def replaced(file: Path, *given: Any, **options: Any) -> Any:
+        (folder / "7.a.tmp").replace(folder / "a")
+        return opened(file, *given, **options)
+
+    opened = Path.open
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", replaced)
+        bucket.upload(folder)
+    assert objects(served) == {"a": b"123"}
+    served.written.clear()
+    bucket.upload(folder)
+    assert served.written == []
+
+
 def test_a_mirror_is_brought_up_to_date_and_is_without_what_is_large(url: str, served: Any) -> None:
     folder = place(url)
     folder.mkdir(parents=True)
