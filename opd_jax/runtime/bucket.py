@@ -108,7 +108,7 @@ def _open(bucket: str) -> Any:
 
     # It would remember what orbax has seen, and neither arrays nor `remove` tell it what is new.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-    return storage.Client().get_bucket(bucket)
+    return storage.Client(project=None).get_bucket(bucket)  # a bucket's name says all
 
 
 @functools.cache
@@ -148,7 +148,7 @@ def _reaching(url: str, name: str = "") -> Iterator[None]:
         text = " ".join(str(error).split())
         if "RefreshError" in kinds and _may_refresh_later(error):
             raise Away(f"{where} cannot be reached now: {text}") from error
-        if kinds & {"DefaultCredentialsError", "RefreshError"} or "Project was not" in text:
+        if kinds & {"DefaultCredentialsError", "RefreshError"}:
             advice = "log in with `gcloud auth application-default login`, or on a machine of the"
             raise ValueError(
                 f"{where}: no credentials for Google Cloud ({text}); {advice} project give it a "

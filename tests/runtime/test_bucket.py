@@ -457,6 +457,23 @@ def test_without_credentials_or_the_extra_a_line_says_what_to_do(
             place(url)
 
 
+def test_credentials_need_no_project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from google.cloud import storage
+
+    names = ("client_id", "client_secret", "refresh_token")
+    key, content = tmp_path / "key.json", {"type": "authorized_user", **dict.fromkeys(names, "x")}
+    key.write_text(json.dumps(content))
+    for name in ("STORAGE_EMULATOR_HOST", "GOOGLE_CLOUD_PROJECT", "GCLOUD_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(key))
+    monkeypatch.setattr(storage.Client, "get_bucket", lambda client, name: name)
+    bucket._open.cache_clear()
+    assert bucket._open("some-bucket") == "some-bucket"
+    bucket._open.cache_clear()
+
+
 def test_a_server_that_is_away_is_no_mistake(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from google.api_core.exceptions import ServiceUnavailable
 
