@@ -49,8 +49,8 @@ def export(
       which: the checkpoint (`find_step`).
 
     Raises:
-      ValueError: no run or no such checkpoint in `workdir`, `out` is in use, or the student's
-        folder is not there or holds another model.
+      ValueError: no run or no such checkpoint in `workdir`, `out` is in use or may not be written,
+        or the student's folder is not there or holds another model.
     """
     stored = workdir / "config.json"
     if not stored.is_file():
@@ -59,6 +59,7 @@ def export(
             f"{closest_run(workdir)}"
         )
     hf.check_new_folder(out)  # reading a large checkpoint takes minutes
+    bucket.check_may_write(out)
     if bucket.url_of(out) and bucket.names(out):
         raise ValueError(f"`{out}` must be absent; it is not overwritten")
     settings = _with_student(read_settings(read_stored(stored)), student, workdir)

@@ -32,11 +32,12 @@ class _Storage(Storage):
     written: names of all objects, in the order in which they were written.
     lost: how many of the next writes are done, and answered as if they were not.
     is_closed: whether all requests are refused.
+    is_read_only: whether all writes are refused.
     """
 
     condition = served = ""
     lost = 0
-    is_closed = False
+    is_closed = is_read_only = False
 
     def __init__(self) -> None:
         super().__init__(use_memory_fs=True)
@@ -49,6 +50,8 @@ class _Storage(Storage):
         return found
 
     def create_file(self, bucket, name, content, *more) -> None:
+        if self.is_read_only:
+            raise _Refused(403)
         self.check(bucket, name)
         super().create_file(bucket, name, content, *more)
         self.written.append(name)

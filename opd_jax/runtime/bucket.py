@@ -293,6 +293,19 @@ def names(folder: Path) -> list[str]:
         return list(_objects(folder))
 
 
+def check_may_write(folder: Path) -> None:
+    """Writes an object in a folder and deletes it. Nothing to do for other paths.
+
+    Raises:
+      ValueError, Away: as `place`.
+    """
+    if url_of(folder):
+        probe = Object(folder / ".probe")
+        probe.write("", generation=0)
+        with contextlib.suppress(FileNotFoundError):
+            probe.delete()
+
+
 def remove(folder: Path) -> None:
     """Deletes all objects below a folder in a bucket."""
     for name in names(folder):

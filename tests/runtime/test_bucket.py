@@ -20,6 +20,7 @@ from processes import run_python
 
 from opd_jax import hf
 from opd_jax.config.references import model_folder
+from opd_jax.export import export
 from opd_jax.report.writers import JsonlWriter
 from opd_jax.runtime import bucket, lease
 from opd_jax.runtime.checkpoint import Checkpoints, saved_steps
@@ -438,6 +439,21 @@ def test_what_cannot_be_had_is_told_in_a_line(url: str, given: str, said: str) -
     assert given in printed(str(error.value))
     assert "`--workdir`" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_an_export_that_may_not_be_written_is_refused_before_anything_is_read(
+    url: str, served: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text("{}")  # of no run
+    out = place(url, is_new=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(served, "is_read_only", True)
+        with pytest.raises(ValueError, match="no permission") as error:
+            export(tmp_path, out)
+    assert url in printed(str(error.value))
+    bucket._blob(out / ".probe").upload_from_string("")  # as a kill leaves it
+    bucket.check_may_write(out)
+    assert objects(served) == {}
 
 
 def test_without_credentials_or_the_extra_a_line_says_what_to_do(
