@@ -3,8 +3,9 @@
 Objects cannot be appended to. So a folder in a bucket has a mirror on this machine, in which a
 command reads and writes as in any other folder. `place` makes it and fetches what is in the bucket;
 `upload` writes the files that have changed as whole objects, and deletes those that are gone. Only
-the bucket counts: a mirror ends with its process. Checkpoints and the lease have no mirror. Whoever
-writes them asks for the URL (`url_of`) of the path that they would have in it.
+the bucket counts: a mirror ends with its process, or the next one removes it. Checkpoints and the
+lease have no mirror. Whoever writes them asks for the URL (`url_of`) of the path that they would
+have in it.
 
 The extra `gcs` is imported when the first URL is seen. Credentials are found as all of Google's
 libraries find them. `STORAGE_EMULATOR_HOST` names another server.
@@ -18,6 +19,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import tempfile
 import threading
@@ -34,6 +36,8 @@ UPLOAD_S = 30.0
 # How long a request is repeated.
 _PATIENCE_S = 60.0
 SCHEME = "gs://"
+# Of the folder of all mirrors of a process.
+_PREFIX, _LOCK = "opd_jax-", ".lock"
 # A mirror is without these, below it too. Nobody reads them there, and they may be large.
 _LEFT_OUT = re.compile(
     r"(.*/)?((checkpoints|profile|report)/.*|lease\.json|.*\.(safetensors|html)|)"
@@ -56,12 +60,22 @@ class Away(WorldFailed):
 
 
 @functools.cache
-def _mirrors() -> tuple[Path, tempfile.TemporaryDirectory]:
-    """The folder of all mirrors; it is removed when the second one is, at the process's end."""
-    made = tempfile.TemporaryDirectory(prefix="opd_jax-")
+def _mirrors() -> tuple[Path, Any, Any]:
+    """The folder of all mirrors; it is removed when the second one is, at the process's end.
+
+    The third is a lock that ends with the process. What a killed one left is unlocked, and removed.
+    """
+    made = tempfile.TemporaryDirectory(prefix=_PREFIX)
     folder = Path(made.name).resolve()
+    for left in folder.parent.glob(f"{_PREFIX}*/{_LOCK}"):
+        with contextlib.suppress(OSError), left.open("r+") as file:  # another user's, or locked
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left.parent)
+    lock = (folder / f"{_LOCK}.new").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    Path(lock.name).replace(folder / _LOCK)  # so that nobody finds it unlocked
     name_in_print(folder, SCHEME[:-1])
-    return folder, made
+    return folder, made, lock
 
 
 def url_of(path: Path) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -141,6 +142,31 @@ def test_while_a_workdir_is_held_it_is_uploaded_again_and_again_and_at_the_end(
         time.sleep(0.2)
         (folder / "b").write_text("2")
     assert objects(served) == {"a": b"1", "b": b"2"}
+
+
+def test_mirrors_of_killed_processes_are_removed_and_those_of_living_ones_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = "import time; from opd_jax.runtime import bucket; print(bucket._mirrors()[0], flush=1)"
+    words = [sys.executable, "-c", f"{code}; time.sleep(600)"]
+    another_process()
+    older = tmp_path / f"{bucket._PREFIX}older"  # of an older version, which may live
+    older.mkdir()
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        theirs = Path(process.stdout.readline().strip())
+        (theirs / "runs").mkdir()
+        ours = bucket._mirrors()[0]
+        assert {*tmp_path.iterdir()} == {older, theirs, ours}
+        process.kill()
+    assert (theirs / "runs").is_dir()
+    another_process()
+    ours = bucket._mirrors()[0]
+    assert {*tmp_path.iterdir()} == {older, ours}
+    another_process()
+    assert {*tmp_path.iterdir()} == {older}
 
 
 def test_a_path_of_this_machine_imports_nothing() -> None:
