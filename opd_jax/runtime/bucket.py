@@ -202,9 +202,12 @@ def fetch(path: Path) -> None:
         for file in there:
             if _generations.get(file) != found[file].generation:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                with contextlib.suppress(*_conflicts()):  # it was deleted meanwhile
+                try:
                     found[file].download_to_filename(file)
                     _generations[file], _same[file] = found[file].generation, _state(file)
+                except _conflicts():  # it was deleted or replaced meanwhile, and is not ours
+                    file.unlink(missing_ok=True)
+                    _forget(file)
         for file in _mirrored(path) - there:
             file.unlink(missing_ok=True)
             _forget(file)

@@ -128,6 +128,30 @@ def test_a_mirror_is_brought_up_to_date_and_is_without_what_is_large(url: str, s
     assert set(objects(served)) == {"kept", "replaced", *large}  # which it has never seen
 
 
+def test_what_is_replaced_while_it_is_fetched_stays_in_the_bucket(
+    url: str, served: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from google.api_core.exceptions import NotFound
+    from google.cloud.storage import Blob
+
+    def replaced(_: Any, file: Path) -> None:
+        file.unlink()  # as the client does
+        raise NotFound("of this generation")
+
+    folder = place(url)
+    folder.mkdir(parents=True)
+    (folder / "a").write_text("1")
+    bucket.upload(folder)
+    bucket._blob(folder / "a").upload_from_string("2")
+    with monkeypatch.context() as patch:
+        patch.setattr(Blob, "download_to_filename", replaced)
+        bucket.fetch(folder)
+    bucket.upload(folder)
+    assert objects(served) == {"a": b"2"}
+    bucket.fetch(folder)
+    assert (folder / "a").read_text() == "2"
+
+
 def test_while_a_workdir_is_held_it_is_uploaded_again_and_again_and_at_the_end(
     url: str, served: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
