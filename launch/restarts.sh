@@ -22,17 +22,20 @@ hand_on() {
 }
 
 saved() { # names of the complete checkpoints below a workdir; a comparison's are in METHOD/seed-N
+  local names
   if [[ $1 == gs://* ]]; then
-    .venv/bin/python -c 'import sys; from opd_jax.runtime import bucket
-print(*bucket.names(bucket.place(sys.argv[1], name="--workdir", is_new=True)), sep="\n")' "$1" |
-      grep "/commit_success.txt$"
+    names=$(.venv/bin/python -c 'import sys; from opd_jax.runtime import bucket
+print(*bucket.names(bucket.place(sys.argv[1], name="--workdir", is_new=True)), sep="\n")' "$1" \
+      2>/dev/null) || return # the bucket is away
+    grep "/commit_success.txt$" <<<"$names" | sort || true
   else # a save that was killed leaves a longer name
-    find "$1/" -maxdepth 4 -path "*/checkpoints/*" -name "[0-9]*" ! -name "*[!0-9]*"
-  fi 2>/dev/null | sort
+    find "$1/" -maxdepth 4 -path "*/checkpoints/*" -name "[0-9]*" ! -name "*[!0-9]*" 2>/dev/null |
+      sort || true
+  fi
 }
 
 may_restart() {
-  local word previous="" workdir="" file now before="" count=0
+  local word previous="" workdir="" file names now before=none count=0
   for word in "$@"; do
     [[ $word != --workdir=* ]] || workdir=${word#--workdir=}
     [[ $previous != --workdir ]] || workdir=$word
@@ -41,8 +44,9 @@ may_restart() {
   workdir=${workdir/#\~/${HOME-}} # as the training reads it
   file=$workdir/restarts
   [[ $workdir != gs://* ]] || file=runs/restarts-$(cksum <<<"$workdir" | cut -d" " -f1)
-  now=$(saved "$workdir" | cksum | cut -d" " -f1)
   [[ ! -f $file ]] || read -r before count <"$file"
+  now=$before # where they cannot be seen
+  ! names=$(saved "$workdir") || now=$(cksum <<<"$names" | cut -d" " -f1)
   [[ $before == "$now" ]] || count=0
   if ((count >= ${RESTARTS:-3})); then
     rm -f "$file"

@@ -121,7 +121,7 @@ STAND_INS = {
               fails) echo Traceback; exit 1 ;;
               mistaken) exit 2 ;;
               full) exit 74 ;;
-              away) exit 75 ;;
+              away | hidden) exit 75 ;;
               saves*)
                 [[ $* =~ --workdir=([^ ]+) ]]
                 saved=opd/seed-0/checkpoints/${what#saves }
@@ -132,7 +132,9 @@ STAND_INS = {
                 fi
                 exit 75 ;;
             esac ;;
-          *"bucket.names("*) [[ ! -e $SCENARIO.bucket ]] || cat "$SCENARIO.bucket" ;;
+          *"bucket.names("*)
+            [[ $(<"$SCENARIO.now") != hidden ]] || exit 75
+            [[ ! -e $SCENARIO.bucket ]] || cat "$SCENARIO.bucket" ;;
           "-m pip "*alfworld*) echo "install ${*: -1}" >>"$LOG" ;;
           "launch/finished.py "*) [[ $(<"$SCENARIO.now") == finishes ]] || exit 75 ;;
         esac""",
@@ -601,6 +603,9 @@ def test_a_run_whose_world_failed_is_started_again_a_few_times_without_a_checkpo
     [
         (["away"] * 5, 75, 4),
         (["away", "away", "saves 3", "away", "away", "saves 4", "away", "finishes"], 0, 8),
+        # A bucket that is away shows no other checkpoints.
+        (["saves 3", "away", "hidden", "away", "finishes"], 75, 4),
+        (["hidden", "hidden", "hidden", "hidden", "finishes"], 75, 4),
     ],
 )
 def test_restarts_of_a_run_in_a_bucket_are_counted_on_the_machine(
