@@ -122,10 +122,18 @@ def cells_of(config: FrozenConfigDict, workdir: Path) -> list[Cell]:
     """The cells of a comparison, seed by seed: an interrupted one has all methods equally often.
 
     Each is trained in `METHOD/seed-N` of the workdir.
+
+    Raises:
+      ValueError: the workdir is in a bucket, and the results would be in this machine's checkout.
     """
     folder = workdir / "results"
-    if config.compare.results:
-        folder = bucket.place(config.compare.results, name="compare.results")
+    if results := config.compare.results:
+        folder = bucket.place(results, name="compare.results")
+        if bucket.url_of(workdir) and not folder.is_absolute():
+            raise ValueError(
+                f"`compare.results`: the workdir is in a bucket, and `{results}` is a folder of "
+                "this machine; give `--config.compare.results=gs://BUCKET/PATH`"
+            )
     found, models = [], dict[str, dict[str, str]]()
     for seed in config.compare.seeds:
         for method in config.compare.methods:

@@ -351,6 +351,19 @@ def test_a_table_in_a_bucket_is_seen_by_every_process(
     another_process()
 
 
+def test_a_table_in_a_bucket_has_no_results_in_the_checkout(
+    served: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    another_process()
+    workdir, calls = bucket.place(f"gs://{BUCKET}/refused", name="--workdir"), list[tuple]()
+    config = comparison(*TWO, "--config.compare.results=docs/results")
+    with pytest.raises(ValueError, match=r"--config.compare.results=gs://BUCKET/PATH"):
+        compare.compare(config, workdir, run=scripted(calls))
+    assert (calls, list(tmp_path.iterdir())) == ([], [])
+    another_process()
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
