@@ -7,8 +7,10 @@ the bucket counts: a mirror ends with its process, or the next one removes it. C
 lease have no mirror. Whoever writes them asks for the URL (`url_of`) of the path that they would
 have in it.
 
-The extra `gcs` is imported when the first URL is seen. Credentials are found as all of Google's
-libraries find them. `STORAGE_EMULATOR_HOST` names another server.
+Google's own library is used: its requests can depend on an object's generation, by which one of two
+runs gets a lease. fsspec and `etils.epath` cannot replace an object on that condition. The extra
+`gcs` is imported when the first URL is seen. Credentials are found as all of Google's libraries
+find them. `STORAGE_EMULATOR_HOST` names another server.
 """
 
 import contextlib
