@@ -30,7 +30,7 @@ def test_names_stand_for_folders() -> None:
     assert model_folder("some/where") == Path("some/where")
     assert model_folder("~/where") == Path.home() / "where"
     for reference in ("embedded:", "embedded:studnet"):
-        with pytest.raises(ValueError, match=f"no model `{reference}`, only embedded:student, emb"):
+        with pytest.raises(ValueError, match=f"no model `{reference}`, only embedded:recovering, emb"):
             model_folder(reference)
 
 
