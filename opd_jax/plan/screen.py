@@ -59,8 +59,9 @@ def _heading(report: Mapping[str, Any]) -> str:
         if model := report[who]:
             size = f"{model['parameters'] / 1e9:.3g} B parameters in {model['dtype']}"
             lines[who] = f"{size}; {model['source']}"
-    width = max(map(len, lines))
-    return "\n".join(f"{name.ljust(width)}  {line}" for name, line in lines.items() if line)
+    shown = {name: line for name, line in lines.items() if line}
+    width = max(map(len, shown))
+    return "\n".join(f"{name.ljust(width)}  {line}" for name, line in shown.items())
 
 
 def _memory(report: Mapping[str, Any], verbose: bool) -> str:
