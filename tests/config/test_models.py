@@ -30,7 +30,8 @@ def test_names_stand_for_folders() -> None:
     assert model_folder("some/where") == Path("some/where")
     assert model_folder("~/where") == Path.home() / "where"
     for reference in ("embedded:", "embedded:studnet"):
-        with pytest.raises(ValueError, match=f"no model `{reference}`, only embedded:recovering, emb"):
+        known = "only embedded:recovering, embedded:student, embedded:teacher"
+        with pytest.raises(ValueError, match=f"no model `{reference}`, {known}"):
             model_folder(reference)
 
 
