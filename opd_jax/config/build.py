@@ -701,7 +701,8 @@ def make_demonstrator(settings: Settings, *, chat: ChatFormat):
         distractor: MakePlayer | None = None
         if name == HISTORIES:
             history = rng.choice(histories)
-            env, index = env_of(history, envs), history.index
+            index = history.index
+            env = env_of(envs, split, index, task_id=history.task_id)
             distractor, distraction = history.player, 0.0
             head_start = rng.randint(1, min(len(history.responses) - 1, shown.head_start))
         elif name:
@@ -726,7 +727,7 @@ def make_proposer(settings: Settings) -> Callable[..., list[tuple[str, str]]]:
     """The function that proposes other responses at a turn, for judge example n (`proposals`)."""
     shown = settings.demonstrations
     assert shown is not None  # as settings are checked
-    envs: list[Any] = [make_env(settings.env, size=size) for size in shown.sizes]
+    envs = [make_env(settings.env, size=size) for size in shown.sizes]
     if shown.proposals and not hasattr(envs[0], "label"):
         raise ValueError(
             f"`demonstrations.proposals` = {shown.proposals}: expected an environment that labels "
@@ -742,7 +743,8 @@ def make_proposer(settings: Settings) -> Callable[..., list[tuple[str, str]]]:
             return []
         where = conversation.split, conversation.index
         rng = random.Random(f"{settings.seed}/proposals/{number}/{where}/{index}")
-        env = next(e for e in envs if e.reset(*where) and e.task == conversation.task)
+        assert conversation.task is not None  # it was demonstrated
+        env: Any = env_of(envs, *where, task_id=conversation.task.id)
         return proposals(env, conversation, index, players=players, count=shown.proposals, rng=rng)
 
     return propose

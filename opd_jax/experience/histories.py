@@ -18,12 +18,11 @@ class History:
 
     Attributes:
       task_id: of its task, which tells room sizes apart (`Task.id`).
-      split, index: the environment's task.
+      index: of its task in the split that is trained on.
       responses: the model's, one for each turn.
     """
 
     task_id: str
-    split: str
     index: int
     responses: tuple[str, ...]
 
@@ -65,7 +64,7 @@ def read_histories(path: Path, *, split: str) -> list[History]:
                 f"{task['split']!r}, expected `data.split` = {split!r}"
             )
         if len(said) > 1:
-            found.append(History(task["id"], task["split"], task["index"], tuple(said)))
+            found.append(History(task["id"], task["index"], tuple(said)))
     if not found:
         raise ValueError(
             f"`demonstrations.histories`: no episode of `{path}` has more than one turn"
@@ -73,13 +72,17 @@ def read_histories(path: Path, *, split: str) -> list[History]:
     return found
 
 
-def env_of(history: History, envs: Sequence[Env]) -> Env:
-    """The environment that has the history's task. They differ in the size of rooms."""
+def env_of(envs: Sequence[Env], split: str, index: int, *, task_id: str) -> Env:
+    """The environment in which a task has this `Task.id`, reset to it; rooms differ in size.
+
+    Raises:
+      ValueError: there is none.
+    """
     for env in envs:
-        env.reset(history.split, history.index)
-        if env.task.id == history.task_id:
+        env.reset(split, index)
+        if env.task.id == task_id:
             return env
     raise ValueError(
-        f"`demonstrations.histories`: an episode is of {history.task_id}, which no room of "
+        f"`demonstrations.histories`: an episode is of {task_id}, which no room of "
         "`demonstrations.sizes` is"
     )
