@@ -59,6 +59,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.quick)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_freed() -> Iterator[None]:
+    """Frees the compiled programs of a file behind its last test.
+
+    A program is mapped into memory in some ten pieces, and Linux allows a process 65,530
+    (`vm.max_map_count`). The programs of all files need more, and XLA ends with a segmentation
+    fault where it cannot map another.
+    """
+    yield
+    jax.clear_caches()
+
+
 @dataclass(frozen=True)
 class Reference:
     """A model of `transformers` in evaluation mode, float32, and the folder it was saved to."""

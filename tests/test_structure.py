@@ -232,6 +232,12 @@ def repository() -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
+def test_no_two_test_files_have_one_name() -> None:
+    """Pytest leaves out the second."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names))
+
+
 def test_no_file_speaks_of_the_machine_it_was_written_on() -> None:
     assert PACKAGE / "train.py" in repository()
     for path in repository():
