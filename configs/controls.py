@@ -8,6 +8,8 @@ This is no config. `methods` names these judges and weights:
                      which turns?
   first_failures     0 where an action that does not repeat the one before was rejected, else 1
   repeated_failures  0 where one that does was rejected: is it loops?
+  right_failures     rejected turns weigh as much as the teacher's own turn there is right, others 1
+  wrong_failures     they weigh as much as it is wrong: is it the teacher's advice?
 """
 
 import jax.numpy as jnp
@@ -46,6 +48,21 @@ def first_failures(turn_id, *, verdict, repeats):
 def repeated_failures(turn_id, *, verdict, repeats):
     """A weight of 0 for rejected actions that are the one before again."""
     return _zero_where((verdict == Verdict.DET_FAIL) & (repeats == 1), turn_id)
+
+
+def right_failures(turn_id, *, verdict, reliability):
+    """A weight of r for rejected turns, how often the teacher's own turn there is right, else 1."""
+    r = jnp.nan_to_num(reliability)
+    return of_each_token(jnp.where(verdict == Verdict.DET_FAIL, r, 1.0), turn_id)
+
+
+def wrong_failures(turn_id, *, verdict, reliability):
+    """A weight of 1 - r for rejected turns, how often the teacher's own turn is wrong, else 1.
+
+    0 where nobody asked, as in `right_failures`.
+    """
+    wrong = jnp.nan_to_num(1.0 - reliability)
+    return of_each_token(jnp.where(verdict == Verdict.DET_FAIL, wrong, 1.0), turn_id)
 
 
 def _zero_where(where, turn_id):

@@ -104,6 +104,14 @@ METHODS: dict[str, Any] = {
     "drop_repeated_failures": method(
         weight=dict(by=f"{_CONTROLS}:repeated_failures"), judge=dict(by="failures")
     ),
+    # Rejected turns count where the teacher's own turn is right, or where it is wrong. Expected:
+    # the first as good as `failures`; the second below OPD, if its advice is what harms.
+    **{
+        f"keep_{which}_failures": method(
+            weight=dict(by=f"{_CONTROLS}:{which}_failures"), judge=dict(by="failures")
+        )
+        for which in ("right", "wrong")
+    },
     # Expected: below `sage_fail0_oracle`.
     "sage_fail0_shuffled": method(
         weight=dict(by="sage", fail_weight=0.0), judge=dict(by=f"{_CONTROLS}:shuffled")

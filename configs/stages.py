@@ -37,6 +37,7 @@ A = (
     *("reliability", "reliability_proxy"),
     # Controls.
     *("sage_fail0_shuffled", "drop_accepted", "drop_first_failures", "drop_repeated_failures"),
+    *("keep_right_failures", "keep_wrong_failures"),
 )
 # A method that learns from a file of episodes needs that first; it is run by its name.
 B = tuple(

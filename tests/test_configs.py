@@ -70,6 +70,13 @@ METHODS: dict[str, dict[str, object]] = {
         }
         for which in ("first_failures", "repeated_failures")
     },
+    **{
+        f"method=keep_{which}_failures": {
+            "weight.by": f"opd_jax.configs.controls:{which}_failures",
+            "judge.by": "failures",
+        }
+        for which in ("right", "wrong")
+    },
     "method=sage_fail0_shuffled": {
         "weight.fail_weight": 0.0,
         "judge.by": "opd_jax.configs.controls:shuffled",
