@@ -22,7 +22,10 @@ turns of a weak player, so it learns to win from there. It also learns to judge 
 an episode (`judge.context=record`). After its answer a judge example goes on with other responses
 at the same turn, so that one record has several answers to learn.
 
-Arguments: who=teacher|student|recovering, runlocal.
+With a file of `histories` it goes on from the run that was trained so: half of its episodes begin
+with up to 16 turns of models, students that were distilled among them (docs/pair.md makes it).
+
+Arguments: who=teacher|student|recovering, histories=FILE, runlocal.
 """
 
 from ml_collections import ConfigDict
@@ -33,12 +36,16 @@ from opd_jax.configs import quickstart
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config that trains one of the two."""
-    args = parse_arg(arg, runlocal=False, who="teacher")
+    args = parse_arg(arg, runlocal=False, who="teacher", histories="")
     config = quickstart.get_config("runlocal" if args.runlocal else "")
     is_teacher = {"teacher": True, "student": False, "recovering": True}.get(args.who)
     if is_teacher is None:
         raise ValueError(
             f"config argument `who`: expected teacher, student or recovering, got {args.who!r}"
+        )
+    if args.histories and args.who != "recovering":
+        raise ValueError(
+            f"config argument `histories`: expected who=recovering beside it, got {args.who!r}"
         )
 
     config.student = "new"
@@ -115,6 +122,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
         )
         config.optimizer.learning_rate = 1e-3
         config.train.updates = 7000
+    if args.histories:
+        config.student = "workdir:runs/recovering"
+        config.demonstrations.histories = args.histories
+        config.demonstrations.head_start = 16
+        config.demonstrations.distractors = (
+            *("histories",) * 6,
+            *("stubborn", "clumsy", "mistaken", "random", "forgetful", "careless"),
+        )
+        config.demonstrations.judge_examples = 128
+        config.train.updates = 4000
     config.train.length_multiple = 128
     config.train.response_multiple = 256
     config.eval.who = ("expert", "random")

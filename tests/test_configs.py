@@ -110,6 +110,7 @@ PROXY = "method=reliability_proxy"  # needs an environment with a rule
 CASES = [
     *((name, arg) for name, methods in OF.items() for arg in methods),
     *(("household_pair", who) for who in ("who=teacher", "who=student", "who=recovering")),
+    ("household_pair", "who=recovering,histories=runs/histories.jsonl"),
     ("quickstart", "compare"),
     *(("quickstart", f"table={stage}") for stage in STAGES),
     *((name, "student=0.6b,teacher=32b") for name in PAPER),
@@ -174,6 +175,7 @@ def test_a_config_holds_together_survives_storage_and_shrinks(name: str, arg: st
         ("quickstart:table=A,compare", ["`table`", "`compare`"]),
         ("quickstart:table=D", ["`table`", "A, B", "'D'"]),
         ("household_pair:who=judge", ["`who`", "teacher", "student", "recovering", "judge"]),
+        ("household_pair:histories=a.jsonl", ["`histories`", "who=recovering", "teacher"]),
         ("alfworld_qwen3:student=4b", ["`student`", "0.6b", "1.7b", "4b"]),
         ("scienceworld_qwen3:teacher=14b", ["`teacher`", "8b", "32b", "14b"]),
         ("searchqa_qwen3:method=ppo", ["method=ppo", "tcod_f2b"]),
