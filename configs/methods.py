@@ -27,7 +27,7 @@ _SAGE: dict[str, dict] = dict(
 def method(**changes: dict) -> dict[str, dict]:
     """A method. It sets every field in which methods differ, so it can replace any other.
 
-    But `judge.by`, which only those set that need another: the base of a comparison chooses it.
+    But of the judge it sets only what it needs: the base of a comparison chooses the rest.
     """
     return changes | {group: _SAGE[group] | changes.get(group, {}) for group in _SAGE}
 
@@ -67,6 +67,8 @@ METHODS: dict[str, Any] = {
     # --- SAGE-OPD (arXiv 2606.19659) and one factor of z · i · c off ---
     # 70.2 there, 1.7B from 8B. Expected: above OPD.
     "sage": method(),
+    # Its judge sees what the paper's sees, whatever the base shows. Expected: below OPD.
+    "sage_table9": method(judge=dict(context="table9")),
     "sage_without_intervention": method(weight=dict(by="confidence")),
     "sage_without_confidence": method(weight=dict(by="intervention")),
     "sage_without_normalizer": method(objective=_UNSCALED),

@@ -38,6 +38,7 @@ OPD = {"weight.by": "uniform"}
 UNSCALED = {"objective.normalize": "none"}
 METHODS: dict[str, dict[str, object]] = {
     "method=sage": {},
+    "method=sage_table9": {},
     "ablate=intervention": {"weight.by": "confidence"},
     "ablate=confidence": {"weight.by": "intervention"},
     "ablate=normalizer": UNSCALED,
@@ -241,6 +242,9 @@ def test_the_stages_hold_every_method_and_only_they_name_the_split_that_is_repor
         assert (config.eval.splits, config.eval.tasks) == (("test_unseen",), 800)
         assert (config.eval.dev, config.eval.dev_tasks) == ("dev", 200)
         assert config.eval.every == config.train.updates
+        first_teacher = stage == "C-teacher"
+        assert config.teacher == f"embedded:{'teacher' if first_teacher else 'recovering'}"
+        assert config.judge.context == ("table9" if first_teacher else "record")
         # A smoke test writes nothing into the repository.
         assert load(f"quickstart:table={stage},runlocal", []).compare.results == ""
     for name, arg in CASES:
