@@ -93,6 +93,9 @@ METHODS: dict[str, Any] = {
     # The same without an oracle: the teacher's turn is sampled, and the environment's rule over the
     # record judges it. Expected: near `reliability`.
     "reliability_proxy": method(weight=dict(by="reliability", teacher_labels="record")),
+    # OPD by a teacher that reads the environment's record before each turn. The embedded ones have
+    # not learnt to. Expected: below OPD with them.
+    "opd_told": method(weight=_UNIFORM, teacher_context=dict(by="record", tokens=1280)),
     # Discounted log-ratios of later turns. Expected: near OPD.
     "return_to_go": method(weight=dict(by="return_to_go")),
     # --- Controls of `failures` and `sage_fail0` (`controls`) ---

@@ -64,7 +64,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     # What the teacher reads and the student does not (docs/teacher_context.md).
     config.teacher_context = dict(
-        by="",  # "": nothing; solved: a solved task of the same type, from `file`; module:function
+        # "": nothing; record: the environment's; solved: a task of the same type that was solved,
+        # from `file`; or module:function.
+        by="",
         tokens=512,  # most tokens that it adds to a conversation
         file="",  # of `solved`: an episode file (docs/episodes.md)
     )

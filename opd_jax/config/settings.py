@@ -620,6 +620,11 @@ def _check_source(s: Settings) -> None:
             "and `data.only_success` leaves a part of it out: change one of them",
         ),
         (
+            s.teacher_context.by == "record" and not keeps_record(s.env.by),
+            "`teacher_context.by` = 'record' tells the teacher the environment's record, and "
+            f"`env.by` = {s.env.by!r} keeps none (`record`, docs/environment.md): choose another",
+        ),
+        (
             bool(s.teacher_context.by) and not objective.needs_teacher,
             f"`teacher_context.by` = {s.teacher_context.by!r} tells a teacher something, and with "
             "`objective.divergence` = 'cross_entropy' none scores: leave it empty",

@@ -15,13 +15,14 @@ from typing import Any
 
 from opd_jax.agent.chat import ChatFormat
 from opd_jax.agent.conversation import Conversation
+from opd_jax.judge.prompt import RECORD, told
 from opd_jax.report.episodes import Episode, read_episodes
 from opd_jax.runtime import bucket, processes
 from opd_jax.runtime import by as named
 from opd_jax.runtime.fields import check_within
 
 # What `teacher_context.by` may be, besides `module:function` and "" for nothing.
-KNOWN = {"solved": "opd_jax.experience.asides:solved"}
+KNOWN = {name: f"opd_jax.experience.asides:{name}" for name in ("record", "solved")}
 
 # An episode to its asides: the text before the first turn, the second, …; "" for none. There may be
 # fewer than turns.
@@ -123,6 +124,16 @@ def with_asides(
         )
         return conversation
     return told
+
+
+def record(conversation: Conversation) -> Sequence[str]:
+    """What the environment had recorded before each turn, in the judge's words (`judge.prompt`).
+
+    The student has read all of it, but may have forgotten where.
+
+    Source: ours.
+    """
+    return [RECORD.format(record=told(turn)) for turn in conversation.turns]
 
 
 def solved(conversation: Conversation, *, file: str) -> Sequence[str]:

@@ -42,19 +42,16 @@ TABLE_9 = (
     "Observation: {turn.observation}\n"
     "Admissible actions: {admissible}\n" + PROPOSAL
 )
+# What only grows comes first: a question is read from where it differs from the one before.
+RECORD = (
+    "Tried: {record.tried}\nSeen: {record.seen}\nChanged: {record.changed}\nHeld: {record.held}"
+)
 # Which fields each context has.
 FIELDS = {
     "table9": TABLE_9,
     "+feedback": TABLE_9 + "\nFeedback: {turn.feedback}",
     "history": "Admissible actions: {admissible}",
-    # What only grows comes first: a question is read from where it differs from the one before.
-    "record": (
-        "Goal: {task.goal}\n"
-        "Tried: {record.tried}\n"
-        "Seen: {record.seen}\n"
-        "Changed: {record.changed}\n"
-        "Held: {record.held}\n" + PROPOSAL
-    ),
+    "record": "Goal: {task.goal}\n" + RECORD + "\n" + PROPOSAL,
 }
 # Of each list of a record the latest entries are shown, and of an entry its beginning.
 ENTRIES, LETTERS = 30, 240
@@ -87,10 +84,14 @@ class Told(NamedTuple):
     tried: str
 
 
+def told(turn: Turn) -> Told:
+    """What the environment had recorded before the turn."""
+    return Told(*(_line(turn.record.get(name, ())) for name in Told._fields))
+
+
 def _filled(text: str, task: Task, turn: Turn, admissible_shown: int) -> str:
     admissible = listed(turn.admissible, admissible_shown)
-    told = Told(*(_line(turn.record.get(name, ())) for name in Told._fields))
-    return text.format(task=task, turn=turn, admissible=admissible, record=told)
+    return text.format(task=task, turn=turn, admissible=admissible, record=told(turn))
 
 
 def _line(entries: Sequence[str]) -> str:

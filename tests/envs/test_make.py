@@ -8,7 +8,7 @@ from settings import read
 
 from opd_jax.config import build
 from opd_jax.envs.base import Observation
-from opd_jax.envs.make import EnvSettings, invented, make_env
+from opd_jax.envs.make import ENVS, EnvSettings, invented, keeps_record, make_env
 from opd_jax.envs.players import make_player
 from opd_jax.envs.react import RESPONSE, TRY, Random
 from opd_jax.envs.turns import before_invented_turn
@@ -36,6 +36,10 @@ def test_unknown_names_are_errors() -> None:
         make_env(read("quickstart", "env.by=os:path").env)
     with pytest.raises(ValueError, match=r"`eval.who`.*household.*'nobody'.*expert"):
         make_player("nobody", read("quickstart").env, field="eval.who", habits={})
+
+
+def test_of_ours_all_but_gymnasiums_keep_a_record() -> None:
+    assert [by for by in ENVS if not keeps_record(by)] == ["gymnasium"]
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,13 @@ from test_demonstrations import MAX_TURNS, messages, written
 
 from opd_jax import model
 from opd_jax.agent.chat import ChatFormat
-from opd_jax.agent.conversation import Conversation
+from opd_jax.agent.conversation import Conversation, Turn
 from opd_jax.config import build
 from opd_jax.config.models import LoadedModel, load_student, load_teacher
 from opd_jax.config.references import fingerprints
 from opd_jax.config.settings import Settings
 from opd_jax.envs.household import tokenizer as household_tokenizer
-from opd_jax.experience.asides import TeacherContext, solved, with_asides
+from opd_jax.experience.asides import TeacherContext, record, solved, with_asides
 from opd_jax.experience.source import Played
 from opd_jax.learner.batch import Batch
 from opd_jax.learner.train_state import init_state
@@ -184,6 +184,22 @@ def test_rows_with_other_tokens_of_the_students_are_refused(
 # --- Solved tasks ---------------------------------------------------------------------------------
 
 
+def test_the_record_before_each_turn() -> None:
+    turn = Turn("seen", (), "said", "stop_token", "act", "", "heard", "")
+    tried = ("go to shelf 1: done", "take apple 1: refused")
+    later = dataclasses.replace(turn, record={"tried": tried, "held": ("apple 1",)})
+    first, second = record(Conversation(None, turns=[turn, later]))
+    assert first == "Tried: nothing\nSeen: nothing\nChanged: nothing\nHeld: nothing"
+    assert second == (
+        "Tried: go to shelf 1: done; take apple 1: refused\n"
+        "Seen: nothing\nChanged: nothing\nHeld: apple 1"
+    )
+    by = "teacher_context.by=record"
+    read("quickstart", by)
+    with pytest.raises(ValueError, match=r"environment's record, and `env.by` = 'gymnasium'"):
+        read("quickstart", "env.by=gymnasium", by)
+
+
 def solved_file(path: Path, *tasks: tuple[str, str, bool]) -> str:
     lines = [
         {
@@ -238,7 +254,7 @@ def test_solved_tasks_may_lie_in_a_bucket(chat: ChatFormat, tmp_path: Path, serv
 @pytest.mark.parametrize(
     ("context", "text"),
     [
-        (("solve", 9, ""), "`teacher_context.by`: expected one of solved, or module:name"),
+        (("solve", 9, ""), "`teacher_context.by`: expected one of record, solved, or module:name"),
         (("solved", 9, ""), "`teacher_context.by` = 'solved' .* name it in `teacher_context.file`"),
         (("", 9, "", (("each", 1),)), "`teacher_context.each`: nothing takes it"),
         (("test_asides:hints", 0, ""), "`tokens`: expected at least 1, got 0"),

@@ -113,3 +113,4 @@ open_searchqa.world = ("data", "retriever", "timeout_s", "retry_minutes", "wait_
 open_searchqa.figures = ("test_questions",)  # type: ignore[attr-defined]
 open_searchqa.labels_turns = False  # type: ignore[attr-defined]
 open_searchqa.invented = INVENTED  # type: ignore[attr-defined]
+open_searchqa.record = SearchQA.record  # type: ignore[attr-defined]
