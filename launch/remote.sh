@@ -45,11 +45,6 @@ one_of() {
   [[ " ${*:2} " == *" ${!1} "* ]] || fail "\`$1\` must be one of ${*:2}, got \`${!1}\`"
 }
 
-require_workdir() {
-  [[ " $*" == *" --workdir="@(/|gs://)* ]] ||
-    fail "\`--workdir=\` must be gs://BUCKET/DIR, or a /DIR that all machines of the run mount"
-}
-
 workdir_below() {
   workdir_in "${!1:+${!1%/}}" "${@:2}"
   [[ -z ${workdir[*]-} ]] || require "$1"

@@ -1,7 +1,8 @@
 # shellcheck shell=bash
-# Sourced by local.sh and remote.sh.
+# Sourced by local.sh, pod.sh and remote.sh.
 #   workdir_in PLACE ARG...   set `workdir` to --workdir=PLACE/NAME, with the NAME of the config in
 #                             the arguments of training; to () if they have a --workdir
+#   require_workdir ARG...    fail unless they have one that all machines of a run see
 
 workdir_in() {
   local word config="" previous="" name
@@ -15,4 +16,11 @@ workdir_in() {
   name=$(basename "$config" | sed -e 's/\.py//' -e 's/[^A-Za-z0-9_.=-]/-/g')
   # shellcheck disable=SC2034 # the script reads it
   workdir=(--workdir="$1/${name:-run}")
+}
+
+require_workdir() {
+  [[ " $*" != *" --workdir="@(/|gs://)* ]] || return 0
+  echo "error: \`--workdir=\` must be gs://BUCKET/DIR, or a /DIR that all machines of the run" \
+    "mount" >&2
+  exit 2
 }

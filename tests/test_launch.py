@@ -237,7 +237,7 @@ def installed(checkout: Checkout) -> Checkout:
 # --- Help
 
 
-@pytest.mark.parametrize("script", ["local.sh", "test.sh", *SETTINGS])
+@pytest.mark.parametrize("script", ["local.sh", "pod.sh", "test.sh", *SETTINGS])
 def test_help_is_what_the_script_says_of_itself_and_runs_nothing(
     script: str, checkout: Checkout
 ) -> None:
@@ -281,6 +281,7 @@ def test_a_mistake_is_one_line_and_runs_nothing(checkout: Checkout) -> None:
         ("gke.sh", ["run", "--workdir=runs"], {}, ["`--workdir=`", "gs://BUCKET/DIR"]),
         ("gke.sh", ["status"], {"GKE_TOPOLOGY": "16"}, ["`GKE_TOPOLOGY`", "4x4", "`16`"]),
         ("gke.sh", ["status"], {"GKE_CHIPS": "3"}, ["`GKE_CHIPS`", "4x4", "`3`"]),
+        ("pod.sh", ["--config=c"], {}, ["`--workdir=`", "gs://BUCKET/DIR"]),
         ("slurm.sh", [], {}, ["run status stop"]),
         ("slurm.sh", ["run", "--config=c"], {}, ["`--workdir=`", "/DIR"]),
         ("slurm.sh", ["stop"], {"JOB_PROCESSES": "8"}, ["`JOB_PROCESSES`", "node gpu", "`8`"]),
@@ -305,6 +306,7 @@ def test_settings_come_from_the_file_unless_the_environment_has_them(checkout: C
 
 INSTALL = "bash -c 'source launch/venv.sh && ensure_venv"
 LOCAL = ".venv/bin/python -m opd_jax.train"
+FINISHED = ".venv/bin/python launch/finished.py"
 TPUS = "gcloud compute tpus"
 WHERE = "--project=lab --zone=us-x1-a"
 CREATE = (
@@ -362,6 +364,10 @@ kubectl --context=cluster get pods --selector={JOBSET} --output=wide
 kubectl --context=cluster logs \
 --selector={JOBSET},batch.kubernetes.io/job-completion-index=0 --tail=3""",
     ("gke.sh", "stop"): "kubectl --context=cluster delete jobset distill",
+    ("pod.sh", *TRAIN): f"""
+{INSTALL} "tpu,gcs"'
+{LOCAL} --config=c.py:a=1 --workdir=/mnt/runs/x --config.note=it\\'s\\ \\$\\(HOME\\)
+{FINISHED} --config=c.py:a=1 --workdir=/mnt/runs/x --config.note=it\\'s\\ \\$\\(HOME\\)""",
     ("slurm.sh", "run", *TRAIN): f"""
 mkdir -p runs
 {INSTALL} cuda'
