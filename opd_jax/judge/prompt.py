@@ -13,13 +13,13 @@ import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from opd_jax.agent.conversation import Turn
 from opd_jax.envs.base import Task
 from opd_jax.envs.turns import listed
 from opd_jax.losses import Verdict
+from opd_jax.runtime import bucket
 
 # The words of an answer.
 LABELS = ("SKIP", "WEAK", "STRONG")
@@ -143,7 +143,7 @@ class Prompt:
 
 
 def read_prompt(path: str) -> Prompt:
-    """The prompt in a text file; "" is the paper's.
+    """The prompt in a text file, in a bucket too; "" is the paper's.
 
     The file begins with a line `WORD = VERDICT` for each word that an answer may be. The verdict is
     SKIP, WEAK or STRONG, and so the word's weight `weight.skip_weight`, `weak_weight` or 1. After
@@ -152,12 +152,14 @@ def read_prompt(path: str) -> Prompt:
 
     Raises:
       ValueError: there is no such file, or it is written otherwise; names `judge.prompt`.
+      Away: its bucket cannot be reached now.
     """
     if not path:
         return Prompt()
     where = f"`judge.prompt` = {path!r}"
+    file = bucket.place(path, name="judge.prompt")
     try:
-        lines, _, text = Path(path).read_text("utf-8").strip().partition("\n\n")
+        lines, _, text = file.read_text("utf-8").strip().partition("\n\n")
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:
         raise ValueError(f"{where}: expected a file of text: {error}") from None
     pairs = [re.fullmatch(r"\s*(\w+)\s*=\s*(SKIP|WEAK|STRONG)\s*", x) for x in lines.splitlines()]

@@ -6,8 +6,7 @@ from typing import Any
 
 import jax
 
-from opd_jax.runtime import processes, progress
-from opd_jax.runtime.files import local_path
+from opd_jax.runtime import bucket, processes, progress
 
 # What the large programs do, by the names of their functions. Small ones compile at once.
 PROGRAMS = {
@@ -33,14 +32,16 @@ def start(program_cache: str) -> None:
     """Keeps compiled programs in a folder, and announces those that take long.
 
     Args:
-      program_cache: the folder; "" keeps none. What `JAX_COMPILATION_CACHE_DIR` names comes first.
+      program_cache: the folder, in a bucket too; "" keeps none. What `JAX_COMPILATION_CACHE_DIR`
+        names comes first.
 
     Raises:
-      ValueError: it is a URL.
+      ValueError: it is a URL of another kind, or the bucket cannot be had.
+      Away: the bucket cannot be reached now.
     """
     if program_cache and not jax.config.values["jax_compilation_cache_dir"]:
-        folder = local_path(program_cache, name="program_cache")
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        folder = bucket.place(program_cache, name="program_cache", is_new=True)
+        jax.config.update("jax_compilation_cache_dir", bucket.url_of(folder) or str(folder))
     logger = logging.getLogger(_LOGGER)
     if _announce not in logger.filters:
         logger.setLevel(logging.DEBUG)

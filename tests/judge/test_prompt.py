@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from buckets import BUCKET, another_process, served
 from settings import read
 
 from opd_jax.agent.conversation import Turn
@@ -16,6 +17,10 @@ from opd_jax.envs.base import Task
 from opd_jax.judge.answer import UNPARSABLE, parse_label
 from opd_jax.judge.prompt import Prompt, judge_prompt, read_prompt
 from opd_jax.losses import Verdict
+from opd_jax.runtime import bucket
+from opd_jax.runtime.exits import printed
+
+__all__ = ["served"]
 
 FILE = """
 Good = SKIP
@@ -66,6 +71,18 @@ def test_an_answer_is_the_verdict_of_its_word(file: Path) -> None:
         assert parse_label(answer, prompt) == verdict
     for answer in ("SKIP", "", "good or bad", "goodness"):
         assert parse_label(answer, prompt) == UNPARSABLE
+
+
+def test_the_file_may_lie_in_a_bucket(file: Path, served: Any) -> None:
+    another_process()
+    url = f"gs://{BUCKET}/judge.txt"
+    with pytest.raises(ValueError, match=r"`judge\.prompt`.*expected a file of text") as error:
+        read_prompt(url)
+    assert f"'{url}'" in printed(str(error.value)).partition("]")[2]
+    bucket._blob(bucket.place(url, name="judge.prompt")).upload_from_filename(file)
+    assert read_prompt(url) == read_prompt(str(file))
+    with pytest.raises(ValueError, match=r"`judge\.prompt`.*no such bucket"):
+        read_prompt("gs://nowhere/judge.txt")
 
 
 def test_without_a_file_it_is_the_paper_s_question() -> None:

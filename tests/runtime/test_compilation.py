@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from buckets import BUCKET, serving
 
 from opd_jax.runtime import compilation
 
@@ -50,12 +51,22 @@ def test_a_second_run_loads_what_the_first_compiled(tmp_path: Path) -> None:
     assert run(folder, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own")) == (0, f"{tmp_path}/own")
 
 
-def test_a_url_is_no_folder() -> None:
+def test_programs_are_kept_in_a_bucket_too() -> None:
+    folder = f"gs://{BUCKET}/programs"
+    with serving() as (storage, variables):
+        assert run(folder, **variables) == (0, folder)
+        assert storage.written
+        assert all(name.startswith("programs/") for name in storage.written)
+        loaded, _ = run(folder, **variables)
+    assert loaded > 0
+
+
+def test_a_url_of_another_kind_is_no_folder() -> None:
     before = jax.config.values["jax_compilation_cache_dir"]
     jax.config.update("jax_compilation_cache_dir", None)
     try:
         with pytest.raises(ValueError, match="`program_cache`"):
-            compilation.start("gs://bucket/programs")
+            compilation.start("s3://bucket/programs")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
 
