@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from events import scalars
 from safetensors.numpy import load_file, save_file
 from settings import one_device
 
@@ -88,7 +89,13 @@ def assert_ended_alike(workdir: Path, uninterrupted: Path) -> None:
             for line in lines_of(directory)
         ]
 
+    def points(directory: Path) -> list[tuple[int, str, float]]:
+        """Of all event files: each start of a run writes one."""
+        found = [point for file in (directory / "events").iterdir() for point in scalars(file)]
+        return sorted(point for point in found if not point[1].startswith(MEASURED_ANEW))
+
     assert untimed(workdir) == untimed(uninterrupted)
+    assert points(workdir) == points(uninterrupted)
 
 
 # --- What a run leaves

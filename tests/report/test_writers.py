@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import struct
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from events import events_in, scalars
 
 import opd_jax
 from opd_jax.report.writers import EventWriter, JsonlWriter, read_summary, write_summary
@@ -66,26 +66,6 @@ def test_a_damaged_line_is_named_and_nothing_is_lost(line: str, tmp_path: Path) 
     with pytest.raises(ValueError, match=r"line 2 of .*metrics\.jsonl"):
         JsonlWriter(path, resume_step=2)
     assert path.read_text() == before
-
-
-def events_in(file: Path) -> list:
-    """Reads the record format of event files: length, its checksum, payload, its checksum."""
-    from tensorboardX.proto.event_pb2 import Event
-
-    data, start, events = file.read_bytes(), 0, []
-    while start < len(data):
-        (length,) = struct.unpack_from("<Q", data, start)
-        events.append(Event.FromString(data[start + 12 : start + 12 + length]))
-        start += length + 16
-    return events
-
-
-def scalars(file: Path) -> list[tuple[int, str, float]]:
-    return [
-        (event.step, value.tag, value.simple_value)
-        for event in events_in(file)
-        for value in event.summary.value
-    ]
 
 
 def test_event_files_hold_the_finite_scalars_and_hide_those_of_later_steps(tmp_path: Path) -> None:
