@@ -124,7 +124,8 @@ def _open(bucket: str) -> Any:
 
     # It would remember what orbax has seen, and neither arrays nor `remove` tell it what is new.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-    return storage.Client(project=None).get_bucket(bucket)  # a bucket's name says all
+    # A bucket's name says all, so no project is needed.
+    return storage.Client(project=None).get_bucket(bucket, retry=_again())
 
 
 @functools.cache
@@ -198,7 +199,7 @@ def fetch(path: Path) -> None:
     if not (url := url_of(path)):
         return
     with _uploading, _reaching(url):
-        single = _bucket(path).get_blob(_key(path))
+        single = _bucket(path).get_blob(_key(path), retry=_again())
         found = {path: single} if single else {path / name: b for name, b in _objects(path).items()}
         there = {file for file in found if not _LEFT_OUT.fullmatch(str(file.relative_to(path)))}
         for file in there:

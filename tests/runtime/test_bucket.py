@@ -534,10 +534,25 @@ def test_credentials_need_no_project(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setenv("NO_GCE_CHECK", "true")
     monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(key))
-    monkeypatch.setattr(storage.Client, "get_bucket", lambda client, name: name)
+    monkeypatch.setattr(storage.Client, "get_bucket", lambda client, name, **_: name)
     bucket._open.cache_clear()
     assert bucket._open("some-bucket") == "some-bucket"
     bucket._open.cache_clear()
+
+
+def test_a_server_that_is_away_from_the_start_is_asked_for_as_long_as_any(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://localhost:9")  # nobody listens
+    monkeypatch.setattr(bucket, "_PATIENCE_S", 0.5)
+    bucket._again.cache_clear()
+    bucket._open.cache_clear()
+    try:
+        with pytest.raises(WorldFailed, match=r"`--workdir`.* now: Timeout of 0\.5s exceeded"):
+            place(url)
+    finally:
+        bucket._again.cache_clear()
+        bucket._open.cache_clear()
 
 
 def test_a_server_that_is_away_is_no_mistake(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
