@@ -16,7 +16,7 @@ from opd_jax.envs.search.players import Random, searches_left
 from opd_jax.envs.search.questions import Question, digest, panel
 from opd_jax.envs.search.record import Record, documents
 from opd_jax.envs.search.retrieval import Passage, RetrievalError
-from opd_jax.envs.search.searchqa import SearchQA, open_retriever
+from opd_jax.envs.search.searchqa import SearchQA, open_retriever, open_searchqa
 from opd_jax.envs.search.searchqa_data import SETS, questions
 from opd_jax.envs.turns import before_invented_turn
 
@@ -456,6 +456,14 @@ def test_training_questions_are_those_of_nq_and_hotpotqa(published):
     shorter = make_searchqa(published, train_questions=10)
     assert shorter.size("train") == 10
     assert shorter.reset("train", 9) == env.reset("train", 9) != last
+
+
+@pytest.mark.parametrize("data", ["", "absent", "gs://bucket/searchqa"])
+def test_the_questions_are_looked_for_before_a_server_is_waited_for(data):
+    away = {"retriever": "http://localhost:9", "timeout_s": 1.0, "retry_minutes": 0.0}
+    counts = {"train_questions": 30, "test_questions": 5, "wait_s": 0.1, "batch": 1}
+    with pytest.raises(ValueError, match=r"`data`: .*expected a folder"):
+        open_searchqa(data=data, **{**SETTINGS, **counts, **away})
 
 
 def test_dev_questions_are_those_of_nq_that_no_table_reports(published):

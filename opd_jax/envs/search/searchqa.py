@@ -7,6 +7,7 @@ searches Wikipedia 2018 with E5 and a flat FAISS index, as Search-R1's server do
 
 import re
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 from opd_jax.envs.search.env import INVENTED, SearchEnv
@@ -42,6 +43,16 @@ def open_retriever(
     return load_bm25(local_path(where, name="retriever"))
 
 
+def _data_folder(data: str) -> Path:
+    folder = local_path(data, name="data")
+    if not data or not folder.is_dir():
+        raise ValueError(
+            f"`data`: expected a folder with the question files of SearchQA, got {data!r}; "
+            "download FlashRAG's datasets and give their folder"
+        )
+    return folder
+
+
 class SearchQA(SearchEnv):
     """The published sets as an `Env`, with the splits `train`, `dev` and `searchqa_data.SETS`.
 
@@ -56,12 +67,7 @@ class SearchQA(SearchEnv):
     """
 
     def __init__(self, *, data: str, train_questions: int, test_questions: int, **settings: Any):
-        folder = local_path(data, name="data")
-        if not data or not folder.is_dir():
-            raise ValueError(
-                f"`data`: expected a folder with the question files of SearchQA, got {data!r}; "
-                "download FlashRAG's datasets and give their folder"
-            )
+        folder = _data_folder(data)
         counts = {TRAIN: train_questions, **dict.fromkeys([*SETS, DEV], test_questions)}
         panels = {split: partial(questions, folder, split, n) for split, n in counts.items()}
         super().__init__(panels=panels, **settings)
@@ -93,6 +99,7 @@ def open_searchqa(
     Raises:
       ValueError: as `open_retriever` or `SearchQA`.
     """
+    _data_folder(data)  # before a server that is away is waited for
     engine = open_retriever(
         retriever, timeout_s=timeout_s, retry_minutes=retry_minutes, wait_s=wait_s, batch=batch
     )
