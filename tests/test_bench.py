@@ -16,7 +16,8 @@ def test_every_program_of_an_update_is_run_and_its_time_counts_as_often_as_it_ru
 ) -> None:
     config = load("quickstart:method=opd,runlocal", [*small])
     result = bench(config, runs=1)
-    planned = [p for p in plan_run(config, find(LOCAL, local_chips=1)).programs if p.runs]
+    plan = plan_run(config, find(LOCAL, local_chips=1))
+    planned = [program for program in plan.programs if program.runs]
     rows = result["programs"]
     assert [(row["program"], row["runs"]) for row in rows] == [(p.name, p.runs) for p in planned]
     for row, program in zip(rows, planned, strict=True):
@@ -27,6 +28,7 @@ def test_every_program_of_an_update_is_run_and_its_time_counts_as_often_as_it_ru
     seconds = {row["program"]: row["seconds of an update"] for row in rows}
     assert result["seconds of an update"] == pytest.approx(sum(seconds.values()))
     playing = ("copy to sample with", "first message", "observation", "sampling")
-    rollout = sum(seconds.get(name, 0.0) for name in playing)
-    sampled = config.rollout.batch * plan_run(config, find(LOCAL, local_chips=1)).work.sampled
+    rollout = sum(seconds[name] for name in playing if name in seconds)
+    assert rollout > seconds["sampling"] > 0
+    sampled = config.rollout.batch * plan.work.sampled
     assert result["sampled tokens per second of rollout"] == pytest.approx(sampled / rollout)

@@ -87,7 +87,6 @@ METHODS: dict[str, dict[str, object]] = {
         "weight.by": "reliability",
         "weight.teacher_labels": "record",
     },
-    "method=opd_told": OPD | {"teacher_context.by": "record", "teacher_context.tokens": 1280},
     "method=return_to_go": {"weight.by": "return_to_go"},
     "method=entropy_aware": {"weight.by": "entropy_aware"} | UNSCALED,
     "method=sod": {"weight.by": "sod"} | UNSCALED,

@@ -96,6 +96,7 @@ def assert_ended_alike(workdir: Path, uninterrupted: Path) -> None:
 
     assert untimed(workdir) == untimed(uninterrupted)
     assert points(workdir) == points(uninterrupted)
+    assert "loss" in {tag for _, tag, _ in points(workdir)}
 
 
 # --- What a run leaves

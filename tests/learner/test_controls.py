@@ -84,7 +84,7 @@ def test_only_first_or_only_repeated_failures_are_dropped(weight, want: list[int
 def test_rejected_turns_weigh_by_the_teachers_own_turn(weight, want: list[float]) -> None:
     turn_id = jnp.array([[0, 1, 2, 3, 4, NO_TURN]])
     verdict = jnp.array([[SKIP, FAIL, FAIL, FAIL, STRONG]])
-    reliability = jnp.array([[0, 0.25, jnp.nan, 1, jnp.nan]])
+    reliability = jnp.array([[0, 0.25, jnp.nan, 1, jnp.nan]])  # NaN: not known
     np.testing.assert_array_equal(
         weight(turn_id, verdict=verdict, reliability=reliability)[0, :5], np.float32(want)
     )
