@@ -8,8 +8,9 @@ This is no config. `methods` names these judges and weights:
                      which turns?
   first_failures     0 where an action that does not repeat the one before was rejected, else 1
   repeated_failures  0 where one that does was rejected: is it loops?
-  right_failures     rejected turns weigh as much as the teacher's own turn there is right, others 1
-  wrong_failures     they weigh as much as it is wrong: is it the teacher's advice?
+  right_failures     r where an action was rejected, else 1; r is how often the teacher's own turn
+                     at that history is right: is it the teacher's advice?
+  wrong_failures     1 - r there, else 1
 """
 
 import jax.numpy as jnp
@@ -51,16 +52,13 @@ def repeated_failures(turn_id, *, verdict, repeats):
 
 
 def right_failures(turn_id, *, verdict, reliability):
-    """A weight of r for rejected turns, how often the teacher's own turn there is right, else 1."""
+    """A weight of r for rejected actions; 0 where the teacher's own turn there is not known."""
     r = jnp.nan_to_num(reliability)
     return of_each_token(jnp.where(verdict == Verdict.DET_FAIL, r, 1.0), turn_id)
 
 
 def wrong_failures(turn_id, *, verdict, reliability):
-    """A weight of 1 - r for rejected turns, how often the teacher's own turn is wrong, else 1.
-
-    0 where nobody asked, as in `right_failures`.
-    """
+    """A weight of 1 - r for rejected actions; 0 where the teacher's own turn is not known."""
     wrong = jnp.nan_to_num(1.0 - reliability)
     return of_each_token(jnp.where(verdict == Verdict.DET_FAIL, wrong, 1.0), turn_id)
 

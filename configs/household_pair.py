@@ -22,8 +22,8 @@ turns of a weak player, so it learns to win from there. It also learns to judge 
 an episode (`judge.context=record`). After its answer a judge example goes on with other responses
 at the same turn, so that one record has several answers to learn.
 
-With a file of `histories` it goes on from the run that was trained so: half of its episodes begin
-with up to 16 turns of models, students that were distilled among them (docs/pair.md makes it).
+With a file of `histories` it goes on from there: two of three episodes begin with up to 20 turns of
+models, of students that were distilled among them (docs/pair.md makes it, and says how often).
 
 Arguments: who=teacher|student|recovering, histories=FILE, runlocal.
 """
@@ -125,13 +125,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if args.histories:
         config.student = "workdir:runs/recovering"
         config.demonstrations.histories = args.histories
-        config.demonstrations.head_start = 16
+        config.demonstrations.head_start = 20
         config.demonstrations.distractors = (
-            *("histories",) * 6,
-            *("stubborn", "clumsy", "mistaken", "random", "forgetful", "careless"),
+            *("histories",) * 8,
+            *("stubborn", "clumsy", "mistaken", "random"),
         )
         config.demonstrations.judge_examples = 128
-        config.train.updates = 4000
+        config.train.updates = 3500
     config.train.length_multiple = 128
     config.train.response_multiple = 256
     config.eval.who = ("expert", "random")

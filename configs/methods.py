@@ -27,7 +27,8 @@ _SAGE: dict[str, dict] = dict(
 def method(**changes: dict) -> dict[str, dict]:
     """A method. It sets every field in which methods differ, so it can replace any other.
 
-    But of the judge it sets only what it needs: the base of a comparison chooses the rest.
+    But of the judge it sets only what it needs: the base of a comparison chooses the rest. A method
+    takes the place of the base's, never of another method.
     """
     return changes | {group: _SAGE[group] | changes.get(group, {}) for group in _SAGE}
 
@@ -93,9 +94,6 @@ METHODS: dict[str, Any] = {
     # The same without an oracle: the teacher's turn is sampled, and the environment's rule over the
     # record judges it. Expected: near `reliability`.
     "reliability_proxy": method(weight=dict(by="reliability", teacher_labels="record")),
-    # OPD by a teacher that reads the environment's record before each turn. The embedded ones have
-    # not learnt to. Expected: below OPD with them.
-    "opd_told": method(weight=_UNIFORM, teacher_context=dict(by="record", tokens=1280)),
     # Discounted log-ratios of later turns. Expected: near OPD.
     "return_to_go": method(weight=dict(by="return_to_go")),
     # --- Controls of `failures` and `sage_fail0` (`controls`) ---
@@ -109,8 +107,8 @@ METHODS: dict[str, Any] = {
     "drop_repeated_failures": method(
         weight=dict(by=f"{_CONTROLS}:repeated_failures"), judge=dict(by="failures")
     ),
-    # Rejected turns count where the teacher's own turn is right, or where it is wrong. Expected:
-    # the first as good as `failures`; the second below OPD, if its advice is what harms.
+    # The weight of a rejected turn is how often the teacher's own turn there is right, or wrong.
+    # Expected: the first as good as `failures`; the second below OPD, if its advice is what harms.
     **{
         f"keep_{which}_failures": method(
             weight=dict(by=f"{_CONTROLS}:{which}_failures"), judge=dict(by="failures")

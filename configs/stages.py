@@ -5,11 +5,11 @@ This is no config: `quickstart:table=STAGE` runs one of them.
   A          three seeds: SAGE by judge and weight of failures, baselines, reliability, controls
   B          one seed: every other method
   C-long     three seeds, 160 updates: OPD, SAGE and the best three of A and B (`BEST`)
-  C-small    the same in small rooms, 80 updates
-  C-teacher  the same with the first teacher, in rooms of the same size as A, 80 updates
+  C-small    the methods and seeds of C-long in small rooms, 80 updates
+  C-teacher  the methods and seeds of C-long with `embedded:teacher`, 80 updates
 
-A and B are one table, each of the others is a table of its own. The teacher is the one that
-recovers, but for C-teacher, and judges from the record, as it was trained to.
+A and B are one table, each of the others is a table of its own. In all but C-teacher the teacher is
+`embedded:recovering`, which judges from the record, as it was trained to.
 """
 
 from typing import Any, NamedTuple
@@ -54,17 +54,14 @@ BEST = ("failures", "sage_fail0_oracle", "sage_fail0_record")
 # SAGE as in the paper, whose judge sees the fields of Table 9.
 C = ("opd", "sage_table9", *BEST)
 
+RECOVERING = {"teacher": "embedded:recovering", "judge": {"context": "record"}}
+FIRST = {"teacher": "embedded:teacher", "judge": {"context": "table9"}}
 STAGES = {
-    "A": Stage(A, SEEDS, "docs/results/80-updates", {}),
-    "B": Stage(B, SEEDS[:1], "docs/results/80-updates", {}),
-    "C-long": Stage(C, SEEDS, "docs/results/160-updates", {"train": {"updates": 160}}),
-    "C-small": Stage(C, SEEDS, "docs/results/small-rooms", {"env": {"size": "small"}}),
-    "C-teacher": Stage(
-        C,
-        SEEDS,
-        "docs/results/first-teacher",
-        {"teacher": "embedded:teacher", "judge": {"context": "table9"}},
-    ),
+    "A": Stage(A, SEEDS, "docs/results/80-updates", RECOVERING),
+    "B": Stage(B, SEEDS[:1], "docs/results/80-updates", RECOVERING),
+    "C-long": Stage(C, SEEDS, "docs/results/160-updates", RECOVERING | {"train": {"updates": 160}}),
+    "C-small": Stage(C, SEEDS, "docs/results/small-rooms", RECOVERING | {"env": {"size": "small"}}),
+    "C-teacher": Stage(C, SEEDS, "docs/results/first-teacher", FIRST),
 }
 
 
@@ -82,7 +79,6 @@ def set_stage(config: ConfigDict, name: str) -> None:
             f"config argument `table`: expected one of {', '.join(STAGES)}, got {name!r}"
         )
     stage = STAGES[name]
-    config.teacher, config.judge.context = "embedded:recovering", "record"
     config.update(ConfigDict(stage.changes))
     config.compare.methods, config.compare.seeds = stage.methods, stage.seeds
     config.compare.results = stage.results

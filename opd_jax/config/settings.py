@@ -622,7 +622,8 @@ def _check_source(s: Settings) -> None:
         (
             s.teacher_context.by == "record" and not keeps_record(s.env.by),
             "`teacher_context.by` = 'record' tells the teacher the environment's record, and "
-            f"`env.by` = {s.env.by!r} keeps none (`record`, docs/environment.md): choose another",
+            f"`env.by` = {s.env.by!r} keeps none (`record`, docs/environment.md): set it to '' or "
+            "solved",
         ),
         (
             bool(s.teacher_context.by) and not objective.needs_teacher,

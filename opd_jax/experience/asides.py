@@ -15,7 +15,7 @@ from typing import Any
 
 from opd_jax.agent.chat import ChatFormat
 from opd_jax.agent.conversation import Conversation
-from opd_jax.judge.prompt import RECORD, told
+from opd_jax.judge import prompt
 from opd_jax.report.episodes import Episode, read_episodes
 from opd_jax.runtime import bucket, processes
 from opd_jax.runtime import by as named
@@ -127,13 +127,12 @@ def with_asides(
 
 
 def record(conversation: Conversation) -> Sequence[str]:
-    """What the environment had recorded before each turn, in the judge's words (`judge.prompt`).
+    """What the environment had recorded before each turn, as the judge's question shows it.
 
-    The student has read all of it, but may have forgotten where.
-
-    Source: ours.
+    The conversation says it too, but over many messages. The whole record is told at every turn, so
+    the tokens grow with the square of the turns.
     """
-    return [RECORD.format(record=told(turn)) for turn in conversation.turns]
+    return [prompt.RECORD.format(record=prompt.told(turn)) for turn in conversation.turns]
 
 
 def solved(conversation: Conversation, *, file: str) -> Sequence[str]:
