@@ -32,11 +32,13 @@ class _Storage(Storage):
     written: names of all objects, in the order in which they were written.
     lost: how many of the next writes are done, and answered as if they were not.
     is_closed: whether all requests are refused.
+    away: a method and a part of a URL; such requests are answered with "try again".
     is_read_only: whether all writes are refused.
     """
 
     condition = served = ""
     lost = 0
+    away = ("", "")
     is_closed = is_read_only = False
 
     def __init__(self) -> None:
@@ -86,6 +88,8 @@ class _Handler(RequestHandler):
             try:
                 if f"/b/{FORBIDDEN}" in self.path or self.storage.is_closed:
                     raise _Refused(403)
+                if self.storage.away[0] == method and self.storage.away[1] in self.path:
+                    raise _Refused(503)
                 Router(self).handle(method)
             except _Refused as refused:
                 self.send_error(refused.args[0])

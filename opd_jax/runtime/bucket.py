@@ -206,7 +206,7 @@ def fetch(path: Path) -> None:
             if _generations.get(file) != found[file].generation:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 try:
-                    found[file].download_to_filename(file)
+                    found[file].download_to_filename(file, retry=_again())
                     _generations[file], _same[file] = found[file].generation, _state(file)
                 except _conflicts():  # it was deleted or replaced meanwhile, and is not ours
                     file.unlink(missing_ok=True)
@@ -348,7 +348,9 @@ class Object:
         with _reaching(url_of(self.path)):
             while found := _bucket(self.path).get_blob(_key(self.path), retry=_again()):
                 with contextlib.suppress(*_conflicts()):  # it was replaced meanwhile
-                    text = found.download_as_text(if_generation_match=found.generation)
+                    text = found.download_as_text(
+                        if_generation_match=found.generation, retry=_again()
+                    )
                     return text, found.generation
         raise FileNotFoundError(self.path)
 
@@ -360,7 +362,9 @@ class Object:
         """
         with _reaching(url_of(self.path)):
             try:
-                _blob(self.path).upload_from_string(text, if_generation_match=generation)
+                _blob(self.path).upload_from_string(
+                    text, if_generation_match=generation, retry=_again()
+                )
             except _conflicts():
                 with contextlib.suppress(FileNotFoundError):
                     if self.read()[0] == text:
@@ -371,7 +375,7 @@ class Object:
         """Deletes it, or only one generation of it; raises FileNotFoundError."""
         with _reaching(url_of(self.path)):
             try:
-                _blob(self.path).delete(if_generation_match=generation)
+                _blob(self.path).delete(if_generation_match=generation, retry=_again())
             except _conflicts():
                 raise FileNotFoundError(self.path) from None
 
@@ -423,7 +427,8 @@ def model_folder(url: str, *, name: str, wanted: Callable[[str], bool]) -> Path:
                 print_line(f"fetching {file}, {blob.size / 1e9:.1f} GB", sys.stderr)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 partial = file.with_name(f".{file.name}.partial")
-                blob.download_to_filename(partial)  # which checks its hash
+                # Checks the hash. Not `_again`: its minute would count from the file's first byte.
+                blob.download_to_filename(partial)
                 partial.replace(file)
                 known[part] = blob.generation
                 replace_text(record, json.dumps(known))

@@ -134,7 +134,7 @@ def test_what_is_replaced_while_it_is_fetched_stays_in_the_bucket(
     from google.api_core.exceptions import NotFound
     from google.cloud.storage import Blob
 
-    def replaced(_: Any, file: Path) -> None:
+    def replaced(_: Any, file: Path, **__: Any) -> None:
         file.unlink()  # as the client does
         raise NotFound("of this generation")
 
@@ -553,6 +553,32 @@ def test_a_server_that_is_away_from_the_start_is_asked_for_as_long_as_any(
     finally:
         bucket._again.cache_clear()
         bucket._open.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("method", "part", "ask"),
+    [
+        ("GET", "/o?", lambda path: bucket.fetch(path.parent)),  # the list
+        ("GET", "alt=media", lambda path: bucket.fetch(path.parent)),
+        ("GET", "alt=media", lambda path: bucket.Object(path).read()),
+        ("POST", "", lambda path: bucket.Object(path).write("new", generation=1)),
+        ("DELETE", "", lambda path: bucket.Object(path).delete()),
+    ],
+    ids=["list", "fetch", "read", "write", "delete"],
+)
+def test_a_server_that_goes_away_is_asked_for_as_long_as_any(
+    url: str, served: Any, monkeypatch: pytest.MonkeyPatch, method: str, part: str, ask: Any
+) -> None:
+    path = place(url, is_new=True) / "a"
+    bucket.Object(path).write("text", generation=0)
+    monkeypatch.setattr(served, "away", (method, part))
+    monkeypatch.setattr(bucket, "_PATIENCE_S", 0.5)
+    bucket._again.cache_clear()
+    try:
+        with pytest.raises(WorldFailed, match=r"cannot be reached now: Timeout of 0\.5s exceeded"):
+            ask(path)
+    finally:
+        bucket._again.cache_clear()
 
 
 def test_a_server_that_is_away_is_no_mistake(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
