@@ -108,7 +108,7 @@ def place(text: str, *, name: str, is_new: bool = False) -> Path:
     with _reaching(url_of(path), name):
         _bucket(path)
     if not is_new:
-        fetch(path)
+        fetch(path, name=name)
     return path
 
 
@@ -172,9 +172,11 @@ def _reaching(url: str, name: str = "") -> Iterator[None]:
                 "service account"
             ) from None
         if kinds & {"Forbidden", "Unauthorized"}:
-            raise ValueError(f"{where}: no permission ({text})") from None
+            advice = "give the account the roles that docs/scaling.md names"
+            raise ValueError(f"{where}: no permission ({text}); {advice}") from None
         if "NotFound" in kinds:
-            raise ValueError(f"{where}: there is no such bucket ({text})") from None
+            advice = "create it, or correct the name"
+            raise ValueError(f"{where}: there is no such bucket ({text}); {advice}") from None
         if kinds & {"GoogleAPIError", "GoogleAuthError", "RequestException"}:
             raise Away(f"{where} cannot be reached now: {text}") from error
         raise
@@ -194,11 +196,19 @@ def _may_refresh_later(error: Any) -> bool:
 # --- Files ----------------------------------------------------------------------------------------
 
 
-def fetch(path: Path) -> None:
-    """Brings the mirror of a folder or a file up to date. Nothing to do for other paths."""
+def fetch(path: Path, *, name: str = "") -> None:
+    """Brings the mirror of a folder or a file up to date. Nothing to do for other paths.
+
+    Args:
+      path: of the folder or the file.
+      name: as in `place`.
+
+    Raises:
+      ValueError, Away: as `place`.
+    """
     if not (url := url_of(path)):
         return
-    with _uploading, _reaching(url):
+    with _uploading, _reaching(url, name):
         single = _bucket(path).get_blob(_key(path), retry=_again())
         found = {path: single} if single else {path / name: b for name, b in _objects(path).items()}
         there = {file for file in found if not _LEFT_OUT.fullmatch(str(file.relative_to(path)))}

@@ -476,8 +476,8 @@ def test_a_model_is_uploaded_with_its_config_last(url: str, served: Any) -> None
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("gs://nowhere/run", "no such bucket"),
-        (f"gs://{FORBIDDEN}/run", "no permission"),
+        ("gs://nowhere/run", "no such bucket .*; create it, or correct the name"),
+        (f"gs://{FORBIDDEN}/run", r"no permission .*; give .* roles that docs/scaling\.md names"),
         ("gs://runs", "expected gs://BUCKET/PATH"),
         ("gs://runs/a/../b", "expected gs://BUCKET/PATH"),
         ("s3://runs/a", "is a URL"),
@@ -489,6 +489,15 @@ def test_what_cannot_be_had_is_told_in_a_line(url: str, given: str, said: str) -
     assert given in printed(str(error.value))
     assert "`--workdir`" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_had_in_an_open_bucket_is_told_with_the_flag(
+    url: str, served: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place(url)  # it opens the bucket
+    monkeypatch.setattr(served, "is_closed", True)
+    with pytest.raises(ValueError, match=r"^`--workdir`: `.*/some/run`: no permission"):
+        place(url)
 
 
 def test_an_export_that_may_not_be_written_is_refused_before_anything_is_read(
