@@ -8,6 +8,7 @@ not. With "record" it holds what the environment has recorded, in place of the l
 A file of the user's may take the place of role, rubric, fields and words (`read_prompt`).
 """
 
+import functools
 import hashlib
 import re
 import string
@@ -143,7 +144,7 @@ class Prompt:
 
 
 def read_prompt(path: str) -> Prompt:
-    """The prompt in a text file, in a bucket too; "" is the paper's.
+    """The prompt in a text file, in a bucket too, from where it is read once; "" is the paper's.
 
     The file begins with a line `WORD = VERDICT` for each word that an answer may be. The verdict is
     SKIP, WEAK or STRONG, and so the word's weight `weight.skip_weight`, `weak_weight` or 1. After
@@ -157,9 +158,9 @@ def read_prompt(path: str) -> Prompt:
     if not path:
         return Prompt()
     where = f"`judge.prompt` = {path!r}"
-    file = bucket.place(path, name="judge.prompt")
+    read = _text_once if path.startswith(bucket.SCHEME) else _text
     try:
-        lines, _, text = file.read_text("utf-8").strip().partition("\n\n")
+        lines, _, text = read(path).strip().partition("\n\n")
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:
         raise ValueError(f"{where}: expected a file of text: {error}") from None
     pairs = [re.fullmatch(r"\s*(\w+)\s*=\s*(SKIP|WEAK|STRONG)\s*", x) for x in lines.splitlines()]
@@ -177,6 +178,14 @@ def read_prompt(path: str) -> Prompt:
         raise ValueError(f"{where}: no field {{{strange[0]}}}; expected {', '.join(NAMED)}")
     verdicts = tuple(int(Verdict[pair[2]]) for pair in pairs if pair)
     return Prompt(tuple(pair[1] for pair in pairs if pair), verdicts, text)
+
+
+def _text(path: str) -> str:
+    return bucket.place(path, name="judge.prompt").read_text("utf-8")
+
+
+# A run asks what it has fingerprinted, also if somebody replaces the object meanwhile.
+_text_once = functools.cache(_text)
 
 
 def _fields(text: str) -> list[str]:

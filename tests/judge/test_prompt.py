@@ -80,7 +80,11 @@ def test_the_file_may_lie_in_a_bucket(file: Path, served: Any) -> None:
         read_prompt(url)
     assert f"'{url}'" in printed(str(error.value)).partition("]")[2]
     bucket._blob(bucket.place(url, name="judge.prompt")).upload_from_filename(file)
-    assert read_prompt(url) == read_prompt(str(file))
+    before = read_prompt(url)
+    assert before == read_prompt(str(file))
+    file.write_text(FILE.replace("Dubious = WEAK", "Dubious = SKIP"))
+    bucket._blob(bucket.place(url, name="judge.prompt")).upload_from_filename(file)
+    assert read_prompt(url) == before != read_prompt(str(file))  # a process reads it once
     with pytest.raises(ValueError, match=r"`judge\.prompt`.*no such bucket"):
         read_prompt("gs://nowhere/judge.txt")
 
