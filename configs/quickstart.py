@@ -31,7 +31,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.compute_dtype = "float32"  # dtype of the student's arithmetic
     config.teacher_dtype = "float32"  # or bfloat16; or int8: its projections rounded to 8 bits
     config.attention = "auto"  # kernels on a TPU; or pallas (TPU), cudnn (GPU), plain (any)
-    config.program_cache = "~/.cache/opd_jax/programs"  # compiled programs are kept; "": nowhere
+    # Compiled programs are kept in this folder, or in gs://BUCKET/DIR; "": nowhere.
+    config.program_cache = "~/.cache/opd_jax/programs"
     config.wandb = ""  # project of Weights & Biases to copy the metrics to; "": none
     config.mesh = dict(
         data=1,  # shards the batch, replicates parameters

@@ -137,7 +137,7 @@ class Settings:
       attention: what computes attention, or "auto" (`model.kernels`).
       student: a model reference (`references`), or "new" for a random one.
       teacher: a model reference; "" for none.
-      program_cache: the folder in which compiled programs are kept; "" for none
+      program_cache: the folder in which compiled programs are kept, in a bucket too; "" for none
         (`compilation.start`).
       wandb: project of Weights & Biases that metrics are copied to; "" for none.
       new_model: sizes of a new student; the tokenizer gives its vocabulary.

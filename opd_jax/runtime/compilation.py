@@ -33,15 +33,17 @@ def start(program_cache: str) -> None:
 
     Args:
       program_cache: the folder, in a bucket too; "" keeps none. What `JAX_COMPILATION_CACHE_DIR`
-        names comes first.
+        names comes first. A bucket that cannot be reached now is warned of: all is compiled anew.
 
     Raises:
       ValueError: it is a URL of another kind, or the bucket cannot be had.
-      Away: the bucket cannot be reached now.
     """
     if program_cache and not jax.config.values["jax_compilation_cache_dir"]:
-        folder = bucket.place(program_cache, name="program_cache", is_new=True)
-        jax.config.update("jax_compilation_cache_dir", bucket.url_of(folder) or str(folder))
+        try:
+            folder = bucket.place(program_cache, name="program_cache", is_new=True)
+            jax.config.update("jax_compilation_cache_dir", bucket.url_of(folder) or str(folder))
+        except bucket.Away as error:
+            processes.warn("%s; this run keeps no compiled programs", error)
     logger = logging.getLogger(_LOGGER)
     if _announce not in logger.filters:
         logger.setLevel(logging.DEBUG)

@@ -2,8 +2,10 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from buckets import BUCKET, serving
 
-from opd_jax.runtime import compilation
+from opd_jax.runtime import bucket, compilation
 
 PROGRAM = """
 import sys
@@ -61,14 +63,34 @@ def test_programs_are_kept_in_a_bucket_too() -> None:
     assert loaded > 0
 
 
-def test_a_url_of_another_kind_is_no_folder() -> None:
+@pytest.fixture
+def no_cache() -> Iterator[None]:
+    """JAX keeps no programs yet."""
     before = jax.config.values["jax_compilation_cache_dir"]
     jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_url_of_another_kind_is_no_folder(no_cache: None) -> None:
+    with pytest.raises(ValueError, match="`program_cache`"):
+        compilation.start("s3://bucket/programs")
+
+
+def test_a_bucket_that_is_away_ends_no_run(
+    no_cache: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://localhost:9")  # nobody listens
+    monkeypatch.setattr(bucket, "_PATIENCE_S", 0.5)
+    bucket._again.cache_clear()
+    bucket._open.cache_clear()
     try:
-        with pytest.raises(ValueError, match="`program_cache`"):
-            compilation.start("s3://bucket/programs")
+        compilation.start(f"gs://{BUCKET}/programs")
     finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+        bucket._again.cache_clear()
+        bucket._open.cache_clear()
+    assert jax.config.values["jax_compilation_cache_dir"] is None
+    assert re.search(r"`program_cache`.* cannot be reached now: .*; this run keeps no", caplog.text)
 
 
 def test_a_large_program_is_named_once_before_it_is_compiled(
