@@ -44,10 +44,10 @@ def open_retriever(
 
 
 def _data_folder(data: str) -> Path:
-    folder = local_path(data, name="data")
+    folder = local_path(data, name="env.data")
     if not data or not folder.is_dir():
         raise ValueError(
-            f"`data`: expected a folder with the question files of SearchQA, got {data!r}; "
+            f"`env.data`: expected a folder with the question files of SearchQA, got {data!r}; "
             "download FlashRAG's datasets and give their folder"
         )
     return folder
@@ -57,17 +57,16 @@ class SearchQA(SearchEnv):
     """The published sets as an `Env`, with the splits `train`, `dev` and `searchqa_data.SETS`.
 
     Args:
-      data: folder of the question files; read when a split is first used.
+      folder: of the question files; read when a split is first used.
       train_questions: most questions in `train`.
       test_questions: most questions in each other split.
       **settings: the arguments of `SearchEnv` other than `panels`.
 
     Raises:
-      ValueError: `data` is not a folder, or as `SearchEnv`.
+      ValueError: as `SearchEnv`.
     """
 
-    def __init__(self, *, data: str, train_questions: int, test_questions: int, **settings: Any):
-        folder = _data_folder(data)
+    def __init__(self, *, folder: Path, train_questions: int, test_questions: int, **settings: Any):
         counts = {TRAIN: train_questions, **dict.fromkeys([*SETS, DEV], test_questions)}
         panels = {split: partial(questions, folder, split, n) for split, n in counts.items()}
         super().__init__(panels=panels, **settings)
@@ -92,19 +91,20 @@ def open_searchqa(
     """`SearchQA` with the search engine that `retriever` names.
 
     Args:
-      data, train_questions, test_questions: see `SearchQA`.
+      data: folder of the question files.
+      train_questions, test_questions: see `SearchQA`.
       retriever, timeout_s, retry_minutes, wait_s, batch: see `open_retriever`.
       max_turns, max_searches, passages, passage_words, retry_wrong: see `SearchEnv`.
 
     Raises:
-      ValueError: as `open_retriever` or `SearchQA`.
+      ValueError: `data` is not a folder, or as `open_retriever` or `SearchQA`.
     """
-    _data_folder(data)  # before a server that is away is waited for
+    folder = _data_folder(data)  # before a server that is away is waited for
     engine = open_retriever(
         retriever, timeout_s=timeout_s, retry_minutes=retry_minutes, wait_s=wait_s, batch=batch
     )
     return SearchQA(
-        data=data,
+        folder=folder,
         train_questions=train_questions,
         test_questions=test_questions,
         retriever=engine,

@@ -40,7 +40,7 @@ def read_questions(folder: Path, name: str, file: str) -> Iterator[Question]:
     path = folder / file
     if not path.is_file():
         raise NoTasks(
-            f"`data`: no file `{path}`; put the JSONL files of FlashRAG's datasets under "
+            f"`env.data`: no file `{path}`; put the JSONL files of FlashRAG's datasets under "
             f"`{folder}`, a folder for each set"
         )
     with path.open(encoding="utf-8") as lines:
@@ -49,7 +49,7 @@ def read_questions(folder: Path, name: str, file: str) -> Iterator[Question]:
                 try:
                     yield _question(json.loads(line), name)
                 except ValueError as error:
-                    raise ValueError(f"`data`: `{path}`, line {number}: {error}") from None
+                    raise ValueError(f"`env.data`: `{path}`, line {number}: {error}") from None
 
 
 def _question(row: object, name: str) -> Question:
