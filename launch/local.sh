@@ -18,8 +18,7 @@ source launch/help.sh
 
 if [[ -n $dry_run ]]; then
   echo "bash -c 'source launch/venv.sh && ensure_venv \"${EXTRAS:-}\"'"
-  line=$(printf ' %q' "${train[@]}")
-  echo "${line# }"
+  quoted "${train[@]}"
   exit
 fi
 source launch/venv.sh

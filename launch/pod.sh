@@ -21,5 +21,4 @@ hand_on ./launch/local.sh "$@" ${dry_run:+--dry-run} || code=$?
 [[ ${TPU_WORKER_ID:-0} == 0 ]] || exit 0
 finished=(.venv/bin/python launch/finished.py "$@")
 [[ -n $dry_run ]] || exec "${finished[@]}"
-line=$(printf ' %q' "${finished[@]}")
-echo "${line# }"
+quoted "${finished[@]}"

@@ -53,15 +53,6 @@ workdir_below() {
   require_workdir "${@:2}" ${workdir[@]+"${workdir[@]}"}
 }
 
-quoted() { # quotes the words so that a shell reads them back
-  local word line=""
-  for word in "$@"; do
-    [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word=${word@Q} # plain words are easier to read
-    line+=" $word"
-  done
-  echo "${line# }"
-}
-
 call() {
   if [[ -n $dry_run ]]; then quoted "$@" >&3; else "$@"; fi
 }

@@ -328,7 +328,7 @@ JOBSET = "jobset.sigs.k8s.io/jobset-name=distill"
 DRY_RUNS = {
     ("local.sh", *TRAIN): f"""
 {INSTALL} ""'
-{LOCAL} --config=c.py:a=1 --workdir=/mnt/runs/x --config.note=it\\'s\\ \\$\\(HOME\\)""",
+{LOCAL} --config=c.py:a=1 --workdir=/mnt/runs/x '--config.note=it'\\''s $(HOME)'""",
     ("local.sh", "--config=configs/c.py:a=1"): f"""
 {INSTALL} ""'
 {LOCAL} --config=configs/c.py:a=1 --workdir=runs/c-a=1""",
@@ -366,8 +366,8 @@ kubectl --context=cluster logs \
     ("gke.sh", "stop"): "kubectl --context=cluster delete jobset distill",
     ("pod.sh", *TRAIN): f"""
 {INSTALL} "tpu,gcs"'
-{LOCAL} --config=c.py:a=1 --workdir=/mnt/runs/x --config.note=it\\'s\\ \\$\\(HOME\\)
-{FINISHED} --config=c.py:a=1 --workdir=/mnt/runs/x --config.note=it\\'s\\ \\$\\(HOME\\)""",
+{LOCAL} --config=c.py:a=1 --workdir=/mnt/runs/x '--config.note=it'\\''s $(HOME)'
+{FINISHED} --config=c.py:a=1 --workdir=/mnt/runs/x '--config.note=it'\\''s $(HOME)'""",
     ("slurm.sh", "run", *TRAIN): f"""
 mkdir -p runs
 {INSTALL} cuda'
