@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # In each pod of gke.sh: train, and exit with 75 if the run was stopped before it was finished.
-#   launch/pod.sh --workdir=gs://BUCKET/DIR [arguments of training]
+#   launch/pod.sh --workdir=gs://BUCKET/DIR|/MOUNTED_DIR [arguments of training]
 # gke.sh gives the workdir; a pod's own disk ends with it. --dry-run prints the commands.
 # Training that saves on SIGTERM exits with 0, and Kubernetes would count its pod as succeeded. Only
 # the pod of process 0 checks whether the run is finished: process 0 writes the summary. Any other

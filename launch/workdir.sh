@@ -19,8 +19,14 @@ workdir_in() {
 }
 
 require_workdir() {
-  [[ " $*" != *" --workdir="@(/|gs://)* ]] || return 0
-  echo "error: \`--workdir=\` must be gs://BUCKET/DIR, or a /DIR that all machines of the run" \
-    "mount" >&2
+  local word previous="" given=""
+  for word in "$@"; do
+    [[ $word != --workdir=* ]] || given=${word#*=}
+    [[ $previous != --workdir ]] || given=$word
+    previous=$word
+  done
+  [[ $given != @(/|gs://)* ]] || return 0
+  echo "error: expected \`--workdir=gs://BUCKET/DIR\`, or a /DIR that all machines of the run" \
+    "mount, got ${given:+\`}${given:-none}${given:+\`}" >&2
   exit 2
 }

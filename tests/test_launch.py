@@ -278,12 +278,13 @@ def test_a_mistake_is_one_line_and_runs_nothing(checkout: Checkout) -> None:
             ["`TPU_RUNS`", "gs://", "/DIR", "`runs`"],
         ),
         ("tpu_vm.sh", ["create"], {"TPU_SPOT": "1"}, ["`TPU_SPOT`", "yes no", "`1`"]),
-        ("gke.sh", ["run", "--workdir=runs"], {}, ["`--workdir=`", "gs://BUCKET/DIR"]),
+        ("gke.sh", ["run", "--workdir=runs"], {}, ["`--workdir=gs://BUCKET/DIR`", "got `runs`"]),
         ("gke.sh", ["status"], {"GKE_TOPOLOGY": "16"}, ["`GKE_TOPOLOGY`", "4x4", "`16`"]),
         ("gke.sh", ["status"], {"GKE_CHIPS": "3"}, ["`GKE_CHIPS`", "4x4", "`3`"]),
-        ("pod.sh", ["--config=c"], {}, ["`--workdir=`", "gs://BUCKET/DIR"]),
+        ("pod.sh", ["--config=c"], {}, ["`--workdir=gs://BUCKET/DIR`", "/DIR", "got none"]),
+        ("pod.sh", ["--workdir", "runs/a b"], {}, ["got `runs/a b`"]),
         ("slurm.sh", [], {}, ["run status stop"]),
-        ("slurm.sh", ["run", "--config=c"], {}, ["`--workdir=`", "/DIR"]),
+        ("slurm.sh", ["run", "--config=c"], {}, ["`--workdir=", "/DIR", "got none"]),
         ("slurm.sh", ["stop"], {"JOB_PROCESSES": "8"}, ["`JOB_PROCESSES`", "node gpu", "`8`"]),
     ]:
         status, output, errors = checkout.run(script, *words, **changed)
@@ -686,6 +687,20 @@ def test_a_pod_succeeds_only_if_the_run_is_finished(
     for worker, expected in (("0", first), ("3", other)):
         installed.plan(attempt)
         assert installed.run("pod.sh", *TRAIN, TPU_WORKER_ID=worker)[0] == expected
+
+
+@pytest.mark.parametrize("where", ["gs://lab/runs/x", "/mnt/runs/x"])
+@pytest.mark.parametrize("words", [("--workdir={}",), ("--workdir", "{}")], ids=["=", "space"])
+def test_a_pod_takes_a_workdir_that_outlives_it(
+    installed: Checkout, where: str, words: Sequence[str]
+) -> None:
+    given = [word.format(where) for word in words]
+    first, other = (
+        installed.run("pod.sh", *given, "--dry-run", TPU_WORKER_ID=worker) for worker in ("0", "1")
+    )
+    train, finished = f"{LOCAL} {' '.join(given)}\n", f"{FINISHED} {' '.join(given)}\n"
+    assert (first[0], first[1].endswith(train + finished)) == (0, True), first
+    assert (other[0], other[1] + finished) == (0, first[1]), other
 
 
 def test_a_pod_hands_on_the_signal_and_waits_for_the_save(installed: Checkout) -> None:
