@@ -139,6 +139,17 @@ def served() -> Iterator[_Storage]:
         yield storage
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A request is repeated for half a second, and no bucket is open yet."""
+    monkeypatch.setattr(bucket, "_PATIENCE_S", 0.5)
+    bucket._again.cache_clear()
+    bucket._open.cache_clear()
+    yield
+    bucket._again.cache_clear()
+    bucket._open.cache_clear()
+
+
 def another_process() -> None:
     """Forgets all mirrors, as a process does that begins."""
     bucket._mirrors.cache_clear()

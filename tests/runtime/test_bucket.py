@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from buckets import BUCKET, FORBIDDEN, another_process, served
+from buckets import BUCKET, FORBIDDEN, another_process, impatient, served
 from processes import run_python
 
 from opd_jax import hf
@@ -28,7 +28,7 @@ from opd_jax.runtime.checkpoint import Checkpoints, saved_steps
 from opd_jax.runtime.exits import WORLD, WorldFailed, printed
 from opd_jax.runtime.lease import EXPIRES_S, FILE, Owner, _Claim, held
 
-__all__ = ["served"]
+__all__ = ["impatient", "served"]
 ROOT = Path(__file__).parents[2]
 
 
@@ -550,18 +550,11 @@ def test_credentials_need_no_project(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 def test_a_server_that_is_away_from_the_start_is_asked_for_as_long_as_any(
-    url: str, monkeypatch: pytest.MonkeyPatch
+    url: str, monkeypatch: pytest.MonkeyPatch, impatient: None
 ) -> None:
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://localhost:9")  # nobody listens
-    monkeypatch.setattr(bucket, "_PATIENCE_S", 0.5)
-    bucket._again.cache_clear()
-    bucket._open.cache_clear()
-    try:
-        with pytest.raises(WorldFailed, match=r"`--workdir`.* now: Timeout of 0\.5s exceeded"):
-            place(url)
-    finally:
-        bucket._again.cache_clear()
-        bucket._open.cache_clear()
+    with pytest.raises(WorldFailed, match=r"`--workdir`.* now: Timeout of 0\.5s exceeded"):
+        place(url)
 
 
 @pytest.mark.parametrize(
@@ -576,18 +569,19 @@ def test_a_server_that_is_away_from_the_start_is_asked_for_as_long_as_any(
     ids=["list", "fetch", "read", "write", "delete"],
 )
 def test_a_server_that_goes_away_is_asked_for_as_long_as_any(
-    url: str, served: Any, monkeypatch: pytest.MonkeyPatch, method: str, part: str, ask: Any
+    url: str,
+    served: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    impatient: None,
+    method: str,
+    part: str,
+    ask: Any,
 ) -> None:
     path = place(url, is_new=True) / "a"
     bucket.Object(path).write("text", generation=0)
     monkeypatch.setattr(served, "away", (method, part))
-    monkeypatch.setattr(bucket, "_PATIENCE_S", 0.5)
-    bucket._again.cache_clear()
-    try:
-        with pytest.raises(WorldFailed, match=r"cannot be reached now: Timeout of 0\.5s exceeded"):
-            ask(path)
-    finally:
-        bucket._again.cache_clear()
+    with pytest.raises(WorldFailed, match=r"cannot be reached now: Timeout of 0\.5s exceeded"):
+        ask(path)
 
 
 def test_a_server_that_is_away_is_no_mistake(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

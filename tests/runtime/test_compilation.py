@@ -11,9 +11,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from buckets import BUCKET, serving
+from buckets import BUCKET, impatient, serving
 
-from opd_jax.runtime import bucket, compilation
+from opd_jax.runtime import compilation
+
+__all__ = ["impatient"]
 
 PROGRAM = """
 import sys
@@ -78,17 +80,13 @@ def test_a_url_of_another_kind_is_no_folder(no_cache: None) -> None:
 
 
 def test_a_bucket_that_is_away_ends_no_run(
-    no_cache: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    no_cache: None,
+    impatient: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://localhost:9")  # nobody listens
-    monkeypatch.setattr(bucket, "_PATIENCE_S", 0.5)
-    bucket._again.cache_clear()
-    bucket._open.cache_clear()
-    try:
-        compilation.start(f"gs://{BUCKET}/programs")
-    finally:
-        bucket._again.cache_clear()
-        bucket._open.cache_clear()
+    compilation.start(f"gs://{BUCKET}/programs")
     assert jax.config.values["jax_compilation_cache_dir"] is None
     assert re.search(r"`program_cache`.* cannot be reached now: .*; this run keeps no", caplog.text)
 
