@@ -43,28 +43,26 @@ def shuffled(conversations, update, *, seed=0):
 
 def first_failures(turn_id, *, verdict, repeats):
     """A weight of 0 for rejected actions that are not the one before again."""
-    return _zero_where((verdict == Verdict.DET_FAIL) & (repeats == 0), turn_id)
+    return _where((verdict == Verdict.DET_FAIL) & (repeats == 0), 0.0, turn_id)
 
 
 def repeated_failures(turn_id, *, verdict, repeats):
     """A weight of 0 for rejected actions that are the one before again."""
-    return _zero_where((verdict == Verdict.DET_FAIL) & (repeats == 1), turn_id)
+    return _where((verdict == Verdict.DET_FAIL) & (repeats == 1), 0.0, turn_id)
 
 
 def right_failures(turn_id, *, verdict, reliability):
     """A weight of r for rejected actions; 0 where the teacher's own turn there is not known."""
-    r = jnp.nan_to_num(reliability)
-    return of_each_token(jnp.where(verdict == Verdict.DET_FAIL, r, 1.0), turn_id)
+    return _where(verdict == Verdict.DET_FAIL, jnp.nan_to_num(reliability), turn_id)
 
 
 def wrong_failures(turn_id, *, verdict, reliability):
     """A weight of 1 - r for rejected actions; 0 where the teacher's own turn is not known."""
-    wrong = jnp.nan_to_num(1.0 - reliability)
-    return of_each_token(jnp.where(verdict == Verdict.DET_FAIL, wrong, 1.0), turn_id)
+    return _where(verdict == Verdict.DET_FAIL, jnp.nan_to_num(1.0 - reliability), turn_id)
 
 
-def _zero_where(where, turn_id):
-    return of_each_token(jnp.where(where, 0.0, 1.0), turn_id)
+def _where(where, weight, turn_id):
+    return of_each_token(jnp.where(where, weight, 1.0), turn_id)
 
 
 def _shape(conversations):
