@@ -22,8 +22,9 @@ turns of a weak player, so it learns to win from there. It also learns to judge 
 an episode (`judge.context=record`). After its answer a judge example goes on with other responses
 at the same turn, so that one record has several answers to learn.
 
-With a file of `histories` it goes on from there: two of three episodes begin with up to 20 turns of
-models, of students that were distilled among them (docs/pair.md makes it, and says how often).
+With `histories`, a file of models' episodes, training goes on from the workdir `runs/recovering`.
+Two of three episodes then begin with up to 20 turns of a model. docs/pair.md says how the file is
+made.
 
 Arguments: who=teacher|student|recovering, histories=FILE, runlocal.
 """
@@ -35,7 +36,7 @@ from opd_jax.configs import quickstart
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config that trains one of the two."""
+    """The config that trains one of the models."""
     args = parse_arg(arg, runlocal=False, who="teacher", histories="")
     config = quickstart.get_config("runlocal" if args.runlocal else "")
     is_teacher = {"teacher": True, "student": False, "recovering": True}.get(args.who)

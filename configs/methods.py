@@ -25,10 +25,9 @@ _SAGE: dict[str, dict] = dict(
 
 
 def method(**changes: dict) -> dict[str, dict]:
-    """A method. It sets every field in which methods differ, so it can replace any other.
+    """A method. It sets every field in which methods differ, so none of the base's method is left.
 
-    But of the judge it sets only what it needs: the base of a comparison chooses the rest. A method
-    takes the place of the base's, never of another method.
+    But of the judge it sets only what it needs: the base of a comparison chooses the rest.
     """
     return changes | {group: _SAGE[group] | changes.get(group, {}) for group in _SAGE}
 
